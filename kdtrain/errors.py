@@ -1,0 +1,84 @@
+"""Every error that kdtrain raises on purpose, with the exit code it ends a run with.
+
+Each message says what happened, where, and what to do. Anything else that escapes is a bug (exit code 1).
+
+    KdtrainError                       1
+    ├── ConfigError (ValueError)       2   the command line or the YAML file is wrong
+    │   └── NotAvailableError          2   a documented option that this version does not implement yet
+    ├── PreflightError (ValueError)    3   the config is fine, the world is not: files, devices, folders
+    │   ├── DataError                  3   rows that cannot be trained on
+    │   └── VocabularyError            3   student and teacher do not speak the same token ids
+    ├── TeacherError                   4   the teacher did not answer, or answered nonsense
+    ├── NonFiniteError                 5   NaN or infinity in a loss or a gradient
+    ├── CheckpointError                6   a checkpoint or the disk under it
+    └── Interrupted              130/143   SIGINT or SIGTERM; the state was saved
+"""
+
+from __future__ import annotations
+
+import signal
+
+
+class KdtrainError(Exception):
+    """Base of all errors raised on purpose."""
+
+    exit_code: int = 1
+
+
+class ConfigError(KdtrainError, ValueError):
+    """The command line or the config file is wrong. A `ValueError`, so that callers need not know kdtrain."""
+
+    exit_code = 2
+
+
+class NotAvailableError(ConfigError):
+    """A documented option that this version does not implement: refused, never silently ignored."""
+
+
+class PreflightError(KdtrainError, ValueError):
+    """The config is well formed, but what it names cannot be used: a missing file, a full folder, a wrong device."""
+
+    exit_code = 3
+
+
+class DataError(PreflightError):
+    """Rows that cannot be read, masked or tokenised, or no rows at all."""
+
+
+class VocabularyError(PreflightError):
+    """Student and teacher distributions are not over the same token ids."""
+
+
+class TeacherError(KdtrainError):
+    """The teacher failed while training."""
+
+    exit_code = 4
+
+
+class NonFiniteError(KdtrainError):
+    """A loss or a gradient became NaN or infinite; raised before the optimizer step, so the weights are still good."""
+
+    exit_code = 5
+
+
+class CheckpointError(KdtrainError):
+    """A checkpoint that cannot be resumed from, or a disk that cannot be written to."""
+
+    exit_code = 6
+
+
+class Interrupted(KdtrainError):
+    """The run was stopped by a signal, after its state was saved.
+
+    Args:
+        signum: the signal; the exit code is the shell's convention of 128 + signum.
+    """
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+        self.exit_code = 128 + signum
+
+    @property
+    def signal_name(self) -> str:
+        return signal.Signals(self.signum).name
