@@ -1,0 +1,59 @@
+"""Which checkpoints of a run can be resumed from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from kdtrain.errors import CheckpointError
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_STATE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+
+
+def missing_files(checkpoint: Path) -> list[str]:
+    """What a checkpoint lacks to be resumed from; empty when it is complete.
+
+    DeepSpeed and FSDP keep their state in folders of their own instead of `optimizer.pt`.
+    """
+    if not checkpoint.is_dir():
+        return ["the folder itself"]
+    sharded = any(checkpoint.glob("global_step*")) or any(checkpoint.glob("pytorch_model_fsdp*"))
+    wanted = ("trainer_state.json",) if sharded else _STATE
+    missing = [name for name in wanted if not _holds_something(checkpoint / name)]
+    if not sharded and not any(_holds_something(checkpoint / name) for name in _WEIGHTS):
+        missing.append(" or ".join(_WEIGHTS))
+    return missing
+
+
+def newest_complete(run_dir: Path) -> tuple[Path | None, dict[str, list[str]]]:
+    """The newest complete checkpoint of a run, and what was skipped: name -> missing files."""
+    found = sorted(
+        (int(match[1]), path)
+        for path in (run_dir.iterdir() if run_dir.is_dir() else ())
+        if (match := _NAME.fullmatch(path.name))
+    )
+    skipped: dict[str, list[str]] = {}
+    for _, path in reversed(found):
+        missing = missing_files(path)
+        if not missing:
+            return path, skipped
+        skipped[path.name] = missing
+    return None, skipped
+
+
+def require_complete(checkpoint: Path) -> Path:
+    """The checkpoint, if it can be resumed from.
+
+    Raises:
+        CheckpointError: files are missing.
+    """
+    missing = missing_files(checkpoint)
+    if missing:
+        raise CheckpointError(f"{checkpoint} cannot be resumed from: it lacks {', '.join(missing)}.")
+    return checkpoint
+
+
+def _holds_something(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0

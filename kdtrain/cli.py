@@ -1,0 +1,282 @@
+"""The command line: parse, call, print, exit. The only module that prints a result or ends the process.
+
+Results go to stdout, everything else to stderr. Nothing here imports torch before a command needs it: help and static
+validation answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from kdtrain import __version__
+from kdtrain.errors import ConfigError, KdtrainError, NotAvailableError, PreflightError
+
+logger = logging.getLogger("kdtrain")
+
+app = typer.Typer(
+    help="Distil a large language model into a small one from one YAML file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file that is the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Options that win over the file, such as rlhf.beta=0.1."),
+]
+LogFormat = Annotated[str, typer.Option(help="text, or json for one object per line.")]
+
+
+@app.command()
+def fit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(help="auto: the newest complete checkpoint, or a clean start. Or a checkpoint's path.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build everything, one window forward and backward, no step, no file.")
+    ] = False,
+    no_launch: Annotated[
+        bool, typer.Option("--no-launch", help="Stay in this process, whatever launch.num_processes says.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")] = False,
+    log_format: LogFormat = "text",
+    debug: Annotated[bool, typer.Option("--debug", help="Tracebacks and the libraries' own messages.")] = False,
+) -> None:
+    """Train.
+
+    Under a launcher this runs in the process it is in. Otherwise, with several GPUs or launch.num_processes above 1, it
+    prints and runs the `accelerate launch` line that does the same. The final model and tokenizer, logging.jsonl and
+    status.json are in training.output_dir.
+    """
+    from kdtrain import launch
+    from kdtrain.config import ConfigLoader
+
+    _set_up_logging(log_format, debug)
+    if log_format not in ("text", "json"):
+        raise ConfigError(f"--log-format must be text or json, got {log_format!r}")
+    run_config = ConfigLoader.load(config, overrides or [])
+    if not no_launch and not launch.under_launcher():
+        from kdtrain.environment import visible_gpus
+
+        devices = visible_gpus()
+        processes = launch.wanted_processes(run_config, devices)
+        if processes > 1 or run_config.launch.config_file:
+            command = launch.launch_command(run_config, processes, sys.argv[1:], on_cpu=devices == 0)
+            typer.echo(launch.shown(command), err=True)
+            _exit_like_the_run(launch.run_launcher(command), run_config)
+    _train(config, overrides or [], resume, dry_run, quiet, log_format)
+
+
+def _train(config: Path, overrides: list[str], resume: str | None, dry_run: bool, quiet: bool, log_format: str) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not quiet and log_format == "text" and console.is_terminal:
+        console.print("loading torch and trl …", style="dim")  # some seconds without a sign otherwise
+    from kdtrain.config import ConfigLoader
+    from kdtrain.progress import ConsoleReporter
+    from kdtrain.run import fit as run_fit
+
+    logging.getLogger("kdtrain").setLevel(logging.ERROR)  # the config's warnings were given when it was first loaded
+    arguments = ConfigLoader.load_training_config(config, overrides)
+    logging.getLogger("kdtrain").setLevel(logging.INFO)
+    _quiet_libraries(keep_bars=console.is_terminal and not quiet)
+    reporter = ConsoleReporter(console, log_format, quiet)
+    result = run_fit(arguments, reporter, resume=resume, dry_run=dry_run)
+    if int(os.environ.get("RANK", "0")) == 0:
+        what = "dry run passed" if dry_run else f"{result.steps} steps, model in {result.run_dir}"
+        typer.echo(f"{what} ({result.seconds:.0f} s)")
+    _leave_process_group()
+
+
+@app.command()
+def validate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Not available yet: look at files, models, devices.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Findings as JSON on stdout.")] = False,
+) -> None:
+    """Check a config file: every problem at once, each with its place. Does not import torch; under a second."""
+    from kdtrain.config import check_config
+
+    if deep:
+        raise NotAvailableError("validate --deep is not available yet; kdtrain fit CONFIG --dry-run builds everything.")
+    result = check_config(config, overrides or [])
+    findings = [*result.errors, *result.warnings]
+    if as_json:
+        typer.echo(json.dumps([finding.to_dict() for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            typer.echo(finding.render() + "\n", err=finding.level != "error")
+        typer.echo(_verdict(config, len(result.errors), len(result.warnings)))
+    if result.errors:
+        raise typer.Exit(ConfigError.exit_code)
+
+
+def _verdict(config: Path, errors: int, warned: int) -> str:
+    def count(n: int, noun: str) -> str:
+        return f"{n} {noun}{'' if n == 1 else 's'}"
+
+    found = ", ".join(count(n, noun) for n, noun in ((errors, "error"), (warned, "warning")) if n)
+    return f"{config}: {found or 'no problems found'}"
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the config, for editors."""
+    from kdtrain.config import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Versions, devices, optional parts; secrets as set or unset only."""
+    from kdtrain.environment import environment
+
+    facts = environment()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            typer.echo(f"{key}:")
+            for name, fact in value.items():
+                typer.echo(f"  {name}: {fact}")
+        else:
+            typer.echo(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+
+
+def _not_available(name: str, help_text: str) -> None:
+    def command(arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
+        raise NotAvailableError(f"kdtrain {name} is not available yet.")
+
+    app.command(name, help=f"Not available yet: {help_text}", context_settings={"ignore_unknown_options": True})(
+        command
+    )
+
+
+_not_available("init", "copy a recipe out of examples/.")
+_not_available("cache", "write the teacher's targets for a data set to disk.")
+_not_available("evaluate", "compare student and teacher on the evaluation set.")
+_not_available("report", "one HTML page of a run.")
+_not_available("export", "merge adapters and write a plain model folder.")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: run a command and end the process with the exit code that says what happened."""
+    arguments = sys.argv[1:]
+    # `accelerate launch -m kdtrain CONFIG`: people forget the command, and it can only be one.
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        sys.argv[1:] = arguments = ["fit", *arguments]
+    try:
+        app(args=arguments, standalone_mode=False)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        _fail("Interrupted before training began; nothing was saved.", 130)
+    except KdtrainError as error:
+        _fail(str(error), error.exit_code, error)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of the command line
+            error.show()
+            sys.exit(error.exit_code)
+        _bug(error)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int, error: Exception | None = None) -> NoReturn:
+    """Say what went wrong in one message and end; the traceback only for those who asked for it."""
+    if "--debug" in sys.argv and error is not None:
+        logger.error("traceback", exc_info=error)
+    typer.echo(f"kdtrain: {message}" if "\n" not in message else message, err=True)
+    _leave_process_group(failed=True)
+    sys.exit(code)
+
+
+def _bug(error: Exception) -> NoReturn:
+    import traceback
+
+    traceback.print_exception(error)
+    typer.echo("kdtrain: this is a bug; please report it with the traceback above and `kdtrain env`.", err=True)
+    _leave_process_group(failed=True)
+    sys.exit(KdtrainError.exit_code)
+
+
+def _exit_like_the_run(status: int, config: Any) -> NoReturn:
+    """A launcher says 1 for whatever befell a worker; the run's own status knows better."""
+    from kdtrain.status import read_exit_code
+
+    code = None if status == 0 else read_exit_code(Path(config.training["output_dir"]))
+    sys.exit(status if code in (None, 0) else code)
+
+
+def _leave_process_group(failed: bool = False) -> None:
+    """Leave together, so that no rank aborts because another took the connection with it."""
+    if "torch" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        if not failed:  # after a failure the other ranks may never come
+            dist.barrier()
+        dist.destroy_process_group()
+
+
+def _set_up_logging(log_format: str, debug: bool) -> None:
+    """Our messages on stderr; the libraries' warnings only for --debug."""
+    handler = logging.StreamHandler()
+    if log_format == "json":
+        handler.setFormatter(_JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    if debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info")
+    else:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DATASETS_VERBOSITY", "error")
+        warnings.simplefilter("ignore")
+
+
+def _quiet_libraries(keep_bars: bool) -> None:
+    """No progress bars of other libraries: they are noise in a log, and loading small files is not progress."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    if not keep_bars:
+        datasets.disable_progress_bars()
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps({"event": "message", "level": record.levelname, "message": record.getMessage()})
+
+
+__all__ = ["PreflightError", "app", "main"]

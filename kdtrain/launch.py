@@ -1,0 +1,101 @@
+"""When and how `fit` hands itself to `accelerate launch`, and whether the world it got is the one that was asked for.
+
+Most ways of asking accelerate for two processes on a CPU silently give one: `--cpu` and `distributed_type: MULTI_CPU`
+do. `--multi_gpu` with `use_cpu` in the training arguments works, and is what is used here.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from kdtrain.errors import PreflightError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from kdtrain.config import RunConfig
+
+
+def under_launcher() -> bool:
+    """Whether a launcher started this process as one rank of several."""
+    return "RANK" in os.environ
+
+
+def wanted_processes(config: RunConfig, visible_devices: int) -> int:
+    """Ranks that a run is to have: what the config says, else one for each visible accelerator, else one."""
+    return config.launch.num_processes or max(visible_devices, 1)
+
+
+def launch_command(config: RunConfig, num_processes: int, arguments: Sequence[str], on_cpu: bool) -> list[str]:
+    """The `accelerate launch` command line that runs `kdtrain fit` with these arguments.
+
+    Args:
+        arguments: everything after `kdtrain`, as the user typed it.
+        on_cpu: no accelerator is there.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    if config.launch.config_file:
+        command += ["--config_file", config.launch.config_file, "--num_processes", str(num_processes)]
+    else:
+        command += ["--num_processes", str(num_processes), "--num_machines", "1", "--dynamo_backend", "no"]
+        command += ["--mixed_precision", "no"]  # decided by training.bf16 and training.fp16
+        if num_processes > 1:
+            command += ["--multi_gpu"]
+        # Port 0 lets the launcher find a free one, so that two runs can share a machine.
+        command += ["--main_process_port", "0"]
+    if on_cpu:
+        command += ["--num_cpu_threads_per_process", str(max((os.cpu_count() or 1) // num_processes, 1))]
+    return [*command, "-m", "kdtrain", *arguments]
+
+
+def run_launcher(command: Sequence[str]) -> int:
+    """Run the launcher to its end and return its exit status.
+
+    SIGTERM is passed on. Ctrl-C reaches the whole process group by itself: here it only must not end the parent first.
+    """
+    process = subprocess.Popen(command)
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        process.send_signal(signum)
+
+    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on)}
+    previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda signum, frame: None)
+    try:
+        return process.wait()
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def shown(command: Sequence[str]) -> str:
+    """The command as one would type it."""
+    text = shlex.join(command)
+    return text.replace(f"{sys.executable} -m accelerate.commands.accelerate_cli", "accelerate", 1)
+
+
+def check_world(accelerator: Accelerator, config: RunConfig) -> None:
+    """Refuse a world that is not the one asked for.
+
+    Raises:
+        PreflightError: fewer or more processes than the launcher or the config said.
+    """
+    got = accelerator.num_processes
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if got != asked:
+        raise PreflightError(
+            f"The launcher started {asked} processes, but each of them is alone (world size {got}): they would train "
+            "independent models. Remove training.use_cpu and training.ddp_backend, and launch with `kdtrain fit`."
+        )
+    wanted = config.launch.num_processes
+    if wanted is not None and under_launcher() and wanted != got:
+        raise PreflightError(
+            f"launch.num_processes is {wanted}, but the launcher started {got}. Change one of them, or start with "
+            "`kdtrain fit`, which launches by itself."
+        )

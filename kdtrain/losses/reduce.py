@@ -1,0 +1,81 @@
+"""What every loss term shares: which positions count, and what the sums are divided by.
+
+Shapes: B rows, T positions, N supervised tokens. The denominator D is one number for the whole optimizer window: the
+supervised tokens of all its micro-batches on all ranks. Each micro-batch contributes sum/D, so the loss and its
+gradient do not depend on the world size, the accumulation, the micro-batch size or the padding. Means of micro-batch
+means would: https://github.com/huggingface/trl/issues/4719.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class FusedLoss:
+    """The token terms of one micro-batch, as one pass over its supervised tokens gives them.
+
+    Sums are over the supervised tokens of this micro-batch and carry no weight; all but `loss` are detached scalars on
+    the device of the logits. Sums that need a teacher are None without one.
+    """
+
+    loss: torch.Tensor
+    """(kd_weight · kd_sum + ce_weight · ce_sum) / num_items: the only differentiable field."""
+    kd_sum: torch.Tensor | None
+    """Σ divergence, nats."""
+    ce_sum: torch.Tensor
+    """Σ −log p_S(label) over the tokens that take part in the cross-entropy, nats."""
+    num_tokens: torch.Tensor
+    """Supervised tokens, N."""
+    num_correct: torch.Tensor
+    """Tokens whose label is the student's top-1."""
+    num_agree: torch.Tensor | None
+    """Tokens where both models have the same top-1."""
+    student_entropy_sum: torch.Tensor
+    """Σ entropy of the student at temperature 1, nats."""
+    teacher_entropy_sum: torch.Tensor | None
+    """Σ entropy of the teacher at temperature 1, nats."""
+
+
+def next_token_labels(labels_BT: torch.Tensor) -> torch.Tensor:
+    """Labels [B, T−1] that the logits at positions 0 … T−2 predict. The first label is never predicted.
+
+    By slicing, not by rolling: a roll would let the last position predict the first token.
+    """
+    return labels_BT[:, 1:]
+
+
+def count_supervised(labels_BT: torch.Tensor) -> torch.Tensor:
+    """Number of supervised tokens, a scalar int64 tensor: labels other than −100, without the first of each row."""
+    return (next_token_labels(labels_BT) != IGNORE_INDEX).sum()
+
+
+def count_supervised_in(batches: Iterable[Mapping[str, torch.Tensor]], device: torch.device) -> torch.Tensor:
+    """Supervised tokens over several micro-batches of one rank, a scalar int64 tensor on `device`."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for batch in batches:
+        total += count_supervised(batch["labels"]).to(device)
+    return total
+
+
+def normaliser(num_items: torch.Tensor | int | None, local_tokens: torch.Tensor) -> torch.Tensor:
+    """D as a float32 scalar ≥ 1 on the device of `local_tokens`: the window's count, else this batch's own.
+
+    Clamped, so that a window without supervised tokens has a loss of exactly 0 instead of 0/0.
+    """
+    tokens = local_tokens if num_items is None else torch.as_tensor(num_items, device=local_tokens.device)
+    return tokens.to(torch.float32).clamp(min=1)
+
+
+def world_scale(num_items: torch.Tensor | int | None, num_processes: int) -> int:
+    """Factor on the loss that undoes the averaging of gradients across ranks.
+
+    With the window's global D each rank's loss is its share of the total; DDP, FSDP and DeepSpeed average gradients
+    over ranks, so the shares must be summed back. Without a global D (a forward outside a window) the loss is local.
+    """
+    return 1 if num_items is None else num_processes

@@ -1,0 +1,182 @@
+"""How a run looks while it goes: a live bar on a terminal, plain or JSON lines in a log."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kdtrain.callbacks import is_record
+from kdtrain.data import BuildReport
+
+# In the order in which one reads them; the rest of a record is in logging.jsonl.
+_SHOWN = ("loss", "llm_kd_loss", "sft_loss", "vision_kd_loss", "token_accuracy", "teacher_agreement", "grad_norm")
+
+
+class ConsoleReporter:
+    """A `kdtrain.run.Reporter` over a console that writes to stderr.
+
+    Args:
+        console: where to; its `is_terminal` decides between a bar and lines.
+        log_format: "text" or "json".
+        quiet: only warnings and errors, which come through logging.
+    """
+
+    def __init__(self, console: Console, log_format: str = "text", quiet: bool = False) -> None:
+        self._console = console
+        self._json = log_format == "json"
+        self._quiet = quiet
+
+    def data(self, name: str, report: BuildReport) -> None:
+        """What became of the rows of a data set."""
+        if self._quiet:
+            return
+        if self._json:
+            self._line({"event": "data", "name": name, "summary": report.summary()})
+        else:
+            self._console.print(f"{name}: {report.summary()}", markup=False, highlight=False, soft_wrap=True)
+
+    def plan(self, rows: Mapping[str, str]) -> None:
+        """The table of what was derived."""
+        if self._quiet:
+            return
+        if self._json:
+            self._line({"event": "plan", **rows})
+            return
+        table = Table(show_header=False, box=None, pad_edge=False)
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for key, value in rows.items():
+            table.add_row(key, value)
+        self._console.print(table, markup=False, highlight=False)
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What shows the steps."""
+        if self._quiet:
+            return []
+        if self._json:
+            return [JsonLines(self)]
+        return [ProgressBar(self._console)] if self._console.is_terminal else [PlainLines(self._console)]
+
+    def _line(self, record: Mapping[str, Any]) -> None:
+        self._console.print(json.dumps(record), markup=False, highlight=False, soft_wrap=True)
+
+
+class JsonLines(TrainerCallback):
+    """One JSON object per record."""
+
+    def __init__(self, reporter: ConsoleReporter) -> None:
+        self._reporter = reporter
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and is_record(logs):
+            self._reporter._line({"event": "log", "step": state.global_step, **logs})
+
+
+class PlainLines(TrainerCallback):
+    """One line per record, with the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._started = (0, 0.0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started = (state.global_step, time.perf_counter())
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or not is_record(logs):
+            return
+        first, began = self._started
+        left = ""
+        if "loss" in logs and state.global_step > first:
+            seconds = (time.perf_counter() - began) / (state.global_step - first)
+            left = f"  {_duration(seconds * (state.max_steps - state.global_step))} left"
+        line = f"step {state.global_step}/{state.max_steps}  {describe(logs)}{left}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class ProgressBar(TrainerCallback):
+    """A live bar with the newest loss terms; evaluations stay as lines above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=console,
+        )
+        self._task: TaskID | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._progress.start()
+        self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or not is_record(logs) or self._task is None:
+            return
+        if "loss" in logs:
+            self._progress.update(self._task, description=describe(logs))
+        else:
+            self._console.print(f"step {state.global_step}  {describe(logs)}", markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Give the terminal back; also after a failure in the middle of training."""
+        self._progress.stop()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+
+def describe(logs: Mapping[str, Any]) -> str:
+    """The metrics of a record that one watches, in short."""
+    prefix = "" if "loss" in logs else "eval_"
+    parts = [f"{prefix}{key} {logs[prefix + key]:.4g}" for key in _SHOWN if prefix + key in logs]
+    if "tokens_per_second" in logs:
+        parts.append(f"{logs['tokens_per_second']:,.0f} tok/s")
+    return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, secs = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"

@@ -1,0 +1,53 @@
+"""`status.json` of a run folder: how the run ended, or that it still goes. The launching process reads it: no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kdtrain.errors import KdtrainError
+
+STATUS = "status.json"
+
+
+@contextmanager
+def tracked_status(run_dir: Path) -> Iterator[None]:
+    """Keep `status.json` true, in folders that exist: a launcher's exit status of 1 says nothing about a worker's."""
+    try:
+        yield
+    except BaseException as error:
+        code = (
+            error.exit_code if isinstance(error, KdtrainError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        )
+        state = "stopped" if code in (130, 143) else "failed"
+        write_status(run_dir, state, code, str(error) if isinstance(error, KdtrainError) else repr(error))
+        raise
+    write_status(run_dir, "finished", 0, "")
+
+
+def write_status(run_dir: Path, state: str, exit_code: int | None, message: str) -> None:
+    """Write `status.json` if the run folder exists; rank 0 always, another rank only to report its failure."""
+    rank = int(os.environ.get("RANK", "0"))
+    if not run_dir.is_dir() or (rank != 0 and state != "failed"):
+        return
+    status = {"state": state, "exit_code": exit_code, "message": message, "rank": rank, "time": time.time()}
+    write_atomically(run_dir / STATUS, json.dumps(status, indent=2) + "\n")
+
+
+def read_exit_code(run_dir: Path) -> int | None:
+    """The exit code that a run's status says, None without one."""
+    try:
+        return int(json.loads((run_dir / STATUS).read_text(encoding="utf-8"))["exit_code"])
+    except (OSError, ValueError, KeyError, TypeError):  # TypeError: still running, no code yet
+        return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file as a whole: a reader sees the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,167 @@
+"""Metrics that mean what their names say, reduced over micro-batches and ranks without a rank ever waiting for another.
+
+The trainer appends one detached scalar tensor per micro-batch to lists under fixed names, with no device
+synchronisation. When a log is due every rank packs all names, present or not, as (sum, count) into one vector, and one
+gather brings the ranks together: a rank that never saw an image or a teacher sends zeros instead of skipping a
+collective.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+VISUAL_TARGETS = ("vit", "aligner", "deepstack")
+
+# Terms of the loss, already weighted. Training: each entry is the micro-batch's share of its window's loss, so that the
+# sum over micro-batches and ranks is the window's value. Evaluation: each entry is the batch's mean.
+LOSS_TERMS = (
+    "llm_kd_loss",
+    "sft_loss",
+    "vision_kd_loss",
+    *(f"vision_kd_loss_{target}" for target in VISUAL_TARGETS),
+    "aux_loss",
+)
+# Plain sums over supervised tokens (`input_tokens`: over all tokens that are not padding).
+TOKEN_SUMS = (
+    "num_tokens",
+    "num_correct",
+    "num_teacher_tokens",
+    "num_agree",
+    "student_entropy_sum",
+    "teacher_entropy_sum",
+    "input_tokens",
+)
+WINDOW_COUNTS = ("windows", "on_policy_windows")
+_KEYS = (*LOSS_TERMS, *TOKEN_SUMS, *WINDOW_COUNTS)
+
+Metrics = Mapping[str, Sequence[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """Sums and counts over all ranks."""
+
+    sums: dict[str, float]
+    counts: dict[str, float]
+    num_processes: int
+    peak_memory_gib: float
+    """Largest over the ranks."""
+
+
+def reduce_metrics(metrics: Metrics, accelerator: Accelerator, *, token_weighted: bool) -> Reduced:
+    """Gather the packed metrics of every rank; a collective, to be called by all of them.
+
+    Args:
+        metrics: name -> scalar tensors, one per micro-batch; names outside the fixed list are ignored.
+        token_weighted: weight the loss terms by the batch's supervised tokens (evaluation: batch means become a sum).
+    """
+    device = accelerator.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    packed = torch.zeros(2 * len(_KEYS) + 1, dtype=dtype, device=device)
+    weights = _stack(metrics.get("num_tokens", ()), dtype, device)
+    for i, key in enumerate(_KEYS):
+        values = _stack(metrics.get(key, ()), dtype, device)
+        if token_weighted and key in LOSS_TERMS and len(values):
+            values = values * weights
+        packed[2 * i] = values.sum()
+        packed[2 * i + 1] = len(values)
+    packed[-1] = peak_memory_gib(device)
+    ranks = accelerator.gather(packed[None])
+    total = ranks[:, :-1].sum(0).tolist()
+    return Reduced(
+        sums={key: total[2 * i] for i, key in enumerate(_KEYS)},
+        counts={key: total[2 * i + 1] for i, key in enumerate(_KEYS)},
+        num_processes=accelerator.num_processes,
+        peak_memory_gib=ranks[:, -1].max().item(),
+    )
+
+
+def _stack(values: Sequence[torch.Tensor], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if not values:
+        return torch.zeros(0, dtype=dtype, device=device)
+    return torch.stack([value.to(device=device, dtype=dtype) for value in values])
+
+
+def training_metrics(reduced: Reduced, seconds: float) -> dict[str, float]:
+    """One training record: loss terms averaged over the optimizer steps since the last one, token metrics over tokens.
+
+    The terms add up to `loss`, which is averaged over the same steps.
+    """
+    steps = max(reduced.sums["windows"] / reduced.num_processes, 1)
+    record = {key: reduced.sums[key] / steps for key in LOSS_TERMS if reduced.counts[key]}
+    record |= _token_metrics(reduced)
+    record["on_policy_fraction"] = reduced.sums["on_policy_windows"] / max(reduced.sums["windows"], 1)
+    if seconds > 0:
+        record["tokens_per_second"] = reduced.sums["input_tokens"] / seconds
+    record["peak_memory_gib"] = reduced.peak_memory_gib
+    return record
+
+
+def evaluation_metrics(reduced: Reduced) -> dict[str, float]:
+    """One evaluation record: every value is a mean over the supervised tokens of the whole set, `loss` the total."""
+    tokens = max(reduced.sums["num_tokens"], 1)
+    terms = {key: reduced.sums[key] / tokens for key in LOSS_TERMS if reduced.counts[key]}
+    total = sum(terms[key] for key in ("llm_kd_loss", "sft_loss", "vision_kd_loss", "aux_loss") if key in terms)
+    return {"loss": total, **terms, **_token_metrics(reduced)}
+
+
+def _token_metrics(reduced: Reduced) -> dict[str, float]:
+    record: dict[str, float] = {}
+    tokens = reduced.sums["num_tokens"]
+    if tokens:
+        record["token_accuracy"] = reduced.sums["num_correct"] / tokens
+        record["student_entropy"] = reduced.sums["student_entropy_sum"] / tokens
+    teacher_tokens = reduced.sums["num_teacher_tokens"]
+    if teacher_tokens:
+        record["teacher_agreement"] = reduced.sums["num_agree"] / teacher_tokens
+        record["teacher_entropy"] = reduced.sums["teacher_entropy_sum"] / teacher_tokens
+    return record
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """GiB at the peak so far: allocated on the device for CUDA, the resident size of this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB on Linux
+
+
+class Stopwatch:
+    """Seconds spent training since the last `lap`, without evaluation and saving."""
+
+    def __init__(self) -> None:
+        self._started: float | None = None
+        self._paused = 0.0
+
+    def start(self) -> None:
+        """Begin a lap, unless one is running."""
+        if self._started is None:
+            self._started, self._paused = time.perf_counter(), 0.0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave out what runs inside."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - began
+
+    def lap(self) -> float:
+        """End the lap and return its seconds; 0 when none was running."""
+        if self._started is None:
+            return 0.0
+        seconds = time.perf_counter() - self._started - self._paused
+        self._started = None
+        return seconds

@@ -1,0 +1,29 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tests fork
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+import pytest
+import torch
+
+from tests import tiny
+
+# On a busy two-core machine two threads took fifty times longer than one.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny.make_tokenizer()
+
+
+@pytest.fixture
+def student():
+    return tiny.make_qwen3(seed=1)
+
+
+@pytest.fixture
+def teacher():
+    return tiny.make_qwen3(seed=2, hidden=48)

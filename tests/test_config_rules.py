@@ -1,0 +1,350 @@
+"""Single options and how they go together: types, ranges, unknown keys, conflicts, options without effect."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdtrain.config import Diagnostic, check_config, json_schema
+from kdtrain.config.suggest import known_keys
+from kdtrain.config.training import training_fields
+from kdtrain.config.training_rules import REFUSED
+
+GOOD: dict[str, Any] = {
+    "model": {"model": "org/student"},
+    "data": {"train": "rows.jsonl"},
+    "rlhf": {"teacher_model": "org/teacher"},
+    "training": {"output_dir": "runs/x"},
+}
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """GOOD with changes given as `section__option=value`."""
+    result = copy.deepcopy(GOOD)
+    for name, value in changes.items():
+        *sections, option = name.split("__")
+        holder = result
+        for section in sections:
+            holder = holder.setdefault(section, {})
+        holder[option] = value
+    return result
+
+
+def errors(source: Any) -> dict[str, str]:
+    return {error.path: f"{error.message} | {error.hint}" for error in check_config(source).errors}
+
+
+def warnings(source: Any) -> list[Diagnostic]:
+    result = check_config(source)
+    assert not result.errors, [error.headline for error in result.errors]
+    return result.warnings
+
+
+def test_a_plain_config_has_neither_errors_nor_warnings() -> None:
+    assert warnings(GOOD) == []
+
+
+WRONG_VALUES: list[tuple[str, Any, str]] = [
+    ("rlhf__beta", True, "expected a number, got the boolean true"),
+    ("rlhf__beta", "0.5", "expected a number, got text '0.5' | remove the quotes"),
+    ("rlhf__beta", 1.1, "at most 1, got 1.1"),
+    ("rlhf__beta", -0.1, "non-negative, got -0.1"),
+    ("rlhf__beta", float("nan"), "not a finite number"),
+    ("rlhf__beta", 10**400, "too large"),
+    ("rlhf__lmbda", 2, "at most 1"),
+    ("rlhf__llm_kd_weight", -0.1, "must be non-negative, got -0.1"),
+    ("rlhf__llm_kd_weight", float("inf"), "not a finite number"),
+    ("rlhf__sft_alpha", -1, "must be non-negative"),
+    ("rlhf__kd_temperature", 0, "above 0"),
+    ("rlhf__temperature", 0, "above 0"),
+    ("rlhf__temperature", 1.5, "at most 1"),
+    ("rlhf__max_new_tokens", 0, "at least 1"),
+    ("rlhf__max_new_tokens", 12.5, "expected a whole number, got the number 12.5"),
+    ("rlhf__divergence", "jsd_scale", "expected one of jsd, jsd_scaled, mixed_kl, got text 'jsd_scale' | did you mean"),
+    ("rlhf__rlhf_type", "dpo", "expected gkd, got text 'dpo'"),
+    ("rlhf__seq_kd", "no", "expected true or false, got text 'no' | write false"),
+    ("rlhf__seq_kd", 1, "expected true or false, got the number 1"),
+    ("rlhf__teacher", 3, "expected a map"),
+    ("rlhf__teacher_model", "", "must not be empty"),
+    ("model__model", 3, "expected text, got the number 3"),
+    ("model__dtype", "bf16", "expected one of auto, float32"),
+    ("tuner__lora_rank", 0, "at least 1"),
+    ("tuner__lora_dropout", 1, "below 1"),
+    ("tuner__target_modules", 3, "a name or a list of names"),
+    ("tuner__modules_to_save", "lm_head", "expected a list of names"),
+    ("data__max_length", "long", "expected a whole number"),
+    ("data__max_bad_rows", -1, "non-negative"),
+    ("data__train", 5, "expected a path, a hub id"),
+    ("data__train", [], "at least one"),
+    ("data__on_overlength", "cut", "expected one of error, truncate, drop"),
+    ("custom__sample_limit", 0, "at least 1"),
+    ("custom__visual_kd__targets", ["vit", "lm"], "the targets are vit, aligner, deepstack"),
+    ("custom__visual_kd__targets", ["vit", "vit"], "twice"),
+    ("custom__visual_kd__weight", -1, "non-negative"),
+    ("launch__num_processes", 0, "at least 1"),
+    ("training__learning_rate", "abc", "expected a number, got text 'abc'"),
+    ("training__learning_rate", True, "got the boolean true"),
+    ("training__learning_rate", -1.0, "non-negative"),
+    ("training__max_steps", 1000.0, "expected a whole number, got the number 1000.0 | write 1000"),
+    ("training__max_steps", 0, "-1 for no limit"),
+    ("training__max_steps", -2, "-1 for no limit"),
+    ("training__per_device_train_batch_size", 0, "at least 1"),
+    ("training__optim", "adamw", "did you mean 'adamw_torch'"),
+    ("training__lr_scheduler_type", "cosin", "did you mean 'cosine'"),
+    ("training__eval_strategy", "step", "expected one of no, steps, epoch"),
+    ("training__save_strategy", False, "expected text, got the boolean false"),
+    ("training__bf16", "yes", "write true"),
+    ("training__report_to", 3, "expected text or a list"),
+    ("training", [1], "expected a map, got a list"),
+    ("data", "rows.jsonl", "expected a map, got text"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "expected"), WRONG_VALUES)
+def test_a_wrong_value_is_one_error_that_says_what_was_expected(option: str, value: Any, expected: str) -> None:
+    found = errors(config(**{option: value}))
+    assert list(found) == [option.replace("__", ".")]
+    assert expected in found[option.replace("__", ".")]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("rlhf__beta", 1),
+        ("rlhf__llm_kd_weight", 0.25),
+        ("tuner__lora_alpha", 8),
+        ("training__warmup_steps", 0.1),
+        ("training__num_train_epochs", 3),
+        ("training__report_to", ["tensorboard"]),
+        ("training__bf16", None),
+        ("training__lr_scheduler_kwargs", {"num_cycles": 2}),
+        ("rlhf", {"teacher_model": "org/t", "teacher": {"backend": "hf", "dtype": "bfloat16"}}),
+        ("tuner", None),
+        ("tuner", {"freeze_llm": True, "freeze_vit": True}),
+        ("data__train", [{"path": "a.jsonl", "weight": 2, "ce": False, "limit": 5}, "org/rows"]),
+    ],
+)
+def test_right_values_pass(option: str, value: Any) -> None:
+    assert errors(config(**{option: value})) == {}
+
+
+UNKNOWN: list[tuple[str, str]] = [
+    ("rlhf__lambda", "did you mean 'lmbda'?"),
+    ("rlhf__learning_rate", "move it to training.learning_rate"),
+    ("data__beta", "move it to rlhf.beta"),
+    ("beta", "move it to rlhf.beta"),
+    ("model__lora_rank", "move it to tuner.lora_rank"),
+    ("tuner__teacher_model", "move it to rlhf.teacher_model"),
+    ("rlhf__num_processes", "move it to launch.num_processes"),
+    ("training__llm_kd_weight", "move it to rlhf.llm_kd_weight"),
+    ("training__learning_rat", "did you mean 'learning_rate'?"),
+    ("training__lr", "use training.learning_rate"),
+    ("training__warmup_ratio", "warmup_steps"),
+    ("data__lerning_rate", "did you mean training.learning_rate?"),
+    ("modle", "did you mean 'model'?"),
+    ("rlhf.beta", "nest it, one level per dot: rlhf: {beta: ...}"),
+    ("rlhf__teacher__base_ulr", "did you mean 'base_url'?"),
+    ("custom__visual_kd__wieght", "did you mean 'weight'?"),
+    ("training__teacher_model_name_or_path", "use rlhf.teacher_model"),
+    ("training__model_init_kwargs", "use model.init_kwargs"),
+    ("training__trust_remote_code", "move it to model.trust_remote_code"),
+    *((f"training__{key}", f"move it to data.{key}") for key in ("max_length", "packing", "padding_free")),
+    *(
+        (f"training__{key}", f"move it to rlhf.{key}")
+        for key in (
+            "beta",
+            "lmbda",
+            "temperature",
+            "seq_kd",
+            "max_new_tokens",
+            "disable_dropout",
+            "teacher_model_init_kwargs",
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("option", "hint"), UNKNOWN)
+def test_an_unknown_or_misplaced_key_is_an_error_that_names_the_right_one(option: str, hint: str) -> None:
+    found = errors(config(**{option: 1}))
+    assert list(found) == [option.replace("__", ".")]
+    assert hint in found[option.replace("__", ".")]
+
+
+def test_a_key_like_nothing_known_is_still_an_error() -> None:
+    assert "unknown key" in errors(config(rlhf__zzz=1))["rlhf.zzz"]
+    assert "unknown key" in errors(config(data__train=[{"path": "a.jsonl", "zzz": 1}]))["data.train[0].zzz"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_field_that_breaks_a_run_is_refused_with_the_reason(name: str) -> None:
+    value = {True: False, False: True}.get(REFUSED[name].harmless[0], "x")
+    found = errors(config(**{f"training__{name}": value}))
+    assert list(found) == [f"training.{name}"]
+    assert REFUSED[name].reason in found[f"training.{name}"]
+    for harmless in REFUSED[name].harmless:
+        assert errors(config(**{f"training__{name}": harmless})) == {}
+
+
+def test_every_refused_field_is_a_field_of_the_installed_trl() -> None:
+    assert set(REFUSED) <= set(training_fields())
+
+
+NOT_YET: list[tuple[str, Any]] = [
+    ("model__quantization", "4bit"),
+    ("rlhf__teacher__quantization", "8bit"),
+    ("rlhf__teacher__backend", "self"),
+    ("rlhf__teacher__backend", "local-toggle"),
+    ("rlhf__teacher__backend", "vllm"),
+    ("rlhf__teacher__backend", "openai"),
+    ("rlhf__teacher__backend", "cache"),
+    ("rlhf__teacher__prefix", [{"role": "system", "content": "x"}]),
+    ("rlhf__teacher__adapter", "org/adapter"),
+    ("custom__visual_kd__enabled", True),
+    ("data__packing", True),
+    ("data__padding_free", True),
+]
+
+
+@pytest.mark.parametrize(("option", "value"), NOT_YET)
+def test_an_option_of_a_later_version_is_refused_not_ignored(option: str, value: Any) -> None:
+    found = errors(config(**{option: value}))
+    assert list(found) == [option.replace("__", ".")]
+    assert "not available yet" in found[option.replace("__", ".")]
+
+
+@pytest.mark.parametrize(("option", "value"), [("streaming", True), ("answers", "teacher")])
+def test_a_source_option_of_a_later_version_is_refused_not_ignored(option: str, value: Any) -> None:
+    found = errors(config(data__train=["a.jsonl", {"path": "b.jsonl", option: value}]))
+    assert list(found) == [f"data.train[1].{option}"]
+
+
+CONFLICTS: list[tuple[dict[str, Any], str, str]] = [
+    ({"rlhf": {}}, "rlhf.teacher_model", "a teacher is needed, because rlhf.llm_kd_weight is 1"),
+    ({"rlhf": {"llm_kd_weight": 0.25}}, "rlhf.teacher_model", "llm_kd_weight is 0.25"),
+    ({"model": {}}, "model.model", "is required"),
+    ({"data": {}}, "data.train", "is required"),
+    ({"training": {}}, "training.output_dir", "is required"),
+    ({"training__eval_strategy": "steps"}, "training.eval_strategy", "without data"),
+    ({"training__bf16": True, "training__fp16": True}, "training.fp16", "cannot be combined"),
+    ({"training__load_best_model_at_end": True}, "training.load_best_model_at_end", "needs evaluation"),
+    ({"training__dataloader_prefetch_factor": 2}, "training.dataloader_prefetch_factor", "dataloader_num_workers"),
+    ({"model__init_kwargs": {"dtype": "auto"}}, "model.init_kwargs.dtype", "use model.dtype"),
+    ({"model__init_kwargs": {"trust_remote_code": True}}, "model.init_kwargs.trust_remote_code", "one place"),
+    ({"model__init_kwargs": {"use_safetensors": False}}, "model.init_kwargs.use_safetensors", "safetensors only"),
+    (
+        {"rlhf__teacher_model_init_kwargs": {"trust_remote_code": True}},
+        "rlhf.teacher_model_init_kwargs.trust_remote_code",
+        "use model.trust_remote_code",
+    ),
+    (
+        {"rlhf__teacher_model_init_kwargs": {"dtype": "auto"}, "rlhf__teacher": {"dtype": "float32"}},
+        "rlhf.teacher_model_init_kwargs.dtype",
+        "given twice",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "path", "expected"), CONFLICTS)
+def test_options_that_cannot_go_together_are_an_error(changes: dict[str, Any], path: str, expected: str) -> None:
+    found = errors(config(**changes))
+    assert list(found) == [path]
+    assert expected in found[path]
+
+
+IDLE: list[tuple[dict[str, Any], str, str]] = [
+    ({"rlhf__llm_kd_weight": 0}, "rlhf.teacher_model", "none is loaded"),
+    ({"rlhf": {"llm_kd_weight": 0, "sft_alpha": 0.5}}, "rlhf.sft_alpha", "cross-entropy has weight 1.0"),
+    ({"rlhf": {"llm_kd_weight": 0, "seq_kd": True}}, "rlhf.seq_kd", "rlhf.llm_kd_weight is 0"),
+    ({"rlhf": {"llm_kd_weight": 0, "lmbda": 0.5}}, "rlhf.lmbda", "rlhf.llm_kd_weight is 0"),
+    ({"rlhf": {"llm_kd_weight": 0, "beta": 0.1}}, "rlhf.beta", "rlhf.llm_kd_weight is 0"),
+    ({"rlhf": {"llm_kd_weight": 0, "eval_kd": True}}, "rlhf.eval_kd", "nothing asks the teacher"),
+    ({"rlhf__lmbda": 0, "rlhf__temperature": 0.5}, "rlhf.temperature", "nothing is generated"),
+    ({"rlhf__lmbda": 0, "rlhf__max_new_tokens": 5}, "rlhf.max_new_tokens", "nothing is generated"),
+    ({"rlhf__eval_kd": False}, "rlhf.eval_kd", "no data.eval"),
+    ({"rlhf__teacher": {"base_url": "http://h/v1"}}, "rlhf.teacher.base_url", "no effect: rlhf.teacher.backend is hf"),
+    ({"rlhf__teacher": {"top_k": 5}}, "rlhf.teacher.top_k", "no effect: rlhf.teacher.backend is hf"),
+    ({"tuner__lora_rank": 8}, "tuner.lora_rank", "tuner.train_type is full"),
+    ({"tuner__use_dora": True, "tuner__lora_alpha": 3}, "tuner.use_dora", "the same goes for lora_alpha"),
+    ({"custom__visual_kd__weight": 2}, "custom.visual_kd.weight", "enabled is false"),
+    ({"custom__visual_kd": {"enabled": True, "weight": 0}}, "custom.visual_kd.enabled", "weight is 0"),
+    ({"training__eval_steps": 5}, "training.eval_steps", "no data.eval"),
+    ({"training__per_device_eval_batch_size": 5}, "training.per_device_eval_batch_size", "no data.eval"),
+    ({"data__eval": "e.jsonl"}, "data.eval", "training.eval_strategy is no"),
+    ({"training__max_steps": 5, "training__num_train_epochs": 1}, "training.num_train_epochs", "max_steps is set"),
+    ({"training__save_strategy": "no", "training__save_steps": 5}, "training.save_steps", "save_strategy is no"),
+    ({"training__save_total_limit": 1}, "training.save_total_limit", "2 checkpoints are kept"),
+    ({"training__disable_tqdm": False}, "training.disable_tqdm", "its own progress"),
+]
+
+
+@pytest.mark.parametrize(("changes", "path", "expected"), IDLE)
+def test_an_option_without_effect_gets_one_warning(changes: dict[str, Any], path: str, expected: str) -> None:
+    (warning,) = warnings(config(**changes))
+    assert warning.path == path
+    assert expected in warning.message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rlhf": {"llm_kd_weight": 0}},
+        {"rlhf": {"llm_kd_weight": 0, "seq_kd": False, "lmbda": 0, "sft_alpha": 0}},
+        {"rlhf__lmbda": 0, "rlhf__seq_kd": True, "rlhf__temperature": 0.5},
+        {"tuner": {"train_type": "lora", "lora_rank": 8}},
+        {
+            "data__eval": "e.jsonl",
+            "training__eval_strategy": "steps",
+            "training__eval_steps": 5,
+            "rlhf__eval_kd": False,
+        },
+    ],
+)
+def test_an_option_with_effect_gets_no_warning(changes: dict[str, Any]) -> None:
+    assert warnings(config(**changes)) == []
+
+
+def test_a_rule_is_silent_about_an_option_that_is_wrong_in_itself() -> None:
+    found = errors(config(rlhf={"llm_kd_weight": -1}))
+    assert list(found) == ["rlhf.llm_kd_weight"]
+
+
+def test_wrong_types_unknown_keys_bad_choices_and_conflicts_come_in_one_run(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {model: org/a, dtype: bf16}\n"
+        "data: {train: rows.jsonl, max_length: true}\n"
+        "rlhf: {lambda: 0.5, beta: 3}\n"
+        "training: {beta: 1, learning_rate: abc, fp16: true, bf16: true, output_dir: x}\n"
+    )
+    result = check_config(path)
+    assert [(e.path, e.line) for e in result.errors] == [
+        ("model.dtype", 1),
+        ("data.max_length", 2),
+        ("rlhf.teacher_model", 3),
+        ("rlhf.lambda", 3),
+        ("rlhf.beta", 3),
+        ("training.beta", 4),
+        ("training.learning_rate", 4),
+        ("training.fp16", 4),
+    ]
+    assert all(error.col and error.source_line for error in result.errors)
+    assert result.config is None
+
+
+def test_the_json_schema_knows_every_key_and_describes_it() -> None:
+    schema = json_schema()
+    training = schema["properties"]["training"]["properties"]
+    assert set(schema["properties"]) == set(known_keys()[""])
+    assert training["learning_rate"]["type"] == ["number"]
+    assert "cosine" in training["lr_scheduler_type"]["enum"]
+    assert "beta" not in training
+    assert "hub_token" not in training
+    for name, definition in schema["$defs"].items():
+        assert definition["additionalProperties"] is False, name
+        for key, option in definition["properties"].items():
+            assert option.get("description"), f"{name}.{key}"
+    assert {"type": "string"} in schema["$defs"]["DataConfig"]["properties"]["train"]["anyOf"]

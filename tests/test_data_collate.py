@@ -1,0 +1,106 @@
+"""Rows to padded batches."""
+
+import pytest
+import torch
+
+from kdtrain.data import Collator, RowError, encode_row, pad_rows
+from kdtrain.errors import DataError
+from tests import tiny
+from tests.test_data_template import ROW, tokenizer_with
+
+SHORT = {"prompt": "the", "completion": " path"}
+PROMPT = {"prompt": "the file it returns"}
+
+
+def encoded(row, tokenizer, **extra):
+    result = encode_row(row, tokenizer, train_on="assistant")
+    return {
+        "input_ids": result.input_ids,
+        "labels": result.labels,
+        "prompt_length": result.prompt_length,
+        **extra,
+    }
+
+
+def test_a_batch_has_what_the_trainer_needs(tokenizer):
+    rows = [encoded(ROW, tokenizer, ce=False, row_id="1:4"), encoded(SHORT, tokenizer, ce=True, row_id="0:2")]
+    batch = Collator(tokenizer)(rows)
+    width = len(rows[0]["input_ids"])
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["labels"].shape == (2, width)
+    assert batch["input_ids"].dtype == batch["labels"].dtype == batch["prompt_lengths"].dtype == torch.long
+    assert batch["attention_mask"].sum(1).tolist() == [len(row["input_ids"]) for row in rows]
+    assert batch["prompt_lengths"].tolist() == [row["prompt_length"] for row in rows]
+    assert batch["ce_rows"].tolist() == [False, True]
+    assert batch["row_ids"] == ["1:4", "0:2"]
+
+
+def test_raw_rows_are_encoded_like_those_of_a_built_data_set(tokenizer):
+    raw = [ROW, SHORT, PROMPT, {"text": "zero"}]
+    built = Collator(tokenizer)([encoded(row, tokenizer) for row in raw])
+    direct = Collator(tokenizer)(raw)
+    for key in ("input_ids", "attention_mask", "labels", "prompt_lengths", "ce_rows"):
+        assert torch.equal(built[key], direct[key]), key
+    last = Collator(tokenizer, train_on="last")([ROW])
+    assert 0 < (last["labels"] != -100).sum() < (direct["labels"][0] != -100).sum()
+
+
+@pytest.mark.parametrize("pad", ["<|im_end|>", None])
+def test_an_eos_that_is_also_the_padding_stays_visible_and_supervised(pad):
+    tokenizer = tokenizer_with(pad=pad)
+    batch = Collator(tokenizer)([ROW, SHORT])
+    eos, real = tokenizer.eos_token_id, batch["attention_mask"].bool()
+    assert batch["input_ids"][1][real[1]][-1] == eos
+    assert batch["labels"][1][real[1]][-1] == eos
+    assert (batch["input_ids"][1][~real[1]] == eos).all()
+    assert (batch["labels"][1][~real[1]] == -100).all()
+    assert tokenizer.pad_token == pad  # the tokenizer is the caller's
+
+
+def test_padding_does_not_change_what_the_model_computes(tokenizer):
+    model = tiny.make_qwen3(seed=3).eval()
+    alone = Collator(tokenizer)([SHORT])
+    padded = Collator(tokenizer, pad_to_multiple_of=64)([ROW, SHORT])
+    assert padded["input_ids"].shape[1] % 64 == 0
+    n = alone["input_ids"].shape[1]
+    assert torch.equal(alone["labels"][0], padded["labels"][1, :n])
+    with torch.no_grad():
+        one = model(input_ids=alone["input_ids"], attention_mask=alone["attention_mask"]).logits
+        two = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
+    torch.testing.assert_close(one[0], two[1, :n], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(None, 3), (1, 3), (3, 3), (8, 8)])
+def test_pad_rows_pads_on_the_right_and_never_trains_on_the_first_token(multiple, width):
+    batch = pad_rows([([5, 6, 7], [5, 6, 7]), ([7], [-100])], pad_id=7, multiple=multiple)
+    tail = [0] * (width - 3)
+    assert batch["input_ids"].tolist() == [[5, 6, 7] + [7] * len(tail), [7, 7, 7] + [7] * len(tail)]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, *tail], [1, 0, 0, *tail]]
+    assert batch["labels"].tolist() == [[-100, 6, 7] + [-100] * len(tail), [-100] * width]
+
+
+def test_a_row_over_max_length_is_refused_cut_from_the_right_or_left_out(tokenizer):
+    whole = encode_row(ROW, tokenizer, train_on="assistant")
+    limit = whole.prompt_length + 2
+    with pytest.raises(DataError, match=rf"{len(whole.input_ids)} tokens, max_length is {limit}"):
+        Collator(tokenizer, max_length=limit)([ROW])
+    cut = Collator(tokenizer, max_length=limit, on_overlength="truncate")([ROW])
+    assert cut["input_ids"][0].tolist() == whole.input_ids[:limit]
+    assert cut["labels"][0].tolist() == whole.labels[:limit]
+    assert len(Collator(tokenizer, max_length=limit, on_overlength="drop")([ROW, SHORT])["row_ids"]) == 1
+    with pytest.raises(DataError, match="every row of a batch of 1"):
+        Collator(tokenizer, max_length=limit, on_overlength="drop")([ROW])
+
+
+def test_rows_that_cannot_be_collated_are_named(tokenizer):
+    with pytest.raises(RowError, match="none of the columns"):
+        Collator(tokenizer)([{"question": "x"}])
+    with pytest.raises(DataError, match=r"3:7.*2 ids, 0 labels"):
+        Collator(tokenizer)([{"input_ids": [1, 2], "row_id": "3:7"}])
+    with pytest.raises(DataError, match="on_overlength must be one of"):
+        Collator(tokenizer, on_overlength="cut")
+
+
+def test_rows_of_a_data_set_in_torch_format_are_accepted(tokenizer):
+    row = encoded(ROW, tokenizer, ce=True, row_id="0:0")
+    tensors = {**row, "input_ids": torch.tensor(row["input_ids"]), "labels": torch.tensor(row["labels"])}
+    assert torch.equal(Collator(tokenizer)([tensors])["labels"], Collator(tokenizer)([row])["labels"])

@@ -1,0 +1,181 @@
+"""Tiny real models, a real tokenizer and real ranks for the tests. No network."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
+    "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = [
+    "What does the function do? It returns the path of the file.",
+    "The teacher predicts the next token and the student learns from it.",
+    "A divergence between two distributions is zero when they are equal.",
+    "Numbers such as 1, 2, 30 and 444 are tokens as well.",
+]
+CHATS = [
+    {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": answer}]}
+    for i, answer in enumerate(
+        ["the path", "a token and the student", "zero", "the file it returns when they are equal", "two", "1 and 30"]
+    )
+]
+
+
+def make_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with ChatML's tokens; pad is a token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>")
+    fast.chat_template = CHATML
+    return fast
+
+
+def make_qwen3(
+    vocab_size: int = 320, hidden: int = 32, layers: int = 2, seed: int = 0, **kwargs: Any
+) -> Qwen3ForCausalLM:
+    """A Qwen3 of a few thousand parameters, large initial weights so that its distributions are not flat."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        **{"tie_word_embeddings": True, "eos_token_id": 2, "pad_token_id": 3, "bos_token_id": None, **kwargs},
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def make_llama(vocab_size: int = 320, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            eos_token_id=[2, 0],
+            pad_token_id=3,
+            bos_token_id=None,
+        )
+    )
+
+
+def make_gemma2(vocab_size: int = 320, seed: int = 0) -> Gemma2ForCausalLM:
+    """Soft-capped logits."""
+    torch.manual_seed(seed)
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=vocab_size,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            final_logit_softcapping=3.0,
+            eos_token_id=2,
+            pad_token_id=3,
+            bos_token_id=None,
+        )
+    )
+
+
+def save_model(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
+    """Save a model with its tokenizer and return the folder's name."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """Run `function(*args)` as `world_size` gloo ranks in forked processes; return what each one returned.
+
+    The environment is what a launcher sets. Forking after the imports makes a two-rank job take seconds.
+    """
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_rank, args=(function, rank, world_size, port, queue, args))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    results: dict[int, Any] = {}
+    try:
+        for _ in range(world_size):
+            rank, ok, value = queue.get(timeout=timeout)
+            if not ok:
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+    return [results[rank] for rank in range(world_size)]
+
+
+def _rank(
+    function: Callable[..., Any], rank: int, world_size: int, port: int, queue: Any, args: tuple[Any, ...]
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    try:
+        # Results travel as plain numbers and lists: a tensor in a queue needs the sending process to stay alive.
+        queue.put((rank, True, function(*args)))
+    except BaseException:
+        queue.put((rank, False, traceback.format_exc()))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
