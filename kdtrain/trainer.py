@@ -67,6 +67,8 @@ _NOT_FOR_THE_MODEL = frozenset(
     {"labels", "prompt_lengths", "ce_rows", "row_ids", "prompts", "prompt_attention_mask", "student_generated"}
 )
 
+_SUMMARY_NAMES = {"train_loss": "mean_loss"}  # "loss" is the name of a step's
+
 
 class GKDTrainerWithMetrics(GKDTrainer):
     """Generalised knowledge distillation with cross-entropy, visual-feature KD and metrics that can be trusted.
@@ -149,6 +151,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.teacher_model: nn.Module | None = None
         self.shared_vocab_size: int | None = None
         if self.teacher is not None:
+            self._vocab_sizes = vocabulary_size(self.model), self.teacher.vocab_size
             self.shared_vocab_size = shared_vocab_size or self._compare_vocabularies(self.teacher)
             if self.teacher.module is not None:
                 self.teacher_model = self.teacher.module = self._place_teacher(self.teacher.module)
@@ -158,11 +161,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
     # ---- construction ------------------------------------------------------------------------------------------------
 
     def _compare_vocabularies(self, teacher: Teacher) -> int:
-        student_size = vocabulary_size(self.model)
-        if student_size == teacher.vocab_size:
+        student_size, teacher_size = self._vocab_sizes
+        if student_size == teacher_size:
             return student_size
         name = getattr(getattr(teacher.module, "config", None), "_name_or_path", "")
-        return shared_vocabulary(student_size, teacher.vocab_size, self._tokenizer, _tokenizer_or_none(name))
+        return shared_vocabulary(student_size, teacher_size, self._tokenizer, _tokenizer_or_none(name))
 
     def _place_teacher(self, module: nn.Module) -> nn.Module:
         """Put the teacher where it will run. Not wrapped by DDP: it has no gradients to average."""
@@ -356,13 +359,13 @@ class GKDTrainerWithMetrics(GKDTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Both logits over the shared range of the vocabulary; padding beyond it takes no part."""
         sizes = student_logits_NV.shape[-1], teacher_logits_NV.shape[-1]
-        shared = self.shared_vocab_size
-        assert self.teacher is not None
-        if shared is None or min(sizes) < shared or (sizes[0] != sizes[1] and shared != min(sizes)):
+        if sizes != self._vocab_sizes:
             raise VocabularyError(
-                f"Vocabulary sizes differ at this step: the student has {sizes[0]} logits and the teacher {sizes[1]}, "
-                f"where {shared} are shared. A model was resized after the trainer was built."
+                f"Vocabulary sizes differ at this step: the student has {sizes[0]} logits and the teacher {sizes[1]}. "
+                f"When the trainer was built they had {self._vocab_sizes[0]} and {self._vocab_sizes[1]}: "
+                "do not resize a model after that."
             )
+        shared = self.shared_vocab_size
         return student_logits_NV[:, :shared], teacher_logits_NV[:, :shared]
 
     def _weighted_terms(
@@ -439,6 +442,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
             reduced = telemetry.reduce_metrics(self._metrics["train"], self.accelerator, token_weighted=False)
             logs |= telemetry.training_metrics(reduced, self._stopwatch.lap())
             self._metrics["train"].clear()
+        elif "train_runtime" in logs:
+            # The summary at the end: trackers put "train/" before every key, and once is enough.
+            logs = {_SUMMARY_NAMES.get(key, key.removeprefix("train_")): value for key, value in logs.items()}
         Trainer.log(self, logs, start_time)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

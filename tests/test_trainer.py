@@ -1,0 +1,754 @@
+"""GKDTrainerWithMetrics: what enters the loss, what is logged, and that neither depends on how the work is split."""
+
+import contextlib
+import json
+import types
+
+import datasets
+import pytest
+import torch
+from trl.experimental.gkd import GKDConfig
+
+from kdtrain.errors import NonFiniteError, PreflightError, VocabularyError
+from kdtrain.trainer import GKDTrainerWithMetrics
+from tests import tiny
+from tests.test_losses import reference
+
+KNOBS = ("llm_kd_weight", "sft_alpha", "divergence", "kd_temperature", "eval_kd", "visual_kd")
+
+
+def make_args(folder, **kwargs):
+    knobs = {name: kwargs.pop(name) for name in KNOBS if name in kwargs}
+    defaults = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "lmbda": 0.0,
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "disable_tqdm": True,
+        "max_new_tokens": 6,
+    }
+    args = GKDConfig(**{**defaults, **kwargs})
+    for name, value in knobs.items():
+        setattr(args, name, value)
+    return args
+
+
+def make_trainer(folder, student=None, teacher=None, rows=None, tokenizer=None, extra=None, **kwargs):
+    return GKDTrainerWithMetrics(
+        student if student is not None else tiny.make_qwen3(seed=1),
+        teacher,
+        make_args(folder, **kwargs),
+        train_dataset=datasets.Dataset.from_list(rows or tiny.CHATS),
+        processing_class=tokenizer or tiny.make_tokenizer(),
+        **(extra or {}),
+    )
+
+
+def make_batch(trainer, rows=None):
+    return trainer.data_collator(rows or tiny.CHATS[:3])
+
+
+def expected_terms(student, teacher, batch, beta=0.5, temperature=1.0):
+    """jsd and ce per supervised token, in float64, aligned by an explicit loop over positions."""
+    with torch.no_grad():
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        student_logits, teacher_logits = student(**inputs).logits, teacher(**inputs).logits
+    jsd, ce = [], []
+    for row in range(batch["labels"].shape[0]):
+        for t in range(batch["labels"].shape[1] - 1):
+            label = batch["labels"][row, t + 1]
+            if label == -100:
+                continue
+            jsd.append(reference(student_logits[row, t], teacher_logits[row, t], beta, temperature))
+            ce.append(-torch.log_softmax(student_logits[row, t].double(), -1)[label])
+    return torch.stack(jsd).mean().item(), torch.stack(ce).mean().item(), len(ce)
+
+
+def refuse_teacher(*args, **kwargs):
+    raise AssertionError("the teacher's forward was run")
+
+
+# ---- the gating of the terms: scenarios of the knob's specification --------------------------------------------------
+
+
+def test_positive_weight_with_teacher_attached(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher, llm_kd_weight=0.5, sft_alpha=0.3)
+    batch = make_batch(trainer)
+    loss = trainer.compute_loss(trainer.model, batch)
+    jsd, ce, _ = expected_terms(student, teacher, batch)
+    assert loss.item() == pytest.approx(0.5 * jsd + 0.3 * ce, rel=1e-5)
+    assert trainer._metrics["train"]["llm_kd_loss"][-1].item() == pytest.approx(0.5 * jsd, rel=1e-5)
+    assert trainer._metrics["train"]["sft_loss"][-1].item() == pytest.approx(0.3 * ce, rel=1e-5)
+
+
+def test_weighted_value_surfaces_in_the_logs_and_no_field_exposes_the_unweighted_term(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher, llm_kd_weight=0.5, rows=tiny.CHATS[:2])
+    batch = make_batch(trainer, tiny.CHATS[:2])
+    jsd, _, _ = expected_terms(student, teacher, batch)
+    trainer.train()
+    record = trainer.state.log_history[0]
+    assert record["llm_kd_loss"] == pytest.approx(0.5 * jsd, rel=1e-5)
+    assert [key for key, value in record.items() if value == pytest.approx(jsd, rel=1e-4)] == []
+
+
+def test_zero_weight_disables_lm_kd_and_ce_enters_with_weight_one(tmp_path, student, teacher, monkeypatch):
+    trainer = make_trainer(tmp_path, student, teacher, llm_kd_weight=0.0, sft_alpha=0.3)
+    monkeypatch.setattr(trainer, "_run_teacher_forward", refuse_teacher)
+    batch = make_batch(trainer)
+    loss = trainer.compute_loss(trainer.model, batch)
+    _, ce, _ = expected_terms(student, teacher, batch)
+    assert loss.item() == pytest.approx(ce, rel=1e-5)
+    assert "llm_kd_loss" not in trainer._metrics["train"]
+    trainer.train()
+    assert all("llm_kd_loss" not in record for record in trainer.state.log_history)
+
+
+def test_teacher_forward_is_skipped_when_kd_is_inactive_and_no_teacher_is_kept(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher, llm_kd_weight=0.0)
+    assert trainer.teacher is None
+    assert trainer.teacher_model is None
+
+
+def test_a_named_teacher_is_not_loaded_when_kd_is_inactive(tmp_path, student, monkeypatch):
+    monkeypatch.setattr("kdtrain.trainer.build_teacher", refuse_teacher)
+    trainer = make_trainer(tmp_path, student, "/no/such/teacher", llm_kd_weight=0.0)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_teacher_is_required_when_kd_is_requested(tmp_path, student):
+    with pytest.raises(ValueError, match="needs a teacher"):
+        make_trainer(tmp_path, student, None, llm_kd_weight=0.5)
+
+
+def test_none_is_a_teacher_where_no_kd_is_active(tmp_path, student):
+    make_trainer(tmp_path, student, None, llm_kd_weight=0.0).train()
+
+
+def test_negative_weight_is_refused(tmp_path, student, teacher):
+    with pytest.raises(ValueError, match="non-negative"):
+        make_trainer(tmp_path, student, teacher, llm_kd_weight=-0.1)
+
+
+def test_default_weight_is_one(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher)
+    batch = make_batch(trainer)
+    jsd, _, _ = expected_terms(student, teacher, batch)
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(jsd, rel=1e-5)
+
+
+class WithImages(torch.nn.Module):
+    """A language model with a vision path in front: enough of a vision-language model to have features."""
+
+    def __init__(self, language_model, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.language_model = language_model
+        self.config, self.generation_config = language_model.config, language_model.generation_config
+        self.aligner = torch.nn.Linear(4, 8)
+        self.is_gradient_checkpointing = False
+
+    def forward(self, input_ids, attention_mask=None, pixel_values=None, **kwargs):
+        if pixel_values is not None:
+            self.aligner(pixel_values)
+        return self.language_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+VISUAL = {"enabled": True, "weight": 0.1, "distance": "mse", "targets": {"aligner": {"module": "aligner"}}}
+
+
+def visual_trainer(folder, **kwargs):
+    student = tiny.make_qwen3(seed=1)
+    student.aligner = WithImages(student, 3).aligner
+    teacher = WithImages(tiny.make_qwen3(seed=2, hidden=48), 4)
+    original = student.forward
+
+    def forward(self, *args, pixel_values=None, **inputs):
+        if pixel_values is not None:
+            self.aligner(pixel_values)
+        return original(*args, **inputs)
+
+    student.forward = types.MethodType(forward, student)
+    return make_trainer(folder, student, teacher, **{"visual_kd": VISUAL, **kwargs})
+
+
+def test_visual_kd_remains_active_when_lm_kd_is_disabled(tmp_path):
+    trainer = visual_trainer(tmp_path, llm_kd_weight=0.0, sft_alpha=0.3)
+    batch = make_batch(trainer) | {"pixel_values": torch.randn(3, 5, 4)}
+    loss = trainer.compute_loss(trainer.model, batch)
+    _, ce, _ = expected_terms(trainer.model, trainer.teacher_model, batch)
+    features = [model.aligner(batch["pixel_values"]) for model in (trainer.model, trainer.teacher_model)]
+    visual = 0.1 * (features[0] - features[1]).square().mean().item()
+    assert visual > 0.01
+    assert loss.item() == pytest.approx(ce + visual, rel=1e-5)
+    metrics = trainer._metrics["train"]
+    assert metrics["vision_kd_loss"][-1].item() == pytest.approx(visual, rel=1e-5)
+    assert metrics["vision_kd_loss_aligner"][-1].item() == pytest.approx(visual, rel=1e-5)
+    assert "llm_kd_loss" not in metrics
+    loss.backward()
+    assert trainer.model.aligner.weight.grad.abs().sum() > 0
+    assert trainer.teacher_model.aligner.weight.grad is None
+
+
+def test_a_text_only_batch_has_no_visual_term_and_leaves_no_hook(tmp_path):
+    trainer = visual_trainer(tmp_path, llm_kd_weight=0.0)
+    trainer.compute_loss(trainer.model, make_batch(trainer))
+    assert "vision_kd_loss" not in trainer._metrics["train"]
+    assert not trainer.model.aligner._forward_hooks
+
+
+def test_hooks_are_gone_after_a_failing_forward(tmp_path, monkeypatch):
+    trainer = visual_trainer(tmp_path, llm_kd_weight=0.0)
+    monkeypatch.setattr(trainer, "_run_teacher_forward", refuse_teacher)
+    with pytest.raises(AssertionError):
+        trainer.compute_loss(trainer.model, make_batch(trainer) | {"pixel_values": torch.randn(3, 5, 4)})
+    assert not trainer.model.aligner._forward_hooks
+    assert not trainer.teacher_model.aligner._forward_hooks
+
+
+def test_an_unknown_module_and_unequal_features_are_errors_that_name_the_target(tmp_path):
+    wrong = VISUAL | {"targets": {"aligner": {"student_module": "nowhere", "teacher_module": "aligner"}}}
+    trainer = visual_trainer(tmp_path, llm_kd_weight=0.0, visual_kd=wrong)
+    with pytest.raises(PreflightError, match=r"aligner.*student has no module 'nowhere'"):
+        trainer.compute_loss(trainer.model, make_batch(trainer) | {"pixel_values": torch.randn(3, 5, 4)})
+    trainer = visual_trainer(tmp_path, llm_kd_weight=0.0)
+    trainer.teacher_model.aligner = torch.nn.Linear(4, 9)
+    with pytest.raises(PreflightError, match=r"aligner.*\(3, 5, 8\).*\(3, 5, 9\)"):
+        trainer.compute_loss(trainer.model, make_batch(trainer) | {"pixel_values": torch.randn(3, 5, 4)})
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_beta_and_kd_temperature_reach_the_loss(tmp_path, student, teacher, beta, temperature):
+    trainer = make_trainer(tmp_path, student, teacher, beta=beta, kd_temperature=temperature)
+    batch = make_batch(trainer)
+    jsd, _, _ = expected_terms(student, teacher, batch, beta, temperature)
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(jsd, rel=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny.make_llama, tiny.make_gemma2])
+def test_other_families_match_the_reference(tmp_path, make):
+    student, teacher = make(seed=1), make(seed=2)
+    trainer = make_trainer(tmp_path, student, teacher, sft_alpha=0.5)
+    batch = make_batch(trainer)
+    jsd, ce, _ = expected_terms(student, teacher, batch)
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(jsd + 0.5 * ce, rel=1e-5)
+
+
+def test_everything_a_forward_takes_reaches_both_models_and_our_own_keys_reach_neither(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher)
+    seen = {}
+
+    def recorder(name, original):
+        def forward(self, *args, **kwargs):
+            seen[name] = set(kwargs)
+            return original(*args, **kwargs)
+
+        return forward
+
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.forward = types.MethodType(recorder(name, model.forward), model)
+    batch = make_batch(trainer)
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    trainer.compute_loss(trainer.model, batch)
+    assert seen["student"] == seen["teacher"] == {"input_ids", "attention_mask", "position_ids", "use_cache"}
+
+
+def test_the_teacher_is_frozen_whatever_state_it_comes_in(tmp_path, student, teacher):
+    teacher.train().requires_grad_(True)
+    trainer = make_trainer(tmp_path, student, teacher)
+    before = [p.clone() for p in teacher.parameters()]
+    trainer.train()
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not teacher.training
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
+
+
+def test_padding_does_not_change_loss_or_gradient(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher, sft_alpha=0.5)
+    batch = make_batch(trainer)
+    results = []
+    for extra in (0, 9):
+        padded = {
+            key: torch.nn.functional.pad(batch[key], (0, extra), value=fill)
+            for key, fill in (("input_ids", 3), ("attention_mask", 0), ("labels", -100))
+        }
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, padded)
+        loss.backward()
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert (results[0][1] - results[1][1]).norm() <= 1e-5 * results[0][1].norm()
+
+
+def test_a_batch_without_supervised_tokens_is_zero_with_a_gradient_path(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher, sft_alpha=0.5)
+    batch = make_batch(trainer)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(7))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in trainer.model.parameters())
+    assert any(p.grad is not None for p in trainer.model.parameters())
+
+
+def test_rows_without_ce_are_supervised_by_the_teacher_alone(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher, sft_alpha=1.0)
+    batch = make_batch(trainer)
+    batch["ce_rows"] = torch.tensor([True, False, True])
+    loss = trainer.compute_loss(trainer.model, batch)
+    jsd, _, n = expected_terms(student, teacher, batch)
+    kept = {key: batch[key][[0, 2]] for key in ("input_ids", "attention_mask", "labels")}
+    _, ce, m = expected_terms(student, teacher, kept)
+    assert loss.item() == pytest.approx(jsd + ce * m / n, rel=1e-5)
+
+
+def test_mixture_of_experts_keeps_its_load_balancing_loss(tmp_path):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    student = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=320, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
+            router_aux_loss_coef=0.1, decoder_sparse_step=1, eos_token_id=2, pad_token_id=3,
+        )
+    )  # fmt: skip
+    trainer = make_trainer(tmp_path, student, tiny.make_qwen3(seed=2), router_aux_loss_coef=0.1, rows=tiny.CHATS[:2])
+    trainer.train()
+    record = trainer.state.log_history[0]
+    assert record["aux_loss"] > 0.05
+    assert record["loss"] == pytest.approx(record["llm_kd_loss"] + record["aux_loss"], rel=1e-5)
+
+
+# ---- vocabulary ------------------------------------------------------------------------------------------------------
+
+
+def test_padding_of_the_embedding_takes_no_part_on_either_side(tmp_path, tokenizer):
+    student, wide = tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2, vocab_size=384)
+    folder = tiny.save_model(wide, tokenizer, tmp_path / "teacher")
+    trainer = make_trainer(tmp_path / "run", student, folder, tokenizer=tokenizer, sft_alpha=0.5)
+    assert trainer.shared_vocab_size == 320
+    batch = make_batch(trainer)
+    loss = trainer.compute_loss(trainer.model, batch)
+    with torch.no_grad():
+        wide.lm_head.weight[320:] = 50.0  # would dominate if it took part
+        trainer.teacher_model.lm_head.weight[320:] = 50.0
+    poisoned = trainer.compute_loss(trainer.model, batch)
+    assert loss.isfinite()
+    # The embedding is tied, so only the head's own columns are compared: no padding id occurs in the input.
+    assert poisoned.item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_unequal_vocabularies_are_refused_with_both_sizes(tmp_path, student):
+    with pytest.raises(ValueError, match=r"320 logits and the teacher 400"):
+        make_trainer(tmp_path, student, tiny.make_qwen3(seed=2, vocab_size=400))
+
+
+def test_a_teacher_resized_later_is_refused_at_the_step(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher)
+    trainer.teacher_model.resize_token_embeddings(400)
+    with pytest.raises(VocabularyError, match=r"student has 320 logits and the teacher 400"):
+        trainer.compute_loss(trainer.model, make_batch(trainer))
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+
+def windows(trainer, count):
+    """The batches of `count` windows as get_batch_samples prepares them."""
+    trainer.model.train()
+    loader = iter(trainer.get_train_dataloader())
+    result = []
+    for step in range(count):
+        trainer.state.global_step = step
+        result.append(trainer.get_batch_samples(loader, 1, torch.device("cpu")))
+    return result
+
+
+def test_lmbda_one_generates_every_window_and_zero_none(tmp_path, student, teacher):
+    for lmbda, expected in ((0.0, False), (1.0, True)):
+        trainer = make_trainer(tmp_path, student, teacher, lmbda=lmbda, rows=tiny.CHATS * 4)
+        assert [batches[0]["student_generated"] for batches, _ in windows(trainer, 10)] == [expected] * 10
+
+
+def test_the_denominator_counts_the_generated_tokens(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher, lmbda=1.0)
+    ((batches, num_items),) = windows(trainer, 1)
+    assert num_items == sum((batch["labels"] != -100).sum() for batch in batches)
+    original = make_batch(trainer, tiny.CHATS[:2])
+    assert not torch.equal(batches[0]["labels"], original["labels"])
+
+
+def test_generated_rows_keep_their_prompt_and_supervise_the_completion_only(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher, lmbda=1.0, train_sampling_strategy="sequential")
+    ((batches, _),) = windows(trainer, 1)
+    original = make_batch(trainer, tiny.CHATS[:2])
+    batch = batches[0]
+    for row in range(2):
+        n = original["prompt_lengths"][row]
+        length = batch["attention_mask"][row].sum()
+        assert torch.equal(batch["input_ids"][row, :n], original["input_ids"][row, :n])
+        assert (batch["labels"][row, :n] == -100).all()
+        assert torch.equal(batch["labels"][row, n:length], batch["input_ids"][row, n:length])
+        assert (batch["labels"][row, length:] == -100).all()
+        assert 1 <= length - n <= 6
+
+
+def test_ce_is_left_out_on_the_students_own_samples_and_kept_on_the_teachers(tmp_path, student, teacher):
+    own = make_trainer(tmp_path, student, teacher, lmbda=1.0, sft_alpha=1.0)
+    own.train()
+    record = own.state.log_history[0]
+    assert record["sft_loss"] == 0
+    assert record["loss"] == pytest.approx(record["llm_kd_loss"], rel=1e-6)
+    assert record["on_policy_fraction"] == 1
+    taught = make_trainer(tmp_path, tiny.make_qwen3(seed=1), teacher, lmbda=0.0, seq_kd=True, sft_alpha=1.0)
+    taught.train()
+    assert taught.state.log_history[0]["sft_loss"] > 0
+    assert taught.state.log_history[0]["on_policy_fraction"] == 0
+
+
+def test_seq_kd_trains_on_what_the_teacher_says(tmp_path, student, teacher):
+    with torch.no_grad():  # a teacher that only ever says token 70, with certainty
+        for p in teacher.parameters():
+            p.zero_()
+        teacher.lm_head.weight = torch.nn.Parameter(torch.zeros_like(teacher.lm_head.weight))
+        teacher.model.norm.weight.fill_(1)
+        teacher.model.embed_tokens.weight = torch.nn.Parameter(torch.ones_like(teacher.model.embed_tokens.weight))
+        teacher.lm_head.weight[70] = 10
+    trainer = make_trainer(tmp_path, student, teacher, lmbda=0.0, seq_kd=True)
+    ((batches, _),) = windows(trainer, 1)
+    said = batches[0]["labels"][batches[0]["labels"] != -100]
+    assert (said == 70).all()
+    assert not batches[0]["student_generated"]
+
+
+def test_generation_is_the_same_when_it_is_repeated_and_differs_between_steps(tmp_path, student, teacher):
+    first, again = (
+        windows(make_trainer(tmp_path, student, teacher, lmbda=1.0, train_sampling_strategy="sequential"), 2)
+        for _ in range(2)
+    )
+    for (a, _), (b, _) in zip(first, again, strict=True):
+        assert torch.equal(a[0]["input_ids"], b[0]["input_ids"])
+    trainer = make_trainer(tmp_path, student, teacher, lmbda=1.0, rows=tiny.CHATS[:1] * 4)
+    (a, _), (b, _) = windows(trainer, 2)
+    assert a[0]["input_ids"].tolist() != b[0]["input_ids"].tolist()
+
+
+def test_generation_leaves_the_global_random_state_and_the_mode_alone(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher, lmbda=1.0)
+    loader = iter(trainer.get_train_dataloader())
+    batch = next(loader)
+    trainer.model.train()
+    before = torch.get_rng_state()
+    trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    assert torch.equal(before, torch.get_rng_state())
+    assert trainer.model.training
+
+
+# ---- telemetry -------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_token_sums_over_the_window(tmp_path, student, teacher):
+    rows = tiny.CHATS[:4]
+    trainer = make_trainer(
+        tmp_path,
+        student,
+        teacher,
+        rows=rows,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        sft_alpha=0.3,
+    )
+    batch = make_batch(trainer, rows)
+    jsd, ce, n = expected_terms(student, teacher, batch)
+    with torch.no_grad():
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        s, t = (m(**inputs).logits[:, :-1][batch["labels"][:, 1:] != -100].double() for m in (student, teacher))
+    labels = batch["labels"][:, 1:][batch["labels"][:, 1:] != -100]
+    trainer.train()
+    record = trainer.state.log_history[0]
+    entropy = [-(x.softmax(-1) * x.log_softmax(-1)).sum(-1).mean().item() for x in (s, t)]
+    assert record["loss"] == pytest.approx(jsd + 0.3 * ce, rel=1e-5)
+    assert record["llm_kd_loss"] == pytest.approx(jsd, rel=1e-5)
+    assert record["sft_loss"] == pytest.approx(0.3 * ce, rel=1e-5)
+    assert record["token_accuracy"] == pytest.approx((s.argmax(-1) == labels).double().mean().item())
+    assert record["teacher_agreement"] == pytest.approx((s.argmax(-1) == t.argmax(-1)).double().mean().item())
+    assert record["student_entropy"] == pytest.approx(entropy[0], rel=1e-5)
+    assert record["teacher_entropy"] == pytest.approx(entropy[1], rel=1e-5)
+    assert record["tokens_per_second"] > 0
+    assert record["peak_memory_gib"] > 0.05
+    assert not any("/" in key for key in record)
+
+
+def test_a_record_over_several_steps_is_the_mean_of_the_steps(tmp_path):
+    def run(logging_steps):
+        trainer = make_trainer(
+            tmp_path, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2), sft_alpha=0.3, max_steps=4,
+            logging_steps=logging_steps, rows=tiny.CHATS * 2,
+        )  # fmt: skip
+        trainer.train()
+        return [record for record in trainer.state.log_history if "loss" in record]
+
+    single, joint = run(1), run(4)
+    for key in ("loss", "llm_kd_loss", "sft_loss"):
+        assert joint[0][key] == pytest.approx(sum(record[key] for record in single) / 4, rel=1e-5)
+
+
+def evaluate(folder, batch_size, rows, **kwargs):
+    trainer = make_trainer(
+        folder, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2), per_device_eval_batch_size=batch_size, **kwargs
+    )
+    return trainer.evaluate(datasets.Dataset.from_list(rows))
+
+
+def test_evaluation_is_a_mean_over_tokens_whatever_the_batch_size(tmp_path, student):
+    results = [evaluate(tmp_path, size, tiny.CHATS, sft_alpha=0.3) for size in (1, 4, 6)]
+    trainer = make_trainer(tmp_path, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2))
+    jsd, ce, _ = expected_terms(trainer.model, trainer.teacher_model, make_batch(trainer, tiny.CHATS))
+    for result in results:
+        assert result["eval_loss"] == pytest.approx(jsd + 0.3 * ce, rel=1e-5)
+        assert result["eval_llm_kd_loss"] == pytest.approx(jsd, rel=1e-5)
+        assert result["eval_sft_loss"] == pytest.approx(0.3 * ce, rel=1e-5)
+        assert "eval_teacher_agreement" in result
+
+
+def test_eval_kd_false_reports_ce_only_without_the_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr(GKDTrainerWithMetrics, "_run_teacher_forward", refuse_teacher)
+    result = evaluate(tmp_path, 4, tiny.CHATS, eval_kd=False)
+    assert "eval_llm_kd_loss" not in result
+    assert result["eval_loss"] == result["eval_sft_loss"] > 1
+
+
+@pytest.mark.parametrize("where", ["student", "teacher"])
+def test_a_nan_stops_the_run_before_the_optimizer_step(tmp_path, student, teacher, where):
+    trainer = make_trainer(tmp_path, student, teacher, max_steps=3, rows=tiny.CHATS * 2)
+    before = [p.clone() for p in student.parameters()]
+
+    def poison(module, args, output):
+        output.logits = output.logits * float("nan")
+        return output
+
+    (student if where == "student" else teacher).register_forward_hook(poison)
+    with pytest.raises(NonFiniteError, match=r"step 1, rank 0.*llm_kd_loss"):
+        trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+
+
+def test_tensorboard_shows_each_prefix_once(tmp_path, student, teacher):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = datasets.Dataset.from_list(tiny.CHATS)
+    trainer = GKDTrainerWithMetrics(
+        student, teacher,
+        make_args(tmp_path, report_to="tensorboard", eval_strategy="steps", eval_steps=1, sft_alpha=0.1),
+        train_dataset=rows, eval_dataset=rows, processing_class=tiny.make_tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    tags = set()
+    for file in tmp_path.rglob("events.out.tfevents*"):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        tags |= set(events.Tags()["scalars"])
+    assert {"train/llm_kd_loss", "eval/llm_kd_loss", "train/loss", "eval/loss", "train/token_accuracy"} <= tags
+    assert not [tag for tag in tags if tag.count("/") != 1 or "eval_" in tag or "train/train" in tag]
+
+
+# ---- DeepSpeed's rule about autocast ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "config", "expected"),
+    [(False, {}, True), (True, {}, False), (True, {"torch_autocast": {"enabled": True}}, True)],
+)
+def test_autocast_surrounds_the_teacher_only_where_deepspeed_allows(
+    tmp_path, student, teacher, monkeypatch, deepspeed, config, expected
+):
+    trainer = make_trainer(tmp_path, student, teacher)
+    monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", "bf16")
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", deepspeed)
+    plugin = types.SimpleNamespace(deepspeed_config=config)
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin)
+    seen = []
+    teacher.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    batch = make_batch(trainer)
+    loss = trainer.compute_loss(trainer.model, batch)
+    assert seen == [expected]
+    assert loss.dtype == torch.float32
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_saved_model_loads_and_holds_no_pickle(tmp_path, student, teacher):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trainer = make_trainer(tmp_path, student, teacher)
+    trainer.train()
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([[70, 71, 72]])
+    assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tiny.CHATML
+    assert not [file for file in tmp_path.rglob("*") if file.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+# ---- invariance ------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    *tiny.CHATS,
+    {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "it is " * 9}]},
+] + [tiny.CHATS[2]]
+
+
+def train_split(folder, micro_batch, accumulation, **kwargs):
+    """One window of all eight rows; the loss terms, the gradient's norm and the weights after an SGD step."""
+    trainer = make_trainer(
+        folder, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2, hidden=48), rows=ROWS, sft_alpha=0.3, optim="sgd",
+        per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulation, max_grad_norm=1e9,
+        train_sampling_strategy="sequential", learning_rate=0.1, lr_scheduler_type="constant", **kwargs,
+    )  # fmt: skip
+    trainer.train()
+    record = trainer.state.log_history[0]
+    wrapped = type(trainer.model_wrapped).__name__
+    keys = ("loss", "grad_norm", "llm_kd_loss", "sft_loss", "token_accuracy", "teacher_agreement", "student_entropy")
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return {key: record[key] for key in keys} | {
+        "world": trainer.accelerator.num_processes,
+        "wrapped": wrapped,
+        "weights": [weights.double().norm().item(), weights.double().sum().item()],
+    }
+
+
+def test_loss_gradient_and_metrics_do_not_depend_on_how_the_window_is_split(tmp_path):
+    expected = train_split(tmp_path / "a", 8, 1)
+    results = [train_split(tmp_path / "b", 4, 2), train_split(tmp_path / "c", 1, 8)]
+    for micro_batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+        ranks = tiny.run_ranks(train_split, 2, tmp_path / f"r{micro_batch}", micro_batch, accumulation)
+        for rank in ranks:
+            assert rank["world"] == 2
+            assert rank["wrapped"] == "DistributedDataParallel"
+        results += ranks
+    for result in results:
+        for key, value in expected.items():
+            if key in ("world", "wrapped"):
+                continue
+            assert result[key] == pytest.approx(value, rel=1e-5), key
+
+
+def train_uneven(folder, world):
+    """Five rows on two ranks: the last batch is filled up by accelerate with rows that were already there."""
+    trainer = make_trainer(
+        folder, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2), rows=tiny.CHATS[:5], sft_alpha=0.3, optim="sgd",
+        per_device_train_batch_size=8 // world, per_device_eval_batch_size=2, train_sampling_strategy="sequential",
+        max_grad_norm=1e9,
+    )  # fmt: skip
+    trainer.train()
+    record = trainer.state.log_history[0]
+    evaluation = trainer.evaluate(datasets.Dataset.from_list(tiny.CHATS[:5]))
+    return {key: record[key] for key in ("loss", "grad_norm")} | {
+        key: evaluation[key] for key in ("eval_loss", "eval_token_accuracy", "eval_student_entropy")
+    }
+
+
+def test_rows_repeated_to_fill_the_last_batch_do_not_count_twice(tmp_path):
+    expected = train_uneven(tmp_path / "one", 1)
+    for rank in tiny.run_ranks(train_uneven, 2, tmp_path / "two", 2):
+        assert rank == pytest.approx(expected, rel=1e-5)
+
+
+def generate_on_ranks(folder):
+    trainer = make_trainer(
+        folder,
+        tiny.make_qwen3(seed=1),
+        tiny.make_qwen3(seed=2),
+        rows=tiny.CHATS * 4,
+        lmbda=0.5,
+        max_steps=8,
+        sft_alpha=1.0,
+    )
+    trainer.train()
+    return [
+        (r["on_policy_fraction"], r["loss"], r["llm_kd_loss"] + r["sft_loss"]) for r in trainer.state.log_history[:8]
+    ]
+
+
+def test_ranks_agree_on_which_windows_are_on_policy(tmp_path):
+    first, second = tiny.run_ranks(generate_on_ranks, 2, tmp_path)
+    assert first == second
+    assert {fraction for fraction, _, _ in first} == {0.0, 1.0}
+    for _, loss, terms in first:
+        assert loss == pytest.approx(terms, rel=1e-5)
+
+
+def one_rank_has_no_tokens(folder):
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}, {"input_ids": [9, 10, 11], "labels": [-100] * 3}]
+    trainer = make_trainer(
+        folder, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2), rows=rows, per_device_train_batch_size=1,
+        train_sampling_strategy="sequential", sft_alpha=0.5,
+    )  # fmt: skip
+    trainer.train()
+    return trainer.state.log_history[0]["loss"]
+
+
+def test_a_rank_without_supervised_tokens_neither_hangs_nor_changes_the_loss(tmp_path):
+    losses = tiny.run_ranks(one_rank_has_no_tokens, 2, tmp_path)
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}]
+    trainer = make_trainer(tmp_path, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2), rows=rows, sft_alpha=0.5)
+    trainer.train()
+    assert losses == pytest.approx([trainer.state.log_history[0]["loss"]] * 2, rel=1e-5)
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.5])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, lmbda):
+    def run(resume=None):
+        trainer = make_trainer(
+            tmp_path, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2), rows=tiny.CHATS * 2, lmbda=lmbda, max_steps=8,
+            save_strategy="steps", save_steps=3, sft_alpha=0.3,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run()
+    resumed = run(str(tmp_path / "checkpoint-3"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["global_step"] == 8
+
+
+def test_lora_trains_only_its_adapter_and_loads_again(tmp_path, student, teacher, tokenizer):
+    from peft import AutoPeftModelForCausalLM
+
+    from kdtrain.models import lora_config
+
+    base = tiny.save_model(student, tokenizer, tmp_path / "base")
+    peft_config = lora_config(
+        rank=4, alpha=8, dropout=0.1, target_modules="all-linear", modules_to_save=None, use_dora=False
+    )
+    loaded = type(student).from_pretrained(base)
+    trainer = make_trainer(
+        tmp_path / "run", loaded, teacher, max_steps=2, lmbda=0.5, extra={"peft_config": peft_config}
+    )
+    assert {name.split(".")[-2] for name, p in trainer.model.named_parameters() if p.requires_grad} == {"default"}
+    trainer.train()
+    trainer.save_model()
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run")
+    ids = torch.tensor([[70, 71, 72]])
+    with contextlib.suppress(AttributeError):
+        trainer.model.eval()
+    torch.testing.assert_close(again.eval()(ids).logits, trainer.model(ids).logits)
+    assert not torch.equal(again(ids).logits, student(ids).logits)
