@@ -1,0 +1,220 @@
+"""Encodes raw rows in parallel, once: the result is stored under a key made of everything that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from kdtrain.data.rows import RowError, show
+from kdtrain.data.template import IGNORE, EncodedRow, RowEncoder, truncate
+from kdtrain.errors import DataError
+
+# Raise it with every change that makes the same row come out differently.
+VERSION = 1
+ON_OVERLENGTH = ("error", "truncate", "drop")
+
+_FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.Sequence(datasets.Value("int32")),
+        "labels": datasets.Sequence(datasets.Value("int32")),
+        "prompt_length": datasets.Value("int32"),
+        "status": datasets.Value("string"),  # ok | bad | long (over max_length, an error) | dropped
+        "problem": datasets.Value("string"),
+        "length": datasets.Value("int32"),  # before truncation
+        "supervised": datasets.Value("int32"),
+        "kind": datasets.Value("string"),
+        "prompt_only": datasets.Value("bool"),
+        "extended": datasets.Value("bool"),
+        "unterminated": datasets.Value("bool"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`max_length` in tokens (None: no limit) and what becomes of longer rows."""
+
+    max_length: int | None
+    on_overlength: str
+
+    def __post_init__(self) -> None:
+        if self.on_overlength not in ON_OVERLENGTH:
+            raise DataError(f"on_overlength must be one of {', '.join(ON_OVERLENGTH)}, not {self.on_overlength!r}")
+        if self.max_length is not None and self.max_length < 2:
+            raise DataError(f"max_length must be at least 2, not {self.max_length}: one token predicts the next")
+
+
+def encode_cached(
+    raw: datasets.Dataset,
+    encoder: RowEncoder,
+    columns: Sequence[Mapping[str, str] | None],
+    limits: Limits,
+    num_proc: int | None,
+    cache_dir: Path,
+) -> datasets.Dataset:
+    """Encodes the rows of `raw` (columns text, problem, source, place), or reads what an earlier call stored.
+
+    Args:
+        columns: per source, the column mapping of its rows.
+        cache_dir: entries are folders in it, complete as soon as they are visible; an unreadable one is made again.
+
+    Returns:
+        As many rows in the same order, with the columns of `_FEATURES`; bad rows have a `problem` and no tokens.
+
+    Raises:
+        DataError: the tokenizer or its template cannot serve the rows; the folder cannot be written.
+    """
+    entry = cache_dir / f"encoded-{_key(raw, encoder, columns, limits)}"
+    if (stored := _stored(entry, len(raw))) is not None:
+        return stored
+    work = Path(tempfile.mkdtemp(prefix="encoding-", dir=cache_dir))
+    try:
+        raw.map(
+            _encode_batch,
+            batched=True,
+            batch_size=500,
+            remove_columns=raw.column_names,
+            features=_FEATURES,
+            fn_kwargs={"encoder": encoder, "columns": columns, "limits": limits},
+            num_proc=_workers(len(raw)) if num_proc is None else (num_proc if num_proc > 1 else None),
+            cache_file_name=str(work / "rows.arrow"),
+            new_fingerprint=entry.name.removeprefix("encoded-")[:32],
+            desc="Encoding rows",
+        )
+        shutil.rmtree(entry, ignore_errors=True)  # the unreadable one
+        try:
+            work.rename(entry)
+        except OSError:
+            if not entry.is_dir():  # else another process has just stored the same rows
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    stored = _stored(entry, len(raw))
+    assert stored is not None
+    return stored
+
+
+def _stored(entry: Path, rows: int) -> datasets.Dataset | None:
+    files = sorted(entry.glob("*.arrow"))
+    try:
+        parts = [datasets.Dataset.from_file(str(file)) for file in files]
+    except (OSError, pa.ArrowException):
+        return None
+    if sum(map(len, parts)) != rows or not parts:
+        return None
+    return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+
+
+def _key(
+    raw: datasets.Dataset, encoder: RowEncoder, columns: Sequence[Mapping[str, str] | None], limits: Limits
+) -> str:
+    """A hash of the rows, the tokenizer's and the template's content, the options and the version of this code.
+
+    The place of a row is left out: the same data under another path is the same data.
+    """
+    tokenizer = encoder.tokenizer
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content.pop("padding", None)  # both change with every call that pads or truncates
+    content.pop("truncation", None)
+    options = {
+        "version": VERSION,
+        "tokenizer": content,
+        "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+        "own_template": encoder.chat_template or encoder.processing_class.chat_template or tokenizer.chat_template,
+        "train_on": encoder.train_on,
+        "limits": [limits.max_length, limits.on_overlength],
+        "columns": [dict(mapping) if mapping else None for mapping in columns],
+        "libraries": [datasets.__version__, version("transformers"), version("trl")],  # trl: the training templates
+    }
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    for batch in raw.select_columns(["source", "problem", "text"]).iter(batch_size=1000):
+        digest.update(json.dumps(batch).encode())
+    return digest.hexdigest()[:40]
+
+
+def _workers(rows: int) -> int | None:
+    """Starting processes costs about a second: more than 2000 short rows do."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8) if rows > 2000 and cores > 1 else None
+
+
+def _encode_batch(
+    batch: dict[str, list[Any]],
+    encoder: RowEncoder,
+    columns: Sequence[Mapping[str, str] | None],
+    limits: Limits,
+) -> dict[str, list[Any]]:
+    problems, parsed = list(batch["problem"]), {}
+    for i, text in enumerate(batch["text"]):
+        if not problems[i]:
+            try:
+                parsed[i] = parse_json(text, columns[batch["source"][i]])
+            except RowError as error:
+                problems[i] = str(error)
+    encoded = dict(zip(parsed, encoder.encode(list(parsed.values())), strict=True))
+    out: dict[str, list[Any]] = {name: [] for name in _FEATURES}
+    for i, problem in enumerate(problems):
+        result = encoded.get(i) or RowError(problem)
+        row = _bad(str(result)) if isinstance(result, RowError) else _fitted(result, limits)
+        for name, value in row.items():
+            out[name].append(value)
+    return out
+
+
+def parse_json(text: str, columns: Mapping[str, str] | None) -> dict[str, Any]:
+    """A raw row's JSON text as columns under their canonical names; RowError when it is none."""
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise RowError(f"invalid JSON: {show(str(error))}") from None
+    except RecursionError:
+        raise RowError("invalid JSON: nested too deeply") from None
+    if not isinstance(row, dict):
+        raise RowError(f"expected a JSON object with columns, found {show(text, 40)}")
+    if not columns:
+        return row
+    # A mapping is exclusive: the row may well have a column of its own that is called like one of ours.
+    if missing := [name for name in columns.values() if name not in row]:
+        raise RowError(f"no column {', '.join(show(name, 40) for name in missing)}")
+    return {canonical: row[name] for canonical, name in columns.items()}
+
+
+def _bad(problem: str) -> dict[str, Any]:
+    empty = EncodedRow([], [], 0)
+    return _record(empty, "bad", 0, problem)
+
+
+def _fitted(row: EncodedRow, limits: Limits) -> dict[str, Any]:
+    length = len(row.input_ids)
+    if limits.max_length is None or length <= limits.max_length:
+        return _record(row, "ok", length)
+    if limits.on_overlength == "truncate" and (cut := truncate(row, limits.max_length)):
+        return _record(cut, "ok", length)
+    return _record(EncodedRow([], [], 0), "long" if limits.on_overlength == "error" else "dropped", length)
+
+
+def _record(row: EncodedRow, status: str, length: int, problem: str = "") -> dict[str, Any]:
+    return {
+        "input_ids": row.input_ids,
+        "labels": row.labels,
+        "prompt_length": row.prompt_length,
+        "status": status,
+        "problem": problem,
+        "length": length,
+        "supervised": len(row.labels) - row.labels.count(IGNORE),
+        "kind": row.kind,
+        "prompt_only": row.prompt_only,
+        "extended": row.extended,
+        "unterminated": row.unterminated,
+    }

@@ -1,0 +1,218 @@
+"""Where rows come from: files, folders, saved data sets, the hub. Yields them in order as JSON text with their place.
+
+Nothing that could run code is read: no pickles, no dataset scripts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from kdtrain.data.files import RawRow, is_array, read_array, read_csv, read_lines
+from kdtrain.data.rows import KNOWN_COLUMNS, ROW_COLUMNS, show
+from kdtrain.errors import DataError
+
+_LINES = (".jsonl", ".ndjson")
+_CSV = {".csv": ",", ".tsv": "\t"}
+_TABLES = {".parquet": "parquet", ".arrow": "arrow"}
+_SUFFIXES = (".json", *_LINES, *_CSV, *_TABLES)
+_UNSAFE = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".py")
+_FORMATS = ".json, .jsonl (also .gz), .parquet, .csv, .tsv, .arrow, a folder of these, or a saved Arrow data set"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    Attributes:
+        path: absolute local path (file or folder), or the id of a data set on the hub.
+        name: configuration name, hub only.
+        split: split name.
+        columns: canonical column -> column in the file, such as {"prompt": "question"}; all others are then ignored.
+        limit: only the first n rows.
+        weight: how many times each row appears per epoch; 2.5 is twice and a seeded random half once more.
+        ce: False: the rows contribute no cross-entropy, the teacher alone supervises.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    columns: Mapping[str, str] | None = None
+    limit: int | None = None
+    weight: float = 1.0
+    ce: bool = True
+
+
+def read_source(source: Source) -> Iterator[RawRow]:
+    """Yields the rows of a source in order, at most `limit`.
+
+    Raises:
+        DataError: it does not exist, has an unsupported or unsafe format, is no valid JSON as a whole, or is empty;
+            or no row has a known column.
+    """
+    _check_source(source)
+    rows = islice(_rows(source), source.limit)
+    first = list(islice(rows, 100))
+    if not first:
+        raise DataError(f"{show(source.path, 400)} has no rows")
+    _check_columns(source, first)
+    yield from first
+    yield from rows
+
+
+def _check_source(source: Source) -> None:
+    if source.limit is not None and source.limit < 1:
+        raise DataError(f"{show(source.path)}: limit must be at least 1, not {source.limit}")
+    if not 0 < source.weight < float("inf"):
+        raise DataError(f"{show(source.path)}: weight must be a positive number, not {source.weight}")
+    for column in source.columns or ():
+        if column not in KNOWN_COLUMNS:
+            raise DataError(
+                f"{show(source.path)}: columns maps to {show(column)!r}, which is not one of {', '.join(KNOWN_COLUMNS)}"
+                f"{_suggestion(column, KNOWN_COLUMNS)}. It reads canonical: column in the file"
+            )
+
+
+def _rows(source: Source) -> Iterator[RawRow]:
+    path = Path(source.path)
+    if path.is_dir():
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            yield from _table(source, source.path, lambda: _from_disk(source))
+            return
+        for file in _files_in(path, source.split):
+            yield from _file(source, file)
+    elif path.is_file():
+        yield from _file(source, path)
+    else:
+        yield from _hub(source)
+
+
+def _file(source: Source, path: Path) -> Iterator[RawRow]:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    kind = suffixes[-1] if suffixes else ""
+    if kind == ".gz":
+        kind = suffixes[-2] if len(suffixes) > 1 else ""
+    if kind in _UNSAFE:
+        raise DataError(
+            f"{show(str(path), 400)}: {kind} files can run code when they are read and are refused. Use {_FORMATS}"
+        )
+    if kind in _LINES or (kind == ".json" and not is_array(path)):
+        yield from read_lines(path)
+    elif kind == ".json":
+        yield from read_array(path)
+    elif kind in _CSV:
+        yield from read_csv(path, _CSV[kind])
+    elif kind in _TABLES:
+        load = partial(datasets.load_dataset, _TABLES[kind], data_files=str(path), split="train")
+        yield from _table(source, str(path), load)
+    else:
+        raise DataError(f"{show(str(path), 400)}: unknown format {kind or '(no suffix)'}. Use {_FORMATS}")
+
+
+def _table(source: Source, name: str, load: Any) -> Iterator[RawRow]:
+    """Rows of anything that `datasets` reads. Only the columns that are used are turned into Python objects."""
+    try:
+        table = load()
+    except DataError:
+        raise
+    except Exception as error:  # each reader of `datasets` has its own errors
+        raise DataError(f"cannot read {show(name, 400)}: {show(str(error) or type(error).__name__, 400)}") from error
+    wanted = set((source.columns or {}).values()) or set(KNOWN_COLUMNS)
+    found = [column for column in table.column_names if column in wanted]
+    if not found:
+        raise _no_columns(source, name, table.column_names)
+    if source.limit is not None:
+        table = table.select(range(min(source.limit, len(table))))
+    # Image columns are named, never decoded: that a row has one is all the check in rows.py needs.
+    plain = [column for column in found if column not in ("images", "image")]
+    extra = {column: "present" for column in found if column not in plain}
+    for number, row in enumerate(table.select_columns(plain).with_format(None), start=1):
+        yield RawRow(name, number, json.dumps({**row, **extra}, default=_unsupported))
+
+
+def _unsupported(value: object) -> dict[str, str]:
+    """Dates, bytes and the like become something that is no text, so that the row is refused with its type."""
+    return {"unsupported": type(value).__name__}
+
+
+def _from_disk(source: Source) -> Any:
+    saved = datasets.load_from_disk(source.path)
+    if not isinstance(saved, datasets.DatasetDict):
+        return saved
+    if source.split not in saved:
+        raise DataError(f"{show(source.path, 400)} has no split {show(source.split)}: it has {', '.join(saved)}")
+    return saved[source.split]
+
+
+def _files_in(folder: Path, split: str) -> list[Path]:
+    files = sorted(f for f in folder.iterdir() if f.is_file() and f.name.removesuffix(".gz").endswith(_SUFFIXES))
+    if not files:
+        raise DataError(f"{show(str(folder), 400)} has no data files. Use {_FORMATS}")
+    # Published folders hold train-00000-of-00002.parquet beside test-…; without such names all files are one split.
+    return [f for f in files if re.split(r"[-_.]", f.name)[0] == split] or files
+
+
+def _hub(source: Source) -> Iterator[RawRow]:
+    path = Path(source.path)
+    file_like = path.suffix in (".gz", *_SUFFIXES, *_UNSAFE)
+    looks_local = path.is_absolute() or source.path.startswith((".", "~")) or file_like
+    if looks_local or not _HUB_ID.fullmatch(source.path):
+        siblings = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"no such file or folder: {show(source.path, 400)}{_suggestion(path.name, siblings)}")
+
+    def load() -> Any:
+        config = datasets.DownloadConfig(max_retries=1)
+        try:
+            return datasets.load_dataset(source.path, source.name, split=source.split, download_config=config)
+        except Exception as error:
+            reason = show(str(error) or type(error).__name__, 400)
+            raise DataError(
+                f"cannot load the data set {show(source.path)} from the hub: {reason}. If it should be a local file, "
+                "give its path. Without a network, put it into the cache first and set HF_HUB_OFFLINE=1; behind a "
+                "mirror set HF_ENDPOINT"
+            ) from error
+
+    yield from _table(source, f"{source.path}[{source.split}]", load)
+
+
+def _check_columns(source: Source, rows: list[RawRow]) -> None:
+    """Only when none of the first rows has a usable column; a single row without one is a bad row."""
+    wanted = {source.columns.get(c) for c in ROW_COLUMNS} - {None} if source.columns else set(ROW_COLUMNS)
+    seen: dict[str, None] = {}
+    for raw in rows:
+        try:
+            row = json.loads(raw.text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            seen.update(dict.fromkeys(row))
+    if seen and not wanted & set(seen):
+        raise _no_columns(source, rows[0].file, list(seen))
+
+
+def _no_columns(source: Source, name: str, found: list[str]) -> DataError:
+    listed = ", ".join(show(column, 60) for column in found)
+    if source.columns:
+        mapped = ", ".join(f"{c}: {show(f, 60)}" for c, f in source.columns.items())
+        wrong = next((f for f in source.columns.values() if f not in found), "")
+        hint = _suggestion(wrong, found)
+        return DataError(f"{show(name, 400)} has the columns {listed}, not those of columns ({mapped}){hint}")
+    return DataError(
+        f"{show(name, 400)} has none of the columns {', '.join(ROW_COLUMNS)} but {listed}. Map them, for example "
+        "columns: {prompt: question, completion: answer}"
+    )
+
+
+def _suggestion(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {show(close[0])}?" if close else ""
