@@ -108,6 +108,9 @@ def _fit(arguments: TrainArguments, reporter: Reporter, checkpoint: Path | None,
         **_trust(config),
     )
     freeze(student, llm=config.tuner.freeze_llm, vit=config.tuner.freeze_vit, aligner=config.tuner.freeze_aligner)
+    if args.ddp_find_unused_parameters is None and not hasattr(student.config, "output_router_logits"):
+        # A dense text model uses all its weights in every step; only experts may go without a gradient.
+        args.ddp_find_unused_parameters = False
     teacher, shared = _teacher(config, args.teacher_model_init_kwargs, device, tokenizer, vocabulary_size(student))
     trainer = GKDTrainerWithMetrics(
         student,

@@ -131,6 +131,20 @@ def test_a_circle_of_files_is_an_error_that_prints_the_chain(tmp_path: Path, mon
     assert error.location == "c.yaml:1:10"
 
 
+def test_a_file_that_leads_into_a_circle_is_not_part_of_the_chain(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, a="extends: b.yaml\n", b="extends: a.yaml\n", run="extends: a.yaml\n")
+    (error,) = check_config("run.yaml").errors
+    assert error.message.endswith(": a.yaml -> b.yaml -> a.yaml")
+
+
+def test_mistakes_come_in_the_order_of_the_file_and_then_of_the_command_line(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, run="tunr: {}\n" + BASE.replace("0.1", "3"))
+    locations = [error.location for error in check_config("run.yaml", ["rlhf.lmbda=2"]).errors]
+    assert locations == ["run.yaml:1:1", "run.yaml:4:42", "command line"]
+
+
 def test_a_missing_base_is_an_error_where_it_is_named_and_nothing_is_guessed_about_the_rest(tmp_path: Path) -> None:
     path = write(tmp_path, run="extends: bsae.yaml\nrlhf: {bta: 1}\n")
     first, second = check_config(path).errors

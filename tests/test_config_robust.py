@@ -76,7 +76,7 @@ def test_any_value_for_any_option_ends_with_a_verdict(section: str) -> None:
 def test_any_damage_to_a_file_ends_with_a_verdict(tmp_path: Path) -> None:
     generator = random.Random(0)
     path = tmp_path / "run.yaml"
-    for _ in range(500):
+    for _ in range(300):
         text = START
         for _ in range(generator.randint(1, 4)):
             start = generator.randrange(len(text))

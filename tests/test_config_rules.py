@@ -189,6 +189,10 @@ def test_a_field_that_breaks_a_run_is_refused_with_the_reason(name: str) -> None
         assert errors(config(**{f"training__{name}": harmless})) == {}
 
 
+def test_a_boolean_is_not_the_harmless_number() -> None:
+    assert "training.label_smoothing_factor" in errors(config(training__label_smoothing_factor=False))
+
+
 def test_every_refused_field_is_a_field_of_the_installed_trl() -> None:
     assert set(REFUSED) <= set(training_fields())
 

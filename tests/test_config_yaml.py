@@ -176,6 +176,33 @@ def test_a_very_long_line_is_cut_around_its_place() -> None:
     assert shown[caret.index("^") :].startswith("bad")
 
 
+HOSTILE_LINES = {
+    "one word": "a: " + "x" * 1_000_000,
+    "words": "a: " + "hf_" * 300_000,
+    "keys": "a: " + "key " * 200_000,
+    "dashes": "a: " + "sk-" * 300_000,
+    "blanks": "a: [token" + " " * 900_000 + "]",
+    "schemes": "a: " + "x://" * 200_000,
+    "unknown keys": "rlhf: {" + ", ".join(f"key_{i}: 1" for i in range(4900)) + "}",
+    "unknown training keys": "training: {" + ", ".join(f"learning_{i}: 1" for i in range(4900)) + "}",
+    "unknown sections": "\n".join(f"section_{i}: 1" for i in range(4900)),
+    "a long key": "? " + "k" * 900_000 + "\n: 1",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_LINES)
+def test_a_large_file_of_nonsense_is_judged_and_shown_quickly(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(HOSTILE_LINES[name])
+    start = time.process_time()
+    result = check_config(path)
+    shown = "\n".join(error.render() for error in result.errors)
+    assert time.process_time() - start < 1
+    assert result.config is None
+    assert len(result.errors) < 250
+    assert len(shown) < 200_000
+
+
 @pytest.mark.parametrize("char", ["\x1b[2J", "\r", "\x07", "\u202e", "\ud800"])
 def test_control_characters_are_shown_escaped(char: str) -> None:
     shown = Diagnostic("error", "p" + char, "m" + char, "h" + char, "f" + char, 1, 1, "s" + char).render()
@@ -208,6 +235,15 @@ def test_a_secret_in_the_file_is_an_error_that_never_repeats_it(text: str, secre
     shown = "\n".join(finding.render() for finding in findings) + json.dumps([f.to_dict() for f in findings])
     assert secret not in shown
     assert check_config({}, [text.replace(": ", "=", 1)]).errors
+
+
+def test_a_value_wrong_in_itself_is_not_reported_as_missing_too(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {model: .nan}\ndata: {train: a.jsonl}\nrlhf: {llm_kd_weight: 0}\ntraining: {output_dir: x}\n"
+    )
+    (error,) = check_config(path).errors
+    assert (error.path, error.line) == ("model.model", 1)
 
 
 def test_names_that_only_sound_like_secrets_are_shown(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ TABLE = {
     "ChatML with markers": (
         {"template": tiny.CHATML},
         "the one<|im_end|>two it is<|im_end|>",
-        "the one<|im_end|><|im_start|>user\nand then<|im_end|>\n<|im_start|>assistant\n",
+        "the one<|im_end|>\n<|im_start|>user\nand then<|im_end|>\n<|im_start|>assistant\n",
     ),
     "markers that leave the stop token out": (
         {"template": MARKERS_WITHOUT_STOP, "eos": "<|endoftext|>"},

@@ -471,7 +471,7 @@ def test_metrics_are_token_sums_over_the_window(tmp_path, student, teacher):
         sft_alpha=0.3,
     )
     batch = make_batch(trainer, rows)
-    jsd, ce, n = expected_terms(student, teacher, batch)
+    jsd, ce, _n = expected_terms(student, teacher, batch)
     with torch.no_grad():
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         s, t = (m(**inputs).logits[:, :-1][batch["labels"][:, 1:] != -100].double() for m in (student, teacher))
@@ -608,7 +608,8 @@ def test_the_saved_model_loads_and_holds_no_pickle(tmp_path, student, teacher):
 ROWS = [
     *tiny.CHATS,
     {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "it is " * 9}]},
-] + [tiny.CHATS[2]]
+    tiny.CHATS[2],
+]
 
 
 def train_split(folder, micro_batch, accumulation, **kwargs):

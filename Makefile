@@ -1,0 +1,35 @@
+# make setup   an environment in .venv with everything the other targets need
+# make demo    distil a teacher into a student on real text, offline, on a CPU (some minutes)
+# make test    the tests
+# make lint    style and types
+# make bench   the loss against other implementations
+PYTHON ?= python3
+VENV ?= .venv
+# One thread: the demo's and the tests' models are so small that several threads only wait for each other.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test lint bench
+
+setup: $(VENV)/installed
+
+# torch first and pinned: unpinned, pip takes the newest with gigabytes of CUDA libraries. Where CUDA is wanted, install
+# the build that fits the driver into $(VENV) first; it is then left as it is.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(VENV)/bin/pip install --quiet torch==2.13.0
+	$(VENV)/bin/pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: setup
+	$(VENV)/bin/python examples/quickstart/demo.py
+
+test: setup
+	$(VENV)/bin/python -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: setup
+	@echo "There is no benchmark yet: it comes with the fused loss." && exit 1

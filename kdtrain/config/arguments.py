@@ -1,0 +1,149 @@
+"""From a checked config to what the trainer takes: trl's GKDConfig with our knobs attached. Imports torch and trl,
+but only when something is built."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kdtrain.config.diagnose import clean
+from kdtrain.config.schema import RunConfig
+from kdtrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trl.experimental.gkd import GKDConfig
+
+logger = logging.getLogger("kdtrain")
+
+# Options of `rlhf` that are fields of GKDConfig under the same name.
+_GKD_OPTIONS = ("beta", "lmbda", "temperature", "max_new_tokens", "disable_dropout", "seq_kd")
+
+# Ours: attached after construction, because GKDConfig's constructor does not know them.
+KNOBS = ("llm_kd_weight", "sft_alpha", "divergence", "kd_temperature", "eval_kd", "visual_kd")
+
+# What the loss, the data and the guarantees of a run rest on; the config refuses anything else.
+_ALWAYS: dict[str, Any] = {
+    "remove_unused_columns": False,
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+    "logging_nan_inf_filter": False,
+    "average_tokens_across_devices": True,
+    "disable_tqdm": True,
+}
+
+
+@dataclass
+class TrainArguments:
+    """A run, ready to be trained.
+
+    Attributes:
+        config: the checked config.
+        training_args: the GKDConfig, which also carries the knobs of `KNOBS`. They do not survive
+            `dataclasses.replace` or `to_dict`, which see its fields only.
+        llm_kd_weight: weight of the divergence, as on `training_args`.
+    """
+
+    config: RunConfig
+    training_args: GKDConfig
+    llm_kd_weight: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the device of this process can do.
+
+    Attributes:
+        accelerator: `cuda`, `mps`, `xpu`, ...; None on a CPU.
+    """
+
+    accelerator: str | None
+    bf16: bool
+    fp16: bool
+    tf32: bool
+
+
+def detect_hardware() -> Hardware:
+    """The device that training would use."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return Hardware(None, bf16=False, fp16=False, tf32=False)
+    device = torch.accelerator.current_accelerator()
+    kind = device.type if device else None
+    if kind == "cuda":
+        ampere = torch.version.hip is None and torch.cuda.get_device_capability()[0] >= 8
+        return Hardware(kind, torch.cuda.is_bf16_supported(including_emulation=False), fp16=True, tf32=ampere)
+    if kind == "xpu":
+        return Hardware(kind, torch.xpu.is_bf16_supported(), fp16=True, tf32=False)
+    return Hardware(kind, bf16=False, fp16=False, tf32=False)
+
+
+def build_train_arguments(config: RunConfig, hardware: Hardware | None = None) -> TrainArguments:
+    """Builds the GKDConfig of a run.
+
+    Args:
+        config: from `ConfigLoader.load`.
+        hardware: the device to fit the defaults to; None looks for it.
+
+    Raises:
+        ConfigError: GKDConfig refuses the values.
+    """
+    kwargs = {**config.training, **_from_sections(config), **_ALWAYS}
+    kwargs.setdefault("report_to", "none")
+    if kwargs.get("save_total_limit") is not None:
+        kwargs["save_total_limit"] = max(2, kwargs["save_total_limit"])
+    _fit_to_device(kwargs, hardware or detect_hardware())
+    try:
+        with warnings.catch_warnings():
+            # trl's own defaults use names that transformers has deprecated; nothing a user could change.
+            warnings.simplefilter("ignore", FutureWarning)
+            training_args = _gkd_config_class()(**kwargs)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise ConfigError(f"training: {clean(str(error))}") from error
+    knobs = {name: getattr(config.rlhf, name) for name in KNOBS if name != "visual_kd"}
+    knobs["visual_kd"] = config.custom.visual_kd if config.visual_kd_weight > 0 else None
+    for name, value in knobs.items():
+        setattr(training_args, name, value)
+    return TrainArguments(config, training_args, config.rlhf.llm_kd_weight)
+
+
+def _gkd_config_class() -> type[GKDConfig]:
+    with warnings.catch_warnings():
+        # trl warns that the module is experimental; its version is bounded for that reason.
+        warnings.simplefilter("ignore")
+        from trl.experimental.gkd import GKDConfig
+    return GKDConfig
+
+
+def _from_sections(config: RunConfig) -> dict[str, Any]:
+    """GKDConfig's fields that a config sets outside `training`."""
+    rlhf = config.rlhf
+    kwargs: dict[str, Any] = {name: getattr(rlhf, name) for name in _GKD_OPTIONS}
+    # A copy: the caller's dict stays as it is.
+    kwargs["teacher_model_init_kwargs"] = {"dtype": rlhf.teacher.dtype, **(rlhf.teacher_model_init_kwargs or {})}
+    kwargs["max_length"] = config.data.max_length
+    if config.needs_teacher and rlhf.teacher_model:
+        kwargs["teacher_model_name_or_path"] = rlhf.teacher_model
+    return kwargs
+
+
+def _fit_to_device(kwargs: dict[str, Any], hardware: Hardware) -> None:
+    """Lets a config written for one device run on another: float32 where a faster type is not there."""
+    on_cpu = hardware.accelerator is None or bool(kwargs.get("use_cpu"))
+    if on_cpu:
+        kwargs.setdefault("use_cpu", True)
+        kwargs.setdefault("dataloader_pin_memory", False)
+    supported = {
+        "bf16": hardware.bf16 and not on_cpu,
+        "fp16": hardware.fp16 and not on_cpu,
+        "tf32": hardware.tf32 and not on_cpu,
+    }
+    supported["bf16_full_eval"], supported["fp16_full_eval"] = supported["bf16"], supported["fp16"]
+    device = "cpu" if on_cpu else hardware.accelerator
+    for name, is_supported in supported.items():
+        if kwargs.get(name) and not is_supported:
+            logger.warning("training.%s: not supported on this device (%s), float32 is used instead", name, device)
+            del kwargs[name]
+    if kwargs.get("bf16") is None:  # trl's own default is true whatever the device
+        kwargs["bf16"] = supported["bf16"] and not kwargs.get("fp16")

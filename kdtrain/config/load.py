@@ -1,0 +1,200 @@
+"""Checks a config in one pass over everything, and loads it.
+
+    file or mapping -> tree with places (`sources`) -> absolute paths (`paths`) -> models (`schema`, `training_rules`)
+    -> what is not there yet (`availability`) and how options go together (`rules`)
+
+Each step goes on where the one before found mistakes, without what is wrong, so that all of them are reported at once.
+Nothing here imports torch, and nothing reads an environment variable.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from kdtrain.config.availability import check_available
+from kdtrain.config.diagnose import Diagnostic, InvalidConfigError, looks_secret
+from kdtrain.config.paths import resolve_paths
+from kdtrain.config.rules import check_rules
+from kdtrain.config.schema import RunConfig
+from kdtrain.config.sources import Composer, Source
+from kdtrain.config.training_rules import check_training
+from kdtrain.config.translate import to_problem
+from kdtrain.config.tree import (
+    COMMAND_LINE,
+    Invalid,
+    KeyPath,
+    Node,
+    Problem,
+    get,
+    plain,
+    replace,
+    scalars,
+    to_diagnostic,
+)
+
+if TYPE_CHECKING:
+    from kdtrain.config.arguments import TrainArguments
+
+logger = logging.getLogger("kdtrain")
+
+_PLACEHOLDER = "missing"
+_ATTEMPTS = 4
+_MOST = 200
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What a static check found."""
+
+    config: RunConfig | None
+    """The config, unless there are errors."""
+    errors: list[Diagnostic] = field(default_factory=list)
+    warnings: list[Diagnostic] = field(default_factory=list)
+
+
+def check_config(source: Source, overrides: Sequence[str] = ()) -> CheckResult:
+    """Checks a whole config without importing torch.
+
+    Args:
+        source: a YAML file, or a mapping of the same form.
+        overrides: `key.sub=value`, the value in YAML.
+
+    Returns:
+        the config and all findings, in the order of the file. Mistakes of the config are never raised.
+    """
+    composer = Composer()
+    root = composer.compose(source, overrides)
+    problems = list(composer.problems)
+    root, found = _hide_secrets(root)
+    problems += found
+    root, found = resolve_paths(root)
+    problems += found
+    config, found = _validate(root, [problem.path for problem in problems])
+    if composer.incomplete:
+        # What could not be read may hold what seems to be missing or to conflict: only single values can be judged.
+        found = [problem for problem in found if problem.level == "error" and get(root, problem.path)]
+    diagnostics = sorted((to_diagnostic(problem, root) for problem in [*problems, *found]), key=_order)
+    errors = [diagnostic for diagnostic in diagnostics if diagnostic.level == "error"]
+    warnings = [diagnostic for diagnostic in diagnostics if diagnostic.level == "warning"]
+    return CheckResult(None if errors else config, errors, warnings)
+
+
+class ConfigLoader:
+    """The way into kdtrain from Python."""
+
+    @staticmethod
+    def load(source: Source, overrides: Sequence[str] = ()) -> RunConfig:
+        """The checked config; warnings are logged.
+
+        Raises:
+            ConfigError: a `ValueError` whose text shows every mistake with its place; `.diagnostics` holds them.
+        """
+        result = check_config(source, overrides)
+        if result.config is None:
+            raise InvalidConfigError(result.errors)
+        for warning in result.warnings:
+            logger.warning("%s%s", warning.headline, f" ({warning.hint})" if warning.hint else "")
+        return result.config
+
+    @classmethod
+    def load_training_config(cls, source: Source, overrides: Sequence[str] = ()) -> TrainArguments:
+        """The checked config with trl's GKDConfig built from it. Imports torch and trl.
+
+        Raises:
+            ConfigError: as `load`, or GKDConfig itself refuses the values; nothing is built.
+        """
+        config = cls.load(source, overrides)
+        from kdtrain.config.arguments import build_train_arguments
+
+        return build_train_arguments(config)
+
+
+def _hide_secrets(root: Node) -> tuple[Node, list[Problem]]:
+    """Reports values that look like credentials, and takes them out before anything can repeat them."""
+    problems: list[Problem] = []
+    for path, node in list(scalars(root)):
+        if isinstance(node.value, str) and looks_secret(node.value):
+            hint = "put it into an environment variable; a config holds at most that variable's name"
+            problems.append(Problem(path, "looks like a secret, and secrets do not belong in a config", hint))
+            root = replace(root, path, Node(Invalid.VALUE, node.place))
+    return root, problems
+
+
+def _validate(root: Node, wrong: list[KeyPath]) -> tuple[RunConfig | None, list[Problem]]:
+    """The config as far as it can be built without its wrong values, and what is wrong with it."""
+    values: dict[str, Any] = plain(root)
+    problems: list[Problem] = []
+    training = values.get("training")
+    if isinstance(training, Mapping):
+        problems += _first(check_training(training))
+        for problem in problems:
+            if problem.level == "error" and problem.path:
+                _prune(values, problem.path)
+    config, found = _build(values, root)
+    problems += found
+    if config is not None:
+        problems += check_available(config)
+        wrong = wrong + [problem.path for problem in problems if problem.level == "error"]
+        problems += check_rules(config, root, wrong)
+    return config, problems
+
+
+def _build(values: dict[str, Any], root: Node) -> tuple[RunConfig | None, list[Problem]]:
+    """Takes wrong values out until the models accept the rest, so that the rules can be asked about it."""
+    problems: list[Problem] = []
+    for attempt in range(_ATTEMPTS):
+        try:
+            return RunConfig.model_validate(copy.deepcopy(values)), problems
+        except ValidationError as error:
+            details = error.errors(include_url=False)
+            if len(details) > _MOST:
+                return None, [*problems, *map(to_problem, details[:_MOST]), _further(len(details) - _MOST)]
+            for detail in details:
+                problem, missing = to_problem(detail), detail["type"] == "missing"
+                # Missing only later, or invalid in the file: it was wrong, and was reported as that.
+                written = get(root, problem.path)
+                if not missing or (attempt == 0 and (written is None or written.value is not Invalid.VALUE)):
+                    problems.append(problem)
+                _prune(values, problem.path, missing)
+    return None, problems
+
+
+def _first(problems: Iterator[Problem]) -> list[Problem]:
+    """At most `_MOST` of them: a file that is no config at all may have thousands, each with its own search."""
+    found = list(islice(problems, _MOST + 1))
+    return found if len(found) <= _MOST else [*found[:_MOST], _further(None)]
+
+
+def _further(count: int | None) -> Problem:
+    return Problem((), f"{f'{count} ' if count else ''}further mistakes are not shown", "mend these first")
+
+
+def _prune(values: dict[str, Any], path: KeyPath, missing: bool = False) -> None:
+    """Takes a wrong value out of `values`, or puts a text where a required one is missing."""
+    holder: Any = values
+    *parents, last = path
+    for part in parents:
+        if part == 0 and not isinstance(holder, list):
+            continue  # one source given where a list of them may stand
+        if isinstance(holder, dict):
+            holder = holder.setdefault(part, {})
+        elif isinstance(holder, list) and isinstance(part, int):
+            holder = holder[part]
+    if not isinstance(holder, dict):
+        values.pop(str(path[0]), None)
+    elif missing:
+        holder[last] = _PLACEHOLDER
+    else:
+        holder.pop(last, None)
+
+
+def _order(diagnostic: Diagnostic) -> tuple[Any, ...]:
+    """By file and position; the command line last, as it is read last."""
+    return diagnostic.file == COMMAND_LINE, diagnostic.file or "", diagnostic.line or 0, diagnostic.col or 0

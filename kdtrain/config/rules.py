@@ -1,0 +1,258 @@
+"""What takes two options to see: conflicts, what is missing, and options that have no effect beside others.
+
+Every rule gets the config and the tree it was written as, because what was written matters and not what a default
+filled in: `temperature` without generation deserves a warning only where somebody set it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from kdtrain.config.schema import RunConfig
+from kdtrain.config.tree import KeyPath, Node, Problem, dotted, get
+
+_TEACHER_OPTIONS: dict[str, set[str]] = {
+    "hf": {"dtype", "device_map", "quantization", "adapter", "revision", "prefix"},
+    "self": {"prefix"},
+    "vllm": {"base_url", "model", "api_key_env", "top_k", "tail", "timeout_s", "max_retries", "concurrency"},
+    "openai": {"base_url", "model", "api_key_env", "top_k", "tail", "timeout_s", "max_retries", "concurrency"},
+    "cache": {"path", "tail"},
+}
+_MODEL_OPTIONS = ("dtype", "revision", "attn_implementation", "quantization_config", "trust_remote_code")
+_SCHEDULES = (("eval_strategy", "eval_steps"), ("save_strategy", "save_steps"), ("logging_strategy", "logging_steps"))
+
+
+class Written:
+    """Which options a config sets itself."""
+
+    def __init__(self, root: Node) -> None:
+        self.root = root
+
+    def has(self, *path: str | int) -> bool:
+        node = get(self.root, path)
+        return node is not None and node.value is not None
+
+    def among(self, section: tuple[str, ...], names: Iterable[str]) -> list[str]:
+        """The names out of `names` that are set in `section`, in the order of the file."""
+        node = get(self.root, section)
+        wanted = set(names)
+        return [key for key in node.value if key in wanted] if node and isinstance(node.value, dict) else []
+
+
+Rule = Callable[[RunConfig, Written], Iterator[Problem]]
+
+
+def _no_effect(section: tuple[str, ...], names: list[str], reason: str) -> Iterator[Problem]:
+    """One warning for all options that are idle for the same reason."""
+    if names:
+        also = f" (the same goes for {', '.join(names[1:])})" if names[1:] else ""
+        yield Problem((*section, names[0]), f"has no effect: {reason}{also}", level="warning", on_key=True)
+
+
+def teacher_is_named(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """A run needs a teacher exactly when a KD weight is above 0."""
+    if not config.needs_teacher:
+        return
+    rlhf = config.rlhf
+    reason = f"rlhf.llm_kd_weight is {rlhf.llm_kd_weight:g}" if config.lm_kd_active else "custom.visual_kd is enabled"
+    turn_off = "or rlhf.llm_kd_weight: 0 for plain fine-tuning" if config.lm_kd_active else "or disable visual_kd"
+    backend = rlhf.teacher.backend
+    missing: dict[str, bool] = {
+        "rlhf.teacher_model": backend == "hf" and not rlhf.teacher_model,
+        "rlhf.teacher.base_url": backend in ("vllm", "openai") and not rlhf.teacher.base_url,
+        "rlhf.teacher.model": backend in ("vllm", "openai") and not rlhf.teacher.model,
+        "rlhf.teacher.path": backend == "cache" and not rlhf.teacher.path,
+    }
+    for option in (option for option, is_missing in missing.items() if is_missing):
+        yield Problem(
+            tuple(option.split(".")), f"a teacher is needed, because {reason}", f"set {option}, {turn_off}", on_key=True
+        )
+    if backend == "self" and config.tuner.train_type != "lora":
+        message = "needs tuner.train_type: lora, because the teacher is the student without its adapter"
+        yield Problem(("rlhf", "teacher", "backend"), message)
+
+
+def idle_distillation(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Options of a term that is switched off."""
+    rlhf = config.rlhf
+    if not config.needs_teacher:
+        teacher = written.among(("rlhf",), ("teacher_model", "teacher_model_init_kwargs", "teacher"))
+        yield from _no_effect(("rlhf",), teacher, "nothing asks the teacher, so none is loaded")
+        yield from _no_effect(("rlhf",), written.among(("rlhf",), ["eval_kd"]), "nothing asks the teacher")
+    if not config.lm_kd_active:
+        zero = "rlhf.llm_kd_weight is 0"
+        knobs = written.among(("rlhf",), ("beta", "divergence", "kd_temperature"))
+        generation = [name for name, used in (("lmbda", rlhf.lmbda > 0), ("seq_kd", rlhf.seq_kd)) if used]
+        generation = written.among(("rlhf",), generation)
+        generation += written.among(("rlhf",), ("temperature", "max_new_tokens")) if generation else []
+        yield from _no_effect(("rlhf",), knobs + generation, zero)
+        if rlhf.sft_alpha > 0 and written.has("rlhf", "sft_alpha"):
+            yield Problem(
+                ("rlhf", "sft_alpha"),
+                f"is ignored: {zero}, so cross-entropy has weight 1.0",
+                level="warning",
+                on_key=True,
+            )
+    elif not (rlhf.lmbda > 0 or rlhf.seq_kd):
+        names = written.among(("rlhf",), ("temperature", "max_new_tokens"))
+        yield from _no_effect(("rlhf",), names, "nothing is generated (lmbda is 0 and seq_kd is false)")
+
+
+def teacher_options(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Options of another backend, and the dtype given twice."""
+    backend = config.rlhf.teacher.backend
+    other = set().union(*_TEACHER_OPTIONS.values()) - _TEACHER_OPTIONS[backend]
+    for name in written.among(("rlhf", "teacher"), other):
+        yield from _no_effect(("rlhf", "teacher"), [name], f"rlhf.teacher.backend is {backend}")
+    kwargs = config.rlhf.teacher_model_init_kwargs or {}
+    path = ("rlhf", "teacher_model_init_kwargs")
+    if backend != "hf" and kwargs and config.needs_teacher:
+        yield from _no_effect(("rlhf",), ["teacher_model_init_kwargs"], f"rlhf.teacher.backend is {backend}")
+    for name in ("dtype", "revision", "device_map"):
+        if name in kwargs and written.has("rlhf", "teacher", name):
+            yield Problem(
+                (*path, name), f"given twice, here and in rlhf.teacher.{name}", "keep one of them", on_key=True
+            )
+    yield from _loading(path, kwargs)
+
+
+def _loading(path: KeyPath, kwargs: dict[str, object]) -> Iterator[Problem]:
+    """Keyword arguments that would go round the one decision about custom code, pickles and tokens."""
+    reasons = {
+        "trust_remote_code": ("custom code is allowed in one place only", "use model.trust_remote_code"),
+        "use_safetensors": ("weights are loaded from safetensors only", "remove it"),
+        "token": ("secrets do not belong in a config", "set the environment variable HF_TOKEN"),
+        "use_auth_token": ("secrets do not belong in a config", "set the environment variable HF_TOKEN"),
+    }
+    for name, (reason, instead) in reasons.items():
+        if name in kwargs and not (name == "use_safetensors" and kwargs[name] is True):
+            yield Problem((*path, name), f"cannot be set: {reason}", instead, on_key=True)
+
+
+def model_options(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Student options hidden in `init_kwargs`."""
+    kwargs = config.model.init_kwargs
+    path = ("model", "init_kwargs")
+    for name in (name for name in _MODEL_OPTIONS if name in kwargs and name != "trust_remote_code"):
+        option = "quantization" if name == "quantization_config" else name
+        yield Problem((*path, name), "has its own option", f"use model.{option}", on_key=True)
+    yield from _loading(path, kwargs)
+
+
+def idle_lora(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Adapter options of a run that trains all weights."""
+    if config.tuner.train_type == "full":
+        names = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora")
+        yield from _no_effect(("tuner",), written.among(("tuner",), names), "tuner.train_type is full")
+
+
+def visual_options(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Options of a visual term that is off, or has nothing to compare."""
+    path, visual = ("custom", "visual_kd"), config.custom.visual_kd
+    if not visual.enabled:
+        names = written.among(path, ("weight", "distance", "targets"))
+        yield from _no_effect(path, names, "custom.visual_kd.enabled is false")
+        return
+    if visual.weight == 0:
+        yield from _no_effect(path, ["enabled"], "custom.visual_kd.weight is 0")
+    if not visual.targets:
+        yield Problem((*path, "targets"), "no target to compare", "for example targets: [aligner]")
+    for name, target in visual.targets.items():
+        if target.module and (target.student_module or target.teacher_module):
+            message = "given together with student_module or teacher_module"
+            yield Problem((*path, "targets", name, "module"), message, "keep one of the two forms")
+
+
+def evaluation(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Data without a schedule, and a schedule without data."""
+    strategy = config.training.get("eval_strategy", "no")
+    if config.data.eval is None:
+        if strategy != "no":
+            message = f"evaluation asked for ({strategy}) without data"
+            yield Problem(("training", "eval_strategy"), message, "set data.eval, or eval_strategy: no")
+        idle = [k for k in config.training if k != "eval_strategy" and (k.startswith("eval_") or "_eval" in k)]
+        yield from _no_effect(("training",), idle, "there is no data.eval")
+        if config.needs_teacher and written.has("rlhf", "eval_kd"):
+            yield from _no_effect(("rlhf",), ["eval_kd"], "there is no data.eval")
+    elif strategy == "no" and not config.training.get("eval_on_start"):
+        message = "is not used while training: training.eval_strategy is no"
+        yield Problem(("data", "eval"), message, "set training.eval_strategy: steps", level="warning", on_key=True)
+    if strategy == "no":
+        for key in ("load_best_model_at_end", "lr_scheduler_type"):
+            if config.training.get(key) in (True, "reduce_lr_on_plateau", "greedy"):
+                yield Problem(("training", key), "needs evaluation", "set data.eval and training.eval_strategy: steps")
+
+
+def training_conflicts(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Fields of `training` that contradict or silence one another."""
+    training = config.training
+    if not training.get("output_dir"):
+        message, hint = "is required: the folder that the run writes to", "for example training.output_dir: runs/first"
+        yield Problem(("training", "output_dir"), message, hint, on_key=True)
+    for pair in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
+        if training.get(pair[0]) and training.get(pair[1]):
+            yield Problem(("training", pair[1]), f"cannot be combined with {pair[0]}", "keep one of them", on_key=True)
+    if (training.get("max_steps") or -1) > 0 and "num_train_epochs" in training:
+        yield from _no_effect(("training",), ["num_train_epochs"], "training.max_steps is set")
+    if training.get("dataloader_prefetch_factor") and not training.get("dataloader_num_workers"):
+        yield Problem(("training", "dataloader_prefetch_factor"), "needs dataloader_num_workers above 0", on_key=True)
+    if training.get("save_total_limit") == 1:
+        message = "2 checkpoints are kept: while one is written, the older must stay"
+        yield Problem(("training", "save_total_limit"), message, level="warning")
+    for strategy, steps in _SCHEDULES:
+        idle = steps in training and training.get(strategy, "steps") != "steps"
+        if idle and (strategy != "eval_strategy" or config.data.eval is not None):
+            yield from _no_effect(("training",), [steps], f"training.{strategy} is {training[strategy]}")
+
+
+def model_folders(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """A local model must be a model folder; only those in use are looked at."""
+    rlhf = config.rlhf
+    used: list[tuple[KeyPath, str, str]] = [(("model", "model"), config.model.model, "config.json")]
+    if config.needs_teacher and rlhf.teacher.backend == "hf" and rlhf.teacher_model:
+        used.append((("rlhf", "teacher_model"), rlhf.teacher_model, "config.json"))
+    if rlhf.teacher.adapter:
+        used.append((("rlhf", "teacher", "adapter"), rlhf.teacher.adapter, "adapter_config.json"))
+    for path, name, file in used:
+        folder = Path(name)
+        if not folder.is_absolute() or (folder / file).is_file():
+            continue
+        if not folder.exists():
+            yield Problem(path, f"no such folder: {name}", "give a model folder or a hub id")
+        elif not folder.is_dir():
+            yield Problem(path, f"a file, not a model folder: {name}", f"give the folder with its {file}")
+        else:
+            yield Problem(path, f"not a model folder, it has no {file}: {name}", "give a model folder or a hub id")
+
+
+_KD_SWITCHES = ("rlhf.llm_kd_weight", "custom.visual_kd.enabled", "custom.visual_kd.weight")
+
+# A rule, and the options it reads: where one of them is wrong in itself, the rule would only guess.
+RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
+    (teacher_is_named, (*_KD_SWITCHES, "rlhf.teacher_model", "rlhf.teacher", "tuner.train_type")),
+    (idle_distillation, (*_KD_SWITCHES, "rlhf.lmbda", "rlhf.seq_kd", "rlhf.sft_alpha")),
+    (teacher_options, (*_KD_SWITCHES, "rlhf.teacher.backend", "rlhf.teacher_model_init_kwargs")),
+    (model_options, ("model.init_kwargs",)),
+    (idle_lora, ("tuner.train_type",)),
+    (visual_options, ("custom.visual_kd",)),
+    (evaluation, (*_KD_SWITCHES, "data.eval", "training.eval_strategy")),
+    (training_conflicts, ("training.output_dir", "training.max_steps", "training.dataloader_num_workers")),
+    (
+        model_folders,
+        (*_KD_SWITCHES, "model.model", "rlhf.teacher_model", "rlhf.teacher.backend", "rlhf.teacher.adapter"),
+    ),
+)
+
+
+def check_rules(config: RunConfig, root: Node, wrong: Iterable[KeyPath] = ()) -> Iterator[Problem]:
+    """All findings of all rules; rules that depend on an option that is `wrong` in itself are left out."""
+    written = Written(root)
+    broken = [dotted(path) for path in wrong]
+    for rule, options in RULES:
+        if not any(_overlap(option, name) for option in options for name in broken):
+            yield from rule(config, written)
+
+
+def _overlap(first: str, second: str) -> bool:
+    return f"{first}.".startswith(f"{second}.") or f"{second}.".startswith((f"{first}.", f"{first}["))

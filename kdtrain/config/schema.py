@@ -1,0 +1,412 @@
+"""The whole config file as Pydantic models: this module is the reference of every option.
+
+The models check one value at a time (type, range, choice). What needs two values is in `rules.py`, what needs the
+fields of another package (`training`) in `training.py`, and what needs the file (places, paths) in `load.py`: use
+`ConfigLoader` or `check_config` rather than `RunConfig(...)`.
+
+All models are frozen and refuse unknown keys. Booleans are not numbers, numbers are not text, whole numbers are
+accepted where a fraction is asked for, NaN and infinity are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+Text = Annotated[str, Strict(), Field(min_length=1)]
+Flag = Annotated[bool, Strict()]
+Whole = Annotated[int, Strict()]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Count = Annotated[Whole, Field(ge=1)]
+
+ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+VISUAL_TARGETS = ("vit", "aligner", "deepstack")
+
+
+def wrong(message: str) -> PydanticCustomError:
+    """An error whose text is shown as it is; it must not repeat the input, which may be a secret."""
+    return PydanticCustomError("kdtrain", "{text}", {"text": message})
+
+
+def _names(value: Any) -> Any:
+    """One name, or a list of names: Pydantic's own message for such a union names every member of it."""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) and item for item in value):
+        return tuple(value)
+    if isinstance(value, str) and value:
+        return value
+    raise wrong("expected a name or a list of names")
+
+
+def _name_list(value: Any) -> Any:
+    if isinstance(value, str):
+        raise wrong("expected a list of names, got text")
+    return _names(value)
+
+
+Names = Annotated[Any, BeforeValidator(_names), Field(json_schema_extra={"type": ["string", "array"]})]
+NameList = Annotated[tuple[str, ...], BeforeValidator(_name_list)]
+
+
+class Section(BaseModel):
+    """Base of all parts of the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_default(cls, value: Any) -> Any:
+        # `rlhf:` with nothing below it is null in YAML; a section that was emptied means its defaults.
+        return {} if value is None else value
+
+
+class ModelConfig(Section):
+    """The student."""
+
+    model: Text
+    """Model folder (relative to the file that names it) or hub id of the student."""
+    revision: Text | None = None
+    """Branch, tag or commit on the hub; null takes the default branch. No effect on a local folder."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights in memory; `auto` fits the device."""
+    attn_implementation: Text | None = None
+    """Attention kernel by its transformers name, such as `sdpa` or `flash_attention_2`; null takes its default."""
+    trust_remote_code: Flag = False
+    """Whether Python code that ships with a model may run. Off unless you have read that code."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Load the weights quantised (bitsandbytes, extra `quant`); for LoRA only."""
+    init_kwargs: dict[str, Any] = {}
+    """Further keyword arguments of `from_pretrained`."""
+
+
+class TunerConfig(Section):
+    """What is trained."""
+
+    train_type: Literal["full", "lora"] = "full"
+    """Train all weights, or a low-rank adapter."""
+    lora_rank: Count = 16
+    """Rank of the adapter matrices. LoRA only."""
+    lora_alpha: Positive = 32.0
+    """Scale of the adapter: its output is multiplied by lora_alpha / lora_rank. LoRA only."""
+    lora_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Dropout probability before the adapter. LoRA only."""
+    target_modules: Names = "all-linear"
+    """Modules that get an adapter: `all-linear`, a regular expression, or a list of name endings. LoRA only."""
+    modules_to_save: NameList | None = None
+    """Modules trained in full and saved with the adapter, such as `[lm_head]`. LoRA only."""
+    use_dora: Flag = False
+    """Weight-decomposed LoRA: slower, often better at low rank. LoRA only."""
+    freeze_llm: Flag = False
+    """Keep the language model's weights as they are."""
+    freeze_vit: Flag = False
+    """Keep the vision encoder's weights as they are. Vision-language models only."""
+    freeze_aligner: Flag = False
+    """Keep the projector between vision encoder and language model as it is. Vision-language models only."""
+
+
+class DataSource(Section):
+    """One data set."""
+
+    path: Text
+    """File or folder (absolute after loading) or hub id."""
+    name: Text | None = None
+    """Configuration (subset) of a hub data set."""
+    split: Text = "train"
+    """Split of a hub data set."""
+    columns: dict[str, Text] | None = None
+    """Renames columns: the name kdtrain knows -> the name in the data, such as `{prompt: question}`."""
+    streaming: Flag = False
+    """Read while training instead of before it, for data larger than memory or disk."""
+    limit: Count | None = None
+    """Use the first n rows only."""
+    weight: Positive = 1.0
+    """How often each row appears in an epoch: 1 once, 2 twice, 0.5 a seeded random half of the rows."""
+    ce: Flag = True
+    """Whether the rows' own labels count. false: the teacher alone supervises them."""
+    answers: Literal["data", "teacher"] = "data"
+    """Completions from the data, or generated once by the teacher before training."""
+
+    @property
+    def is_local(self) -> bool:
+        """A file or folder rather than a hub id; local paths are absolute once loaded."""
+        return os.path.isabs(self.path)
+
+
+def _sources(value: Any) -> Any:
+    """`a.jsonl`, `{path: a.jsonl}` and lists of either, as a tuple of sources."""
+    if isinstance(value, (list, tuple)) and not value:
+        raise wrong("expected at least one data source, got an empty list")
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    for item in items:
+        if not isinstance(item, (str, Mapping, DataSource)):
+            raise wrong("expected a path, a hub id, a source such as {path: a.jsonl}, or a list of them")
+    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+
+
+Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_sources)]
+
+
+def _sources_or_null(value: Any) -> Any:
+    return None if value is None else _sources(value)
+
+
+class DataConfig(Section):
+    """What is trained on."""
+
+    train: Sources
+    """Path, hub id, source, or a list of these to be mixed."""
+    eval: Annotated[tuple[DataSource, ...] | None, BeforeValidator(_sources_or_null)] = None
+    """Held-out data in the same forms; null: no evaluation."""
+    max_length: Annotated[Whole, Field(ge=2)] = 1024
+    """Longest row in tokens, prompt and completion together."""
+    on_overlength: Literal["error", "truncate", "drop"] = "error"
+    """What happens to a longer row; each is counted and reported."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Supervised tokens of a chat: every assistant turn, the last one, or everything. Prompt/completion rows always
+    train on the completion."""
+    max_bad_rows: Annotated[Whole, Field(ge=0)] = 0
+    """Rows that may be unusable before the run stops; they are left out and the first three shown."""
+    packing: Flag = False
+    """Join short rows into one sequence of max_length, without attention between them."""
+    padding_free: Flag = False
+    """Flatten a batch into one sequence instead of padding it."""
+
+
+class TeacherConfig(Section):
+    """How the teacher answers. Which options apply depends on `backend`."""
+
+    backend: Literal["hf", "self", "vllm", "openai", "cache"] = "hf"
+    """`hf`: a model in this process; `self` (alias `local-toggle`): the student without its adapter; `vllm`, `openai`:
+    a server; `cache`: targets written by `kdtrain cache`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """hf: type of the weights in memory."""
+    device_map: Annotated[Any, Field(json_schema_extra={"type": ["string", "object", "null"]})] = None
+    """hf: placement over devices, as in `from_pretrained`; null puts it beside the student."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """hf: load the weights quantised (extra `quant`)."""
+    adapter: Text | None = None
+    """hf: folder or hub id of a LoRA adapter to put on the teacher."""
+    revision: Text | None = None
+    """hf: branch, tag or commit on the hub."""
+    prefix: Annotated[Any, Field(json_schema_extra={"type": ["array", "string", "object", "null"]})] = None
+    """self, hf: messages only the teacher sees: a list of messages, a file, or `{column: name}`."""
+    base_url: Text | None = None
+    """vllm, openai: address of the API, such as `http://127.0.0.1:8000/v1`."""
+    model: Text | None = None
+    """vllm, openai: the server's name for the teacher."""
+    api_key_env: Text | None = None
+    """vllm, openai: name of the environment variable that holds the API key; never the key itself."""
+    top_k: Count = 64
+    """vllm, openai: most likely tokens asked for per position."""
+    tail: Literal["bucket", "renormalize"] = "bucket"
+    """vllm, openai, cache: probability outside the top k as one bucket, or dropped by renormalising both sides."""
+    timeout_s: Positive = 60.0
+    """vllm, openai: seconds to wait for one reply."""
+    max_retries: Annotated[Whole, Field(ge=0)] = 5
+    """vllm, openai: further attempts after a failed request."""
+    concurrency: Count = 8
+    """vllm, openai: requests in flight at a time."""
+    path: Text | None = None
+    """cache: folder written by `kdtrain cache`."""
+
+    @field_validator("backend", mode="before")
+    @classmethod
+    def _alias(cls, value: Any) -> Any:
+        return "self" if value == "local-toggle" else value
+
+    @field_validator("device_map", mode="after")
+    @classmethod
+    def _device_map(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, (str, dict)):
+            raise wrong("expected text or a map")
+        return value
+
+    @field_validator("prefix", mode="after")
+    @classmethod
+    def _prefix(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, (str, list, dict)):
+            raise wrong("expected a list of messages, a file, or {column: name}")
+        return value
+
+    @field_validator("api_key_env", mode="after")
+    @classmethod
+    def _variable_name(cls, value: str | None) -> str | None:
+        if value is not None and not ENV_NAME.fullmatch(value):
+            raise wrong("expected the name of an environment variable, not a key")
+        return value
+
+
+class RlhfConfig(Section):
+    """The distillation: which teacher, which loss, whose answers."""
+
+    rlhf_type: Literal["gkd"] = "gkd"
+    """Generalised knowledge distillation, the only method."""
+    teacher_model: Text | None = None
+    """Model folder or hub id of the teacher; needed when `teacher.backend` is hf and a KD weight is above 0."""
+    teacher_model_init_kwargs: dict[str, Any] | None = None
+    """Further keyword arguments of the teacher's `from_pretrained`; `dtype` is filled in when missing."""
+    teacher: TeacherConfig = TeacherConfig()
+    """How the teacher answers."""
+    llm_kd_weight: NonNegative = 1.0
+    """Weight of the divergence from the teacher's token distribution. 0 trains on cross-entropy alone."""
+    sft_alpha: NonNegative = 0.0
+    """Weight of the cross-entropy beside the divergence. Ignored (1.0) when llm_kd_weight is 0."""
+    beta: Share = 0.5
+    """Interpolation between forward KL (0) and reverse KL (1)."""
+    divergence: Literal["jsd", "jsd_scaled", "mixed_kl"] = "jsd"
+    """`jsd`: generalised Jensen-Shannon; `jsd_scaled`: divided by beta(1-beta), so that it does not vanish near the
+    ends; `mixed_kl`: (1-beta) forward + beta reverse KL."""
+    kd_temperature: Positive = 1.0
+    """Softens both distributions in the loss."""
+    lmbda: Share = 0.5
+    """Share of batches whose completions the student generates itself."""
+    seq_kd: Flag = False
+    """Where the student does not generate, the teacher does instead of the data."""
+    temperature: Annotated[Number, Field(gt=0, le=1)] = 0.9
+    """Sampling temperature of those generations."""
+    max_new_tokens: Count = 128
+    """Longest generation in tokens."""
+    disable_dropout: Flag = True
+    """Switch dropout of the student off."""
+    eval_kd: Flag = True
+    """Whether evaluation runs the teacher too; false reports cross-entropy only."""
+
+
+class VisualTarget(Section):
+    """One pair of features that the student's vision path is pulled towards."""
+
+    weight: NonNegative = 1.0
+    """Weight of this target within the visual term."""
+    distance: Literal["mse", "cosine"] | None = None
+    """Mean squared error, or 1 - cosine; null takes `visual_kd.distance`."""
+    module: Text | None = None
+    """Module path on both models, where the layout table does not know the family."""
+    student_module: Text | None = None
+    """Module path on the student, where the two differ."""
+    teacher_module: Text | None = None
+    """Module path on the teacher, where the two differ."""
+    match: Literal["exact", "interpolate"] = "exact"
+    """What happens to grids of different size: an error, or the teacher's is resized."""
+
+
+def _targets(value: Any) -> Any:
+    """`[vit, aligner]` as `{vit: {}, aligner: {}}`."""
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        if len(set(value)) != len(value):
+            raise wrong("the same target is listed twice")
+        value = {item: {} for item in value}
+    if not isinstance(value, Mapping):
+        raise wrong(f"expected a list of targets, or a map of them, out of {', '.join(VISUAL_TARGETS)}")
+    unknown = [name for name in value if name not in VISUAL_TARGETS]
+    if unknown:
+        raise wrong(f"unknown target; the targets are {', '.join(VISUAL_TARGETS)}")
+    return {name: {} if target is None else target for name, target in value.items()}
+
+
+class VisualKdConfig(Section):
+    """Feature distillation of the vision path. Vision-language models only."""
+
+    enabled: Flag = False
+    """Whether the visual term is computed at all."""
+    weight: NonNegative = 1.0
+    """Multiplies the sum over the targets."""
+    distance: Literal["mse", "cosine"] = "mse"
+    """Distance of every target that names none."""
+    targets: Annotated[dict[str, VisualTarget], BeforeValidator(_targets)] = {"aligner": VisualTarget(distance="mse")}
+    """Features to compare: `vit` (before the aligner), `aligner` (after it), `deepstack`."""
+
+    @field_validator("targets", mode="after")
+    @classmethod
+    def _fill_distance(cls, value: dict[str, VisualTarget], info: ValidationInfo) -> dict[str, VisualTarget]:
+        default = info.data.get("distance", "mse")
+        return {k: t if t.distance else t.model_copy(update={"distance": default}) for k, t in value.items()}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_target_follows_distance(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "distance" in value and "targets" not in value:
+            return {**value, "targets": ["aligner"]}
+        return value
+
+
+class CustomConfig(Section):
+    """What is ours rather than the method's."""
+
+    trainer_variant: Literal["gkd_monitor"] = "gkd_monitor"
+    """Accepted for compatibility; there is one trainer."""
+    sample_limit: Count | None = None
+    """Use only the first n rows of all data (smoke tests)."""
+    visual_kd: VisualKdConfig = VisualKdConfig()
+    """Feature distillation of the vision path."""
+
+
+class LaunchConfig(Section):
+    """Passed to `accelerate launch`."""
+
+    num_processes: Count | None = None
+    """Processes in all; null takes one per visible device."""
+    config_file: Text | None = None
+    """accelerate's own YAML file, for FSDP, DeepSpeed or several machines."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    model: ModelConfig
+    """The student."""
+    tuner: TunerConfig = TunerConfig()
+    """What is trained."""
+    data: DataConfig
+    """What is trained on."""
+    rlhf: RlhfConfig = RlhfConfig()
+    """The distillation."""
+    custom: CustomConfig = CustomConfig()
+    """What is ours rather than the method's."""
+    training: dict[str, Any] = {}
+    """Any other field of trl's GKDConfig, by its own name; only what the file sets is here."""
+    launch: LaunchConfig = LaunchConfig()
+    """Passed to `accelerate launch`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _every_section_is_there(cls, value: Any) -> Any:
+        # So that a missing `data` is reported as the missing `data.train`, which is what has to be written.
+        if isinstance(value, Mapping):
+            return {**value, **{name: {} for name in ("model", "data", "training") if value.get(name) is None}}
+        return value
+
+    @property
+    def lm_kd_active(self) -> bool:
+        """Whether the divergence from the teacher is part of the loss."""
+        return self.rlhf.llm_kd_weight > 0
+
+    @property
+    def visual_kd_weight(self) -> float:
+        """The visual weight in force: 0 unless it is enabled."""
+        return self.custom.visual_kd.weight if self.custom.visual_kd.enabled else 0.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything asks the teacher; if not, none is loaded even where one is configured."""
+        return self.lm_kd_active or self.visual_kd_weight > 0
+
+    @property
+    def ce_weight(self) -> float:
+        """Weight of the cross-entropy in force: sft_alpha beside language-model KD, 1.0 without it."""
+        return self.rlhf.sft_alpha if self.lm_kd_active else 1.0

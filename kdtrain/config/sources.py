@@ -1,0 +1,206 @@
+"""From a file or mapping to one tree: reading, `extends`, and `key.sub=value` from the command line."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdtrain.config.tree import COMMAND_LINE, Entry, Invalid, KeyPath, Node, Place, Problem, SourceFile, merge
+from kdtrain.config.yaml_reader import MAX_BYTES, MAX_DEPTH, MAX_NODES, UnreadableError, check_number, read_yaml
+
+Source = str | Path | Mapping[str, Any]
+_MAX_FILES = 64
+_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
+
+
+class Composer:
+    """Reads a config with everything it extends.
+
+    Attributes:
+        problems: what was found on the way.
+        incomplete: a part could not be read, so that nothing can be said about what is missing.
+    """
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.incomplete = False
+        self._files_read = 0
+
+    def compose(self, source: Source, overrides: Sequence[str] = ()) -> Node:
+        """The merged tree of `source`; an empty map where it cannot be read at all."""
+        if isinstance(source, Mapping):
+            here = SourceFile(None, Path.cwd())
+            root, problems = from_mapping(source, here)
+            self.problems += problems
+            root = self._extend(root, ())
+        else:
+            root = self._file(Path(source), (), Place(SourceFile(str(source), Path.cwd())))
+        for override in overrides:
+            root = self._override(root, override)
+        return root
+
+    def _fail(self, problem: Problem) -> Node:
+        self.problems.append(problem)
+        self.incomplete = True
+        assert problem.place is not None
+        return Node({}, problem.place)
+
+    def _file(self, path: Path, chain: tuple[Path, ...], named_at: Place) -> Node:
+        """Reads one file and what it extends; `chain` holds the files that led here."""
+        try:
+            real = path.resolve()
+        except (OSError, ValueError, RuntimeError):  # no name of a file, or links in a circle
+            return self._fail(Problem((), f"cannot read {path}: not the name of a file", place=named_at))
+        if real in chain:
+            names = " -> ".join(str(_short(step)) for step in (*chain[chain.index(real) :], real))
+            return self._fail(
+                Problem(("extends",), f"the files extend each other in a circle: {names}", place=named_at)
+            )
+        self._files_read += 1
+        if self._files_read > _MAX_FILES:
+            return self._fail(Problem(("extends",), f"more than {_MAX_FILES} files", place=named_at))
+        try:
+            text, source = _read_text(path, named_at)
+            root, problems = read_yaml(text, source)
+        except UnreadableError as error:
+            return self._fail(error.problem)
+        self.problems += problems
+        if not isinstance(root.value, dict):
+            kind = "a list" if isinstance(root.value, list) else "a single value"
+            message = f"expected a map of sections such as `model:`, got {kind}"
+            return self._fail(Problem((), message, place=root.place))
+        return self._extend(root, (*chain, real))
+
+    def _extend(self, root: Node, chain: tuple[Path, ...]) -> Node:
+        """`root` over the files it names in `extends`, which is taken out."""
+        if not isinstance(root.value, dict) or "extends" not in root.value:
+            return root
+        own = dict(root.value)
+        named = own.pop("extends").node
+        names = named.value if isinstance(named.value, list) else [named]
+        merged = Node({}, root.place)
+        for name in names:
+            if not isinstance(name.value, str) or not name.value:
+                message = "expected the path of a YAML file, or a list of them"
+                self._fail(Problem(("extends",), message, place=name.place))
+                continue
+            base = Path(os.path.normpath(name.place.source.base / os.path.expanduser(name.value)))
+            merged = merge(merged, self._file(_short(base), chain, name.place))
+        # The place of the top file stands for the whole: what is missing is to be written there.
+        return Node(merge(merged, Node(own, root.place)).value, root.place)
+
+    def _override(self, root: Node, override: str) -> Node:
+        source = SourceFile(COMMAND_LINE, Path.cwd(), (override,))
+        start = Place(source, 1, 1)
+        key, equals, value = override.partition("=")
+        if not equals or not _KEY.fullmatch(key):
+            self.problems.append(Problem((), "expected key.sub=value", "for example rlhf.beta=0.1", place=start))
+            return root
+        if key == "extends":
+            self.problems.append(Problem((), "`extends` belongs in a file", place=start))
+            return root
+        path = tuple(key.split("."))
+        # Blanks instead of the key, so that columns are those of the argument.
+        padded = " " * (len(key) + 1) + value
+        try:
+            node, problems = read_yaml(padded, source, path) if value.strip() else (Node(None, start), [])
+        except UnreadableError as error:
+            if "empty" in error.problem.message:
+                return self._set(root, path, Node(None, start), start)
+            self.problems.append(error.problem)
+            return root
+        self.problems += problems
+        return self._set(root, path, node, start)
+
+    def _set(self, root: Node, path: tuple[str, ...], new: Node, start: Place) -> Node:
+        """A copy of the tree with `path` set; maps on the way are made, other values are in the way."""
+        node: Node | None = root
+        for depth, part in enumerate(path[:-1], start=1):
+            entry = node.value.get(part) if node and isinstance(node.value, dict) else None
+            node = entry.node if entry else None
+            if node and node.value is not None and not isinstance(node.value, dict):
+                way = ".".join(path[:depth])
+                kind = "a list" if isinstance(node.value, list) else "a value"
+                message = f"cannot set {'.'.join(path)}: {way} is {kind}, not a map"
+                self.problems.append(Problem((), message, f"set {way} as a whole", place=start))
+                return root
+        for part in reversed(path):
+            new = Node({part: Entry(start, new)}, start)
+        return Node(_overlay(root, new, len(path)).value, root.place)
+
+
+def _overlay(base: Node, top: Node, levels: int) -> Node:
+    """`merge` for the given number of levels only: a value on the command line replaces what was there."""
+    if levels == 0 or not isinstance(base.value, dict) or not isinstance(top.value, dict):
+        return top
+    merged = dict(base.value)
+    for key, entry in top.value.items():
+        below = merged.get(key)
+        if below is None:
+            merged[key] = entry
+        else:
+            place = below.key_place if levels > 1 else entry.key_place
+            merged[key] = Entry(place, _overlay(below.node, entry.node, levels - 1))
+    return Node(merged, base.place)
+
+
+def _short(path: Path) -> Path:
+    """Relative to the current folder where it is inside."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _read_text(path: Path, named_at: Place) -> tuple[str, SourceFile]:
+    """The text of a file, whose own problems are reported where it was named."""
+    name = str(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        message = f"cannot read {name}: {(error.strerror or str(error)).lower()}"
+        raise UnreadableError(Problem((), message, place=named_at)) from None
+    here = Place(SourceFile(name, path.parent))
+    if len(data) > MAX_BYTES:
+        raise UnreadableError(Problem((), "larger than 1 MiB, which no config is", place=here))
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        place = Place(here.source, line)
+        raise UnreadableError(Problem((), "not UTF-8 text", "save the file as UTF-8", place=place)) from None
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return text, SourceFile(name, Path(os.path.abspath(path.parent)), lines)
+
+
+def from_mapping(data: Mapping[Any, Any], source: SourceFile) -> tuple[Node, list[Problem]]:
+    """A mapping given in Python as a tree, under the same rules as a file."""
+    problems: list[Problem] = []
+    place = Place(source)
+    count = 0
+
+    def build(value: Any, path: KeyPath) -> Node:
+        nonlocal count
+        count += 1
+        message = ""
+        if len(path) > MAX_DEPTH or count > MAX_NODES:
+            message = f"more than {MAX_DEPTH} levels or {MAX_NODES} values"
+        elif isinstance(value, Mapping):
+            problems.extend(Problem((*path, str(key)), "keys are text") for key in value if not isinstance(key, str))
+            pairs = {k: Entry(place, build(v, (*path, k))) for k, v in value.items() if isinstance(k, str)}
+            return Node(pairs, place)
+        elif isinstance(value, (list, tuple)):
+            return Node([build(item, (*path, index)) for index, item in enumerate(value)], place)
+        elif isinstance(value, Path):
+            return Node(str(value), place)
+        elif not (value is None or isinstance(value, (str, bool, int, float))):
+            message = f"expected plain data, got {type(value).__name__}"
+        elif not isinstance(value, (str, bool)) and value is not None:
+            message = check_number(value)
+        if message:
+            problems.append(Problem(path, message))
+            return Node(Invalid.VALUE, place)
+        return Node(value, place)
+
+    return build(data, ()), problems

@@ -1,0 +1,110 @@
+"""What was probably meant by a key that is not known where it stands."""
+
+from __future__ import annotations
+
+import difflib
+from functools import lru_cache
+
+from pydantic import BaseModel
+
+from kdtrain.config.schema import (
+    CustomConfig,
+    DataConfig,
+    DataSource,
+    LaunchConfig,
+    ModelConfig,
+    RlhfConfig,
+    RunConfig,
+    TeacherConfig,
+    TunerConfig,
+    VisualKdConfig,
+    VisualTarget,
+)
+from kdtrain.config.training import training_fields
+
+_MODELS: dict[str, type[BaseModel]] = {
+    "model": ModelConfig,
+    "tuner": TunerConfig,
+    "data": DataConfig,
+    "data.train": DataSource,
+    "data.eval": DataSource,
+    "rlhf": RlhfConfig,
+    "rlhf.teacher": TeacherConfig,
+    "custom": CustomConfig,
+    "custom.visual_kd": VisualKdConfig,
+    "custom.visual_kd.targets": VisualTarget,
+    "launch": LaunchConfig,
+}
+# Fields of GKDConfig that this schema has under another name.
+_RENAMED_FIELDS = {"teacher_model_name_or_path": "rlhf.teacher_model", "model_init_kwargs": "model.init_kwargs"}
+# What other trainers, or earlier versions of the same ones, call it. The value is shown as it is.
+_OTHER_NAMES = {
+    "alpha": "rlhf.sft_alpha or rlhf.llm_kd_weight",
+    "batch_size": "training.per_device_train_batch_size",
+    "dataset": "data.train",
+    "distillation_weight": "rlhf.llm_kd_weight",
+    "epochs": "training.num_train_epochs",
+    "evaluation_strategy": "training.eval_strategy",
+    "kd_weight": "rlhf.llm_kd_weight",
+    "logging_dir": "training.output_dir, the folder of everything a run writes",
+    "lora_r": "tuner.lora_rank",
+    "lr": "training.learning_rate",
+    "max_seq_length": "data.max_length",
+    "model_name_or_path": "model.model",
+    "report_to_wandb": "training.report_to: wandb",
+    "student": "model.model",
+    "student_model": "model.model",
+    "torch_dtype": "model.dtype",
+    "use_lora": "tuner.train_type: lora",
+    "warmup_ratio": "training.warmup_steps: a value below 1 is a share of all steps",
+    **_RENAMED_FIELDS,
+}
+
+_LONGEST_KEY = 60
+
+
+@lru_cache(maxsize=1)
+def known_keys() -> dict[str, tuple[str, ...]]:
+    """The keys of every section, sections by their dotted name, the top level as an empty name."""
+    keys = {section: tuple(model.model_fields) for section, model in _MODELS.items()}
+    ours = {key for section in ("model", "tuner", "data", "rlhf", "custom") for key in keys[section]}
+    keys["training"] = tuple(name for name in training_fields() if name not in ours and name not in _RENAMED_FIELDS)
+    keys[""] = ("extends", *RunConfig.model_fields)
+    return keys
+
+
+def unknown_key(section: str, key: str) -> tuple[str, str]:
+    """Message and hint for `key`, which `section` does not have."""
+    keys = known_keys()
+    if len(key) > _LONGEST_KEY:
+        return f"unknown key '{key[:_LONGEST_KEY]}...'", ""
+    where = section or "the config"
+    if "." in key and (target := _existing(f"{section}.{key}".lstrip("."))):
+        return f"unknown key '{key}' in {where}", f"nest it, one level per dot: {_nested(target)}"
+    elsewhere = [home for home in keys if home != section and key in keys[home]]
+    elsewhere = [home for home in elsewhere if home != "data.eval"]  # the same keys as in data.train
+    if elsewhere:
+        homes = " or ".join(f"{home}.{key}".lstrip(".") for home in elsewhere)
+        return f"'{key}' does not belong in {section or 'the top level'}", f"move it to {homes}"
+    if key in _OTHER_NAMES:
+        return f"unknown key '{key}' in {where}", f"use {_OTHER_NAMES[key]}"
+    if near := difflib.get_close_matches(key, keys.get(section, ()), n=1):
+        return f"unknown key '{key}' in {where}", f"did you mean '{near[0]}'?"
+    for home, names in keys.items():
+        if near := difflib.get_close_matches(key, names, n=1, cutoff=0.8):
+            return f"unknown key '{key}' in {where}", f"did you mean {f'{home}.{near[0]}'.lstrip('.')}?"
+    return f"unknown key '{key}' in {where}", f"the keys are {', '.join(keys[section])}" if _few(section) else ""
+
+
+def _existing(path: str) -> str:
+    home, _, key = path.rpartition(".")
+    return path if key in known_keys().get(home, ()) else ""
+
+
+def _nested(path: str) -> str:
+    first, *rest = path.split(".")
+    return f"{first}: " + "".join(f"{{{part}: " for part in rest) + "..." + "}" * len(rest)
+
+
+def _few(section: str) -> bool:
+    return 0 < len(known_keys().get(section, ())) <= 12

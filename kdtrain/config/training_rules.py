@@ -1,0 +1,129 @@
+"""Which fields of GKDConfig a config may set, and to what.
+
+GKDConfig describes plain trl. Fields that this schema has in a better place are sent there; fields that would be
+ignored, or that would break the loss or the guarantees of a run, are refused with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kdtrain.config.diagnose import describe
+from kdtrain.config.suggest import known_keys, unknown_key
+from kdtrain.config.training import training_fields
+from kdtrain.config.tree import Problem
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a field may not be set, and what does instead."""
+
+    reason: str
+    instead: str = "remove it"
+    harmless: tuple[Any, ...] = (None,)
+    """Values that change nothing, and so may stand in a config that was written for another trainer."""
+
+
+_MASKS = Refused("the supervised tokens are chosen in `data`", "use data.train_on", (None,))
+_OWN_DATA = Refused("kdtrain prepares the data itself, so this would be ignored")
+_METRICS = Refused("evaluation reports its own metrics, so this would be ignored", harmless=(None, False, []))
+_LAUNCHER = Refused("the launcher sets it", "see `launch`", (None, -1))
+
+REFUSED: dict[str, Refused] = {
+    "remove_unused_columns": Refused("columns such as labels and images must reach the loss", harmless=(False,)),
+    "dataset_kwargs": _OWN_DATA,
+    "dataset_text_field": Refused(_OWN_DATA.reason, "use data.train: {columns: {text: NAME}}", (None, "text")),
+    "shuffle_dataset": Refused("rows are shuffled in every epoch anyway", harmless=(None, False)),
+    "chat_template_path": Refused("the template of the student's tokenizer is used"),
+    "eos_token": Refused("the student's tokenizer decides"),
+    "pad_token": Refused("the student's tokenizer decides"),
+    "truncation_mode": Refused("long rows are handled in `data`", "use data.on_overlength", (None, "keep_start")),
+    "packing_strategy": Refused(_OWN_DATA.reason, "use data.packing"),
+    "eval_packing": Refused(_OWN_DATA.reason, "use data.packing", (None, False)),
+    "completion_only_loss": _MASKS,
+    "assistant_only_loss": Refused(_MASKS.reason, _MASKS.instead, (None, False)),
+    "loss_type": Refused("the loss is set in `rlhf`", "use rlhf.divergence and rlhf.sft_alpha", (None, "nll")),
+    "label_smoothing_factor": Refused("the loss does not smooth labels", harmless=(None, 0)),
+    "average_tokens_across_devices": Refused("the loss would depend on the number of processes", harmless=(True,)),
+    "logging_nan_inf_filter": Refused("a run with NaN would be shown as loss 0", harmless=(False,)),
+    "auto_find_batch_size": Refused("the batch would change during the run", "set the batch size", (None, False)),
+    "use_liger_kernel": Refused("it replaces the loss", harmless=(None, False)),
+    "liger_kernel_config": Refused("Liger kernels replace the loss"),
+    "hub_token": Refused("secrets do not belong in a config", "set the environment variable HF_TOKEN"),
+    "enable_jit_checkpoint": Refused(
+        "kdtrain saves on SIGTERM itself, with the right exit code", harmless=(None, False)
+    ),
+    "resume_from_checkpoint": Refused("a run is resumed from the command line", "use kdtrain fit --resume PATH"),
+    "prediction_loss_only": _METRICS,
+    "include_for_metrics": _METRICS,
+    "batch_eval_metrics": _METRICS,
+    "parallelism_config": Refused("it is a Python object", "use launch.config_file"),
+    "local_rank": _LAUNCHER,
+}
+
+_WITHOUT_EFFECT = {
+    "disable_tqdm": "kdtrain shows its own progress",
+    "do_train": "kdtrain fit always trains",
+    "do_eval": "training.eval_strategy decides",
+    "do_predict": "kdtrain never predicts while training",
+}
+
+# Smallest value, and whether it is allowed itself.
+_RANGES: dict[str, tuple[float, bool]] = {
+    "per_device_train_batch_size": (1, True),
+    "per_device_eval_batch_size": (1, True),
+    "gradient_accumulation_steps": (1, True),
+    "num_train_epochs": (0, False),
+    "max_steps": (-1, True),
+    "learning_rate": (0, True),
+    "weight_decay": (0, True),
+    "warmup_steps": (0, True),
+    "max_grad_norm": (0, True),
+    "adam_epsilon": (0, False),
+    "logging_steps": (0, False),
+    "eval_steps": (0, False),
+    "save_steps": (0, False),
+    "save_total_limit": (1, True),
+    "dataloader_num_workers": (0, True),
+    "dataset_num_proc": (1, True),
+    "torch_empty_cache_steps": (1, True),
+    "seed": (0, True),
+    "data_seed": (0, True),
+}
+
+
+def check_training(training: Mapping[str, Any]) -> Iterator[Problem]:
+    """Everything that is wrong with single keys of the `training` section."""
+    return (problem for key, value in training.items() if (problem := _check_key(key, value)))
+
+
+def _check_key(key: str, value: Any) -> Problem | None:
+    path = ("training", key)
+    if key in REFUSED:
+        refused = REFUSED[key]
+        # `True == 1` and `False == 0`: a boolean is harmless only where a boolean is listed.
+        if any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in refused.harmless):
+            return None
+        return Problem(path, f"cannot be set: {refused.reason}", refused.instead, on_key=True)
+    if key not in known_keys()["training"]:
+        return Problem(path, *unknown_key("training", key), on_key=True)
+    message, hint = training_fields()[key].check(value)
+    if message:
+        return Problem(path, message, hint)
+    if key in _WITHOUT_EFFECT:
+        return Problem(path, f"has no effect: {_WITHOUT_EFFECT[key]}", level="warning", on_key=True)
+    return _check_range(key, value)
+
+
+def _check_range(key: str, value: Any) -> Problem | None:
+    if key not in _RANGES or value is None:
+        return None
+    low, included = _RANGES[key]
+    fits = (value >= low if included else value > low) and not (key == "max_steps" and value == 0)
+    if fits:
+        return None
+    wanted = "non-negative" if (low, included) == (0, True) else f"{'at least' if included else 'above'} {low:g}"
+    wanted = "at least 1, or -1 for no limit" if key == "max_steps" else wanted
+    return Problem(("training", key), f"must be {wanted}, got {describe(value, key).removeprefix('the number ')}")
