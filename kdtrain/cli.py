@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -75,7 +75,7 @@ def fit(
         if processes > 1 or run_config.launch.config_file:
             command = launch.launch_command(run_config, processes, sys.argv[1:], on_cpu=devices == 0)
             typer.echo(launch.shown(command), err=True)
-            _exit_like_the_run(launch.run_launcher(command), run_config)
+            sys.exit(launch.run_launcher(command))
     _train(config, overrides or [], resume, dry_run, quiet, log_format)
 
 
@@ -191,9 +191,7 @@ def main() -> None:
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         sys.argv[1:] = arguments = ["fit", *arguments]
     try:
-        app(args=arguments, standalone_mode=False)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
+        code = app(args=arguments, standalone_mode=False)
     except typer.Abort:
         sys.exit(130)
     except KeyboardInterrupt:
@@ -205,7 +203,7 @@ def main() -> None:
             error.show()
             sys.exit(error.exit_code)
         _bug(error)
-    sys.exit(0)
+    sys.exit(code or 0)
 
 
 def _fail(message: str, code: int, error: Exception | None = None) -> NoReturn:
@@ -213,8 +211,7 @@ def _fail(message: str, code: int, error: Exception | None = None) -> NoReturn:
     if "--debug" in sys.argv and error is not None:
         logger.error("traceback", exc_info=error)
     typer.echo(f"kdtrain: {message}" if "\n" not in message else message, err=True)
-    _leave_process_group(failed=True)
-    sys.exit(code)
+    _leave(code)
 
 
 def _bug(error: Exception) -> NoReturn:
@@ -222,16 +219,15 @@ def _bug(error: Exception) -> NoReturn:
 
     traceback.print_exception(error)
     typer.echo("kdtrain: this is a bug; please report it with the traceback above and `kdtrain env`.", err=True)
+    _leave(KdtrainError.exit_code)
+
+
+def _leave(code: int) -> NoReturn:
+    from kdtrain.launch import report_exit_code
+
+    report_exit_code(code)
     _leave_process_group(failed=True)
-    sys.exit(KdtrainError.exit_code)
-
-
-def _exit_like_the_run(status: int, config: Any) -> NoReturn:
-    """A launcher says 1 for whatever befell a worker; the run's own status knows better."""
-    from kdtrain.status import read_exit_code
-
-    code = None if status == 0 else read_exit_code(Path(config.training["output_dir"]))
-    sys.exit(status if code in (None, 0) else code)
+    sys.exit(code)
 
 
 def _leave_process_group(failed: bool = False) -> None:
@@ -252,7 +248,7 @@ def _set_up_logging(log_format: str, debug: bool) -> None:
     if log_format == "json":
         handler.setFormatter(_JsonFormatter())
     else:
-        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

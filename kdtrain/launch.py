@@ -6,12 +6,15 @@ do. `--multi_gpu` with `use_cpu` in the training arguments works, and is what is
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from kdtrain.config import RunConfig
+
+_EXIT_CODE_FILE = "KDTRAIN_EXIT_CODE_FILE"
 
 
 def under_launcher() -> bool:
@@ -56,11 +61,26 @@ def launch_command(config: RunConfig, num_processes: int, arguments: Sequence[st
 
 
 def run_launcher(command: Sequence[str]) -> int:
-    """Run the launcher to its end and return its exit status.
+    """Run the launcher to its end; return the exit code of the worker that failed first, 0 if none did.
 
+    A launcher says 1 for whatever befell a worker, so workers leave their code in a file that this process names.
     SIGTERM is passed on. Ctrl-C reaches the whole process group by itself: here it only must not end the parent first.
     """
-    process = subprocess.Popen(command)
+    with tempfile.TemporaryDirectory() as folder:
+        exit_code = Path(folder) / "exit_code"
+        status = _wait_for(subprocess.Popen(command, env={**os.environ, _EXIT_CODE_FILE: str(exit_code)}))
+        return int(exit_code.read_text()) if status and exit_code.exists() else status
+
+
+def report_exit_code(code: int) -> None:
+    """Leave a failing worker's exit code to the process that launched it; the first one counts."""
+    path = os.environ.get(_EXIT_CODE_FILE)
+    if path and code:
+        with contextlib.suppress(FileExistsError, FileNotFoundError), open(path, "x") as file:
+            file.write(str(code))
+
+
+def _wait_for(process: subprocess.Popen[bytes]) -> int:
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
         process.send_signal(signum)

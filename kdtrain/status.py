@@ -1,4 +1,4 @@
-"""`status.json` of a run folder: how the run ended, or that it still goes. The launching process reads it: no torch."""
+"""`status.json` of a run folder: how a run ended, or that it still goes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STATUS = "status.json"
 
 @contextmanager
 def tracked_status(run_dir: Path) -> Iterator[None]:
-    """Keep `status.json` true, in folders that exist: a launcher's exit status of 1 says nothing about a worker's."""
+    """Keep `status.json` true, in folders that exist: a launcher's exit status says nothing about a worker's."""
     try:
         yield
     except BaseException as error:
@@ -36,14 +36,6 @@ def write_status(run_dir: Path, state: str, exit_code: int | None, message: str)
         return
     status = {"state": state, "exit_code": exit_code, "message": message, "rank": rank, "time": time.time()}
     write_atomically(run_dir / STATUS, json.dumps(status, indent=2) + "\n")
-
-
-def read_exit_code(run_dir: Path) -> int | None:
-    """The exit code that a run's status says, None without one."""
-    try:
-        return int(json.loads((run_dir / STATUS).read_text(encoding="utf-8"))["exit_code"])
-    except (OSError, ValueError, KeyError, TypeError):  # TypeError: still running, no code yet
-        return None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -27,3 +27,9 @@ def student():
 @pytest.fixture
 def teacher():
     return tiny.make_qwen3(seed=2, hidden=48)
+
+
+@pytest.fixture
+def project(tmp_path, tokenizer):
+    """A folder with student, teacher, data and a config that trains in seconds."""
+    return tiny.make_project(tmp_path, tokenizer)

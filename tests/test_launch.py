@@ -8,7 +8,6 @@ import sys
 import time
 
 import pytest
-import yaml
 
 from kdtrain import launch
 from kdtrain.config import ConfigLoader
@@ -16,32 +15,6 @@ from tests import tiny
 
 pytestmark = pytest.mark.slow
 KDTRAIN = [sys.executable, "-m", "kdtrain"]
-
-
-@pytest.fixture
-def project(tmp_path, tokenizer):
-    """A folder with student, teacher, data and a config that trains in seconds."""
-    tiny.save_model(tiny.make_qwen3(seed=1), tokenizer, tmp_path / "student")
-    tiny.save_model(tiny.make_qwen3(seed=2, hidden=48), tokenizer, tmp_path / "teacher")
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.CHATS * 4))
-    config = {
-        "model": {"model": "./student"},
-        "data": {"train": "train.jsonl", "eval": "train.jsonl", "max_length": 64},
-        "rlhf": {"teacher_model": "./teacher", "sft_alpha": 0.3, "lmbda": 0.0, "max_new_tokens": 6},
-        "training": {
-            "output_dir": "run",
-            "max_steps": 4,
-            "logging_steps": 1,
-            "per_device_train_batch_size": 4,
-            "train_sampling_strategy": "sequential",
-            "gradient_checkpointing": False,
-            "eval_strategy": "steps",
-            "eval_steps": 4,
-            "save_strategy": "no",
-        },
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    return tmp_path
 
 
 def run(project, *arguments, command=KDTRAIN, timeout=120):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import traceback
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma2Config,
@@ -180,3 +182,28 @@ def _rank(
         queue.put((rank, False, traceback.format_exc()))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def make_project(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with `student`, `teacher`, `train.jsonl` and a `config.yaml` that trains for four steps into `run`."""
+    save_model(make_qwen3(seed=1), tokenizer, folder / "student")
+    save_model(make_qwen3(seed=2, hidden=48), tokenizer, folder / "teacher")
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS * 4))
+    config = {
+        "model": {"model": "./student"},
+        "data": {"train": "train.jsonl", "eval": "train.jsonl", "max_length": 64},
+        "rlhf": {"teacher_model": "./teacher", "sft_alpha": 0.3, "lmbda": 0.0},
+        "training": {
+            "output_dir": "run",
+            "max_steps": 4,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 4,
+            "train_sampling_strategy": "sequential",
+            "gradient_checkpointing": False,
+            "eval_strategy": "steps",
+            "eval_steps": 4,
+            "save_strategy": "no",
+        },
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder

@@ -1,0 +1,365 @@
+"""The command line from the outside: exit codes, messages, what is on which stream, and what is left on the disk."""
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdtrain import cli
+from kdtrain.errors import KdtrainError
+from tests import tiny
+
+
+@pytest.fixture
+def kdtrain(monkeypatch, capsys, project):
+    """Run a command in this process, in the project's folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(project)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kdtrain", *arguments])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        captured = capsys.readouterr()
+        return done.value.code, captured.out, captured.err
+
+    yield run
+    logger = logging.getLogger("kdtrain")
+    logger.handlers, logger.propagate = [], True
+
+
+def edit(project, **sections):
+    """Change keys of the project's config."""
+    path = project / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    for section, values in sections.items():
+        config.setdefault(section, {}).update(values)
+    path.write_text(yaml.safe_dump(config))
+
+
+def files(project):
+    return {path.relative_to(project) for path in project.rglob("*")}
+
+
+# ---- fit -------------------------------------------------------------------------------------------------------------
+
+
+def test_fit_trains_and_leaves_a_model_that_loads_with_its_tokenizer(project, kdtrain):
+    code, out, err = kdtrain("fit", "config.yaml")
+    assert code == 0, err
+    assert out.startswith("4 steps, model in ")
+    run = project / "run"
+    model = AutoModelForCausalLM.from_pretrained(run)
+    before = AutoModelForCausalLM.from_pretrained(project / "student")
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(run).chat_template == tiny.CHATML
+    records = [json.loads(line) for line in (run / "logging.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 4]
+    assert {"loss", "llm_kd_loss", "sft_loss", "token_accuracy", "teacher_agreement", "epoch"} <= set(records[0])
+    assert {"eval_loss", "eval_llm_kd_loss", "eval_sft_loss"} <= set(records[-1])
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pkl")]
+
+
+def test_the_weighted_term_is_what_logging_jsonl_holds(project, kdtrain):
+    """Scenario: weighted value surfaces in logging.jsonl."""
+    kdtrain("fit", "config.yaml", "training.output_dir=whole", "training.max_steps=1", "rlhf.sft_alpha=0")
+    kdtrain("fit", "config.yaml", "training.output_dir=half", "training.max_steps=1", "rlhf.sft_alpha=0",
+            "rlhf.llm_kd_weight=0.5")  # fmt: skip
+    whole, half = (
+        json.loads((project / name / "logging.jsonl").read_text().splitlines()[0]) for name in ("whole", "half")
+    )
+    assert half["llm_kd_loss"] == pytest.approx(0.5 * whole["llm_kd_loss"], rel=1e-6)
+    assert half["loss"] == pytest.approx(half["llm_kd_loss"], rel=1e-6)
+    assert not [key for key, value in half.items() if value == pytest.approx(whole["llm_kd_loss"], rel=1e-6)]
+
+
+def test_the_table_at_the_start_says_what_was_derived(project, kdtrain):
+    _, _, err = kdtrain("fit", "config.yaml", "--dry-run")
+    table = " ".join(err.split())
+    assert "28,896 parameters, 28,896 trained, torch.float32" in table
+    assert "52,528 parameters" in table
+    assert "1 x jsd (beta 0.5, temperature 1) + 0.3 x cross-entropy" in table
+    assert "4 rows = 4 x 1 accumulated x 1 process, about 134 tokens" in table
+
+
+def test_a_dry_run_builds_everything_and_writes_nothing(project, kdtrain):
+    before = files(project)
+    code, out, err = kdtrain("fit", "config.yaml", "--dry-run")
+    assert code == 0, err
+    assert out.startswith("dry run passed")
+    assert files(project) == before
+
+
+def test_without_kd_it_is_plain_supervised_training_and_no_teacher_is_loaded(project, kdtrain, monkeypatch):
+    monkeypatch.setattr("kdtrain.run.build_teacher", lambda *args, **kwargs: pytest.fail("a teacher was loaded"))
+    code, _, err = kdtrain("fit", "config.yaml", "rlhf.llm_kd_weight=0")
+    assert code == 0, err
+    assert "teacher_model: has no effect" in err or "rlhf.teacher_model" in err
+    record = json.loads((project / "run" / "logging.jsonl").read_text().splitlines()[0])
+    assert "llm_kd_loss" not in record
+    assert record["loss"] == pytest.approx(record["sft_loss"], rel=1e-6)
+
+
+def test_lora_writes_an_adapter_that_peft_loads(project, kdtrain):
+    from peft import AutoPeftModelForCausalLM
+
+    code, _, err = kdtrain("fit", "config.yaml", "tuner.train_type=lora", "tuner.lora_rank=4")
+    assert code == 0, err
+    assert (project / "run" / "adapter_model.safetensors").exists()
+    assert not (project / "run" / "model.safetensors").exists()
+    AutoPeftModelForCausalLM.from_pretrained(project / "run")
+
+
+def test_on_policy_training_runs_from_the_config(project, kdtrain):
+    code, _, err = kdtrain("fit", "config.yaml", "rlhf.lmbda=1", "rlhf.max_new_tokens=6")
+    assert code == 0, err
+    record = json.loads((project / "run" / "logging.jsonl").read_text().splitlines()[0])
+    assert record["on_policy_fraction"] == 1
+
+
+def test_quiet_says_nothing_and_json_says_objects(project, kdtrain):
+    code, _, err = kdtrain("fit", "config.yaml", "--quiet", "training.output_dir=a")
+    assert (code, err) == (0, "")
+    code, _, err = kdtrain("fit", "config.yaml", "--log-format", "json", "training.output_dir=b")
+    assert code == 0
+    events = [json.loads(line) for line in err.splitlines()]
+    assert {event["event"] for event in events} == {"data", "plan", "log"}
+
+
+def test_several_sources_are_mixed_and_ce_false_leaves_the_teacher_alone(project, kdtrain):
+    edit(project, data={"train": [{"path": "train.jsonl", "limit": 8, "ce": False}]})
+    code, _, err = kdtrain("fit", "config.yaml")
+    assert code == 0, err
+    assert "8 of 8 rows" in err
+    record = json.loads((project / "run" / "logging.jsonl").read_text().splitlines()[0])
+    assert record["sft_loss"] == 0
+    assert record["llm_kd_loss"] > 0
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------------------------
+
+WRONG_CONFIGS = {
+    "a negative weight": (["rlhf.llm_kd_weight=-0.1"], "must be non-negative"),
+    "a missing teacher": (["rlhf.teacher_model=null"], "rlhf.teacher_model"),
+    "a teacher that is no model folder": (["rlhf.teacher_model=./nowhere"], "nowhere"),
+    "an unknown key": (["rlhf.lambda=0.5"], "did you mean 'lmbda'?"),
+    "a key in the wrong section": (["training.beta=0.1"], "move it to rlhf.beta"),
+    "not a number": (["rlhf.beta=.nan"], "not a finite number"),
+    "a boolean for a number": (["rlhf.beta=true"], "expected a number, got the boolean true"),
+    "something that comes later": (["data.packing=true"], "not available yet"),
+    "an unknown log format": (["--log-format", "xml"], "--log-format must be text or json"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CONFIGS)
+def test_a_wrong_config_is_exit_code_2_with_one_message_and_nothing_written(project, kdtrain, name):
+    arguments, message = WRONG_CONFIGS[name]
+    before = files(project)
+    code, out, err = kdtrain("fit", "config.yaml", *arguments)
+    assert code == 2, err
+    assert message in err
+    assert out == ""
+    assert "Traceback" not in err
+    assert files(project) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "empty"), ("extends: config.yaml\n", "config.yaml -> "), ("- a\n- b\n", "map"), (None, "")],
+)
+def test_a_file_that_is_no_config_is_exit_code_2(project, kdtrain, text, message):
+    if text is None:
+        (project / "config.yaml").unlink()
+    else:
+        (project / "config.yaml").write_text(text)
+    for command in ("fit", "validate"):
+        code, out, err = kdtrain(command, "config.yaml")
+        assert code == 2
+        assert message in out + err
+        assert "Traceback" not in err
+
+
+def broken_data(project, text):
+    (project / "train.jsonl").write_text(text)
+
+
+WRONG_WORLDS = {
+    "no rows": (lambda p: broken_data(p, ""), [], "no rows"),
+    "a bad row": (lambda p: broken_data(p, '{"messages": 5}\n'), [], "train.jsonl:1"),
+    "a missing data file": (lambda p: (p / "train.jsonl").unlink(), [], "train.jsonl"),
+    "over-long rows": (lambda p: None, ["data.max_length=8"], "longest"),
+    "plain text and generation": (
+        lambda p: broken_data(p, '{"text": "The teacher predicts."}\n' * 8),
+        ["rlhf.lmbda=0.5"],
+        "Set rlhf.lmbda: 0",
+    ),
+    "prompts without answers": (
+        lambda p: broken_data(p, '{"prompt": "What is it?"}\n' * 8),
+        [],
+        "Set rlhf.lmbda: 1",
+    ),
+    "a full output folder": (lambda p: (p / "run" / "x").mkdir(parents=True), [], "--resume auto"),
+    "an output folder that is a file": (lambda p: (p / "run").write_text(""), [], "is a file"),
+    "a frozen language model": (lambda p: None, ["tuner.freeze_llm=true"], "nothing is left to train"),
+    "a hub model without a network": (lambda p: None, ["model.model=nobody/nothing"], "nobody/nothing"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_WORLDS)
+def test_a_world_that_does_not_fit_is_exit_code_3_and_nothing_is_written(project, kdtrain, name):
+    change, arguments, message = WRONG_WORLDS[name]
+    change(project)
+    before = files(project)
+    code, out, err = kdtrain("fit", "config.yaml", *arguments)
+    assert code == 3, err
+    assert message in err
+    assert out == ""
+    assert "Traceback" not in err
+    assert files(project) == before
+
+
+@pytest.mark.parametrize("teacher", ["another size", "another tokenizer of the same size"])
+def test_a_vocabulary_mismatch_is_exit_code_3_and_names_both(project, kdtrain, teacher, tokenizer):
+    if teacher == "another size":
+        other = tiny.make_tokenizer(300)
+        tiny.save_model(tiny.make_qwen3(seed=2, vocab_size=300), other, project / "teacher")
+        expected = "student has 320 logits and the teacher 300"
+    else:
+        other = tiny.make_tokenizer()
+        other.add_tokens(["<extra>"])
+        tiny.save_model(tiny.make_qwen3(seed=2), other, project / "teacher")
+        expected = "1 token ids differ"
+    code, _, err = kdtrain("fit", "config.yaml")
+    assert code == 3, err
+    assert expected in err
+    assert not (project / "run").exists()
+
+
+def test_weights_as_a_pickle_are_refused_and_never_loaded(project, kdtrain):
+    (project / "teacher" / "model.safetensors").unlink()
+    (project / "teacher" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    code, _, err = kdtrain("fit", "config.yaml")
+    assert code == 3, err
+    assert "teacher" in err
+    assert not (project / "ran").exists()
+
+
+def test_a_nan_ends_with_exit_code_5_and_a_status_that_says_so(project, kdtrain):
+    model = AutoModelForCausalLM.from_pretrained(project / "teacher")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(project / "teacher")
+    code, _, err = kdtrain("fit", "config.yaml")
+    assert code == 5, err
+    assert "llm_kd_loss is not finite" in err
+    status = json.loads((project / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 5)
+    assert not (project / "run" / "model.safetensors").exists()
+
+
+def test_an_incomplete_checkpoint_is_refused_by_name_and_skipped_by_auto(project, kdtrain):
+    save = ["training.save_strategy=steps", "training.save_steps=2"]
+    assert kdtrain("fit", "config.yaml", *save)[0] == 0
+    (project / "run" / "checkpoint-4" / "optimizer.pt").unlink()
+    code, _, err = kdtrain("fit", "config.yaml", *save, "--resume", "run/checkpoint-4")
+    assert code == 6
+    assert "optimizer.pt" in err
+    code, _, err = kdtrain("fit", "config.yaml", *save, "--resume", "auto")
+    assert code == 0, err
+    assert "checkpoint-4 is skipped: it lacks optimizer.pt" in err
+    assert "checkpoint-2" in err
+
+
+def test_a_bug_is_exit_code_1_with_a_traceback(project, kdtrain, monkeypatch):
+    monkeypatch.setattr("kdtrain.run.fit", lambda *args, **kwargs: 1 / 0)
+    code, _, err = kdtrain("fit", "config.yaml")
+    assert code == 1
+    assert "ZeroDivisionError" in err
+    assert "this is a bug" in err
+
+
+@pytest.mark.parametrize("command", ["init", "cache", "evaluate", "report", "export"])
+def test_commands_of_later_versions_say_so(kdtrain, command):
+    code, out, err = kdtrain(command, "config.yaml", "--checkpoint", "x")
+    assert code == 2
+    assert f"kdtrain {command} is not available yet" in err
+    assert out == ""
+
+
+# ---- the other commands ----------------------------------------------------------------------------------------------
+
+
+def test_validate_tells_every_problem_at_once(project, kdtrain):
+    edit(project, rlhf={"lambda": 0.5, "llm_kd_weight": -1}, training={"beta": 0.1})
+    code, out, _ = kdtrain("validate", "config.yaml")
+    assert code == 2
+    assert "config.yaml: 3 errors" in out
+    code, out, _ = kdtrain("validate", "config.yaml", "--json")
+    assert code == 2
+    assert {finding["path"] for finding in json.loads(out)} == {"rlhf.lambda", "rlhf.llm_kd_weight", "training.beta"}
+
+
+def test_validate_of_a_good_file(kdtrain):
+    assert kdtrain("validate", "config.yaml") == (0, "config.yaml: no problems found\n", "")
+
+
+def test_validate_deep_is_not_available_yet(kdtrain):
+    code, _, err = kdtrain("validate", "config.yaml", "--deep")
+    assert code == 2
+    assert "not available yet" in err
+
+
+def test_schema_describes_every_option(kdtrain):
+    code, out, _ = kdtrain("schema")
+    schema = json.loads(out)
+    assert code == 0
+    assert {"model", "tuner", "data", "rlhf", "custom", "training", "launch", "extends"} <= set(schema["properties"])
+
+
+def test_env_tells_secrets_as_set_or_unset_only(kdtrain, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    for arguments in ([], ["--json"]):
+        code, out, err = kdtrain("env", *arguments)
+        assert code == 0
+        assert "secretsecret" not in out + err
+    facts = json.loads(out)
+    assert facts["secrets"]["HF_TOKEN"] == "set"
+    assert facts["packages"]["torch"].startswith("2.")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["validate", "config.yaml"], ["schema"], ["env"]])
+def test_what_needs_no_torch_answers_in_a_second_without_it(project, arguments):
+    code = (
+        "import sys\nsys.argv = ['kdtrain'] + sys.argv[1:]\nfrom kdtrain.cli import main\n"
+        "try:\n    main()\nfinally:\n    print('torch' in sys.modules, 'trl' in sys.modules, file=sys.stderr)"
+    )
+    seconds = []
+    for _ in range(3):  # the machine may be busy with something else
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=project, capture_output=True, text=True, check=False
+        )
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.endswith("False False\n")
+        assert done.stdout
+    assert min(seconds) < 1
+
+
+def test_every_error_class_has_a_documented_exit_code():
+    def classes(base):
+        yield base
+        for child in base.__subclasses__():
+            yield from classes(child)
+
+    documented = (Path(cli.__file__).parent / "errors.py").read_text()
+    for cls in classes(KdtrainError):
+        if cls.__module__ == "kdtrain.errors":
+            assert f"{cls.__name__} " in documented
