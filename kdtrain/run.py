@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOG = "logging.jsonl"
-CONFIG = "config.json"
+CONFIG = "run_config.json"  # not config.json, which is the saved model's
 
 
 class Reporter(Protocol):

@@ -64,6 +64,7 @@ def test_fit_trains_and_leaves_a_model_that_loads_with_its_tokenizer(project, kd
     assert {"loss", "llm_kd_loss", "sft_loss", "token_accuracy", "teacher_agreement", "epoch"} <= set(records[0])
     assert {"eval_loss", "eval_llm_kd_loss", "eval_sft_loss"} <= set(records[-1])
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    assert json.loads((run / "run_config.json").read_text())["rlhf"]["sft_alpha"] == 0.3
     assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pkl")]
 
 

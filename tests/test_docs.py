@@ -1,0 +1,65 @@
+"""What the README and the examples show must be true."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kdtrain.config import check_config
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted(ROOT.glob("examples/*/*.yaml"))
+
+
+def readme_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", readme_blocks("yaml"))
+def test_every_config_of_the_readme_is_valid(block, tmp_path):
+    (tmp_path / "config.yaml").write_text(block)
+    result = check_config(tmp_path / "config.yaml")
+    assert result.errors == []
+    assert result.warnings == []
+
+
+def test_the_readme_has_a_config_and_examples_exist():
+    assert readme_blocks("yaml")
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_example_is_valid(path):
+    if path.name == "base.yaml":  # not a run by itself
+        assert "extends" in (path.parent / "distill.yaml").read_text()
+        return
+    result = check_config(path)
+    # A model that the example builds first is not there yet.
+    assert [error.message for error in result.errors if "no model folder" not in error.message] == []
+    assert result.warnings == []
+
+
+def test_every_command_of_the_readme_exists():
+    from typer.main import get_command
+
+    from kdtrain.cli import app
+
+    commands = set(get_command(app).commands)
+    mentioned = set(re.findall(r"kdtrain (fit|validate|schema|env|\w+) ", "\n".join(readme_blocks("sh"))))
+    assert mentioned <= commands
+
+
+def test_every_metric_of_the_readme_is_one_that_is_logged():
+    from kdtrain import telemetry
+
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## What is logged")[1].split("## ")[0]
+    named = set(re.findall(r"`(\w+)`", table)) - {"eval_", "logging", "training"}
+    source = Path(telemetry.__file__).read_text(encoding="utf-8")
+    by_transformers = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
+    assert {name for name in named - by_transformers if f'"{name}"' not in source} == set()
+
+
+def test_every_yaml_file_of_the_project_parses():
+    for path in [*EXAMPLES]:
+        assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
