@@ -1,0 +1,408 @@
+"""Cross-entropy, divergence and metrics without the logits: one pass over tiles of [tokens, vocabulary].
+
+Shapes: N tokens, S of them supervised, C tokens of one chunk, H hidden width (each model has its own), V vocabulary.
+
+Full-vocabulary distillation dies of logits: at 4096 tokens and 152k words those of two models with their gradients take
+over 10 GB. Here, for each chunk of supervised tokens, both models' logits are made once in reused buffers, all terms
+and metrics come from the same tile, the closed-form gradient is written over the student's logits, and from there it
+goes at once into the gradients of the hidden state and the head. The backward pass only scales. Nothing is computed
+twice; memory is O(C·V) beside the gradients themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kdtrain.losses.dense import dense_distillation_loss
+from kdtrain.losses.divergence import Divergence, check_divergence_arguments
+from kdtrain.losses.gemm import add_weight_gradient, hidden_gradient, project
+from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, normaliser
+from kdtrain.losses.tile import Buffers, TileOptions, TileSums, tile_terms, topk_tile_terms
+from kdtrain.losses.topk import Tail, TopKLogprobs, check_targets
+
+# Bytes of the two logit tiles of a chunk together.
+_TILE_BYTES = {"cpu": 128 * 2**20, "cuda": 1024 * 2**20}
+# Values of one element-wise block: on a CPU its buffers stay in the cache, on a GPU a block is the whole tile.
+_BLOCK_VALUES = 2**19
+
+
+def fused_distillation_loss(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_hidden: torch.Tensor | None = None,
+    teacher_weight: torch.Tensor | None = None,
+    *,
+    targets: TopKLogprobs | None = None,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    ce_mask: torch.Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    divergence: Divergence = "jsd",
+    tail: Tail = "bucket",
+    num_items: torch.Tensor | int | None = None,
+    student_bias: torch.Tensor | None = None,
+    teacher_bias: torch.Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    chunk_tokens: int | None = None,
+) -> FusedLoss:
+    """(kd_weight · Σ divergence + ce_weight · Σ cross-entropy) / num_items, from hidden states and heads.
+
+    Logits are softcap·tanh(scale·(hidden·weightᵀ + bias)/softcap), as the models make them; the terms are those of
+    `generalized_jsd` and cross-entropy.
+
+    Args:
+        student_hidden: [N, H].
+        student_weight: [V, H].
+        labels: [N], already shifted: row i predicts labels[i]; −100 is ignored.
+        teacher_hidden, teacher_weight: [N, H'] and [V, H'], no graph; or None with `targets` or with kd_weight 0.
+        targets: a top-k teacher instead: row i is the teacher of token i, [N, K].
+        kd_weight, ce_weight: ≥ 0.
+        ce_mask: [N] bool, tokens that take part in the cross-entropy; None is all. The others still count in D.
+        beta, temperature, divergence, tail: as in `generalized_jsd` and `topk_divergence`.
+        num_items: D; None is the number of supervised tokens.
+        student_bias, teacher_bias: [V]. With −inf in one of them (a masked column) the loss takes a slower way.
+        student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap: what a model does to its logits.
+        chunk_tokens: C; None chooses from vocabulary and device. The result does not depend on it.
+
+    Gradients flow to student_hidden, student_weight and student_bias; a frozen head costs no gradient. They are
+    computed with the loss, in float32 whatever the inputs' dtype, and can be asked for once.
+
+    Raises:
+        ValueError: shapes that do not fit, labels outside the vocabulary (on a CPU), weights or β out of range, or no
+            teacher for a positive kd_weight.
+
+    Equals `dense_distillation_loss` on the logits. Source of the method: the closed-form gradients are in `tile.py`;
+    the idea of fusing head and loss is Wijmans et al. 2024, https://arxiv.org/abs/2411.09009.
+    """
+    options = TileOptions(kd_weight, ce_weight, beta, temperature, divergence)
+    _check(student_hidden, student_weight, labels, teacher_hidden, teacher_weight, targets, options)
+    student = _Head(student_weight, student_bias, student_logit_scale, student_softcap)
+    teacher = None
+    if teacher_weight is not None and teacher_hidden is not None:
+        teacher = _Head(teacher_weight.detach(), teacher_bias, teacher_logit_scale, teacher_softcap)
+        teacher_hidden = teacher_hidden.detach()
+    if student.masks_columns() or (teacher is not None and teacher.masks_columns()):
+        return _by_dense_chunks(student_hidden, student, labels, teacher_hidden, teacher, options, ce_mask, num_items)
+    # Inside an autograd function gradients are always off: whether they are wanted is known here only.
+    wanted = torch.is_grad_enabled()
+    call = _Call(student, teacher, teacher_hidden, targets, tail, options, ce_mask, num_items, chunk_tokens, wanted)
+    loss, *sums = _Fused.apply(student_hidden, student_weight, student_bias, labels, call)
+    return _to_fused_loss(loss, sums, call)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A language-model head and what the model does to its logits."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+    def masks_columns(self) -> bool:
+        """Whether some logits are always −inf, which the tile's arithmetic does not know."""
+        return self.bias is not None and bool(torch.isinf(self.bias).any())
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """[C, V] in the dtype of `out`, which is overwritten."""
+        project(hidden, self.weight, out)
+        if self.bias is not None:
+            out.add_(self.bias)
+        if self.logit_scale != 1:
+            out.mul_(self.logit_scale)
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+        return out
+
+    def plain_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same through autograd."""
+        out = hidden.float() @ self.weight.float().t()
+        out = (out if self.bias is None else out + self.bias) * self.logit_scale
+        return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Everything of a call that takes no gradient."""
+
+    student: _Head
+    teacher: _Head | None
+    teacher_hidden: torch.Tensor | None
+    targets: TopKLogprobs | None
+    tail: Tail
+    options: TileOptions
+    ce_mask: torch.Tensor | None
+    num_items: torch.Tensor | int | None
+    chunk_tokens: int | None
+    with_gradient: bool
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.teacher is not None or self.targets is not None
+
+
+class _Fused(torch.autograd.Function):
+    """Loss and gradients in one forward pass; backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        call: _Call,
+    ) -> tuple[torch.Tensor, ...]:
+        wanted = tuple(needed and call.with_gradient for needed in ctx.needs_input_grad[:3])
+        rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        run = _Run(hidden.index_select(0, rows), labels.index_select(0, rows), rows, call, wanted)
+        with torch.autocast(hidden.device.type, enabled=False):
+            run.all_chunks()
+        ctx.gradients = run.gradients(hidden, weight, bias)
+        sums = run.packed_sums()
+        options = call.options
+        loss = (options.kd_weight * sums[0] + options.ce_weight * sums[1]) * run.inverse_items
+        ctx.mark_non_differentiable(*sums)
+        return loss, *sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, loss_gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("The fused loss keeps its gradients for one backward pass; this is the second.")
+        # In place: the head's gradient can be the largest tensor of the step. A second pass would scale it again.
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*(None if g is None else g.mul_(loss_gradient.to(g.dtype)) for g in gradients), None, None)
+
+
+class _Run:
+    """One forward pass over the chunks of the supervised tokens."""
+
+    def __init__(
+        self, hidden_SH: torch.Tensor, labels_S: torch.Tensor, rows: torch.Tensor, call: _Call, wanted: tuple[bool, ...]
+    ) -> None:
+        self.hidden, self.labels, self.rows, self.call = hidden_SH, labels_S, rows, call
+        self.wants_hidden, self.wants_weight, self.wants_bias = wanted
+        self.dtype = torch.promote_types(hidden_SH.dtype, torch.float32)
+        device = hidden_SH.device
+        weight = call.student.weight
+        tokens = torch.tensor(len(labels_S), device=device)
+        self.num_tokens = tokens
+        self.inverse_items = 1 / normaliser(call.num_items, tokens).to(self.dtype)
+        self.ce_rows = None if call.ce_mask is None else call.ce_mask.to(device)[rows].to(self.dtype)
+        empty = torch.zeros(0, device=device)
+        self.grad_hidden = torch.empty_like(hidden_SH) if self.wants_hidden else empty
+        self.grad_weight = torch.zeros_like(weight, dtype=self.dtype) if self.wants_weight else empty
+        self.grad_bias = torch.zeros(weight.shape[0], dtype=self.dtype, device=device) if self.wants_bias else empty
+        self.sums: list[TileSums] = []
+
+    def all_chunks(self) -> None:
+        """Compute everything, chunk by chunk, in buffers that are made once."""
+        call, (tokens, vocabulary) = self.call, (len(self.labels), self.call.student.weight.shape[0])
+        sizes = chunk_sizes(tokens, call.chunk_tokens or default_chunk(vocabulary, self.dtype, self.hidden.device))
+        if not sizes:
+            return
+        student = torch.empty(sizes[0], vocabulary, dtype=self.dtype, device=self.hidden.device)
+        teacher = torch.empty_like(student) if call.teacher is not None else None
+        block = max(1, _BLOCK_VALUES // vocabulary) if student.device.type == "cpu" else sizes[0]
+        scratch = Buffers.like(student, min(block, sizes[0]))
+        start = 0
+        for size in sizes:
+            chunk = slice(start, start + size)
+            self._chunk(chunk, student[:size], None if teacher is None else teacher[:size], block, scratch)
+            start += size
+
+    def _chunk(
+        self, chunk: slice, student: torch.Tensor, teacher: torch.Tensor | None, block: int, scratch: Buffers
+    ) -> None:
+        call, head = self.call, self.call.student
+        hidden = self.hidden[chunk]
+        head.logits(hidden, student)
+        if teacher is not None and call.teacher is not None and call.teacher_hidden is not None:
+            call.teacher.logits(call.teacher_hidden.index_select(0, self.rows[chunk]), teacher)
+        with_gradient = self.wants_hidden or self.wants_weight or self.wants_bias
+        for first in range(0, len(student), block):
+            inside = slice(first, min(first + block, len(student)))
+            self._block(
+                slice(chunk.start + inside.start, chunk.start + inside.stop),
+                student[inside],
+                None if teacher is None else teacher[inside],
+                scratch.rows(inside.stop - inside.start),
+                with_gradient,
+            )
+        scale = head.logit_scale
+        if self.wants_hidden:
+            self.grad_hidden[chunk] = hidden_gradient(student, head.weight, scale)
+        if self.wants_weight:
+            add_weight_gradient(self.grad_weight, student, hidden, scale)
+        if self.wants_bias:
+            self.grad_bias.add_(student.sum(0), alpha=scale)
+
+    def _block(
+        self, rows: slice, student: torch.Tensor, teacher: torch.Tensor | None, scratch: Buffers, with_gradient: bool
+    ) -> None:
+        """All terms of some rows; their gradient with respect to the raw logits is left in `student`."""
+        call = self.call
+        softcap = call.student.softcap if with_gradient else None
+        # d softcap·tanh(x/softcap)/dx, from its value, which the gradient is about to overwrite
+        slope = None if softcap is None else (student / softcap).square_().neg_().add_(1)
+        common = (
+            self.labels[rows],
+            None if self.ce_rows is None else self.ce_rows[rows],
+            call.options,
+            scratch,
+            with_gradient,
+        )
+        if call.targets is not None:
+            targets = call.targets[self.rows[rows].to(call.targets.indices.device)].to(student.device)
+            self.sums.append(topk_tile_terms(student, targets, call.tail, *common))
+        else:
+            self.sums.append(tile_terms(student, teacher, *common))
+        if slope is not None:
+            student.mul_(slope)
+
+    def gradients(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> list[torch.Tensor | None]:
+        """Gradients of the three inputs, divided by D, in their dtypes."""
+        result: list[torch.Tensor | None] = [None, None, None]
+        if self.wants_hidden:
+            scaled = self.grad_hidden.mul_(self.inverse_items.to(self.grad_hidden.dtype))
+            whole = len(self.rows) == len(hidden)
+            result[0] = scaled if whole else torch.zeros_like(hidden).index_copy_(0, self.rows, scaled)
+        if self.wants_weight:
+            result[1] = self.grad_weight.mul_(self.inverse_items).to(weight.dtype)
+        if self.wants_bias and bias is not None:
+            result[2] = self.grad_bias.mul_(self.inverse_items).to(bias.dtype)
+        return result
+
+    def packed_sums(self) -> list[torch.Tensor]:
+        """kd, ce, tokens, correct, agree, student entropy, teacher entropy: scalars, 0 where there is no teacher."""
+
+        def total(name: str) -> torch.Tensor:
+            values = [getattr(one, name) for one in self.sums if getattr(one, name) is not None]
+            zero = torch.zeros((), dtype=self.dtype, device=self.labels.device)
+            return torch.stack(values).sum() if values else zero
+
+        names = ("kd", "ce", "correct", "agree", "student_entropy", "teacher_entropy")
+        kd, ce, correct, agree, student_entropy, teacher_entropy = (total(name) for name in names)
+        return [kd, ce, self.num_tokens, correct, agree, student_entropy, teacher_entropy]
+
+
+def default_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens of a chunk: as many as two logit tiles of the budget hold, at least 64 and, on a CPU, at most 512."""
+    budget = _TILE_BYTES.get(device.type, _TILE_BYTES["cuda"])
+    largest = 512 if device.type == "cpu" else 8192
+    return min(max(budget // (2 * vocabulary * dtype.itemsize), 64), largest)
+
+
+def chunk_sizes(tokens: int, chunk: int) -> list[int]:
+    """`tokens` in as few chunks as are needed, as equal as they can be, the larger ones first."""
+    count = math.ceil(tokens / chunk)
+    return [tokens // count + (i < tokens % count) for i in range(count)]
+
+
+def _to_fused_loss(loss: torch.Tensor, sums: list[torch.Tensor], call: _Call) -> FusedLoss:
+    kd, ce, tokens, correct, agree, student_entropy, teacher_entropy = sums
+    with_teacher = call.has_teacher
+    return FusedLoss(
+        loss=loss,
+        kd_sum=kd if with_teacher and call.options.kd_weight > 0 else None,
+        ce_sum=ce,
+        num_tokens=tokens,
+        num_correct=correct,
+        num_agree=agree if with_teacher else None,
+        student_entropy_sum=student_entropy,
+        teacher_entropy_sum=teacher_entropy if with_teacher else None,
+    )
+
+
+def _by_dense_chunks(
+    hidden: torch.Tensor,
+    student: _Head,
+    labels: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
+    teacher: _Head | None,
+    options: TileOptions,
+    ce_mask: torch.Tensor | None,
+    num_items: torch.Tensor | int | None,
+) -> FusedLoss:
+    """The same sums from logits that autograd knows, for heads that mask columns."""
+    return dense_distillation_loss(
+        student.plain_logits(hidden),
+        labels,
+        None if teacher is None or teacher_hidden is None else teacher.plain_logits(teacher_hidden),
+        kd_weight=options.kd_weight,
+        ce_weight=options.ce_weight,
+        ce_mask=ce_mask,
+        beta=options.beta,
+        temperature=options.temperature,
+        divergence=options.divergence,
+        num_items=num_items,
+    )
+
+
+def _check(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
+    teacher_weight: torch.Tensor | None,
+    targets: TopKLogprobs | None,
+    options: TileOptions,
+) -> None:
+    check_divergence_arguments(options.beta, options.temperature, options.divergence)
+    if not (0 <= options.kd_weight < math.inf and 0 <= options.ce_weight < math.inf):
+        raise ValueError(
+            f"weights must be non-negative and finite, got kd_weight={options.kd_weight}, ce_weight={options.ce_weight}"
+        )
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            "expected student_hidden [N, H], student_weight [V, H] and labels [N], got "
+            f"{tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(labels.shape)}"
+        )
+    if (teacher_hidden is None) != (teacher_weight is None):
+        raise ValueError("teacher_hidden and teacher_weight belong together: pass both or neither")
+    if teacher_hidden is not None and targets is not None:
+        raise ValueError("pass a teacher's hidden states and head, or its top-k targets, not both")
+    if options.kd_weight > 0 and teacher_hidden is None and targets is None:
+        raise ValueError(
+            f"kd_weight is {options.kd_weight}, but there is no teacher: pass teacher_hidden and teacher_weight, "
+            "or targets, or kd_weight=0"
+        )
+    if teacher_hidden is not None and teacher_weight is not None:
+        _check_teacher(hidden, weight, teacher_hidden, teacher_weight)
+    if targets is not None:
+        check_targets(targets, len(labels), weight.shape[0])
+    if labels.device.type == "cpu" and labels.numel():  # on a GPU the host would have to wait for the device
+        used = labels[labels != IGNORE_INDEX]
+        if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < weight.shape[0]:
+            raise ValueError(
+                f"labels must be {IGNORE_INDEX} or in [0, {weight.shape[0]}), "
+                f"got {int(used.min())} to {int(used.max())}"
+            )
+
+
+def _check_teacher(
+    hidden: torch.Tensor, weight: torch.Tensor, teacher_hidden: torch.Tensor, teacher_weight: torch.Tensor
+) -> None:
+    if teacher_hidden.ndim != 2 or len(teacher_hidden) != len(hidden):
+        raise ValueError(
+            f"expected teacher_hidden [N, H'] for the same {len(hidden)} tokens, got {tuple(teacher_hidden.shape)}"
+        )
+    if teacher_weight.ndim != 2 or teacher_weight.shape[1] != teacher_hidden.shape[1]:
+        raise ValueError(f"expected teacher_weight [V, {teacher_hidden.shape[-1]}], got {tuple(teacher_weight.shape)}")
+    if teacher_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"the student's head has {weight.shape[0]} rows and the teacher's {teacher_weight.shape[0]}: both must be "
+            "over one vocabulary; slice off the padding of the longer one"
+        )

@@ -1,0 +1,130 @@
+"""The three matrix products of a language-model head, always with float32 results.
+
+Shapes: C tokens of one chunk, H hidden width, V vocabulary.
+
+bfloat16 logits would carry a relative error of 2⁻⁹, some hundredths of a nat, and cost 1 to 4 % in the gradient: half
+precision goes in, float32 comes out. On CUDA that is one `mm(out_dtype=float32)`; on a CPU, whose bfloat16 product can
+only return bfloat16, slices of the weight are widened to float32 on the way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Rows of a half-precision weight that are widened at a time on a CPU: 8192 · 1024 · 4 bytes are 32 MiB.
+_WIDENED_ROWS = 8192
+# A product of float32 numbers that is further off than this was not computed in float32.
+_FLOAT32_ERROR = 4e-6
+
+# What was seen, by kind of product and the magnitude of its three sizes.
+_computes_in_float32: dict[tuple[str | int, ...], bool] = {}
+
+
+def project(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, out_CV: torch.Tensor) -> torch.Tensor:
+    """out = hidden · weightᵀ, [C, V] in float32 (float64 for float64 inputs), written into `out_CV`."""
+    if hidden_CH.dtype == out_CV.dtype:
+        return _mm(hidden_CH, weight_VH.t(), out_CV)
+    if hidden_CH.device.type == "cuda":
+        return torch.mm(hidden_CH, weight_VH.t(), out_dtype=out_CV.dtype, out=out_CV)
+    wide_hidden = hidden_CH.to(out_CV.dtype)
+    for rows, wide in _widened(weight_VH, out_CV.dtype):
+        _mm(wide_hidden, wide.t(), out_CV[:, rows])
+    return out_CV
+
+
+def hidden_gradient(gradient_CV: torch.Tensor, weight_VH: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale · gradient · weight, [C, H] in the dtype of the gradient."""
+    if weight_VH.dtype == gradient_CV.dtype:
+        out = gradient_CV.new_empty(gradient_CV.shape[0], weight_VH.shape[1])
+        return _mm(gradient_CV, weight_VH, out).mul_(scale)
+    if weight_VH.device.type == "cuda":
+        narrow = gradient_CV.to(weight_VH.dtype)
+        return torch.mm(narrow, weight_VH, out_dtype=gradient_CV.dtype).mul_(scale)
+    total = gradient_CV.new_zeros(gradient_CV.shape[0], weight_VH.shape[1])
+    for rows, wide in _widened(weight_VH, gradient_CV.dtype):
+        _addmm(total, gradient_CV[:, rows], wide, scale)
+    return total
+
+
+def add_weight_gradient(
+    total_VH: torch.Tensor, gradient_CV: torch.Tensor, hidden_CH: torch.Tensor, scale: float
+) -> None:
+    """total += scale · gradientᵀ · hidden, [V, H]; accumulated in float32 whatever the dtype of the weight."""
+    if hidden_CH.dtype != total_VH.dtype and hidden_CH.device.type == "cuda":
+        narrow = gradient_CV.to(hidden_CH.dtype)
+        total_VH.add_(torch.mm(narrow.t(), hidden_CH, out_dtype=total_VH.dtype), alpha=scale)
+        return
+    _addmm(total_VH, gradient_CV.t(), hidden_CH.to(total_VH.dtype), scale)
+
+
+def _widened(weight_VH: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Slices of the weight's rows in a wider dtype, through one buffer."""
+    size = weight_VH.shape[0]
+    buffer = weight_VH.new_empty(min(_WIDENED_ROWS, size), weight_VH.shape[1], dtype=dtype)
+    for start in range(0, size, _WIDENED_ROWS):
+        rows = slice(start, min(start + _WIDENED_ROWS, size))
+        yield rows, buffer[: rows.stop - start].copy_(weight_VH[rows])
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    _float32_product("mm", a, b, out, lambda: torch.mm(a, b, out=out), 1.0)
+    return out
+
+
+def _addmm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+    _float32_product("addmm", a, b, total, lambda: total.addmm_(a, b, alpha=scale), scale)
+
+
+def _float32_product(
+    kind: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, product: Callable[[], object], scale: float
+) -> None:
+    """Run a product by oneDNN where it has been seen to compute in float32, by PyTorch's default elsewhere.
+
+    The default float32 product on a CPU is MKL's, which on AMD processors runs at less than half of oneDNN's rate. The
+    public switch that leads to oneDNN also allows it to round to bfloat16, which it does on processors with matrix
+    units. So the first product of each size is looked at; if it is not a float32 one, it is computed again by the
+    default, and so are all later ones.
+    """
+    if a.device.type != "cpu" or a.dtype != torch.float32:
+        product()
+        return
+    key = (kind, *(size.bit_length() for size in (*a.shape, b.shape[1])))
+    if key in _computes_in_float32:
+        with _onednn(_computes_in_float32[key]):
+            product()
+        return
+    rows = torch.linspace(0, a.shape[0] - 1, min(8, a.shape[0])).long()
+    cols = torch.linspace(0, b.shape[1] - 1, min(64, b.shape[1])).long()
+    before = out[rows][:, cols].double() if kind == "addmm" else 0.0
+    exact = before + scale * (a[rows].double() @ b[:, cols].double())
+    saved = out.clone() if kind == "addmm" and out.any() else None
+    with _onednn(True):
+        product()
+    if not exact.norm() > 0:  # nothing to be seen in a product of zeros, or of NaN
+        return
+    _computes_in_float32[key] = bool((out[rows][:, cols] - exact).norm() <= _FLOAT32_ERROR * exact.norm())
+    if not _computes_in_float32[key]:
+        logger.debug("oneDNN does not compute %s of %s and %s in float32.", kind, tuple(a.shape), tuple(b.shape))
+        out.zero_() if saved is None else out.copy_(saved)
+        product()
+
+
+@contextmanager
+def _onednn(allowed: bool) -> Iterator[None]:
+    """Let float32 products of this block go to oneDNN; the setting of the process is restored."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if not allowed or matmul is None or not torch.backends.mkldnn.is_available():
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -1,0 +1,318 @@
+"""Values and closed-form gradients of all token terms for one block of logits: the inner loop of the fused loss.
+
+Shapes: R rows (tokens) of a block, V vocabulary. z are logits at temperature 1 in float32, p and q the student's and
+the teacher's probabilities at the temperature of the divergence, all natural logarithms.
+
+With g the gradient with respect to z/temperature:
+
+| term | value | g |
+|---|---|---|
+| cross-entropy (temperature 1) | −log p(label) | p − onehot |
+| forward KL(T‖S) | Σ q·log(q/p) | p − q |
+| reverse KL(S‖T) | Σ p·log(p/q) | p·(log(p/q) − KL) |
+| JSD_β | β·KL(T‖S) + Σ m·log(p/m), m=β·q + (1−β)·p | (1−β)·p·(log(p/m) − KL(p‖m)) |
+
+The value of JSD_β is the usual one, β·Σ q·log(q/m) + (1−β)·Σ p·log(p/m), with log(q/m) = log(q/p) + log(p/m).
+log(p/m) = −log(1 + β·(q−p)/p) keeps its digits where p ≈ m and where β is small.
+
+The definitions are those of `divergence.py`, and the tests hold this file to them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from kdtrain.losses.divergence import Divergence, entropy, generalized_jsd
+from kdtrain.losses.topk import Tail, TopKLogprobs, known_columns, teacher_tail
+
+# Below the smallest normal float32 a probability is taken for this one where it is divided by.
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class TileOptions:
+    """What the terms are and how they are weighted; the same for every block of a call."""
+
+    kd_weight: float
+    ce_weight: float
+    beta: float
+    temperature: float
+    divergence: Divergence
+
+    @property
+    def forward_weight(self) -> float:
+        """Weight of a bare KL(T‖S) in the divergence."""
+        if self.divergence == "mixed_kl":
+            return 1 - self.beta
+        return float(self.beta == 0)
+
+    @property
+    def reverse_weight(self) -> float:
+        """Weight of a bare KL(S‖T) in the divergence."""
+        return self.beta if self.divergence == "mixed_kl" else float(self.beta == 1)
+
+    @property
+    def mixture_weight(self) -> float:
+        """Weight of JSD_β in the divergence."""
+        if self.divergence == "mixed_kl" or self.beta in (0, 1):
+            return 0.0
+        return 1 / (self.beta * (1 - self.beta)) if self.divergence == "jsd_scaled" else 1.0
+
+
+@dataclass
+class Buffers:
+    """Three blocks of scratch, allocated once: on a CPU they stay in its cache."""
+
+    p: torch.Tensor
+    q: torch.Tensor
+    work: torch.Tensor
+
+    @classmethod
+    def like(cls, logits: torch.Tensor, rows: int) -> Buffers:
+        shape = (rows, logits.shape[1])
+        return cls(logits.new_empty(shape), logits.new_empty(shape), logits.new_empty(shape))
+
+    def rows(self, count: int) -> Buffers:
+        return Buffers(self.p[:count], self.q[:count], self.work[:count])
+
+
+@dataclass
+class TileSums:
+    """Sums over the rows of a block, scalars; None without a teacher."""
+
+    kd: torch.Tensor | None
+    ce: torch.Tensor
+    correct: torch.Tensor
+    agree: torch.Tensor | None
+    student_entropy: torch.Tensor
+    teacher_entropy: torch.Tensor | None
+
+
+def tile_terms(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor,
+    ce_rows: torch.Tensor | None,
+    options: TileOptions,
+    scratch: Buffers,
+    with_gradient: bool,
+) -> TileSums:
+    """Sums of a block, and the gradient of its weighted terms written over the student's logits.
+
+    Args:
+        student: [R, V], finite; overwritten with d(kd_weight·Σ kd + ce_weight·Σ ce)/dz if `with_gradient`.
+        teacher: [R, V], finite, or None: cross-entropy only. Overwritten at a temperature other than 1.
+        labels: [R], all in the vocabulary.
+        ce_rows: [R], 1.0 where the row takes part in the cross-entropy and 0.0 elsewhere; None is all.
+    """
+    p, q, work = scratch.p, scratch.q, scratch.work
+    largest = student.amax(-1, keepdim=True)
+    torch.softmax(student, -1, out=p)
+    log_z = largest + _log_sum(p)
+    at_label = student.gather(1, labels[:, None])
+    ce = log_z - at_label
+    sums = TileSums(
+        kd=None,
+        ce=ce.sum() if ce_rows is None else (ce * ce_rows[:, None]).sum(),
+        correct=(at_label == largest).sum(),
+        agree=None,
+        student_entropy=(log_z - _dot(p, student, work)).sum(),
+        teacher_entropy=None,
+    )
+    coefficient = _ce_coefficient(ce_rows, options)
+    if teacher is None:
+        if with_gradient:
+            _ce_gradient(student, p, labels, coefficient)
+        return sums
+
+    teacher_largest, teacher_top = teacher.max(-1, keepdim=True)
+    torch.softmax(teacher, -1, out=q)
+    teacher_log_z = teacher_largest + _log_sum(q)
+    sums.agree = (student.gather(1, teacher_top) == largest).sum()
+    sums.teacher_entropy = (teacher_log_z - _dot(q, teacher, work)).sum()
+    if options.temperature != 1:
+        sums.kd = _tempered(student, teacher, labels, coefficient, options, scratch, with_gradient)
+    elif options.kd_weight > 0:
+        ratio = teacher_log_z - log_z
+        sums.kd = _divergence(student, teacher, ratio, labels, coefficient, options, scratch, with_gradient)
+    elif with_gradient:
+        _ce_gradient(student, p, labels, coefficient)
+    return sums
+
+
+def _tempered(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor,
+    ce_coefficient: torch.Tensor | float,
+    options: TileOptions,
+    scratch: Buffers,
+    with_gradient: bool,
+) -> torch.Tensor:
+    """The divergence at another temperature, where the cross-entropy has probabilities and a gradient of its own."""
+    p, q = scratch.p, scratch.q
+    inverse = 1 / options.temperature
+    ce_gradient = None
+    if with_gradient and options.ce_weight > 0:
+        ce_gradient = torch.empty_like(p)
+        _ce_gradient(ce_gradient, p, labels, ce_coefficient)
+    student.mul_(inverse)
+    teacher.mul_(inverse)
+    torch.softmax(student, -1, out=p)
+    torch.softmax(teacher, -1, out=q)
+    ratio = teacher.amax(-1, keepdim=True) + _log_sum(q) - student.amax(-1, keepdim=True) - _log_sum(p)
+    softened = replace(options, kd_weight=options.kd_weight * inverse, ce_weight=0.0, temperature=1.0)
+    kd = _divergence(student, teacher, ratio, labels, 0.0, softened, scratch, with_gradient)
+    if ce_gradient is not None:
+        student.add_(ce_gradient)
+    return kd
+
+
+def _divergence(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    log_z_ratio: torch.Tensor,
+    labels: torch.Tensor,
+    ce_coefficient: torch.Tensor | float,
+    options: TileOptions,
+    scratch: Buffers,
+    with_gradient: bool,
+) -> torch.Tensor:
+    """Σ divergence of a block; the gradient of divergence and cross-entropy over `student`. p and q are in scratch."""
+    p, q, work = scratch.p, scratch.q, scratch.work
+    # log(q/p), logits subtracted from logits first: exact where the models nearly agree.
+    log_qp = torch.sub(teacher, student, out=student).sub_(log_z_ratio)
+    if options.mixture_weight:
+        return _mixture(p, q, log_qp, work, labels, ce_coefficient, options, with_gradient)
+    value = torch.zeros_like(log_z_ratio)
+    reverse_kl = None
+    if options.forward_weight:
+        value += options.forward_weight * _dot(q, log_qp, work)
+    if options.reverse_weight:
+        reverse_kl = -_dot(p, log_qp, work)
+        value += options.reverse_weight * reverse_kl
+    if with_gradient:
+        forward, reverse = options.kd_weight * options.forward_weight, options.kd_weight * options.reverse_weight
+        # forward·(p − q) + reverse·p·(−log(q/p) − KL) + c·(p − onehot), with one factor of p
+        if reverse_kl is None:
+            torch.mul(p, forward + ce_coefficient, out=student)
+        else:
+            log_qp.mul_(-reverse).add_(forward + ce_coefficient - reverse * reverse_kl).mul_(p)
+        if forward:
+            student.sub_(q, alpha=forward)
+        _subtract_at(student, labels, ce_coefficient)
+    return _not_negative(value)
+
+
+def _mixture(
+    p: torch.Tensor,
+    q: torch.Tensor,
+    log_qp: torch.Tensor,
+    work: torch.Tensor,
+    labels: torch.Tensor,
+    ce_coefficient: torch.Tensor | float,
+    options: TileOptions,
+    with_gradient: bool,
+) -> torch.Tensor:
+    """JSD_β for β inside (0, 1). All four blocks are overwritten; the gradient ends up in `log_qp`."""
+    beta = options.beta
+    forward_kl = _dot(q, log_qp, work)
+    gap = torch.sub(q, p, out=work)
+    # log(m/p) = log(1 + β·(q−p)/p)
+    log_mp = torch.div(gap, torch.clamp(p, min=_TINY, out=q), out=q).mul_(beta).log1p_()
+    p_log_mp = _dot(p, log_mp, log_qp)
+    value = beta * forward_kl - p_log_mp - beta * _dot(gap, log_mp, gap)
+    if with_gradient:
+        # weight·(1−β)·p·(log(p/m) − KL(p‖m)) + c·(p − onehot), with one factor of p
+        weight = options.kd_weight * options.mixture_weight * (1 - beta)
+        torch.mul(log_mp, -weight, out=log_qp).add_(weight * p_log_mp + ce_coefficient).mul_(p)
+        _subtract_at(log_qp, labels, ce_coefficient)
+    return options.mixture_weight * _not_negative(value)
+
+
+def _ce_gradient(out: torch.Tensor, p: torch.Tensor, labels: torch.Tensor, coefficient: torch.Tensor | float) -> None:
+    """out = coefficient · (p − onehot)."""
+    torch.mul(p, coefficient, out=out)
+    _subtract_at(out, labels, coefficient)
+
+
+def _subtract_at(gradient: torch.Tensor, labels: torch.Tensor, coefficient: torch.Tensor | float) -> None:
+    """gradient[row, labels[row]] −= coefficient."""
+    if not isinstance(coefficient, torch.Tensor):
+        if coefficient == 0:
+            return
+        coefficient = gradient.new_full((len(labels), 1), coefficient)
+    gradient.scatter_add_(1, labels[:, None], -coefficient)
+
+
+def _ce_coefficient(ce_rows: torch.Tensor | None, options: TileOptions) -> torch.Tensor | float:
+    """Weight of the cross-entropy: one number, or one per row [R, 1]."""
+    return options.ce_weight if ce_rows is None or options.ce_weight == 0 else options.ce_weight * ce_rows[:, None]
+
+
+def _log_sum(p: torch.Tensor) -> torch.Tensor:
+    """log Σ exp(z − max z), [R, 1], from the probabilities: the largest of them is its exponential's inverse."""
+    return -p.amax(-1, keepdim=True).log()
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Σ a·b over the vocabulary, [R, 1]. As product and sum: faster here than any batched dot product."""
+    return torch.mul(a, b, out=out).sum(-1, keepdim=True)
+
+
+def _not_negative(value: torch.Tensor) -> torch.Tensor:
+    """Σ over rows. Roundings can leave a row below 0 where the models agree to the last digit; a divergence is not."""
+    return value.clamp(min=0).sum()
+
+
+def topk_tile_terms(
+    student: torch.Tensor,
+    targets: TopKLogprobs,
+    tail: Tail,
+    labels: torch.Tensor,
+    ce_rows: torch.Tensor | None,
+    options: TileOptions,
+    scratch: Buffers,
+    with_gradient: bool,
+) -> TileSums:
+    """As `tile_terms`, for a teacher that is known by its k most likely tokens.
+
+    The divergence is one of [R, K + 1] log-probabilities, small enough for autograd. With a its gradient with respect
+    to them, that with respect to z is a at the known tokens and a_tail·p/Σ_tail p at the others: it does not depend on
+    the common shift of the log-probabilities, so that Σ a = 0.
+    """
+    p, work = scratch.p, scratch.work
+    sums = tile_terms(student, None, labels, ce_rows, options, scratch, with_gradient=False)
+    log_z = student.amax(-1, keepdim=True) + _log_sum(p)
+    missing = targets.indices < 0
+    ids = targets.indices.clamp(min=0)
+    known = (student.gather(1, ids) - log_z).masked_fill(missing, -torch.inf)
+    teacher = targets.logprobs.to(student.dtype)
+    named = known_columns(targets, student.shape[1], student.device)
+    mass_left = work.copy_(p).masked_fill_(named, 0.0).sum(-1, keepdim=True)
+    if tail == "bucket":
+        everything = named.all(-1, keepdim=True)
+        smallest = mass_left.clamp(min=_TINY)
+        known = torch.cat([known, smallest.log().masked_fill(everything, -torch.inf)], 1)
+        teacher = torch.cat([teacher, teacher_tail(teacher, everything)], 1)
+    with torch.enable_grad():
+        known.requires_grad_(with_gradient)
+        values = generalized_jsd(known, teacher, options.beta, options.temperature, options.divergence)
+        kd = values.sum()
+    sums.kd = kd.detach()
+    top = torch.where(missing, -torch.inf, targets.logprobs).argmax(-1, keepdim=True)
+    sums.agree = (student.gather(1, ids.gather(1, top)) == student.amax(-1, keepdim=True)).sum()
+    sums.teacher_entropy = entropy(teacher).sum()
+    if with_gradient:
+        coefficient = _ce_coefficient(ce_rows, options)
+        (gradient,) = torch.autograd.grad(kd, known)
+        gradient = gradient * options.kd_weight
+        count = ids.shape[1]
+        at_known = torch.where(missing, 0.0, gradient[:, :count])
+        share = gradient[:, count:] / smallest if tail == "bucket" else torch.zeros_like(log_z)
+        torch.mul(p, share, out=student).masked_fill_(named, 0.0).scatter_add_(1, ids, at_known)
+        student.add_(work.copy_(p).mul_(coefficient))
+        _subtract_at(student, labels, coefficient)
+    return sums

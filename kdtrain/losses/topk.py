@@ -1,0 +1,131 @@
+"""Divergence from a teacher that is known by its k most likely tokens only.
+
+Shapes: N supervised tokens, V vocabulary, K known tokens per position.
+
+The distributions are first coarse-grained to the known tokens and what is left (`tail`), then softened by the
+temperature, then compared by `generalized_jsd`: at K = V this is the divergence of the full distributions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kdtrain.losses.divergence import Divergence, generalized_jsd
+
+Tail = Literal["bucket", "renormalize"]
+
+# The tail of a teacher whose known probabilities add up to 1 within float32: a bucket of exactly 0 would make the
+# reverse KL infinite, although all that is known is that the tail is small.
+_SMALLEST_TAIL = 1e-8
+
+
+@dataclass(frozen=True)
+class TopKLogprobs:
+    """A teacher's most likely tokens, at temperature 1 and normalised over the whole vocabulary.
+
+    Args:
+        indices: [N, K] int64, token ids, different within a row. −1 marks a missing entry; its logprob must be −inf.
+        logprobs: [N, K] float, natural logarithms ≤ 0; Σ exp ≤ 1 per row.
+    """
+
+    indices: torch.Tensor
+    logprobs: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.indices.ndim != 2 or self.indices.shape != self.logprobs.shape:
+            raise ValueError(
+                f"expected indices [N, K] and logprobs [N, K], got {tuple(self.indices.shape)} "
+                f"and {tuple(self.logprobs.shape)}"
+            )
+
+    def __getitem__(self, rows: torch.Tensor | slice) -> TopKLogprobs:
+        return TopKLogprobs(self.indices[rows], self.logprobs[rows])
+
+    def to(self, device: torch.device) -> TopKLogprobs:
+        """The same targets on a device."""
+        return TopKLogprobs(self.indices.to(device), self.logprobs.to(device))
+
+
+def topk_divergence(
+    student_logits: torch.Tensor,
+    targets: TopKLogprobs,
+    beta: float = 0.0,
+    temperature: float = 1.0,
+    divergence: Divergence = "jsd",
+    tail: Tail = "bucket",
+) -> torch.Tensor:
+    """Divergence between a top-k teacher and the student at every position.
+
+    Args:
+        student_logits: [N, V], any float dtype.
+        targets: N rows.
+        beta, temperature, divergence: as in `generalized_jsd`.
+        tail: `bucket` keeps the mass outside K as one more outcome on both sides; `renormalize` drops it on both.
+
+    Returns:
+        [N], nats per token, float32, finite and never negative; at K = V the full divergence.
+
+    The gradient flows to the student's logits, and with `bucket` to all of them. Of the two, the bucket's gradient is
+    nearer to the full one: without it, mass that the student moves out of K is not noticed.
+
+    Raises:
+        ValueError: shapes or ids that do not fit, and what `generalized_jsd` refuses.
+    """
+    student_known, teacher_known = coarse_grain(student_logits, targets, tail)
+    return generalized_jsd(student_known, teacher_known, beta, temperature, divergence)
+
+
+def coarse_grain(student_logits: torch.Tensor, targets: TopKLogprobs, tail: Tail) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of both models over the known tokens, and with `bucket` one more column for all others.
+
+    Returns:
+        Two tensors [N, K] or [N, K + 1], float32; a missing entry is −inf on both sides.
+    """
+    check_targets(targets, *student_logits.shape)
+    if tail not in ("bucket", "renormalize"):
+        raise ValueError(f"tail must be bucket or renormalize, got {tail!r}")
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    logits = student_logits.to(dtype)
+    teacher = targets.logprobs.to(device=logits.device, dtype=dtype)
+    indices = targets.indices.to(logits.device)
+    missing = indices < 0
+    ids = indices.clamp(min=0)
+    log_p = torch.log_softmax(logits, -1)
+    student = log_p.gather(1, ids).masked_fill(missing, -torch.inf)
+    if tail == "renormalize":
+        return student, teacher
+    known = known_columns(targets, logits.shape[1], logits.device)
+    everything = known.all(-1, keepdim=True)
+    # By the logits that are left rather than as 1 − Σ, which has no digits where the tail is small. A row with nothing
+    # left gets numbers to work on, whose result is not used: the gradient of log 0 would be NaN.
+    left = log_p.masked_fill(known & ~everything, -torch.inf)
+    student_tail = torch.logsumexp(left, -1, keepdim=True).masked_fill(everything, -torch.inf)
+    return torch.cat([student, student_tail], 1), torch.cat([teacher, teacher_tail(teacher, everything)], 1)
+
+
+def known_columns(targets: TopKLogprobs, vocabulary: int, device: torch.device) -> torch.Tensor:
+    """[N, V] bool: which tokens a teacher has named."""
+    indices = targets.indices.to(device)
+    # Missing entries go to a column of their own, which is cut off.
+    ids = torch.where(indices < 0, vocabulary, indices)
+    known = torch.zeros(len(ids), vocabulary + 1, dtype=torch.bool, device=device).scatter_(1, ids, True)
+    return known[:, :vocabulary]
+
+
+def teacher_tail(logprobs: torch.Tensor, everything: torch.Tensor) -> torch.Tensor:
+    """log of the teacher's mass outside the known tokens, [N, 1]; −inf where every token is known."""
+    left = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=_SMALLEST_TAIL)
+    return left.log().masked_fill(everything, -torch.inf)
+
+
+def check_targets(targets: TopKLogprobs, tokens: int, vocabulary: int) -> None:
+    """Raise `ValueError` for a wrong number of rows, or ids outside the vocabulary (looked at on a CPU only)."""
+    if len(targets.indices) != tokens:
+        raise ValueError(f"{len(targets.indices)} rows of top-k targets for {tokens} supervised tokens")
+    if targets.indices.device.type != "cpu":  # reading them would make the host wait for the device
+        return
+    if targets.indices.numel() and not -1 <= int(targets.indices.min()) <= int(targets.indices.max()) < vocabulary:
+        raise ValueError(f"top-k ids must be in [0, {vocabulary}), or -1 where missing")

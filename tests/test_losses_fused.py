@@ -1,0 +1,454 @@
+"""The fused loss against an independent float64 reference, gradcheck, and what must not change its result."""
+
+import itertools
+
+import pytest
+import torch
+
+from kdtrain.losses import TopKLogprobs, dense_distillation_loss, fused_distillation_loss, topk_divergence
+from kdtrain.losses import gemm as gemm_module
+from kdtrain.losses.fused import chunk_sizes, default_chunk
+from tests.test_losses import BETAS, DIVERGENCES, reference
+
+INF = float("inf")
+
+
+def make(n=37, vocab=301, dtype=torch.float32, bias=False, seed=0):
+    """Hidden states, heads and labels of a problem whose logits are of the size of a real model's."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=generator)).to(dtype)
+
+    labels = torch.randint(0, vocab, (n,), generator=generator)
+    labels[::3] = -100
+    return {
+        "student_hidden": randn(n, 16).requires_grad_(),
+        "student_weight": randn(vocab, 16, scale=0.5).requires_grad_(),
+        "labels": labels,
+        "teacher_hidden": randn(n, 24),
+        "teacher_weight": randn(vocab, 24, scale=0.4),
+        "student_bias": randn(vocab).requires_grad_() if bias else None,
+        "teacher_bias": randn(vocab) if bias else None,
+    }
+
+
+def trained(problem):
+    return [problem[key] for key in ("student_hidden", "student_weight", "student_bias") if problem[key] is not None]
+
+
+def reference_loss(problem, kd_weight, ce_weight, beta, temperature, divergence, scale, softcap, ce_mask):
+    """Value and gradients of the definition, in float64, by autograd."""
+    double = {
+        key: value.detach().double().requires_grad_(value.requires_grad)
+        for key, value in problem.items()
+        if value is not None and value.is_floating_point()
+    }
+
+    def logits(side):
+        z = double[f"{side}_hidden"] @ double[f"{side}_weight"].t() + double.get(f"{side}_bias", 0.0)
+        z = z * scale
+        return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+    keep = problem["labels"] != -100
+    student, teacher, labels = logits("student")[keep], logits("teacher")[keep], problem["labels"][keep]
+    ce = -torch.log_softmax(student, -1).gather(1, labels[:, None]).squeeze(1)
+    ce = ce if ce_mask is None else ce * ce_mask[keep]
+    loss = ce_weight * ce.sum() / keep.sum()
+    if kd_weight:
+        loss = loss + kd_weight * reference(student, teacher, beta, temperature, divergence).sum() / keep.sum()
+    return loss.detach(), torch.autograd.grad(loss, trained(double | {"student_bias": double.get("student_bias")}))
+
+
+GRID = list(
+    itertools.product(
+        [False, True],  # bias
+        [(1.0, 0.0), (0.0, 1.0), (0.7, 0.3)],
+        [1.0, 2.0],  # temperature
+        [(1.0, None), (0.5, 3.0)],  # logit scale and soft-cap
+        [None, 7],  # chunk
+        [False, True],  # some rows without cross-entropy
+    )
+)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("beta", BETAS)
+def test_value_and_gradients_match_float64(beta, divergence):
+    """864 problems over the parameters: value and all gradients within 1e-5."""
+    for seed, (bias, (kd, ce), temperature, (scale, cap), chunk, masked) in enumerate(GRID):
+        problem = make(bias=bias, seed=seed)
+        ce_mask = torch.arange(37) % 2 == 0 if masked else None
+        expected, gradients = reference_loss(problem, kd, ce, beta, temperature, divergence, scale, cap, ce_mask)
+        result = fused_distillation_loss(
+            **problem, kd_weight=kd, ce_weight=ce, ce_mask=ce_mask, beta=beta, temperature=temperature,
+            divergence=divergence, student_logit_scale=scale, teacher_logit_scale=scale, student_softcap=cap,
+            teacher_softcap=cap, chunk_tokens=chunk,
+        )  # fmt: skip
+        where = (bias, kd, ce, temperature, scale, cap, chunk, masked)
+        assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5), where
+        for ours, theirs in zip(torch.autograd.grad(result.loss, trained(problem)), gradients, strict=True):
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), where
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("beta", [0, 0.3, 1])
+def test_gradcheck(beta, divergence):
+    problem = make(n=5, vocab=11, dtype=torch.float64, bias=True)
+    rest = {key: value for key, value in problem.items() if not (value.requires_grad)}
+
+    def loss(hidden, weight, bias):
+        return fused_distillation_loss(
+            student_hidden=hidden, student_weight=weight, student_bias=bias, **rest, kd_weight=0.6, ce_weight=0.4,
+            beta=beta, temperature=1.5, divergence=divergence, student_softcap=5.0, chunk_tokens=2,
+        ).loss  # fmt: skip
+
+    class Anew(torch.autograd.Function):
+        """gradcheck asks one graph for gradients many times; this makes a new one for each."""
+
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.save_for_backward(*inputs)
+            return loss(*inputs)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, scale):
+            with torch.enable_grad():
+                inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+                return torch.autograd.grad(loss(*inputs), inputs, scale)
+
+    assert torch.autograd.gradcheck(Anew.apply, trained(problem))
+
+
+@pytest.mark.parametrize("beta", [0, 0.5, 1])
+def test_bf16_is_computed_in_float32(beta):
+    problem = make(dtype=torch.bfloat16)
+    result = fused_distillation_loss(**problem, ce_weight=0.5, beta=beta)
+    expected, gradients = reference_loss(problem, 1.0, 0.5, beta, 1.0, "jsd", 1.0, None, None)
+    assert result.loss.dtype == torch.float32
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5)  # the inputs are exact, so the value is
+    for ours, theirs, like in zip(
+        torch.autograd.grad(result.loss, trained(problem)), gradients, trained(problem), strict=True
+    ):
+        assert ours.dtype == like.dtype
+        assert (ours.double() - theirs).norm() <= 4e-3 * theirs.norm()  # rounded once, on return
+
+
+def test_the_result_does_not_depend_on_the_chunk():
+    results = []
+    for chunk in (1, 7, 24, 25, 1000, None):
+        problem = make()
+        result = fused_distillation_loss(**problem, ce_weight=0.5, beta=0.3, chunk_tokens=chunk)
+        results.append(
+            (result.loss, torch.cat([g.flatten() for g in torch.autograd.grad(result.loss, trained(problem))]))
+        )
+    for loss, gradient in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
+        assert (gradient - results[0][1]).norm() <= 1e-6 * results[0][1].norm()
+
+
+@pytest.mark.parametrize("num_items", [None, 100, torch.tensor(100)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_sums_and_metrics_are_those_of_the_dense_loss(num_items, temperature):
+    problem = make()
+    options = {"kd_weight": 0.7, "ce_weight": 0.3, "beta": 0.1, "temperature": temperature, "num_items": num_items}
+    ours = fused_distillation_loss(**problem, **options)
+    dense = dense_distillation_loss(
+        problem["student_hidden"] @ problem["student_weight"].t(),
+        problem["labels"],
+        problem["teacher_hidden"] @ problem["teacher_weight"].t(),
+        **options,
+    )
+    for name in vars(dense):
+        torch.testing.assert_close(getattr(ours, name), getattr(dense, name), rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
+def test_without_kd_the_teachers_columns_are_none_and_ce_is_all():
+    problem = make()
+    alone = {key: problem[key] for key in ("student_hidden", "student_weight", "labels")}
+    result = fused_distillation_loss(**alone, kd_weight=0.0, ce_weight=1.0)
+    assert result.kd_sum is None
+    assert result.num_agree is None
+    assert result.loss.item() == pytest.approx((result.ce_sum / result.num_tokens).item(), rel=1e-6)
+
+
+def test_no_supervised_token_is_a_zero_with_a_gradient_path():
+    problem = make()
+    problem["labels"] = torch.full_like(problem["labels"], -100)
+    result = fused_distillation_loss(**problem, ce_weight=1.0)
+    assert result.loss.item() == 0
+    for gradient in torch.autograd.grad(result.loss, trained(problem)):
+        assert gradient.abs().max() == 0
+
+
+def test_a_frozen_head_gets_no_gradient_and_changes_nothing_else():
+    problem, frozen = make(), make()
+    frozen["student_weight"] = frozen["student_weight"].detach()
+    losses = [fused_distillation_loss(**p, ce_weight=0.5) for p in (problem, frozen)]
+    assert losses[0].loss == losses[1].loss
+    for result in losses:
+        result.loss.backward()
+    assert frozen["student_weight"].grad is None
+    assert torch.equal(problem["student_hidden"].grad, frozen["student_hidden"].grad)
+
+
+def test_nothing_is_computed_for_a_gradient_that_nobody_wants(monkeypatch):
+    monkeypatch.setattr("kdtrain.losses.fused.hidden_gradient", lambda *_: pytest.fail("a gradient was computed"))
+    problem = make()
+    with torch.no_grad():
+        fused_distillation_loss(**problem, ce_weight=0.5)
+
+
+def test_the_loss_is_scaled_by_what_comes_after_it_and_refuses_a_second_backward():
+    problem = make()
+    result = fused_distillation_loss(**problem)
+    (3 * result.loss).backward(retain_graph=True)
+    tripled = problem["student_weight"].grad.clone()
+    again = make()
+    fused_distillation_loss(**again).loss.backward()
+    torch.testing.assert_close(tripled, 3 * again["student_weight"].grad)
+    with pytest.raises(RuntimeError, match="second"):
+        result.loss.backward()
+
+
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_masked_columns_of_a_bias_are_no_nan_and_equal_the_dense_loss(side, divergence):
+    problem = make(bias=True)
+    for one in ("student", "teacher"):
+        if side in (one, "both"):
+            with torch.no_grad():
+                problem[f"{one}_bias"][290:] = -INF
+    problem["labels"] = problem["labels"].clamp(max=200)
+    result = fused_distillation_loss(**problem, ce_weight=0.5, beta=0.3, divergence=divergence)
+    gradients = torch.autograd.grad(result.loss, trained(problem))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    dense = dense_distillation_loss(
+        problem["student_hidden"] @ problem["student_weight"].t() + problem["student_bias"],
+        problem["labels"],
+        problem["teacher_hidden"] @ problem["teacher_weight"].t() + problem["teacher_bias"],
+        ce_weight=0.5, beta=0.3, divergence=divergence,
+    )  # fmt: skip
+    torch.testing.assert_close(result.loss, dense.loss)
+
+
+WRONG = {
+    "hidden and head of different width": ({"student_weight": torch.zeros(301, 15)}, r"\(37, 16\), \(301, 15\)"),
+    "labels of another length": ({"labels": torch.zeros(36, dtype=torch.long)}, r"\(36,\)"),
+    "a label outside the vocabulary": ({"labels": torch.full((37,), 301)}, r"in \[0, 301\), got 301"),
+    "a negative weight": ({"kd_weight": -1.0}, "non-negative"),
+    "a weight that is no number": ({"ce_weight": float("nan")}, "non-negative"),
+    "beta": ({"beta": 1.5}, r"beta must be in \[0, 1\]"),
+    "a temperature of 0": ({"temperature": 0.0}, "temperature"),
+    "no teacher": ({"teacher_hidden": None, "teacher_weight": None}, "there is no teacher"),
+    "half a teacher": ({"teacher_weight": None}, "belong together"),
+    "two teachers": ({"targets": TopKLogprobs(torch.zeros(37, 2).long(), torch.zeros(37, 2))}, "not both"),
+    "a teacher of other tokens": ({"teacher_hidden": torch.zeros(36, 24)}, r"same 37 tokens, got \(36, 24\)"),
+    "a teacher of another vocabulary": ({"teacher_weight": torch.zeros(300, 24)}, "301 rows and the teacher's 300"),
+    "a teacher's head of another width": ({"teacher_weight": torch.zeros(301, 23)}, r"\[V, 24\], got \(301, 23\)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_is_refused_with_the_shapes(name):
+    change, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        fused_distillation_loss(**(make() | change))
+
+
+def test_chunks_are_few_and_nearly_equal():
+    assert chunk_sizes(1000, 512) == [500, 500]
+    assert chunk_sizes(1001, 512) == [501, 500]
+    assert chunk_sizes(5, 512) == [5]
+    assert chunk_sizes(0, 512) == []
+    assert default_chunk(32768, torch.float32, torch.device("cpu")) == 512
+    assert default_chunk(151936, torch.float32, torch.device("cpu")) == 110
+    assert default_chunk(10**7, torch.float32, torch.device("cpu")) == 64
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unseen(monkeypatch):
+    """No product has been looked at yet."""
+    monkeypatch.setattr(gemm_module, "_computes_in_float32", {})
+
+
+@pytest.mark.parametrize("size", [3, 300])
+def test_products_are_those_of_float32(size, unseen):
+    torch.manual_seed(0)
+    hidden, weight, gradient = torch.randn(size, 64), torch.randn(500, 64), torch.randn(size, 500)
+    total = torch.randn(500, 64)
+    exact = total.double() + 0.5 * gradient.double().t() @ hidden.double()
+    for _ in range(2):  # looked at, then trusted
+        out = gemm_module.project(hidden, weight, torch.empty(size, 500))
+        torch.testing.assert_close(out.double(), hidden.double() @ weight.double().t(), rtol=1e-5, atol=1e-4)
+        back = gemm_module.hidden_gradient(gradient, weight, 0.5)
+        torch.testing.assert_close(back.double(), 0.5 * gradient.double() @ weight.double(), rtol=1e-5, atol=1e-4)
+        added = total.clone()
+        gemm_module.add_weight_gradient(added, gradient, hidden, 0.5)
+        torch.testing.assert_close(added.double(), exact, rtol=1e-5, atol=1e-4)
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+
+
+def test_a_product_that_is_not_float32_is_computed_again_by_the_default(unseen, monkeypatch):
+    """What a processor with bfloat16 matrix units would do: round the inputs where it is allowed to."""
+    allowed = []
+    true_mm, true_addmm = torch.mm, torch.Tensor.addmm_
+
+    def rounded(tensor):
+        return tensor.bfloat16().float() if allowed else tensor
+
+    class Allow:
+        def __init__(self, value):
+            self.value = value
+
+        def __enter__(self):
+            if self.value:
+                allowed.append(True)
+
+        def __exit__(self, *_):
+            allowed.clear()
+
+    monkeypatch.setattr(gemm_module, "_onednn", Allow)
+    monkeypatch.setattr(torch, "mm", lambda a, b, **kwargs: true_mm(rounded(a), rounded(b), **kwargs))
+    monkeypatch.setattr(
+        torch.Tensor, "addmm_", lambda self, a, b, **kwargs: true_addmm(self, rounded(a), rounded(b), **kwargs)
+    )
+    problem = make(n=200, vocab=500)
+    for _ in range(2):
+        result = fused_distillation_loss(**problem, ce_weight=0.5, chunk_tokens=50)
+        gradients = torch.autograd.grad(result.loss, trained(problem))
+        expected, exact = reference_loss(problem, 1.0, 0.5, 0.5, 1.0, "jsd", 1.0, None, None)
+        assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        for ours, theirs in zip(gradients, exact, strict=True):
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+    assert not any(gemm_module._computes_in_float32.values())
+
+
+# ---- top-k -----------------------------------------------------------------------------------------------------------
+
+
+def topk_of(teacher_logits, k):
+    logprobs, indices = torch.log_softmax(teacher_logits.double(), -1).topk(k)
+    return TopKLogprobs(indices, logprobs.float())
+
+
+def coarse_reference(student, targets, beta, temperature, divergence, tail):
+    """The definition in float64: coarse-grain, soften, compare."""
+    p = torch.softmax(student.double(), -1)
+    values = []
+    for row in range(len(p)):
+        known = targets.indices[row] >= 0
+        ids = targets.indices[row][known]
+        s, t = p[row, ids], targets.logprobs[row][known].double().exp()
+        if tail == "bucket" and len(ids) < p.shape[1]:
+            rest = torch.ones(p.shape[1], dtype=torch.bool)
+            rest[ids] = False
+            s, t = torch.cat([s, p[row, rest].sum()[None]]), torch.cat([t, (1 - t.sum()).clamp(min=1e-8)[None]])
+        values.append(reference(s.log()[None], t.log()[None], beta, temperature, divergence))
+    return torch.cat(values)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("beta", [0, 0.3, 1])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_topk_matches_float64_and_the_fused_loss_computes_the_same(tail, divergence, beta, temperature):
+    torch.manual_seed(0)
+    problem = make(n=12, vocab=40)
+    student_logits = (problem["student_hidden"] @ problem["student_weight"].t()).detach()
+    targets = topk_of(problem["teacher_hidden"] @ problem["teacher_weight"].t(), 5)
+    targets.indices[0, 4], targets.logprobs[0, 4] = -1, -INF  # a missing entry
+    student = student_logits.clone().requires_grad_()
+    value = topk_divergence(student, targets, beta, temperature, divergence, tail)
+    expected = coarse_reference(student_logits, targets, beta, temperature, divergence, tail)
+    torch.testing.assert_close(value.detach().double(), expected, rtol=2e-5, atol=1e-7)
+
+    keep = problem["labels"] != -100
+    loss = (0.7 * value[keep].sum() + 0.3 * torch.nn.functional.cross_entropy(
+        student[keep], problem["labels"][keep], reduction="sum")) / keep.sum()  # fmt: skip
+    (logit_gradient,) = torch.autograd.grad(loss, student)
+    problem |= {"teacher_hidden": None, "teacher_weight": None}
+    result = fused_distillation_loss(
+        **problem, targets=targets, tail=tail, kd_weight=0.7, ce_weight=0.3, beta=beta, temperature=temperature,
+        divergence=divergence, chunk_tokens=5,
+    )  # fmt: skip
+    hidden_gradient, weight_gradient = torch.autograd.grad(result.loss, trained(problem))
+    torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        hidden_gradient, logit_gradient @ problem["student_weight"].detach(), rtol=1e-4, atol=1e-6
+    )
+    torch.testing.assert_close(
+        weight_gradient, logit_gradient.t() @ problem["student_hidden"].detach(), rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_topk_of_the_whole_vocabulary_is_the_full_divergence(tail, beta, divergence):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(6, 30, requires_grad=True), 2 * torch.randn(6, 30)
+    value = topk_divergence(student, topk_of(teacher, 30), beta, 1.5, divergence, tail)
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    expected = reference(student.detach(), teacher, beta, 1.5, divergence)
+    torch.testing.assert_close(value.detach().double(), expected, rtol=1e-4, atol=1e-7)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("mass", [1.0, 1 - 1e-7, 0.5, 1e-6])
+def test_topk_is_finite_and_not_negative_whatever_the_mass(tail, beta, mass):
+    torch.manual_seed(0)
+    student = (20 * torch.randn(8, 50)).requires_grad_()
+    indices = torch.stack([torch.randperm(50)[:4] for _ in range(8)])
+    logprobs = (torch.softmax(torch.randn(8, 4), -1) * mass).log()
+    value = topk_divergence(student, TopKLogprobs(indices, logprobs), beta, tail=tail)
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    assert (value >= 0).all()
+    assert value.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+def test_the_bucket_gradient_is_nearer_to_the_full_one_than_renormalising():
+    """Zipf-like logits, K = 20, forward KL: the angle to the full gradient."""
+    torch.manual_seed(0)
+    zipf = -1.1 * torch.log(torch.arange(1, 5001).float())
+    teacher = torch.stack([zipf[torch.randperm(5000)] for _ in range(16)]) + 0.3 * torch.randn(16, 5000)
+    student = (teacher + torch.randn(16, 5000)).requires_grad_()
+
+    def gradient(value):
+        return torch.autograd.grad(value.sum(), student)[0].flatten()
+
+    full = gradient(topk_divergence(student, topk_of(teacher, 5000)))
+    angle = {
+        tail: torch.rad2deg(torch.acos(torch.cosine_similarity(
+            gradient(topk_divergence(student, topk_of(teacher, 20), tail=tail)), full, dim=0)))
+        for tail in ("bucket", "renormalize")
+    }  # fmt: skip
+    assert angle["bucket"] < angle["renormalize"] - 5
+
+
+def test_a_top_k_teacher_without_a_tail_is_not_fooled():
+    """All of the student's mass outside K: dropping the tail would show a loss of 0 at a large divergence."""
+    student = torch.full((1, 100), 10.0)
+    student[0, :4] = 0.0
+    targets = TopKLogprobs(torch.arange(4)[None], torch.full((1, 4), 0.2499).log())
+    assert topk_divergence(student, targets, tail="renormalize").item() == pytest.approx(0, abs=1e-6)
+    assert topk_divergence(student, targets, tail="bucket").item() > 10
+
+
+def test_wrong_topk_targets_are_refused():
+    student = torch.zeros(3, 10)
+    with pytest.raises(ValueError, match="2 rows of top-k targets for 3"):
+        topk_divergence(student, TopKLogprobs(torch.zeros(2, 4).long(), torch.zeros(2, 4)))
+    with pytest.raises(ValueError, match=r"\[0, 10\)"):
+        topk_divergence(student, TopKLogprobs(torch.full((3, 1), 10), torch.zeros(3, 1)))
+    with pytest.raises(ValueError, match=r"\(3, 4\).*\(3, 5\)"):
+        TopKLogprobs(torch.zeros(3, 4).long(), torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="tail"):
+        topk_divergence(student, TopKLogprobs(torch.zeros(3, 1).long(), torch.zeros(3, 1)), tail="none")
