@@ -57,7 +57,7 @@ class StopOnSignal(TrainerCallback):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._noted and time.monotonic() - self._noted_at > _SAME_REQUEST_S:
-            raise Interrupted(signum, "Second signal: stopped at once. The newest earlier checkpoint is intact.")
+            raise Interrupted(signum, "Second signal: stopped at once; what was saved before it is intact.")
         if not self._noted:
             self._noted, self._noted_at = signum, time.monotonic()
             logger.warning("%s: finishing this step, then saving.", signal.Signals(signum).name)

@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from kdtrain import __version__
-from kdtrain.errors import ConfigError, KdtrainError, NotAvailableError, PreflightError
+from kdtrain.errors import ConfigError, Interrupted, KdtrainError, NotAvailableError
+
+if TYPE_CHECKING:
+    from kdtrain.config import RunConfig
 
 logger = logging.getLogger("kdtrain")
 
@@ -66,6 +70,8 @@ def fit(
     _set_up_logging(log_format, debug)
     if log_format not in ("text", "json"):
         raise ConfigError(f"--log-format must be text or json, got {log_format!r}")
+    if launch.launched_by_us() or int(os.environ.get("RANK", "0")) > 0:
+        logger.setLevel(logging.ERROR)  # another process says the same
     run_config = ConfigLoader.load(config, overrides or [])
     if not no_launch and not launch.under_launcher():
         from kdtrain.environment import visible_gpus
@@ -76,22 +82,26 @@ def fit(
             command = launch.launch_command(run_config, processes, sys.argv[1:], on_cpu=devices == 0)
             typer.echo(launch.shown(command), err=True)
             sys.exit(launch.run_launcher(command))
-    _train(config, overrides or [], resume, dry_run, quiet, log_format)
+    try:
+        _train(run_config, resume, dry_run, quiet, log_format)
+    except KeyboardInterrupt:
+        message = "Interrupted outside of training: nothing more was saved."
+        raise Interrupted(signal.SIGINT, message) from None
 
 
-def _train(config: Path, overrides: list[str], resume: str | None, dry_run: bool, quiet: bool, log_format: str) -> None:
+def _train(config: RunConfig, resume: str | None, dry_run: bool, quiet: bool, log_format: str) -> None:
     from rich.console import Console
 
     console = Console(stderr=True)
     if not quiet and log_format == "text" and console.is_terminal:
         console.print("loading torch and trl …", style="dim")  # some seconds without a sign otherwise
-    from kdtrain.config import ConfigLoader
+    from kdtrain.config.arguments import build_train_arguments
     from kdtrain.progress import ConsoleReporter
     from kdtrain.run import fit as run_fit
 
-    logging.getLogger("kdtrain").setLevel(logging.ERROR)  # the config's warnings were given when it was first loaded
-    arguments = ConfigLoader.load_training_config(config, overrides)
-    logging.getLogger("kdtrain").setLevel(logging.INFO)
+    if int(os.environ.get("RANK", "0")) == 0:
+        logger.setLevel(logging.INFO)
+    arguments = build_train_arguments(config)
     _quiet_libraries(keep_bars=console.is_terminal and not quiet)
     reporter = ConsoleReporter(console, log_format, quiet)
     result = run_fit(arguments, reporter, resume=resume, dry_run=dry_run)
@@ -99,6 +109,7 @@ def _train(config: Path, overrides: list[str], resume: str | None, dry_run: bool
         what = "dry run passed" if dry_run else f"{result.steps} steps, model in {result.run_dir}"
         typer.echo(f"{what} ({result.seconds:.0f} s)")
     _leave_process_group()
+    _end_rank(0)
 
 
 @app.command()
@@ -192,10 +203,6 @@ def main() -> None:
         sys.argv[1:] = arguments = ["fit", *arguments]
     try:
         code = app(args=arguments, standalone_mode=False)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        _fail("Interrupted before training began; nothing was saved.", 130)
     except KdtrainError as error:
         _fail(str(error), error.exit_code, error)
     except Exception as error:
@@ -210,7 +217,10 @@ def _fail(message: str, code: int, error: Exception | None = None) -> NoReturn:
     """Say what went wrong in one message and end; the traceback only for those who asked for it."""
     if "--debug" in sys.argv and error is not None:
         logger.error("traceback", exc_info=error)
-    typer.echo(f"kdtrain: {message}" if "\n" not in message else message, err=True)
+    if any(isinstance(handler.formatter, _JsonFormatter) for handler in logger.handlers):
+        logger.critical(message)
+    else:
+        typer.echo(message if isinstance(error, ConfigError) and "\n" in message else f"kdtrain: {message}", err=True)
     _leave(code)
 
 
@@ -227,6 +237,7 @@ def _leave(code: int) -> NoReturn:
 
     report_exit_code(code)
     _leave_process_group(failed=True)
+    _end_rank(code)
     sys.exit(code)
 
 
@@ -240,6 +251,19 @@ def _leave_process_group(failed: bool = False) -> None:
         if not failed:  # after a failure the other ranks may never come
             dist.barrier()
         dist.destroy_process_group()
+
+
+def _end_rank(code: int) -> None:
+    """End a rank of several without tearing the interpreter down: gloo's threads may still run, and abort it then."""
+    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        return
+    import atexit
+
+    atexit._run_exitfuncs()  # trackers upload what they have
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _set_up_logging(log_format: str, debug: bool) -> None:
@@ -273,6 +297,3 @@ def _quiet_libraries(keep_bars: bool) -> None:
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return json.dumps({"event": "message", "level": record.levelname, "message": record.getMessage()})
-
-
-__all__ = ["PreflightError", "app", "main"]

@@ -19,6 +19,9 @@ from kdtrain.data.collate import pad_rows
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
 
+# What a batch may carry beside tokens, mask and labels, and what generation leaves as it is.
+_KEPT = frozenset({"prompt_lengths", "ce_rows", "row_ids", "prompts", "prompt_attention_mask", "all_repeated"})
+
 
 def student_generates(seed: int, step: int, lmbda: float) -> bool:
     """Whether the optimizer window that begins at `step` is on-policy: one draw, the same on every rank.
@@ -45,10 +48,17 @@ def stop_token_ids(*sources: Any) -> list[int]:
 
 
 def generation_config(
-    stop_ids: Sequence[int], pad_id: int, temperature: float, max_new_tokens: int
+    stop_ids: Sequence[int], pad_id: int, temperature: float, max_new_tokens: int, forbidden: Sequence[int] = ()
 ) -> GenerationConfig:
-    """Plain sampling at `temperature` from the whole vocabulary: top-k or top-p would bias the samples."""
+    """Plain sampling at `temperature` from the whole vocabulary: top-k or top-p would bias the samples.
+
+    Args:
+        stop_ids: of `stop_token_ids`.
+        pad_id: fills up the rows that stopped earlier.
+        forbidden: ids that are no token of both models (padding of the embedding).
+    """
     return GenerationConfig(
+        suppress_tokens=list(forbidden) or None,
         max_new_tokens=max_new_tokens,
         do_sample=True,
         temperature=temperature,
@@ -86,7 +96,7 @@ def generate_batch(
     generate: Any = model.generate
     input_ids_BP = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask_BP = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    with torch.no_grad(), _evaluating(model), _seeded(seed, device):
+    with torch.no_grad(), _evaluating(model), _only(model, config), _seeded(seed, device):
         sequences = generate(input_ids=input_ids_BP, attention_mask=mask_BP, generation_config=config)
     completions = [_until_stop(row, config.eos_token_id) for row in sequences[:, width:].tolist()]
     rows = [
@@ -94,6 +104,12 @@ def generate_batch(
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
     fresh = {key: value.to(device) for key, value in pad_rows(rows, pad_id, multiple).items()}
+    unknown = batch.keys() - fresh.keys() - _KEPT
+    if unknown:
+        raise DataError(
+            f"Batches carry {', '.join(sorted(unknown))}, which generation does not know how to continue. "
+            "Set rlhf.lmbda: 0 and rlhf.seq_kd: false."
+        )
     return {**batch, **fresh}
 
 
@@ -138,6 +154,21 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def _only(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Hide the model's own generation config, from which `generate` fills in whatever ours leaves open.
+
+    A checkpoint's repetition penalty would silently bias the samples that the student is judged on.
+    """
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = owner.generation_config
+    owner.generation_config = config
+    try:
+        yield
+    finally:
+        owner.generation_config = own
 
 
 @contextmanager

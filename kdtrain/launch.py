@@ -33,6 +33,11 @@ def under_launcher() -> bool:
     return "RANK" in os.environ
 
 
+def launched_by_us() -> bool:
+    """Whether `kdtrain fit` started the launcher of this process."""
+    return _EXIT_CODE_FILE in os.environ
+
+
 def wanted_processes(config: RunConfig, visible_devices: int) -> int:
     """Ranks that a run is to have: what the config says, else one for each visible accelerator, else one."""
     return config.launch.num_processes or max(visible_devices, 1)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Attributes of transformers' modules that functional dropout reads.
+_DROPOUT_NUMBERS = ("attention_dropout", "attn_dropout", "dropout", "activation_dropout", "hidden_dropout", "dropout_p")
+
 
 def trust_policy(trust_remote_code: bool = False, revision: str | None = None) -> dict[str, Any]:
     """Keyword arguments that every `from_pretrained` of this project passes; the one place where trust is decided.
@@ -145,6 +148,16 @@ def freeze(model: PreTrainedModel, *, llm: bool = False, vit: bool = False, alig
     for option, wanted in (("freeze_vit", vit), ("freeze_aligner", aligner)):
         if wanted:
             logger.warning("tuner.%s has no effect: %s is a text model.", option, name)
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Switch off every dropout, also those that are numbers handed to a function (attention), not modules."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in _DROPOUT_NUMBERS:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

@@ -7,9 +7,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kdtrain.callbacks import is_record
@@ -123,19 +125,16 @@ class ProgressBar(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=console,
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn(), console=console
         )
+        self._terms = Text(no_wrap=True, overflow="ellipsis")
+        self._live = Live(Group(self._progress, self._terms), console=console)
         self._task: TaskID | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._progress.start()
+        self._live.start()
         self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -153,13 +152,13 @@ class ProgressBar(TrainerCallback):
         if not logs or not is_record(logs) or self._task is None:
             return
         if "loss" in logs:
-            self._progress.update(self._task, description=describe(logs))
+            self._terms.plain = describe(logs)
         else:
             self._console.print(f"step {state.global_step}  {describe(logs)}", markup=False, highlight=False)
 
     def close(self) -> None:
         """Give the terminal back; also after a failure in the middle of training."""
-        self._progress.stop()
+        self._live.stop()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

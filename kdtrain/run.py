@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import math
 import os
 import tempfile
 import time
@@ -20,11 +20,13 @@ from transformers import PrinterCallback
 from kdtrain.callbacks import CheckWrapped, JsonlLogger, StopOnSignal
 from kdtrain.checkpoints import newest_complete, require_complete
 from kdtrain.data import BuildReport, Collator, Source, build_dataset
-from kdtrain.errors import CheckpointError, DataError, Interrupted, PreflightError
+from kdtrain.errors import CheckpointError, DataError, Interrupted, KdtrainError, PreflightError
 from kdtrain.launch import check_world
-from kdtrain.models import count_parameters, freeze, load_causal_lm, load_tokenizer, lora_config
+from kdtrain.models import freeze, load_causal_lm, load_tokenizer, lora_config
+from kdtrain.plan import plan, planned_steps
 from kdtrain.status import tracked_status, write_atomically, write_status
 from kdtrain.teachers import build_teacher
+from kdtrain.telemetry import LOSS_TERMS, TOKEN_METRICS
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import datasets
-    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from kdtrain.config import RunConfig, TrainArguments
     from kdtrain.config.schema import DataSource
@@ -81,12 +83,12 @@ def fit(
         KdtrainError: with the exit code that says what went wrong.
         Interrupted: a signal; the state was saved.
     """
+    run_dir = Path(arguments.training_args.output_dir)
+    checkpoint = _checkpoint(run_dir, resume)
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch:
             arguments.training_args.output_dir = scratch
             return _fit(arguments, reporter, None, dry_run=True)
-    run_dir = Path(arguments.training_args.output_dir)
-    checkpoint = _checkpoint(run_dir, resume)
     with tracked_status(run_dir):
         return _fit(arguments, reporter, checkpoint, dry_run=False)
 
@@ -111,22 +113,26 @@ def _fit(arguments: TrainArguments, reporter: Reporter, checkpoint: Path | None,
     if args.ddp_find_unused_parameters is None and not hasattr(student.config, "output_router_logits"):
         # A dense text model uses all its weights in every step; only experts may go without a gradient.
         args.ddp_find_unused_parameters = False
+    _check_generated_lengths(config, report, student)
     teacher, shared = _teacher(config, args.teacher_model_init_kwargs, device, tokenizer, vocabulary_size(student))
-    trainer = GKDTrainerWithMetrics(
-        student,
-        args=args,
-        data_collator=Collator(tokenizer, pad_to_multiple_of=args.pad_to_multiple_of),
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-        peft_config=_peft_config(config),
-        teacher=teacher,
-        shared_vocab_size=shared,
-    )
+    with _readable_construction():
+        trainer = GKDTrainerWithMetrics(
+            student,
+            args=args,
+            data_collator=Collator(tokenizer, pad_to_multiple_of=args.pad_to_multiple_of),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            peft_config=_peft_config(config),
+            teacher=teacher,
+            shared_vocab_size=shared,
+        )
+        trainer.get_optimizer_cls_and_kwargs(args, trainer.model)  # made when training begins: is it installed?
+    _check_best_metric(args)
     check_world(trainer.accelerator, config)
     main = trainer.is_world_process_zero()
     if main:
-        reporter.plan(_plan(trainer, config, report))
+        reporter.plan(plan(trainer, config, report))
         for callback in reporter.callbacks():
             trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)  # it prints dicts to stdout, which is for results
@@ -136,25 +142,40 @@ def _fit(arguments: TrainArguments, reporter: Reporter, checkpoint: Path | None,
         return RunResult(Path(args.output_dir), 0, time.perf_counter() - started, {})
 
     run_dir = Path(args.output_dir)
-    if main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / CONFIG, config.model_dump_json(indent=2))
-        write_status(run_dir, "running", None, "")
-    trainer.add_callback(JsonlLogger(run_dir / LOG))
-    stop = StopOnSignal(trainer.accelerator)
-    trainer.add_callback(stop)
-    with stop.installed(), _readable_failures(trainer):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if stop.signum:
-        raise Interrupted(
-            stop.signum,
-            f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the state is saved in "
-            f"{run_dir}. Go on with: kdtrain fit CONFIG --resume auto",
-        )
     with _readable_failures(trainer):
-        trainer.save_model()
+        if main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(run_dir / CONFIG, config.model_dump_json(indent=2))
+            write_status(run_dir, "running", None, "")
+        trainer.add_callback(JsonlLogger(run_dir / LOG))
+        stop = StopOnSignal(trainer.accelerator)
+        trainer.add_callback(stop)
+        with stop.installed():
+            _train(trainer, checkpoint, planned_steps(args, report.rows_per_epoch, trainer.accelerator.num_processes))
+            if stop.signum:
+                raise Interrupted(
+                    stop.signum,
+                    f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the state is saved in "
+                    f"{run_dir}. Go on with: kdtrain fit CONFIG --resume auto",
+                )
+            trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     return RunResult(run_dir, trainer.state.global_step, time.perf_counter() - started, _last_metrics(trainer))
+
+
+def _train(trainer: GKDTrainerWithMetrics, checkpoint: Path | None, steps: int) -> None:
+    """Train to the end, from a checkpoint if there is one; a run that has reached its end takes no further step."""
+    if checkpoint is None:
+        trainer.train()
+        return
+    done = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    if done < steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return
+    # transformers looks at max_steps after a step only, and would take one more.
+    logger.warning("%s is at step %d of %d: nothing is left to train.", checkpoint.name, done, steps)
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state.global_step = done
 
 
 # ---- building --------------------------------------------------------------------------------------------------------
@@ -186,11 +207,12 @@ def _datasets(
         reporter.data("train", report)
         if evaluation_report is not None:
             reporter.data("eval", evaluation_report)
-    _check_generation(config, report)
+    _check_supervision(config)
+    _check_generation(config, train, report)
     if evaluation_report is not None and evaluation_report.prompt_only_rows:
         raise DataError(
-            f"data.eval: {evaluation_report.prompt_only_rows} rows have no answer. Evaluation does not generate: "
-            "give rows with answers."
+            f"data.eval: rows with a prompt and no answer: {evaluation_report.prompt_only_rows}, the first is number "
+            f"{_first_prompt(evaluation)}. Evaluation does not generate: give rows with answers."
         )
     return train, evaluation, report
 
@@ -202,7 +224,40 @@ def _sources(sources: Sequence[DataSource]) -> list[Source]:
     ]
 
 
-def _check_generation(config: RunConfig, report: BuildReport) -> None:
+def _check_supervision(config: RunConfig) -> None:
+    """Refuse a run whose loss is 0 for every row."""
+    if not config.needs_teacher and not any(source.ce for source in config.data.train):
+        raise DataError(
+            "Nothing supervises this run: every source has ce: false, and rlhf.llm_kd_weight is 0. Give it a teacher, "
+            "or remove ce: false."
+        )
+
+
+def _check_generated_lengths(config: RunConfig, report: BuildReport, student: PreTrainedModel) -> None:
+    """Say so where a prompt and its generated answer may not fit the model."""
+    longest = report.longest + config.rlhf.max_new_tokens
+    limit = getattr(student.config.get_text_config(), "max_position_embeddings", None)
+    if config.lm_kd_active and (config.rlhf.lmbda > 0 or config.rlhf.seq_kd) and limit and longest > limit:
+        logger.warning(
+            "Generated rows can have %d tokens (longest row %d, rlhf.max_new_tokens %d); the student has %d positions.",
+            longest,
+            report.longest,
+            config.rlhf.max_new_tokens,
+            limit,
+        )
+
+
+def _check_best_metric(args: Any) -> None:
+    """Refuse a metric that no evaluation will have, before the first one is paid for."""
+    name = args.metric_for_best_model
+    known = {"loss", "runtime", "samples_per_second", "steps_per_second", *LOSS_TERMS, *TOKEN_METRICS}
+    if args.load_best_model_at_end and name and name.removeprefix("eval_") not in known:
+        raise PreflightError(
+            f"training.metric_for_best_model: no evaluation has {name!r}. There are {', '.join(sorted(known))}."
+        )
+
+
+def _check_generation(config: RunConfig, train: datasets.Dataset, report: BuildReport) -> None:
     """Rows without a prompt cannot be generated from, and rows without an answer need to be.
 
     Raises:
@@ -218,9 +273,15 @@ def _check_generation(config: RunConfig, report: BuildReport) -> None:
     always = config.lm_kd_active and (lmbda == 1 or seq_kd)
     if report.prompt_only_rows and not always:
         raise DataError(
-            f"{report.prompt_only_rows} rows have a prompt and no answer, and not every batch is generated "
-            f"(rlhf.lmbda {lmbda}, rlhf.seq_kd {seq_kd}). Set rlhf.lmbda: 1 or rlhf.seq_kd: true, or give answers."
+            f"Rows with a prompt and no answer: {report.prompt_only_rows}, the first is number {_first_prompt(train)}. "
+            f"Give it an answer; or have every batch generated by rlhf.lmbda: 1 or rlhf.seq_kd: true (now {lmbda} and "
+            f"{seq_kd})."
         )
+
+
+def _first_prompt(data: datasets.Dataset) -> str:
+    """Where the first row without an answer stands, as "source:row", both from 0."""
+    return next((row["row_id"] for row in data if row["prompt_length"] == len(row["input_ids"])), "unknown")
 
 
 def _teacher(
@@ -262,64 +323,6 @@ def _peft_config(config: RunConfig) -> Any:
 # ---- before and after ------------------------------------------------------------------------------------------------
 
 
-def _plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport) -> dict[str, str]:
-    """What the config and the device led to, for the table at the start."""
-    args, knobs = trainer.args, trainer.knobs
-    total, trainable = count_parameters(trainer.model)
-    ranks = trainer.accelerator.num_processes
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
-    epoch_rows = report.rows_per_epoch
-    tokens = report.total_tokens / epoch_rows
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch_rows / rows)
-    plan = {
-        "student": f"{config.model.model}: {total:,} parameters, {trainable:,} trained, {trainer.model.dtype}",
-        "teacher": "none" if trainer.teacher is None else _describe_teacher(trainer, config),
-        "loss": _describe_loss(trainer),
-        "answers": _describe_answers(trainer),
-        "step": f"{rows} rows = {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
-        f"{ranks} {'process' if ranks == 1 else 'processes'}, about {rows * tokens:,.0f} tokens",
-        "steps": f"{steps:,}, {steps * rows / epoch_rows:.2f} epochs of {epoch_rows:,} rows",
-        "device": f"{trainer.accelerator.device}, {trainer.accelerator.distributed_type.value.lower()}, "
-        f"mixed precision {trainer.accelerator.mixed_precision}",
-        "output": str(args.output_dir),
-    }
-    if knobs.lm_kd_active and trainer.shared_vocab_size != vocabulary_size(trainer.model):
-        plan["vocabulary"] = f"{trainer.shared_vocab_size:,} shared, padding beyond it left out"
-    return plan
-
-
-def _describe_teacher(trainer: GKDTrainerWithMetrics, config: RunConfig) -> str:
-    assert trainer.teacher_model is not None
-    parameters, _ = count_parameters(trainer.teacher_model)
-    return f"{config.rlhf.teacher_model}: {parameters:,} parameters, {trainer.teacher_model.dtype}"
-
-
-def _describe_loss(trainer: GKDTrainerWithMetrics) -> str:
-    knobs = trainer.knobs
-    terms = []
-    if knobs.lm_kd_active:
-        options = f"beta {trainer.beta:g}, temperature {knobs.kd_temperature:g}"
-        terms.append(f"{knobs.llm_kd_weight:g} x {knobs.divergence} ({options})")
-    if knobs.ce_weight > 0:
-        terms.append(f"{knobs.ce_weight:g} x cross-entropy")
-    if knobs.visual_kd is not None:
-        terms.append(f"{knobs.visual_kd.weight:g} x visual ({', '.join(knobs.visual_kd.targets)})")
-    return " + ".join(terms)
-
-
-def _describe_answers(trainer: GKDTrainerWithMetrics) -> str:
-    if not trainer.knobs.lm_kd_active:
-        return "from the data"
-    rest = "the teacher" if trainer.seq_kd else "the data"
-    if trainer.lmbda == 0:
-        return f"from {rest}"
-    return (
-        f"{trainer.lmbda:.0%} of steps from the student, the others from {rest}"
-        if trainer.lmbda < 1
-        else "from the student"
-    )
-
-
 def _last_metrics(trainer: GKDTrainerWithMetrics) -> dict[str, float]:
     history = trainer.state.log_history
     last_training: dict[str, float] = next((record for record in reversed(history) if "loss" in record), {})
@@ -345,6 +348,20 @@ def _one_window(trainer: GKDTrainerWithMetrics) -> None:
             trainer.train()
         except _WindowDone:
             return
+
+
+@contextmanager
+def _readable_construction() -> Iterator[None]:
+    """What libraries say when an option of theirs cannot be had, as an error of the set-up and not of kdtrain."""
+    try:
+        yield
+    except KdtrainError:
+        raise
+    except (ImportError, ValueError, OSError, RuntimeError) as error:
+        raise PreflightError(
+            f"The trainer could not be built: {str(error).strip()}\nThis comes from an option in training or tuner; "
+            "--debug shows where it was raised."
+        ) from error
 
 
 @contextmanager
@@ -383,6 +400,8 @@ def _checkpoint(run_dir: Path, resume: str | None) -> Path | None:
     if not os.access(existing, os.W_OK):
         raise PreflightError(f"training.output_dir {run_dir} cannot be written: {existing} is read-only.")
     if resume is not None and resume != "auto":
+        if not Path(resume).exists():
+            raise CheckpointError(f"--resume {resume}: there is no such checkpoint. Give its path, or auto.")
         return require_complete(Path(resume).resolve())
     if resume == "auto":
         newest, skipped = newest_complete(run_dir)

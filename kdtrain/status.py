@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -16,15 +17,22 @@ STATUS = "status.json"
 
 @contextmanager
 def tracked_status(run_dir: Path) -> Iterator[None]:
-    """Keep `status.json` true, in folders that exist: a launcher's exit status says nothing about a worker's."""
+    """Keep `status.json` of a run that has begun true: a launcher's exit status says nothing about a worker's.
+
+    A run that never began leaves nothing behind, not even the folder that building the trainer makes.
+    """
+    existed = run_dir.exists()
     try:
         yield
     except BaseException as error:
-        code = (
-            error.exit_code if isinstance(error, KdtrainError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-        )
-        state = "stopped" if code in (130, 143) else "failed"
-        write_status(run_dir, state, code, str(error) if isinstance(error, KdtrainError) else repr(error))
+        code = error.exit_code if isinstance(error, KdtrainError) else 1
+        code = 130 if isinstance(error, KeyboardInterrupt) else code
+        if (run_dir / STATUS).exists():
+            state = "stopped" if code in (130, 143) else "failed"
+            write_status(run_dir, state, code, str(error) if isinstance(error, KdtrainError) else repr(error))
+        elif not existed:
+            with contextlib.suppress(OSError):  # somebody else's files keep it
+                run_dir.rmdir()
         raise
     write_status(run_dir, "finished", 0, "")
 

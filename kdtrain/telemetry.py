@@ -42,6 +42,8 @@ TOKEN_SUMS = (
     "teacher_entropy_sum",
     "input_tokens",
 )
+# What is made of them.
+TOKEN_METRICS = ("token_accuracy", "teacher_agreement", "student_entropy", "teacher_entropy")
 WINDOW_COUNTS = ("windows", "on_policy_windows")
 _KEYS = (*LOSS_TERMS, *TOKEN_SUMS, *WINDOW_COUNTS)
 
@@ -65,6 +67,7 @@ def reduce_metrics(metrics: Metrics, accelerator: Accelerator, *, token_weighted
     Args:
         metrics: name -> scalar tensors, one per micro-batch; names outside the fixed list are ignored.
         token_weighted: weight the loss terms by the batch's supervised tokens (evaluation: batch means become a sum).
+            A term that not every batch has, a visual one, needs its own weights under `<term>_weight`.
     """
     device = accelerator.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -72,10 +75,13 @@ def reduce_metrics(metrics: Metrics, accelerator: Accelerator, *, token_weighted
     weights = _stack(metrics.get("num_tokens", ()), dtype, device)
     for i, key in enumerate(_KEYS):
         values = _stack(metrics.get(key, ()), dtype, device)
+        count: float | torch.Tensor = len(values)
         if token_weighted and key in LOSS_TERMS and len(values):
-            values = values * weights
+            own = metrics.get(f"{key}_weight")
+            weight = weights if own is None else _stack(own, dtype, device)
+            values, count = values * weight, weight.sum()
         packed[2 * i] = values.sum()
-        packed[2 * i + 1] = len(values)
+        packed[2 * i + 1] = count
     packed[-1] = peak_memory_gib(device)
     ranks = accelerator.gather(packed[None])
     total = ranks[:, :-1].sum(0).tolist()
@@ -109,9 +115,11 @@ def training_metrics(reduced: Reduced, seconds: float) -> dict[str, float]:
 
 
 def evaluation_metrics(reduced: Reduced) -> dict[str, float]:
-    """One evaluation record: every value is a mean over the supervised tokens of the whole set, `loss` the total."""
-    tokens = max(reduced.sums["num_tokens"], 1)
-    terms = {key: reduced.sums[key] / tokens for key in LOSS_TERMS if reduced.counts[key]}
+    """One evaluation record: token terms are means over the supervised tokens of the whole set, `loss` the total.
+
+    Visual terms are means over its images.
+    """
+    terms = {key: reduced.sums[key] / reduced.counts[key] for key in LOSS_TERMS if reduced.counts[key]}
     total = sum(terms[key] for key in ("llm_kd_loss", "sft_loss", "vision_kd_loss", "aux_loss") if key in terms)
     return {"loss": total, **terms, **_token_metrics(reduced)}
 

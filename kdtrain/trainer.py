@@ -26,9 +26,12 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -36,35 +39,39 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.models import prepare_deepspeed
 from trl.models.utils import prepare_fsdp, unwrap_model_for_generation
-from trl.trainer.utils import disable_dropout_in_model
 
 from kdtrain import telemetry
+from kdtrain.data.chat import ChatTemplate
 from kdtrain.data.collate import Collator
-from kdtrain.errors import NonFiniteError, VocabularyError
+from kdtrain.errors import NonFiniteError, NotAvailableError
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids, student_generates
 from kdtrain.knobs import Knobs
-from kdtrain.losses.dense import dense_distillation_loss
-from kdtrain.losses.reduce import (
-    IGNORE_INDEX,
-    FusedLoss,
-    count_supervised_in,
-    next_token_labels,
-    world_scale,
-)
-from kdtrain.losses.visual import feature_distance
-from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
-from kdtrain.vision.hooks import capture
+from kdtrain.lm_head import add_loss_head, why_no_loss_head
+from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, count_supervised_in, next_token_labels, world_scale
+from kdtrain.models import disable_dropout
+from kdtrain.teachers import LocalTeacher, Targets, Teacher, build_teacher
+from kdtrain.token_loss import TokenLoss, Vocabulary
+from kdtrain.visual_kd import has_images, tapped, visual_terms, visual_units
 from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import IterableDataset
     from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
 
 # What a batch carries for the trainer and no model's forward takes.
 _NOT_FOR_THE_MODEL = frozenset(
-    {"labels", "prompt_lengths", "ce_rows", "row_ids", "prompts", "prompt_attention_mask", "student_generated"}
+    {
+        "labels",
+        "prompt_lengths",
+        "ce_rows",
+        "row_ids",
+        "prompts",
+        "prompt_attention_mask",
+        "student_generated",
+        "all_repeated",
+    }
 )
 
 _SUMMARY_NAMES = {"train_loss": "mean_loss"}  # "loss" is the name of a step's
@@ -103,7 +110,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         teacher_model: PreTrainedModel | nn.Module | str | None = None,
         args: GKDConfig | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
+        train_dataset: Dataset | IterableDataset | list[dict[str, Any]] | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
@@ -127,6 +134,14 @@ class GKDTrainerWithMetrics(GKDTrainer):
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         args.logging_nan_inf_filter = False  # it shows a NaN run as loss 0.0
         args.average_tokens_across_devices = True
+        if isinstance(train_dataset, list):
+            train_dataset = Dataset.from_list(train_dataset)
+        use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        _check_data(train_dataset, args)
+        _hide_token(args)
+        if self.knobs.visual_kd is not None and args.ddp_find_unused_parameters is None:
+            # A rank whose batch has no image leaves its vision path without a gradient; the others would wait for it.
+            args.ddp_find_unused_parameters = True
         if data_collator is None:
             data_collator = Collator(processing_class, max_length=args.max_length)
         # SFTTrainer's constructor, past GKDTrainer's: see the table above.
@@ -145,27 +160,59 @@ class GKDTrainerWithMetrics(GKDTrainer):
             formatting_func=formatting_func,
         )
         if args.disable_dropout:
-            disable_dropout_in_model(self.model)
+            disable_dropout(self.model)
+        self._teach_to_stop()
+        if use_cache is not None:
+            self.model.config.use_cache = use_cache  # upstream switches it off for good, in what is saved as well
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         self.teacher = teacher if self.knobs.needs_teacher else None
         self.teacher_model: nn.Module | None = None
-        self.shared_vocab_size: int | None = None
+        self.vocabulary: Vocabulary | None = None
         if self.teacher is not None:
-            self._vocab_sizes = vocabulary_size(self.model), self.teacher.vocab_size
-            self.shared_vocab_size = shared_vocab_size or self._compare_vocabularies(self.teacher)
+            if self.teacher.module is None and (self.seq_kd or self.knobs.visual_kd is not None):
+                raise ValueError("seq_kd and visual KD need a teacher that is a model in this process.")
+            self.vocabulary = self._compare_vocabularies(self.teacher, shared_vocab_size)
             if self.teacher.module is not None:
                 self.teacher_model = self.teacher.module = self._place_teacher(self.teacher.module)
+        self._token_loss = TokenLoss(
+            self.knobs, self.beta, self.vocabulary, fused=self._fuse_head(), router_logits=self.aux_loss_enabled
+        )
         self._stopwatch = telemetry.Stopwatch()
         self._window_visual_units: torch.Tensor | None = None
 
     # ---- construction ------------------------------------------------------------------------------------------------
 
-    def _compare_vocabularies(self, teacher: Teacher) -> int:
-        student_size, teacher_size = self._vocab_sizes
-        if student_size == teacher_size:
-            return student_size
-        name = getattr(getattr(teacher.module, "config", None), "_name_or_path", "")
-        return shared_vocabulary(student_size, teacher_size, self._tokenizer, _tokenizer_or_none(name))
+    def _teach_to_stop(self) -> None:
+        """Let the student's generation stop where its chat template ends a turn, here and after it is saved.
+
+        A base model's own config names its end of text only: its samples would run on behind the end of the turn.
+        """
+        config = getattr(self.model, "generation_config", None)
+        if config is None:
+            return
+        stops = stop_token_ids(config, self._tokenizer)
+        if self._tokenizer.chat_template:
+            stops += sorted(ChatTemplate(self._tokenizer).stop_ids - set(stops))
+        config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+
+    def _compare_vocabularies(self, teacher: Teacher, shared: int | None) -> Vocabulary:
+        sizes = vocabulary_size(self.model), teacher.vocab_size
+        if shared is None and sizes[0] == sizes[1]:
+            shared = sizes[0]
+        if shared is None:
+            name = getattr(getattr(teacher.module, "config", None), "_name_or_path", "")
+            shared = shared_vocabulary(*sizes, self._tokenizer, _tokenizer_or_none(name))
+        return Vocabulary(*sizes, shared)
+
+    def _fuse_head(self) -> bool:
+        """Let the student's loss be computed without its logits, where that gives the same."""
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        reason = why_no_loss_head(base)
+        if reason is None:
+            add_loss_head(base)
+        else:
+            logger.warning("The student's logits are made in full, which takes more time and memory: %s.", reason)
+        return reason is None
 
     def _place_teacher(self, module: nn.Module) -> nn.Module:
         """Put the teacher where it will run. Not wrapped by DDP: it has no gradients to average."""
@@ -177,6 +224,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
             module.to(self.accelerator.device)
         return module
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream; what an earlier call left unlogged does not count for this one."""
+        self._metrics["train"].clear()
+        return super().train(*args, **kwargs)
+
     # ---- the optimizer window ----------------------------------------------------------------------------------------
 
     def get_batch_samples(
@@ -184,7 +236,10 @@ class GKDTrainerWithMetrics(GKDTrainer):
     ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
         """Collect one window, replace its answers where it is generated, and count D on what will be trained on."""
         self._stopwatch.start()
-        batches = [self._drop_repeated_rows(batch) for batch in itertools.islice(epoch_iterator, num_batches)]
+        batches = [
+            self._without_repeated_rows(batch, self.train_dataset, self._train_batch_size)
+            for batch in itertools.islice(epoch_iterator, num_batches)
+        ]
         on_policy = self._generates() and student_generates(self.args.seed, self.state.global_step, self.lmbda)
         if on_policy:
             batches = self._generated(batches, self.model_wrapped, self.model, "student")
@@ -208,9 +263,12 @@ class GKDTrainerWithMetrics(GKDTrainer):
         assert wrapped is not None, "LM KD without a module to generate from"
         assert model is not None
         tokenizer = self._tokenizer
-        stop_ids = stop_token_ids(getattr(self._unwrap(model), "generation_config", None), tokenizer)
+        own = getattr(self._unwrap(model), "generation_config", None)
+        stop_ids = stop_token_ids(own, tokenizer, self.model.generation_config)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0] if stop_ids else 0
-        config = generation_config(stop_ids, pad_id, self.temperature, self.args.max_new_tokens)
+        assert self.vocabulary is not None
+        forbidden = range(self.vocabulary.shared, max(self.vocabulary.student, self.vocabulary.teacher))
+        config = generation_config(stop_ids, pad_id, self.temperature, self.args.max_new_tokens, forbidden)
         # Ranks hold other rows, so they sample from other states; the window and micro-batch make them new each time.
         base = f"{side}:{self.args.seed}:{self.state.global_step}:{self.accelerator.process_index}"
         generated = []
@@ -219,7 +277,10 @@ class GKDTrainerWithMetrics(GKDTrainer):
         ) as unwrapped:
             for i, batch in enumerate(batches):
                 batch = self._prepare_inputs(batch)
-                generated.append(generate_batch(unwrapped, batch, config, seed=_stable_seed(f"{base}:{i}")))
+                fresh = generate_batch(unwrapped, batch, config, seed=_stable_seed(f"{base}:{i}"))
+                if batch.get("all_repeated", False):
+                    fresh["labels"] = torch.full_like(fresh["labels"], IGNORE_INDEX)
+                generated.append(fresh)
         return generated
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
@@ -229,21 +290,26 @@ class GKDTrainerWithMetrics(GKDTrainer):
         local = count_supervised_in(batch_samples, device)
         return self.accelerator.gather(local[None]).sum() // self.get_tp_size()
 
-    def _drop_repeated_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Mask the rows that accelerate repeats to fill the last batch of an epoch: no row may count twice.
+    def _without_repeated_rows(self, batch: dict[str, Any], dataset: Any, batch_size: int) -> dict[str, Any]:
+        """Cut off the rows that accelerate repeats to fill the last batch of an epoch: no row may count twice.
 
-        Ranks take the last rows in order, so only the first `remainder` of them, counted over the ranks, are new.
+        Ranks take the last rows in order, so only the first `remainder` of them, counted over the ranks, are new. A
+        rank that has none of them keeps one row, without labels, to go through the same motions as the others.
         """
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        ranks = self.accelerator.num_processes
+        if ranks == 1 or not self.accelerator.gradient_state.end_of_dataloader or self.args.dataloader_drop_last:
             return batch
+        # Not gradient_state.remainder: accelerate does not know it in an epoch that is resumed in its middle.
+        remainder = len(dataset) % (batch_size * ranks)
         rows = batch["labels"].shape[0]
-        new = min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
-        if new == rows:
+        new = min(max(remainder - self.accelerator.process_index * rows, 0), rows)
+        if remainder == 0 or new == rows:
             return batch
-        labels = batch["labels"].clone()
-        labels[new:] = IGNORE_INDEX
-        return {**batch, "labels": labels}
+        kept = max(new, 1)
+        batch = {key: value[:kept] if _has_rows(value, rows) else value for key, value in batch.items()}
+        if new == 0:
+            batch |= {"labels": torch.full_like(batch["labels"], IGNORE_INDEX), "all_repeated": True}
+        return batch
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -267,53 +333,41 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
         Returns:
             The micro-batch's share of the window's loss, times the world size where D is given; with the student's
-            outputs if `return_outputs`.
+            outputs, of a forward of their own, if `return_outputs`.
         """
         mode = "train" if self.model.training else "eval"
         knobs = self.knobs if mode == "train" or self.knobs.eval_kd else self.knobs.without_kd()
-        student_inputs = {key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_MODEL}
+        model_inputs = {key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_MODEL}
         predicts_BT = next_token_labels(inputs["labels"]) != IGNORE_INDEX
-
-        visual = knobs.visual_kd if _has_images(student_inputs) else None
-        with contextlib.ExitStack() as hooks:
-            student_features = teacher_features = None
-            if visual is not None and self.teacher_model is not None:
-                student_features = hooks.enter_context(
-                    capture(self._unwrap(model), visual.module_paths("student"), "student")
-                )
-                teacher_features = hooks.enter_context(
-                    capture(self._unwrap(self.teacher_model), visual.module_paths("teacher"), "teacher")
-                )
-            outputs = self._run_student_forward(model, student_inputs)
-            teacher_logits_NV = None
+        visual = knobs.visual_kd if has_images(model_inputs) else None
+        with tapped(visual, self._unwrap(model), self._unwrap(self.teacher_model)) as (ours, theirs):
+            targets = None
             if knobs.lm_kd_active or visual is not None:
-                teacher_logits_NV = self._run_teacher_forward(student_inputs, predicts_BT)
-
-        tokens = self._token_loss(knobs, inputs, outputs.logits, predicts_BT, teacher_logits_NV, num_items_in_batch)
+                targets = self._run_teacher_forward(model_inputs, predicts_BT)
+            token_loss = replace(self._token_loss, knobs=knobs)
+            tokens, aux = token_loss.forward(
+                model, model_inputs, inputs, predicts_BT, targets if knobs.lm_kd_active else None, num_items_in_batch
+            )
         scale = world_scale(num_items_in_batch, self.accelerator.num_processes // self.get_tp_size())
-        terms = self._weighted_terms(knobs, inputs, tokens, num_items_in_batch)
-        loss = tokens.loss * scale
-        if student_features is not None and teacher_features is not None:
-            visual_terms = self._visual_terms(visual, student_features, teacher_features, inputs, num_items_in_batch)
-            loss = loss + visual_terms["vision_kd_loss"] * scale
-            terms |= visual_terms
-        if self.aux_loss_enabled:
-            terms["aux_loss"] = self._aux_term(outputs, num_items_in_batch)
-            loss = loss + terms["aux_loss"] * scale
+        loss, terms = tokens.loss, self._weighted_terms(knobs, inputs, tokens, num_items_in_batch)
+        if visual is not None:
+            terms |= visual_terms(visual, ours, theirs, self._share_of_images(inputs, num_items_in_batch))
+            loss = loss + terms["vision_kd_loss"]
+        if aux is not None and self.aux_loss_enabled:
+            terms["aux_loss"] = self._aux_term(aux, num_items_in_batch)
+            loss = loss + terms["aux_loss"]
         self._record(mode, terms, tokens, inputs)
-        return (loss, outputs) if return_outputs else loss
+        loss = loss * scale
+        if return_outputs:  # for compute_metrics: the loss itself makes no logits
+            with torch.no_grad():
+                return loss, model(**model_inputs, use_cache=False)
+        return loss
 
-    def _run_student_forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        # Without a cache: with one, models let packed documents attend to each other, and it costs memory.
-        return model(**inputs, use_cache=False, **extra)
-
-    def _run_teacher_forward(self, inputs: Mapping[str, Any], predicts_BT: torch.Tensor) -> torch.Tensor:
-        """Teacher logits [N, V] on the student's device; also fires the hooks of visual KD."""
+    def _run_teacher_forward(self, inputs: Mapping[str, Any], predicts_BT: torch.Tensor) -> Targets:
+        """The teacher's targets for the supervised tokens; also fires the hooks of visual KD."""
         assert self.teacher is not None, "the loss asks for a teacher that was never built"
         with self._teacher_autocast():
-            logits_NV = self.teacher.targets(inputs, predicts_BT)
-        return logits_NV.to(predicts_BT.device)
+            return self.teacher.targets(inputs, predicts_BT)
 
     def _teacher_autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast for the teacher's forward as for the student's; not under DeepSpeed, unless it asks for it."""
@@ -325,48 +379,6 @@ class GKDTrainerWithMetrics(GKDTrainer):
             if not config.get("torch_autocast", {}).get("enabled", False):
                 return contextlib.nullcontext()
         return torch.autocast(self.accelerator.device.type, dtype=dtype)
-
-    def _token_loss(
-        self,
-        knobs: Knobs,
-        inputs: Mapping[str, Any],
-        logits_BTV: torch.Tensor,
-        predicts_BT: torch.Tensor,
-        teacher_logits_NV: torch.Tensor | None,
-        num_items: torch.Tensor | int | None,
-    ) -> FusedLoss:
-        student_logits_NV = logits_BTV[:, :-1][predicts_BT]
-        if teacher_logits_NV is not None and knobs.lm_kd_active:
-            student_logits_NV, teacher_logits_NV = self._same_vocabulary(student_logits_NV, teacher_logits_NV)
-        else:
-            teacher_logits_NV = None
-        ce_weight = 0.0 if inputs.get("student_generated", False) else knobs.ce_weight
-        return dense_distillation_loss(
-            student_logits_NV,
-            next_token_labels(inputs["labels"])[predicts_BT],
-            teacher_logits_NV,
-            kd_weight=knobs.llm_kd_weight,
-            ce_weight=ce_weight,
-            ce_mask=_ce_mask(inputs, predicts_BT),
-            beta=self.beta,
-            temperature=knobs.kd_temperature,
-            divergence=knobs.divergence,
-            num_items=num_items,
-        )
-
-    def _same_vocabulary(
-        self, student_logits_NV: torch.Tensor, teacher_logits_NV: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both logits over the shared range of the vocabulary; padding beyond it takes no part."""
-        sizes = student_logits_NV.shape[-1], teacher_logits_NV.shape[-1]
-        if sizes != self._vocab_sizes:
-            raise VocabularyError(
-                f"Vocabulary sizes differ at this step: the student has {sizes[0]} logits and the teacher {sizes[1]}. "
-                f"When the trainer was built they had {self._vocab_sizes[0]} and {self._vocab_sizes[1]}: "
-                "do not resize a model after that."
-            )
-        shared = self.shared_vocab_size
-        return student_logits_NV[:, :shared], teacher_logits_NV[:, :shared]
 
     def _weighted_terms(
         self, knobs: Knobs, inputs: Mapping[str, Any], tokens: FusedLoss, num_items: torch.Tensor | int | None
@@ -384,37 +396,24 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     # ---- visual KD and regularisers ----------------------------------------------------------------------------------
 
-    def _visual_terms(
-        self,
-        visual: Any,
-        student: Mapping[str, list[torch.Tensor]],
-        teacher: Mapping[str, list[torch.Tensor]],
-        inputs: Mapping[str, Any],
-        num_items: torch.Tensor | int | None,
-    ) -> dict[str, torch.Tensor]:
-        """weight · weight_t · distance_t per target and their sum, each scaled to the batch's share of the window."""
-        share: torch.Tensor | float = 1.0
-        if num_items is not None and self._window_visual_units is not None:
-            share = _visual_units(inputs) / self._window_visual_units.clamp(min=1)
-        terms = {}
-        for target, options in visual.targets.items():
-            distance = feature_distance(student[target], teacher[target], options.distance, target)
-            terms[f"vision_kd_loss_{target}"] = visual.weight * options.weight * share * distance
-        terms["vision_kd_loss"] = torch.stack(list(terms.values())).sum()
-        return terms
+    def _share_of_images(self, inputs: Mapping[str, Any], num_items: torch.Tensor | int | None) -> torch.Tensor | float:
+        """This batch's part of the window's image features, over which the visual terms are means."""
+        if num_items is None or self._window_visual_units is None:
+            return 1.0
+        return visual_units(inputs) / self._window_visual_units.clamp(min=1)
 
     def _count_visual_units(self, batches: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
         """Visual units of the window on all ranks: what the mean over features is taken over."""
         if self.knobs.visual_kd is None:
             return None
-        local = torch.tensor(float(sum(_visual_units(batch) for batch in batches)), device=device)
+        local = torch.tensor(float(sum(visual_units(batch) for batch in batches)), device=device)
         return self.accelerator.gather(local[None]).sum()
 
-    def _aux_term(self, outputs: Any, num_items: torch.Tensor | int | None) -> torch.Tensor:
+    def _aux_term(self, aux_loss: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
         """The load-balancing loss of a mixture-of-experts model: a mean over micro-batches and ranks."""
         ranks = 1 if num_items is None else self.accelerator.num_processes
         steps = self.current_gradient_accumulation_steps if num_items is not None else 1
-        return self.router_aux_loss_coef * outputs.aux_loss / (steps * ranks)
+        return self.router_aux_loss_coef * aux_loss / (steps * ranks)
 
     # ---- metrics -----------------------------------------------------------------------------------------------------
 
@@ -431,6 +430,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
             metrics["num_teacher_tokens"].append(tokens.num_tokens)
             metrics["num_agree"].append(tokens.num_agree)
             metrics["teacher_entropy_sum"].append(tokens.teacher_entropy_sum)
+        if "vision_kd_loss" in terms:
+            units = torch.tensor(visual_units(inputs))
+            for key in terms:
+                if key.startswith("vision_kd_loss"):
+                    metrics[f"{key}_weight"].append(units)
         mask = inputs.get("attention_mask")
         metrics["input_tokens"].append(
             mask.sum() if mask is not None else torch.tensor(float(inputs["input_ids"].numel()))
@@ -448,14 +452,27 @@ class GKDTrainerWithMetrics(GKDTrainer):
         Trainer.log(self, logs, start_time)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient norm, or an error: a NaN must not reach the weights."""
+        """The gradient norm, or an error: neither a NaN gradient nor the weights after a NaN loss are worth having."""
         norm = super()._get_grad_norm(model, grad_norm)
         # A gradient scaler skips steps whose fp16 gradients overflowed, and lowers its scale: that is its job.
-        if norm is not None and self.accelerator.scaler is None and not math.isfinite(float(norm)):
-            raise NonFiniteError(self._describe_non_finite(float(norm)))
+        finite = norm is None or self.accelerator.scaler is not None or math.isfinite(float(norm))
+        if not finite or self._some_loss_is_not_finite():
+            raise NonFiniteError(self._describe_non_finite(norm))
         return norm
 
-    def _describe_non_finite(self, norm: float) -> str:
+    def _some_loss_is_not_finite(self) -> bool:
+        """Whether a term of this window is not finite on any rank: an infinite loss can have a finite gradient."""
+        newest = [
+            value
+            for key in telemetry.LOSS_TERMS
+            for value in self._metrics["train"].get(key, ())[-self.args.gradient_accumulation_steps :]
+        ]
+        if not newest:
+            return False
+        bad = (~torch.isfinite(torch.stack([value.float() for value in newest]))).any().float()
+        return bool(self.accelerator.gather(bad[None]).max())
+
+    def _describe_non_finite(self, norm: Any) -> str:
         where = f"at step {self.state.global_step + 1}, rank {self.accelerator.process_index}"
         bad = [
             key
@@ -464,7 +481,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         ]
         cause = f"the loss term {', '.join(bad)} is not finite" if bad else "all loss terms of this rank are finite"
         return (
-            f"Non-finite gradient (norm {norm}) {where}: {cause}. The optimizer step was not taken. "
+            f"Not finite {where} (gradient norm {norm}): {cause}. The optimizer step was not taken. "
             "Lower training.learning_rate, train in float32, or look at the rows of this step."
         )
 
@@ -478,11 +495,13 @@ class GKDTrainerWithMetrics(GKDTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """One evaluation batch; logits only where `compute_metrics` asks for them."""
-        inputs = self._drop_repeated_rows(self._prepare_inputs(inputs))
+        inputs = self._without_repeated_rows(
+            self._prepare_inputs(inputs), self.callback_handler.eval_dataloader.dataset, self.args.eval_batch_size
+        )
         with torch.no_grad(), self.compute_loss_context_manager():
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs), None, None
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss, None, None
         return loss, outputs.logits, inputs.get("labels")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -514,8 +533,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
 
-    def _unwrap(self, model: nn.Module) -> nn.Module:
-        return self.accelerator.unwrap_model(model)
+    def _unwrap(self, model: nn.Module | None) -> Any:
+        return None if model is None else self.accelerator.unwrap_model(model)
 
 
 def _check_teacher_arguments(teacher_model: Any, teacher: Teacher | None, knobs: Knobs) -> None:
@@ -528,6 +547,28 @@ def _check_teacher_arguments(teacher_model: Any, teacher: Teacher | None, knobs:
         )
     if not knobs.needs_teacher and (teacher_model is not None or teacher is not None):
         logger.warning("No KD is active (llm_kd_weight is 0, visual KD is off): the teacher is not used.")
+
+
+def _hide_token(args: GKDConfig) -> None:
+    """Move a hub token out of the arguments, which upstream pickles beside every checkpoint and pushes to the hub."""
+    if args.hub_token is not None:
+        os.environ.setdefault("HF_TOKEN", args.hub_token)
+        args.hub_token = None
+
+
+def _check_data(train_dataset: Any, args: GKDConfig) -> None:
+    """Refuse what would count rows twice, lose some, or train ranks on different things."""
+    from torch.utils.data import IterableDataset
+
+    if isinstance(train_dataset, IterableDataset):
+        raise NotAvailableError(
+            "An IterableDataset (streaming) is not available yet: pass a datasets.Dataset, whose rows can be counted."
+        )
+    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        raise NotAvailableError(
+            f"training.train_sampling_strategy: {args.train_sampling_strategy} is not available yet: its order depends "
+            "on the state of each rank, so that ranks would skip rows and a resumed run would see others."
+        )
 
 
 def _local_teacher(teacher_model: PreTrainedModel | nn.Module | str | None, args: GKDConfig) -> Teacher:
@@ -555,29 +596,8 @@ def _tokenizer_or_none(name: str) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _ce_mask(inputs: Mapping[str, Any], predicts_BT: torch.Tensor) -> torch.Tensor | None:
-    """[N] bool: supervised tokens of rows that contribute cross-entropy; None is all."""
-    rows = inputs.get("ce_rows")
-    if rows is None:
-        return None
-    return rows.to(predicts_BT.device)[:, None].expand_as(predicts_BT)[predicts_BT]
-
-
-def _has_images(inputs: Mapping[str, Any]) -> bool:
-    return any(key.startswith("pixel_values") and value is not None for key, value in inputs.items())
-
-
-def _visual_units(batch: Mapping[str, Any]) -> float:
-    """What a mean over image features weighs a batch by: patches where the batch says how many, images elsewhere."""
-    units = 0.0
-    for key in ("image_grid_thw", "video_grid_thw"):
-        if batch.get(key) is not None:
-            units += float(batch[key].prod(-1).sum())
-    if units:
-        return units
-    return float(
-        sum(len(value) for key, value in batch.items() if key.startswith("pixel_values") and value is not None)
-    )
+def _has_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, torch.Tensor | list) and len(value) == rows
 
 
 def _stable_seed(text: str) -> int:

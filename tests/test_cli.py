@@ -204,7 +204,33 @@ WRONG_WORLDS = {
     "prompts without answers": (
         lambda p: broken_data(p, '{"prompt": "What is it?"}\n' * 8),
         [],
-        "Set rlhf.lmbda: 1",
+        "the first is number 0:0. Give it an answer",
+    ),
+    "nothing that supervises": (
+        lambda p: edit(p, data={"train": [{"path": "train.jsonl", "ce": False}]}),
+        ["rlhf.llm_kd_weight=0"],
+        "Nothing supervises this run",
+    ),
+    "an optimizer that is not installed": (lambda p: None, ["training.optim=adamw_bnb_8bit"], "bitsandbytes"),
+    "modules that are not there": (
+        lambda p: None,
+        ["tuner.train_type=lora", "tuner.target_modules=[foo]"],
+        "foo",
+    ),
+    "a best metric that no evaluation has": (
+        lambda p: None,
+        [
+            "training.load_best_model_at_end=true",
+            "training.metric_for_best_model=foo",
+            "training.save_strategy=steps",
+            "training.save_steps=4",
+        ],
+        "no evaluation has 'foo'",
+    ),
+    "a checkpoint that is not there, in a dry run too": (
+        lambda p: (p / "run" / "x").mkdir(parents=True),
+        ["--dry-run"],
+        "--resume auto",
     ),
     "a full output folder": (lambda p: (p / "run" / "x").mkdir(parents=True), [], "--resume auto"),
     "an output folder that is a file": (lambda p: (p / "run").write_text(""), [], "is a file"),
@@ -276,6 +302,71 @@ def test_an_incomplete_checkpoint_is_refused_by_name_and_skipped_by_auto(project
     assert code == 0, err
     assert "checkpoint-4 is skipped: it lacks optimizer.pt" in err
     assert "checkpoint-2" in err
+
+
+def test_a_finished_run_takes_no_further_step_when_it_is_resumed(project, kdtrain):
+    save = ["training.save_strategy=steps", "training.save_steps=4"]  # 4 steps are not an epoch
+    assert kdtrain("fit", "config.yaml", *save)[0] == 0
+    before = (project / "run" / "model.safetensors").read_bytes()
+    (project / "run" / "model.safetensors").unlink()  # killed between the last checkpoint and the final save
+    code, out, err = kdtrain("fit", "config.yaml", *save, "--resume", "auto")
+    assert code == 0, err
+    assert out.startswith("4 steps")
+    assert "nothing is left to train" in err
+    assert (project / "run" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "steps"),
+    [
+        (24, {"per_device_train_batch_size": 7, "num_train_epochs": 3}, 12),
+        (5, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 3}, 6),
+        (24, {"max_steps": 5}, 5),
+    ],
+)
+def test_the_planned_steps_are_those_that_are_taken(project, kdtrain, rows, options, steps):
+    broken_data(project, "".join(json.dumps(tiny.CHATS[i % 6]) + "\n" for i in range(rows)))
+    config = yaml.safe_load((project / "config.yaml").read_text())
+    del config["training"]["max_steps"]
+    (project / "config.yaml").write_text(yaml.safe_dump(config))
+    edit(project, training=options)
+    code, out, err = kdtrain("fit", "config.yaml", "training.eval_strategy=no", "data.eval=null")
+    assert code == 0, err
+    assert f"steps    {steps}, " in err
+    assert out.startswith(f"{steps} steps")
+
+
+def test_a_config_for_a_gpu_runs_here_and_says_what_changed(project, kdtrain):
+    code, _, err = kdtrain("fit", "config.yaml", "training.bf16=true", "training.max_steps=1")
+    assert code == 0
+    assert "training.bf16: not supported on this device (cpu), float32 is used instead" in err
+
+
+def test_the_saved_config_keeps_its_cache_and_the_saved_model_stops_where_the_template_ends_a_turn(project, kdtrain):
+    student = AutoModelForCausalLM.from_pretrained(project / "student")
+    student.generation_config.eos_token_id = 0
+    student.save_pretrained(project / "student")
+    assert kdtrain("fit", "config.yaml")[0] == 0
+    saved = json.loads((project / "run" / "config.json").read_text())
+    assert saved["use_cache"] is True
+    assert json.loads((project / "run" / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
+
+
+def test_errors_are_objects_too_in_a_json_log(project, kdtrain):
+    (project / "train.jsonl").write_text("")
+    code, _, err = kdtrain("fit", "config.yaml", "--log-format", "json")
+    assert code == 3
+    assert json.loads(err.splitlines()[-1])["level"] == "CRITICAL"
+
+
+def test_an_interruption_before_training_says_that_nothing_was_saved(project, kdtrain, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdtrain.run.load_tokenizer", interrupt)
+    code, _, err = kdtrain("fit", "config.yaml")
+    assert code == 130
+    assert "nothing more was saved" in err
 
 
 def test_a_bug_is_exit_code_1_with_a_traceback(project, kdtrain, monkeypatch):

@@ -1,6 +1,7 @@
 """GKDTrainerWithMetrics: what enters the loss, what is logged, and that neither depends on how the work is split."""
 
 import contextlib
+import dataclasses
 import json
 import types
 
@@ -144,38 +145,27 @@ def test_default_weight_is_one(tmp_path, student, teacher):
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(jsd, rel=1e-5)
 
 
-class WithImages(torch.nn.Module):
-    """A language model with a vision path in front: enough of a vision-language model to have features."""
+def give_eyes(model, seed):
+    """A vision path in the backbone: enough of a vision-language model to have features."""
+    torch.manual_seed(seed)
+    model.aligner = torch.nn.Linear(4, 8)
+    original = model.model.forward
 
-    def __init__(self, language_model, seed):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.language_model = language_model
-        self.config, self.generation_config = language_model.config, language_model.generation_config
-        self.aligner = torch.nn.Linear(4, 8)
-        self.is_gradient_checkpointing = False
-
-    def forward(self, input_ids, attention_mask=None, pixel_values=None, **kwargs):
+    def forward(self, *args, pixel_values=None, **inputs):
         if pixel_values is not None:
-            self.aligner(pixel_values)
-        return self.language_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            model.aligner(pixel_values)
+        return original(*args, **inputs)
+
+    model.model.forward = types.MethodType(forward, model.model)
 
 
 VISUAL = {"enabled": True, "weight": 0.1, "distance": "mse", "targets": {"aligner": {"module": "aligner"}}}
 
 
 def visual_trainer(folder, **kwargs):
-    student = tiny.make_qwen3(seed=1)
-    student.aligner = WithImages(student, 3).aligner
-    teacher = WithImages(tiny.make_qwen3(seed=2, hidden=48), 4)
-    original = student.forward
-
-    def forward(self, *args, pixel_values=None, **inputs):
-        if pixel_values is not None:
-            self.aligner(pixel_values)
-        return original(*args, **inputs)
-
-    student.forward = types.MethodType(forward, student)
+    student, teacher = tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2, hidden=48)
+    for seed, model in ((3, student), (4, teacher)):
+        give_eyes(model, seed)
     return make_trainer(folder, student, teacher, **{"visual_kd": VISUAL, **kwargs})
 
 
@@ -256,7 +246,7 @@ def test_everything_a_forward_takes_reaches_both_models_and_our_own_keys_reach_n
 
         return forward
 
-    for name, model in (("student", student), ("teacher", teacher)):
+    for name, model in (("student", student.model), ("teacher", teacher.model)):
         model.forward = types.MethodType(recorder(name, model.forward), model)
     batch = make_batch(trainer)
     batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
@@ -338,7 +328,7 @@ def test_padding_of_the_embedding_takes_no_part_on_either_side(tmp_path, tokeniz
     student, wide = tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2, vocab_size=384)
     folder = tiny.save_model(wide, tokenizer, tmp_path / "teacher")
     trainer = make_trainer(tmp_path / "run", student, folder, tokenizer=tokenizer, sft_alpha=0.5)
-    assert trainer.shared_vocab_size == 320
+    assert trainer.vocabulary.shared == 320
     batch = make_batch(trainer)
     loss = trainer.compute_loss(trainer.model, batch)
     with torch.no_grad():
@@ -456,6 +446,49 @@ def test_generation_leaves_the_global_random_state_and_the_mode_alone(tmp_path, 
     assert trainer.model.training
 
 
+def test_samples_are_not_bent_by_the_models_own_generation_config(tmp_path, student, teacher):
+    plain = make_trainer(tmp_path, student, teacher, lmbda=1.0, train_sampling_strategy="sequential")
+    ((expected, _),) = windows(plain, 1)
+    bent = tiny.make_qwen3(seed=1)
+    bent.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, min_p=0.9, do_sample=True)
+    trainer = make_trainer(tmp_path, bent, teacher, lmbda=1.0, train_sampling_strategy="sequential")
+    ((batches, _),) = windows(trainer, 1)
+    assert torch.equal(batches[0]["input_ids"], expected[0]["input_ids"])
+    assert bent.generation_config.repetition_penalty == 5.0  # the model keeps its own
+
+
+def test_samples_stop_where_the_chat_template_ends_a_turn(tmp_path, teacher):
+    student = tiny.make_qwen3(seed=1, eos_token_id=0)
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"  # a base model with a chat template
+    trainer = make_trainer(tmp_path, student, teacher, tokenizer=tokenizer, lmbda=1.0)
+    assert set(student.generation_config.eos_token_id) == {0, 2}
+    with torch.no_grad():  # says <|im_end|> whatever it is asked
+        student.model.norm.weight.zero_()
+        student.lm_head = torch.nn.Linear(32, 320)
+        student.lm_head.bias.zero_()
+        student.lm_head.bias[2] = 100
+    ((batches, _),) = windows(trainer, 1)
+    assert batches[0]["labels"][batches[0]["labels"] != -100].tolist() == [2, 2]
+
+
+def test_padding_of_the_embedding_is_never_sampled(tmp_path, tokenizer):
+    wide = tiny.make_qwen3(seed=1, vocab_size=4000)
+    folder = tiny.save_model(tiny.make_qwen3(seed=2), tokenizer, tmp_path / "teacher")
+    trainer = make_trainer(tmp_path / "run", wide, folder, lmbda=1.0, tokenizer=tokenizer)
+    ((batches, _),) = windows(trainer, 1)
+    assert batches[0]["input_ids"].max() < 320
+    trainer.train()
+
+
+def test_batches_that_generation_cannot_continue_are_refused(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher, lmbda=1.0)
+    batch = make_batch(trainer)
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    with pytest.raises(PreflightError, match="position_ids"):
+        trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+
+
 # ---- telemetry -------------------------------------------------------------------------------------------------------
 
 
@@ -536,13 +569,60 @@ def test_a_nan_stops_the_run_before_the_optimizer_step(tmp_path, student, teache
     before = [p.clone() for p in student.parameters()]
 
     def poison(module, args, output):
-        output.logits = output.logits * float("nan")
+        output.last_hidden_state = output.last_hidden_state * float("nan")
         return output
 
-    (student if where == "student" else teacher).register_forward_hook(poison)
+    (student if where == "student" else teacher).model.register_forward_hook(poison)
     with pytest.raises(NonFiniteError, match=r"step 1, rank 0.*llm_kd_loss"):
         trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+
+
+def test_an_infinite_loss_with_a_finite_gradient_stops_the_run_too(tmp_path, student, teacher, monkeypatch):
+    trainer = make_trainer(tmp_path, student, teacher, max_steps=3)
+    original = trainer._weighted_terms
+    monkeypatch.setattr(trainer, "_weighted_terms", lambda *args: {k: v / 0 for k, v in original(*args).items()})
+    with pytest.raises(NonFiniteError, match="llm_kd_loss is not finite"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def infinite_on_one_rank(folder):
+    trainer = make_trainer(folder, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2), rows=tiny.CHATS * 2, max_steps=3)
+    if torch.distributed.get_rank() == 1:
+        original = trainer._weighted_terms
+        trainer._weighted_terms = lambda *args: {k: v / 0 for k, v in original(*args).items()}
+    try:
+        trainer.train()
+    except NonFiniteError as error:
+        return str(error)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both(tmp_path):
+    first, second = tiny.run_ranks(infinite_on_one_rank, 2, tmp_path)
+    assert "all loss terms of this rank are finite" in first
+    assert "rank 1" in second
+    assert "llm_kd_loss is not finite" in second
+
+
+def test_evaluation_weighs_images_by_images_and_tokens_by_tokens(tmp_path):
+    trainer = visual_trainer(tmp_path, llm_kd_weight=0.0, per_device_eval_batch_size=2)
+    rows = trainer.data_collator
+    pixels = torch.randn(3, 5, 4)
+    batches = [make_batch(trainer, tiny.CHATS[i : i + 2]) for i in (0, 2, 4)]
+    batches[0]["pixel_values"], batches[2]["pixel_values"] = pixels[:2], pixels[2:]
+    trainer.model.eval()
+    trainer._metrics["eval"].clear()
+    for batch in batches:
+        trainer.compute_loss(trainer.model, batch)
+    from kdtrain import telemetry
+
+    reduced = telemetry.reduce_metrics(trainer._metrics["eval"], trainer.accelerator, token_weighted=True)
+    result = telemetry.evaluation_metrics(reduced)
+    expected = 0.1 * (trainer.model.aligner(pixels) - trainer.teacher_model.aligner(pixels)).square().mean()
+    assert result["vision_kd_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    _, ce, _ = expected_terms(trainer.model, trainer.teacher_model, rows(tiny.CHATS))
+    assert result["sft_loss"] == pytest.approx(ce, rel=1e-5)
 
 
 def test_tensorboard_shows_each_prefix_once(tmp_path, student, teacher):
@@ -601,6 +681,88 @@ def test_the_saved_model_loads_and_holds_no_pickle(tmp_path, student, teacher):
     assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tiny.CHATML
     assert not [file for file in tmp_path.rglob("*") if file.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_a_hub_token_reaches_no_file(tmp_path, student, teacher, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    trainer = make_trainer(tmp_path, student, teacher, hub_token="hf_secretsecret", save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert trainer.args.hub_token is None
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_secretsecret" in path.read_bytes()]
+
+
+def test_dropout_is_off_in_modules_and_in_functions(tmp_path, teacher):
+    student = tiny.make_qwen3(seed=1, attention_dropout=0.5)
+    trainer = make_trainer(tmp_path, student, teacher)
+    batch = make_batch(trainer)
+    trainer.model.train()
+    assert trainer.compute_loss(trainer.model, batch) == trainer.compute_loss(trainer.model, batch)
+
+
+def test_what_would_count_rows_wrongly_is_refused(tmp_path, student, teacher):
+    with pytest.raises(ValueError, match="not available yet"):
+        make_trainer(tmp_path, student, teacher, train_sampling_strategy="group_by_length")
+    with pytest.raises(ValueError, match="not available yet"):
+        GKDTrainerWithMetrics(
+            student, teacher, make_args(tmp_path),
+            train_dataset=datasets.Dataset.from_list(tiny.CHATS).to_iterable_dataset(),
+            processing_class=tiny.make_tokenizer(),
+        )  # fmt: skip
+
+
+# ---- with and without logits -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [tiny.make_qwen3, tiny.make_llama, tiny.make_gemma2])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_loss_without_logits_is_the_loss_with_them(tmp_path, make, lora):
+    from kdtrain.models import lora_config
+
+    peft = lora_config(rank=4, alpha=8, dropout=0.0, target_modules="all-linear", modules_to_save=None, use_dora=False)
+    results = []
+    for fused in (True, False):
+        trainer = make_trainer(
+            tmp_path, make(seed=1), make(seed=2), sft_alpha=0.3, beta=0.1, extra={"peft_config": peft} if lora else None
+        )
+        assert trainer._token_loss.fused
+        trainer._token_loss = dataclasses.replace(trainer._token_loss, fused=fused)
+        loss = trainer.compute_loss(trainer.model, make_batch(trainer))
+        loss.backward()
+        gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+        results.append((loss.item(), torch.cat(gradients)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert (results[0][1] - results[1][1]).norm() <= 1e-5 * results[1][1].norm()
+
+
+def test_a_head_that_does_more_than_its_config_says_keeps_its_logits(tmp_path, teacher):
+    class Odd(type(teacher)):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = 2 * output.logits
+            return output
+
+    torch.manual_seed(1)
+    student = Odd(teacher.config)
+    trainer = make_trainer(tmp_path, student, teacher, sft_alpha=0.3)
+    assert not trainer._token_loss.fused
+    batch = make_batch(trainer)
+    loss = trainer.compute_loss(trainer.model, batch)
+    jsd, ce, _ = expected_terms(student, teacher, batch)
+    assert loss.item() == pytest.approx(jsd + 0.3 * ce, rel=1e-5)
+
+
+def test_a_trained_copy_of_the_head_is_the_one_that_is_used(tmp_path, student, teacher):
+    from kdtrain.models import lora_config
+
+    peft = lora_config(
+        rank=4, alpha=8, dropout=0.0, target_modules=["q_proj"], modules_to_save=["lm_head"], use_dora=False
+    )
+    trainer = make_trainer(tmp_path, student, teacher, extra={"peft_config": peft}, learning_rate=0.1, max_steps=2)
+    assert trainer._token_loss.fused
+    trainer.train()
+    batch = make_batch(trainer)
+    jsd, _, _ = expected_terms(trainer.model, teacher, batch)
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(jsd, rel=1e-5)
 
 
 # ---- invariance ------------------------------------------------------------------------------------------------------
@@ -666,6 +828,34 @@ def test_rows_repeated_to_fill_the_last_batch_do_not_count_twice(tmp_path):
     expected = train_uneven(tmp_path / "one", 1)
     for rank in tiny.run_ranks(train_uneven, 2, tmp_path / "two", 2):
         assert rank == pytest.approx(expected, rel=1e-5)
+
+
+def train_ragged(folder, world, resume, lmbda):
+    """Two epochs of five rows with a checkpoint in the middle of the second; the weights and D of each window."""
+    trainer = make_trainer(
+        folder, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2), rows=tiny.CHATS[:5], sft_alpha=0.3, lmbda=lmbda,
+        per_device_train_batch_size=2 // world, max_steps=6, save_strategy="steps", save_steps=5,
+        train_sampling_strategy="sequential", max_new_tokens=1,
+    )  # fmt: skip
+    counted = []
+    original = trainer.get_batch_samples
+    trainer.get_batch_samples = lambda *args: (result := original(*args), counted.append(int(result[1])))[0]
+    trainer.train(resume_from_checkpoint=resume)
+    last = [record for record in trainer.state.log_history if "loss" in record][-1]
+    return {"D": counted[-1], "loss": last["loss"], "norm": last["grad_norm"]}
+
+
+def test_repeated_rows_do_not_count_after_resuming_in_the_middle_of_an_epoch(tmp_path):
+    expected = train_ragged(tmp_path / "one", 1, None, 0.0)
+    tiny.run_ranks(train_ragged, 2, tmp_path / "two", 2, None, 0.0)
+    for rank in tiny.run_ranks(train_ragged, 2, tmp_path / "two", 2, str(tmp_path / "two" / "checkpoint-5"), 0.0):
+        assert rank == pytest.approx(expected, rel=1e-4)
+
+
+def test_repeated_rows_do_not_count_in_generated_windows(tmp_path):
+    assert train_ragged(tmp_path / "one", 1, None, 1.0)["D"] == 1  # one row, one new token
+    for rank in tiny.run_ranks(train_ragged, 2, tmp_path / "two", 2, None, 1.0):
+        assert rank["D"] == 1
 
 
 def generate_on_ranks(folder):

@@ -43,7 +43,7 @@ class Written:
 Rule = Callable[[RunConfig, Written], Iterator[Problem]]
 
 
-def _no_effect(section: tuple[str, ...], names: list[str], reason: str) -> Iterator[Problem]:
+def _no_effect(section: KeyPath, names: list[str], reason: str) -> Iterator[Problem]:
     """One warning for all options that are idle for the same reason."""
     if names:
         also = f" (the same goes for {', '.join(names[1:])})" if names[1:] else ""
@@ -145,6 +145,18 @@ def idle_lora(config: RunConfig, written: Written) -> Iterator[Problem]:
     if config.tuner.train_type == "full":
         names = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora")
         yield from _no_effect(("tuner",), written.among(("tuner",), names), "tuner.train_type is full")
+    elif config.tuner.lora_dropout > 0 and config.rlhf.disable_dropout:
+        yield from _no_effect(("tuner",), ["lora_dropout"], "rlhf.disable_dropout is true")
+
+
+def idle_ce(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Rows kept out of a cross-entropy that is not computed."""
+    if config.ce_weight > 0:
+        return
+    for number, source in enumerate(config.data.train):
+        path: KeyPath = ("data", "train", number) if written.has("data", "train", number, "ce") else ("data", "train")
+        if not source.ce and written.has(*path, "ce"):
+            yield from _no_effect(path, ["ce"], "rlhf.sft_alpha is 0, no row contributes cross-entropy")
 
 
 def visual_options(config: RunConfig, written: Written) -> Iterator[Problem]:
@@ -234,7 +246,8 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (idle_distillation, (*_KD_SWITCHES, "rlhf.lmbda", "rlhf.seq_kd", "rlhf.sft_alpha")),
     (teacher_options, (*_KD_SWITCHES, "rlhf.teacher.backend", "rlhf.teacher_model_init_kwargs")),
     (model_options, ("model.init_kwargs",)),
-    (idle_lora, ("tuner.train_type",)),
+    (idle_lora, ("tuner.train_type", "tuner.lora_dropout", "rlhf.disable_dropout")),
+    (idle_ce, ("rlhf.llm_kd_weight", "rlhf.sft_alpha", "data.train")),
     (visual_options, ("custom.visual_kd",)),
     (evaluation, (*_KD_SWITCHES, "data.eval", "training.eval_strategy")),
     (training_conflicts, ("training.output_dir", "training.max_steps", "training.dataloader_num_workers")),

@@ -174,7 +174,8 @@ class DataConfig(Section):
     eval: Annotated[tuple[DataSource, ...] | None, BeforeValidator(_sources_or_null)] = None
     """Held-out data in the same forms; null: no evaluation."""
     max_length: Annotated[Whole, Field(ge=2)] = 1024
-    """Longest row in tokens, prompt and completion together."""
+    """Longest row of the data in tokens, prompt and completion together. A generated row may be longer: its prompt
+    and up to rlhf.max_new_tokens."""
     on_overlength: Literal["error", "truncate", "drop"] = "error"
     """What happens to a longer row; each is counted and reported."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
@@ -285,7 +286,7 @@ class RlhfConfig(Section):
     disable_dropout: Flag = True
     """Switch dropout of the student off."""
     eval_kd: Flag = True
-    """Whether evaluation runs the teacher too; false reports cross-entropy only."""
+    """Whether evaluation runs the teacher too; false reports cross-entropy only, with weight 1."""
 
 
 class VisualTarget(Section):

@@ -129,6 +129,7 @@ class _Distribution(NamedTuple):
 
 def _normalise(logits: torch.Tensor, temperature: float) -> _Distribution:
     largest = logits.detach().amax(-1, keepdim=True)
+    largest = torch.where(largest == -torch.inf, 0.0, largest)  # no support at all: uniform rather than NaN
     # Then 0·log 0 is 0, in value and in gradient: 0·inf would be NaN in the backward pass even when masked afterwards.
     finite = torch.where(logits == -torch.inf, largest - _BELOW_MAX * temperature, logits)
     scaled = (finite - largest) / temperature

@@ -12,14 +12,15 @@ twice; memory is O(C·V) beside the gradients themselves.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.divergence import Divergence, check_divergence_arguments
-from kdtrain.losses.gemm import add_weight_gradient, hidden_gradient, project
+from kdtrain.losses.gemm import add_weight_gradient, hidden_gradient, one_dtype
+from kdtrain.losses.head import Head
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, normaliser
 from kdtrain.losses.tile import Buffers, TileOptions, TileSums, tile_terms, topk_tile_terms
 from kdtrain.losses.topk import Tail, TopKLogprobs, check_targets
@@ -85,10 +86,10 @@ def fused_distillation_loss(
     """
     options = TileOptions(kd_weight, ce_weight, beta, temperature, divergence)
     _check(student_hidden, student_weight, labels, teacher_hidden, teacher_weight, targets, options)
-    student = _Head(student_weight, student_bias, student_logit_scale, student_softcap)
+    student = Head(student_weight, student_bias, student_logit_scale, student_softcap)
     teacher = None
     if teacher_weight is not None and teacher_hidden is not None:
-        teacher = _Head(teacher_weight.detach(), teacher_bias, teacher_logit_scale, teacher_softcap)
+        teacher = Head(teacher_weight.detach(), teacher_bias, teacher_logit_scale, teacher_softcap)
         teacher_hidden = teacher_hidden.detach()
     if student.masks_columns() or (teacher is not None and teacher.masks_columns()):
         return _by_dense_chunks(student_hidden, student, labels, teacher_hidden, teacher, options, ce_mask, num_items)
@@ -100,42 +101,11 @@ def fused_distillation_loss(
 
 
 @dataclass(frozen=True)
-class _Head:
-    """A language-model head and what the model does to its logits."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    logit_scale: float
-    softcap: float | None
-
-    def masks_columns(self) -> bool:
-        """Whether some logits are always −inf, which the tile's arithmetic does not know."""
-        return self.bias is not None and bool(torch.isinf(self.bias).any())
-
-    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """[C, V] in the dtype of `out`, which is overwritten."""
-        project(hidden, self.weight, out)
-        if self.bias is not None:
-            out.add_(self.bias)
-        if self.logit_scale != 1:
-            out.mul_(self.logit_scale)
-        if self.softcap is not None:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
-        return out
-
-    def plain_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The same through autograd."""
-        out = hidden.float() @ self.weight.float().t()
-        out = (out if self.bias is None else out + self.bias) * self.logit_scale
-        return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
-
-
-@dataclass(frozen=True)
 class _Call:
     """Everything of a call that takes no gradient."""
 
-    student: _Head
-    teacher: _Head | None
+    student: Head
+    teacher: Head | None
     teacher_hidden: torch.Tensor | None
     targets: TopKLogprobs | None
     tail: Tail
@@ -190,19 +160,26 @@ class _Run:
     def __init__(
         self, hidden_SH: torch.Tensor, labels_S: torch.Tensor, rows: torch.Tensor, call: _Call, wanted: tuple[bool, ...]
     ) -> None:
-        self.hidden, self.labels, self.rows, self.call = hidden_SH, labels_S, rows, call
+        self.labels, self.rows, self.call = labels_S, rows, call
+        self.hidden, weight = one_dtype(hidden_SH, call.student.weight)
+        self.student = replace(call.student, weight=weight)
+        self.teacher, self.teacher_hidden = call.teacher, call.teacher_hidden
+        if call.teacher is not None and call.teacher_hidden is not None:
+            self.teacher_hidden, weight = one_dtype(call.teacher_hidden, call.teacher.weight)
+            self.teacher = replace(call.teacher, weight=weight)
         self.wants_hidden, self.wants_weight, self.wants_bias = wanted
         self.dtype = torch.promote_types(hidden_SH.dtype, torch.float32)
         device = hidden_SH.device
-        weight = call.student.weight
         tokens = torch.tensor(len(labels_S), device=device)
         self.num_tokens = tokens
         self.inverse_items = 1 / normaliser(call.num_items, tokens).to(self.dtype)
         self.ce_rows = None if call.ce_mask is None else call.ce_mask.to(device)[rows].to(self.dtype)
         empty = torch.zeros(0, device=device)
         self.grad_hidden = torch.empty_like(hidden_SH) if self.wants_hidden else empty
-        self.grad_weight = torch.zeros_like(weight, dtype=self.dtype) if self.wants_weight else empty
-        self.grad_bias = torch.zeros(weight.shape[0], dtype=self.dtype, device=device) if self.wants_bias else empty
+        self.grad_weight = torch.zeros_like(call.student.weight, dtype=self.dtype) if self.wants_weight else empty
+        self.grad_bias = (
+            torch.zeros(len(call.student.weight), dtype=self.dtype, device=device) if self.wants_bias else empty
+        )
         self.sums: list[TileSums] = []
 
     def all_chunks(self) -> None:
@@ -224,11 +201,10 @@ class _Run:
     def _chunk(
         self, chunk: slice, student: torch.Tensor, teacher: torch.Tensor | None, block: int, scratch: Buffers
     ) -> None:
-        call, head = self.call, self.call.student
-        hidden = self.hidden[chunk]
+        head, hidden = self.student, self.hidden[chunk]
         head.logits(hidden, student)
-        if teacher is not None and call.teacher is not None and call.teacher_hidden is not None:
-            call.teacher.logits(call.teacher_hidden.index_select(0, self.rows[chunk]), teacher)
+        if teacher is not None and self.teacher is not None and self.teacher_hidden is not None:
+            self.teacher.logits(self.teacher_hidden.index_select(0, self.rows[chunk]), teacher)
         with_gradient = self.wants_hidden or self.wants_weight or self.wants_bias
         for first in range(0, len(student), block):
             inside = slice(first, min(first + block, len(student)))
@@ -328,10 +304,10 @@ def _to_fused_loss(loss: torch.Tensor, sums: list[torch.Tensor], call: _Call) ->
 
 def _by_dense_chunks(
     hidden: torch.Tensor,
-    student: _Head,
+    student: Head,
     labels: torch.Tensor,
     teacher_hidden: torch.Tensor | None,
-    teacher: _Head | None,
+    teacher: Head | None,
     options: TileOptions,
     ce_mask: torch.Tensor | None,
     num_items: torch.Tensor | int | None,

@@ -27,15 +27,29 @@ _computes_in_float32: dict[tuple[str | int, ...], bool] = {}
 
 
 def project(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, out_CV: torch.Tensor) -> torch.Tensor:
-    """out = hidden · weightᵀ, [C, V] in float32 (float64 for float64 inputs), written into `out_CV`."""
-    if hidden_CH.dtype == out_CV.dtype:
-        return _mm(hidden_CH, weight_VH.t(), out_CV)
-    if hidden_CH.device.type == "cuda":
+    """out = hidden · weightᵀ, [C, V] in float32 (float64 for float64 inputs), written into `out_CV`.
+
+    Both operands of one dtype on a GPU (see `one_dtype`), of any float dtypes on a CPU.
+    """
+    if hidden_CH.device.type == "cuda" and hidden_CH.dtype != out_CV.dtype:
         return torch.mm(hidden_CH, weight_VH.t(), out_dtype=out_CV.dtype, out=out_CV)
     wide_hidden = hidden_CH.to(out_CV.dtype)
+    if weight_VH.dtype == out_CV.dtype:
+        return _mm(wide_hidden, weight_VH.t(), out_CV)
     for rows, wide in _widened(weight_VH, out_CV.dtype):
         _mm(wide_hidden, wide.t(), out_CV[:, rows])
     return out_CV
+
+
+def one_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operands as a GPU wants them: both in half precision if either is, as autocast would have it.
+
+    On a CPU they stay as they are: there products are computed in float32 anyway, and widening is exact.
+    """
+    if hidden.device.type != "cuda" or hidden.dtype == weight.dtype:
+        return hidden, weight
+    half = next(x.dtype for x in (hidden, weight) if x.dtype.itemsize == 2)
+    return hidden.to(half), weight.to(half)
 
 
 def hidden_gradient(gradient_CV: torch.Tensor, weight_VH: torch.Tensor, scale: float) -> torch.Tensor:

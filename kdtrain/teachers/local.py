@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from kdtrain.lm_head import add_loss_head, why_no_loss_head
+from kdtrain.losses.head import Head
+from kdtrain.teachers.base import DenseTargets, Targets
 from kdtrain.vocabulary import vocabulary_size
+
+logger = logging.getLogger(__name__)
 
 
 class LocalTeacher:
@@ -24,12 +30,24 @@ class LocalTeacher:
     def __init__(self, module: nn.Module) -> None:
         self.module: nn.Module | None = module.requires_grad_(False).eval()
         self.vocab_size = vocabulary_size(module)
+        reason = why_no_loss_head(module)
+        self._from_logits = reason is not None
+        if reason is None:
+            add_loss_head(module)
+        else:
+            logger.info("The teacher's logits are made in full, which takes more memory: %s.", reason)
 
-    def targets(self, inputs: Mapping[str, Any], predicts_BT: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] in the model's dtype, on its device; see `Teacher.targets`."""
+    def targets(self, inputs: Mapping[str, Any], predicts_BT: torch.Tensor) -> Targets:
+        """Hidden states and head, or logits where the model has no head of its own; see `Teacher.targets`."""
         assert self.module is not None
         self.module.eval()  # a caller may have called .train() on a parent
+
+        def keep(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, Head]:
+            return hidden_BTH[:, :-1][predicts_BT.to(hidden_BTH.device)], head
+
         with torch.no_grad():
-            outputs = self.module(**inputs, use_cache=False)
-        logits_BTV = outputs.logits[:, :-1]
-        return logits_BTV[predicts_BT.to(logits_BTV.device)]
+            if self._from_logits:
+                logits_BTV = self.module(**inputs, use_cache=False).logits[:, :-1]
+                return logits_BTV[predicts_BT.to(logits_BTV.device)]
+            hidden_SH, head = self.module(**inputs, use_cache=False, loss_head=keep)
+        return DenseTargets(hidden_SH, head)

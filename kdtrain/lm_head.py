@@ -1,0 +1,121 @@
+"""A model's last hidden state and head, handed to a loss inside the model's own forward.
+
+Shapes: B rows, T positions, H hidden width, V vocabulary.
+
+The loss has to run inside the forward of whatever wraps the model: there DDP arms its gradient reduction, autocast is
+in force, and sharded parameters are whole. Calling the backbone by itself skips all of that, silently under DDP.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from kdtrain.losses.head import Head
+
+LossHead = Callable[[torch.Tensor, Head, Any], Any]
+"""(last hidden state [B, T, H], head, the backbone's outputs) -> what the forward returns, tensors in a tuple."""
+
+
+def add_loss_head(model: nn.Module) -> None:
+    """Let `model(..., loss_head=f)` run the backbone and return f(hidden, head, outputs) instead of logits.
+
+    Without the keyword the forward is the one it was. To be called before the model is wrapped.
+
+    Args:
+        model: a transformers model; of a PEFT model its base.
+    """
+    original = model.forward
+
+    @functools.wraps(original)  # `generate` looks at the signature
+    def forward(self: Any, *args: Any, loss_head: LossHead | None = None, **kwargs: Any) -> Any:
+        if loss_head is None:
+            return original(*args, **kwargs)
+        outputs = self.base_model(*args, **kwargs)
+        module = _head_module(self)
+        assert module is not None, "checked when the loss head was added"
+        with maybe_gather_lm_head_ctx(module.weight, module.bias):
+            return loss_head(outputs.last_hidden_state, _head(self, module), outputs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def why_no_loss_head(model: Any) -> str | None:
+    """Why a model's loss needs its logits; None if hidden state and head give the same.
+
+    Runs the model on a few tokens and compares: what a model does to its logits (scales, caps, adapters) is known here
+    by the names in its config only, and a name that is not known must not become a wrong loss.
+    """
+    if getattr(model, "base_model", model) is model:
+        return "it has no backbone apart from its head"
+    module = _head_module(model)
+    if module is None:
+        return "its head is not a plain linear layer"
+    if is_deepspeed_zero3_enabled():  # the weights are in pieces until the model is wrapped
+        return None
+    device = module.weight.device
+    ids = torch.arange(4, device=device)[None] % module.weight.shape[0]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            ours = _head(model, module).plain_logits(hidden)
+    finally:
+        model.train(was_training)
+    if logits.shape != ours.shape:
+        return "its logits have another shape than its head gives"
+    tolerance = 1e-3 if module.weight.dtype == torch.float32 else 3e-2
+    if not (logits - ours).norm() <= tolerance * logits.norm():
+        return "it does more to its logits than its config says"
+    return None
+
+
+def _head_module(model: Any) -> nn.Linear | None:
+    """The linear layer of the head; the trained copy where PEFT keeps one."""
+    module = model.get_output_embeddings()
+    copies = getattr(module, "modules_to_save", None)
+    if copies is not None:
+        module = copies[module.active_adapters[0]]
+    # Quantised layers are subclasses from elsewhere, and adapters wrap the layer: reading `weight` would miss them.
+    plain = isinstance(module, nn.Linear) and type(module).__module__.startswith("torch.")
+    return module if plain else None
+
+
+def _head(model: Any, module: nn.Linear) -> Head:
+    config = model.config.get_text_config()
+    weight, bias = _whole(module.weight), None if module.bias is None else _whole(module.bias)
+    return Head(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """The whole of a parameter that FSDP2 has sharded.
+
+    FSDP2 averages gradients over ranks. Gathered without saying so, the loss would be right and the head's gradient a
+    multiple of what it should be.
+    """
+    from torch.distributed.tensor import DTensor, Partial
+
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+
+
+def _logit_scale(config: Any) -> float:
+    """What a model multiplies its logits by, under the names that transformers' models have for it."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1 / float(scaling)

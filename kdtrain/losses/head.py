@@ -1,0 +1,44 @@
+"""A language-model head as numbers: from a hidden state to logits, and what the model does to them.
+
+Shapes: C tokens, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kdtrain.losses.gemm import project
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language-model head and what the model does to its logits."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+    def masks_columns(self) -> bool:
+        """Whether some logits are always −inf, which the tile's arithmetic does not know."""
+        return self.bias is not None and bool(torch.isinf(self.bias).any())
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """[C, V] in the dtype of `out`, which is overwritten."""
+        project(hidden, self.weight, out)
+        if self.bias is not None:
+            out.add_(self.bias)
+        if self.logit_scale != 1:
+            out.mul_(self.logit_scale)
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+        return out
+
+    def plain_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same through autograd."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        out = hidden.to(dtype) @ self.weight.to(dtype).t()
+        out = (out if self.bias is None else out + self.bias) * self.logit_scale
+        return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)

@@ -1,0 +1,93 @@
+"""What config and device led to: the table at the start of a run."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from kdtrain.models import count_parameters
+
+if TYPE_CHECKING:
+    from kdtrain.config import RunConfig
+    from kdtrain.data import BuildReport
+    from kdtrain.trainer import GKDTrainerWithMetrics
+
+
+def planned_steps(args: Any, rows: int, ranks: int) -> int:
+    """Optimizer steps of a run, as transformers counts them: every epoch ends with a window of its own.
+
+    Args:
+        args: training arguments.
+        rows: of one epoch.
+        ranks: processes.
+    """
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    batches = rows / (args.per_device_train_batch_size * ranks)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+
+
+def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport) -> dict[str, str]:
+    """What the config and the device led to, for the table at the start."""
+    args = trainer.args
+    total, trainable = count_parameters(trainer.model)
+    ranks = trainer.accelerator.num_processes
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
+    epoch_rows = report.rows_per_epoch
+    tokens = report.total_tokens / epoch_rows
+    steps = planned_steps(args, epoch_rows, ranks)
+    plan = {
+        "student": f"{config.model.model}: {total:,} parameters, {trainable:,} trained, {trainer.model.dtype}",
+        "teacher": "none" if trainer.teacher is None else _describe_teacher(trainer, config),
+        "loss": _describe_loss(trainer),
+        "answers": _describe_answers(trainer),
+        "step": f"{rows} rows = {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
+        f"{ranks} {'process' if ranks == 1 else 'processes'}, about {rows * tokens:,.0f} tokens",
+        "steps": f"{steps:,}, {steps * rows / epoch_rows:.2f} epochs of {epoch_rows:,} rows",
+        "device": _describe_device(trainer),
+        "output": str(config.training["output_dir"]),
+    }
+    vocabulary = trainer.vocabulary
+    if vocabulary is not None and vocabulary.student != vocabulary.teacher:
+        plan["vocabulary"] = f"{vocabulary.shared:,} shared, padding beyond it left out"
+    return plan
+
+
+def _describe_teacher(trainer: GKDTrainerWithMetrics, config: RunConfig) -> str:
+    assert trainer.teacher_model is not None
+    parameters, _ = count_parameters(trainer.teacher_model)
+    return f"{config.rlhf.teacher_model}: {parameters:,} parameters, {trainer.teacher_model.dtype}"
+
+
+def _describe_loss(trainer: GKDTrainerWithMetrics) -> str:
+    knobs = trainer.knobs
+    terms = []
+    if knobs.lm_kd_active:
+        options = f"beta {trainer.beta:g}, temperature {knobs.kd_temperature:g}"
+        terms.append(f"{knobs.llm_kd_weight:g} x {knobs.divergence} ({options})")
+    if knobs.ce_weight > 0:
+        terms.append(f"{knobs.ce_weight:g} x cross-entropy")
+    if knobs.visual_kd is not None:
+        terms.append(f"{knobs.visual_kd.weight:g} x visual ({', '.join(knobs.visual_kd.targets)})")
+    return " + ".join(terms)
+
+
+def _describe_answers(trainer: GKDTrainerWithMetrics) -> str:
+    if not trainer.knobs.lm_kd_active:
+        return "from the data"
+    rest = "the teacher" if trainer.seq_kd else "the data"
+    if trainer.lmbda == 0:
+        return f"from {rest}"
+    return (
+        f"{trainer.lmbda:.0%} of steps from the student, the others from {rest}"
+        if trainer.lmbda < 1
+        else "from the student"
+    )
+
+
+def _describe_device(trainer: GKDTrainerWithMetrics) -> str:
+    accelerator = trainer.accelerator
+    kind = f" ({accelerator.distributed_type.value.lower()})" if accelerator.num_processes > 1 else ""
+    precision = accelerator.mixed_precision
+    return f"{accelerator.device}{kind}, " + ("no mixed precision" if precision == "no" else f"mixed {precision}")

@@ -1,0 +1,199 @@
+"""The student's forward and the token terms of its loss: without logits where the model allows, with them elsewhere.
+
+Shapes: B rows, T positions, S supervised tokens, H hidden width, V vocabulary, D supervised tokens of the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdtrain.errors import VocabularyError
+from kdtrain.knobs import Knobs
+from kdtrain.losses.dense import dense_distillation_loss
+from kdtrain.losses.fused import fused_distillation_loss
+from kdtrain.losses.head import Head
+from kdtrain.losses.reduce import FusedLoss, next_token_labels
+from kdtrain.losses.topk import TopKLogprobs
+from kdtrain.teachers import DenseTargets, Targets
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Logit columns of both models when the trainer was built, and how many leading ones they share."""
+
+    student: int
+    teacher: int
+    shared: int
+
+    def check(self, student: int, teacher: int) -> None:
+        """Raise `VocabularyError` unless the models still have the sizes they had."""
+        if (student, teacher) != (self.student, self.teacher):
+            raise VocabularyError(
+                f"Vocabulary sizes differ at this step: the student has {student} logits and the teacher {teacher}. "
+                f"When the trainer was built they had {self.student} and {self.teacher}: do not resize a model after "
+                "that."
+            )
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """What the token terms are, for all batches of a run.
+
+    Args:
+        knobs: weights and options.
+        beta: interpolation of the divergence.
+        vocabulary: None without LM KD.
+        fused: whether the student's forward takes a `loss_head` (see `lm_head.py`).
+        router_logits: whether a mixture-of-experts model returns what its load-balancing loss needs.
+    """
+
+    knobs: Knobs
+    beta: float
+    vocabulary: Vocabulary | None
+    fused: bool
+    router_logits: bool
+
+    def forward(
+        self,
+        model: nn.Module,
+        model_inputs: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        predicts_BT: torch.Tensor,
+        targets: Targets | None,
+        num_items: torch.Tensor | int | None,
+    ) -> tuple[FusedLoss, Any]:
+        """Run the student and compute its token terms.
+
+        Args:
+            model: as wrapped for training.
+            model_inputs: what its forward takes.
+            batch: with `labels` [B, T] and, optionally, `ce_rows` [B] and `student_generated`.
+            predicts_BT: [B, T−1] bool, positions that predict a supervised token.
+            targets: the teacher's, for S tokens; None without LM KD.
+            num_items: D, or None.
+
+        Returns:
+            The terms, and the auxiliary loss of a mixture-of-experts model or None.
+        """
+        extra = {"output_router_logits": True} if self.router_logits else {}
+        options: dict[str, Any] = {
+            "kd_weight": self.knobs.llm_kd_weight,
+            # A model is not taught its own samples.
+            "ce_weight": 0.0 if batch.get("student_generated", False) else self.knobs.ce_weight,
+            "ce_mask": _ce_mask(batch, predicts_BT),
+            "beta": self.beta,
+            "temperature": self.knobs.kd_temperature,
+            "divergence": self.knobs.divergence,
+            "num_items": num_items,
+        }
+        labels_S = next_token_labels(batch["labels"])[predicts_BT]
+        # Without a cache: with one, models let packed documents attend to each other, and it costs memory.
+        if not self.fused or _elsewhere(targets, labels_S.device):
+            outputs = model(**model_inputs, use_cache=False, **extra)
+            logits_SV = outputs.logits[:, :-1][predicts_BT]
+            teacher_SV = None if targets is None else _logits(targets).to(logits_SV.device)
+            logits_SV, teacher_SV = self._shared_logits(logits_SV, teacher_SV)
+            loss = dense_distillation_loss(logits_SV, labels_S, teacher_SV, **options)
+            return loss, getattr(outputs, "aux_loss", None)
+
+        terms: list[FusedLoss] = []
+
+        def loss_head(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, ...]:
+            hidden_SH = hidden_BTH[:, :-1][predicts_BT.to(hidden_BTH.device)]
+            terms.append(self._fused(hidden_SH, head, labels_S.to(hidden_SH.device), targets, options))
+            if not self.router_logits:
+                return (terms[0].loss,)
+            return terms[0].loss, _load_balancing_loss(model_inputs, outputs, config.get_text_config())
+
+        config: Any = getattr(model, "module", model).config
+        loss, *aux = model(**model_inputs, use_cache=False, loss_head=loss_head, **extra)
+        # The loss as the wrapper returned it: it may have hung its own hooks on it.
+        return replace(terms[0], loss=loss), aux[0] if aux else None
+
+    def _fused(
+        self,
+        hidden_SH: torch.Tensor,
+        head: Head,
+        labels_S: torch.Tensor,
+        targets: Targets | None,
+        options: dict[str, Any],
+    ) -> FusedLoss:
+        student = head
+        teacher: dict[str, Any] = {}
+        if isinstance(targets, DenseTargets):
+            assert self.vocabulary is not None
+            self.vocabulary.check(len(head.weight), len(targets.head.weight))
+            student = first_columns(head, self.vocabulary.shared)
+            shared = first_columns(targets.head, self.vocabulary.shared)
+            teacher = {
+                "teacher_hidden": targets.hidden,
+                "teacher_weight": shared.weight,
+                "teacher_bias": shared.bias,
+                "teacher_logit_scale": shared.logit_scale,
+                "teacher_softcap": shared.softcap,
+            }
+        elif isinstance(targets, TopKLogprobs):
+            teacher = {"targets": targets}
+        return fused_distillation_loss(
+            hidden_SH,
+            student.weight,
+            labels_S,
+            student_bias=student.bias,
+            student_logit_scale=student.logit_scale,
+            student_softcap=student.softcap,
+            **teacher,
+            **(options if targets is not None else options | {"kd_weight": 0.0}),
+        )
+
+    def _shared_logits(
+        self, student_SV: torch.Tensor, teacher_SV: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Both logits over the shared range of the vocabulary; padding beyond it takes no part."""
+        if teacher_SV is None:
+            return student_SV, None
+        assert self.vocabulary is not None
+        self.vocabulary.check(student_SV.shape[-1], teacher_SV.shape[-1])
+        return student_SV[:, : self.vocabulary.shared], teacher_SV[:, : self.vocabulary.shared]
+
+
+def first_columns(head: Head, count: int) -> Head:
+    """The head over the first tokens of the vocabulary only; the same object where that is all of them."""
+    if count == len(head.weight):
+        return head
+    return replace(head, weight=head.weight[:count], bias=None if head.bias is None else head.bias[:count])
+
+
+def _elsewhere(targets: Targets | None, device: torch.device) -> bool:
+    """Whether targets cannot go into the fused loss: plain logits, or a head on another device than the student's."""
+    if targets is None or isinstance(targets, TopKLogprobs):
+        return False
+    return isinstance(targets, torch.Tensor) or targets.head.weight.device != device
+
+
+def _logits(targets: Targets) -> torch.Tensor:
+    if isinstance(targets, TopKLogprobs):
+        raise NotImplementedError("top-k targets need a student with a plain head")
+    return targets if isinstance(targets, torch.Tensor) else targets.logits()
+
+
+def _ce_mask(batch: Mapping[str, Any], predicts_BT: torch.Tensor) -> torch.Tensor | None:
+    """[S] bool: supervised tokens of rows that contribute cross-entropy; None is all."""
+    rows = batch.get("ce_rows")
+    if rows is None:
+        return None
+    return rows.to(predicts_BT.device)[:, None].expand_as(predicts_BT)[predicts_BT]
+
+
+def _load_balancing_loss(model_inputs: Mapping[str, Any], outputs: Any, config: Any) -> torch.Tensor:
+    """The auxiliary loss that a mixture-of-experts model would have returned beside its logits."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    mask = model_inputs.get("attention_mask")
+    value = load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok, mask)
+    assert isinstance(value, torch.Tensor)
+    return value
