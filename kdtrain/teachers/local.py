@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.lm_head import add_loss_head, why_no_loss_head
 from kdtrain.losses.head import Head
@@ -30,6 +33,7 @@ class LocalTeacher:
     def __init__(self, module: nn.Module) -> None:
         self.module: nn.Module | None = module.requires_grad_(False).eval()
         self.vocab_size = vocabulary_size(module)
+        self._whole_head: Head | None = None
         reason = why_no_loss_head(module)
         self._from_logits = reason is not None
         if reason is None:
@@ -43,7 +47,7 @@ class LocalTeacher:
         self.module.eval()  # a caller may have called .train() on a parent
 
         def keep(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, Head]:
-            return hidden_BTH[:, :-1][predicts_BT.to(hidden_BTH.device)], head
+            return hidden_BTH[:, :-1][predicts_BT.to(hidden_BTH.device)], self._lasting(head)
 
         with torch.no_grad():
             if self._from_logits:
@@ -51,3 +55,15 @@ class LocalTeacher:
                 return logits_BTV[predicts_BT.to(logits_BTV.device)]
             hidden_SH, head = self.module(**inputs, use_cache=False, loss_head=keep)
         return DenseTargets(hidden_SH, head)
+
+    def _lasting(self, head: Head) -> Head:
+        """A head that outlives the forward. FSDP2 and ZeRO-3 free whole weights after it: of theirs a copy is kept.
+
+        One copy for the run: the teacher never changes.
+        """
+        if not (isinstance(self.module, FSDPModule) or is_deepspeed_zero3_enabled()):
+            return head
+        if self._whole_head is None:
+            bias = None if head.bias is None else head.bias.clone()
+            self._whole_head = replace(head, weight=head.weight.clone(), bias=bias)
+        return self._whole_head

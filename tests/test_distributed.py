@@ -1,0 +1,65 @@
+"""Sharded training: FSDP2 on two gloo ranks equals one process."""
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.test_trainer import ROWS, make_trainer
+
+CASES = {
+    "tied head": (True, None),
+    "head of its own": (False, None),
+    "lora, tied head": (True, "all-linear"),
+    "lora, head of its own": (False, "all-linear"),
+    "lora and a trained copy of the head": (False, ["lm_head"]),
+}
+
+
+def train(folder, tied, lora, **kwargs):
+    """Two windows of the same eight rows; loss and gradient norm of each, and what it ran on."""
+    from kdtrain.models import lora_config
+
+    extra = {}
+    if lora is not None:
+        copies = None if isinstance(lora, str) else lora
+        targets = lora if isinstance(lora, str) else ["q_proj"]
+        extra["peft_config"] = lora_config(
+            rank=4, alpha=8, dropout=0.0, target_modules=targets, modules_to_save=copies, use_dora=False
+        )
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else kwargs.pop("ranks", 1)
+    trainer = make_trainer(
+        folder, tiny.make_qwen3(seed=1, tie_word_embeddings=tied),
+        tiny.make_qwen3(seed=2, hidden=48, tie_word_embeddings=tied), rows=ROWS, sft_alpha=0.3, optim="sgd",
+        per_device_train_batch_size=8 // ranks, max_grad_norm=1e9, train_sampling_strategy="sequential",
+        learning_rate=0.1, lr_scheduler_type="constant", max_steps=2, extra=extra, **kwargs,
+    )  # fmt: skip
+    trainer.train()
+    numbers = [record[key] for record in trainer.state.log_history if "loss" in record for key in ("loss", "grad_norm")]
+    return numbers, type(trainer.model_wrapped).__name__, type(trainer.teacher_model).__name__
+
+
+def train_fsdp2(folder, tied, lora):
+    from accelerate import state
+
+    original = state.AcceleratorState.__init__
+
+    def init(self, *args, **kwargs):
+        # accelerate takes FSDP on a CPU for plain DDP without a word; under another device's name it shards.
+        shared = state.PartialState._shared_state
+        if kwargs.get("fsdp_plugin") is not None and shared.get("distributed_type") == state.DistributedType.MULTI_CPU:
+            shared["distributed_type"] = state.DistributedType.MULTI_XPU
+        original(self, *args, **kwargs)
+
+    state.AcceleratorState.__init__ = init
+    sharding = {"version": 2, "reshard_after_forward": True}
+    return train(folder, tied, lora, ranks=2, fsdp="full_shard", fsdp_config=sharding)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fsdp2_equals_one_process(tmp_path, name):
+    tied, lora = CASES[name]
+    expected, _, _ = train(tmp_path / "one", tied, lora)
+    for numbers, student, teacher in tiny.run_ranks(train_fsdp2, 2, tmp_path / "two", tied, lora):
+        assert student.startswith("FSDP")
+        assert teacher.startswith("FSDP")
+        assert numbers == pytest.approx(expected, rel=1e-5)
