@@ -46,12 +46,14 @@ class TileOptions:
         """Weight of a bare KL(T‖S) in the divergence."""
         if self.divergence == "mixed_kl":
             return 1 - self.beta
-        return float(self.beta == 0)
+        return 1.0 if self.beta == 0 else 0.0
 
     @property
     def reverse_weight(self) -> float:
         """Weight of a bare KL(S‖T) in the divergence."""
-        return self.beta if self.divergence == "mixed_kl" else float(self.beta == 1)
+        if self.divergence == "mixed_kl":
+            return self.beta
+        return 1.0 if self.beta == 1 else 0.0
 
     @property
     def mixture_weight(self) -> float:
