@@ -279,7 +279,7 @@ def test_chunks_are_few_and_nearly_equal():
     assert chunk_sizes(1001, 512) == [501, 500]
     assert chunk_sizes(5, 512) == [5]
     assert chunk_sizes(0, 512) == []
-    assert default_chunk(32768, torch.float32, torch.device("cpu")) == 512
+    assert default_chunk(32768, torch.float32, torch.device("cpu")) == 256
     assert default_chunk(151936, torch.float32, torch.device("cpu")) == 110
     assert default_chunk(10**7, torch.float32, torch.device("cpu")) == 64
 

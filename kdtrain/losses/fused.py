@@ -291,9 +291,9 @@ def _compiled_tile_terms() -> Callable[..., TileSums]:
 
 
 def default_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens of a chunk: as many as two logit tiles of the budget hold, at least 64 and, on a CPU, at most 512."""
+    """Tokens of a chunk: as many as two logit tiles of the budget hold, at least 64 and, on a CPU, at most 256."""
     budget = _TILE_BYTES.get(device.type, _TILE_BYTES["cuda"])
-    largest = 512 if device.type == "cpu" else 8192
+    largest = 256 if device.type == "cpu" else 8192
     return min(max(budget // (2 * vocabulary * dtype.itemsize), 64), largest)
 
 
