@@ -30,7 +30,7 @@ from kdtrain.losses.topk import Tail, TopKLogprobs, check_targets
 # Bytes of the two logit tiles of a chunk together.
 _TILE_BYTES = {"cpu": 128 * 2**20, "cuda": 1024 * 2**20}
 # Values of one element-wise block: on a CPU its buffers stay in the cache, on a GPU a block is the whole tile.
-_BLOCK_VALUES = 2**19
+_BLOCK_VALUES = 2**20
 
 
 def fused_distillation_loss(
@@ -178,7 +178,9 @@ class _Run:
         self.ce_rows = None if call.ce_mask is None else call.ce_mask.to(device)[rows].to(self.dtype)
         empty = torch.zeros(0, device=device)
         self.grad_hidden = torch.empty_like(hidden_SH) if self.wants_hidden else empty
-        self.grad_weight = torch.zeros_like(call.student.weight, dtype=self.dtype) if self.wants_weight else empty
+        # Written by the first chunk; without one it has to be zeros.
+        new_weight_gradient = torch.empty_like if len(labels_S) else torch.zeros_like
+        self.grad_weight = new_weight_gradient(call.student.weight, dtype=self.dtype) if self.wants_weight else empty
         self.grad_bias = (
             torch.zeros(len(call.student.weight), dtype=self.dtype, device=device) if self.wants_bias else empty
         )
@@ -221,7 +223,7 @@ class _Run:
         if self.wants_hidden:
             self.grad_hidden[chunk] = hidden_gradient(student, head.weight, scale)
         if self.wants_weight:
-            add_weight_gradient(self.grad_weight, student, hidden, scale)
+            add_weight_gradient(self.grad_weight, student, hidden, scale, first=chunk.start == 0)
         if self.wants_bias:
             self.grad_bias.add_(student.sum(0), alpha=scale)
 

@@ -17,8 +17,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Rows of a half-precision weight that are widened at a time on a CPU: 8192 · 1024 · 4 bytes are 32 MiB.
-_WIDENED_ROWS = 8192
+# Rows of a half-precision weight that are widened at a time on a CPU: few enough to be in its cache when they are used.
+_WIDENED_ROWS = 1024
 # A product of float32 numbers that is further off than this was not computed in float32.
 _FLOAT32_ERROR = 4e-6
 
@@ -67,9 +67,19 @@ def hidden_gradient(gradient_CV: torch.Tensor, weight_VH: torch.Tensor, scale: f
 
 
 def add_weight_gradient(
-    total_VH: torch.Tensor, gradient_CV: torch.Tensor, hidden_CH: torch.Tensor, scale: float
+    total_VH: torch.Tensor, gradient_CV: torch.Tensor, hidden_CH: torch.Tensor, scale: float, first: bool = False
 ) -> None:
-    """total += scale · gradientᵀ · hidden, [V, H]; accumulated in float32 whatever the dtype of the weight."""
+    """total += scale · gradientᵀ · hidden, [V, H]; accumulated in float32 whatever the dtype of the weight.
+
+    `first` writes instead of adding: what `total` holds then does not matter, and it need not be filled with zeros.
+    """
+    if first and hidden_CH.device.type == "cpu":
+        _mm(gradient_CV.t(), hidden_CH.to(total_VH.dtype), total_VH)
+        if scale != 1:
+            total_VH.mul_(scale)
+        return
+    if first:
+        total_VH.zero_()
     if hidden_CH.dtype != total_VH.dtype and hidden_CH.device.type == "cuda":
         narrow = gradient_CV.to(hidden_CH.dtype)
         total_VH.add_(torch.mm(narrow.t(), hidden_CH, out_dtype=total_VH.dtype), alpha=scale)

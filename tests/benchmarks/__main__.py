@@ -1,0 +1,163 @@
+"""`python -m tests.benchmarks`: our loss beside its peers, as a table.
+
+    python -m tests.benchmarks                    what the requirements speak about, 15 to 20 minutes; writes results.*
+    python -m tests.benchmarks --quick            small sizes, about a minute: does everything run?
+    python -m tests.benchmarks --full             the whole grid of sizes, β, heads and dtypes; takes hours
+    python -m tests.benchmarks --only loss        one part (loss, memory, step, parts), printed; --out DIR writes it
+
+On a machine with CUDA the loss is measured there instead; `--cpu` measures the CPU all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.benchmarks import gpu, parts, report, requirements, step
+from tests.benchmarks.cases import LossCase, errors, expected, forward_backward, make_inputs
+from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.memory import limit_memory, memory_of_losses
+from tests.benchmarks.peers import OURS, PEERS
+from tests.benchmarks.timing import describe, progress, time_loss
+
+# Read by libraries that are imported later, here and in child processes.
+_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+PARTS = ("loss", "memory", "step", "parts")
+EAGER = [name for name, peer in PEERS.items() if not peer.compiled]
+
+
+def main() -> None:
+    options = _options()
+    os.environ |= _ENVIRONMENT
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(options.threads)
+    logging.disable(logging.WARNING)
+    started = time.monotonic()
+    results: dict[str, Any] = {
+        "machine": describe_machine(),
+        "settings": {"threads": options.threads, "rounds": options.rounds, "quick": options.quick},
+    }
+    if torch.cuda.is_available() and not options.cpu:
+        results |= _on_cuda(options)
+    else:
+        limit_memory()
+        measure = {"loss": _loss, "memory": _memory, "step": _step, "parts": _parts}
+        for name in [options.only] if options.only else PARTS:
+            results |= measure[name](options)
+    results["settings"]["minutes"] = round((time.monotonic() - started) / 60, 1)
+    if not options.quick:
+        results["required"] = [dataclasses.asdict(row) for row in requirements.rows(results)]
+    print(report.as_markdown(results))
+    # The files of the repository are those of a whole run.
+    folder = options.out or (None if options.quick or options.only else Path(__file__).parent)
+    if folder is not None:
+        progress("wrote " + ", ".join(map(str, report.write(results, folder))))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.splitlines()[0])
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="small sizes: shows that everything runs")
+    size.add_argument("--full", action="store_true", help="the whole grid, and every implementation in every case")
+    parser.add_argument("--only", choices=PARTS, help="one part; printed, and written only with --out")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where results.md and results.json go")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per case (5)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU measurements (1)")
+    parser.add_argument("--cpu", action="store_true", help="measure the CPU although there is a GPU")
+    options = parser.parse_args()
+    if options.rounds < 1 or options.threads < 1:
+        parser.error("--rounds and --threads must be at least 1")
+    return options
+
+
+def _loss(options: argparse.Namespace) -> dict[str, Any]:
+    if options.quick:
+        case = LossCase(tokens=128, vocab=2048, student_hidden=64, teacher_hidden=128)
+        timed = [time_loss(case, [*EAGER, "liger_compiled_sup"], options.rounds)]
+        return {"loss": timed, "errors": [_errors(dataclasses.replace(case, dtype="bfloat16"), EAGER)]}
+    timed = [time_loss(case, list(PEERS if options.full else names), options.rounds) for case, names in _cases(options)]
+    case, names = requirements.BF16_ERRORS
+    return {"loss": timed, "errors": [_errors(c, [OURS, *names]) for c in (case, LossCase())]}
+
+
+def _cases(options: argparse.Namespace) -> list[tuple[LossCase, list[str]]]:
+    required = [(case, list(names)) for case, names in requirements.FASTER]
+    if not options.full:
+        return required
+    grid = itertools.product((1024, 4096), (32768, 151936), (0.5, 0.0, 1.0), ("float32", "bfloat16"), (True, False))
+    return [(LossCase(*sizes), []) for sizes in grid]
+
+
+def _errors(case: LossCase, names: list[str]) -> dict[str, Any]:
+    torch._dynamo.reset()
+    inputs = make_inputs(case)
+    exact = expected(case, inputs)
+    found: dict[str, Any] = {}
+    for name in names:
+        inputs.forget_gradients()
+        if not PEERS[name].installed:
+            found[name] = {"note": f"{PEERS[name].package} is not installed"}
+            continue
+        try:
+            found[name] = errors(inputs, forward_backward(PEERS[name], case, inputs)(), exact)
+        except Exception as error:  # a peer that fails is a result
+            found[name] = {"note": describe(error)}
+    progress(f"errors, {case}: done")
+    return {"case": vars(case), "title": str(case), "peers": found}
+
+
+def _memory(options: argparse.Namespace) -> dict[str, Any]:
+    if options.quick:
+        quick = [(LossCase(tokens=256, vocab=8192), [OURS, "trl_dense"])]
+        return {"memory": [memory_of_losses(case, names, options.threads) for case, names in quick]}
+    wanted = [(case, [OURS, *names]) for case, names in requirements.SMALLER]
+    # Beside what is required: the peers on supervised tokens only, the comparison that is harder for us.
+    wanted[0] = (wanted[0][0], [*wanted[0][1], "trl_dense_sup", "trl_chunked_sup", "liger_compiled_sup"])
+    wanted.append((requirements.AT_MOST[0], [OURS, *requirements.AT_MOST[2]]))
+    if options.full:
+        wanted = [(case, list(PEERS)) for case, _ in wanted]
+    return {"memory": [memory_of_losses(case, names, options.threads) for case, names in wanted]}
+
+
+def _step(options: argparse.Namespace) -> dict[str, Any]:
+    if options.quick:
+        cases = [(step.StepCase(vocab=4096, length=64, layers=2), ["trl_gkd"])]
+    else:
+        cases = [(case, list(names)) for case, names in requirements.STEPS]
+        cases[0] = (cases[0][0], [*cases[0][1], "liger_compiled_sup"])
+        if options.full:
+            cases = [
+                (dataclasses.replace(case, tied=tied), list(step.PATHS)) for case, _ in cases for tied in (True, False)
+            ]
+    return {"step": [step.measure_step(case, names, options.rounds, options.threads) for case, names in cases]}
+
+
+def _parts(options: argparse.Namespace) -> dict[str, Any]:
+    if options.quick:
+        return {"parts": [parts.where_time_goes(LossCase(tokens=128, vocab=8192), 2)]}
+    return {"parts": [parts.where_time_goes(case, 3) for case, _ in requirements.PARTS]}
+
+
+def _on_cuda(options: argparse.Namespace) -> dict[str, Any]:
+    case = dataclasses.replace(gpu.CASE, tokens=512, vocab=8192) if options.quick else gpu.CASE
+    errors_case = dataclasses.replace(case, tokens=min(case.tokens, 1024), vocab=min(case.vocab, 32768))
+    return {"cuda": [gpu.measure(case, max(options.rounds, 5))], "errors": [gpu.measure_errors(errors_case)]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
