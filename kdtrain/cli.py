@@ -80,7 +80,8 @@ def fit(
         processes = launch.wanted_processes(run_config, devices)
         if processes > 1 or run_config.launch.config_file:
             command = launch.launch_command(run_config, processes, sys.argv[1:], on_cpu=devices == 0)
-            typer.echo(launch.shown(command), err=True)
+            if not quiet:
+                logger.info(launch.shown(command))
             sys.exit(launch.run_launcher(command))
     try:
         _train(run_config, resume, dry_run, quiet, log_format)
@@ -100,7 +101,7 @@ def _train(config: RunConfig, resume: str | None, dry_run: bool, quiet: bool, lo
     from kdtrain.run import fit as run_fit
 
     if int(os.environ.get("RANK", "0")) == 0:
-        logger.setLevel(logging.INFO)
+        logger.setLevel(logging.WARNING if quiet else logging.INFO)
     arguments = build_train_arguments(config)
     _quiet_libraries(keep_bars=console.is_terminal and not quiet)
     reporter = ConsoleReporter(console, log_format, quiet)

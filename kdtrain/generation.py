@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.data.collate import pad_rows
 from kdtrain.errors import DataError
@@ -96,8 +98,12 @@ def generate_batch(
     generate: Any = model.generate
     input_ids_BP = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask_BP = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    # Sharded, every forward is a collective: all ranks must run as many as the one with the longest answer.
+    together = isinstance(model, FSDPModule) or is_deepspeed_zero3_enabled()
     with torch.no_grad(), _evaluating(model), _only(model, config), _seeded(seed, device):
-        sequences = generate(input_ids=input_ids_BP, attention_mask=mask_BP, generation_config=config)
+        sequences = generate(
+            input_ids=input_ids_BP, attention_mask=mask_BP, generation_config=config, synced_gpus=together
+        )
     completions = [_until_stop(row, config.eos_token_id) for row in sequences[:, width:].tolist()]
     rows = [
         (prompt + completion, [IGNORE_INDEX] * len(prompt) + completion)

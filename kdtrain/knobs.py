@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from kdtrain.losses.divergence import Divergence, check_divergence_arguments
+from kdtrain.losses.topk import Tail
 from kdtrain.losses.visual import Distance
 
 
@@ -45,6 +46,7 @@ class Knobs:
     divergence: Divergence = "jsd"
     kd_temperature: float = 1.0
     eval_kd: bool = True
+    tail: Tail = "bucket"
     visual_kd: VisualKnobs | None = None
 
     @classmethod
@@ -60,6 +62,7 @@ class Knobs:
             divergence=getattr(args, "divergence", "jsd"),
             kd_temperature=getattr(args, "kd_temperature", 1.0),
             eval_kd=getattr(args, "eval_kd", True),
+            tail=getattr(args, "tail", "bucket"),
             visual_kd=_visual_knobs(getattr(args, "visual_kd", None)),
         )
         for name in ("llm_kd_weight", "sft_alpha"):
@@ -111,7 +114,10 @@ def _visual_target(name: str, target: Any, distance: Distance) -> VisualTargetKn
     weight = _get(target, "weight", 1.0)
     if weight < 0:
         raise ValueError(f"visual_kd target {name!r}: weight must be non-negative, got {weight}")
-    return VisualTargetKnobs(weight, _get(target, "distance", None) or distance, student, teacher)
+    distance = _get(target, "distance", None) or distance
+    if distance not in get_args(Distance):
+        raise ValueError(f"visual_kd target {name!r}: distance must be one of {get_args(Distance)}, got {distance!r}")
+    return VisualTargetKnobs(weight, distance, student, teacher)
 
 
 def _get(value: Any, name: str, default: Any) -> Any:

@@ -52,7 +52,9 @@ def launch_command(config: RunConfig, num_processes: int, arguments: Sequence[st
     """
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     if config.launch.config_file:
-        command += ["--config_file", config.launch.config_file, "--num_processes", str(num_processes)]
+        command += ["--config_file", config.launch.config_file]
+        if config.launch.num_processes is not None:  # else the file says how many, over all machines
+            command += ["--num_processes", str(num_processes)]
     else:
         command += ["--num_processes", str(num_processes), "--num_machines", "1", "--dynamo_backend", "no"]
         command += ["--mixed_precision", "no"]  # decided by training.bf16 and training.fp16

@@ -73,6 +73,8 @@ def why_no_loss_head(model: Any) -> str | None:
         model.train(was_training)
     if logits.shape != ours.shape:
         return "its logits have another shape than its head gives"
+    if not logits.isfinite().all():
+        return "its logits are not finite"
     tolerance = 1e-3 if module.weight.dtype == torch.float32 else 3e-2
     if not (logits - ours).norm() <= tolerance * logits.norm():
         return "it does more to its logits than its config says"

@@ -34,6 +34,7 @@ class ConsoleReporter:
         self._console = console
         self._json = log_format == "json"
         self._quiet = quiet
+        self._bar: ProgressBar | None = None
 
     def data(self, name: str, report: BuildReport) -> None:
         """What became of the rows of a data set."""
@@ -64,7 +65,15 @@ class ConsoleReporter:
             return []
         if self._json:
             return [JsonLines(self)]
-        return [ProgressBar(self._console)] if self._console.is_terminal else [PlainLines(self._console)]
+        if not self._console.is_terminal:
+            return [PlainLines(self._console)]
+        self._bar = ProgressBar(self._console)
+        return [self._bar]
+
+    def close(self) -> None:
+        """Give the terminal back, also after a failure in the middle of training."""
+        if self._bar is not None:
+            self._bar.close()
 
     def _line(self, record: Mapping[str, Any]) -> None:
         self._console.print(json.dumps(record), markup=False, highlight=False, soft_wrap=True)
@@ -157,7 +166,7 @@ class ProgressBar(TrainerCallback):
             self._console.print(f"step {state.global_step}  {describe(logs)}", markup=False, highlight=False)
 
     def close(self) -> None:
-        """Give the terminal back; also after a failure in the middle of training."""
+        """Take the bar off the terminal."""
         self._live.stop()
 
     def on_train_end(

@@ -57,6 +57,9 @@ class Reporter(Protocol):
     def callbacks(self) -> list[TrainerCallback]:
         """Callbacks that show progress; asked for on rank 0 only."""
 
+    def close(self) -> None:
+        """The run is over, one way or another."""
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -85,9 +88,19 @@ def fit(
     """
     run_dir = Path(arguments.training_args.output_dir)
     checkpoint = _checkpoint(run_dir, resume)
+    try:
+        return _begin(arguments, reporter, run_dir, checkpoint, dry_run)
+    finally:
+        reporter.close()
+
+
+def _begin(
+    arguments: TrainArguments, reporter: Reporter, run_dir: Path, checkpoint: Path | None, dry_run: bool
+) -> RunResult:
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch:
             arguments.training_args.output_dir = scratch
+            arguments.training_args.report_to = []  # no tracker hears of it
             return _fit(arguments, reporter, None, dry_run=True)
     with tracked_status(run_dir):
         return _fit(arguments, reporter, checkpoint, dry_run=False)
@@ -300,7 +313,8 @@ def _teacher(
     kwargs = dict(init_kwargs)
     if options.device_map is not None:
         kwargs["device_map"] = options.device_map
-    trust: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code, "revision": options.revision}
+    revision = kwargs.pop("revision", None) or options.revision
+    trust: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code, "revision": revision}
     teacher_tokenizer = load_tokenizer(name, **trust)
     teacher = build_teacher(name, backend=options.backend, init_kwargs=kwargs, device=device, **trust)
     return teacher, shared_vocabulary(student_size, teacher.vocab_size, tokenizer, teacher_tokenizer)
@@ -357,6 +371,11 @@ def _readable_construction() -> Iterator[None]:
         yield
     except KdtrainError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise PreflightError(
+            "Out of memory while placing student and teacher on the device. Use a smaller teacher, "
+            "rlhf.teacher.device_map: auto, half precision (rlhf.teacher.dtype), or tuner.train_type: lora."
+        ) from error
     except (ImportError, ValueError, OSError, RuntimeError) as error:
         raise PreflightError(
             f"The trainer could not be built: {str(error).strip()}\nThis comes from an option in training or tuner; "

@@ -42,8 +42,17 @@ def write_status(run_dir: Path, state: str, exit_code: int | None, message: str)
     rank = int(os.environ.get("RANK", "0"))
     if not run_dir.is_dir() or (rank != 0 and state != "failed"):
         return
+    if state == "failed" and _read_state(run_dir) == "failed":
+        return  # the first failure is the cause, the others follow from it
     status = {"state": state, "exit_code": exit_code, "message": message, "rank": rank, "time": time.time()}
     write_atomically(run_dir / STATUS, json.dumps(status, indent=2) + "\n")
+
+
+def _read_state(run_dir: Path) -> str | None:
+    try:
+        return json.loads((run_dir / STATUS).read_text(encoding="utf-8"))["state"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -5,6 +5,8 @@ Shapes: B rows, T positions, S supervised tokens, H hidden width, V vocabulary, 
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdtrain.errors import VocabularyError
+from kdtrain.errors import NotAvailableError, VocabularyError
 from kdtrain.knobs import Knobs
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.fused import fused_distillation_loss
@@ -20,6 +22,8 @@ from kdtrain.losses.head import Head
 from kdtrain.losses.reduce import FusedLoss, next_token_labels
 from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.teachers import DenseTargets, Targets
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,10 @@ class TokenLoss:
         labels_S = next_token_labels(batch["labels"])[predicts_BT]
         # Without a cache: with one, models let packed documents attend to each other, and it costs memory.
         if not self.fused or _elsewhere(targets, labels_S.device):
+            if self.fused:
+                _say_once(
+                    "The teacher gives logits, or its head is on another device: the student's are made in full too."
+                )
             outputs = model(**model_inputs, use_cache=False, **extra)
             logits_SV = outputs.logits[:, :-1][predicts_BT]
             teacher_SV = None if targets is None else _logits(targets).to(logits_SV.device)
@@ -108,9 +116,9 @@ class TokenLoss:
             terms.append(self._fused(hidden_SH, head, labels_S.to(hidden_SH.device), targets, options))
             if not self.router_logits:
                 return (terms[0].loss,)
-            return terms[0].loss, _load_balancing_loss(model_inputs, outputs, config.get_text_config())
+            return terms[0].loss, _load_balancing_loss(model_inputs, outputs, moe)
 
-        config: Any = getattr(model, "module", model).config
+        moe: Any = getattr(model, "module", model)
         loss, *aux = model(**model_inputs, use_cache=False, loss_head=loss_head, **extra)
         # The loss as the wrapper returned it: it may have hung its own hooks on it.
         return replace(terms[0], loss=loss), aux[0] if aux else None
@@ -138,7 +146,9 @@ class TokenLoss:
                 "teacher_softcap": shared.softcap,
             }
         elif isinstance(targets, TopKLogprobs):
-            teacher = {"targets": targets}
+            assert self.vocabulary is not None
+            student = first_columns(head, self.vocabulary.shared)
+            teacher = {"targets": targets.to(hidden_SH.device), "tail": self.knobs.tail}
         return fused_distillation_loss(
             hidden_SH,
             student.weight,
@@ -168,6 +178,11 @@ def first_columns(head: Head, count: int) -> Head:
     return replace(head, weight=head.weight[:count], bias=None if head.bias is None else head.bias[:count])
 
 
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
 def _elsewhere(targets: Targets | None, device: torch.device) -> bool:
     """Whether targets cannot go into the fused loss: plain logits, or a head on another device than the student's."""
     if targets is None or isinstance(targets, TopKLogprobs):
@@ -177,7 +192,9 @@ def _elsewhere(targets: Targets | None, device: torch.device) -> bool:
 
 def _logits(targets: Targets) -> torch.Tensor:
     if isinstance(targets, TopKLogprobs):
-        raise NotImplementedError("top-k targets need a student with a plain head")
+        raise NotAvailableError(
+            "A teacher that gives its most likely tokens only needs a student whose head is a plain linear layer."
+        )
     return targets if isinstance(targets, torch.Tensor) else targets.logits()
 
 
@@ -189,11 +206,19 @@ def _ce_mask(batch: Mapping[str, Any], predicts_BT: torch.Tensor) -> torch.Tenso
     return rows.to(predicts_BT.device)[:, None].expand_as(predicts_BT)[predicts_BT]
 
 
-def _load_balancing_loss(model_inputs: Mapping[str, Any], outputs: Any, config: Any) -> torch.Tensor:
+def _load_balancing_loss(model_inputs: Mapping[str, Any], outputs: Any, model: Any) -> torch.Tensor:
     """The auxiliary loss that a mixture-of-experts model would have returned beside its logits."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+    config = model.config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((getattr(config, name) for name in names if hasattr(config, name)), None)
+    if experts is None:
+        raise NotAvailableError(
+            f"The load-balancing loss of {config.model_type} is not available: its config names no number of experts. "
+            "Set training.router_aux_loss_coef: 0."
+        )
     mask = model_inputs.get("attention_mask")
-    value = load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok, mask)
+    value = load_balancing_loss_func(outputs.router_logits, experts, config.num_experts_per_tok, mask)
     assert isinstance(value, torch.Tensor)
     return value

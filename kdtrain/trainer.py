@@ -13,8 +13,10 @@ What is overridden, and why:
 | `GKDTrainer.compute_loss` | the loss itself: upstream's is 1/world_size, ignores temperature and has no CE |
 | `SFTTrainer.prediction_step`, `Trainer.evaluation_loop` | a mean over tokens, not of batch means; no row twice |
 | `SFTTrainer.log` | metrics reduced across ranks |
-| `Trainer._get_grad_norm` | the last place before the optimizer step: NaN stops here |
-| `Trainer._save` | no pickle of the arguments, which holds the hub token |
+| `Trainer.train` | metrics of an earlier call that were never logged do not count |
+| `Trainer._get_grad_norm` | the last place before the optimizer step (but DeepSpeed's): NaN stops here |
+| `Trainer._save` | no pickle of the arguments |
+| `SFTTrainer._save_checkpoint` | its time is not training time |
 | `_BaseTrainer._send_telemetry` | nothing is sent anywhere |
 """
 
@@ -197,11 +199,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     def _compare_vocabularies(self, teacher: Teacher, shared: int | None) -> Vocabulary:
         sizes = vocabulary_size(self.model), teacher.vocab_size
-        if shared is None and sizes[0] == sizes[1]:
-            shared = sizes[0]
         if shared is None:
             name = getattr(getattr(teacher.module, "config", None), "_name_or_path", "")
-            shared = shared_vocabulary(*sizes, self._tokenizer, _tokenizer_or_none(name))
+            # Equal sizes do not mean equal vocabularies; but nothing is downloaded to find out.
+            known = _tokenizer_or_none(name) if sizes[0] != sizes[1] or os.path.isdir(name) else None
+            shared = shared_vocabulary(*sizes, self._tokenizer, known)
         return Vocabulary(*sizes, shared)
 
     def _fuse_head(self) -> bool:
@@ -277,7 +279,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         ) as unwrapped:
             for i, batch in enumerate(batches):
                 batch = self._prepare_inputs(batch)
-                fresh = generate_batch(unwrapped, batch, config, seed=_stable_seed(f"{base}:{i}"))
+                seed = _stable_seed(f"{base}:{i}")
+                fresh = generate_batch(unwrapped, batch, config, seed=seed, multiple=self.args.pad_to_multiple_of)
                 if batch.get("all_repeated", False):
                     fresh["labels"] = torch.full_like(fresh["labels"], IGNORE_INDEX)
                 generated.append(fresh)
@@ -357,6 +360,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
             terms["aux_loss"] = self._aux_term(aux, num_items_in_batch)
             loss = loss + terms["aux_loss"]
         self._record(mode, terms, tokens, inputs)
+        if mode == "train" and self.is_deepspeed_enabled and self._some_loss_is_not_finite():
+            # DeepSpeed takes the optimizer step within backward: this is the last place before it.
+            raise NonFiniteError(self._describe_non_finite(None))
         loss = loss * scale
         if return_outputs:  # for compute_metrics: the loss itself makes no logits
             with torch.no_grad():
@@ -391,7 +397,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
             terms["llm_kd_loss"] = knobs.llm_kd_weight * tokens.kd_sum / denominator
         if knobs.ce_weight > 0:
             own = inputs.get("student_generated", False)
-            terms["sft_loss"] = (0.0 if own else knobs.ce_weight) * tokens.ce_sum / denominator
+            zero = torch.zeros_like(tokens.ce_sum)  # and not 0 · Σ, which may be infinite on the student's own samples
+            terms["sft_loss"] = zero if own else knobs.ce_weight * tokens.ce_sum / denominator
         return terms
 
     # ---- visual KD and regularisers ----------------------------------------------------------------------------------
@@ -411,7 +418,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     def _aux_term(self, aux_loss: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
         """The load-balancing loss of a mixture-of-experts model: a mean over micro-batches and ranks."""
-        ranks = 1 if num_items is None else self.accelerator.num_processes
+        ranks = 1 if num_items is None else self.accelerator.num_processes // self.get_tp_size()
         steps = self.current_gradient_accumulation_steps if num_items is not None else 1
         return self.router_aux_loss_coef * aux_loss / (steps * ranks)
 
@@ -467,9 +474,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
             for key in telemetry.LOSS_TERMS
             for value in self._metrics["train"].get(key, ())[-self.args.gradient_accumulation_steps :]
         ]
-        if not newest:
-            return False
-        bad = (~torch.isfinite(torch.stack([value.float() for value in newest]))).any().float()
+        # With a 0 in front, so that a rank without terms takes part in the collective like the others.
+        values = torch.stack([torch.zeros((), device=self.accelerator.device), *(v.float() for v in newest)])
+        bad = (~torch.isfinite(values)).any().float()
         return bool(self.accelerator.gather(bad[None]).max())
 
     def _describe_non_finite(self, norm: Any) -> str:

@@ -38,7 +38,7 @@ def train(folder, tied, lora, **kwargs):
     return numbers, type(trainer.model_wrapped).__name__, type(trainer.teacher_model).__name__
 
 
-def train_fsdp2(folder, tied, lora):
+def train_fsdp2(folder, tied, lora, **kwargs):
     from accelerate import state
 
     original = state.AcceleratorState.__init__
@@ -52,7 +52,7 @@ def train_fsdp2(folder, tied, lora):
 
     state.AcceleratorState.__init__ = init
     sharding = {"version": 2, "reshard_after_forward": True}
-    return train(folder, tied, lora, ranks=2, fsdp="full_shard", fsdp_config=sharding)
+    return train(folder, tied, lora, ranks=2, **kwargs, fsdp="full_shard", fsdp_config=sharding)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -63,3 +63,14 @@ def test_fsdp2_equals_one_process(tmp_path, name):
         assert student.startswith("FSDP")
         assert teacher.startswith("FSDP")
         assert numbers == pytest.approx(expected, rel=1e-5)
+
+
+def generate_fsdp2(folder, options):
+    return train_fsdp2(folder, True, None, max_new_tokens=12, **options)[0]
+
+
+@pytest.mark.parametrize("options", [{"lmbda": 1.0}, {"seq_kd": True}], ids=["student", "teacher"])
+def test_sharded_ranks_whose_answers_end_at_different_lengths_wait_for_each_other(tmp_path, options):
+    first, second = tiny.run_ranks(generate_fsdp2, 2, tmp_path, options, timeout=90)
+    assert first == second
+    assert all(torch.isfinite(torch.tensor(first)))

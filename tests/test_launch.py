@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -147,6 +148,38 @@ def test_ctrl_c_stops_both_of_two_launched_ranks(project):
     _, stderr = process.communicate(timeout=90)
     assert process.returncode == 130, stderr
     assert len(list((project / "run").glob("checkpoint-*"))) == 1
+
+
+def children(pid):
+    """Worker processes below the launcher, by rank."""
+    found, waiting = {}, [pid]
+    while waiting:
+        for path in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
+            for child in map(int, path.read_text().split()):
+                waiting.append(child)
+                environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+                found |= {int(item[5:]): child for item in environment if item.startswith(b"RANK=")}
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the workers through /proc")
+def test_sigterm_to_one_rank_stops_both_at_the_same_step(project):
+    process = start(project, *LONG, "launch.num_processes=2")
+    os.kill(children(process.pid)[1], signal.SIGTERM)
+    _, stderr = process.communicate(timeout=90)
+    assert process.returncode == 143, stderr
+    assert json.loads((project / "run" / "status.json").read_text())["state"] == "stopped"
+    assert len(list((project / "run").glob("checkpoint-*"))) == 1
+
+
+def test_a_config_file_of_accelerate_says_how_many_processes_there_are(project):
+    (project / "accelerate.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nnum_machines: 1\n"
+        f"num_processes: 2\nmixed_precision: 'no'\nmain_process_port: {tiny.free_port()}\n"
+    )
+    done = run(project, "fit", "config.yaml", "launch.config_file=accelerate.yaml", "training.max_steps=1")
+    assert done.returncode == 0, done.stderr
+    assert "x 2 processes" in done.stderr
 
 
 def test_the_command_for_a_cpu_asks_for_what_works_there(project):

@@ -135,6 +135,17 @@ def test_bf16_is_computed_in_float32(beta):
         assert (ours.double() - theirs).norm() <= 4e-3 * theirs.norm()  # rounded once, on return
 
 
+def test_fp16_gradients_survive_a_large_denominator_under_a_loss_scale():
+    """1/D is subnormal in fp16, and so are the gradients; times the scale of a GradScaler they are not."""
+    problem = make(dtype=torch.float16)
+    result = fused_distillation_loss(**problem, ce_weight=0.5, num_items=100_000)
+    _, gradients = reference_loss(problem, 1.0, 0.5, 0.5, 1.0, "jsd", 1.0, None, None)
+    (2.0**16 * result.loss).backward()
+    factor = 2.0**16 * int(result.num_tokens) / 100_000
+    for tensor, expected in zip(trained(problem), gradients, strict=True):
+        assert (tensor.grad.double() - factor * expected).norm() <= 1e-3 * (factor * expected).norm()
+
+
 def test_the_result_does_not_depend_on_the_chunk():
     results = []
     for chunk in (1, 7, 24, 25, 1000, None):
@@ -248,6 +259,14 @@ def test_masked_columns_of_a_bias_are_no_nan_and_equal_the_dense_loss(side, dive
         ce_weight=0.5, beta=0.3, divergence=divergence,
     )  # fmt: skip
     torch.testing.assert_close(result.loss, dense.loss)
+
+
+def test_top_k_targets_and_masked_columns_are_refused_together():
+    problem = make(bias=True) | {"teacher_hidden": None, "teacher_weight": None}
+    with torch.no_grad():
+        problem["student_bias"][290:] = -INF
+    with pytest.raises(ValueError, match="cannot be combined"):
+        fused_distillation_loss(**problem, targets=TopKLogprobs(torch.zeros(37, 2).long(), torch.zeros(37, 2)))
 
 
 WRONG = {

@@ -1,6 +1,5 @@
 """GKDTrainerWithMetrics: what enters the loss, what is logged, and that neither depends on how the work is split."""
 
-import contextlib
 import dataclasses
 import json
 import types
@@ -11,6 +10,7 @@ import torch
 from trl.experimental.gkd import GKDConfig
 
 from kdtrain.errors import NonFiniteError, PreflightError, VocabularyError
+from kdtrain.losses import TopKLogprobs
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
 from tests.test_losses import reference
@@ -343,6 +343,46 @@ def test_padding_of_the_embedding_takes_no_part_on_either_side(tmp_path, tokeniz
 def test_unequal_vocabularies_are_refused_with_both_sizes(tmp_path, student):
     with pytest.raises(ValueError, match=r"320 logits and the teacher 400"):
         make_trainer(tmp_path, student, tiny.make_qwen3(seed=2, vocab_size=400))
+
+
+def test_equal_sizes_do_not_pass_for_equal_vocabularies(tmp_path, student, tokenizer):
+    other = tiny.make_tokenizer()
+    other.add_tokens(["<extra>"])
+    folder = tiny.save_model(tiny.make_qwen3(seed=2), other, tmp_path / "teacher")
+    with pytest.raises(VocabularyError, match="1 token ids differ"):
+        make_trainer(tmp_path / "run", student, folder, tokenizer=tokenizer)
+
+
+class TopKTeacher:
+    """What a served teacher will be: no module here, the most likely tokens only."""
+
+    def __init__(self, model, k):
+        self.model, self.k = model.eval(), k
+        self.module, self.vocab_size = None, model.config.vocab_size
+
+    def targets(self, inputs, predicts_BT):
+        with torch.no_grad():
+            logits = self.model(**inputs).logits[:, :-1][predicts_BT]
+        logprobs, indices = torch.log_softmax(logits, -1).topk(self.k)
+        return TopKLogprobs(indices, logprobs)
+
+
+def test_a_teacher_that_names_its_most_likely_tokens_works_through_the_trainer(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, None, sft_alpha=0.3, extra={"teacher": TopKTeacher(teacher, 320)})
+    batch = make_batch(trainer)
+    jsd, ce, _ = expected_terms(student, teacher, batch)
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(jsd + 0.3 * ce, rel=1e-4)
+    values = {}
+    for tail in ("bucket", "renormalize"):
+        trainer = make_trainer(tmp_path, student, None, extra={"teacher": TopKTeacher(teacher, 5)})
+        trainer._token_loss = dataclasses.replace(
+            trainer._token_loss, knobs=dataclasses.replace(trainer.knobs, tail=tail)
+        )
+        trainer.knobs = trainer._token_loss.knobs
+        values[tail] = trainer.compute_loss(trainer.model, batch).item()
+    assert values["bucket"] != values["renormalize"]
+    with pytest.raises(ValueError, match="seq_kd"):
+        make_trainer(tmp_path, student, None, seq_kd=True, extra={"teacher": TopKTeacher(teacher, 5)})
 
 
 def test_a_teacher_resized_later_is_refused_at_the_step(tmp_path, student, teacher):
@@ -939,7 +979,6 @@ def test_lora_trains_only_its_adapter_and_loads_again(tmp_path, student, teacher
     trainer.save_model()
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run")
     ids = torch.tensor([[70, 71, 72]])
-    with contextlib.suppress(AttributeError):
-        trainer.model.eval()
+    trainer.model.eval()
     torch.testing.assert_close(again.eval()(ids).logits, trainer.model(ids).logits)
     assert not torch.equal(again(ids).logits, student(ids).logits)

@@ -27,8 +27,9 @@ from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, normaliser
 from kdtrain.losses.tile import Buffers, TileOptions, TileSums, tile_terms, topk_tile_terms
 from kdtrain.losses.topk import Tail, TopKLogprobs, check_targets
 
-# Bytes of the two logit tiles of a chunk together.
-_TILE_BYTES = {"cpu": 128 * 2**20, "cuda": 1024 * 2**20}
+# Bytes of the two logit tiles of a chunk together. On a GPU the scratch of the element-wise part is one and a half
+# times as much again, on a CPU it is a few blocks.
+_TILE_BYTES = {"cpu": 128 * 2**20, "cuda": 384 * 2**20}
 # Values of one element-wise block: on a CPU its buffers stay in the cache, on a GPU a block is the whole tile.
 _BLOCK_VALUES = 2**20
 
@@ -94,7 +95,9 @@ def fused_distillation_loss(
         teacher = Head(teacher_weight.detach(), teacher_bias, teacher_logit_scale, teacher_softcap)
         teacher_hidden = teacher_hidden.detach()
     if student.masks_columns() or (teacher is not None and teacher.masks_columns()):
-        return _by_dense_chunks(student_hidden, student, labels, teacher_hidden, teacher, options, ce_mask, num_items)
+        return _with_masked_columns(
+            student_hidden, student, labels, teacher_hidden, teacher, targets, options, ce_mask, num_items
+        )
     # Inside an autograd function gradients are always off: whether they are wanted is known here only.
     wanted = torch.is_grad_enabled()
     call = _Call(student, teacher, teacher_hidden, targets, tail, options, ce_mask, num_items, chunk_tokens, wanted)
@@ -136,10 +139,15 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         wanted = tuple(needed and call.with_gradient for needed in ctx.needs_input_grad[:3])
         rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-        run = _Run(hidden.index_select(0, rows), labels.index_select(0, rows), rows, call, wanted)
+        half = None
+        if hidden.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+            half = torch.get_autocast_dtype("cuda")  # the type in which the model would have made its logits
+        run = _Run(hidden.index_select(0, rows), labels.index_select(0, rows), rows, call, wanted, half)
         with torch.autocast(hidden.device.type, enabled=False):
             run.all_chunks()
-        ctx.gradients = run.gradients(hidden, weight, bias)
+        ctx.run_gradients = [run.grad_hidden, run.grad_weight, run.grad_bias]
+        ctx.inverse_items, ctx.rows, ctx.tokens = run.inverse_items, rows, len(hidden)
+        ctx.wanted, ctx.dtypes = wanted, [None if x is None else x.dtype for x in (hidden, weight, bias)]
         sums = run.packed_sums()
         options = call.options
         loss = (options.kd_weight * sums[0] + options.ce_weight * sums[1]) * run.inverse_items
@@ -149,25 +157,39 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, loss_gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        if ctx.gradients is None:
+        if ctx.run_gradients is None:
             raise RuntimeError("The fused loss keeps its gradients for one backward pass; this is the second.")
         # In place: the head's gradient can be the largest tensor of the step. A second pass would scale it again.
-        gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if g is None else g.mul_(loss_gradient.to(g.dtype)) for g in gradients), None, None)
+        gradients, ctx.run_gradients = ctx.run_gradients, None
+        # All factors at once and in float32, then one rounding: 1/D alone can be too small a number for fp16.
+        scale = ctx.inverse_items * loss_gradient
+        result: list[torch.Tensor | None] = []
+        for gradient, wanted, dtype in zip(gradients, ctx.wanted, ctx.dtypes, strict=True):
+            result.append(gradient.mul_(scale).to(dtype) if wanted else None)
+        if result[0] is not None and len(ctx.rows) != ctx.tokens:
+            whole = result[0].new_zeros(ctx.tokens, result[0].shape[1])
+            result[0] = whole.index_copy_(0, ctx.rows, result[0])
+        return (*result, None, None)
 
 
 class _Run:
     """One forward pass over the chunks of the supervised tokens."""
 
     def __init__(
-        self, hidden_SH: torch.Tensor, labels_S: torch.Tensor, rows: torch.Tensor, call: _Call, wanted: tuple[bool, ...]
+        self,
+        hidden_SH: torch.Tensor,
+        labels_S: torch.Tensor,
+        rows: torch.Tensor,
+        call: _Call,
+        wanted: tuple[bool, ...],
+        half: torch.dtype | None,
     ) -> None:
         self.labels, self.rows, self.call = labels_S, rows, call
-        self.hidden, weight = one_dtype(hidden_SH, call.student.weight)
+        self.hidden, weight = one_dtype(hidden_SH, call.student.weight, half)
         self.student = replace(call.student, weight=weight)
         self.teacher, self.teacher_hidden = call.teacher, call.teacher_hidden
         if call.teacher is not None and call.teacher_hidden is not None:
-            self.teacher_hidden, weight = one_dtype(call.teacher_hidden, call.teacher.weight)
+            self.teacher_hidden, weight = one_dtype(call.teacher_hidden, call.teacher.weight, half)
             self.teacher = replace(call.teacher, weight=weight)
         self.wants_hidden, self.wants_weight, self.wants_bias = wanted
         self.dtype = torch.promote_types(hidden_SH.dtype, torch.float32)
@@ -177,7 +199,7 @@ class _Run:
         self.inverse_items = 1 / normaliser(call.num_items, tokens).to(self.dtype)
         self.ce_rows = None if call.ce_mask is None else call.ce_mask.to(device)[rows].to(self.dtype)
         empty = torch.zeros(0, device=device)
-        self.grad_hidden = torch.empty_like(hidden_SH) if self.wants_hidden else empty
+        self.grad_hidden = torch.empty_like(hidden_SH, dtype=self.dtype) if self.wants_hidden else empty
         # Written by the first chunk; without one it has to be zeros.
         new_weight_gradient = torch.empty_like if len(labels_S) else torch.zeros_like
         self.grad_weight = new_weight_gradient(call.student.weight, dtype=self.dtype) if self.wants_weight else empty
@@ -251,21 +273,6 @@ class _Run:
         if slope is not None:
             student.mul_(slope)
 
-    def gradients(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> list[torch.Tensor | None]:
-        """Gradients of the three inputs, divided by D, in their dtypes."""
-        result: list[torch.Tensor | None] = [None, None, None]
-        if self.wants_hidden:
-            scaled = self.grad_hidden.mul_(self.inverse_items.to(self.grad_hidden.dtype))
-            whole = len(self.rows) == len(hidden)
-            result[0] = scaled if whole else torch.zeros_like(hidden).index_copy_(0, self.rows, scaled)
-        if self.wants_weight:
-            result[1] = self.grad_weight.mul_(self.inverse_items).to(weight.dtype)
-        if self.wants_bias and bias is not None:
-            result[2] = self.grad_bias.mul_(self.inverse_items).to(bias.dtype)
-        return result
-
     def packed_sums(self) -> list[torch.Tensor]:
         """kd, ce, tokens, correct, agree, student entropy, teacher entropy: scalars, 0 where there is no teacher."""
 
@@ -320,29 +327,35 @@ def _to_fused_loss(loss: torch.Tensor, sums: list[torch.Tensor], call: _Call) ->
     )
 
 
-def _by_dense_chunks(
+def _with_masked_columns(
     hidden: torch.Tensor,
     student: Head,
     labels: torch.Tensor,
     teacher_hidden: torch.Tensor | None,
     teacher: Head | None,
+    targets: TopKLogprobs | None,
     options: TileOptions,
     ce_mask: torch.Tensor | None,
     num_items: torch.Tensor | int | None,
 ) -> FusedLoss:
-    """The same sums from logits that autograd knows, for heads that mask columns."""
-    return dense_distillation_loss(
-        student.plain_logits(hidden),
-        labels,
-        None if teacher is None or teacher_hidden is None else teacher.plain_logits(teacher_hidden),
-        kd_weight=options.kd_weight,
-        ce_weight=options.ce_weight,
-        ce_mask=ce_mask,
-        beta=options.beta,
-        temperature=options.temperature,
-        divergence=options.divergence,
-        num_items=num_items,
-    )
+    """The same sums from whole logits that autograd knows, for heads that mask columns."""
+    if targets is not None:
+        raise ValueError(
+            "top-k targets and a head whose bias is −inf for some tokens cannot be combined: slice those tokens off"
+        )
+    with torch.autocast(hidden.device.type, enabled=False):
+        return dense_distillation_loss(
+            student.plain_logits(hidden),
+            labels,
+            None if teacher is None or teacher_hidden is None else teacher.plain_logits(teacher_hidden),
+            kd_weight=options.kd_weight,
+            ce_weight=options.ce_weight,
+            ce_mask=ce_mask,
+            beta=options.beta,
+            temperature=options.temperature,
+            divergence=options.divergence,
+            num_items=num_items,
+        )
 
 
 def _check(

@@ -10,7 +10,7 @@ only return bfloat16, slices of the weight are widened to float32 on the way.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,7 +22,7 @@ _WIDENED_ROWS = 1024
 # A product of float32 numbers that is further off than this was not computed in float32.
 _FLOAT32_ERROR = 4e-6
 
-# What was seen, by kind of product and the magnitude of its three sizes.
+# What was seen, by the dtype the left operand came from and the magnitude of the three sizes.
 _computes_in_float32: dict[tuple[str | int, ...], bool] = {}
 
 
@@ -35,28 +35,31 @@ def project(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, out_CV: torch.Tens
         return torch.mm(hidden_CH, weight_VH.t(), out_dtype=out_CV.dtype, out=out_CV)
     wide_hidden = hidden_CH.to(out_CV.dtype)
     if weight_VH.dtype == out_CV.dtype:
-        return _mm(wide_hidden, weight_VH.t(), out_CV)
+        return _mm(wide_hidden, weight_VH.t(), out_CV, hidden_CH.dtype)
     for rows, wide in _widened(weight_VH, out_CV.dtype):
-        _mm(wide_hidden, wide.t(), out_CV[:, rows])
+        _mm(wide_hidden, wide.t(), out_CV[:, rows], hidden_CH.dtype)
     return out_CV
 
 
-def one_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The operands as a GPU wants them: both in half precision if either is, as autocast would have it.
+def one_dtype(
+    hidden: torch.Tensor, weight: torch.Tensor, half: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operands as a GPU wants them: both in `half`, or where that is None in half precision if either is.
 
     On a CPU they stay as they are: there products are computed in float32 anyway, and widening is exact.
     """
-    if hidden.device.type != "cuda" or hidden.dtype == weight.dtype:
+    if hidden.device.type != "cuda":
         return hidden, weight
-    half = next(x.dtype for x in (hidden, weight) if x.dtype.itemsize == 2)
-    return hidden.to(half), weight.to(half)
+    narrow = [x.dtype for x in (hidden, weight) if x.dtype.itemsize == 2]
+    dtype = half or (narrow[0] if narrow else torch.promote_types(hidden.dtype, weight.dtype))
+    return hidden.to(dtype), weight.to(dtype)
 
 
 def hidden_gradient(gradient_CV: torch.Tensor, weight_VH: torch.Tensor, scale: float) -> torch.Tensor:
     """scale · gradient · weight, [C, H] in the dtype of the gradient."""
     if weight_VH.dtype == gradient_CV.dtype:
         out = gradient_CV.new_empty(gradient_CV.shape[0], weight_VH.shape[1])
-        return _mm(gradient_CV, weight_VH, out).mul_(scale)
+        return _mm(gradient_CV, weight_VH, out, gradient_CV.dtype).mul_(scale)
     if weight_VH.device.type == "cuda":
         narrow = gradient_CV.to(weight_VH.dtype)
         return torch.mm(narrow, weight_VH, out_dtype=gradient_CV.dtype).mul_(scale)
@@ -74,7 +77,7 @@ def add_weight_gradient(
     `first` writes instead of adding: what `total` holds then does not matter, and it need not be filled with zeros.
     """
     if first and hidden_CH.device.type == "cpu":
-        _mm(gradient_CV.t(), hidden_CH.to(total_VH.dtype), total_VH)
+        _mm(gradient_CV.t(), hidden_CH.to(total_VH.dtype), total_VH, gradient_CV.dtype)
         if scale != 1:
             total_VH.mul_(scale)
         return
@@ -96,47 +99,41 @@ def _widened(weight_VH: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slic
         yield rows, buffer[: rows.stop - start].copy_(weight_VH[rows])
 
 
-def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    _float32_product("mm", a, b, out, lambda: torch.mm(a, b, out=out), 1.0)
-    return out
+def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, source: torch.dtype) -> torch.Tensor:
+    """out = a · b. `source` is the dtype that `a` was widened from, or its own."""
+    with _onednn(_is_float32_by_onednn(a, b, source)):
+        return torch.mm(a, b, out=out)
 
 
 def _addmm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
-    _float32_product("addmm", a, b, total, lambda: total.addmm_(a, b, alpha=scale), scale)
+    with _onednn(_is_float32_by_onednn(a, b, a.dtype)):
+        total.addmm_(a, b, alpha=scale)
 
 
-def _float32_product(
-    kind: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, product: Callable[[], object], scale: float
-) -> None:
-    """Run a product by oneDNN where it has been seen to compute in float32, by PyTorch's default elsewhere.
+def _is_float32_by_onednn(a: torch.Tensor, b: torch.Tensor, source: torch.dtype) -> bool:
+    """Whether oneDNN has been seen to compute products of this size in float32; the first of each size is looked at.
 
     The default float32 product on a CPU is MKL's, which on AMD processors runs at less than half of oneDNN's rate. The
-    public switch that leads to oneDNN also allows it to round to bfloat16, which it does on processors with matrix
-    units. So the first product of each size is looked at; if it is not a float32 one, it is computed again by the
-    default, and so are all later ones.
+    public switch that leads to oneDNN also allows it to round its operands to bfloat16, which it does on processors
+    with matrix units. Where it does, the default is used. Operands that came from half precision have a place of their
+    own in the memory of what was seen: rounding does not change them, so they prove nothing about others.
     """
     if a.device.type != "cpu" or a.dtype != torch.float32:
-        product()
-        return
-    key = (kind, *(size.bit_length() for size in (*a.shape, b.shape[1])))
-    if key in _computes_in_float32:
-        with _onednn(_computes_in_float32[key]):
-            product()
-        return
-    rows = torch.linspace(0, a.shape[0] - 1, min(8, a.shape[0])).long()
-    cols = torch.linspace(0, b.shape[1] - 1, min(64, b.shape[1])).long()
-    before = out[rows][:, cols].double() if kind == "addmm" else 0.0
-    exact = before + scale * (a[rows].double() @ b[:, cols].double())
-    saved = out.clone() if kind == "addmm" and out.any() else None
-    with _onednn(True):
-        product()
-    if not exact.norm() > 0:  # nothing to be seen in a product of zeros, or of NaN
-        return
-    _computes_in_float32[key] = bool((out[rows][:, cols] - exact).norm() <= _FLOAT32_ERROR * exact.norm())
-    if not _computes_in_float32[key]:
-        logger.debug("oneDNN does not compute %s of %s and %s in float32.", kind, tuple(a.shape), tuple(b.shape))
-        out.zero_() if saved is None else out.copy_(saved)
-        product()
+        return False
+    key = (str(source), *(size.bit_length() for size in (*a.shape, b.shape[1])))
+    if key not in _computes_in_float32:
+        # Some rows of the product are enough to see, as long as they are many enough for the same kernel.
+        part = a[: min(len(a), 1024)]
+        rows = torch.linspace(0, len(part) - 1, min(8, len(part))).long()
+        exact = part[rows].double() @ b.double()
+        if not 0 < exact.norm() < torch.inf:  # nothing to be seen in a product of zeros, or of NaN
+            return False
+        with _onednn(True):
+            seen = torch.mm(part, b)[rows]
+        _computes_in_float32[key] = bool((seen - exact).norm() <= _FLOAT32_ERROR * exact.norm())
+        if not _computes_in_float32[key]:
+            logger.debug("oneDNN does not compute %s by %s in float32.", tuple(a.shape), tuple(b.shape))
+    return _computes_in_float32[key]
 
 
 @contextmanager

@@ -33,13 +33,13 @@ class FusedLoss:
     num_tokens: torch.Tensor
     """Supervised tokens, N."""
     num_correct: torch.Tensor
-    """Tokens whose label is the student's top-1."""
+    """Tokens whose label is the student's top-1, or shares that place."""
     num_agree: torch.Tensor | None
     """Tokens where both models have the same top-1."""
     student_entropy_sum: torch.Tensor
     """Σ entropy of the student at temperature 1, nats."""
     teacher_entropy_sum: torch.Tensor | None
-    """Σ entropy of the teacher at temperature 1, nats."""
+    """Σ entropy of the teacher at temperature 1, nats; of a top-k teacher with its tail as one token."""
 
 
 def next_token_labels(labels_BT: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,55 @@
+"""Imports point downwards, so that each part can be read and used without what is above it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "kdtrain"
+# From top to bottom; a module may import its own layer and those below.
+LAYERS = [
+    {"__main__", "cli"},
+    {"progress", "run", "plan", "launch"},
+    {"trainer", "callbacks", "checkpoints", "token_loss", "visual_kd", "telemetry", "generation", "knobs"},
+    {"teachers", "models", "lm_head", "data", "vision", "vocabulary", "losses"},
+    {"config", "errors", "environment", "status"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(tree):
+    """Modules imported where the code runs; what stands under TYPE_CHECKING is for readers."""
+    skipped = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own == "__init__":
+        return
+    for module in imports(ast.parse(path.read_text(encoding="utf-8"))):
+        if module.startswith("kdtrain."):
+            other = module.split(".")[1]
+            assert LEVEL[own] <= LEVEL[other], f"{own} imports {other}, which is above it"
+
+
+def test_leaves_do_not_import_torch():
+    for name in LAYERS[-1]:
+        for path in MODULES:
+            if path.relative_to(PACKAGE).parts[0].removesuffix(".py") == name:
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+                top = ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], [])
+                assert not {"torch", "trl", "transformers"} & {module.split(".")[0] for module in imports(top)}
