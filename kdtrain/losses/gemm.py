@@ -101,38 +101,52 @@ def _widened(weight_VH: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slic
 
 def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, source: torch.dtype) -> torch.Tensor:
     """out = a · b. `source` is the dtype that `a` was widened from, or its own."""
-    with _onednn(_is_float32_by_onednn(a, b, source)):
-        return torch.mm(a, b, out=out)
+    key = _key(a, b, source)
+    with _onednn(_computes_in_float32.get(key, True)):
+        torch.mm(a, b, out=out)
+    if key not in _computes_in_float32 and not _look(key, a, b, out):
+        torch.mm(a, b, out=out)
+    return out
 
 
 def _addmm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
-    with _onednn(_is_float32_by_onednn(a, b, a.dtype)):
+    """total += scale · a · b."""
+    key = _key(a, b, a.dtype)
+    if key not in _computes_in_float32:
+        part = a[:1024]  # enough rows for the same kernel, without another tensor of the size of `total`
+        with _onednn(True):
+            product = torch.mm(part, b)
+        _look(key, part, b, product)
+    with _onednn(_computes_in_float32.get(key, False)):
         total.addmm_(a, b, alpha=scale)
 
 
-def _is_float32_by_onednn(a: torch.Tensor, b: torch.Tensor, source: torch.dtype) -> bool:
-    """Whether oneDNN has been seen to compute products of this size in float32; the first of each size is looked at.
+def _key(a: torch.Tensor, b: torch.Tensor, source: torch.dtype) -> tuple[str | int, ...]:
+    """Under what a product is remembered: where its left operand came from, and the magnitude of its sizes.
+
+    Operands that came from half precision stand apart: rounding does not change them, so they prove nothing for others.
+    """
+    return (a.device.type, str(source), str(a.dtype), *(size.bit_length() for size in (*a.shape, b.shape[1])))
+
+
+def _look(key: tuple[str | int, ...], a: torch.Tensor, b: torch.Tensor, product: torch.Tensor) -> bool:
+    """Whether a product made by oneDNN is a float32 one, by some of its numbers; remembered for all of its size.
 
     The default float32 product on a CPU is MKL's, which on AMD processors runs at less than half of oneDNN's rate. The
     public switch that leads to oneDNN also allows it to round its operands to bfloat16, which it does on processors
-    with matrix units. Where it does, the default is used. Operands that came from half precision have a place of their
-    own in the memory of what was seen: rounding does not change them, so they prove nothing about others.
+    with matrix units. So the first product of each size is looked at, and where oneDNN rounds the default is used.
     """
     if a.device.type != "cpu" or a.dtype != torch.float32:
-        return False
-    key = (str(source), *(size.bit_length() for size in (*a.shape, b.shape[1])))
-    if key not in _computes_in_float32:
-        # Some rows of the product are enough to see, as long as they are many enough for the same kernel.
-        part = a[: min(len(a), 1024)]
-        rows = torch.linspace(0, len(part) - 1, min(8, len(part))).long()
-        exact = part[rows].double() @ b.double()
-        if not 0 < exact.norm() < torch.inf:  # nothing to be seen in a product of zeros, or of NaN
-            return False
-        with _onednn(True):
-            seen = torch.mm(part, b)[rows]
-        _computes_in_float32[key] = bool((seen - exact).norm() <= _FLOAT32_ERROR * exact.norm())
-        if not _computes_in_float32[key]:
-            logger.debug("oneDNN does not compute %s by %s in float32.", tuple(a.shape), tuple(b.shape))
+        _computes_in_float32[key] = False  # the switch means nothing to it
+        return True
+    rows = torch.linspace(0, a.shape[0] - 1, min(8, a.shape[0])).long()
+    cols = torch.linspace(0, b.shape[1] - 1, min(64, b.shape[1])).long()
+    exact = a[rows].double() @ b[:, cols].double()
+    if not 0 < exact.norm() < torch.inf:  # nothing to be seen in a product of zeros, or of NaN
+        return True
+    _computes_in_float32[key] = bool((product[rows][:, cols] - exact).norm() <= _FLOAT32_ERROR * exact.norm())
+    if not _computes_in_float32[key]:
+        logger.debug("oneDNN does not compute %s by %s in float32.", tuple(a.shape), tuple(b.shape))
     return _computes_in_float32[key]
 
 
