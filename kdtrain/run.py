@@ -158,6 +158,7 @@ def _fit(arguments: TrainArguments, reporter: Reporter, checkpoint: Path | None,
     with _readable_failures(trainer):
         if main:
             run_dir.mkdir(parents=True, exist_ok=True)
+            _tell_changes(run_dir / CONFIG, config)
             write_atomically(run_dir / CONFIG, config.model_dump_json(indent=2))
             write_status(run_dir, "running", None, "")
         trainer.add_callback(JsonlLogger(run_dir / LOG))
@@ -174,6 +175,25 @@ def _fit(arguments: TrainArguments, reporter: Reporter, checkpoint: Path | None,
             trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     return RunResult(run_dir, trainer.state.global_step, time.perf_counter() - started, _last_metrics(trainer))
+
+
+def _tell_changes(path: Path, config: RunConfig) -> None:
+    """Say which options a resumed run has that its earlier part did not have."""
+    if not path.exists():
+        return
+    before, now = (_flat(text) for text in (json.loads(path.read_text("utf-8")), config.model_dump(mode="json")))
+    changed = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())
+               if before.get(key) != now.get(key)]  # fmt: skip
+    if changed:
+        logger.warning("Going on with other options than the run began with: %s.", "; ".join(changed))
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"rlhf": {"beta": 0.5}} as {"rlhf.beta": 0.5}."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {key: leaf for name, child in value.items()
+            for key, leaf in _flat(child, f"{prefix}.{name}" if prefix else name).items()}  # fmt: skip
 
 
 def _train(trainer: GKDTrainerWithMetrics, checkpoint: Path | None, steps: int) -> None:

@@ -1,8 +1,9 @@
 """Compares the students and the teacher on packages that none of them has read.
 
-    python examples/quickstart/compare.py
+    python examples/quickstart/compare.py [RUN_DIR ...]
 
-Every number is a mean over the same supervised tokens: the held-out answers, each with the token that ends it.
+Further runs are further rows of the table. Every number is a mean over the same supervised tokens: the held-out answers,
+each with the token that ends it.
 
     CE          -log p(token), nats per token; perplexity is e to that power
     KL          KL(teacher || model), nats per token: what distillation minimises
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 if TYPE_CHECKING:
@@ -138,7 +140,7 @@ def table(results: dict[str, Any]) -> str:
 
 def reading(results: dict[str, Any]) -> str:
     """What the table shows, and what it does not."""
-    _, plain, distilled, teacher = results["models"]
+    _, plain, distilled, teacher = results["models"][:4]
     if distilled["ce"] >= plain["ce"]:
         return "Distillation did not help here: the student that learnt from the text alone predicts better."
     ahead = plain["ce"] - teacher["ce"]
@@ -160,11 +162,12 @@ def rows_read(run_dir: Path, data: str) -> int:
     return 10 * round(min(epochs, 1.0) * len(read_rows(HERE / "build" / f"{data}.jsonl")) / 10)
 
 
-def compare() -> dict[str, Any]:
-    """Scores all models on `build/heldout.jsonl`."""
+def compare(further: list[Path]) -> dict[str, Any]:
+    """Scores all models, and those of `further` runs, on `build/heldout.jsonl`."""
+    models = [*MODELS, *((path.name, path, None) for path in further)]
     rows = read_rows(HERE / "build" / "heldout.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    loaded = {path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for _, path, _ in MODELS}
+    loaded = {path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for _, path, _ in models}
     for path in loaded:
         assert AutoTokenizer.from_pretrained(path).get_vocab() == tokenizer.get_vocab(), f"{path}: other token ids"
     scores, tokens = score(list(loaded.values()), loaded[TEACHER], rows, tokenizer)
@@ -178,16 +181,20 @@ def compare() -> dict[str, Any]:
                 "perplexity": one.perplexity,
                 **asdict(one),
             }
-            for (name, path, data), one in zip(MODELS, scores, strict=True)
+            for (name, path, data), one in zip(models, scores, strict=True)
         ],
     }
 
 
 def main() -> None:
-    missing = [str(path) for _, path, _ in MODELS if not (path / "config.json").exists()]
+    further = [Path(argument) for argument in sys.argv[1:]]
+    missing = [
+        str(path) for path in [*(path for _, path, _ in MODELS), *further] if not (path / "config.json").exists()
+    ]
     if missing:
         sys.exit(f"No model in {', '.join(missing)}. Run {HERE / 'demo.py'} first.")
-    results = compare()
+    transformers.utils.logging.disable_progress_bar()
+    results = compare(further)
     text = f"{table(results)}\n\n{reading(results)}\n"
     (HERE / "build" / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (HERE / "build" / "table.md").write_text(text, encoding="utf-8")
