@@ -2,8 +2,8 @@
 
     python examples/quickstart/compare.py [RUN_DIR ...]
 
-Further runs are further rows of the table. Every number is a mean over the same supervised tokens: the held-out answers,
-each with the token that ends it.
+Further runs are further rows of the table. Every number is a mean over the same supervised tokens: the held-out
+answers, each with the token that ends it.
 
     CE          -log p(token), nats per token; perplexity is e to that power
     KL          KL(teacher || model), nats per token: what distillation minimises
