@@ -162,9 +162,15 @@ def rows_read(run_dir: Path, data: str) -> int:
     return 10 * round(min(epochs, 1.0) * len(read_rows(HERE / "build" / f"{data}.jsonl")) / 10)
 
 
+def trained_on(run_dir: Path) -> str:
+    """The name of the data of a run, out of those in build/."""
+    config = json.loads((run_dir / "run_config.json").read_text(encoding="utf-8"))
+    return Path(config["data"]["train"][0]["path"]).stem
+
+
 def compare(further: list[Path]) -> dict[str, Any]:
     """Scores all models, and those of `further` runs, on `build/heldout.jsonl`."""
-    models = [*MODELS, *((path.name, path, None) for path in further)]
+    models = [*MODELS, *((path.name, path, trained_on(path)) for path in further)]
     rows = read_rows(HERE / "build" / "heldout.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     loaded = {path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for _, path, _ in models}
