@@ -7,6 +7,8 @@ import torch
 
 from kdtrain.losses import TopKLogprobs, dense_distillation_loss, fused_distillation_loss, topk_divergence
 from kdtrain.losses import gemm as gemm_module
+from kdtrain.losses import tile as tile_module
+from kdtrain.losses import workspace as workspace_module
 from kdtrain.losses.fused import chunk_sizes, default_chunk
 from tests.test_losses import BETAS, DIVERGENCES, reference
 
@@ -301,6 +303,7 @@ def test_chunks_are_few_and_nearly_equal():
     assert default_chunk(32768, torch.float32, torch.device("cpu")) == 256
     assert default_chunk(151936, torch.float32, torch.device("cpu")) == 110
     assert default_chunk(10**7, torch.float32, torch.device("cpu")) == 64
+    assert default_chunk(151936, torch.bfloat16, torch.device("cpu")) == 220
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -488,3 +491,64 @@ def test_wrong_topk_targets_are_refused():
         TopKLogprobs(torch.zeros(3, 4).long(), torch.zeros(3, 5))
     with pytest.raises(ValueError, match="tail"):
         topk_divergence(student, TopKLogprobs(torch.zeros(3, 1).long(), torch.zeros(3, 1)), tail="none")
+
+
+# ---- what makes it fast on a CPU must not be seen in the numbers -----------------------------------------------------
+
+
+def as_bf16(problem):
+    """The problem with its numbers rounded to bfloat16, as leaves."""
+    return {
+        key: value.detach().to(torch.bfloat16).requires_grad_(value.requires_grad)
+        if value is not None and value.is_floating_point()
+        else value
+        for key, value in problem.items()
+    }
+
+
+@pytest.mark.parametrize("held", [1, 5, 100])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_bf16_gradients_are_those_of_float64_however_many_products_they_take(held, chunk, monkeypatch):
+    """Tokens whose gradient is held for one product of the head: one, a few, all."""
+    problem = as_bf16(make(n=90, vocab=301, bias=True))
+    monkeypatch.setattr(gemm_module, "_HALF_BYTES", held * 301 * 2)
+    expected, gradients = reference_loss(problem, 0.7, 0.3, 0.5, 1.5, "jsd", 0.5, 3.0, None)
+    result = fused_distillation_loss(
+        **problem, kd_weight=0.7, ce_weight=0.3, beta=0.5, temperature=1.5, student_logit_scale=0.5,
+        teacher_logit_scale=0.5, student_softcap=3.0, teacher_softcap=3.0, chunk_tokens=chunk,
+    )  # fmt: skip
+    found = torch.autograd.grad(result.loss, trained(problem))
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(found, gradients, strict=True):
+        assert ours.dtype == torch.bfloat16
+        # Two or three roundings to bfloat16, of 1.65e-3 by norm each.
+        assert (ours.double() - theirs).norm() <= 3.5e-3 * theirs.norm()
+
+
+def test_one_loss_does_not_change_the_gradients_of_another():
+    """Buffers are kept between calls: nothing that is handed out may live in them."""
+    for cast in (lambda problem: problem, as_bf16):
+        first, second = cast(make(seed=1)), cast(make(n=60, seed=2))
+        alone = torch.autograd.grad(fused_distillation_loss(**first).loss, trained(first))
+        kept = fused_distillation_loss(**first)
+        fused_distillation_loss(**second).loss.backward()
+        for ours, theirs in zip(torch.autograd.grad(kept.loss, trained(first)), alone, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_loss_in_inference_mode_leaves_no_buffers_that_training_cannot_use():
+    problem = make(vocab=997)
+    workspace_module.workspace._kept.clear()
+    with torch.inference_mode():
+        fused_distillation_loss(**problem)
+    fused_distillation_loss(**problem).loss.backward()
+
+
+@pytest.mark.parametrize("vocab", [63, 4096, 4099, 8191])
+def test_the_largest_logit_is_found_wherever_it_is(vocab):
+    for at in {0, 1, 62, vocab // 2, vocab - 2, vocab - 1}:
+        logits = torch.randn(3, vocab)
+        logits[:, at] = 100.0
+        largest, position = tile_module._top(logits)
+        assert (largest == 100).all()
+        assert (position == at).all()

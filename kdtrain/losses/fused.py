@@ -21,11 +21,12 @@ import torch
 
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.divergence import Divergence, check_divergence_arguments
-from kdtrain.losses.gemm import add_weight_gradient, hidden_gradient, one_dtype
+from kdtrain.losses.gemm import HalfGradients, add_weight_gradient, hidden_gradient, one_dtype
 from kdtrain.losses.head import Head
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, normaliser
 from kdtrain.losses.tile import Buffers, TileOptions, TileSums, tile_terms, topk_tile_terms
 from kdtrain.losses.topk import Tail, TopKLogprobs, check_targets
+from kdtrain.losses.workspace import workspace
 
 # Bytes of the two logit tiles of a chunk together. On a GPU the scratch of the element-wise part is one and a half
 # times as much again, on a CPU it is a few blocks.
@@ -146,7 +147,7 @@ class _Fused(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             run.all_chunks()
         ctx.run_gradients = [run.grad_hidden, run.grad_weight, run.grad_bias]
-        ctx.inverse_items, ctx.rows, ctx.tokens = run.inverse_items, rows, len(hidden)
+        ctx.left_to_scale, ctx.rows, ctx.tokens = run.left_to_scale, rows, len(hidden)
         ctx.wanted, ctx.dtypes = wanted, [None if x is None else x.dtype for x in (hidden, weight, bias)]
         sums = run.packed_sums()
         options = call.options
@@ -162,10 +163,11 @@ class _Fused(torch.autograd.Function):
         # In place: the head's gradient can be the largest tensor of the step. A second pass would scale it again.
         gradients, ctx.run_gradients = ctx.run_gradients, None
         # All factors at once and in float32, then one rounding: 1/D alone can be too small a number for fp16.
-        scale = ctx.inverse_items * loss_gradient
+        scale = ctx.left_to_scale * loss_gradient
+        done = scale.device.type == "cpu" and scale == 1  # on a GPU the host would wait for the answer
         result: list[torch.Tensor | None] = []
         for gradient, wanted, dtype in zip(gradients, ctx.wanted, ctx.dtypes, strict=True):
-            result.append(gradient.mul_(scale).to(dtype) if wanted else None)
+            result.append((gradient if done else gradient.mul_(scale)).to(dtype) if wanted else None)
         if result[0] is not None and len(ctx.rows) != ctx.tokens:
             whole = result[0].new_zeros(ctx.tokens, result[0].shape[1])
             result[0] = whole.index_copy_(0, ctx.rows, result[0])
@@ -198,11 +200,19 @@ class _Run:
         self.num_tokens = tokens
         self.inverse_items = 1 / normaliser(call.num_items, tokens).to(self.dtype)
         self.ce_rows = None if call.ce_mask is None else call.ce_mask.to(device)[rows].to(self.dtype)
+        self.options, self.scale, self.left_to_scale = call.options, call.student.logit_scale, self.inverse_items
+        if device.type == "cpu":  # where a factor is a number: put into the tile it costs nothing
+            factor = float(self.inverse_items) * self.scale
+            self.options, self.scale, self.left_to_scale = call.options.scaled(factor), 1.0, torch.ones(())
+        self.half = None
+        if HalfGradients.fit(hidden_SH, call.student.weight) and len(labels_S):
+            self.half = HalfGradients(hidden_SH, call.student.weight, self.wants_hidden, self.wants_weight)
         empty = torch.zeros(0, device=device)
-        self.grad_hidden = torch.empty_like(hidden_SH, dtype=self.dtype) if self.wants_hidden else empty
+        own_hidden, own_weight = (wants and self.half is None for wants in (self.wants_hidden, self.wants_weight))
+        self.grad_hidden = torch.empty_like(hidden_SH, dtype=self.dtype) if own_hidden else empty
         # Written by the first chunk; without one it has to be zeros.
         new_weight_gradient = torch.empty_like if len(labels_S) else torch.zeros_like
-        self.grad_weight = new_weight_gradient(call.student.weight, dtype=self.dtype) if self.wants_weight else empty
+        self.grad_weight = new_weight_gradient(call.student.weight, dtype=self.dtype) if own_weight else empty
         self.grad_bias = (
             torch.zeros(len(call.student.weight), dtype=self.dtype, device=device) if self.wants_bias else empty
         )
@@ -211,11 +221,13 @@ class _Run:
     def all_chunks(self) -> None:
         """Compute everything, chunk by chunk, in buffers that are made once."""
         call, (tokens, vocabulary) = self.call, (len(self.labels), self.call.student.weight.shape[0])
-        sizes = chunk_sizes(tokens, call.chunk_tokens or default_chunk(vocabulary, self.dtype, self.hidden.device))
+        weight = call.student.weight
+        sizes = chunk_sizes(tokens, call.chunk_tokens or default_chunk(vocabulary, weight.dtype, weight.device))
         if not sizes:
             return
-        student = torch.empty(sizes[0], vocabulary, dtype=self.dtype, device=self.hidden.device)
-        teacher = torch.empty_like(student) if call.teacher is not None else None
+        tile = sizes[0], vocabulary, self.dtype, self.hidden.device
+        student = workspace.take("student", *tile)
+        teacher = workspace.take("teacher", *tile) if call.teacher is not None else None
         block = max(1, _BLOCK_VALUES // vocabulary) if student.device.type == "cpu" else sizes[0]
         scratch = Buffers.like(student, min(block, sizes[0]))
         start = 0
@@ -223,6 +235,8 @@ class _Run:
             chunk = slice(start, start + size)
             self._chunk(chunk, student[:size], None if teacher is None else teacher[:size], block, scratch)
             start += size
+        if self.half is not None:
+            self.grad_hidden, self.grad_weight = self.half.finish()
 
     def _chunk(
         self, chunk: slice, student: torch.Tensor, teacher: torch.Tensor | None, block: int, scratch: Buffers
@@ -241,13 +255,15 @@ class _Run:
                 scratch.rows(inside.stop - inside.start),
                 with_gradient,
             )
-        scale = head.logit_scale
-        if self.wants_hidden:
-            self.grad_hidden[chunk] = hidden_gradient(student, head.weight, scale)
-        if self.wants_weight:
-            add_weight_gradient(self.grad_weight, student, hidden, scale, first=chunk.start == 0)
         if self.wants_bias:
-            self.grad_bias.add_(student.sum(0), alpha=scale)
+            self.grad_bias.add_(student.sum(0), alpha=self.scale)
+        if self.half is not None:
+            self.half.add(chunk, student)
+            return
+        if self.wants_hidden:
+            self.grad_hidden[chunk] = hidden_gradient(student, head.weight, self.scale)
+        if self.wants_weight:
+            add_weight_gradient(self.grad_weight, student, hidden, self.scale, first=chunk.start == 0)
 
     def _block(
         self, rows: slice, student: torch.Tensor, teacher: torch.Tensor | None, scratch: Buffers, with_gradient: bool
@@ -260,7 +276,7 @@ class _Run:
         common = (
             self.labels[rows],
             None if self.ce_rows is None else self.ce_rows[rows],
-            call.options,
+            self.options,
             scratch,
             with_gradient,
         )
@@ -300,10 +316,16 @@ def _compiled_tile_terms() -> Callable[..., TileSums]:
 
 
 def default_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens of a chunk: as many as two logit tiles of the budget hold, at least 64 and, on a CPU, at most 256."""
+    """Tokens of a chunk: as many as two logit tiles of the budget hold, at least 64 and, on a CPU, at most 256.
+
+    Args:
+        dtype: of the head. On a CPU every chunk widens the whole of a half-precision one: they are fewer.
+    """
     budget = _TILE_BYTES.get(device.type, _TILE_BYTES["cuda"])
+    if device.type == "cpu" and dtype.itemsize == 2:
+        budget *= 2
     largest = 256 if device.type == "cpu" else 8192
-    return min(max(budget // (2 * vocabulary * dtype.itemsize), 64), largest)
+    return min(max(budget // (2 * vocabulary * max(dtype.itemsize, 4)), 64), largest)
 
 
 def chunk_sizes(tokens: int, chunk: int) -> list[int]:

@@ -26,6 +26,7 @@ import torch
 
 from kdtrain.losses.divergence import Divergence, entropy, generalized_jsd
 from kdtrain.losses.topk import Tail, TopKLogprobs, known_columns, teacher_tail
+from kdtrain.losses.workspace import workspace
 
 # Below the smallest normal float32 a probability is taken for this one where it is divided by.
 _TINY = torch.finfo(torch.float32).tiny
@@ -40,6 +41,10 @@ class TileOptions:
     beta: float
     temperature: float
     divergence: Divergence
+
+    def scaled(self, factor: float) -> TileOptions:
+        """With both weights, and so the gradient, times a factor; the sums do not know the weights."""
+        return replace(self, kd_weight=factor * self.kd_weight, ce_weight=factor * self.ce_weight)
 
     @property
     def forward_weight(self) -> float:
@@ -65,7 +70,7 @@ class TileOptions:
 
 @dataclass
 class Buffers:
-    """Three blocks of scratch, allocated once: on a CPU they stay in its cache."""
+    """Three blocks of scratch: on a CPU they stay in its cache."""
 
     p: torch.Tensor
     q: torch.Tensor
@@ -73,8 +78,8 @@ class Buffers:
 
     @classmethod
     def like(cls, logits: torch.Tensor, rows: int) -> Buffers:
-        shape = (rows, logits.shape[1])
-        return cls(logits.new_empty(shape), logits.new_empty(shape), logits.new_empty(shape))
+        shape = rows, logits.shape[1], logits.dtype, logits.device
+        return cls(*(workspace.take(name, *shape) for name in ("p", "q", "work")))
 
     def rows(self, count: int) -> Buffers:
         return Buffers(self.p[:count], self.q[:count], self.work[:count])
@@ -129,9 +134,9 @@ def tile_terms(
             _ce_gradient(student, p, labels, coefficient)
         return sums
 
-    teacher_largest, teacher_top = teacher.max(-1, keepdim=True)
+    teacher_largest, teacher_top = _top(teacher)
     torch.softmax(teacher, -1, out=q)
-    teacher_log_z = teacher_largest + _log_sum(q)
+    teacher_log_z = teacher_largest - q.gather(1, teacher_top).log()
     sums.agree = (student.gather(1, teacher_top) == largest).sum()
     sums.teacher_entropy = (teacher_log_z - _dot(q, teacher, work)).sum()
     if options.temperature != 1:
@@ -229,7 +234,9 @@ def _mixture(
     if with_gradient:
         # weight·(1−β)·p·(log(p/m) − KL(p‖m)) + c·(p − onehot), with one factor of p
         weight = options.kd_weight * options.mixture_weight * (1 - beta)
-        torch.mul(log_mp, -weight, out=log_qp).add_(weight * p_log_mp + ce_coefficient).mul_(p)
+        p_times_log_mp = log_qp  # where the product of the dot above was left
+        p.mul_(weight * p_log_mp + ce_coefficient)
+        torch.sub(p, p_times_log_mp, alpha=weight, out=log_qp)
         _subtract_at(log_qp, labels, ce_coefficient)
     return options.mixture_weight * _not_negative(value)
 
@@ -252,6 +259,24 @@ def _subtract_at(gradient: torch.Tensor, labels: torch.Tensor, coefficient: torc
 def _ce_coefficient(ce_rows: torch.Tensor | None, options: TileOptions) -> torch.Tensor | float:
     """Weight of the cross-entropy: one number, or one per row [R, 1]."""
     return options.ce_weight if ce_rows is None or options.ce_weight == 0 else options.ce_weight * ce_rows[:, None]
+
+
+def _top(logits: torch.Tensor, parts: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logit of each row and its position, both [R, 1].
+
+    On a CPU `max` with positions runs at a tenth of the rate of `amax`. There the row is folded into `parts` pieces
+    laid over each other, whose maximum is a vectorised pass, and only one column of them is searched for the position.
+    """
+    rows, vocabulary = logits.shape
+    width = vocabulary // parts
+    if logits.device.type != "cpu" or width < parts:
+        return logits.max(-1, keepdim=True)
+    piled = logits[:, : width * parts].unflatten(1, (parts, width)).amax(1)
+    column = piled.argmax(-1, keepdim=True)
+    rest = torch.arange(width * parts, vocabulary).expand(rows, -1)
+    candidates = torch.cat([column + width * torch.arange(parts), rest], 1)
+    largest, at = logits.gather(1, candidates).max(-1, keepdim=True)
+    return largest, candidates.gather(1, at)
 
 
 def _log_sum(p: torch.Tensor) -> torch.Tensor:
