@@ -1,4 +1,4 @@
-"""Completions sampled while training: by the student (on-policy) or by the teacher (`seq_kd`).
+"""Completions generated for training: by the student (on-policy) or by the teacher (`seq_kd`, `answers: teacher`).
 
 Shapes: B rows, T positions, P prompt positions, C generated positions. Rows come out as the collator makes them, padded
 on the right: left padding would shift the positions of models that do not derive them from the mask.
@@ -17,13 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from kdtrain.batch import model_inputs, token_level, visual
 from kdtrain.data.collate import pad_rows
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
-
-# What a batch may carry beside tokens, mask and labels, and what generation leaves as it is.
-_KEPT = frozenset({"prompt_lengths", "ce_rows", "row_ids", "prompts", "prompt_attention_mask", "all_repeated"})
-
 
 def student_generates(seed: int, step: int, lmbda: float) -> bool:
     """Whether the optimizer window that begins at `step` is on-policy: one draw, the same on every rank.
@@ -50,22 +47,26 @@ def stop_token_ids(*sources: Any) -> list[int]:
 
 
 def generation_config(
-    stop_ids: Sequence[int], pad_id: int, temperature: float, max_new_tokens: int, forbidden: Sequence[int] = ()
+    stop_ids: Sequence[int],
+    pad_id: int,
+    temperature: float | None,
+    max_new_tokens: int,
+    forbidden: Sequence[int] = (),
 ) -> GenerationConfig:
     """Plain sampling at `temperature` from the whole vocabulary: top-k or top-p would bias the samples.
 
     Args:
         stop_ids: of `stop_token_ids`.
         pad_id: fills up the rows that stopped earlier.
+        temperature: of the sampling; None takes the most likely token each time instead.
         forbidden: ids that are no token of both models (padding of the embedding).
     """
+    sampling = {} if temperature is None else {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(
         suppress_tokens=list(forbidden) or None,
         max_new_tokens=max_new_tokens,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
+        do_sample=temperature is not None,
+        **sampling,
         use_cache=True,
         pad_token_id=pad_id,
         eos_token_id=list(stop_ids) or None,
@@ -79,7 +80,8 @@ def generate_batch(
 
     Args:
         model: an unwrapped transformers model; put into eval mode for the time.
-        batch: `input_ids` [B, T], `attention_mask` [B, T] and `prompt_lengths` [B] (tokens of each row's prompt).
+        batch: `input_ids` [B, T], `attention_mask` [B, T] and `prompt_lengths` [B] (tokens of each row's prompt),
+            and whatever else the model's forward takes, per token or per image.
         config: of `generation_config`.
         seed: of the sampling, so that a resumed run samples what the uninterrupted one did.
         multiple: pad the result to a multiple of this length.
@@ -89,20 +91,33 @@ def generate_batch(
         A completion that reached `max_new_tokens` gets no made-up stop token.
 
     Raises:
-        DataError: a row without a prompt, which nothing can be generated from.
+        DataError: a row without a prompt, which nothing can be generated from, or with an image behind its prompt.
     """
     prompts = _prompts(batch)
     device = batch["input_ids"].device
     width = max(len(prompt) for prompt in prompts)
     pad_id = config.pad_token_id
     generate: Any = model.generate
-    input_ids_BP = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask_BP = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    inputs = model_inputs(batch)
+    images, per_token = visual(inputs), token_level(inputs)
+    if images:
+        _check_images_in_prompts(model, batch, prompts)
+    input_ids_BP = _left_padded(prompts, pad_id, device)
+    mask_BP = _left_padded([[1] * len(prompt) for prompt in prompts], 0, device)
+    extra = {
+        key: _left_padded([row[: len(prompt)].tolist() for row, prompt in zip(values, prompts, strict=True)], 0, device)
+        for key, values in per_token.items()
+    }
     # Sharded, every forward is a collective: all ranks must run as many as the one with the longest answer.
     together = isinstance(model, FSDPModule) or is_deepspeed_zero3_enabled()
     with torch.no_grad(), _evaluating(model), _only(model, config), _seeded(seed, device):
         sequences = generate(
-            input_ids=input_ids_BP, attention_mask=mask_BP, generation_config=config, synced_gpus=together
+            input_ids=input_ids_BP,
+            attention_mask=mask_BP,
+            generation_config=config,
+            synced_gpus=together,
+            **extra,
+            **images,
         )
     completions = [_until_stop(row, config.eos_token_id) for row in sequences[:, width:].tolist()]
     rows = [
@@ -110,13 +125,34 @@ def generate_batch(
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
     fresh = {key: value.to(device) for key, value in pad_rows(rows, pad_id, multiple).items()}
-    unknown = batch.keys() - fresh.keys() - _KEPT
-    if unknown:
-        raise DataError(
-            f"Batches carry {', '.join(sorted(unknown))}, which generation does not know how to continue. "
-            "Set rlhf.lmbda: 0 and rlhf.seq_kd: false."
-        )
+    for key, values in per_token.items():
+        # What is generated is text, which is 0 in every processor's account of its tokens.
+        grown = values.new_zeros(fresh["input_ids"].shape)
+        for row, value, prompt in zip(grown, values, prompts, strict=True):
+            row[: len(prompt)] = value[: len(prompt)]
+        fresh[key] = grown
     return {**batch, **fresh}
+
+
+def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> torch.Tensor:
+    """[B, P]: generation goes on at the right end, so that is where all prompts have to end."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+
+
+def _check_images_in_prompts(model: Any, batch: Mapping[str, Any], prompts: Sequence[Sequence[int]]) -> None:
+    """The images of a row are handed over whole: a prompt that ends before one of them does not fit them."""
+    config = getattr(model, "config", None)
+    image = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    if image is None:
+        return
+    for i, prompt in enumerate(prompts):
+        if list(prompt).count(image) != int((batch["input_ids"][i] == image).sum()):
+            name = batch["row_ids"][i] if "row_ids" in batch else i
+            raise DataError(
+                f"Row {name} has an image behind the prompt that an answer is generated for (truncated?). Raise "
+                "data.max_length, or set rlhf.lmbda: 0 and rlhf.seq_kd: false."
+            )
 
 
 def _prompts(batch: Mapping[str, Any]) -> list[list[int]]:

@@ -9,6 +9,7 @@ in force, and sharded parameters are whole. Calling the backbone by itself skips
 from __future__ import annotations
 
 import functools
+import re
 import types
 from collections.abc import Callable
 from typing import Any
@@ -61,7 +62,10 @@ def why_no_loss_head(model: Any) -> str | None:
     if is_deepspeed_zero3_enabled():  # the weights are in pieces until the model is wrapped
         return None
     device = module.weight.device
-    ids = torch.arange(4, device=device)[None] % module.weight.shape[0]
+    # Text only: the placeholder of an image stands for pixels that are not there.
+    placeholders = {value for key, value in vars(model.config).items() if re.fullmatch(r"\w+_token_(id|index)", key)}
+    text = [i for i in range(min(64, module.weight.shape[0])) if i not in placeholders][:4]
+    ids = torch.tensor([text or [0]], device=device)
     was_training = model.training
     model.eval()
     try:

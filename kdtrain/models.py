@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from kdtrain.errors import NotAvailableError, PreflightError
 
@@ -43,7 +53,59 @@ def load_tokenizer(
         raise PreflightError(f"No tokenizer could be loaded from {name}: {_first_line(error)}") from error
 
 
-def load_causal_lm(
+def load_processing(
+    name: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """What turns rows into inputs: a vision-language model's processor, a text model's tokenizer.
+
+    Raises:
+        PreflightError: none there, or a package that it needs is missing.
+        NotAvailableError: a model of other modalities.
+    """
+    policy = trust_policy(trust_remote_code, revision)
+    if not sees_images(_config(name, policy)):
+        return load_tokenizer(name, trust_remote_code=trust_remote_code, revision=revision)
+    try:
+        processor = AutoProcessor.from_pretrained(name, **policy)
+    except ImportError as error:
+        raise PreflightError(
+            f"The processor of {name} needs a package that is not installed: {_first_line(error)} "
+            "Install kdtrain[vision], and kdtrain[torchvision] in the version that fits your torch."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise PreflightError(f"No processor could be loaded from {name}: {_first_line(error)}") from error
+    if not isinstance(processor, ProcessorMixin):
+        raise PreflightError(
+            f"{name} is a vision-language model without a processor: its folder lacks processor_config.json or "
+            "preprocessor_config.json. Save the processor of the model it came from into it."
+        )
+    return processor
+
+
+def sees_images(config: Any) -> bool:
+    """Whether a config is that of a vision-language model, which reads images beside text.
+
+    Raises:
+        NotAvailableError: a model with other modalities.
+    """
+    if config.get_text_config() is config:
+        return False
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return True
+    raise NotAvailableError(
+        f"A {config.model_type} model is neither a text model nor a vision-language model that transformers loads as "
+        "AutoModelForImageTextToText: not available yet."
+    )
+
+
+def _config(name: str, policy: Mapping[str, Any]) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name, **policy)
+    except (OSError, ValueError) as error:
+        raise PreflightError(f"The model {name} could not be loaded: {_first_line(error)}") from error
+
+
+def load_model(
     name: str,
     *,
     dtype: str = "auto",
@@ -54,7 +116,7 @@ def load_causal_lm(
     revision: str | None = None,
     init_kwargs: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """A text model with a language-model head, from a folder or the hub, safetensors only.
+    """A text or vision-language model with a language-model head, from a folder or the hub, safetensors only.
 
     Args:
         name: folder or hub id.
@@ -65,22 +127,18 @@ def load_causal_lm(
 
     Raises:
         PreflightError: nothing there, weights that are not safetensors, or code that is not trusted.
-        NotAvailableError: a vision-language model.
+        NotAvailableError: a model of other modalities.
     """
     policy = trust_policy(trust_remote_code, revision)
+    config = _config(name, policy)
+    auto = AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
+    checkpoint = config.dtype or config.get_text_config().dtype
+    kwargs: dict[str, Any] = {"dtype": resolve_dtype(dtype, checkpoint, trained_in_full, device)}
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
+    kwargs |= {**policy, "use_safetensors": True} | dict(init_kwargs or {})
     try:
-        config = AutoConfig.from_pretrained(name, **policy)
-        if config.get_text_config() is not config:
-            raise NotAvailableError(
-                f"{name} is a {config.model_type} model with several modalities: not available yet, text models only."
-            )
-        kwargs: dict[str, Any] = {"dtype": resolve_dtype(dtype, config.dtype, trained_in_full, device)}
-        if attn_implementation is not None:
-            kwargs["attn_implementation"] = attn_implementation
-        kwargs |= {**policy, "use_safetensors": True} | dict(init_kwargs or {})
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except NotAvailableError:
-        raise
+        return auto.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         raise PreflightError(f"The model {name} could not be loaded: {_first_line(error)}") from error
 
@@ -118,8 +176,13 @@ def lora_config(
     target_modules: str | Sequence[str],
     modules_to_save: Sequence[str] | None,
     use_dora: bool,
+    exclude_modules: Sequence[str] = (),
 ) -> LoraConfig:
-    """PEFT's config for a causal language model."""
+    """PEFT's config for a causal language model.
+
+    Args:
+        exclude_modules: full names of modules that get no adapter, the frozen parts of a vision-language model.
+    """
     from peft import LoraConfig
 
     return LoraConfig(
@@ -128,17 +191,22 @@ def lora_config(
         lora_dropout=dropout,
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         modules_to_save=None if modules_to_save is None else list(modules_to_save),
+        exclude_modules=list(exclude_modules) or None,
         use_dora=use_dora,
         task_type="CAUSAL_LM",
     )
 
 
 def freeze(model: PreTrainedModel, *, llm: bool = False, vit: bool = False, aligner: bool = False) -> None:
-    """Take parts of a text model out of training.
+    """Take parts of a model out of training.
 
     Raises:
-        PreflightError: nothing would be left to train.
+        PreflightError: nothing would be left to train, or the model's parts are not known.
     """
+    if sees_images(model.config):
+        if llm or vit or aligner:
+            freeze_parts(model, llm=llm, vit=vit, aligner=aligner)
+        return
     name = type(model).__name__
     if llm:
         raise PreflightError(

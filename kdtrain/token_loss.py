@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,7 +70,8 @@ class TokenLoss:
         predicts_BT: torch.Tensor,
         targets: Targets | None,
         num_items: torch.Tensor | int | None,
-    ) -> tuple[FusedLoss, Any]:
+        further: Callable[[], dict[str, torch.Tensor]] = dict,
+    ) -> tuple[FusedLoss, Any, dict[str, torch.Tensor]]:
         """Run the student and compute its token terms.
 
         Args:
@@ -80,9 +81,11 @@ class TokenLoss:
             predicts_BT: [B, T−1] bool, positions that predict a supervised token.
             targets: the teacher's, for S tokens; None without LM KD.
             num_items: D, or None.
+            further: other terms that can be computed once the backbone has run. Within the wrapped forward where that
+                is possible: a gradient that DDP cannot see from the forward's outputs is one it does not wait for.
 
         Returns:
-            The terms, and the auxiliary loss of a mixture-of-experts model or None.
+            The terms, the auxiliary loss of a mixture-of-experts model or None, and the further terms.
         """
         extra = {"output_router_logits": True} if self.router_logits else {}
         options: dict[str, Any] = {
@@ -107,21 +110,24 @@ class TokenLoss:
             teacher_SV = None if targets is None else _logits(targets).to(logits_SV.device)
             logits_SV, teacher_SV = self._shared_logits(logits_SV, teacher_SV)
             loss = dense_distillation_loss(logits_SV, labels_S, teacher_SV, **options)
-            return loss, getattr(outputs, "aux_loss", None)
+            return loss, getattr(outputs, "aux_loss", None), further()
 
         terms: list[FusedLoss] = []
+        names: list[str] = []
 
         def loss_head(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, ...]:
             hidden_SH = hidden_BTH[:, :-1][predicts_BT.to(hidden_BTH.device)]
             terms.append(self._fused(hidden_SH, head, labels_S.to(hidden_SH.device), targets, options))
-            if not self.router_logits:
-                return (terms[0].loss,)
-            return terms[0].loss, _load_balancing_loss(model_inputs, outputs, moe)
+            more = further()
+            names.extend(more)
+            aux = (_load_balancing_loss(model_inputs, outputs, moe),) if self.router_logits else ()
+            return terms[0].loss, *more.values(), *aux
 
         moe: Any = getattr(model, "module", model)
-        loss, *aux = model(**model_inputs, use_cache=False, loss_head=loss_head, **extra)
-        # The loss as the wrapper returned it: it may have hung its own hooks on it.
-        return replace(terms[0], loss=loss), aux[0] if aux else None
+        loss, *rest = model(**model_inputs, use_cache=False, loss_head=loss_head, **extra)
+        # All terms as the wrapper returned them: it may have hung its own hooks on them.
+        more = dict(zip(names, rest, strict=False))
+        return replace(terms[0], loss=loss), rest[-1] if self.router_logits else None, more
 
     def _fused(
         self,

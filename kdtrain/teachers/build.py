@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kdtrain.errors import NotAvailableError
-from kdtrain.models import load_causal_lm
+from kdtrain.models import load_model
 from kdtrain.teachers.base import Teacher
 from kdtrain.teachers.local import LocalTeacher
 
@@ -39,7 +39,7 @@ def build_teacher(
     kwargs = dict(init_kwargs or {})
     dtype = kwargs.pop("dtype", None) or "auto"
     return LocalTeacher(
-        load_causal_lm(
+        load_model(
             model,
             dtype=str(dtype).removeprefix("torch."),
             device=device,
