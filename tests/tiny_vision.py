@@ -12,6 +12,9 @@ import torch
 import transformers as hf
 from torch import nn
 
+from kdtrain.knobs import VisualKnobs, VisualTargetKnobs
+from kdtrain.visual_kd import tapped, visual_terms
+
 IMAGE, VIDEO, VISION_START = 300, 301, 302
 VOCABULARY = 320
 IMAGE_SIZE, PATCH = 32, 8
@@ -105,9 +108,11 @@ def _qwen3_vl_moe(vision: int, text: int, tower: dict[str, Any]) -> nn.Module:
     text_config = _text(
         text, head_dim=16, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=text, **_QWEN_ROPE
     )
-    return hf.Qwen3VLMoeForConditionalGeneration(
+    model = hf.Qwen3VLMoeForConditionalGeneration(
         hf.Qwen3VLMoeConfig(text_config=text_config, vision_config=_qwen3_tower(vision, text, tower), **_QWEN_TOKENS)
     )
+    model.set_experts_implementation("eager")  # the grouped product has no float64
+    return model
 
 
 def _llava(vision: int, text: int, tower: dict[str, Any]) -> nn.Module:
@@ -319,3 +324,54 @@ def _text_side(family: str, rows: list[list[int]]) -> dict[str, torch.Tensor]:
     if family in ("gemma3", "paligemma"):
         inputs["token_type_ids"] = kinds if family == "gemma3" else (labels != -100).long()
     return inputs
+
+
+# ---- features and terms ----------------------------------------------------------------------------------------------
+
+
+def reference_features(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+    """Features of the images by calling the vision path by hand, as each family's paper has it; no hooks."""
+    family, core = model.config.model_type, model.model
+    if family.startswith("qwen"):
+        out = core.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+        features = {"vit": [out.last_hidden_state], "aligner": [out.pooler_output]}
+        return features | ({"deepstack": list(out.deepstack_features)} if "qwen3" in family else {})
+    pixels = inputs["pixel_values"].flatten(0, -4)
+    if family in ("idefics2", "idefics3", "smolvlm"):
+        patches = torch.ones(len(pixels), 4, 4, dtype=torch.bool)
+        vit = core.vision_model(pixel_values=pixels, patch_attention_mask=patches).last_hidden_state
+        if family == "idefics2":
+            return {"aligner": [core.connector(vit, attention_mask=patches.flatten(1))]}
+        return {"vit": [vit], "aligner": [core.connector(vit)]}
+    if family == "mistral3":
+        vit = core.vision_tower(pixels, image_sizes=inputs["image_sizes"]).last_hidden_state[0]
+        return {"vit": [vit], "aligner": [core.multi_modal_projector(vit, inputs["image_sizes"])]}
+    if family in ("llava", "llava_next"):
+        vit = core.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    elif family == "llava_onevision":
+        vit = core.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
+    else:
+        vit = core.vision_tower(pixels).last_hidden_state
+    if family == "internvl":
+        vit = core.pixel_shuffle(vit[:, 1:].reshape(len(pixels), 4, 4, -1)).flatten(1, 2)
+    return {"vit": [vit], "aligner": [core.multi_modal_projector(vit)]}
+
+
+def visual_knobs(*targets: str, weight: float = 1.0, **options: Any) -> VisualKnobs:
+    return VisualKnobs(weight, {target: VisualTargetKnobs(**options) for target in targets})
+
+
+def run_visual(
+    visual: VisualKnobs, student: nn.Module, teacher: nn.Module, inputs: dict[str, torch.Tensor], **more: Any
+) -> dict[str, torch.Tensor]:
+    """The visual terms of whole forwards of both models."""
+    with tapped(visual, student, teacher) as (ours, theirs):
+        with torch.no_grad():
+            teacher(**inputs)
+        student(**inputs)
+    return visual_terms(visual, ours, theirs, 1.0, **more)
+
+
+def gradients(model: nn.Module) -> dict[str, float]:
+    """Name -> norm of the gradient, of the parameters that a backward reached."""
+    return {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}

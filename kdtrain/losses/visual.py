@@ -128,8 +128,8 @@ def _resized(
 ) -> torch.Tensor:
     """The teacher's features on the student's grid: [N of the student, F of the teacher], in the student's order."""
     found = f"visual_kd target {target!r}: student features are {tuple(s.shape)} and teacher features {tuple(t.shape)}"
-    wanted = _images(s, student_grids, pass_index, f"{found}; match: interpolate", "student")
-    own = _images(t, teacher_grids, pass_index, f"{found}; match: interpolate", "teacher")
+    wanted = _images(s, student_grids, pass_index, f"{found}; match: interpolate", target, "student")
+    own = _images(t, teacher_grids, pass_index, f"{found}; match: interpolate", target, "teacher")
     if [shape[0] for shape in wanted] != [shape[0] for shape in own]:
         raise PreflightError(
             f"{found}; match: interpolate resizes grids, and here the student has {len(wanted)} images (or crops) and "
@@ -145,7 +145,9 @@ def _resized(
     return torch.cat(resized)
 
 
-def _images(features: torch.Tensor, grids: Grids | None, pass_index: int, found: str, side: str) -> list[Shape]:
+def _images(
+    features: torch.Tensor, grids: Grids | None, pass_index: int, found: str, target: str, side: str
+) -> list[Shape]:
     """The grid of tokens of every image of a pass."""
     grid = grids.passes[pass_index] if grids is not None and pass_index < len(grids.passes) else None
     if features.dim() == 3 and (grid is None or len(features) > 1):
@@ -154,7 +156,7 @@ def _images(features: torch.Tensor, grids: Grids | None, pass_index: int, found:
         if root * root != tokens:
             raise PreflightError(
                 f"{found} needs a square grid, and {tokens} tokens of an image of the {side} are none (a class token "
-                f"cannot be resized). Set custom.visual_kd.targets.<target>.{side}_module to a module without one."
+                f"cannot be resized). Set custom.visual_kd.targets.{target}.{side}_module to a module without one."
             )
         return [(1, root, root)] * len(features)
     if grid is None:
