@@ -6,23 +6,27 @@ They arrive as attributes that were set on a GKDConfig after it was built, so th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from kdtrain.losses.divergence import Divergence, check_divergence_arguments
 from kdtrain.losses.topk import Tail
-from kdtrain.losses.visual import Distance
+from kdtrain.losses.visual import Distance, Match
 
 
 @dataclass(frozen=True)
 class VisualTargetKnobs:
-    """One feature target: its weight, its distance, and the module path in each model."""
+    """One feature target: its weight and distance, and what is done where token counts differ.
 
-    weight: float
-    distance: Distance
-    student_module: str
-    teacher_module: str
+    The modules are paths, one for each model; None is what the layout table says about the model's family.
+    """
+
+    weight: float = 1.0
+    distance: Distance = "mse"
+    student_module: str | None = None
+    teacher_module: str | None = None
+    match: Match = "exact"
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,6 @@ class VisualKnobs:
 
     weight: float
     targets: Mapping[str, VisualTargetKnobs]
-
-    def module_paths(self, side: str) -> dict[str, str]:
-        """Target name -> module path of "student" or "teacher"."""
-        return {name: getattr(target, f"{side}_module") for name, target in self.targets.items()}
 
 
 @dataclass(frozen=True)
@@ -92,33 +92,66 @@ class Knobs:
         return replace(self, llm_kd_weight=0.0, visual_kd=None)
 
 
+_VISUAL_KEYS = ("enabled", "weight", "distance", "targets")
+_TARGET_KEYS = ("weight", "distance", "module", "student_module", "teacher_module", "match")
+_TARGETS = ("vit", "aligner", "deepstack")
+
+
 def _visual_knobs(value: Any) -> VisualKnobs | None:
-    """From None, an object or a mapping with `enabled`, `weight`, `distance` and `targets`; None where it is off."""
+    """From None, an object or a mapping with `enabled`, `weight`, `distance` and `targets`; None where it is off.
+
+    `targets` is a list of names or a map of options; one of weight 0 is not computed.
+    """
     if value is None:
         return None
-    enabled, weight = _get(value, "enabled", True), _get(value, "weight", 1.0)
-    if weight < 0:
-        raise ValueError(f"visual_kd.weight must be non-negative, got {weight}")
+    _check_keys(value, _VISUAL_KEYS, "visual_kd")
+    enabled, weight = _get(value, "enabled", True), _weight(value, "visual_kd")
     if not enabled or weight == 0:
         return None
     distance = _get(value, "distance", "mse")
-    targets = _get(value, "targets", None) or {}
-    return VisualKnobs(weight, {name: _visual_target(name, target, distance) for name, target in targets.items()})
+    targets = _get(value, "targets", ["aligner"])
+    if not isinstance(targets, Mapping):
+        targets = dict.fromkeys(targets)
+    if not targets:
+        raise ValueError(f"visual_kd has no targets: name some of {', '.join(_TARGETS)}, or set enabled: false.")
+    knobs = {name: _visual_target(name, {} if target is None else target, distance) for name, target in targets.items()}
+    active = {name: target for name, target in knobs.items() if target.weight > 0}
+    return VisualKnobs(weight, active) if active else None
 
 
 def _visual_target(name: str, target: Any, distance: Distance) -> VisualTargetKnobs:
+    where = f"visual_kd target {name!r}"
+    if name not in _TARGETS:
+        raise ValueError(f"{where}: the targets are {', '.join(_TARGETS)}.")
+    _check_keys(target, _TARGET_KEYS, where)
     module = _get(target, "module", None)
-    student, teacher = _get(target, "student_module", module), _get(target, "teacher_module", module)
-    if student is None or teacher is None:
-        raise ValueError(f"visual_kd target {name!r} needs `module`, or `student_module` and `teacher_module`")
-    weight = _get(target, "weight", 1.0)
-    if weight < 0:
-        raise ValueError(f"visual_kd target {name!r}: weight must be non-negative, got {weight}")
-    distance = _get(target, "distance", None) or distance
-    if distance not in get_args(Distance):
-        raise ValueError(f"visual_kd target {name!r}: distance must be one of {get_args(Distance)}, got {distance!r}")
-    return VisualTargetKnobs(weight, distance, student, teacher)
+    knobs = VisualTargetKnobs(
+        weight=_weight(target, where),
+        distance=_get(target, "distance", distance),
+        student_module=_get(target, "student_module", module),
+        teacher_module=_get(target, "teacher_module", module),
+        match=_get(target, "match", "exact"),
+    )
+    for option, choices in (("distance", get_args(Distance)), ("match", get_args(Match))):
+        if getattr(knobs, option) not in choices:
+            raise ValueError(f"{where}: {option} must be one of {choices}, got {getattr(knobs, option)!r}")
+    return knobs
+
+
+def _weight(value: Any, where: str) -> float:
+    weight = _get(value, "weight", 1.0)
+    if not (weight >= 0 and math.isfinite(weight)):
+        raise ValueError(f"{where}: weight must be non-negative and finite, got {weight}")
+    return weight
+
+
+def _check_keys(value: Any, known: Sequence[str], where: str) -> None:
+    unknown = [str(key) for key in value if key not in known] if isinstance(value, Mapping) else []
+    if unknown:
+        raise ValueError(f"{where}: unknown {', '.join(unknown)}; the options are {', '.join(known)}.")
 
 
 def _get(value: Any, name: str, default: Any) -> Any:
-    return value.get(name, default) if isinstance(value, Mapping) else getattr(value, name, default)
+    """An option of a mapping or an object; the default also where it is None."""
+    found = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+    return default if found is None else found

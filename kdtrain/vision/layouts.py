@@ -1,0 +1,272 @@
+"""Where each family of vision-language models keeps the features that visual KD compares.
+
+    vit        the vision encoder's tokens as the aligner receives them
+    aligner    the projector's, connector's or merger's output: what the language model sees of an image
+    deepstack  the outputs of the further mergers of Qwen3-VL, one per tapped layer
+
+One rule fits nearly all families: the aligner is called with a tensor, which is `vit`, and returns a tensor, which is
+`aligner`. These are the layer and the tokens that the language model really uses: LLaVA and InternVL drop the class
+token before their projector (InternVL also lays 2 × 2 patches side by side), and some read an earlier layer than the
+last. What does not fit:
+
+- Qwen2.5-VL computes in the order of its attention windows. Its merger's output is put back into image order only in
+  the `pooler_output` of `model.visual`, so that is the tap of `aligner`; its `vit` stays in window order.
+- Qwen2-VL and Qwen3-VL keep the patches that will be merged together: their `vit` is in block order.
+- Idefics2 has no `vit` here: its encoder computes tokens of padding beside those of smaller images.
+
+Paths are those of the plain model. `submodule` finds them through PEFT, DDP, FSDP and torch.compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from kdtrain.errors import PreflightError
+
+What = Literal["input", "output", "pooler_output", "last_hidden_state"]
+# How the tokens of an image follow each other: row by row, in blocks that are merged, or in attention windows.
+Order = Literal["rows", "blocks", "windows"]
+Sizes = Literal["grid_thw", "image_sizes"]
+Side = Literal["student", "teacher"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One place to read features from.
+
+    Args:
+        path: of the module, in the plain model.
+        what: "input", its first positional argument; "output", the tensor it returns; or that attribute of the object
+            it returns.
+        explicit: named in the config rather than found in the table. Its "output" may also be an object with a
+            `last_hidden_state`, or a tuple, of which the first element is taken.
+    """
+
+    path: str
+    what: What
+    explicit: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a family keeps things.
+
+    Args:
+        encoder: path of the vision encoder.
+        aligner: paths of what stands between it and the language model, parameters included. In Qwen-VL they lie inside
+            the encoder and are no part of it.
+        taps: target -> its place. "{i}" in a path stands for every child of a list.
+        vit_order: order of the tokens of `vit`; those of the other targets are in rows.
+        sizes: what a batch says about the images whose tokens are packed one after the other; None where every image
+            (or crop) is a row of its own.
+    """
+
+    encoder: str
+    aligner: tuple[str, ...]
+    taps: Mapping[str, Tap] = field(default_factory=dict)
+    vit_order: Order = "rows"
+    sizes: Sizes | None = None
+
+
+def _around(encoder: str, aligner: str, *more: str, sizes: Sizes | None = None) -> Layout:
+    taps = {"vit": Tap(aligner, "input"), "aligner": Tap(aligner, "output")}
+    return Layout(encoder, (aligner, *more), taps, sizes=sizes)
+
+
+_QWEN2_VL = Layout(
+    "model.visual",
+    ("model.visual.merger",),
+    {"vit": Tap("model.visual.merger", "input"), "aligner": Tap("model.visual", "pooler_output")},
+    vit_order="blocks",
+    sizes="grid_thw",
+)
+_QWEN2_5_VL = replace(_QWEN2_VL, vit_order="windows")
+_QWEN3_VL = Layout(
+    "model.visual",
+    ("model.visual.merger", "model.visual.deepstack_merger_list"),
+    {
+        "vit": Tap("model.visual.merger", "input"),
+        "aligner": Tap("model.visual.merger", "output"),
+        "deepstack": Tap("model.visual.deepstack_merger_list.{i}", "output"),
+    },
+    vit_order="blocks",
+    sizes="grid_thw",
+)
+_TOWER = _around("model.vision_tower", "model.multi_modal_projector")
+_TOWER_NEWLINE = _around("model.vision_tower", "model.multi_modal_projector", "model.image_newline")
+_CONNECTOR = _around("model.vision_model", "model.connector")
+
+LAYOUTS: Mapping[str, Layout] = {
+    "qwen2_vl": _QWEN2_VL,
+    "qwen2_5_vl": _QWEN2_5_VL,
+    "qwen3_vl": _QWEN3_VL,
+    "qwen3_vl_moe": _QWEN3_VL,
+    "llava": _TOWER,
+    "llava_next": _TOWER_NEWLINE,
+    "llava_onevision": _TOWER_NEWLINE,
+    "idefics2": Layout("model.vision_model", ("model.connector",), {"aligner": Tap("model.connector", "output")}),
+    "idefics3": _CONNECTOR,
+    "smolvlm": _CONNECTOR,
+    "gemma3": _TOWER,
+    "paligemma": _TOWER,
+    "mistral3": _around("model.vision_tower", "model.multi_modal_projector", sizes="image_sizes"),
+    "internvl": _TOWER,
+}
+"""`config.model_type` -> layout."""
+
+# What wraps a module without changing what it computes, and the attribute that holds the module itself.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def model_type(model: nn.Module) -> str:
+    """`config.model_type` of a model, wrapped or not; "unknown" without a config."""
+    return str(getattr(getattr(plain(model), "config", None), "model_type", "unknown"))
+
+
+def layout_of(model: nn.Module) -> Layout | None:
+    """The layout of a model's family; None for text models and families that are not in the table."""
+    layout = LAYOUTS.get(model_type(model))
+    if layout is _TOWER and getattr(_vision_config(model), "model_type", None) == "pixtral":
+        return LAYOUTS["mistral3"]  # Pixtral is a LLaVA with that vision encoder
+    return layout
+
+
+def taps(model: nn.Module, target: str, path: str | None, side: Side) -> list[Tap]:
+    """Where a target is read from: one tap, or one per level of a target that has several.
+
+    Args:
+        path: a module path that replaces the table; its output is the target.
+
+    Raises:
+        PreflightError: a family that is not in the table or does not have the target.
+    """
+    if path is not None:
+        return [Tap(path, "output", explicit=True)]
+    layout, option = layout_of(model), f"custom.visual_kd.targets.{target}.{side}_module"
+    kind = f"the {side} is a {type(plain(model)).__name__} of model type {model_type(model)!r}"
+    if layout is None:
+        raise PreflightError(
+            f"visual_kd target {target!r}: {kind}, whose features are not known here. Known are {', '.join(LAYOUTS)}. "
+            f"Set {option} to the module whose output is to be compared."
+        )
+    tap = layout.taps.get(target)
+    if tap is None:
+        have = ", ".join(name for name, other in LAYOUTS.items() if target in other.taps) or "none"
+        raise PreflightError(
+            f"visual_kd target {target!r}: {kind}, which does not have it (it has {', '.join(layout.taps)}). Families "
+            f"with {target!r}: {have}. Remove the target, or set {option} to the module whose output is to be compared."
+        )
+    if "{i}" not in tap.path:
+        return [tap]
+    levels = submodule(model, tap.path.removesuffix(".{i}"), target, side)
+    count = len(list(levels.children()))
+    if not count:
+        raise PreflightError(f"visual_kd target {target!r}: {kind}, built without any. Remove the target.")
+    return [Tap(tap.path.format(i=i), tap.what) for i in range(count)]
+
+
+def token_order(model: nn.Module, target: str, path: str | None) -> tuple[Any, ...] | None:
+    """What fixes the order of a target's tokens: equal for two models whose tokens can be compared one by one.
+
+    ("rows",) · ("blocks", merge size) · ("windows", window size, patch size, merge size) · None where it is not known,
+    at a module of one's own inside an encoder that has an order of its own.
+    """
+    layout = layout_of(model)
+    if layout is None or layout.vit_order == "rows" or (path is None and target != "vit"):
+        return ("rows",)
+    if path is not None:
+        return None
+    vision = _vision_config(model)
+    if layout.vit_order == "windows":
+        return ("windows", vision.window_size, vision.patch_size, vision.spatial_merge_size)
+    return ("blocks", vision.spatial_merge_size) if vision.spatial_merge_size > 1 else ("rows",)
+
+
+def _vision_config(model: nn.Module) -> Any:
+    return getattr(getattr(plain(model), "config", None), "vision_config", None)
+
+
+# ---- finding modules -------------------------------------------------------------------------------------------------
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model without DDP, FSDP, torch.compile, DeepSpeed and PEFT around it. PEFT's adapter layers stay inside."""
+    inner: Any
+    while True:
+        inner = _unwrapped(model)
+        if hasattr(inner, "get_base_model"):  # a PeftModel
+            inner = inner.get_base_model()
+        elif not isinstance(inner, PreTrainedModel) and isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module  # DDP, DeepSpeed
+        if inner is model:
+            return model
+        model = inner
+
+
+def submodule(model: nn.Module, path: str, target: str, side: Side) -> nn.Module:
+    """The module at a path of the plain model, or of the model as it is given.
+
+    Raises:
+        PreflightError: there is none.
+    """
+    module: nn.Module | None = plain(model)
+    for part in path.split("."):
+        child = getattr(_active(module), part, None) if module is not None else None
+        module = _unwrapped(child) if isinstance(child, nn.Module) else None
+    if module is not None:
+        return module
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise PreflightError(
+            f"visual_kd target {target!r}: the {side} has no module {path!r}. "
+            f"Set custom.visual_kd.targets.{target}.{side}_module to one of its named_modules()."
+        ) from None
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    for name in _WRAPPERS:
+        inner = getattr(module, name, None)
+        if isinstance(inner, nn.Module):
+            return _unwrapped(inner)
+    return module
+
+
+def _active(module: nn.Module) -> nn.Module:
+    """Where the children are that a forward uses: PEFT's copy of a module that is trained in full."""
+    copies = getattr(module, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return module
+    wrapper: Any = module
+    active = [name for name in wrapper.active_adapters if name in copies]
+    return _unwrapped(copies[active[0]] if active else wrapper.original_module)
+
+
+def plain_name(name: str, adapters: Sequence[str] = ()) -> str:
+    """A parameter's or module's name as the plain model has it: without the wrappers' parts.
+
+    Args:
+        adapters: names of PEFT's adapters, which follow `modules_to_save` in names.
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while parts[:1] == ["module"]:
+        parts = parts[1:]
+    if parts[:2] == ["base_model", "model"]:
+        parts = parts[2:]
+    return ".".join(_without_copies(parts, adapters))
+
+
+def _without_copies(parts: Sequence[str], adapters: Sequence[str]) -> Iterator[str]:
+    skip = False
+    for part in parts:
+        if part == "modules_to_save":
+            skip = True
+            continue
+        if not (skip and part in adapters) and part != "original_module":
+            yield part
+        skip = False

@@ -1,0 +1,138 @@
+"""The three parts of a vision-language model, and taking them out of training.
+
+vit      the vision encoder, without the mergers that Qwen-VL keeps inside it
+aligner  projector, connector or mergers (deepstack's too), and the learned line breaks of LLaVA-NeXT
+llm      everything else: the language model, its embeddings and its head
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Literal
+
+from torch import nn
+
+from kdtrain.errors import PreflightError
+from kdtrain.vision.layouts import LAYOUTS, Layout, layout_of, model_type, plain, plain_name
+
+logger = logging.getLogger(__name__)
+
+Part = Literal["llm", "vit", "aligner"]
+
+
+def part_of(model: nn.Module, part: Part) -> dict[str, nn.Parameter]:
+    """The parameters of a part, by their name in `model.named_parameters()`, adapters included; tied ones once.
+
+    Args:
+        model: a vision-language model of a family in the table, wrapped or not.
+
+    Raises:
+        PreflightError: a family that is not in the table.
+    """
+    layout, adapters = _layout(model), _adapters(model)
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if part_of_name(plain_name(name, adapters), layout) == part
+    }
+
+
+def part_of_name(name: str, layout: Layout) -> Part:
+    """The part that a parameter or module of the plain model belongs to."""
+    if any(_inside(name, path) for path in layout.aligner):
+        return "aligner"
+    return "vit" if _inside(name, layout.encoder) else "llm"
+
+
+def freeze_parts(model: nn.Module, *, llm: bool = False, vit: bool = False, aligner: bool = False) -> None:
+    """Take parts of a model out of training: `requires_grad` off, for adapters on them as well.
+
+    A text model has an llm only; the other two options then have no effect, and a warning says so.
+
+    Raises:
+        PreflightError: nothing would be left to train, or the family is not in the table.
+    """
+    wanted: dict[Part, bool] = {"llm": llm, "vit": vit, "aligner": aligner}
+    frozen = [part for part, is_wanted in wanted.items() if is_wanted]
+    if _is_text_model(model):
+        _check_text_model(model, frozen)
+        return
+    if not frozen:
+        return
+    left = {id(p) for p in model.parameters() if p.requires_grad}
+    parameters = [p for part in frozen for p in part_of(model, part).values()]
+    if not left.difference(id(p) for p in parameters):
+        options = " and ".join(f"tuner.freeze_{part}" for part in frozen)
+        raise PreflightError(
+            f"With {options} nothing of {type(plain(model)).__name__} is left to train. Remove one of the options"
+            + (", or let tuner.target_modules reach other parts." if _adapters(model) else ".")
+        )
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+
+
+def adapter_exclusions(model: nn.Module, *, llm: bool = False, vit: bool = False, aligner: bool = False) -> str | None:
+    """A regular expression for `LoraConfig.exclude_modules`: the modules of the frozen parts, which get no adapter.
+
+    None where nothing is frozen, or for a text model. PEFT matches it against whole module names.
+
+    Raises:
+        PreflightError: a family that is not in the table.
+    """
+    if not (llm or vit or aligner) or _is_text_model(model):
+        return None
+    layout = _layout(model)
+    in_aligner, in_encoder = _pattern(*layout.aligner), _pattern(layout.encoder)
+    choices = []
+    if aligner:
+        choices.append(f"{in_aligner}.*")
+    if vit:
+        choices.append(f"(?!{in_aligner}){in_encoder}.*")
+    if llm:
+        choices.append(f"(?!{in_aligner})(?!{in_encoder}).*")
+    return "|".join(choices)
+
+
+def _pattern(*paths: str) -> str:
+    return rf"(?:{'|'.join(map(re.escape, paths))})(?=\.|$)"
+
+
+def _inside(name: str, path: str) -> bool:
+    return name == path or name.startswith(f"{path}.")
+
+
+def _layout(model: nn.Module) -> Layout:
+    layout = layout_of(model)
+    if layout is None:
+        raise PreflightError(
+            f"{type(plain(model)).__name__} (model type {model_type(model)!r}): which of its parts are the vision "
+            f"encoder and the aligner is not known here. Known are {', '.join(LAYOUTS)}. Remove tuner.freeze_llm, "
+            "tuner.freeze_vit and tuner.freeze_aligner; with LoRA, say what is trained in tuner.target_modules."
+        )
+    return layout
+
+
+def _adapters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters of a PeftModel, wrapped or not."""
+    for module in model.modules():
+        config = getattr(module, "peft_config", None)
+        if isinstance(config, dict):
+            return tuple(config)
+    return ()
+
+
+def _is_text_model(model: nn.Module) -> bool:
+    config = getattr(plain(model), "config", None)
+    return layout_of(model) is None and (config is None or config.get_text_config() is config)
+
+
+def _check_text_model(model: nn.Module, frozen: list[Part]) -> None:
+    name = type(plain(model)).__name__
+    if "llm" in frozen:
+        raise PreflightError(
+            f"tuner.freeze_llm: {name} is a text model: with its language model frozen nothing is left to train. "
+            "Remove the option."
+        )
+    for part in frozen:
+        logger.warning("tuner.freeze_%s has no effect: %s is a text model.", part, name)
