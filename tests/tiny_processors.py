@@ -10,8 +10,12 @@ from PIL import Image
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Gemma3ImageProcessorPil,
     Gemma3Processor,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
     LlamaConfig,
@@ -19,6 +23,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
 )
@@ -155,3 +161,45 @@ def png(seed: int = 0, width: int = 40, height: int = 32) -> bytes:
     buffer = io.BytesIO()
     picture(seed, width, height).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def make_model(family: str, processor: Any, seed: int = 0) -> Any:
+    """A model of some ten thousand parameters that fits `FAMILIES[family]()`."""
+    torch.manual_seed(seed)
+    vocabulary = len(processor.tokenizer)
+    if family == "llava":
+        return make_llava_model(vocabulary, seed)
+    text = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}
+    text |= {"intermediate_size": 64, "initializer_range": 0.2, "vocab_size": vocabulary, "pad_token_id": 3}
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    if family == "idefics3":
+        image = processor.image_token_id
+        vision = {**tower, "model_type": "idefics3_vision", "num_hidden_layers": 2}
+        config = Idefics3Config(
+            vision_config=vision, text_config={"model_type": "llama", **text}, image_token_id=image, scale_factor=2
+        )
+        return Idefics3ForConditionalGeneration(config)
+    if family == "gemma3":
+        vision = {**tower, "model_type": "siglip_vision_model", "num_hidden_layers": 2, "vision_use_head": False}
+        config = Gemma3Config(
+            vision_config=vision,
+            text_config={**text, "head_dim": 16, "sliding_window": 64},
+            mm_tokens_per_image=4,
+            image_token_index=processor.tokenizer.image_token_id,
+            image_token_id=processor.tokenizer.image_token_id,
+        )
+        model = Gemma3ForConditionalGeneration(config)
+        # transformers starts it at zero, and every image would look the same.
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
+        return model
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 8}
+    vision |= {"out_hidden_size": 32, "window_size": 32, "fullatt_block_indexes": [1]}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    config = Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config={**text, "rope_parameters": rope, "max_position_embeddings": 512},
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+        vision_start_token_id=processor.tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)

@@ -101,15 +101,12 @@ class Collator:
 
     def _teacher_differs(self) -> bool:
         teacher = self.teacher_processing_class
-        if teacher is None or self._model is None:
+        if self._model is None or multimodal(teacher) is None:
             return False
-        if multimodal(teacher) is None:
-            raise DataError(
-                f"the student's processor is a {type(self.processing_class).__name__} and the teacher has none for "
-                "images: give the teacher's processor, or none to use the student's"
-            )
         mine, its = image_content(self.processing_class), image_content(teacher)
-        return mine != its or tokenizer_content(self._model.tokenizer) != tokenizer_content(teacher.tokenizer)
+        # Which of its tokens are special is no matter of ids.
+        its_vocabulary = tokenizer_content(teacher.tokenizer)["tokenizer"]
+        return mine != its or tokenizer_content(self._model.tokenizer)["tokenizer"] != its_vocabulary
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         fitted = [(row, self._fit(self._encode(row))) for row in rows]
@@ -136,6 +133,12 @@ class Collator:
         batch |= inputs
         if sizes:
             batch["visual_sizes"] = sizes
+            if self.teacher_processing_class is not None and multimodal(self.teacher_processing_class) is None:
+                raise DataError(
+                    f"row {batch['row_ids'][0]!r} or one beside it has images, and the teacher's "
+                    f"{type(self.teacher_processing_class).__name__} has no processor for images: take a "
+                    "vision-language teacher, or a text-only data set"
+                )
             if self._teacher is not None:
                 teacher_inputs, teacher_sizes = self._inputs(batch, rows, images, self._teacher)
                 batch |= {"teacher_inputs": teacher_inputs, "teacher_visual_sizes": teacher_sizes}

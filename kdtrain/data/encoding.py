@@ -169,9 +169,9 @@ def _image_identities(batch: dict[str, list[Any]], sources: Sequence[Source]) ->
 
 def folder_of(file: str) -> str | None:
     """What the paths in a data file are relative to; None for a data set of the hub."""
-    if not os.path.isabs(file):
-        return None
-    return file if os.path.isdir(file) else os.path.dirname(file)
+    if os.path.isdir(file):
+        return os.path.abspath(file)
+    return os.path.dirname(os.path.abspath(file)) if os.path.exists(file) else None
 
 
 def _workers(rows: int) -> int | None:

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlparse
 from kdtrain.data.show import RowError, kind, show
 from kdtrain.errors import DataError
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _FIELDS = "a path, bytes, a data: URI, or a mapping with path or bytes"
 
 
@@ -81,10 +81,11 @@ def parse_image(value: Any, folder: str | None) -> Image:
         RowError: anything else, an address on the network, or a relative path without a folder.
     """
     if isinstance(value, Mapping):
-        data, encoded = value.get("bytes"), value.get("base64")
+        data = value.get("bytes")
         if isinstance(data, bytes):
             return Image(None, data)
-        if isinstance(encoded, str):
+        # How bytes come through JSON, see `kdtrain.data.sources`.
+        if isinstance(encoded := (data if isinstance(data, Mapping) else value).get("base64"), str):
             return Image(None, _decode(encoded))
         location = value.get("path") or value.get("url")
         if not isinstance(location, str):
@@ -107,7 +108,7 @@ def _located(location: str, folder: str | None) -> Image:
         return Image(None, _decode(content))
     if location.startswith("file:"):
         location = unquote(urlparse(location).path)
-    elif _SCHEME.match(location) and not os.path.exists(location):
+    elif _SCHEME.match(location):
         raise RowError(
             f"the image {show(location)} is not a local file: images are not downloaded during training. Save it "
             "beside the data file and give its path"

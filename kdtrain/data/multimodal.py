@@ -110,8 +110,8 @@ class Multimodal:
             raise RowError(
                 f"{type(self.processor).__name__} refuses the row: {show(str(error) or type(error).__name__, 400)}"
             ) from error
-        if odd := [name for name, value in out.items() if not isinstance(value, torch.Tensor)]:
-            raise DataError(f"{type(self.processor).__name__} returns no tensor for {', '.join(odd)}")
+        if odd := [name for name, value in out.items() if not isinstance(value, torch.Tensor) or not value.dim()]:
+            raise DataError(f"{type(self.processor).__name__} returns no tensor of rows or images for {', '.join(odd)}")
         ids = out["input_ids"][0].tolist()
         rest = {name: value for name, value in out.items() if name not in _TEXT_TENSORS}
         token = {name: value for name, value in rest.items() if tuple(value.shape[:2]) == (1, len(ids))}

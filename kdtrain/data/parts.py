@@ -76,13 +76,13 @@ def column_images(row: Mapping[str, Any]) -> list[Any]:
     """
     if any(row.get(column) not in (None, [], "") for column in VIDEO_COLUMNS):
         raise RowError(NO_VIDEOS)
-    many, one = ([] if _empty(row.get(column)) else row[column] for column in ("images", "image"))
-    if _filled(many) and _filled(one):
+    many, one = row.get("images"), row.get("image")
+    if not _empty(many) and not _empty(one):
         raise RowError("the row has both images and image: keep one of the two columns")
-    if isinstance(one, (list, tuple)):
-        many, one = (one, []) if len(one) else (many, [])
-    if _filled(one):
-        return [one]
+    if not _empty(one):
+        many = one if isinstance(one, (list, tuple)) else [one]  # some sets keep a list under the singular
+    if _empty(many):
+        return []
     if not isinstance(many, Sequence) or isinstance(many, (str, bytes)):
         raise RowError(f"images must be a list, not {kind(many)}: a single image goes into the column image")
     if any(value is None for value in many):
@@ -92,10 +92,6 @@ def column_images(row: Mapping[str, Any]) -> list[Any]:
 
 def _empty(value: Any) -> bool:
     return value is None or (isinstance(value, (str, list, tuple)) and not len(value))
-
-
-def _filled(value: Any) -> bool:
-    return not isinstance(value, list) or bool(value)
 
 
 def place_images(

@@ -270,7 +270,8 @@ def truncate(row: EncodedRow, max_length: int) -> EncodedRow | None:
     labels = row.labels[:max_length]
     if row.prompt_only or labels.count(IGNORE) == max_length or row.images_end > max_length:
         return None
-    fitting = [start for start in row.turn_starts if start < max_length]
+    # All images of the row reach the model, so that a prompt to generate from needs all of their tokens.
+    fitting = [start for start in row.turn_starts if row.images_end <= start < max_length]
     return replace(
         row, input_ids=row.input_ids[:max_length], labels=labels, prompt_length=fitting[-1] if fitting else 0
     )
