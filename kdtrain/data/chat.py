@@ -168,7 +168,10 @@ class ChatTemplate:
         template: str | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
         if self._as_parts:
-            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+            messages = [
+                {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
+                for m in messages
+            ]
         try:
             texts, indices = render_jinja_template(
                 conversations=[messages],

@@ -2,20 +2,28 @@
 
 Many tokenizers pad with the EOS token. A mask made by comparing ids with the padding erases the real EOS as well, and
 the student never learns to stop; here neither mask nor labels ever look at the ids.
+
+Images are decoded here, batch by batch: a data set of pixels would fill the disk. The public processor runs on each
+row alone, so a row's tensors do not depend on its neighbours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
 
 from kdtrain.data.encoding import Limits
-from kdtrain.data.rows import show
+from kdtrain.data.images import stored_image
+from kdtrain.data.multimodal import Multimodal, Processed, image_content, multimodal, tokenizer_content
+from kdtrain.data.show import RowError, show
 from kdtrain.data.template import IGNORE, EncodedRow, encode_row, truncate
+from kdtrain.data.visual_batch import cut_rows, pad_token_tensors, stack_visual
 from kdtrain.errors import DataError
+
+__all__ = ["Collator", "cut_rows", "pad_rows"]
 
 
 def pad_rows(
@@ -50,18 +58,33 @@ class Collator:
     """Collates rows of `build_dataset`, or raw rows, which are encoded on the fly in the same way.
 
     Args:
-        tokenizer: a fast tokenizer, or a processor around one. Without a padding token its EOS pads; it is not changed.
+        processing_class: a fast tokenizer, or a processor around one. Without a padding token its EOS pads; it is not
+            changed.
+        teacher_processing_class: the teacher's processor. Where its images come out differently from the student's,
+            it runs as well; an equal one changes nothing.
         pad_to_multiple_of: rounds T up.
         max_length: limit in tokens; None for no limit.
         train_on: for raw rows, see `encode_row`.
-        on_overlength: `error`, `truncate` (from the right) or `drop`, for rows over `max_length`.
+        on_overlength: `error`, `truncate` (from the right) or `drop`, for rows over `max_length`. A row that would lose
+            a part of an image is dropped.
 
     Calling it returns `input_ids`, `attention_mask`, `labels` (each [B, T] long), `prompt_lengths` ([B] long),
-    `ce_rows` ([B] bool) and `row_ids` (B strings, empty for raw rows without one). Raises DataError for a row that
-    cannot be encoded or is too long, and for a batch of which nothing is left.
+    `ce_rows` ([B] bool) and `row_ids` (B strings, empty for raw rows without one). With a processor also the further
+    tensors that it makes per token ([B, T], zero for rows without images and in the padding). Only in batches with
+    images also
+
+    - its visual tensors, rows behind each other along axis 0;
+    - `visual_sizes`: per visual tensor a list of B numbers, how many entries along axis 0 each row owns;
+    - with another processor for the teacher, `teacher_inputs`: its visual and per-token tensors, which replace the
+      student's; and `teacher_visual_sizes` of its visual ones.
+
+    Raises DataError for a row that cannot be encoded or is too long, whose images cannot be read or no longer give
+    the tokens that are stored, or whose images take another number of tokens for the teacher; and for a batch of which
+    nothing is left.
     """
 
-    tokenizer: Any
+    processing_class: Any
+    teacher_processing_class: Any = None
     _: KW_ONLY
     pad_to_multiple_of: int | None = None
     max_length: int | None = None
@@ -70,26 +93,105 @@ class Collator:
 
     def __post_init__(self) -> None:
         Limits(self.max_length, self.on_overlength)  # checks both
-        inner = getattr(self.tokenizer, "tokenizer", self.tokenizer)
+        inner = getattr(self.processing_class, "tokenizer", self.processing_class)
         choices = (inner.pad_token_id, inner.eos_token_id, 0)
         self._pad_id: int = next(choice for choice in choices if choice is not None)
+        self._model = multimodal(self.processing_class)
+        self._teacher = multimodal(self.teacher_processing_class) if self._teacher_differs() else None
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor | list[str]]:
+    def _teacher_differs(self) -> bool:
+        teacher = self.teacher_processing_class
+        if self._model is None or multimodal(teacher) is None:
+            return False
+        mine, its = image_content(self.processing_class), image_content(teacher)
+        # Which of its tokens are special is no matter of ids.
+        its_vocabulary = tokenizer_content(teacher.tokenizer)["tokenizer"]
+        return mine != its or tokenizer_content(self._model.tokenizer)["tokenizer"] != its_vocabulary
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         fitted = [(row, self._fit(self._encode(row))) for row in rows]
         kept = [(row, encoded) for row, encoded in fitted if encoded is not None]
         if not kept:
-            raise DataError(f"every row of a batch of {len(rows)} is longer than max_length ({self.max_length} tokens)")
+            raise DataError(
+                f"every row of a batch of {len(rows)} is longer than max_length ({self.max_length} tokens), or has "
+                "images that do not fit into it"
+            )
         pairs = [(encoded.input_ids, encoded.labels) for _, encoded in kept]
-        return {
+        batch: dict[str, Any] = {
             **pad_rows(pairs, self._pad_id, self.pad_to_multiple_of),
             "prompt_lengths": torch.tensor([encoded.prompt_length for _, encoded in kept], dtype=torch.long),
             "ce_rows": torch.tensor([bool(row.get("ce", True)) for row, _ in kept]),
             "row_ids": [str(row.get("row_id", "")) for row, _ in kept],
         }
+        return batch if self._model is None else self._with_images(batch, kept, self._model)
+
+    def _with_images(
+        self, batch: dict[str, Any], rows: list[tuple[dict[str, Any], EncodedRow]], model: Multimodal
+    ) -> dict[str, Any]:
+        images = [self._load(row, encoded) for row, encoded in rows]
+        inputs, sizes = self._inputs(batch, rows, images, model)
+        batch |= inputs
+        if sizes:
+            batch["visual_sizes"] = sizes
+            if self.teacher_processing_class is not None and multimodal(self.teacher_processing_class) is None:
+                raise DataError(
+                    f"row {batch['row_ids'][0]!r} or one beside it has images, and the teacher's "
+                    f"{type(self.teacher_processing_class).__name__} has no processor for images: take a "
+                    "vision-language teacher, or a text-only data set"
+                )
+            if self._teacher is not None:
+                teacher_inputs, teacher_sizes = self._inputs(batch, rows, images, self._teacher)
+                batch |= {"teacher_inputs": teacher_inputs, "teacher_visual_sizes": teacher_sizes}
+        return batch
+
+    def _inputs(
+        self,
+        batch: dict[str, Any],
+        rows: list[tuple[dict[str, Any], EncodedRow]],
+        images: list[list[Any]],
+        model: Multimodal,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
+        processed = [
+            self._process(row, encoded, loaded, model) if loaded else None
+            for (row, encoded), loaded in zip(rows, images, strict=True)
+        ]
+        visual, sizes = stack_visual(processed, model)
+        lengths = [len(encoded.input_ids) for _, encoded in rows]
+        width = batch["input_ids"].shape[1]
+        tokens = pad_token_tensors(list(zip(lengths, processed, strict=True)), width, model.text_tensors)
+        return {**tokens, **visual}, sizes
+
+    def _load(self, row: Mapping[str, Any], encoded: EncodedRow) -> list[Any]:
+        try:
+            return [image.load() for image in encoded.images]
+        except RowError as error:
+            raise DataError(f"{_named(row)}: {error}") from error
+
+    def _process(self, row: Mapping[str, Any], encoded: EncodedRow, images: list[Any], model: Multimodal) -> Processed:
+        try:
+            processed = model.process(str(encoded.text), images)
+        except RowError as error:
+            raise DataError(f"{_named(row)}: {error}") from error
+        stored = encoded.input_ids
+        if processed.ids[: len(stored)] == stored and model.images_end(processed.ids) <= len(stored):
+            return processed
+        now, before = (sum(i in model.image_ids for i in ids) for ids in (processed.ids, stored))
+        if model is self._teacher:
+            raise DataError(
+                f"{_named(row)}: its images take {before} tokens for the student and {now} for the teacher, and "
+                "distillation compares them token by token: give both processors the same image size, patch size and "
+                "number of tokens per image, or take a teacher of the student's family"
+                if now != before
+                else f"{_named(row)}: the teacher's processor gives its text other tokens than the student's"
+            )
+        raise DataError(
+            f"{_named(row)}: the processor gives it other tokens than when it was encoded ({before} of images then, "
+            f"{now} now): its images or the processor have changed since. Start the run again"
+        )
 
     def _encode(self, row: Mapping[str, Any]) -> EncodedRow:
         if "input_ids" not in row:
-            return encode_row(row, self.tokenizer, train_on=self.train_on)
+            return encode_row(row, self.processing_class, train_on=self.train_on)
         ids, labels = _ints(row["input_ids"]), _ints(row.get("labels"))
         if len(ids) != len(labels) or not ids:
             raise DataError(
@@ -97,7 +199,13 @@ class Collator:
                 f"{len(ids)} ids, {len(labels)} labels"
             )
         start = int(row.get("prompt_length", 0))
-        return EncodedRow(ids, labels, start, prompt_only=start == len(ids), turn_starts=(start,))
+        encoded = EncodedRow(ids, labels, start, prompt_only=start == len(ids), turn_starts=(start,))
+        if not row.get("images"):
+            return encoded
+        if self._model is None:
+            raise DataError(f"{_named(row)} has images, and the collator has a tokenizer only: give it the processor")
+        images = tuple(stored_image(record) for record in row["images"])
+        return replace(encoded, text=row["text"], images=images, images_end=self._model.images_end(ids))
 
     def _fit(self, row: EncodedRow) -> EncodedRow | None:
         if self.max_length is None or len(row.input_ids) <= self.max_length:
@@ -108,6 +216,10 @@ class Collator:
                 "on_overlength to truncate or drop"
             )
         return truncate(row, self.max_length) if self.on_overlength == "truncate" else None
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    return f"row {show(row['row_id'], 60)}" if row.get("row_id") else "a row"
 
 
 def _ints(values: Any) -> list[int]:

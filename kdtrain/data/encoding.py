@@ -16,12 +16,15 @@ from typing import Any
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from kdtrain.data.rows import RowError, show
+from kdtrain.data.multimodal import image_content, tokenizer_content
+from kdtrain.data.rows import Chat, parse_row
+from kdtrain.data.show import RowError, show
+from kdtrain.data.sources import Source, rows_at_once
 from kdtrain.data.template import IGNORE, EncodedRow, RowEncoder, truncate
 from kdtrain.errors import DataError
 
 # Raise it with every change that makes the same row come out differently.
-VERSION = 1
+VERSION = 2
 ON_OVERLENGTH = ("error", "truncate", "drop")
 
 _FEATURES = datasets.Features(
@@ -37,6 +40,9 @@ _FEATURES = datasets.Features(
         "prompt_only": datasets.Value("bool"),
         "extended": datasets.Value("bool"),
         "unterminated": datasets.Value("bool"),
+        # Of rows with images: the conversation before its images are expanded, and where the images are.
+        "text": datasets.Value("large_string"),
+        "images": datasets.List({"path": datasets.Value("string"), "bytes": datasets.Value("large_binary")}),
     }
 )
 
@@ -58,15 +64,15 @@ class Limits:
 def encode_cached(
     raw: datasets.Dataset,
     encoder: RowEncoder,
-    columns: Sequence[Mapping[str, str] | None],
+    sources: Sequence[Source],
     limits: Limits,
     num_proc: int | None,
     cache_dir: Path,
 ) -> datasets.Dataset:
-    """Encodes the rows of `raw` (columns text, problem, source, place), or reads what an earlier call stored.
+    """Encodes the rows of `raw` (columns text, problem, source, file), or reads what an earlier call stored.
 
     Args:
-        columns: per source, the column mapping of its rows.
+        sources: of whom the column mapping and who answers matter here.
         cache_dir: entries are folders in it, complete as soon as they are visible; an unreadable one is made again.
 
     Returns:
@@ -75,18 +81,20 @@ def encode_cached(
     Raises:
         DataError: the tokenizer or its template cannot serve the rows; the folder cannot be written.
     """
-    entry = cache_dir / f"encoded-{_key(raw, encoder, columns, limits)}"
+    entry = cache_dir / f"encoded-{_key(raw, encoder, sources, limits)}"
     if (stored := _stored(entry, len(raw))) is not None:
         return stored
     work = Path(tempfile.mkdtemp(prefix="encoding-", dir=cache_dir))
+    at_once = rows_at_once(raw, 500)
     try:
         raw.map(
             _encode_batch,
             batched=True,
-            batch_size=500,
+            batch_size=at_once,
+            writer_batch_size=at_once,
             remove_columns=raw.column_names,
             features=_FEATURES,
-            fn_kwargs={"encoder": encoder, "columns": columns, "limits": limits},
+            fn_kwargs={"encoder": encoder, "sources": sources, "limits": limits},
             num_proc=_workers(len(raw)) if num_proc is None else (num_proc if num_proc > 1 else None),
             cache_file_name=str(work / "rows.arrow"),
             new_fingerprint=entry.name.removeprefix("encoded-")[:32],
@@ -116,31 +124,54 @@ def _stored(entry: Path, rows: int) -> datasets.Dataset | None:
     return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 
-def _key(
-    raw: datasets.Dataset, encoder: RowEncoder, columns: Sequence[Mapping[str, str] | None], limits: Limits
-) -> str:
-    """A hash of the rows, the tokenizer's and the template's content, the options and the version of this code.
+def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], limits: Limits) -> str:
+    """A hash of the rows and their images, the content of tokenizer, processor and template, the options and the
+    version of this code.
 
-    The place of a row is left out: the same data under another path is the same data.
+    The place of a row is left out: the same data under another path is the same data. Images are not, see `Image`.
     """
     tokenizer = encoder.tokenizer
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    content.pop("padding", None)  # both change with every call that pads or truncates
-    content.pop("truncation", None)
     options = {
         "version": VERSION,
-        "tokenizer": content,
-        "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+        **tokenizer_content(tokenizer),
+        "images": image_content(encoder.processing_class),
         "own_template": encoder.chat_template or encoder.processing_class.chat_template or tokenizer.chat_template,
         "train_on": encoder.train_on,
         "limits": [limits.max_length, limits.on_overlength],
-        "columns": [dict(mapping) if mapping else None for mapping in columns],
+        "columns": [dict(source.columns) if source.columns else None for source in sources],
+        "answers": [source.answers for source in sources],
         "libraries": [datasets.__version__, version("transformers"), version("trl")],  # trl: the training templates
     }
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
-    for batch in raw.select_columns(["source", "problem", "text"]).iter(batch_size=1000):
+    for batch in raw.select_columns(["source", "problem", "text"]).iter(batch_size=rows_at_once(raw, 1000)):
         digest.update(json.dumps(batch).encode())
+    if encoder.multimodal is not None:
+        for batch in raw.select_columns(["source", "text", "file"]).iter(batch_size=rows_at_once(raw, 1000)):
+            digest.update(json.dumps(_image_identities(batch, sources)).encode())
     return digest.hexdigest()[:40]
+
+
+def _image_identities(batch: dict[str, list[Any]], sources: Sequence[Source]) -> list[Any]:
+    """Of the files only: bytes are in the rows' text."""
+    identities = []
+    for text, file, number in zip(batch["text"], batch["file"], batch["source"], strict=True):
+        columns = sources[number].columns
+        if "image" not in text and not columns:  # nearly every way to say so says it
+            continue
+        try:
+            parsed = parse_row(parse_json(text, columns), folder_of(file))
+        except RowError:
+            continue  # counted when it is encoded
+        if isinstance(parsed, Chat):
+            identities += [image.identity for image in parsed.images if image.data is None]
+    return identities
+
+
+def folder_of(file: str) -> str | None:
+    """What the paths in a data file are relative to; None for a data set of the hub."""
+    if os.path.isdir(file):
+        return os.path.abspath(file)
+    return os.path.dirname(os.path.abspath(file)) if os.path.exists(file) else None
 
 
 def _workers(rows: int) -> int | None:
@@ -150,19 +181,22 @@ def _workers(rows: int) -> int | None:
 
 
 def _encode_batch(
-    batch: dict[str, list[Any]],
-    encoder: RowEncoder,
-    columns: Sequence[Mapping[str, str] | None],
-    limits: Limits,
+    batch: dict[str, list[Any]], encoder: RowEncoder, sources: Sequence[Source], limits: Limits
 ) -> dict[str, list[Any]]:
     problems, parsed = list(batch["problem"]), {}
     for i, text in enumerate(batch["text"]):
         if not problems[i]:
             try:
-                parsed[i] = parse_json(text, columns[batch["source"][i]])
+                parsed[i] = parse_json(text, sources[batch["source"][i]].columns)
             except RowError as error:
                 problems[i] = str(error)
-    encoded = dict(zip(parsed, encoder.encode(list(parsed.values())), strict=True))
+    folders = {file: folder_of(file) for file in set(batch["file"])}
+    results = encoder.encode(
+        list(parsed.values()),
+        [folders[batch["file"][i]] for i in parsed],
+        [sources[batch["source"][i]].answers == "teacher" for i in parsed],
+    )
+    encoded = dict(zip(parsed, results, strict=True))
     out: dict[str, list[Any]] = {name: [] for name in _FEATURES}
     for i, problem in enumerate(problems):
         result = encoded.get(i) or RowError(problem)
@@ -217,4 +251,6 @@ def _record(row: EncodedRow, status: str, length: int, problem: str = "") -> dic
         "prompt_only": row.prompt_only,
         "extended": row.extended,
         "unterminated": row.unterminated,
+        "text": row.text,
+        "images": [image.record for image in row.images],
     }

@@ -16,10 +16,11 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from kdtrain.data.encoding import Limits, encode_cached, parse_json
+from kdtrain.data.encoding import Limits, encode_cached, folder_of, parse_json
 from kdtrain.data.mixing import mix, read_all
-from kdtrain.data.rows import Chat, RowError, parse_row, show
+from kdtrain.data.rows import Chat, RowError, parse_row, prompt_of, show
 from kdtrain.data.sources import RawRow, Source
 from kdtrain.data.template import RowEncoder
 from kdtrain.errors import DataError
@@ -40,8 +41,10 @@ class BuildReport:
         truncated: kept rows that were cut at max_length.
         dropped: rows left out because they are too long, or have nothing to train on once truncated.
         supervised_tokens, total_tokens: per epoch.
-        prompt_only_rows: kept rows without an answer; they need generation.
+        prompt_only_rows: kept rows without an answer; they need generation. Those for the teacher are not among them.
         plain_text_rows: kept rows of plain text; nothing can be generated from them.
+        teacher_answer_rows: kept rows whose answer the teacher writes.
+        image_rows, images: kept rows with images, and their images.
         longest: tokens of the longest row, before truncation.
         stop_tokens_added: rows whose template marks the answer but not the token that ends it; it was added.
         unterminated_rows: rows with a supervised turn that ends without a stop token.
@@ -59,6 +62,9 @@ class BuildReport:
     total_tokens: int = 0
     prompt_only_rows: int = 0
     plain_text_rows: int = 0
+    teacher_answer_rows: int = 0
+    image_rows: int = 0
+    images: int = 0
     longest: int = 0
     stop_tokens_added: int = 0
     unterminated_rows: int = 0
@@ -78,6 +84,8 @@ class BuildReport:
             (self.dropped, "dropped as too long"),
             (self.prompt_only_rows, "with a prompt only (usable where an answer is generated)"),
             (self.plain_text_rows, "of plain text (nothing is generated from them)"),
+            (self.teacher_answer_rows, "get their answer from the teacher"),
+            (self.image_rows, f"with images ({self.images} in all)"),
             (self.stop_tokens_added, "got the end-of-turn token into the mask, which the template's markers leave out"),
             (
                 self.unterminated_rows,
@@ -90,7 +98,7 @@ class BuildReport:
 
 def build_dataset(
     sources: Sequence[Source],
-    tokenizer: Any,
+    processing_class: Any,
     *,
     max_length: int | None,
     on_overlength: str,
@@ -105,7 +113,7 @@ def build_dataset(
 
     Args:
         sources: concatenated after their `limit` and `weight`.
-        tokenizer: a fast tokenizer, or a processor around one.
+        processing_class: a fast tokenizer, or a processor around one; rows with images need a processor.
         max_length: in tokens; None for no limit.
         on_overlength: `error` refuses, `truncate` cuts from the right, `drop` leaves out longer rows.
         train_on: `assistant`, `last` or `all`, see `encode_row`.
@@ -120,13 +128,15 @@ def build_dataset(
         A data set with the columns
         `input_ids`; `labels` (same length, -100 where not supervised, always at position 0); `prompt_length` (leading
         tokens to generate from, 0 for plain text); `ce` (False: no cross-entropy); `row_id` ("source:row" counted from
-        0, shared by repetitions). And the report.
+        0, shared by repetitions). If any row has images, also `text` (the conversation as the processor takes it) and
+        `images` (a list of {path, bytes}; none in the other rows): pixels are made by the collator. If any source has
+        `answers="teacher"`, also `answers` (True: the row is a prompt that the teacher answers). And the report.
 
     Raises:
         DataError: nothing to read, too many bad rows, over-long rows with `error`, no row left, or a tokenizer or
             template that cannot serve the rows.
     """
-    encoder = RowEncoder(tokenizer, train_on)
+    encoder = RowEncoder(processing_class, train_on)
     limits = Limits(max_length, on_overlength)
     if not sources:
         raise DataError("there is no data source")
@@ -141,8 +151,8 @@ def build_dataset(
             plan = mix(sources, sizes, sample_limit, seed)
             used = np.unique(plan)
             chosen = raw.select(used) if len(used) < len(raw) else raw
-            encoded = encode_cached(chosen, encoder, [s.columns for s in sources], limits, num_proc, folder)
-            report = _check(encoded, chosen, max_bad_rows, limits)
+            encoded = encode_cached(chosen, encoder, sources, limits, num_proc, folder)
+            report = _check(encoded, chosen, sources, max_bad_rows, limits)
             report.notes += _template_notes(chosen, encoder, sources)
             return _assemble(encoded, chosen, sources, np.searchsorted(used, plan), limits, report), report
     except OSError as error:  # sources raise DataError on their own: this is a full or read-only disk
@@ -151,7 +161,9 @@ def build_dataset(
         ) from error
 
 
-def _check(encoded: datasets.Dataset, raw: datasets.Dataset, max_bad_rows: int, limits: Limits) -> BuildReport:
+def _check(
+    encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[Source], max_bad_rows: int, limits: Limits
+) -> BuildReport:
     """Counts by row and refuses what the options do not allow."""
     status, length = np.array(encoded["status"][:]), np.array(encoded["length"][:])
     report = BuildReport(rows_read=len(encoded), longest=int(length.max()))
@@ -176,11 +188,21 @@ def _check(encoded: datasets.Dataset, raw: datasets.Dataset, max_bad_rows: int, 
         raise DataError(f"no row is left of {len(encoded)}: {len(bad)} are bad and {report.dropped} too long")
     report.rows_kept = int(kept.sum())
     report.truncated = int((kept & (length > (limits.max_length or length.max()))).sum())
-    for name, column in (("prompt_only_rows", "prompt_only"), ("stop_tokens_added", "extended")):
-        setattr(report, name, sum(encoded[column][:]))
+    asked = np.array([sources[source].answers == "teacher" for source in raw["source"][:]])
+    report.teacher_answer_rows = int((kept & asked).sum())
+    report.prompt_only_rows = int((np.array(encoded["prompt_only"][:]) & ~asked).sum())
+    report.stop_tokens_added = sum(encoded["extended"][:])
     report.unterminated_rows = sum(encoded["unterminated"][:])
+    images = _images_per_row(encoded)
+    report.image_rows, report.images = int((images > 0).sum()), int(images.sum())
     report.plain_text_rows = int((kept & (np.array(encoded["kind"][:]) == "text")).sum())
     return report
+
+
+def _images_per_row(encoded: datasets.Dataset) -> np.ndarray:
+    """Counted in Arrow: the images' bytes are not read."""
+    lists = encoded.data.column("images")
+    return np.asarray(pc.fill_null(pc.list_value_length(lists), 0))
 
 
 def _place(raw: datasets.Dataset, i: int) -> str:
@@ -209,7 +231,9 @@ def _template_notes(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequenc
 def _chats(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source]) -> Iterator[Chat]:
     for row in raw.select(range(min(len(raw), 64))):
         try:
-            chat = parse_row(parse_json(row["text"], sources[row["source"]].columns))
+            source = sources[row["source"]]
+            chat = parse_row(parse_json(row["text"], source.columns), folder_of(row["file"]))
+            chat = prompt_of(chat) if source.answers == "teacher" else chat
             if isinstance(chat, Chat):
                 encoder.template(chat.tools is not None).render(chat, encoder.train_on)
                 yield chat
@@ -229,6 +253,7 @@ def _assemble(
     origin = raw["source"][:]
     ids = [f"{source}:{row}" for source, row in zip(origin, raw["row"][:], strict=True)]
     full = encoded.add_column("row_id", ids).add_column("ce", [sources[source].ce for source in origin])
+    full = full.add_column("answers", [sources[source].answers == "teacher" for source in origin])
     kept = np.array(encoded["status"][:]) == "ok"
     epoch = plan[kept[plan]]
     lengths = np.minimum(np.array(encoded["length"][:]), limits.max_length or np.iinfo(np.int32).max)
@@ -237,4 +262,9 @@ def _assemble(
     report.total_tokens = int(lengths[epoch].sum())
     if len(epoch) != len(encoded) or (epoch != np.arange(len(encoded))).any():
         full = full.select(epoch)
-    return full.select_columns(["input_ids", "labels", "prompt_length", "ce", "row_id"])
+    columns = ["input_ids", "labels", "prompt_length", "ce", "row_id"]
+    if report.images:
+        columns += ["text", "images"]
+    if any(source.answers == "teacher" for source in sources):
+        columns += ["answers"]
+    return full.select_columns(columns)

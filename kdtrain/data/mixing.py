@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -29,12 +28,26 @@ def read_all(sources: Sequence[Source], path: Path) -> tuple[datasets.Dataset, l
     sizes = []
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _RAW) as writer:
         for index, source in enumerate(sources):
-            rows, size = read_source(source), 0
-            while batch := list(islice(rows, 1000)):
+            size = 0
+            for batch in _batches(read_source(source)):
                 writer.write_batch(_batch(batch, index, size))
                 size += len(batch)
             sizes.append(size)
     return datasets.Dataset.from_file(str(path)), sizes
+
+
+def _batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+    """1000 rows at a time, fewer where they carry images."""
+    batch: list[RawRow] = []
+    length = 0
+    for row in rows:
+        batch.append(row)
+        length += len(row.text)
+        if len(batch) == 1000 or length > 2**25:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
 
 
 def _batch(rows: list[RawRow], source: int, first: int) -> pa.RecordBatch:

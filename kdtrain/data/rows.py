@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from kdtrain.errors import DataError
+from kdtrain.data.images import Image
+from kdtrain.data.parts import column_images, count_images, image_part, merge_parts, place_images
+from kdtrain.data.show import RowError, show
+from kdtrain.data.show import kind as _kind
+
+__all__ = ["KNOWN_COLUMNS", "ROW_COLUMNS", "Chat", "Pair", "Plain", "RowError", "parse_row", "prompt_of", "show"]
 
 # In this order: the first one that is present and not null says what kind of row it is. `messages` goes first because
 # published chat sets (ultrachat_200k) repeat the first user turn in a `prompt` column.
 ROW_COLUMNS = ("messages", "conversations", "prompt", "text")
-KNOWN_COLUMNS = (*ROW_COLUMNS, "completion", "tools", "images", "image")
+IMAGE_COLUMNS = ("images", "image")
+KNOWN_COLUMNS = (*ROW_COLUMNS, "completion", "tools", *IMAGE_COLUMNS)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "human": "user",
@@ -28,20 +34,19 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-NO_IMAGES = "images are not available yet: remove the image or take a text-only data set"
-
-
-class RowError(DataError):
-    """One row that cannot be trained on; the message is the reason, without the place."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation. Assistant messages before `first_trained` are context and never supervised."""
+    """A conversation. Assistant messages before `first_trained` are context and never supervised.
+
+    `images` are those of the messages' image parts, in order.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     first_trained: int = 0
+    images: tuple[Image, ...] = ()
 
     @property
     def prompt_only(self) -> bool:
@@ -70,38 +75,63 @@ class Plain:
     text: str
 
 
-def show(value: object, limit: int = 160) -> str:
-    """One line that is safe to print: control, bidirectional and other invisible characters are escaped."""
-    text = value if isinstance(value, str) else repr(value)
-    if len(text) > limit:
-        text = text[: limit - 1] + "…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def parse_row(row: Mapping[str, Any]) -> Chat | Pair | Plain:
+def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair | Plain:
     """Checks one raw row and brings it into one of three forms.
 
     Args:
-        row: `messages`, `conversations` (ShareGPT), `prompt` with or without `completion`, or `text`; null counts as
-            missing and other columns are ignored.
+        row: `messages`, `conversations` (ShareGPT), `prompt` with or without `completion`, or `text`; for
+            conversations also `images` or `image`. Null counts as missing and other columns are ignored.
+        folder: what the paths of images are relative to; None refuses relative paths.
 
     Raises:
-        RowError: missing or empty values, wrong types, unknown roles, images.
+        RowError: missing or empty values, wrong types, unknown roles, images without a place in the conversation.
     """
-    for column in ("images", "image"):
-        if row.get(column) not in (None, [], ""):
-            raise RowError(NO_IMAGES)
+    images = column_images(row)
     kind = next((column for column in ROW_COLUMNS if row.get(column) is not None), None)
     if kind is None:
         found = ", ".join(show(column, 40) for column in row) or "nothing"
         raise RowError(f"none of the columns {', '.join(ROW_COLUMNS)} has a value (found: {found})")
+    parsed: Chat | Pair | Plain
     if kind == "messages":
-        return _checked(Chat(_messages(row["messages"], "messages"), _tools(row)))
-    if kind == "conversations":
-        return _checked(Chat(_messages(_from_sharegpt(row["conversations"]), "conversations"), _tools(row)))
-    if kind == "text":
-        return Plain(_nonempty(row["text"], "text"))
-    return _prompt_row(row)
+        parsed = Chat(_messages(row["messages"], "messages"), _tools(row))
+    elif kind == "conversations":
+        parsed = Chat(_messages(_from_sharegpt(row["conversations"]), "conversations"), _tools(row))
+    elif kind == "text":
+        parsed = Plain(_nonempty(row["text"], "text"))
+    else:
+        parsed = _prompt_row(row)
+    if not isinstance(parsed, Chat):
+        if images:
+            raise RowError("images need a conversation: give messages, or prompt and completion as lists of messages")
+        return parsed
+    if images or count_images(parsed.messages):
+        messages, found_images = place_images(parsed.messages, images, folder)
+        parsed = replace(parsed, messages=messages, images=found_images)
+    return _checked(parsed)
+
+
+def prompt_of(parsed: Chat | Pair | Plain) -> Chat | Pair:
+    """A row without its own answer, for another model to answer.
+
+    A conversation ends before its last assistant message, or before its completion; one that ends with the user stays
+    as it is.
+
+    Raises:
+        RowError: plain text, or nothing is left.
+    """
+    if isinstance(parsed, Plain):
+        raise RowError("plain text has no prompt that a teacher could answer: give messages, or a prompt column")
+    if isinstance(parsed, Pair):
+        return Pair(parsed.prompt)
+    if parsed.prompt_only:
+        return parsed
+    messages = parsed.messages[: parsed.first_trained or len(parsed.messages) - 1]
+    if not messages:
+        raise RowError("the conversation has nothing before its answer that a teacher could answer")
+    cut = replace(parsed, messages=messages, first_trained=0, images=parsed.images[: count_images(messages)])
+    if not cut.prompt_only:
+        raise RowError("the conversation has two assistant messages at its end: which one to answer is unclear")
+    return _checked(cut)
 
 
 def _prompt_row(row: Mapping[str, Any]) -> Chat | Pair:
@@ -116,13 +146,13 @@ def _prompt_row(row: Mapping[str, Any]) -> Chat | Pair:
     if completion is None:
         if messages[-1]["role"] == "assistant":
             raise RowError("prompt ends with an assistant message and there is no completion")
-        return _checked(Chat(messages, _tools(row)))
+        return Chat(messages, _tools(row))
     if isinstance(completion, str):
         raise RowError("prompt is a list of messages, but completion is text: both must be text or both messages")
     answer = _messages(completion, "completion")
     if answer[-1]["role"] != "assistant":
         raise RowError("completion does not end with an assistant message")
-    return _checked(Chat(messages + answer, _tools(row), first_trained=len(messages)))
+    return Chat(messages + answer, _tools(row), first_trained=len(messages))
 
 
 def _messages(value: Any, column: str) -> list[dict[str, Any]]:
@@ -146,27 +176,28 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if "content" not in kept and not speaks_otherwise:
         raise RowError(f"{where} has no content")
     content = _content(kept.get("content", ""), where)
-    if role in ("user", "assistant") and not content.strip() and not speaks_otherwise:
+    empty = isinstance(content, str) and not content.strip()
+    if role in ("user", "assistant") and empty and not speaks_otherwise:
         raise RowError(f"{where} is an empty {role} message")
     return {**kept, "content": content}
 
 
-def _content(content: Any, where: str) -> str:
+def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
     """Text parts are joined without a separator, as the templates of the field that know parts render them."""
     if isinstance(content, str):
         return _unicode(content, where)
     if not isinstance(content, Sequence):
         raise RowError(f"{where}.content must be text or a list of parts, not {_kind(content)}")
-    texts = []
+    parts = []
     for part in content:
+        if (image := image_part(part, where)) is not None:
+            parts.append(image)
+            continue
         text = part.get("text") if isinstance(part, Mapping) else part
-        if isinstance(part, Mapping) and part.get("type", "text") != "text":
-            kind = show(part.get("type"), 40)
-            raise RowError(NO_IMAGES if "image" in kind else f"{where}.content has a part of the unknown type {kind}")
         if not isinstance(text, str):
             raise RowError(f"{where}.content has a part that is {_kind(text)}, not text")
-        texts.append(text)
-    return _unicode("".join(texts), where)
+        parts.append({"type": "text", "text": _unicode(text, where)})
+    return merge_parts(parts)
 
 
 def _from_sharegpt(turns: Any) -> Any:
@@ -219,8 +250,3 @@ def _unicode(text: str, where: str) -> str:
     except UnicodeEncodeError as error:  # json.loads makes half a surrogate pair from "\ud800"; tokenizers refuse it
         raise RowError(f"{where} is not valid Unicode: half a surrogate pair at character {error.start}") from None
     return text
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", dict: "a mapping"}
-    return names.get(type(value), "a list" if isinstance(value, (list, tuple)) else type(value).__name__)

@@ -5,11 +5,12 @@ Nothing that could run code is read: no pickles, no dataset scripts.
 
 from __future__ import annotations
 
+import base64
 import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import datasets
 
 from kdtrain.data.files import RawRow, is_array, read_array, read_csv, read_lines
+from kdtrain.data.parts import VIDEO_COLUMNS
 from kdtrain.data.rows import KNOWN_COLUMNS, ROW_COLUMNS, show
 from kdtrain.errors import DataError
 
@@ -27,6 +29,8 @@ _TABLES = {".parquet": "parquet", ".arrow": "arrow"}
 _SUFFIXES = (".json", *_LINES, *_CSV, *_TABLES)
 _UNSAFE = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".py")
 _FORMATS = ".json, .jsonl (also .gz), .parquet, .csv, .tsv, .arrow, a folder of these, or a saved Arrow data set"
+_MEDIA = (datasets.Image, datasets.Audio, datasets.Video)
+ANSWERS = ("data", "teacher")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -42,6 +46,7 @@ class Source:
         limit: only the first n rows.
         weight: how many times each row appears per epoch; 2.5 is twice and a seeded random half once more.
         ce: False: the rows contribute no cross-entropy, the teacher alone supervises.
+        answers: `data`: the rows' own answers; `teacher`: they are left out, for the teacher to write.
     """
 
     path: str
@@ -51,6 +56,7 @@ class Source:
     limit: int | None = None
     weight: float = 1.0
     ce: bool = True
+    answers: str = "data"
 
 
 def read_source(source: Source) -> Iterator[RawRow]:
@@ -75,6 +81,10 @@ def _check_source(source: Source) -> None:
         raise DataError(f"{show(source.path)}: limit must be at least 1, not {source.limit}")
     if not 0 < source.weight < float("inf"):
         raise DataError(f"{show(source.path)}: weight must be a positive number, not {source.weight}")
+    if source.answers not in ANSWERS:
+        raise DataError(
+            f"{show(source.path)}: answers must be one of {', '.join(ANSWERS)}, not {show(source.answers, 40)}"
+        )
     for column in source.columns or ():
         if column not in KNOWN_COLUMNS:
             raise DataError(
@@ -133,15 +143,37 @@ def _table(source: Source, name: str, load: Any) -> Iterator[RawRow]:
         raise _no_columns(source, name, table.column_names)
     if source.limit is not None:
         table = table.select(range(min(source.limit, len(table))))
-    # Image columns are named, never decoded: that a row has one is all the check in rows.py needs.
-    plain = [column for column in found if column not in ("images", "image")]
-    extra = {column: "present" for column in found if column not in plain}
-    for number, row in enumerate(table.select_columns(plain).with_format(None), start=1):
-        yield RawRow(name, number, json.dumps({**row, **extra}, default=_unsupported))
+    # Videos are named, never decoded: that a row has one is all the check in parts.py needs.
+    extra = {column: "present" for column in VIDEO_COLUMNS if column in table.column_names and not source.columns}
+    features = _undecoded(table.select_columns(found).features)
+    rows = table.select_columns(found).with_format("arrow")
+    number = 0
+    for batch in rows.iter(batch_size=rows_at_once(table, 1000)):
+        for row in batch.to_pylist():
+            number += 1
+            yield RawRow(name, number, json.dumps({**features.decode_example(row), **extra}, default=_portable))
 
 
-def _unsupported(value: object) -> dict[str, str]:
-    """Dates, bytes and the like become something that is no text, so that the row is refused with its type."""
+def rows_at_once(table: datasets.Dataset, most: int) -> int:
+    """As many rows as 32 MiB of memory hold on average, at most `most`: rows may carry images."""
+    return int(max(1, min(most, 2**25 * len(table.data) // max(table.data.nbytes, 1))))
+
+
+def _undecoded(feature: Any) -> Any:
+    """The same features with images, sounds and the like as they are stored: bytes and path."""
+    if isinstance(feature, dict):
+        return type(feature)({name: _undecoded(inner) for name, inner in feature.items()})
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return type(feature)(_undecoded(feature.feature))
+    if isinstance(feature, (list, tuple)):
+        return [_undecoded(inner) for inner in feature]
+    return replace(feature, decode=False) if isinstance(feature, _MEDIA) else feature
+
+
+def _portable(value: object) -> dict[str, str]:
+    """Bytes travel as base64; dates and the like become something that is no text, which is refused with its type."""
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode("ascii")}
     return {"unsupported": type(value).__name__}
 
 

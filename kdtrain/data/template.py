@@ -4,19 +4,25 @@ Position t predicts label t + 1, so `labels[0]` is always -100. A conversation i
 tokenised once; spans of characters become spans of tokens through the offsets of that one tokenisation. Tokenising the
 turns apart and gluing them would give ids that the model never sees at inference.
 
-A token that straddles the edge of a span counts as supervised only if it begins inside.
+A token that straddles the edge of a span counts as supervised only if it begins inside. A conversation with images is
+expanded by its processor first (multimodal.py), and must come out with the very ids that the processor gives it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from kdtrain.data.chat import ChatTemplate, Rendered
-from kdtrain.data.rows import Pair, Plain, RowError, parse_row
+from kdtrain.data.images import Image
+from kdtrain.data.multimodal import Multimodal, image_content, multimodal
+from kdtrain.data.parts import texts_of
+from kdtrain.data.rows import Chat, Pair, Plain, RowError, parse_row, prompt_of
+from kdtrain.data.show import show
 from kdtrain.data.tokens import Tokens
 from kdtrain.errors import DataError
 
@@ -41,6 +47,9 @@ class EncodedRow:
     turn_starts: tuple[int, ...] = ()  # prompt lengths of the supervised turns, for truncated rows
     extended: bool = False  # the stop token was outside the template's markers and was added to the mask
     unterminated: bool = False  # a supervised turn ends without a token that would make the model stop
+    text: str | None = None  # of a row with images: the rendered conversation, one placeholder per image
+    images: tuple[Image, ...] = ()
+    images_end: int = 0  # leading tokens that must stay, or the model would miss a part of an image
 
     @property
     def supervised(self) -> int:
@@ -48,42 +57,50 @@ class EncodedRow:
 
 
 def encode_row(
-    row: Mapping[str, Any], tokenizer: Any, *, train_on: str, chat_template: str | None = None
+    row: Mapping[str, Any],
+    processing_class: Any,
+    *,
+    train_on: str,
+    chat_template: str | None = None,
+    folder: str | None = None,
 ) -> EncodedRow:
     """Encodes one row, of any of the kinds in `kdtrain.data.rows`.
 
     Args:
-        row: `messages`, `conversations`, `prompt` (with `completion`) or `text`.
-        tokenizer: a fast tokenizer, or a processor around one.
-        train_on: `assistant` supervises every assistant turn, `last` the last one, `all` every token but the first.
-            A completion is always supervised and never the messages of its prompt; text is supervised as a whole.
+        row: `messages`, `conversations`, `prompt` (with `completion`) or `text`; conversations also with images.
+        processing_class: a fast tokenizer, or a processor around one; rows with images need a processor.
+        train_on: `assistant` supervises every assistant turn, `last` the last one, `all` every token but the first
+            and those that stand for images. A completion is always supervised and never the messages of its prompt;
+            text is supervised as a whole.
         chat_template: used in place of the tokenizer's own.
+        folder: what the paths of images are relative to; by default the current directory.
 
     Raises:
         RowError: the row cannot be trained on.
-        DataError: the tokenizer or its chat template cannot serve any row.
+        DataError: the tokenizer, its chat template or the processor cannot serve any row.
     """
-    own = json.dumps(getattr(tokenizer, "chat_template", None))
-    encoded = _encoder(tokenizer, train_on, chat_template, own).encode([row])[0]
+    own = json.dumps([getattr(processing_class, "chat_template", None), image_content(processing_class)])
+    encoder = _encoder(processing_class, train_on, chat_template, own)
+    encoded = encoder.encode([row], [folder or os.getcwd()])[0]
     if isinstance(encoded, RowError):
         raise encoded
     return encoded
 
 
 @lru_cache(maxsize=4)
-def _encoder(tokenizer: Any, train_on: str, chat_template: str | None, own: str) -> RowEncoder:
-    """Preparing an encoder renders a few probes. `own` makes a changed template miss the cache."""
-    return RowEncoder(tokenizer, train_on, chat_template)
+def _encoder(processing_class: Any, train_on: str, chat_template: str | None, own: str) -> RowEncoder:
+    """Preparing an encoder renders a few probes. `own` makes changed settings miss the cache."""
+    return RowEncoder(processing_class, train_on, chat_template)
 
 
 class RowEncoder:
-    """Encodes batches of rows with one tokenizer; see `encode_row` for the arguments and errors."""
+    """Encodes batches of rows with one tokenizer or processor; see `encode_row` for the arguments and errors."""
 
-    def __init__(self, tokenizer: Any, train_on: str, chat_template: str | None = None) -> None:
+    def __init__(self, processing_class: Any, train_on: str, chat_template: str | None = None) -> None:
         if train_on not in TRAIN_ON:
             raise DataError(f"train_on must be one of {', '.join(TRAIN_ON)}, not {train_on!r}")
-        self.processing_class = tokenizer
-        self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self.processing_class = processing_class
+        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if not getattr(self.tokenizer, "is_fast", False):
             raise DataError(
                 f"{type(self.tokenizer).__name__} is no fast tokenizer, so its tokens cannot be mapped to characters: "
@@ -91,6 +108,7 @@ class RowEncoder:
             )
         self.train_on = train_on
         self.chat_template = chat_template
+        self.multimodal: Multimodal | None = multimodal(processing_class)
         self._templates: dict[bool, ChatTemplate] = {}
         self._bos = self._default_bos()
 
@@ -100,17 +118,31 @@ class RowEncoder:
             self._templates[tools] = ChatTemplate(self.processing_class, self.chat_template, tools)
         return self._templates[tools]
 
-    def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[EncodedRow | RowError]:
-        """One result per row, in order: the tokens, or what is wrong with the row."""
+    def encode(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        folders: Sequence[str | None] | None = None,
+        teacher_answers: Sequence[bool] | None = None,
+    ) -> list[EncodedRow | RowError]:
+        """One result per row, in order: the tokens, or what is wrong with the row.
+
+        Args:
+            folders: per row, what the paths of its images are relative to.
+            teacher_answers: per row, whether its own answer is left out, see `kdtrain.data.rows.prompt_of`.
+        """
         results: list[EncodedRow | RowError | None] = [None] * len(rows)
         chats: list[tuple[int, ChatTemplate, Rendered]] = []
         for i, row in enumerate(rows):
             try:
-                parsed = parse_row(row)
+                parsed = parse_row(row, folders[i] if folders else None)
+                if teacher_answers and teacher_answers[i]:
+                    parsed = prompt_of(parsed)
                 if isinstance(parsed, Plain):
-                    results[i] = _verified(self._encode_plain(parsed))
+                    results[i] = self._verified(self._encode_plain(parsed))
                 elif isinstance(parsed, Pair):
-                    results[i] = _verified(self._encode_pair(parsed))
+                    results[i] = self._verified(self._encode_pair(parsed))
+                elif parsed.images:
+                    results[i] = self._verified(self._encode_images(parsed, self._with_processor()))
                 else:
                     template = self.template(parsed.tools is not None)
                     chats.append((i, template, template.render(parsed, self.train_on)))
@@ -119,10 +151,36 @@ class RowEncoder:
         # Conversations go to the tokenizer together: one call per row costs more than the tokenising itself.
         for (i, template, rendered), tokens in zip(chats, self._tokenize([c[2].text for c in chats]), strict=True):
             try:
-                results[i] = _verified(self._mask(rendered, tokens, template))
+                results[i] = self._verified(self._mask(rendered, tokens, template))
             except RowError as error:
                 results[i] = error
         return [result for result in results if result is not None]
+
+    def _with_processor(self) -> Multimodal:
+        if self.multimodal is None:
+            name = show(str(self.tokenizer.name_or_path or type(self.tokenizer).__name__))
+            raise RowError(
+                f"the row has images and the model {name} has no processor for images: take a vision-language model, "
+                "or a text-only data set"
+            )
+        return self.multimodal
+
+    def _encode_images(self, chat: Chat, model: Multimodal) -> EncodedRow:
+        model.refuse_text([text for message in chat.messages for text in texts_of(message["content"])])
+        template = self.template(chat.tools is not None)
+        rendered = template.render(chat, self.train_on)
+        expanded, ids, behind = model.expand(rendered, chat.images)
+        tokens = self._tokenize([expanded.text])[0]
+        if tokens.ids != ids:
+            raise DataError(
+                f"{type(self.processing_class).__name__} gives a row with images {len(ids)} tokens, and its tokenizer "
+                f"gives the same text {len(tokens.ids)} others, so the assistant's tokens cannot be told from the rest"
+            )
+        row = self._mask(expanded, tokens, template)
+        # An image token is never written by the model, whatever train_on says.
+        labels = [IGNORE if label in model.image_ids else label for label in row.labels]
+        end = max(tokens.first_from(behind), model.images_end(ids))
+        return replace(row, labels=labels, text=rendered.text, images=chat.images, images_end=end)
 
     def _tokenize(self, texts: list[str]) -> list[Tokens]:
         if not texts:
@@ -191,27 +249,29 @@ class RowEncoder:
         prompt_length = tokens.complete_before(rendered.prompt_end)
         return EncodedRow(ids, labels, prompt_length, "chat", False, tuple(starts), extended, unterminated)
 
-
-def _verified(row: EncodedRow) -> EncodedRow:
-    if not row.input_ids:
-        raise RowError("the row has no tokens")
-    if not row.supervised and not row.prompt_only:
-        raise RowError("no token is supervised: the answer is empty or the template leaves it out")
-    return row
+    def _verified(self, row: EncodedRow) -> EncodedRow:
+        if not row.input_ids:
+            raise RowError("the row has no tokens")
+        if not row.supervised and not row.prompt_only:
+            raise RowError("no token is supervised: the answer is empty or the template leaves it out")
+        if self.multimodal is not None and not row.images:
+            self.multimodal.refuse_ids(row.input_ids)
+        return row
 
 
 def truncate(row: EncodedRow, max_length: int) -> EncodedRow | None:
     """Cuts from the right: the system prompt stays, and no end token is made up for an answer without its end.
 
     The prompt to generate from becomes that of the last turn whose prompt still fits; there is none (0) if no turn's
-    does. Returns None when nothing is left to train on or generate from.
+    does. Returns None when nothing is left to train on or generate from, or a part of an image would be cut off.
     """
     if len(row.input_ids) <= max_length:
         return row
     labels = row.labels[:max_length]
-    if row.prompt_only or labels.count(IGNORE) == max_length:
+    if row.prompt_only or labels.count(IGNORE) == max_length or row.images_end > max_length:
         return None
-    fitting = [start for start in row.turn_starts if start < max_length]
+    # All images of the row reach the model, so that a prompt to generate from needs all of their tokens.
+    fitting = [start for start in row.turn_starts if row.images_end <= start < max_length]
     return replace(
         row, input_ids=row.input_ids[:max_length], labels=labels, prompt_length=fitting[-1] if fitting else 0
     )

@@ -1,0 +1,272 @@
+"""A processor of transformers, as far as data needs it: how images lengthen a text, and the tensors they become.
+
+A processor replaces each image placeholder of the rendered conversation by as many tokens as the image takes, and
+tokenises the result. Families differ in everything about it (row and column tokens, line breaks that merge with their
+neighbours, one token for text and another for ids), so nothing is rebuilt here: the processor runs, the text that it
+hands to its tokenizer is recorded, and what was between the placeholders is found again in it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import ProcessorMixin
+
+from kdtrain.data.chat import Rendered
+from kdtrain.data.images import Image
+from kdtrain.data.show import RowError, show
+from kdtrain.errors import DataError
+
+_TEXT_TENSORS = ("input_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Processed:
+    """One row as its processor returns it.
+
+    Attributes:
+        ids: T token ids.
+        token_tensors: further tensors with one entry per token, such as `token_type_ids`, [1, T, ...].
+        visual: all others, such as `pixel_values`; what their first axis counts differs between families.
+    """
+
+    ids: list[int]
+    token_tensors: dict[str, torch.Tensor]
+    visual: dict[str, torch.Tensor]
+
+
+class Multimodal:
+    """What a processor with images does.
+
+    Attributes:
+        placeholder: what a rendered conversation says where an image belongs.
+        image_ids: ids of the tokens that stand for parts of images (or videos, or sounds): never text.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        placeholder = getattr(processor, "image_token", None)
+        if not isinstance(placeholder, str) or not placeholder:
+            raise DataError(
+                f"{type(processor).__name__} does not say which token stands for an image (image_token), so rows with "
+                "images cannot be encoded"
+            )
+        self.placeholder = placeholder
+        self.image_ids = self._image_ids()
+        names = self.tokenizer.convert_ids_to_tokens(sorted(self.image_ids))
+        self._reserved = tuple(dict.fromkeys([placeholder, *names]))
+
+    def _image_ids(self) -> frozenset[int]:
+        found: set[Any] = set()
+        for holder in (self.processor, self.tokenizer):
+            for modality in ("image", "video", "audio"):
+                found |= set(getattr(holder, f"{modality}_token_ids", None) or [])
+                found.add(getattr(holder, f"{modality}_token_id", None))
+        found.add(self.tokenizer.convert_tokens_to_ids(self.placeholder))
+        return frozenset(i for i in found if isinstance(i, int) and i != self.tokenizer.unk_token_id)
+
+    def refuse_text(self, texts: Sequence[str]) -> None:
+        """RowError for text that literally says what stands for an image: the model would look for one there."""
+        for text in texts:
+            if name := next((name for name in self._reserved if name in text), None):
+                raise RowError(
+                    f"the text says {show(name, 60)}, which stands for an image in this model: remove it, or give the "
+                    "row as many images as it has placeholders"
+                )
+
+    def refuse_ids(self, ids: Sequence[int]) -> None:
+        """The same for the ids of a row without images."""
+        if not self.image_ids.isdisjoint(ids):
+            wrong = next(i for i in ids if i in self.image_ids)
+            self.refuse_text([str(self.tokenizer.convert_ids_to_tokens(wrong))])
+
+    def process(self, text: str, images: Sequence[Any], recorder: Recorder | None = None) -> Processed:
+        """Runs the processor on one row.
+
+        Args:
+            text: a rendered conversation, with one placeholder per image.
+            images: PIL images.
+
+        Raises:
+            RowError: the processor refuses the row.
+            DataError: it returns something that no batch can be made of.
+        """
+        processor = self.processor
+        if recorder is not None:
+            processor = copy.copy(processor)
+            processor.tokenizer = recorder
+        arguments = {"images": list(images)} if images else {}
+        try:
+            # The chat template has written the special tokens already.
+            out = processor(text=[text], add_special_tokens=False, return_tensors="pt", **arguments)
+        except Exception as error:  # each processor has its own ways to refuse an image
+            raise RowError(
+                f"{type(self.processor).__name__} refuses the row: {show(str(error) or type(error).__name__, 400)}"
+            ) from error
+        if odd := [name for name, value in out.items() if not isinstance(value, torch.Tensor) or not value.dim()]:
+            raise DataError(f"{type(self.processor).__name__} returns no tensor of rows or images for {', '.join(odd)}")
+        ids = out["input_ids"][0].tolist()
+        rest = {name: value for name, value in out.items() if name not in _TEXT_TENSORS}
+        token = {name: value for name, value in rest.items() if tuple(value.shape[:2]) == (1, len(ids))}
+        return Processed(ids, token, {name: value for name, value in rest.items() if name not in token})
+
+    def expand(self, rendered: Rendered, images: Sequence[Image]) -> tuple[Rendered, list[int], int]:
+        """The text that the processor tokenises, with the assistant's turns in it.
+
+        Returns:
+            The expanded conversation, the processor's ids for it, and the character behind its last image.
+
+        Raises:
+            RowError: an image cannot be read or the processor refuses it; the template leaves images out.
+            DataError: the turns cannot be found again in the expanded text.
+        """
+        places = rendered.text.count(self.placeholder)
+        if places != len(images):
+            raise RowError(
+                f"the chat template renders {places} image placeholders ({show(self.placeholder, 60)}) for "
+                f"{len(images)} images: use the template of the vision model"
+            )
+        recorder = Recorder(self.tokenizer)
+        ids = self.process(rendered.text, [image.load() for image in images], recorder).ids
+        if len(recorder.texts) != 1:
+            raise DataError(
+                f"{type(self.processor).__name__} tokenises a row in {len(recorder.texts)} pieces, so the assistant's "
+                "tokens cannot be told from the rest"
+            )
+        expanded = recorder.texts[0]
+        places_in = _Alignment(rendered.text, expanded, self.placeholder)
+        turns = [(places_in.char(start), places_in.char(end)) for start, end in rendered.turns]
+        prompt_end = None if rendered.prompt_end is None else places_in.char(rendered.prompt_end)
+        return Rendered(expanded, turns, prompt_end), ids, places_in.last_start
+
+    def images_end(self, ids: Sequence[int]) -> int:
+        """How many leading tokens reach up to and including the last one that stands for a part of an image."""
+        return next((i + 1 for i in range(len(ids) - 1, -1, -1) if ids[i] in self.image_ids), 0)
+
+    @cached_property
+    def text_tensors(self) -> tuple[str, ...]:
+        """Names of the tensors with one entry per token that the processor makes for text alone."""
+        return tuple(self.process("a", []).token_tensors)
+
+    @cached_property
+    def by_row(self) -> frozenset[str]:
+        """Names of the visual tensors whose first axis counts rows, not images: of one row with two images."""
+        from PIL import Image as Pillow
+
+        images = [Pillow.new("RGB", (64, 64), color) for color in ("red", "blue")]
+        try:
+            visual = self.process(f"a{self.placeholder}b{self.placeholder}", images).visual
+        except RowError as error:
+            raise DataError(
+                f"rows with and without images cannot share a batch: {error}. Keep them in separate runs, or use "
+                "per_device_train_batch_size: 1"
+            ) from error
+        return frozenset(name for name, value in visual.items() if len(value) == 1)
+
+
+def multimodal(processing_class: Any) -> Multimodal | None:
+    """None for a tokenizer, or a processor without images."""
+    if not isinstance(processing_class, ProcessorMixin) or getattr(processing_class, "image_processor", None) is None:
+        return None
+    return Multimodal(processing_class)
+
+
+def tokenizer_content(tokenizer: Any) -> dict[str, Any]:
+    """Everything about a fast tokenizer that changes ids."""
+    content: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    content.pop("padding", None)  # both change with every call that pads or truncates
+    content.pop("truncation", None)
+    return {"tokenizer": content, "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()}}
+
+
+def image_content(processing_class: Any) -> dict[str, Any]:
+    """Everything about a processor that changes ids or tensors of images, besides its tokenizer; empty without images.
+
+    Its chat template is left out: that is the text's matter.
+    """
+    if multimodal(processing_class) is None:
+        return {}
+    settings = processing_class.to_dict()
+    settings["image_processor"] = processing_class.image_processor.to_dict()
+    settings.pop("chat_template", None)
+    content: dict[str, Any] = json.loads(json.dumps(settings, sort_keys=True, default=str))
+    return content
+
+
+class Recorder:
+    """Stands in for a processor's tokenizer and keeps the texts it is given."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.texts: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
+        self.texts += [text] if isinstance(text, str) else list(text or [])
+        return self._tokenizer(text, *args, **kwargs)
+
+
+class _Alignment:
+    """Where the pieces between the placeholders of `text` are in `expanded`.
+
+    Both the leftmost and the rightmost way to lay them out is kept: where they agree there is no other.
+    """
+
+    def __init__(self, text: str, expanded: str, placeholder: str) -> None:
+        self._pieces = text.split(placeholder)
+        self._starts: list[int] = []
+        at = 0
+        for piece in self._pieces:
+            self._starts.append(at)
+            at += len(piece) + len(placeholder)
+        self._left = self._lay(expanded, self._pieces)
+        from_behind = self._lay(expanded[::-1], [piece[::-1] for piece in reversed(self._pieces)])
+        ends = [len(expanded) - start for start in reversed(from_behind)]
+        self._right = [end - len(piece) for end, piece in zip(ends, self._pieces, strict=True)]
+        self.last_start = self._right[-1]
+
+    def _lay(self, expanded: str, pieces: list[str]) -> list[int]:
+        if not expanded.startswith(pieces[0]):
+            raise _lost(pieces[0], expanded)
+        starts, at = [0], len(pieces[0])
+        for piece in pieces[1:]:
+            start = expanded.find(piece, at + 1)  # an image takes at least one character
+            if start < 0:
+                raise _lost(piece, expanded)
+            starts.append(start)
+            at = start + len(piece)
+        return starts
+
+    def char(self, at: int) -> int:
+        """The place in `expanded` of a character of `text` between two placeholders."""
+        for number, (start, piece) in enumerate(zip(self._starts, self._pieces, strict=True)):
+            if start <= at <= start + len(piece):
+                # The first and the last piece are fixed by the ends of the text.
+                fixed = 0 if number == 0 else self._right[number]
+                last = number in (0, len(self._pieces) - 1)
+                if not last and self._left[number] != self._right[number]:
+                    raise DataError(
+                        f"the text {show(piece, 60)} between two images is found more than once in what the processor "
+                        "makes of them, so the assistant's tokens cannot be told from the rest"
+                    )
+                return fixed + at - start
+        raise DataError("an assistant turn begins or ends inside an image placeholder")
+
+
+def _lost(piece: str, expanded: str) -> DataError:
+    return DataError(
+        f"the processor changes text besides its images, so the assistant's tokens cannot be told from the rest: "
+        f"{show(piece, 80)} is not where it was in {show(expanded, 160)}"
+    )

@@ -1,0 +1,25 @@
+"""What all of `data` says about rows: the error of a row, and words for its values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdtrain.errors import DataError
+
+
+class RowError(DataError):
+    """One row that cannot be trained on; the message is the reason, without the place."""
+
+
+def show(value: object, limit: int = 160) -> str:
+    """One line that is safe to print: control, bidirectional and other invisible characters are escaped."""
+    text = value if isinstance(value, str) else repr(value)
+    if len(text) > limit:
+        text = text[: limit - 1] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def kind(value: Any) -> str:
+    """The type of a value, in the words of someone who writes JSON."""
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", dict: "a mapping"}
+    return names.get(type(value), "a list" if isinstance(value, (list, tuple)) else type(value).__name__)

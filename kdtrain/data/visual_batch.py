@@ -1,0 +1,144 @@
+"""Visual tensors of single rows to those of a batch, and back to fewer rows.
+
+What the first axis counts is the family's choice: images (LLaVA, Gemma3), crops, patches (Qwen-VL) or rows
+(Idefics3, SmolVLM). Rows are laid behind each other along it, in order, and how many entries each row owns is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kdtrain.data.multimodal import Multimodal, Processed
+from kdtrain.errors import DataError
+
+# Tensors that say which pixels are real: with one of them, images of different sizes may be padded with zeros.
+_SIZES = ("pixel_attention_mask", "image_sizes")
+# Of families whose first axis counts rows: what an entry of zeros means "no image" for.
+_EMPTY_ROWS = ("pixel_values", "pixel_attention_mask", "batch_num_images")
+
+
+def stack_visual(
+    rows: Sequence[Processed | None], model: Multimodal
+) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
+    """Concatenates the visual tensors of B rows along axis 0.
+
+    Args:
+        rows: None for rows without images. They own nothing, or an entry of zeros where axis 0 counts rows.
+
+    Returns:
+        The tensors, and per tensor how many entries along axis 0 each of the B rows owns; both empty when no row has
+        images.
+
+    Raises:
+        DataError: tensors of two rows cannot share a batch.
+    """
+    with_images = [row.visual for row in rows if row is not None]
+    tensors: dict[str, torch.Tensor] = {}
+    sizes: dict[str, list[int]] = {}
+    for name in dict.fromkeys(name for visual in with_images for name in visual):
+        if any(name not in visual for visual in with_images):
+            raise DataError(f"the processor makes {name} for some rows with images and not for others")
+        parts = [None if row is None else row.visual[name] for row in rows]
+        tensors[name], sizes[name] = _stack(name, parts, model, set(with_images[0]))
+    return tensors, sizes
+
+
+def _stack(
+    name: str, parts: list[torch.Tensor | None], model: Multimodal, names: set[str]
+) -> tuple[torch.Tensor, list[int]]:
+    real = [part for part in parts if part is not None]
+    shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in real), strict=True)]
+    for part in real:
+        _check_padding(name, part, shape, names)
+    empty = 0
+    if len(real) < len(parts) and name in model.by_row:
+        if name not in _EMPTY_ROWS:
+            raise DataError(
+                f"rows with and without images cannot share a batch: {name} has an entry per row, and none says that "
+                "a row has no image. Keep them in separate runs, or use per_device_train_batch_size: 1"
+            )
+        empty = 1
+    entries = [real[0].new_zeros(empty, *shape) if part is None else _padded(part, shape) for part in parts]
+    return torch.cat(entries), [len(entry) for entry in entries]
+
+
+def _check_padding(name: str, part: torch.Tensor, shape: list[int], names: set[str]) -> None:
+    """Zeros are harmless as further crops of an image (axis 1), and as pixels where another tensor tells them apart."""
+    differing = [axis for axis, size in enumerate(shape, start=1) if part.shape[axis] != size]
+    crops = part.dim() >= 5 or name == "pixel_attention_mask"
+    pixels = part.dim() >= 3 and bool(names & set(_SIZES))
+    if any(not (crops and axis == 1) and not (pixels and axis >= part.dim() - 2) for axis in differing):
+        raise DataError(
+            f"images of two rows have {name} of the shapes {tuple(part.shape)} and (…, {', '.join(map(str, shape))}), "
+            "which cannot share a batch: let the image processor bring all images to one size, or use "
+            "per_device_train_batch_size: 1"
+        )
+
+
+def _padded(part: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    if list(part.shape[1:]) == shape:
+        return part
+    padded = part.new_zeros(len(part), *shape)
+    padded[tuple(slice(size) for size in part.shape)] = part
+    return padded
+
+
+def pad_token_tensors(
+    rows: Sequence[tuple[int, Processed | None]], width: int, names: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Tensors with one entry per token, padded on the right with zeros.
+
+    Args:
+        rows: per row its number of tokens, which a truncated row has fewer of, and what the processor made of it;
+            None for rows without images, whose entries are all zero.
+        width: T of the batch.
+        names: tensors that every batch has.
+
+    Returns:
+        Tensors of [B, T, ...].
+    """
+    found = {name: tensor for _, row in rows if row is not None for name, tensor in row.token_tensors.items()}
+    tensors = {}
+    for name in dict.fromkeys([*names, *found]):
+        like = found.get(name, torch.zeros(1, 1, dtype=torch.long))
+        tensors[name] = like.new_zeros(len(rows), width, *like.shape[2:])
+        for i, (length, row) in enumerate(rows):
+            if row is not None:
+                tensors[name][i, :length] = row.token_tensors[name][0, :length]
+    return tensors
+
+
+def cut_rows(batch: dict[str, Any], kept: int) -> dict[str, Any]:
+    """The first `kept` of the B rows of a collated batch: tensors, lists, and what the rows own of visual tensors.
+
+    A batch whose remaining rows have no image has no visual tensors.
+    """
+    rows = len(batch["input_ids"])
+    if kept >= rows:
+        return batch
+    cut = {key: value for key, value in batch.items() if not isinstance(value, dict)}
+    owned = batch.get("visual_sizes", {})
+    cut = {key: value[:kept] for key, value in cut.items() if key not in owned}
+    visual, sizes = _cut_visual(batch, owned, kept)
+    if not visual:
+        return cut
+    cut |= {**visual, "visual_sizes": sizes}
+    if "teacher_inputs" in batch:
+        inputs = batch["teacher_inputs"]
+        owned = batch["teacher_visual_sizes"]
+        teacher, sizes = _cut_visual(inputs, owned, kept)
+        teacher |= {name: value[:kept] for name, value in inputs.items() if name not in owned}
+        cut |= {"teacher_inputs": teacher, "teacher_visual_sizes": sizes}
+    return cut
+
+
+def _cut_visual(
+    batch: dict[str, Any], owned: dict[str, list[int]], kept: int
+) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
+    visual = {name: batch[name][: sum(sizes[:kept])] for name, sizes in owned.items()}
+    if not any(tensor.any() for tensor in visual.values()):  # nothing, or the zeros of rows without images
+        return {}, {}
+    return visual, {name: sizes[:kept] for name, sizes in owned.items()}

@@ -1,0 +1,451 @@
+"""Rows with images: where images may stand, what is supervised, and how they come through a built data set."""
+
+import base64
+import copy
+import json
+import os
+import re
+
+import datasets
+import pytest
+from PIL import Image
+
+from kdtrain.data import Collator, RowError, Source, build_dataset, encode_row
+from kdtrain.data.multimodal import _Alignment
+from kdtrain.data.parts import count_images
+from kdtrain.data.rows import parse_row
+from kdtrain.data.template import truncate
+from kdtrain.errors import DataError
+from tests import tiny_processors as vision
+from tests.test_data_load import write_lines
+from tests.tiny_processors import picture, png
+
+datasets.disable_progress_bars()
+
+QUESTION, ANSWER = {"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "the path"}
+TURNS = [QUESTION, ANSWER, {"role": "user", "content": "and then?"}, {"role": "assistant", "content": "two"}]
+IMAGE = {"type": "image"}
+
+
+def user(*parts):
+    return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
+
+
+def row(*images, messages=TURNS):
+    return {"messages": messages, "images": list(images)}
+
+
+@pytest.fixture(scope="module", params=vision.FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def processor(family):
+    return vision.FAMILIES[family]()
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return vision.make_llava()
+
+
+@pytest.fixture
+def build(tmp_path, llava):
+    def call(*sources, processor=llava, **options):
+        sources = [source if isinstance(source, Source) else Source(str(source)) for source in sources]
+        options = {"max_length": None, "on_overlength": "error", "train_on": "assistant", **options}
+        return build_dataset(sources, processor, cache_dir=str(tmp_path / "cache"), **options)
+
+    return call
+
+
+def supervised(encoded, processor):
+    return processor.tokenizer.decode([label for label in encoded.labels if label != -100])
+
+
+# ---------------------------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("markers", [True, False], ids=["markers", "prefixes"])
+def test_the_answers_and_their_stop_tokens_are_supervised_and_nothing_else(family, markers):
+    processor = vision.FAMILIES[family](markers=markers)
+    data = row(picture(0), picture(1, 90, 60))
+    assert supervised(encode_row(data, processor, train_on="assistant"), processor) == "the path<|im_end|>two<|im_end|>"
+    last = encode_row(data, processor, train_on="last")
+    assert supervised(last, processor) == "two<|im_end|>"
+    assert processor.tokenizer.decode(last.input_ids[: last.prompt_length]).endswith("<|im_start|>assistant\n")
+    everything = encode_row(data, processor, train_on="all")
+    images = {processor.tokenizer.convert_tokens_to_ids(name) for name in (processor.image_token, vision._SOFT)}
+    assert images & set(everything.input_ids)
+    for token, label in list(zip(everything.input_ids, everything.labels, strict=True))[1:]:
+        assert label == (-100 if token in images else token)
+
+
+def test_the_ids_are_those_of_the_processor_itself(processor):
+    messages = [user(IMAGE, "\nWhat\n", IMAGE), ANSWER, user("and\n\n", IMAGE), {"role": "assistant", "content": "two"}]
+    images = [picture(i, 40 + 25 * i, 32 + 10 * i) for i in range(3)]
+    encoded = encode_row(row(*images, messages=messages), processor, train_on="assistant")
+    text = processor.apply_chat_template(messages, tokenize=False)
+    expected = processor(text=[text], images=[images], add_special_tokens=False)["input_ids"][0]
+    assert encoded.input_ids == list(expected)
+    assert encoded.text == text
+    assert supervised(encoded, processor) == "the path<|im_end|>two<|im_end|>"
+
+
+def test_rows_of_text_get_the_same_tokens_through_a_processor_as_through_its_tokenizer(processor):
+    alone = copy.deepcopy(processor.tokenizer)
+    alone.chat_template = processor.chat_template
+    texts = [{"messages": TURNS}, {"prompt": "the", "completion": " path"}, {"prompt": "the file"}, {"text": "zero"}]
+    for data in texts:
+        for train_on in ("assistant", "last", "all"):
+            one, two = (encode_row(data, which, train_on=train_on) for which in (processor, alone))
+            assert (one.input_ids, one.labels, one.prompt_length) == (two.input_ids, two.labels, two.prompt_length)
+            assert one.text is None
+            assert one.images == ()
+
+
+def test_text_that_says_an_image_token_is_refused_and_never_becomes_an_image(processor):
+    tokens = {processor.image_token, processor.tokenizer.convert_ids_to_tokens(processor.image_token_ids)[0]}
+    for token in tokens:
+        said = [{"role": "user", "content": f"What is {token} this?"}, ANSWER]
+        answered = [QUESTION, {"role": "assistant", "content": f"the {token}"}]
+        two_parts = [user(IMAGE, f"What is {token}?"), ANSWER]
+        for data in ({"messages": said}, {"messages": answered}, row(picture(), messages=two_parts), {"text": token}):
+            with pytest.raises(RowError, match=re.escape(token)):
+                encode_row(data, processor, train_on="assistant")
+
+
+def test_a_template_that_leaves_images_out_is_named(llava):
+    text_only = "{% for m in messages %}{{ m.role }}{{ m.content[-1].text }}{% endfor %}"
+    with pytest.raises(RowError, match=r"renders 0 image placeholders .* for 1 images"):
+        encode_row(row(picture(), messages=[user(IMAGE, "a"), ANSWER]), llava, train_on="all", chat_template=text_only)
+
+
+@pytest.mark.parametrize(
+    ("text", "expanded", "places"),
+    [
+        ("ab<i>cd", "abIIIcd", {0: 0, 2: 2, 5: 5, 7: 7}),
+        ("<i><i>cd<i>", "I,II,IcdI", {6: 6, 8: 8}),
+        ("a<i>\nb<i>c", "a\n\nI\n\n\nbI\n\nIc", {4: 6, 6: 8, 10: 13}),
+    ],
+)
+def test_text_between_images_is_found_again(text, expanded, places):
+    alignment = _Alignment(text, expanded, "<i>")
+    assert {at: alignment.char(at) for at in places} == places
+
+
+def test_an_expansion_that_cannot_be_followed_is_an_error_not_a_guess():
+    with pytest.raises(DataError, match="found more than once"):
+        _Alignment("a<i>bc<i>d", "aIbcIbcId", "<i>").char(5)
+    for changed in ("xaIIbc", "aIIb", "aIIcb", "abc"):
+        with pytest.raises(DataError, match="changes text besides its images"):
+            _Alignment("a<i>bc", changed, "<i>")
+
+
+# ----------------------------------------------------------------------------------------- where images may stand
+
+
+def test_images_take_their_places_in_order():
+    column = [{"type": "image", "image": "c.png"}]
+    cases = [
+        (row("a.png", messages=[QUESTION, ANSWER]), [IMAGE, "What is this?"], "a"),
+        ({"messages": [QUESTION, ANSWER], "image": "a.png"}, [IMAGE, "What is this?"], "a"),
+        (row("a.png", "b.png", messages=[user("x", IMAGE, IMAGE, "y"), ANSWER]), ["x", IMAGE, IMAGE, "y"], "ab"),
+        (row("a.png", messages=[user(IMAGE, "x", *column), ANSWER]), [IMAGE, "x", IMAGE], "ac"),
+        (row("a.png", "b.png", messages=[user("<image>\nx<image>"), ANSWER]), [IMAGE, "\nx", IMAGE], "ab"),
+        ({"messages": [user({"type": "image_url", "image_url": {"url": "d.png"}}, "x")]}, [IMAGE, "x"], "d"),
+        (
+            {"messages": [user({"type": "image", "path": "e.png"}, {"type": "image", "url": "f.png"})]},
+            [IMAGE] * 2,
+            "ef",
+        ),
+        ({"prompt": [QUESTION], "completion": [ANSWER], "images": ["a.png"]}, [IMAGE, "What is this?"], "a"),
+        ({"conversations": [{"from": "human", "value": "<image>x"}], "image": "a.png"}, [IMAGE, "x"], "a"),
+    ]
+    for data, content, names in cases:
+        chat = parse_row(data, "/data")
+        assert [part.get("text", IMAGE) for part in chat.messages[0]["content"]] == content
+        assert [image.path for image in chat.images] == [f"/data/{name}.png" for name in names]
+        assert count_images(chat.messages) == len(names)
+
+
+BAD = [
+    (row("a.png", "b.png", messages=[user(IMAGE, "x"), ANSWER]), "2 images in its column and 1 places"),
+    (row(messages=[user(IMAGE, "x"), ANSWER]), "0 images in its column and 1 places"),
+    (row("a.png", messages=[user("<image> and <image>"), ANSWER]), "says <image> 2 times and the row has 1 images"),
+    (row("a.png", messages=[QUESTION, {"role": "assistant", "content": [IMAGE]}]), "assistant's and has an image"),
+    (row("a.png", messages=[user({"type": "image", "index": 1}, "x"), ANSWER]), "index 1 where 0 is due"),
+    ({"prompt": "the", "completion": "path", "images": ["a.png"]}, "images need a conversation"),
+    ({"text": "the", "image": "a.png"}, "images need a conversation"),
+    ({**row("a.png"), "image": "b.png"}, "both images and image"),
+    (row("https://example.org/a.png"), "images are not downloaded"),
+    (row("s3://bucket/a.png"), "images are not downloaded"),
+    (row("data:image/png,abc"), "must be base64"),
+    (row("data:image/png;base64,%%"), "not valid base64"),
+    (row({"path": None, "bytes": None}), "neither path nor bytes"),
+    (row(3), "an image is a number"),
+    ({"messages": TURNS, "images": "a.png"}, "images must be a list, not text"),
+    (row(None), "images holds a null"),
+    (row("missing.png"), r"no such image file: /data/missing\.png"),
+    (row(b"GIF89a and then nothing"), "given as bytes cannot be read"),
+    ({"messages": [user({"type": "video", "video": "a.mp4"}, "x"), ANSWER]}, "videos are not available yet"),
+    ({"messages": TURNS, "videos": ["a.mp4"]}, "videos are not available yet"),
+    ({"messages": [user({"type": "audio", "audio": "a.wav"}, "x"), ANSWER]}, "part of the unknown type audio"),
+]
+
+
+@pytest.mark.parametrize(("data", "reason"), BAD)
+def test_a_row_whose_images_cannot_be_used_says_why(data, reason, llava):
+    with pytest.raises(RowError, match=reason):
+        encode_row(data, llava, train_on="assistant", folder="/data")
+
+
+def test_a_tokenizer_refuses_rows_with_images(tokenizer):
+    with pytest.raises(RowError, match="no processor for images"):
+        encode_row(row(picture()), tokenizer, train_on="assistant")
+
+
+def test_an_image_is_the_same_however_it_is_given(llava, tmp_path):
+    (tmp_path / "sub").mkdir()
+    path = tmp_path / "sub" / "a b.png"
+    path.write_bytes(png(3))
+    encoded = base64.b64encode(png(3)).decode()
+    forms = [
+        "sub/a b.png",
+        str(path),
+        "sub/../sub/a b.png",
+        path.as_uri(),
+        {"path": "sub/a b.png"},
+        {"path": "elsewhere.png", "bytes": png(3)},
+        png(3),
+        f"data:image/png;base64,{encoded}",
+        picture(3),
+        picture(3).convert("RGBA"),
+    ]
+    for form in forms:
+        one = encode_row(row(form), llava, train_on="assistant", folder=str(tmp_path))
+        loaded = one.images[0].load()
+        assert loaded.mode == "RGB"
+        assert loaded.tobytes() == picture(3).tobytes(), form
+
+
+def test_images_are_turned_upright_as_for_inference(llava, tmp_path):
+    turned = picture(1, 40, 32)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be shown turned by 90°
+    turned.save(tmp_path / "a.png", exif=exif)
+    encoded = encode_row(row("a.png"), llava, train_on="assistant", folder=str(tmp_path))
+    assert encoded.images[0].load().size == (32, 40)
+    as_object = encode_row(row(Image.open(tmp_path / "a.png")), llava, train_on="assistant")
+    assert as_object.images[0].load().size == (32, 40)
+
+
+# --------------------------------------------------------------------------------------------------- over-length
+
+
+def test_no_length_cuts_an_image(processor):
+    data = row(picture(0), picture(1, 90, 60))
+    whole = encode_row(data, processor, train_on="all")
+    last = max(i for i, token in enumerate(whole.input_ids) if token in set(processor.image_token_ids))
+    assert last < whole.images_end < whole.prompt_length
+    for limit in range(2, len(whole.input_ids) + 1):
+        cut = truncate(whole, limit)
+        assert (cut is None) == (limit < whole.images_end), limit
+        assert cut is None or cut.input_ids == whole.input_ids[:limit]
+
+
+def test_a_cut_row_is_not_generated_from_where_its_prompt_lacks_an_image(llava):
+    messages = [
+        QUESTION,
+        ANSWER,
+        user(IMAGE, "and then, when they are equal?"),
+        {"role": "assistant", "content": "two"},
+    ]
+    whole = encode_row(row(picture(), messages=messages), llava, train_on="assistant")
+    cut = truncate(whole, whole.images_end + 2)
+    assert cut.supervised > 0
+    assert cut.prompt_length == 0
+    assert truncate(whole, len(whole.input_ids) - 1).prompt_length == whole.prompt_length
+
+
+def test_rows_that_would_lose_image_tokens_are_dropped_and_counted(build, llava, tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    two, none = row("a.png", "a.png"), {"messages": TURNS}
+    path = write_lines(tmp_path / "a.jsonl", [two, row("a.png"), none])
+    ends = encode_row(row("a.png"), llava, train_on="assistant", folder=str(tmp_path)).images_end
+    limit = ends + 25
+    dataset, report = build(path, max_length=limit, on_overlength="truncate")
+    assert (report.dropped, report.truncated, report.image_rows, report.images) == (1, 2, 1, 1)
+    assert dataset["row_id"][:] == ["0:1", "0:2"]
+    with pytest.raises(DataError, match=f"longer than max_length \\({limit} tokens\\)"):
+        build(path, max_length=limit)
+    batch = Collator(llava)(list(dataset))
+    assert batch["input_ids"].shape == (2, limit)
+    full, _ = build(path)
+    assert Collator(llava, max_length=limit, on_overlength="truncate")(list(full))["row_ids"] == ["0:1", "0:2"]
+    with pytest.raises(DataError, match="images that do not fit"):
+        Collator(llava, max_length=limit, on_overlength="truncate")([full[0]])
+
+
+# --------------------------------------------------------------------------------------------------- built data
+
+
+def test_a_data_set_with_images_keeps_text_and_paths_and_counts_them(build, llava, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        (tmp_path / "pictures" / f"{i}.png").write_bytes(png(i))
+    rows = [row("pictures/0.png", "pictures/1.png"), {"messages": TURNS}, row("pictures/2.png")]
+    dataset, report = build(write_lines(tmp_path / "a.jsonl", rows), num_proc=2)
+    assert dataset.column_names == ["input_ids", "labels", "prompt_length", "ce", "row_id", "text", "images"]
+    assert (report.image_rows, report.images) == (2, 3)
+    assert "2 rows with images (3 in all)" in report.summary()
+    names = [[os.path.relpath(image["path"], tmp_path) for image in images] for images in dataset["images"]]
+    assert names == [["pictures/0.png", "pictures/1.png"], [], ["pictures/2.png"]]
+    assert dataset[0]["text"].count("<image>") == 2
+    assert dataset[1]["text"] is None
+    direct = Collator(llava)([row(picture(0), picture(1)), {"messages": TURNS}, row(picture(2))])
+    built = Collator(llava)(list(dataset))
+    assert built["visual_sizes"] == direct["visual_sizes"] == {"pixel_values": [2, 0, 1]}
+    for key in ("input_ids", "labels", "pixel_values"):
+        assert (built[key] == direct[key]).all(), key
+
+
+def test_a_data_set_without_images_has_no_columns_for_them(build, tmp_path):
+    dataset, report = build(write_lines(tmp_path / "a.jsonl", [{"messages": TURNS}]))
+    assert dataset.column_names == ["input_ids", "labels", "prompt_length", "ce", "row_id"]
+    assert report.images == 0
+    assert "images" not in report.summary()
+
+
+def as_structs():
+    features = datasets.Features(
+        {
+            "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),
+            "images": datasets.List({"bytes": datasets.Value("binary"), "path": datasets.Value("string")}),
+        }
+    )
+    return datasets.Dataset.from_list([row({"bytes": png(i), "path": "x.png"}) for i in range(2)], features=features)
+
+
+TURNS_AS_PARTS = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in TURNS[1:]]
+PART = {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
+PART_MESSAGE = {"role": datasets.Value("string"), "content": datasets.List(PART)}
+TABLES = {
+    "images": lambda: datasets.Dataset.from_list([row(picture(i)) for i in range(2)]).cast_column(
+        "images", datasets.List(datasets.Image())
+    ),
+    "bytes": as_structs,
+    "one": lambda: datasets.Dataset.from_list([{"messages": TURNS, "image": picture(i)} for i in range(2)]),
+    "binary": lambda: datasets.Dataset.from_list([{"messages": TURNS, "image": png(i)} for i in range(2)]),
+    "parts": lambda: datasets.Dataset.from_list(
+        [
+            {"messages": [user({"type": "image", "image": picture(i)}, "What is this?"), *TURNS_AS_PARTS]}
+            for i in (0, 1)
+        ],
+        features=datasets.Features({"messages": datasets.List(PART_MESSAGE)}),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("stored", ["parquet", "folder"])
+def test_images_inside_tables_are_read(build, llava, tmp_path, kind, stored):
+    table, path = TABLES[kind](), tmp_path / f"a.{stored}"
+    if stored == "parquet":
+        table.to_parquet(str(path))
+    else:
+        table.save_to_disk(str(path))
+    dataset, report = build(path)
+    assert (report.image_rows, report.bad_rows) == (2, 0)
+    batch = Collator(llava)(list(dataset))
+    expected = Collator(llava)([row(picture(i)) for i in range(2)])
+    assert (batch["pixel_values"] == expected["pixel_values"]).all()
+
+
+def test_a_missing_file_is_a_bad_row_with_its_place(build, tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    path = write_lines(tmp_path / "a.jsonl", [row("a.png"), row("b.png"), {"messages": TURNS, "image": "a.png"}])
+    _, report = build(path, max_bad_rows=1)
+    assert (report.bad_rows, report.rows_kept, report.images) == (1, 2, 2)
+    assert report.first_bad == [f"{path}:2: no such image file: {tmp_path / 'b.png'}"]
+    with pytest.raises(DataError, match=r"1 of 3 rows cannot be used"):
+        build(path)
+
+
+def test_rows_are_encoded_again_when_an_image_or_the_processor_changes(build, tmp_path, llava):
+    image = tmp_path / "a.png"
+    image.write_bytes(png(0))
+    path = write_lines(tmp_path / "a.jsonl", [row("a.png")])
+
+    def entries(**options):
+        build(path, **options)
+        return {entry.name for entry in (tmp_path / "cache").iterdir()}
+
+    first = entries()
+    assert entries() == first
+    os.utime(image, (1, 1))
+    second = entries()
+    assert len(second) == 2
+    image.write_bytes(png(1, 80, 60))
+    assert len(entries()) == 3
+    assert len(entries(processor=vision.make_llava(patch=4))) == 4
+    assert len(entries(processor=vision.make_llava(image_mean=[0.1, 0.2, 0.3]))) == 5
+    image.unlink()
+    with pytest.raises(DataError, match="no such image file"):
+        build(path)
+
+
+# ------------------------------------------------------------------------------------------------ answers: teacher
+
+
+def test_rows_for_the_teacher_end_before_their_answer(build, llava, tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [
+        row("a.png"),
+        {"prompt": [QUESTION], "completion": [ANSWER, *TURNS[2:]]},
+        {"prompt": "the file", "completion": " path"},
+        {"prompt": "the file"},
+        {"messages": [QUESTION]},
+    ]
+    asked = Source(write_lines(tmp_path / "a.jsonl", rows), answers="teacher")
+    own = Source(write_lines(tmp_path / "b.jsonl", [{"messages": TURNS}, {"prompt": "the file"}]))
+    dataset, report = build(asked, own)
+    assert dataset["answers"][:] == [True] * 5 + [False] * 2
+    assert (report.teacher_answer_rows, report.prompt_only_rows) == (5, 1)
+    assert "5 rows get their answer from the teacher" in report.summary()
+    prompts = [
+        {**row("a.png"), "messages": TURNS[:3]},
+        {"messages": [QUESTION]},
+        {"prompt": "the file"},
+        {"prompt": "the file"},
+        {"messages": [QUESTION]},
+    ]
+    for got, prompt in zip(dataset, prompts, strict=False):
+        expected = encode_row(prompt, llava, train_on="assistant", folder=str(tmp_path))
+        assert got["input_ids"] == expected.input_ids
+        assert got["prompt_length"] == len(got["input_ids"])
+        assert set(got["labels"]) == {-100}
+    assert "answers" not in build(own)[0].column_names
+
+
+def test_rows_that_leave_the_teacher_nothing_to_answer_are_bad(build, tmp_path):
+    for data, reason in [
+        ({"text": "zero"}, "plain text has no prompt"),
+        ({"messages": [ANSWER]}, "nothing before its answer"),
+        ({"messages": [QUESTION, ANSWER, ANSWER]}, "two assistant messages at its end"),
+    ]:
+        with pytest.raises(DataError, match=reason):
+            build(Source(write_lines(tmp_path / "a.jsonl", [data]), answers="teacher"))
+    with pytest.raises(DataError, match="answers must be one of data, teacher, not teachers"):
+        build(Source(write_lines(tmp_path / "a.jsonl", [{"messages": TURNS}]), answers="teachers"))
+
+
+def test_the_same_rows_for_the_teacher_are_other_rows_in_the_cache(build, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": TURNS}])
+    assert len(build(path)[0][0]["input_ids"]) > len(build(Source(path, answers="teacher"))[0][0]["input_ids"])
+
+
+def test_json_rows_keep_their_bytes_as_base64(llava):
+    data = json.loads(json.dumps(row({"base64": base64.b64encode(png(2)).decode()})))
+    assert encode_row(data, llava, train_on="assistant").images[0].data == png(2)

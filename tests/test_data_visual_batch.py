@@ -1,0 +1,222 @@
+"""Batches with images: what the model gets, for every family, and the teacher's own tensors."""
+
+import re
+
+import pytest
+import torch
+
+from kdtrain.data import Collator, Source, build_dataset, cut_rows, encode_row
+from kdtrain.data.multimodal import multimodal
+from kdtrain.errors import DataError
+from tests import tiny_processors as vision
+from tests.test_data_images import ANSWER, IMAGE, QUESTION, TURNS, row, user
+from tests.test_data_load import write_lines
+from tests.tiny_processors import picture, png
+
+NOT_FOR_MODELS = ("prompt_lengths", "ce_rows", "row_ids", "visual_sizes", "teacher_inputs", "teacher_visual_sizes")
+TWO = row(picture(0), picture(1, 90, 60), messages=[user(IMAGE, "What", IMAGE), ANSWER])
+NONE = {"messages": TURNS}
+ONE = row(picture(2, 33, 64), messages=[QUESTION, ANSWER])
+ROWS = [TWO, NONE, ONE]
+
+
+@pytest.fixture(scope="module", params=vision.FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def processor(family):
+    return vision.FAMILIES[family]()
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return vision.make_llava()
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**{key: value for key, value in batch.items() if key not in NOT_FOR_MODELS}).logits
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_row_in_a_mixed_batch_is_computed_as_on_its_own(family, processor, mode):
+    model = vision.make_model(family, processor)
+    model.train(mode == "train")  # Gemma3 wants its token types in training only
+    collate = Collator(processor, pad_to_multiple_of=16)
+    for rows in (ROWS, [NONE, TWO], [ONE, NONE, NONE]):
+        together = logits(model, collate(rows))
+        for i, data in enumerate(rows):
+            alone = collate([data])
+            length = int(alone["attention_mask"].sum())
+            expected = logits(model, alone)[0, :length]
+            torch.testing.assert_close(together[i, :length], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_the_pixels_are_seen(family, processor):
+    model = vision.make_model(family, processor).eval()
+    collate = Collator(processor)
+    other = {**ONE, "images": [picture(7, 33, 64)]}
+    one, two = logits(model, collate([ONE])), logits(model, collate([other]))
+    assert one.shape == two.shape
+    assert (one - two).abs().max() > 1e-3
+
+
+def test_what_the_processor_makes_of_a_row_is_what_the_batch_holds(processor):
+    batch = Collator(processor)([ONE])
+    text = encode_row(ONE, processor, train_on="assistant").text
+    expected = processor(text=[text], images=ONE["images"], add_special_tokens=False, return_tensors="pt")
+    assert set(expected) <= set(batch)
+    for name, value in expected.items():
+        assert torch.equal(batch[name], value), name
+
+
+SIZES = {
+    "llava": {"pixel_values": [2, 0, 1]},
+    "gemma3": {"pixel_values": [2, 0, 1]},
+    "idefics3": {"pixel_values": [1, 1, 1], "pixel_attention_mask": [1, 1, 1]},
+    # Rounded to multiples of 16 pixels, 40 × 32 takes 6 × 4 or 4 × 4 patches of 8 × 8, and so on: see the grid.
+    "qwen": {"pixel_values": [112, 0, 32], "image_grid_thw": [2, 0, 1]},
+}
+
+
+def test_each_row_owns_its_part_of_the_visual_tensors(family, processor):
+    batch = Collator(processor)(ROWS)
+    assert batch["visual_sizes"] == SIZES[family]
+    for name, owned in batch["visual_sizes"].items():
+        assert len(batch[name]) == sum(owned)
+    if family == "qwen":
+        patches = batch["image_grid_thw"].prod(1).tolist()
+        assert batch["visual_sizes"]["pixel_values"] == [sum(patches[:2]), 0, patches[2]]
+
+
+def test_images_of_fewer_tiles_are_padded_with_zeros():
+    processor = vision.make_idefics3()
+    batch = Collator(processor)(ROWS)
+    tiles = [5 * 2, 0, 5]
+    assert batch["pixel_values"].shape == (3, 10, 3, 32, 32)
+    for i, count in enumerate(tiles):
+        assert (batch["pixel_values"][i].abs().flatten(1).sum(1) > 0).sum() == count
+        assert (batch["pixel_attention_mask"][i].flatten(1).sum(1) > 0).sum() == count
+
+
+def test_a_batch_without_images_has_no_visual_tensors(family, processor):
+    model = vision.make_model(family, processor).train()
+    batch = Collator(processor)([NONE, {"text": "zero"}])
+    per_token = {"qwen": {"mm_token_type_ids"}, "gemma3": {"token_type_ids"}}.get(family, set())
+    text_only = Collator(processor.tokenizer)([NONE, {"text": "zero"}])
+    assert set(batch) == set(text_only) | per_token
+    for name in per_token:
+        assert batch[name].shape == batch["input_ids"].shape
+        assert not batch[name].any()
+    assert logits(model, batch).isfinite().all()
+
+
+def test_token_types_are_zero_in_the_padding_and_for_rows_without_images():
+    for name, key in (("qwen", "mm_token_type_ids"), ("gemma3", "token_type_ids")):
+        processor = vision.FAMILIES[name]()
+        batch = Collator(processor, pad_to_multiple_of=64)(ROWS)
+        types = batch[key].bool()
+        assert torch.equal(types, torch.isin(batch["input_ids"], torch.tensor(processor.image_token_ids)))
+        assert types.sum(1).tolist()[1] == 0
+
+
+@pytest.mark.parametrize("rows", [ROWS, [NONE, TWO], [ONE, TWO, NONE]], ids=["mixed", "text first", "text last"])
+def test_the_first_rows_of_a_batch_are_those_rows_alone(processor, rows):
+    collate = Collator(processor, pad_to_multiple_of=256)
+    for kept in range(1, len(rows) + 1):
+        assert_same_batch(cut_rows(collate(rows), kept), collate(rows[:kept]))
+
+
+def test_the_teachers_tensors_are_cut_with_the_rows(llava):
+    collate = Collator(llava, vision.make_llava(image_mean=[0.1, 0.2, 0.3]), pad_to_multiple_of=256)
+    for kept in (1, 2, 3):
+        assert_same_batch(cut_rows(collate(ROWS), kept), collate(ROWS[:kept]))
+    assert_same_batch(cut_rows(collate([NONE, ONE]), 1), collate([NONE]))
+
+
+def assert_same_batch(cut, alone):
+    assert cut.keys() == alone.keys()
+    for name, value in cut.items():
+        if isinstance(value, dict) and name == "teacher_inputs":
+            assert_same_batch(value, alone[name])
+        elif isinstance(value, torch.Tensor):
+            shared = alone[name].shape
+            if len(shared) > 3:  # rows that are gone may have had more tiles, which padding stands for here
+                assert not value[:, shared[1] :].any()
+                value = value[:, : shared[1]]
+            assert torch.equal(value, alone[name]), name
+        else:
+            assert value == alone[name], name
+
+
+def test_images_of_different_sizes_are_refused_where_padding_would_show():
+    processor = vision.make_llava(do_center_crop=False)
+    collate = Collator(processor)
+    same = row(picture(0, 32, 32), messages=[QUESTION, ANSWER])
+    wide = row(picture(1, 64, 32), messages=[QUESTION, ANSWER])
+    assert len(collate([wide])["pixel_values"]) == 1
+    with pytest.raises(DataError, match=r"pixel_values of the shapes .* cannot share a batch"):
+        collate([same, wide])
+
+
+def test_an_image_that_changed_after_encoding_is_noticed(tmp_path):
+    processor = vision.make_qwen()
+    (tmp_path / "a.png").write_bytes(png(0))
+    source = Source(write_lines(tmp_path / "a.jsonl", [row("a.png")]))
+    options = {"max_length": None, "on_overlength": "error", "train_on": "assistant", "cache_dir": str(tmp_path)}
+    dataset, _ = build_dataset([source], processor, **options)
+    collate = Collator(processor)
+    assert collate(list(dataset))["row_ids"] == ["0:0"]
+    (tmp_path / "a.png").write_bytes(png(0, 90, 60))
+    with pytest.raises(DataError, match=r"row 0:0: the processor gives it other tokens than when it was encoded"):
+        collate(list(dataset))
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(DataError, match=r"row 0:0: no such image file"):
+        collate(list(dataset))
+    with pytest.raises(DataError, match=r"row 0:0 has images, and the collator has a tokenizer only"):
+        Collator(processor.tokenizer)(list(dataset))
+
+
+# ---------------------------------------------------------------------------------------------------- the teacher
+
+
+def test_an_equal_processor_for_the_teacher_changes_nothing(llava):
+    assert "teacher_inputs" not in Collator(llava, vision.make_llava())(ROWS)
+    other_template = vision.make_llava(markers=False)
+    other_template.tokenizer.pad_token = "<|endoftext|>"
+    assert "teacher_inputs" not in Collator(llava, other_template)(ROWS)
+
+
+def test_a_teacher_with_another_normalisation_gets_its_own_pixels(llava):
+    teacher = vision.make_llava(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.5, 0.5])
+    batch = Collator(llava, teacher)(ROWS)
+    alone = Collator(teacher)(ROWS)
+    assert batch["teacher_inputs"].keys() == {"pixel_values"}
+    assert batch["teacher_visual_sizes"] == batch["visual_sizes"] == {"pixel_values": [2, 0, 1]}
+    assert torch.equal(batch["teacher_inputs"]["pixel_values"], alone["pixel_values"])
+    assert not torch.equal(batch["teacher_inputs"]["pixel_values"], batch["pixel_values"])
+    assert torch.equal(batch["input_ids"], alone["input_ids"])
+    assert "teacher_inputs" not in Collator(llava, teacher)([NONE])
+
+
+def test_a_teacher_that_takes_other_numbers_of_image_tokens_is_refused(llava):
+    collate = Collator(llava, vision.make_llava(size=48))
+    with pytest.raises(DataError, match=re.escape("row 3:1: its images take 16 tokens for the student and 36 for")):
+        collate([NONE, {**ONE, "row_id": "3:1"}])
+    assert collate([NONE])["input_ids"].shape[0] == 1
+    with pytest.raises(DataError, match=r"row 3:1.*refuses the row"):
+        Collator(llava, vision.make_qwen())([{**ONE, "row_id": "3:1"}])
+
+
+def test_a_teacher_without_images_serves_text_only(llava, tokenizer):
+    collate = Collator(llava, tokenizer)
+    assert "teacher_inputs" not in collate([NONE])
+    with pytest.raises(DataError, match="has no processor for images"):
+        collate([NONE, ONE])
+
+
+def test_a_tokenizer_has_no_images_and_a_processor_does(llava, tokenizer):
+    assert multimodal(tokenizer) is None
+    assert multimodal(llava).placeholder == "<image>"
