@@ -6,7 +6,7 @@ Shapes: B rows, T positions.
 |---|---|---|
 | `input_ids`, `attention_mask` | [B, T] | both models |
 | `token_type_ids`, `mm_token_type_ids`, … | [B, T] | both models: what a processor says of every token |
-| `pixel_values`, `image_grid_thw`, … | axis 0 is images, patches or rows | both models: what a processor makes of images |
+| `pixel_values`, `image_grid_thw`, … | axis 0: images, patches or rows | both models: a processor's images |
 | `labels` | [B, T] | the loss |
 | `teacher_inputs` | as above | the teacher alone, in place of the same keys: its processor makes other pixels |
 | the others in `NOT_FOR_THE_MODEL` | by row | the trainer |

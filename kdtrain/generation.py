@@ -22,6 +22,7 @@ from kdtrain.data.collate import pad_rows
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
 
+
 def student_generates(seed: int, step: int, lmbda: float) -> bool:
     """Whether the optimizer window that begins at `step` is on-policy: one draw, the same on every rank.
 

@@ -176,12 +176,12 @@ def lora_config(
     target_modules: str | Sequence[str],
     modules_to_save: Sequence[str] | None,
     use_dora: bool,
-    exclude_modules: Sequence[str] = (),
+    exclude_modules: str | None = None,
 ) -> LoraConfig:
     """PEFT's config for a causal language model.
 
     Args:
-        exclude_modules: full names of modules that get no adapter, the frozen parts of a vision-language model.
+        exclude_modules: a regular expression of module names that get no adapter, whatever `target_modules` says.
     """
     from peft import LoraConfig
 
@@ -191,31 +191,10 @@ def lora_config(
         lora_dropout=dropout,
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         modules_to_save=None if modules_to_save is None else list(modules_to_save),
-        exclude_modules=list(exclude_modules) or None,
+        exclude_modules=exclude_modules,
         use_dora=use_dora,
         task_type="CAUSAL_LM",
     )
-
-
-def freeze(model: PreTrainedModel, *, llm: bool = False, vit: bool = False, aligner: bool = False) -> None:
-    """Take parts of a model out of training.
-
-    Raises:
-        PreflightError: nothing would be left to train, or the model's parts are not known.
-    """
-    if sees_images(model.config):
-        if llm or vit or aligner:
-            freeze_parts(model, llm=llm, vit=vit, aligner=aligner)
-        return
-    name = type(model).__name__
-    if llm:
-        raise PreflightError(
-            f"tuner.freeze_llm: {name} is a text model: with its language model frozen nothing is left to train. "
-            "Remove the option."
-        )
-    for option, wanted in (("freeze_vit", vit), ("freeze_aligner", aligner)):
-        if wanted:
-            logger.warning("tuner.%s has no effect: %s is a text model.", option, name)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

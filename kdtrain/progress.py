@@ -35,6 +35,7 @@ class ConsoleReporter:
         self._json = log_format == "json"
         self._quiet = quiet
         self._bar: ProgressBar | None = None
+        self._next_line = 0.0
 
     def data(self, name: str, report: BuildReport) -> None:
         """What became of the rows of a data set."""
@@ -44,6 +45,17 @@ class ConsoleReporter:
             self._line({"event": "data", "name": name, "summary": report.summary()})
         else:
             self._console.print(f"{name}: {report.summary()}", markup=False, highlight=False, soft_wrap=True)
+
+    def answers(self, done: int, total: int) -> None:
+        """A line now and then while the teacher writes answers, and one at the end."""
+        now = time.perf_counter()
+        if self._quiet or (done < total and now < self._next_line):
+            return
+        self._next_line = now + 10
+        if self._json:
+            self._line({"event": "answers", "done": done, "total": total})
+        else:
+            self._console.print(f"the teacher's answers: {done:,} of {total:,}", markup=False, highlight=False)
 
     def plan(self, rows: Mapping[str, str]) -> None:
         """The table of what was derived."""

@@ -17,24 +17,26 @@ import torch
 from accelerate import PartialState
 from transformers import PrinterCallback
 
+from kdtrain.answers import TeacherAnswers
 from kdtrain.callbacks import CheckWrapped, JsonlLogger, StopOnSignal
 from kdtrain.checkpoints import newest_complete, require_complete
 from kdtrain.data import BuildReport, Collator, Source, build_dataset
 from kdtrain.errors import CheckpointError, DataError, Interrupted, KdtrainError, PreflightError
 from kdtrain.launch import check_world
-from kdtrain.models import freeze, load_causal_lm, load_tokenizer, lora_config
+from kdtrain.models import load_model, load_processing, lora_config, sees_images
 from kdtrain.plan import plan, planned_steps
 from kdtrain.status import tracked_status, write_atomically, write_status
 from kdtrain.teachers import build_teacher
 from kdtrain.telemetry import LOSS_TERMS, TOKEN_METRICS
 from kdtrain.trainer import GKDTrainerWithMetrics
+from kdtrain.vision.parts import adapter_exclusions, freeze_parts
 from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import datasets
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from transformers import PreTrainedModel, TrainerCallback
 
     from kdtrain.config import RunConfig, TrainArguments
     from kdtrain.config.schema import DataSource
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOG = "logging.jsonl"
+ANSWERS = "teacher_answers"
 CONFIG = "run_config.json"  # not config.json, which is the saved model's
 
 
@@ -50,6 +53,9 @@ class Reporter(Protocol):
 
     def data(self, name: str, report: BuildReport) -> None:
         """A data set was read."""
+
+    def answers(self, done: int, total: int) -> None:
+        """The teacher has answered some of the rows that it has to."""
 
     def plan(self, rows: Mapping[str, str]) -> None:
         """What was derived from config and device, before training begins."""
@@ -109,38 +115,7 @@ def _begin(
 def _fit(arguments: TrainArguments, reporter: Reporter, checkpoint: Path | None, *, dry_run: bool) -> RunResult:
     config, args = arguments.config, arguments.training_args
     started = time.perf_counter()
-    device = args.device  # also joins the process group
-
-    tokenizer = load_tokenizer(config.model.model, **_trust(config))
-    train, evaluation, report = _datasets(config, args.seed, tokenizer, reporter)
-    student = load_causal_lm(
-        config.model.model,
-        dtype=config.model.dtype,
-        trained_in_full=config.tuner.train_type == "full",
-        device=device,
-        attn_implementation=config.model.attn_implementation,
-        init_kwargs=config.model.init_kwargs,
-        **_trust(config),
-    )
-    freeze(student, llm=config.tuner.freeze_llm, vit=config.tuner.freeze_vit, aligner=config.tuner.freeze_aligner)
-    if args.ddp_find_unused_parameters is None and not hasattr(student.config, "output_router_logits"):
-        # A dense text model uses all its weights in every step; only experts may go without a gradient.
-        args.ddp_find_unused_parameters = False
-    _check_generated_lengths(config, report, student)
-    teacher, shared = _teacher(config, args.teacher_model_init_kwargs, device, tokenizer, vocabulary_size(student))
-    with _readable_construction():
-        trainer = GKDTrainerWithMetrics(
-            student,
-            args=args,
-            data_collator=Collator(tokenizer, pad_to_multiple_of=args.pad_to_multiple_of),
-            train_dataset=train,
-            eval_dataset=evaluation,
-            processing_class=tokenizer,
-            peft_config=_peft_config(config),
-            teacher=teacher,
-            shared_vocab_size=shared,
-        )
-        trainer.get_optimizer_cls_and_kwargs(args, trainer.model)  # made when training begins: is it installed?
+    trainer, report = _build(config, args, reporter, dry_run)
     _check_best_metric(args)
     check_world(trainer.accelerator, config)
     main = trainer.is_world_process_zero()
@@ -214,12 +189,87 @@ def _train(trainer: GKDTrainerWithMetrics, checkpoint: Path | None, steps: int) 
 # ---- building --------------------------------------------------------------------------------------------------------
 
 
+def _build(
+    config: RunConfig, args: Any, reporter: Reporter, dry_run: bool
+) -> tuple[GKDTrainerWithMetrics, BuildReport]:
+    """Data, student, teacher and trainer."""
+    device = args.device  # also joins the process group
+    processing = load_processing(config.model.model, **_trust(config))
+    train, evaluation, report = _datasets(config, args.seed, processing, reporter)
+    student = load_model(
+        config.model.model,
+        dtype=config.model.dtype,
+        trained_in_full=config.tuner.train_type == "full",
+        device=device,
+        attn_implementation=config.model.attn_implementation,
+        init_kwargs=config.model.init_kwargs,
+        **_trust(config),
+    )
+    freeze_parts(student, **_frozen(config))
+    dense_text = not sees_images(student.config) and not hasattr(student.config, "output_router_logits")
+    if args.ddp_find_unused_parameters is None and dense_text:
+        # It uses all its weights in every step; only experts and vision encoders may go without a gradient.
+        args.ddp_find_unused_parameters = False
+    _check_generated_lengths(config, report, student)
+    teacher, its_processing, shared = _teacher(config, args, processing, vocabulary_size(student))
+    collator = Collator(processing, its_processing, pad_to_multiple_of=args.pad_to_multiple_of)
+    if teacher is not None and config.answers_from_teacher:
+        if dry_run:  # one window is all that is looked at
+            rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+            train = train.select(range(min(rows, len(train))))
+        answers = _answers(config, args, teacher, processing, collator, shared, reporter)
+        train = answers.fill(train)
+        evaluation = evaluation if evaluation is None or dry_run else answers.fill(evaluation)
+    with _readable_construction():
+        trainer = GKDTrainerWithMetrics(
+            student,
+            args=args,
+            data_collator=collator,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=processing,
+            peft_config=_peft_config(config, student),
+            teacher=teacher if config.needs_teacher else None,
+            shared_vocab_size=shared,
+        )
+        trainer.get_optimizer_cls_and_kwargs(args, trainer.model)  # made when training begins: is it installed?
+    return trainer, report
+
+
+def _frozen(config: RunConfig) -> dict[str, bool]:
+    return {part: getattr(config.tuner, f"freeze_{part}") for part in ("llm", "vit", "aligner")}
+
+
+def _answers(
+    config: RunConfig, args: Any, teacher: Any, processing: Any, collator: Collator, shared: int, reporter: Reporter
+) -> TeacherAnswers:
+    name = config.rlhf.teacher_model
+    assert name is not None, "the config is checked for it"
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in Path(name).glob("*.safetensors")]
+    return TeacherAnswers(
+        teacher.module,
+        processing,
+        collator,
+        Path(args.output_dir) / ANSWERS,
+        identity={
+            "model": name,
+            "weights": sorted(weights),
+            "kwargs": args.teacher_model_init_kwargs,
+            "options": config.rlhf.teacher.model_dump(mode="json"),
+        },
+        max_new_tokens=config.rlhf.max_new_tokens,
+        vocabulary=shared,
+        batch_size=args.per_device_eval_batch_size,
+        progress=reporter.answers,
+    )
+
+
 def _trust(config: RunConfig) -> dict[str, Any]:
     return {"trust_remote_code": config.model.trust_remote_code, "revision": config.model.revision}
 
 
 def _datasets(
-    config: RunConfig, seed: int, tokenizer: PreTrainedTokenizerBase, reporter: Reporter
+    config: RunConfig, seed: int, processing: Any, reporter: Reporter
 ) -> tuple[datasets.Dataset, datasets.Dataset | None, BuildReport]:
     """Training and evaluation rows, encoded by one process of a machine and read from the cache by the others."""
     common: dict[str, Any] = {
@@ -232,15 +282,20 @@ def _datasets(
     }
     state = PartialState()
     with state.local_main_process_first():
-        train, report = build_dataset(_sources(config.data.train), tokenizer, **common)
+        train, report = build_dataset(_sources(config.data.train), processing, **common)
         evaluation = evaluation_report = None
         if config.data.eval:
-            evaluation, evaluation_report = build_dataset(_sources(config.data.eval), tokenizer, **common)
+            evaluation, evaluation_report = build_dataset(_sources(config.data.eval), processing, **common)
     if state.is_main_process:
         reporter.data("train", report)
         if evaluation_report is not None:
             reporter.data("eval", evaluation_report)
     _check_supervision(config)
+    if config.visual_kd_weight > 0 and not report.images:
+        raise DataError(
+            "custom.visual_kd is enabled, but no row of data.train has an image. Give rows with images (images, image, "
+            "or image parts in messages), or set custom.visual_kd.enabled: false."
+        )
     _check_generation(config, train, report)
     if evaluation_report is not None and evaluation_report.prompt_only_rows:
         raise DataError(
@@ -252,7 +307,16 @@ def _datasets(
 
 def _sources(sources: Sequence[DataSource]) -> list[Source]:
     return [
-        Source(s.path, name=s.name, split=s.split, columns=s.columns, limit=s.limit, weight=s.weight, ce=s.ce)
+        Source(
+            s.path,
+            name=s.name,
+            split=s.split,
+            columns=s.columns,
+            limit=s.limit,
+            weight=s.weight,
+            ce=s.ce,
+            answers=s.answers,
+        )
         for s in sources
     ]
 
@@ -317,30 +381,28 @@ def _first_prompt(data: datasets.Dataset) -> str:
     return next((row["row_id"] for row in data if row["prompt_length"] == len(row["input_ids"])), "unknown")
 
 
-def _teacher(
-    config: RunConfig,
-    init_kwargs: Mapping[str, Any],
-    device: torch.device,
-    tokenizer: PreTrainedTokenizerBase,
-    student_size: int,
-) -> tuple[Any, int | None]:
-    """The teacher and the vocabulary it shares with the student; (None, None) where no KD is active."""
-    if not config.needs_teacher:
-        return None, None
+def _teacher(config: RunConfig, args: Any, processing: Any, student_size: int) -> tuple[Any, Any, int]:
+    """The teacher, what it processes rows with, and the vocabulary it shares with the student.
+
+    (None, None, the student's vocabulary) where nothing asks a teacher.
+    """
+    if not config.asks_teacher:
+        return None, None, student_size
     name = config.rlhf.teacher_model
     assert name is not None, "the config is checked for it"
     options = config.rlhf.teacher
-    kwargs = dict(init_kwargs)
+    kwargs = dict(args.teacher_model_init_kwargs)
     if options.device_map is not None:
         kwargs["device_map"] = options.device_map
     revision = kwargs.pop("revision", None) or options.revision
     trust: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code, "revision": revision}
-    teacher_tokenizer = load_tokenizer(name, **trust)
-    teacher = build_teacher(name, backend=options.backend, init_kwargs=kwargs, device=device, **trust)
-    return teacher, shared_vocabulary(student_size, teacher.vocab_size, tokenizer, teacher_tokenizer)
+    its_processing = load_processing(name, **trust)
+    teacher = build_teacher(name, backend=options.backend, init_kwargs=kwargs, device=args.device, **trust)
+    tokenizers = (getattr(one, "tokenizer", one) for one in (processing, its_processing))
+    return teacher, its_processing, shared_vocabulary(student_size, teacher.vocab_size, *tokenizers)
 
 
-def _peft_config(config: RunConfig) -> Any:
+def _peft_config(config: RunConfig, student: PreTrainedModel) -> Any:
     tuner = config.tuner
     if tuner.train_type != "lora":
         return None
@@ -351,6 +413,7 @@ def _peft_config(config: RunConfig) -> Any:
         target_modules=tuner.target_modules,
         modules_to_save=tuner.modules_to_save,
         use_dora=tuner.use_dora,
+        exclude_modules=adapter_exclusions(student, **_frozen(config)),
     )
 
 

@@ -15,7 +15,8 @@ What is overridden, and why:
 | `SFTTrainer.log` | metrics reduced across ranks |
 | `Trainer.train` | metrics of an earlier call that were never logged do not count |
 | `Trainer._get_grad_norm` | the last place before the optimizer step (but DeepSpeed's): NaN stops here |
-| `Trainer._save` | no pickle of the arguments |
+| `Trainer.create_optimizer`, `_clip_grad_norm` | the projectors of visual KD belong to the run, not to the student |
+| `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | their file; and no pickle of the arguments |
 | `SFTTrainer._save_checkpoint` | its time is not training time |
 | `_BaseTrainer._send_telemetry` | nothing is sent anywhere |
 """
@@ -35,7 +36,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -43,8 +44,9 @@ from trl.models import prepare_deepspeed
 from trl.models.utils import prepare_fsdp, unwrap_model_for_generation
 
 from kdtrain import telemetry
+from kdtrain.batch import model_inputs, teacher_inputs
 from kdtrain.data.chat import ChatTemplate
-from kdtrain.data.collate import Collator
+from kdtrain.data.collate import Collator, cut_rows
 from kdtrain.errors import NonFiniteError, NotAvailableError
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids, student_generates
 from kdtrain.knobs import Knobs
@@ -53,7 +55,8 @@ from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, count_supervised_in, 
 from kdtrain.models import disable_dropout
 from kdtrain.teachers import LocalTeacher, Targets, Teacher, build_teacher
 from kdtrain.token_loss import TokenLoss, Vocabulary
-from kdtrain.visual_kd import has_images, tapped, visual_terms, visual_units
+from kdtrain.visual_kd import has_images, visual_units
+from kdtrain.visual_term import VisualTerm, first_batch_with_images
 from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
 
 if TYPE_CHECKING:
@@ -61,20 +64,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
-
-# What a batch carries for the trainer and no model's forward takes.
-_NOT_FOR_THE_MODEL = frozenset(
-    {
-        "labels",
-        "prompt_lengths",
-        "ce_rows",
-        "row_ids",
-        "prompts",
-        "prompt_attention_mask",
-        "student_generated",
-        "all_repeated",
-    }
-)
 
 _SUMMARY_NAMES = {"train_loss": "mean_loss"}  # "loss" is the name of a step's
 
@@ -92,8 +81,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         args: GKDConfig.
         data_collator: None is `kdtrain.data.Collator`; rows hold `input_ids` and `labels`, or are still `messages`,
             `prompt` and `completion`, or `text`. A batch is `input_ids` [B, T], `attention_mask` [B, T], `labels`
-            [B, T] and whatever else the model's forward takes; optionally `prompt_lengths` [B] (needed to generate)
-            and `ce_rows` [B] bool (rows that contribute cross-entropy; all where absent).
+            [B, T] and whatever else the model's forward takes (see `batch.py`); optionally `prompt_lengths` [B] (needed
+            to generate) and `ce_rows` [B] bool (rows that contribute cross-entropy; all where absent).
         teacher: a `kdtrain.teachers.Teacher` instead of `teacher_model`.
         shared_vocab_size: leading logit columns that both models share, where the caller has compared the tokenizers;
             None finds out.
@@ -114,7 +103,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_dataset: Dataset | IterableDataset | list[dict[str, Any]] | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -180,7 +169,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.knobs, self.beta, self.vocabulary, fused=self._fuse_head(), router_logits=self.aux_loss_enabled
         )
         self._stopwatch = telemetry.Stopwatch()
-        self._window_visual_units: torch.Tensor | None = None
+        self.visual = self._visual_term()
 
     # ---- construction ------------------------------------------------------------------------------------------------
 
@@ -193,8 +182,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if config is None:
             return
         stops = stop_token_ids(config, self._tokenizer)
-        if self._tokenizer.chat_template:
-            stops += sorted(ChatTemplate(self._tokenizer).stop_ids - set(stops))
+        if self._tokenizer.chat_template or getattr(self.processing_class, "chat_template", None):
+            stops += sorted(ChatTemplate(self.processing_class).stop_ids - set(stops))
         config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
 
     def _compare_vocabularies(self, teacher: Teacher, shared: int | None) -> Vocabulary:
@@ -215,6 +204,19 @@ class GKDTrainerWithMetrics(GKDTrainer):
         else:
             logger.warning("The student's logits are made in full, which takes more time and memory: %s.", reason)
         return reason is None
+
+    def _visual_term(self) -> VisualTerm | None:
+        """Visual KD, tried on a row with images where there is one."""
+        if self.knobs.visual_kd is None:
+            return None
+        student, teacher = self._unwrap(self.model), self._unwrap(self.teacher_model)
+        visual = VisualTerm(self.knobs.visual_kd, student, teacher, self.accelerator, self.args.seed)
+        # In pieces, a model cannot be run before it is wrapped: what does not fit is found at the first step.
+        if self.train_dataset is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            batch = first_batch_with_images(self.train_dataset, self.data_collator)
+            if batch is not None:
+                visual.probe(batch)
+        return visual
 
     def _place_teacher(self, module: nn.Module) -> nn.Module:
         """Put the teacher where it will run. Not wrapped by DDP: it has no gradients to average."""
@@ -252,7 +254,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         window = self._metrics["train"]
         window["windows"].append(torch.ones(()))
         window["on_policy_windows"].append(torch.tensor(float(on_policy)))
-        self._window_visual_units = self._count_visual_units(batches, device)
+        if self.visual is not None:
+            self.visual.count(batches)
+            self.visual.projectors.zero_grad()  # upstream zeroes the model's gradients only
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _generates(self) -> bool:
@@ -280,7 +284,12 @@ class GKDTrainerWithMetrics(GKDTrainer):
             for i, batch in enumerate(batches):
                 batch = self._prepare_inputs(batch)
                 seed = _stable_seed(f"{base}:{i}")
-                fresh = generate_batch(unwrapped, batch, config, seed=seed, multiple=self.args.pad_to_multiple_of)
+                images = batch.get("teacher_inputs", {}) if side == "teacher" else {}
+                own = {key: batch[key] for key in images}
+                fresh = generate_batch(
+                    unwrapped, batch | images, config, seed=seed, multiple=self.args.pad_to_multiple_of
+                )
+                fresh |= {key: value for key, value in own.items() if fresh[key] is images[key]}
                 if batch.get("all_repeated", False):
                     fresh["labels"] = torch.full_like(fresh["labels"], IGNORE_INDEX)
                 generated.append(fresh)
@@ -308,8 +317,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         new = min(max(remainder - self.accelerator.process_index * rows, 0), rows)
         if remainder == 0 or new == rows:
             return batch
-        kept = max(new, 1)
-        batch = {key: value[:kept] if _has_rows(value, rows) else value for key, value in batch.items()}
+        batch = cut_rows(batch, max(new, 1))
         if new == 0:
             batch |= {"labels": torch.full_like(batch["labels"], IGNORE_INDEX), "all_repeated": True}
         return batch
@@ -318,7 +326,10 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """One micro-batch. The window was drawn and generated in `get_batch_samples`."""
-        return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
+        loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
+        if self.visual is not None and self.accelerator.sync_gradients:
+            self.visual.synchronise()
+        return loss
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
@@ -340,22 +351,31 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """
         mode = "train" if self.model.training else "eval"
         knobs = self.knobs if mode == "train" or self.knobs.eval_kd else self.knobs.without_kd()
-        model_inputs = {key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_MODEL}
+        own_inputs = model_inputs(inputs)
         predicts_BT = next_token_labels(inputs["labels"]) != IGNORE_INDEX
-        visual = knobs.visual_kd if has_images(model_inputs) else None
-        with tapped(visual, self._unwrap(model), self._unwrap(self.teacher_model)) as (ours, theirs):
+        visual = self.visual if knobs.visual_kd is not None and has_images(own_inputs) else None
+        with contextlib.nullcontext(({}, {})) if visual is None else visual.tapped() as (ours, theirs):
+
+            def visual_terms() -> dict[str, torch.Tensor]:
+                return {} if visual is None else visual.terms(ours, theirs, inputs, whole=num_items_in_batch is None)
+
             targets = None
             if knobs.lm_kd_active or visual is not None:
-                targets = self._run_teacher_forward(model_inputs, predicts_BT)
-            token_loss = replace(self._token_loss, knobs=knobs)
-            tokens, aux = token_loss.forward(
-                model, model_inputs, inputs, predicts_BT, targets if knobs.lm_kd_active else None, num_items_in_batch
+                targets = self._run_teacher_forward(teacher_inputs(inputs), predicts_BT)
+            tokens, aux, further = replace(self._token_loss, knobs=knobs).forward(
+                model,
+                own_inputs,
+                inputs,
+                predicts_BT,
+                targets if knobs.lm_kd_active else None,
+                num_items_in_batch,
+                further=visual_terms,
             )
         scale = world_scale(num_items_in_batch, self.accelerator.num_processes // self.get_tp_size())
         loss, terms = tokens.loss, self._weighted_terms(knobs, inputs, tokens, num_items_in_batch)
         if visual is not None:
-            terms |= visual_terms(visual, ours, theirs, self._share_of_images(inputs, num_items_in_batch))
-            loss = loss + terms["vision_kd_loss"]
+            terms |= further
+            loss = loss + further["vision_kd_loss"]
         if aux is not None and self.aux_loss_enabled:
             terms["aux_loss"] = self._aux_term(aux, num_items_in_batch)
             loss = loss + terms["aux_loss"]
@@ -366,7 +386,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         loss = loss * scale
         if return_outputs:  # for compute_metrics: the loss itself makes no logits
             with torch.no_grad():
-                return loss, model(**model_inputs, use_cache=False)
+                return loss, model(**own_inputs, use_cache=False)
         return loss
 
     def _run_teacher_forward(self, inputs: Mapping[str, Any], predicts_BT: torch.Tensor) -> Targets:
@@ -400,21 +420,6 @@ class GKDTrainerWithMetrics(GKDTrainer):
             zero = torch.zeros_like(tokens.ce_sum)  # and not 0 · Σ, which may be infinite on the student's own samples
             terms["sft_loss"] = zero if own else knobs.ce_weight * tokens.ce_sum / denominator
         return terms
-
-    # ---- visual KD and regularisers ----------------------------------------------------------------------------------
-
-    def _share_of_images(self, inputs: Mapping[str, Any], num_items: torch.Tensor | int | None) -> torch.Tensor | float:
-        """This batch's part of the window's image features, over which the visual terms are means."""
-        if num_items is None or self._window_visual_units is None:
-            return 1.0
-        return visual_units(inputs) / self._window_visual_units.clamp(min=1)
-
-    def _count_visual_units(self, batches: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
-        """Visual units of the window on all ranks: what the mean over features is taken over."""
-        if self.knobs.visual_kd is None:
-            return None
-        local = torch.tensor(float(sum(visual_units(batch) for batch in batches)), device=device)
-        return self.accelerator.gather(local[None]).sum()
 
     def _aux_term(self, aux_loss: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
         """The load-balancing loss of a mixture-of-experts model: a mean over micro-batches and ranks."""
@@ -460,12 +465,35 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient norm, or an error: neither a NaN gradient nor the weights after a NaN loss are worth having."""
+        if grad_norm is None and self._projectors():
+            grad_norm = self._clip_with_projectors(model, math.inf)
         norm = super()._get_grad_norm(model, grad_norm)
         # A gradient scaler skips steps whose fp16 gradients overflowed, and lowers its scale: that is its job.
         finite = norm is None or self.accelerator.scaler is not None or math.isfinite(float(norm))
         if not finite or self._some_loss_is_not_finite():
             raise NonFiniteError(self._describe_non_finite(norm))
         return norm
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self._projectors():
+            return self._clip_with_projectors(model, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
+    def _clip_with_projectors(self, model: nn.Module, largest: float) -> Any:
+        """One norm over the student and the projectors: they share the loss, and so the clipping."""
+        return self.accelerator.clip_grad_norm_([*model.parameters(), *self._projectors()], largest)
+
+    def _projectors(self) -> list[nn.Parameter]:
+        return [] if self.visual is None else self.visual.parameters()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The student's optimizer, with a parameter group of its own for the projectors of visual KD."""
+        optimizer = super().create_optimizer(model)
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        new = [parameter for parameter in self._projectors() if id(parameter) not in known]
+        if new:
+            optimizer.add_param_group({"params": new, "weight_decay": self.args.weight_decay})
+        return optimizer
 
     def _some_loss_is_not_finite(self) -> bool:
         """Whether a term of this window is not finite on any rank: an infinite loss can have a finite gradient."""
@@ -532,8 +560,20 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """Weights, config and tokenizer; never the pickled arguments, which nothing reads back."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
+            if self.visual is not None:
+                self.visual.save(output_dir or self.args.output_dir)
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.visual is not None:
+            self.visual.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.visual is not None and self.state.best_model_checkpoint:
+            self.visual.load(self.state.best_model_checkpoint)
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere; TRL reports trainer and model type to the hub by default."""
@@ -601,10 +641,6 @@ def _tokenizer_or_none(name: str) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(name)
     except PreflightError:
         return None
-
-
-def _has_rows(value: Any, rows: int) -> bool:
-    return isinstance(value, torch.Tensor | list) and len(value) == rows
 
 
 def _stable_seed(text: str) -> int:

@@ -370,7 +370,7 @@ def test_an_interruption_before_training_says_that_nothing_was_saved(project, kd
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kdtrain.run.load_tokenizer", interrupt)
+    monkeypatch.setattr("kdtrain.run.load_processing", interrupt)
     code, _, err = kdtrain("fit", "config.yaml")
     assert code == 130
     assert "nothing more was saved" in err

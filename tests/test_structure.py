@@ -10,7 +10,19 @@ PACKAGE = Path(__file__).parent.parent / "kdtrain"
 LAYERS = [
     {"__main__", "cli"},
     {"progress", "run", "plan", "launch"},
-    {"trainer", "callbacks", "checkpoints", "token_loss", "visual_kd", "telemetry", "generation", "knobs", "answers", "batch"},
+    {
+        "trainer",
+        "callbacks",
+        "checkpoints",
+        "token_loss",
+        "visual_kd",
+        "visual_term",
+        "telemetry",
+        "generation",
+        "knobs",
+        "answers",
+        "batch",
+    },
     {"teachers", "models", "lm_head", "data", "vision", "vocabulary", "losses"},
     {"config", "errors", "environment", "status"},
 ]

@@ -31,11 +31,9 @@ NOT_AVAILABLE: tuple[tuple[str, Callable[[RunConfig], list[KeyPath]]], ...] = (
     ("a teacher of this kind", _option("rlhf.teacher.backend", lambda c: c.rlhf.teacher.backend != "hf")),
     ("a prefix for the teacher", _option("rlhf.teacher.prefix", lambda c: c.rlhf.teacher.prefix is not None)),
     ("an adapter on the teacher", _option("rlhf.teacher.adapter", lambda c: c.rlhf.teacher.adapter is not None)),
-    ("visual distillation", _option("custom.visual_kd.enabled", lambda c: c.visual_kd_weight > 0)),
     ("packing", _option("data.packing", lambda c: c.data.packing)),
     ("padding-free training", _option("data.padding_free", lambda c: c.data.padding_free)),
     ("streaming", _where(lambda source: source.streaming, "streaming")),
-    ("answers from the teacher", _where(lambda source: source.answers == "teacher", "answers")),
 )
 
 

@@ -51,12 +51,19 @@ def _no_effect(section: KeyPath, names: list[str], reason: str) -> Iterator[Prob
 
 
 def teacher_is_named(config: RunConfig, written: Written) -> Iterator[Problem]:
-    """A run needs a teacher exactly when a KD weight is above 0."""
-    if not config.needs_teacher:
+    """A run needs a teacher exactly when a KD weight is above 0, or it has to write answers."""
+    if not config.asks_teacher:
         return
     rlhf = config.rlhf
-    reason = f"rlhf.llm_kd_weight is {rlhf.llm_kd_weight:g}" if config.lm_kd_active else "custom.visual_kd is enabled"
-    turn_off = "or rlhf.llm_kd_weight: 0 for plain fine-tuning" if config.lm_kd_active else "or disable visual_kd"
+    if config.lm_kd_active:
+        reason, turn_off = (
+            f"rlhf.llm_kd_weight is {rlhf.llm_kd_weight:g}",
+            "or rlhf.llm_kd_weight: 0 for plain fine-tuning",
+        )
+    elif config.needs_teacher:
+        reason, turn_off = "custom.visual_kd is enabled", "or disable visual_kd"
+    else:
+        reason, turn_off = "a data source has answers: teacher", "or remove answers: teacher"
     backend = rlhf.teacher.backend
     missing: dict[str, bool] = {
         "rlhf.teacher_model": backend == "hf" and not rlhf.teacher_model,
@@ -76,16 +83,18 @@ def teacher_is_named(config: RunConfig, written: Written) -> Iterator[Problem]:
 def idle_distillation(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Options of a term that is switched off."""
     rlhf = config.rlhf
-    if not config.needs_teacher:
+    if not config.asks_teacher:
         teacher = written.among(("rlhf",), ("teacher_model", "teacher_model_init_kwargs", "teacher"))
         yield from _no_effect(("rlhf",), teacher, "nothing asks the teacher, so none is loaded")
+    if not config.needs_teacher:
         yield from _no_effect(("rlhf",), written.among(("rlhf",), ["eval_kd"]), "nothing asks the teacher")
     if not config.lm_kd_active:
         zero = "rlhf.llm_kd_weight is 0"
         knobs = written.among(("rlhf",), ("beta", "divergence", "kd_temperature"))
         generation = [name for name, used in (("lmbda", rlhf.lmbda > 0), ("seq_kd", rlhf.seq_kd)) if used]
         generation = written.among(("rlhf",), generation)
-        generation += written.among(("rlhf",), ("temperature", "max_new_tokens")) if generation else []
+        idle = ("temperature",) if config.answers_from_teacher else ("temperature", "max_new_tokens")
+        generation += written.among(("rlhf",), idle) if generation else []
         yield from _no_effect(("rlhf",), knobs + generation, zero)
         if rlhf.sft_alpha > 0 and written.has("rlhf", "sft_alpha"):
             yield Problem(
@@ -95,8 +104,9 @@ def idle_distillation(config: RunConfig, written: Written) -> Iterator[Problem]:
                 on_key=True,
             )
     elif not (rlhf.lmbda > 0 or rlhf.seq_kd):
-        names = written.among(("rlhf",), ("temperature", "max_new_tokens"))
-        yield from _no_effect(("rlhf",), names, "nothing is generated (lmbda is 0 and seq_kd is false)")
+        idle = ("temperature",) if config.answers_from_teacher else ("temperature", "max_new_tokens")
+        names = written.among(("rlhf",), idle)
+        yield from _no_effect(("rlhf",), names, "nothing is sampled (lmbda is 0 and seq_kd is false)")
 
 
 def teacher_options(config: RunConfig, written: Written) -> Iterator[Problem]:
@@ -107,7 +117,7 @@ def teacher_options(config: RunConfig, written: Written) -> Iterator[Problem]:
         yield from _no_effect(("rlhf", "teacher"), [name], f"rlhf.teacher.backend is {backend}")
     kwargs = config.rlhf.teacher_model_init_kwargs or {}
     path = ("rlhf", "teacher_model_init_kwargs")
-    if backend != "hf" and kwargs and config.needs_teacher:
+    if backend != "hf" and kwargs and config.asks_teacher:
         yield from _no_effect(("rlhf",), ["teacher_model_init_kwargs"], f"rlhf.teacher.backend is {backend}")
     for name in ("dtype", "revision", "device_map"):
         if name in kwargs and written.has("rlhf", "teacher", name):
@@ -222,7 +232,7 @@ def model_folders(config: RunConfig, written: Written) -> Iterator[Problem]:
     """A local model must be a model folder; only those in use are looked at."""
     rlhf = config.rlhf
     used: list[tuple[KeyPath, str, str]] = [(("model", "model"), config.model.model, "config.json")]
-    if config.needs_teacher and rlhf.teacher.backend == "hf" and rlhf.teacher_model:
+    if config.asks_teacher and rlhf.teacher.backend == "hf" and rlhf.teacher_model:
         used.append((("rlhf", "teacher_model"), rlhf.teacher_model, "config.json"))
     if rlhf.teacher.adapter:
         used.append((("rlhf", "teacher", "adapter"), rlhf.teacher.adapter, "adapter_config.json"))
@@ -238,7 +248,7 @@ def model_folders(config: RunConfig, written: Written) -> Iterator[Problem]:
             yield Problem(path, f"not a model folder, it has no {file}: {name}", "give a model folder or a hub id")
 
 
-_KD_SWITCHES = ("rlhf.llm_kd_weight", "custom.visual_kd.enabled", "custom.visual_kd.weight")
+_KD_SWITCHES = ("rlhf.llm_kd_weight", "custom.visual_kd.enabled", "custom.visual_kd.weight", "data.train", "data.eval")
 
 # A rule, and the options it reads: where one of them is wrong in itself, the rule would only guess.
 RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (

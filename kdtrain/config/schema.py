@@ -140,7 +140,8 @@ class DataSource(Section):
     ce: Flag = True
     """Whether the rows' own labels count. false: the teacher alone supervises them."""
     answers: Literal["data", "teacher"] = "data"
-    """Completions from the data, or generated once by the teacher before training."""
+    """Completions from the data, or the teacher's own greedy ones (of up to rlhf.max_new_tokens), generated once before
+    training in place of the data's, and kept in the run folder."""
 
     @property
     def is_local(self) -> bool:
@@ -406,6 +407,16 @@ class RunConfig(Section):
     def needs_teacher(self) -> bool:
         """Whether anything asks the teacher; if not, none is loaded even where one is configured."""
         return self.lm_kd_active or self.visual_kd_weight > 0
+
+    @property
+    def answers_from_teacher(self) -> bool:
+        """Whether the teacher writes the answers of a data source before training."""
+        return any(source.answers == "teacher" for source in (*self.data.train, *(self.data.eval or ())))
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether a teacher is loaded: for the loss, or only to write answers."""
+        return self.needs_teacher or self.answers_from_teacher
 
     @property
     def ce_weight(self) -> float:
