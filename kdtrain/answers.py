@@ -83,7 +83,7 @@ class TeacherAnswers:
         self._folder = folder / digest[:16]
 
     def fill(self, dataset: datasets.Dataset) -> datasets.Dataset:
-        """The data set with an answer in every row whose column `answers` is true.
+        """The data set with an answer in every row whose column `answers` is true; without one, as it is.
 
         A collective: the ranks share the work, and all of them get all answers.
 
@@ -91,6 +91,8 @@ class TeacherAnswers:
             Rows with new `input_ids` and `labels`: the answer is supervised, its stop token included. An answer that
             reached `max_new_tokens` gets no made-up stop token; such are counted in a warning.
         """
+        if "answers" not in dataset.column_names:
+            return dataset
         wanted = {_key(row): i for i, row in enumerate(dataset) if row["answers"]}
         # Together, before any rank writes: all have to see the same ones missing.
         known = dict(gather_object(list(self._stored().items())))

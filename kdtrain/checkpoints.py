@@ -1,9 +1,10 @@
-"""Which checkpoints of a run can be resumed from."""
+"""Which checkpoints of a run can be resumed from, and reading their weights."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from kdtrain.errors import CheckpointError
 
@@ -57,3 +58,25 @@ def require_complete(checkpoint: Path) -> Path:
 
 def _holds_something(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
+
+
+def load_weights(model: Any, folder: str | Path) -> None:
+    """Load saved weights into a model, as `from_pretrained` reads them: whatever names they were saved under.
+
+    Raises:
+        CheckpointError: weights are missing, or do not fit.
+    """
+    try:
+        saved, found = type(model).from_pretrained(
+            folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+        )
+        # What is missing would be random numbers.
+        wrong = [f"{kind.split('_')[0]} {name}" for kind, names in found.items() if "keys" in kind for name in names]
+        if wrong:
+            raise ValueError(f"{len(wrong)} weights are wrong, the first: {', '.join(map(str, wrong[:3]))}.")
+        model.load_state_dict(saved.state_dict())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"The weights in {folder} do not fit {type(model).__name__}: {str(error).strip().splitlines()[0]} Resume "
+            "with the model that the run began with, or start anew in another output_dir."
+        ) from error

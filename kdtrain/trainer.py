@@ -17,6 +17,7 @@ What is overridden, and why:
 | `Trainer._get_grad_norm` | the last place before the optimizer step (but DeepSpeed's): NaN stops here |
 | `Trainer.create_optimizer`, `_clip_grad_norm` | the projectors of visual KD belong to the run, not to the student |
 | `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | their file; and no pickle of the arguments |
+| `Trainer._issue_warnings_after_load` | a checkpoint that was not loaded is no matter for a warning |
 | `SFTTrainer._save_checkpoint` | its time is not training time |
 | `_BaseTrainer._send_telemetry` | nothing is sent anywhere |
 """
@@ -45,6 +46,7 @@ from trl.models.utils import prepare_fsdp, unwrap_model_for_generation
 
 from kdtrain import telemetry
 from kdtrain.batch import model_inputs, teacher_inputs
+from kdtrain.checkpoints import load_weights
 from kdtrain.data.chat import ChatTemplate
 from kdtrain.data.collate import Collator, cut_rows
 from kdtrain.errors import NonFiniteError, NotAvailableError
@@ -170,6 +172,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         )
         self._stopwatch = telemetry.Stopwatch()
         self.visual = self._visual_term()
+        self._loading_from: str | None = None
 
     # ---- construction ------------------------------------------------------------------------------------------------
 
@@ -566,14 +569,26 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._loading_from = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.visual is not None:
             self.visual.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        self._loading_from = self.state.best_model_checkpoint
         super()._load_best_model()
         if self.visual is not None and self.state.best_model_checkpoint:
             self.visual.load(self.state.best_model_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Weights that found no place by name are loaded properly; upstream warns and goes on with the first ones.
+
+        transformers saves vision-language models under the names of their first release, and loads them by the names of
+        the day: a resumed run would begin anew, with the optimizer of an old one.
+        """
+        if load_result.missing_keys or load_result.unexpected_keys:
+            assert self._loading_from is not None
+            load_weights(self.model, self._loading_from)
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere; TRL reports trainer and model type to the hub by default."""

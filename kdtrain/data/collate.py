@@ -173,6 +173,8 @@ class Collator:
         except RowError as error:
             raise DataError(f"{_named(row)}: {error}") from error
         stored = encoded.input_ids
+        if row.get("answers"):  # the text is the prompt; what follows it was generated
+            stored = stored[: encoded.prompt_length]
         if processed.ids[: len(stored)] == stored and model.images_end(processed.ids) <= len(stored):
             return processed
         now, before = (sum(i in model.image_ids for i in ids) for ids in (processed.ids, stored))

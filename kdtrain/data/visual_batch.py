@@ -107,7 +107,8 @@ def pad_token_tensors(
         tensors[name] = like.new_zeros(len(rows), width, *like.shape[2:])
         for i, (length, row) in enumerate(rows):
             if row is not None:
-                tensors[name][i, :length] = row.token_tensors[name][0, :length]
+                own = row.token_tensors[name][0, :length]
+                tensors[name][i, : len(own)] = own  # a generated answer is behind it, which is text
     return tensors
 
 
