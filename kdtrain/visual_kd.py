@@ -53,6 +53,8 @@ def check_visual(
 ) -> tuple[dict[str, list[Tap]], dict[str, list[Tap]]]:
     """Where every target is read from in both models, without running them: target -> one tap per level.
 
+    The order of tokens is known for the table's modules only: those that a config names are compared as they come.
+
     Raises:
         PreflightError: a family or target that is not known, unequal numbers of deepstack levels, or tokens that are in
             another order in one model than in the other.

@@ -8,6 +8,7 @@ from kdtrain.errors import PreflightError
 from kdtrain.vision.hooks import _keepers, capture
 from kdtrain.vision.layouts import Tap
 from kdtrain.visual_kd import tapped, visual_terms
+from tests.tiny import run_ranks
 from tests.tiny_vision import gradients, make_inputs, make_vlm, reference_features, run_visual, visual_knobs
 
 OUTPUT = {"aligner": [Tap("layer", "output")]}
@@ -235,3 +236,32 @@ def test_a_compiled_student_is_taught_on_every_step(family, compiled_before):
         assert found.keys() == wanted.keys()
         assert all(found[name] == pytest.approx(norm, rel=1e-2, abs=1e-5) for name, norm in wanted.items())
         compiled(**inputs)  # without hooks: nothing is kept
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def _rank_gradients(family):
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    student, teacher = make_vlm(family, seed=1), make_vlm(family, seed=2)
+    wrapped = torch.nn.parallel.DistributedDataParallel(student, find_unused_parameters=True)
+    inputs = make_inputs(teacher, seed=rank)
+    visual = visual_knobs("vit", "aligner")
+    with tapped(visual, wrapped, teacher) as (ours, theirs):
+        with torch.no_grad():
+            teacher(**inputs)
+        loss = wrapped(**inputs).loss
+    (0 * loss + visual_terms(visual, ours, theirs, 1.0)["vision_kd_loss"]).backward()
+    return gradients(student)
+
+
+def test_features_of_ddp_ranks_are_taught_with_the_mean_gradient():
+    found = run_ranks(_rank_gradients, 2, "llava")
+    student, teacher = make_vlm("llava", seed=1), make_vlm("llava", seed=2)
+    visual = visual_knobs("vit", "aligner")
+    for seed in range(2):
+        (run_visual(visual, student, teacher, make_inputs(teacher, seed=seed))["vision_kd_loss"] / 2).backward()
+    expected = gradients(student)
+    for of_rank in found:
+        assert of_rank == pytest.approx(expected, rel=1e-4)

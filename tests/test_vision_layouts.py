@@ -209,8 +209,9 @@ def with_lora(model, **options):
 @pytest.mark.parametrize("wrap", [Wrapped, torch.compile, lambda m: torch.compile(Wrapped(m)), with_lora])
 def test_the_layout_is_found_through_wrappers(wrap):
     model = make_vlm("qwen3_vl")
-    assert taps(wrap(model), "vit", None, "student") == [Tap("model.visual.merger", "input")]
-    assert plain(wrap(model)) is model
+    wrapped = wrap(model)
+    assert taps(wrapped, "vit", None, "student") == [Tap("model.visual.merger", "input")]
+    assert plain(wrapped) is model
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "llava", "idefics3"])

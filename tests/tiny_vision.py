@@ -115,6 +115,33 @@ def _qwen3_vl_moe(vision: int, text: int, tower: dict[str, Any]) -> nn.Module:
     return model
 
 
+def _qwen3_5_text(text: int) -> dict[str, Any]:
+    linear = {f"linear_{kind}_head_dim": 16 for kind in ("key", "value")}
+    linear |= {f"linear_num_{kind}_heads": 2 for kind in ("key", "value")}
+    rope = {"rope_parameters": {**_QWEN_ROPE["rope_parameters"], "partial_rotary_factor": 1.0}}
+    return _text(text, head_dim=16, layer_types=["linear_attention", "full_attention"], **linear, **rope)
+
+
+def _qwen3_5(vision: int, text: int, tower: dict[str, Any]) -> nn.Module:
+    vision_config = _qwen3_tower(vision, text, tower)
+    vision_config.pop("deepstack_visual_indexes")
+    return hf.Qwen3_5ForConditionalGeneration(
+        hf.Qwen3_5Config(text_config=_qwen3_5_text(text), vision_config=vision_config, **_QWEN_TOKENS)
+    )
+
+
+def _qwen3_5_moe(vision: int, text: int, tower: dict[str, Any]) -> nn.Module:
+    vision_config = _qwen3_tower(vision, text, tower)
+    vision_config.pop("deepstack_visual_indexes")
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": text}
+    text_config = _qwen3_5_text(text) | experts | {"shared_expert_intermediate_size": text}
+    model = hf.Qwen3_5MoeForConditionalGeneration(
+        hf.Qwen3_5MoeConfig(text_config=text_config, vision_config=vision_config, **_QWEN_TOKENS)
+    )
+    model.set_experts_implementation("eager")
+    return model
+
+
 def _llava(vision: int, text: int, tower: dict[str, Any]) -> nn.Module:
     return hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(
@@ -243,6 +270,8 @@ FAMILIES: dict[str, Callable[[int, int, dict[str, Any]], nn.Module]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
     "qwen3_vl_moe": _qwen3_vl_moe,
+    "qwen3_5": _qwen3_5,
+    "qwen3_5_moe": _qwen3_5_moe,
     "llava": _llava,
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,
@@ -264,7 +293,7 @@ def make_vlm(family: str, seed: int = 0, vision: int = 32, text: int = 64, **tow
         # Some families start a position table or a bias at zero, where no gradient can be told from none.
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return model.eval()
+    return model
 
 
 def make_inputs(model: Any, images: int = 2, seed: int = 0, video: bool = False) -> dict[str, torch.Tensor]:
@@ -274,7 +303,7 @@ def make_inputs(model: Any, images: int = 2, seed: int = 0, video: bool = False)
     inputs = _pixels(family, images, model)
     kinds = [IMAGE] * images
     with torch.no_grad():
-        counts = [len(f) for f in _features(model.model.get_image_features(**inputs))]
+        counts = _token_counts(model.model.get_image_features(**inputs).pooler_output, images)
     rows = [[5, 6 + i, *[kind] * count, 7, 8, 9] for i, (kind, count) in enumerate(zip(kinds, counts, strict=True))]
     if video:
         inputs["video_grid_thw"] = torch.tensor([[2, 4, 4]])
@@ -308,8 +337,11 @@ def _pixels(family: str, images: int, model: Any) -> dict[str, torch.Tensor]:
     return {"pixel_values": pixels}
 
 
-def _features(outputs: Any) -> list[torch.Tensor]:
-    return list(outputs.pooler_output)
+def _token_counts(features: Any, images: int) -> list[int]:
+    """Tokens of every image: of a sequence of features, or of equally many a row, which releases shape differently."""
+    if isinstance(features, torch.Tensor):
+        return [features.numel() // features.shape[-1] // images] * images
+    return [len(of_image) for of_image in features]
 
 
 def _text_side(family: str, rows: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -335,7 +367,7 @@ def reference_features(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str,
     if family.startswith("qwen"):
         out = core.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
         features = {"vit": [out.last_hidden_state], "aligner": [out.pooler_output]}
-        return features | ({"deepstack": list(out.deepstack_features)} if "qwen3" in family else {})
+        return features | ({"deepstack": list(out.deepstack_features)} if "qwen3_vl" in family else {})
     pixels = inputs["pixel_values"].flatten(0, -4)
     if family in ("idefics2", "idefics3", "smolvlm"):
         patches = torch.ones(len(pixels), 4, 4, dtype=torch.bool)

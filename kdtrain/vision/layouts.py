@@ -11,7 +11,7 @@ last. What does not fit:
 
 - Qwen2.5-VL computes in the order of its attention windows. Its merger's output is put back into image order only in
   the `pooler_output` of `model.visual`, so that is the tap of `aligner`; its `vit` stays in window order.
-- Qwen2-VL and Qwen3-VL keep the patches that will be merged together: their `vit` is in block order.
+- Qwen2-VL, Qwen3-VL and Qwen3.5 keep the patches that will be merged together: their `vit` is in block order.
 - Idefics2 has no `vit` here: its encoder computes tokens of padding beside those of smaller images.
 
 Paths are those of the plain model. `submodule` finds them through PEFT, DDP, FSDP and torch.compile.
@@ -97,6 +97,11 @@ _QWEN3_VL = Layout(
     vit_order="blocks",
     sizes="grid_thw",
 )
+_QWEN3_5 = replace(
+    _QWEN3_VL,
+    aligner=("model.visual.merger",),
+    taps={target: _QWEN3_VL.taps[target] for target in ("vit", "aligner")},
+)
 _TOWER = _around("model.vision_tower", "model.multi_modal_projector")
 _TOWER_NEWLINE = _around("model.vision_tower", "model.multi_modal_projector", "model.image_newline")
 _CONNECTOR = _around("model.vision_model", "model.connector")
@@ -106,6 +111,8 @@ LAYOUTS: Mapping[str, Layout] = {
     "qwen2_5_vl": _QWEN2_5_VL,
     "qwen3_vl": _QWEN3_VL,
     "qwen3_vl_moe": _QWEN3_VL,
+    "qwen3_5": _QWEN3_5,
+    "qwen3_5_moe": _QWEN3_5,
     "llava": _TOWER,
     "llava_next": _TOWER_NEWLINE,
     "llava_onevision": _TOWER_NEWLINE,
