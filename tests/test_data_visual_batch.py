@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 
 from kdtrain.data import Collator, Source, build_dataset, cut_rows, encode_row
 from kdtrain.data.multimodal import multimodal
@@ -134,6 +135,16 @@ def test_the_teachers_tensors_are_cut_with_the_rows(llava):
     for kept in (1, 2, 3):
         assert_same_batch(cut_rows(collate(ROWS), kept), collate(ROWS[:kept]))
     assert_same_batch(cut_rows(collate([NONE, ONE]), 1), collate([NONE]))
+
+
+def test_a_black_image_is_an_image():
+    for make in (vision.make_llava, vision.make_idefics3):
+        collate = Collator(make(do_normalize=False))
+        black = row(Image.new("RGB", (32, 32)), messages=[QUESTION, ANSWER])
+        for rows in ([black, ONE], [black, NONE, ONE]):
+            batch = collate(rows)
+            assert not batch["pixel_values"][:1].any()
+            assert len(cut_rows(batch, 1)["pixel_values"]) == 1
 
 
 def assert_same_batch(cut, alone):

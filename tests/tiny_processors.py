@@ -99,12 +99,12 @@ def make_qwen(markers: bool = True) -> Qwen2_5_VLProcessor:
     )
 
 
-def make_idefics3(split: bool = True, markers: bool = True) -> Idefics3Processor:
+def make_idefics3(split: bool = True, markers: bool = True, **image: Any) -> Idefics3Processor:
     """With `split`, images are cut into tiles of 32 × 32 pixels and one global view, of four tokens each."""
     grid = [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
     return Idefics3Processor(
         Idefics3ImageProcessorPil(
-            size={"longest_edge": 64}, max_image_size={"longest_edge": 32}, do_image_splitting=split
+            size={"longest_edge": 64}, max_image_size={"longest_edge": 32}, do_image_splitting=split, **image
         ),
         _tokenizer("<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", *grid),
         image_seq_len=4,
