@@ -217,7 +217,7 @@ def test_a_teacher_that_takes_other_numbers_of_image_tokens_is_refused(llava):
     with pytest.raises(DataError, match=re.escape("row 3:1: its images take 16 tokens for the student and 36 for")):
         collate([NONE, {**ONE, "row_id": "3:1"}])
     assert collate([NONE])["input_ids"].shape[0] == 1
-    with pytest.raises(DataError, match=r"row 3:1.*refuses the row"):
+    with pytest.raises(DataError, match=r"row 3:1: .*(refuses the row|other tokens than)"):
         Collator(llava, vision.make_qwen())([{**ONE, "row_id": "3:1"}])
 
 
