@@ -9,6 +9,8 @@ import re
 import datasets
 import pytest
 from PIL import Image
+from tokenizers import processors
+from transformers import LlavaProcessor
 
 from kdtrain.data import Collator, RowError, Source, build_dataset, encode_row
 from kdtrain.data.multimodal import _Alignment
@@ -103,6 +105,33 @@ def test_rows_of_text_get_the_same_tokens_through_a_processor_as_through_its_tok
             assert (one.input_ids, one.labels, one.prompt_length) == (two.input_ids, two.labels, two.prompt_length)
             assert one.text is None
             assert one.images == ()
+
+
+def with_bos(processor):
+    """A tokenizer that puts a token in front of what it is given, as Llama's does."""
+    tokenizer = processor.tokenizer
+    tokenizer.bos_token = "<|endoftext|>"
+    bos = ("<|endoftext|>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[bos])
+    return processor
+
+
+def test_special_tokens_are_left_to_the_chat_template():
+    llava = with_bos(vision.make_llava())
+    encoded = encode_row(row(picture()), llava, train_on="assistant")
+    assert llava.tokenizer.bos_token_id not in encoded.input_ids
+    assert Collator(llava)([row(picture())])["input_ids"][0].tolist() == encoded.input_ids
+
+
+def test_a_processor_that_tokenises_otherwise_than_its_tokenizer_is_an_error_not_a_shifted_mask():
+    class OwnWay(LlavaProcessor):
+        def __call__(self, *args, add_special_tokens=True, **kwargs):
+            return super().__call__(*args, add_special_tokens=True, **kwargs)
+
+    llava = with_bos(vision.make_llava())
+    llava.__class__ = OwnWay
+    with pytest.raises(DataError, match=r"OwnWay gives a row with images \d+ tokens, and its tokenizer"):
+        encode_row(row(picture()), llava, train_on="assistant")
 
 
 def test_text_that_says_an_image_token_is_refused_and_never_becomes_an_image(processor):
@@ -269,6 +298,10 @@ def test_a_cut_row_is_not_generated_from_where_its_prompt_lacks_an_image(llava):
     assert truncate(whole, len(whole.input_ids) - 1).prompt_length == whole.prompt_length
 
 
+def ends_of(stored, processor):
+    return max(i for i, token in enumerate(stored[0]["input_ids"]) if token == processor.image_token_id) + 1
+
+
 def test_rows_that_would_lose_image_tokens_are_dropped_and_counted(build, llava, tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     two, none = row("a.png", "a.png"), {"messages": TURNS}
@@ -284,6 +317,11 @@ def test_rows_that_would_lose_image_tokens_are_dropped_and_counted(build, llava,
     assert batch["input_ids"].shape == (2, limit)
     full, _ = build(path)
     assert Collator(llava, max_length=limit, on_overlength="truncate")(list(full))["row_ids"] == ["0:1", "0:2"]
+    late = [QUESTION, ANSWER, user(IMAGE, "and then?"), ANSWER]
+    stored, _ = build(write_lines(tmp_path / "b.jsonl", [row("a.png", messages=late), row("a.png", messages=late)]))
+    for short, kept in ((-1, 0), (0, 2)):
+        collate = Collator(llava, max_length=ends_of(stored, llava) + short, on_overlength="truncate")
+        assert len(collate([*stored, full[2]])["row_ids"]) == kept + 1
     with pytest.raises(DataError, match="images that do not fit"):
         Collator(llava, max_length=limit, on_overlength="truncate")([full[0]])
 
@@ -403,7 +441,7 @@ def test_rows_for_the_teacher_end_before_their_answer(build, llava, tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     rows = [
         row("a.png"),
-        {"prompt": [QUESTION], "completion": [ANSWER, *TURNS[2:]]},
+        {"prompt": [user(IMAGE, "a")], "completion": [ANSWER, user(IMAGE, "b"), ANSWER], "images": ["a.png", "a.png"]},
         {"prompt": "the file", "completion": " path"},
         {"prompt": "the file"},
         {"messages": [QUESTION]},
@@ -416,7 +454,7 @@ def test_rows_for_the_teacher_end_before_their_answer(build, llava, tmp_path):
     assert "5 rows get their answer from the teacher" in report.summary()
     prompts = [
         {**row("a.png"), "messages": TURNS[:3]},
-        {"messages": [QUESTION]},
+        row("a.png", messages=[user(IMAGE, "a")]),
         {"prompt": "the file"},
         {"prompt": "the file"},
         {"messages": [QUESTION]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from transformers import (
@@ -99,13 +100,16 @@ def make_qwen(markers: bool = True) -> Qwen2_5_VLProcessor:
     )
 
 
-def make_idefics3(split: bool = True, markers: bool = True) -> Idefics3Processor:
+def make_idefics3(split: bool = True, markers: bool = True, **image: Any) -> Idefics3Processor:
     """With `split`, images are cut into tiles of 32 × 32 pixels and one global view, of four tokens each."""
     grid = [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
+    sizes = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+    try:
+        tiles = Idefics3ImageProcessorPil(do_image_splitting=split, **sizes, **image)
+    except ImportError as error:  # transformers before 5.18 wants torchvision even for the one without it
+        pytest.skip(str(error))
     return Idefics3Processor(
-        Idefics3ImageProcessorPil(
-            size={"longest_edge": 64}, max_image_size={"longest_edge": 32}, do_image_splitting=split
-        ),
+        tiles,
         _tokenizer("<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", *grid),
         image_seq_len=4,
         chat_template=parts_template("<image>", markers),

@@ -45,7 +45,7 @@ class Multimodal:
     """What a processor with images does.
 
     Attributes:
-        placeholder: what a rendered conversation says where an image belongs.
+        placeholder: what a rendered conversation says where an image belongs; empty where the processor does not say.
         image_ids: ids of the tokens that stand for parts of images (or videos, or sounds): never text.
     """
 
@@ -53,15 +53,10 @@ class Multimodal:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         placeholder = getattr(processor, "image_token", None)
-        if not isinstance(placeholder, str) or not placeholder:
-            raise DataError(
-                f"{type(processor).__name__} does not say which token stands for an image (image_token), so rows with "
-                "images cannot be encoded"
-            )
-        self.placeholder = placeholder
+        self.placeholder = placeholder if isinstance(placeholder, str) else ""
         self.image_ids = self._image_ids()
         names = self.tokenizer.convert_ids_to_tokens(sorted(self.image_ids))
-        self._reserved = tuple(dict.fromkeys([placeholder, *names]))
+        self._reserved = tuple(dict.fromkeys([self.placeholder, *names] if self.placeholder else names))
 
     def _image_ids(self) -> frozenset[int]:
         found: set[Any] = set()
@@ -69,7 +64,8 @@ class Multimodal:
             for modality in ("image", "video", "audio"):
                 found |= set(getattr(holder, f"{modality}_token_ids", None) or [])
                 found.add(getattr(holder, f"{modality}_token_id", None))
-        found.add(self.tokenizer.convert_tokens_to_ids(self.placeholder))
+        if self.placeholder:
+            found.add(self.tokenizer.convert_tokens_to_ids(self.placeholder))
         return frozenset(i for i in found if isinstance(i, int) and i != self.tokenizer.unk_token_id)
 
     def refuse_text(self, texts: Sequence[str]) -> None:
@@ -125,8 +121,14 @@ class Multimodal:
 
         Raises:
             RowError: an image cannot be read or the processor refuses it; the template leaves images out.
-            DataError: the turns cannot be found again in the expanded text.
+            DataError: the processor does not name its placeholder; the turns cannot be found again in the expanded
+                text.
         """
+        if not self.placeholder:
+            raise DataError(
+                f"{type(self.processor).__name__} does not say which token stands for an image (image_token), so rows "
+                "with images cannot be encoded"
+            )
         places = rendered.text.count(self.placeholder)
         if places != len(images):
             raise RowError(
@@ -153,7 +155,10 @@ class Multimodal:
     @cached_property
     def text_tensors(self) -> tuple[str, ...]:
         """Names of the tensors with one entry per token that the processor makes for text alone."""
-        return tuple(self.process("a", []).token_tensors)
+        try:
+            return tuple(self.process("a", []).token_tensors)
+        except RowError:  # some processors take no text without an image, and so make nothing for it
+            return ()
 
     @cached_property
     def by_row(self) -> frozenset[str]:

@@ -16,8 +16,8 @@ from kdtrain.errors import DataError
 
 # Tensors that say which pixels are real: with one of them, images of different sizes may be padded with zeros.
 _SIZES = ("pixel_attention_mask", "image_sizes")
-# Of families whose first axis counts rows: what an entry of zeros means "no image" for.
-_EMPTY_ROWS = ("pixel_values", "pixel_attention_mask", "batch_num_images")
+# Of families whose first axis counts rows: an entry of zeros says in these that a row has no image.
+_TELLING = ("pixel_attention_mask", "batch_num_images")
 
 
 def stack_visual(
@@ -55,7 +55,7 @@ def _stack(
         _check_padding(name, part, shape, names)
     empty = 0
     if len(real) < len(parts) and name in model.by_row:
-        if name not in _EMPTY_ROWS:
+        if name not in (*_TELLING, "pixel_values") or not names & set(_TELLING):
             raise DataError(
                 f"rows with and without images cannot share a batch: {name} has an entry per row, and none says that "
                 "a row has no image. Keep them in separate runs, or use per_device_train_batch_size: 1"
@@ -140,6 +140,8 @@ def _cut_visual(
     batch: dict[str, Any], owned: dict[str, list[int]], kept: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
     visual = {name: batch[name][: sum(sizes[:kept])] for name, sizes in owned.items()}
-    if not any(tensor.any() for tensor in visual.values()):  # nothing, or the zeros of rows without images
+    by_image = [sizes for sizes in owned.values() if 0 in sizes]
+    telling = [name for name in owned if name in _TELLING]
+    if any(not sum(sizes[:kept]) for sizes in by_image) or (telling and not visual[telling[0]].any()):
         return {}, {}
     return visual, {name: sizes[:kept] for name, sizes in owned.items()}
