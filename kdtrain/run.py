@@ -29,6 +29,7 @@ from kdtrain.teachers import build_teacher
 from kdtrain.telemetry import LOSS_TERMS, TOKEN_METRICS
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
+from kdtrain.zero import prepare_deepspeed_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,6 +111,7 @@ def _fit(arguments: TrainArguments, reporter: Reporter, checkpoint: Path | None,
     config, args = arguments.config, arguments.training_args
     started = time.perf_counter()
     device = args.device  # also joins the process group
+    prepare_deepspeed_run(args)
 
     tokenizer = load_tokenizer(config.model.model, **_trust(config))
     train, evaluation, report = _datasets(config, args.seed, tokenizer, reporter)

@@ -14,7 +14,7 @@ What is overridden, and why:
 | `SFTTrainer.prediction_step`, `Trainer.evaluation_loop` | a mean over tokens, not of batch means; no row twice |
 | `SFTTrainer.log` | metrics reduced across ranks |
 | `Trainer.train` | metrics of an earlier call that were never logged do not count |
-| `Trainer._get_grad_norm` | the last place before the optimizer step (but DeepSpeed's): NaN stops here |
+| `Trainer._get_grad_norm` | the last place before the optimizer step (DeepSpeed's: see `zero.py`): NaN stops here |
 | `Trainer._save` | no pickle of the arguments |
 | `SFTTrainer._save_checkpoint` | its time is not training time |
 | `_BaseTrainer._send_telemetry` | nothing is sent anywhere |
@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -36,6 +35,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -48,13 +48,14 @@ from kdtrain.data.collate import Collator
 from kdtrain.errors import NonFiniteError, NotAvailableError
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids, student_generates
 from kdtrain.knobs import Knobs
-from kdtrain.lm_head import add_loss_head, why_no_loss_head
+from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, count_supervised_in, next_token_labels, world_scale
 from kdtrain.models import disable_dropout
 from kdtrain.teachers import LocalTeacher, Targets, Teacher, build_teacher
 from kdtrain.token_loss import TokenLoss, Vocabulary
 from kdtrain.visual_kd import has_images, tapped, visual_terms, visual_units
 from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
+from kdtrain.zero import guard_steps, not_a_norm
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -181,6 +182,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         )
         self._stopwatch = telemetry.Stopwatch()
         self._window_visual_units: torch.Tensor | None = None
+        self._guarded_engine: nn.Module | None = None
 
     # ---- construction ------------------------------------------------------------------------------------------------
 
@@ -210,11 +212,20 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """Let the student's loss be computed without its logits, where that gives the same."""
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         reason = why_no_loss_head(base)
+        self._head_unchecked = reason is None and is_deepspeed_zero3_enabled()
         if reason is None:
             add_loss_head(base)
         else:
-            logger.warning("The student's logits are made in full, which takes more time and memory: %s.", reason)
+            _tell_logits(reason)
         return reason is None
+
+    def _check_head(self, model: nn.Module) -> None:
+        """What could not be looked at before the model was wrapped: see `why_no_loss_head`."""
+        reason = why_wrapped_head_differs(model)
+        self._head_unchecked = False
+        if reason is not None:
+            _tell_logits(reason)
+            self._token_loss = replace(self._token_loss, fused=False)
 
     def _place_teacher(self, module: nn.Module) -> nn.Module:
         """Put the teacher where it will run. Not wrapped by DDP: it has no gradients to average."""
@@ -318,6 +329,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """One micro-batch. The window was drawn and generated in `get_batch_samples`."""
+        if self.is_deepspeed_enabled and model is not self._guarded_engine:
+            guard_steps(model, self.accelerator, lambda norm: NonFiniteError(self._describe_non_finite(norm)))
+            self._guarded_engine = model
         return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
@@ -338,6 +352,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
             The micro-batch's share of the window's loss, times the world size where D is given; with the student's
             outputs, of a forward of their own, if `return_outputs`.
         """
+        if self._head_unchecked:
+            self._check_head(model)
         mode = "train" if self.model.training else "eval"
         knobs = self.knobs if mode == "train" or self.knobs.eval_kd else self.knobs.without_kd()
         model_inputs = {key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_MODEL}
@@ -462,8 +478,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """The gradient norm, or an error: neither a NaN gradient nor the weights after a NaN loss are worth having."""
         norm = super()._get_grad_norm(model, grad_norm)
         # A gradient scaler skips steps whose fp16 gradients overflowed, and lowers its scale: that is its job.
-        finite = norm is None or self.accelerator.scaler is not None or math.isfinite(float(norm))
-        if not finite or self._some_loss_is_not_finite():
+        engine: Any = model
+        scaled = engine.fp16_enabled() if self.is_deepspeed_enabled else self.accelerator.scaler is not None
+        if (norm is not None and not scaled and not_a_norm(norm)) or self._some_loss_is_not_finite():
             raise NonFiniteError(self._describe_non_finite(norm))
         return norm
 
@@ -554,6 +571,10 @@ def _check_teacher_arguments(teacher_model: Any, teacher: Teacher | None, knobs:
         )
     if not knobs.needs_teacher and (teacher_model is not None or teacher is not None):
         logger.warning("No KD is active (llm_kd_weight is 0, visual KD is off): the teacher is not used.")
+
+
+def _tell_logits(reason: str) -> None:
+    logger.warning("The student's logits are made in full, which takes more time and memory: %s.", reason)
 
 
 def _hide_token(args: GKDConfig) -> None:

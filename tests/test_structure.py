@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "kdtrain"
 LAYERS = [
     {"__main__", "cli"},
     {"progress", "run", "plan", "launch"},
-    {"trainer", "callbacks", "checkpoints", "token_loss", "visual_kd", "telemetry", "generation", "knobs"},
+    {"trainer", "callbacks", "checkpoints", "token_loss", "visual_kd", "telemetry", "generation", "knobs", "zero"},
     {"teachers", "models", "lm_head", "data", "vision", "vocabulary", "losses"},
     {"config", "errors", "environment", "status"},
 ]
