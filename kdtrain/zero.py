@@ -59,9 +59,9 @@ def prepare_deepspeed_run(args: TrainingArguments) -> None:
 def guard_steps(engine: Any, accelerator: Accelerator, refuse: Callable[[Any], BaseException]) -> None:
     """Raise `refuse(norm)` instead of an optimizer step whose gradient is not finite, on all ranks alike.
 
-    With fp16 a step that overflowed never comes here: DeepSpeed skips it and lowers its loss scale, as it should. ZeRO
-    in float32 skips such a step too, and transformers sees the norm afterwards; stage 0, and ZeRO-1 and 2 in bf16,
-    would take it.
+    Most of DeepSpeed's optimizers skip such a step themselves: with fp16 they lower their loss scale, which is not an
+    error, and otherwise transformers sees the norm afterwards. Stage 0, and ZeRO-1 and 2 in bf16 with
+    `check_grad_overflow` off, would take it.
 
     Args:
         engine: DeepSpeed's, of the student.

@@ -209,8 +209,10 @@ def train_spoilt(folder, config, prepare, **kwargs):
     with pytest.raises(NonFiniteError, match="The optimizer step was not taken") as caught:
         trainer.train()
     after = weights(trainer)
-    changed = max(abs(a - b) for name in before for a, b in zip(before[name], after[name], strict=True))
-    return str(caught.value), changed
+    # Not Python's max, which passes over NaN.
+    changed = max(torch.tensor(after[name]).sub(torch.tensor(before[name])).abs().max().item() for name in before)
+    finite = all(math.isfinite(value) for values in after.values() for value in values)
+    return str(caught.value), changed if finite else math.inf
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -220,9 +222,9 @@ def test_nan_stops_every_rank_before_the_step(tmp_path, stage, prepare):
         assert changed == 0
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_nan_in_a_bf16_gradient_stops_every_rank_before_the_step(tmp_path, stage):
-    config = zero(stage, bf16={"enabled": True})
+@pytest.mark.parametrize("stage", [1, 2])
+def test_nan_in_a_bf16_gradient_that_deepspeed_does_not_look_for_stops_before_the_step(tmp_path, stage):
+    config = zero(stage, bf16={"enabled": True, "check_grad_overflow": False})
     for _, changed in in_two_ranks(train_spoilt, tmp_path, config, spoil_gradient, bf16=True):
         assert changed < 0.01  # the weights are rounded to bf16, and none is NaN
 
