@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from kdtrain.config import ConfigLoader
 from kdtrain.errors import NonFiniteError, NotAvailableError, PreflightError
-from kdtrain.models import lora_config
+from kdtrain.models import count_parameters, lora_config
 from kdtrain.run import fit
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
@@ -54,6 +54,7 @@ def build(folder, config=None, tied=False, models=None, lora=None, accumulation=
         student, teacher = (AutoModelForCausalLM.from_pretrained(models / name) for name in ("student", "teacher"))
         in_pieces = config is not None and config["zero_optimization"]["stage"] == 3
         assert all(hasattr(p, "ds_id") == in_pieces for model in (student, teacher) for p in model.parameters())
+        assert count_parameters(student)[0] > 10_000
     if prepare is not None:
         prepare(student)
     if lora is not None:
