@@ -1,6 +1,7 @@
 # make setup   an environment in .venv with everything the other targets need
 # make demo    distil a teacher into a student on real text, offline, on a CPU (some minutes)
 # make test    the tests
+# make test-deepspeed   the tests of ZeRO, which make test skips where deepspeed is not installed
 # make lint    style and types
 # make bench   the loss against other implementations
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV ?= .venv
 # One thread: the demo's and the tests' models are so small that several threads only wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test test-deepspeed lint bench
 
 setup: $(VENV)/installed
 
@@ -25,6 +26,11 @@ demo: setup
 
 test: setup
 	$(VENV)/bin/python -m pytest
+
+# Pure Python, a source package of 2 MB: neither a compiler nor CUDA, neither to install nor in these tests.
+test-deepspeed: setup
+	$(VENV)/bin/pip install --quiet --editable ".[dev,deepspeed]"
+	$(VENV)/bin/python -m pytest tests/test_deepspeed.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -80,7 +80,7 @@ class StopOnSignal(TrainerCallback):
 
 
 class CheckWrapped(TrainerCallback):
-    """Refuse to train several ranks that would never average their gradients.
+    """Refuse to train several ranks that would never average their gradients, or without the DeepSpeed asked for.
 
     Some ways of launching give a world of two without the wrapper that reduces gradients, and exit with 0.
     """
@@ -92,6 +92,12 @@ class CheckWrapped(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self._trainer
+        if args.deepspeed and not trainer.is_deepspeed_enabled:
+            # accelerate takes ACCELERATE_USE_CPU, which some launchers set, for a wish to go without.
+            raise PreflightError(
+                "training.deepspeed is set, but this run is without DeepSpeed (its distributed type is "
+                f"{trainer.accelerator.distributed_type.value}). Unset ACCELERATE_USE_CPU, or remove the option."
+            )
         if trainer.accelerator.num_processes == 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             return
         if not isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel):

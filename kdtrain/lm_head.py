@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from kdtrain.losses.head import Head
+from kdtrain.vocabulary import vocabulary_size
 
 LossHead = Callable[[torch.Tensor, Head, Any], Any]
 """(last hidden state [B, T, H], head, the backbone's outputs) -> what the forward returns, tensors in a tuple."""
@@ -46,40 +48,80 @@ def add_loss_head(model: nn.Module) -> None:
             return loss_head(outputs.last_hidden_state, _head(self, module), outputs)
 
     model.forward = types.MethodType(forward, model)
+    if is_deepspeed_zero3_enabled():
+        _gather_for_the_whole_model(model)
 
 
 def why_no_loss_head(model: Any) -> str | None:
     """Why a model's loss needs its logits; None if hidden state and head give the same.
 
     Runs the model on a few tokens and compares: what a model does to its logits (scales, caps, adapters) is known here
-    by the names in its config only, and a name that is not known must not become a wrong loss.
+    by the names in its config only, and a name that is not known must not become a wrong loss. Under ZeRO-3 weights are
+    in pieces until the model is wrapped: there ask `why_wrapped_head_differs` as well, before the first loss.
     """
     if getattr(model, "base_model", model) is model:
         return "it has no backbone apart from its head"
     module = _head_module(model)
     if module is None:
         return "its head is not a plain linear layer"
-    if is_deepspeed_zero3_enabled():  # the weights are in pieces until the model is wrapped
+    if is_deepspeed_zero3_enabled():
         return None
-    device = module.weight.device
-    # Text only: the placeholder of an image stands for pixels that are not there.
+    ids = _few_tokens(model, module.weight.device)
+    with _evaluating(model):
+        logits = model(input_ids=ids, use_cache=False).logits
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        ours = _head(model, module).plain_logits(hidden)
+    return _difference(logits, ours, module.weight.dtype)
+
+
+def why_wrapped_head_differs(wrapped: Any) -> str | None:
+    """The comparison of `why_no_loss_head` for a wrapped model with a loss head; None if both give the same.
+
+    Two forwards, so that parameters in pieces are put together one layer at a time. A collective: to be
+    called on every rank.
+    """
+    # transformers evaluates without the wrapper: DeepSpeed's hooks are on the model itself.
+    ids = _few_tokens(getattr(wrapped, "module", wrapped), next(wrapped.parameters()).device)
+
+    def logits_of(hidden: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, torch.dtype]:
+        return head.plain_logits(hidden), head.weight.dtype
+
+    with _evaluating(wrapped):
+        logits = wrapped(input_ids=ids, use_cache=False).logits
+        ours, dtype = wrapped(input_ids=ids, use_cache=False, loss_head=logits_of)
+    reason = _difference(logits, ours, dtype)
+    # Ranks that went different ways would wait for each other's weights for ever.
+    differs = torch.tensor([reason is not None], dtype=torch.int32, device=ids.device)
+    torch.distributed.all_reduce(differs, torch.distributed.ReduceOp.MAX)
+    return reason or ("it does so on another rank" if differs.item() else None)
+
+
+def _few_tokens(model: Any, device: torch.device) -> torch.Tensor:
+    """[1, 4] ids of text: the placeholder of an image stands for pixels that are not there."""
     placeholders = {value for key, value in vars(model.config).items() if re.fullmatch(r"\w+_token_(id|index)", key)}
-    text = [i for i in range(min(64, module.weight.shape[0])) if i not in placeholders][:4]
-    ids = torch.tensor([text or [0]], device=device)
+    text = [i for i in range(min(64, vocabulary_size(model))) if i not in placeholders][:4]
+    return torch.tensor([text or [0]], device=device)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits.float()
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            ours = _head(model, module).plain_logits(hidden)
+            yield
     finally:
         model.train(was_training)
+
+
+def _difference(logits: torch.Tensor, ours: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """Why a model's own logits are not those of its hidden state and head, computed in `dtype`."""
+    logits = logits.float()
     if logits.shape != ours.shape:
         return "its logits have another shape than its head gives"
     if not logits.isfinite().all():
         return "its logits are not finite"
-    tolerance = 1e-3 if module.weight.dtype == torch.float32 else 3e-2
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
     if not (logits - ours).norm() <= tolerance * logits.norm():
         return "it does more to its logits than its config says"
     return None
@@ -94,6 +136,21 @@ def _head_module(model: Any) -> nn.Linear | None:
     # Quantised layers are subclasses from elsewhere, and adapters wrap the layer: reading `weight` would miss them.
     plain = isinstance(module, nn.Linear) and type(module).__module__.startswith("torch.")
     return module if plain else None
+
+
+def _gather_for_the_whole_model(model: nn.Module) -> None:
+    """Have ZeRO-3 put the head's weights together for forward and backward of the model itself.
+
+    They are used there, and not by their own module. DeepSpeed notices that by itself only where they are in pieces at
+    that moment: after a forward that made logits they are not, and their gradient would find a parameter without rows.
+    To be said before the first forward, since DeepSpeed expects all later ones to need the same parameters.
+    """
+    import deepspeed
+
+    module = _head_module(model)
+    assert module is not None, "checked when the loss head was added"
+    for parameter in module.parameters():
+        deepspeed.zero.register_external_parameter(model, parameter)
 
 
 def _head(model: Any, module: nn.Linear) -> Head:

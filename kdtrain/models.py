@@ -209,8 +209,9 @@ def disable_dropout(model: torch.nn.Module) -> None:
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters; tied weights count once."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    # Under ZeRO-3 a parameter is empty between its uses, and knows its own size.
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
 def _first_line(error: Exception) -> str:

@@ -31,6 +31,7 @@ from kdtrain.telemetry import LOSS_TERMS, TOKEN_METRICS
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.vision.parts import adapter_exclusions, freeze_parts
 from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
+from kdtrain.zero import prepare_deepspeed_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -194,6 +195,7 @@ def _build(
 ) -> tuple[GKDTrainerWithMetrics, BuildReport]:
     """Data, student, teacher and trainer."""
     device = args.device  # also joins the process group
+    prepare_deepspeed_run(args)
     processing = load_processing(config.model.model, **_trust(config))
     train, evaluation, report = _datasets(config, args.seed, processing, reporter)
     student = load_model(

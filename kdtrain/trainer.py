@@ -14,7 +14,7 @@ What is overridden, and why:
 | `SFTTrainer.prediction_step`, `Trainer.evaluation_loop` | a mean over tokens, not of batch means; no row twice |
 | `SFTTrainer.log` | metrics reduced across ranks |
 | `Trainer.train` | metrics of an earlier call that were never logged do not count |
-| `Trainer._get_grad_norm` | the last place before the optimizer step (but DeepSpeed's): NaN stops here |
+| `Trainer._get_grad_norm` | the last place before the optimizer step (DeepSpeed's: see `zero.py`): NaN stops here |
 | `Trainer.create_optimizer`, `_clip_grad_norm` | the projectors of visual KD belong to the run, not to the student |
 | `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | their file; and no pickle of the arguments |
 | `Trainer._issue_warnings_after_load` | a checkpoint that was not loaded is no matter for a warning |
@@ -38,6 +38,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -52,7 +53,7 @@ from kdtrain.data.collate import Collator, cut_rows
 from kdtrain.errors import NonFiniteError, NotAvailableError
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids, student_generates
 from kdtrain.knobs import Knobs
-from kdtrain.lm_head import add_loss_head, why_no_loss_head
+from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, count_supervised_in, next_token_labels, world_scale
 from kdtrain.models import disable_dropout
 from kdtrain.teachers import LocalTeacher, Targets, Teacher, build_teacher
@@ -60,6 +61,7 @@ from kdtrain.token_loss import TokenLoss, Vocabulary
 from kdtrain.visual_kd import has_images, visual_units
 from kdtrain.visual_term import VisualTerm, first_batch_with_images
 from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
+from kdtrain.zero import guard_steps, not_a_norm
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -173,6 +175,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._stopwatch = telemetry.Stopwatch()
         self.visual = self._visual_term()
         self._loading_from: str | None = None
+        self._guarded_engine: nn.Module | None = None
 
     # ---- construction ------------------------------------------------------------------------------------------------
 
@@ -202,10 +205,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """Let the student's loss be computed without its logits, where that gives the same."""
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         reason = why_no_loss_head(base)
+        self._head_unchecked = reason is None and is_deepspeed_zero3_enabled()
         if reason is None:
             add_loss_head(base)
         else:
-            logger.warning("The student's logits are made in full, which takes more time and memory: %s.", reason)
+            _tell_logits(reason)
         return reason is None
 
     def _visual_term(self) -> VisualTerm | None:
@@ -220,6 +224,14 @@ class GKDTrainerWithMetrics(GKDTrainer):
             if batch is not None:
                 visual.probe(batch)
         return visual
+
+    def _check_head(self, model: nn.Module) -> None:
+        """What could not be looked at before the model was wrapped: see `why_no_loss_head`."""
+        reason = why_wrapped_head_differs(model)
+        self._head_unchecked = False
+        if reason is not None:
+            _tell_logits(reason)
+            self._token_loss = replace(self._token_loss, fused=False)
 
     def _place_teacher(self, module: nn.Module) -> nn.Module:
         """Put the teacher where it will run. Not wrapped by DDP: it has no gradients to average."""
@@ -329,6 +341,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """One micro-batch. The window was drawn and generated in `get_batch_samples`."""
+        if self.is_deepspeed_enabled and model is not self._guarded_engine:
+            guard_steps(model, self.accelerator, lambda norm: NonFiniteError(self._describe_non_finite(norm)))
+            self._guarded_engine = model
         loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
         if self.visual is not None and self.accelerator.sync_gradients:
             self.visual.synchronise()
@@ -352,6 +367,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
             The micro-batch's share of the window's loss, times the world size where D is given; with the student's
             outputs, of a forward of their own, if `return_outputs`.
         """
+        if self._head_unchecked:
+            self._check_head(model)
         mode = "train" if self.model.training else "eval"
         knobs = self.knobs if mode == "train" or self.knobs.eval_kd else self.knobs.without_kd()
         own_inputs = model_inputs(inputs)
@@ -472,8 +489,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
             grad_norm = self._clip_with_projectors(model, math.inf)
         norm = super()._get_grad_norm(model, grad_norm)
         # A gradient scaler skips steps whose fp16 gradients overflowed, and lowers its scale: that is its job.
-        finite = norm is None or self.accelerator.scaler is not None or math.isfinite(float(norm))
-        if not finite or self._some_loss_is_not_finite():
+        engine: Any = model
+        scaled = engine.fp16_enabled() if self.is_deepspeed_enabled else self.accelerator.scaler is not None
+        if (norm is not None and not scaled and not_a_norm(norm)) or self._some_loss_is_not_finite():
             raise NonFiniteError(self._describe_non_finite(norm))
         return norm
 
@@ -609,6 +627,10 @@ def _check_teacher_arguments(teacher_model: Any, teacher: Teacher | None, knobs:
         )
     if not knobs.needs_teacher and (teacher_model is not None or teacher is not None):
         logger.warning("No KD is active (llm_kd_weight is 0, visual KD is off): the teacher is not used.")
+
+
+def _tell_logits(reason: str) -> None:
+    logger.warning("The student's logits are made in full, which takes more time and memory: %s.", reason)
 
 
 def _hide_token(args: GKDConfig) -> None:

@@ -1,4 +1,4 @@
-"""Sharded training: FSDP2 on two gloo ranks equals one process."""
+"""FSDP2, and adapters under DDP: two gloo ranks equal one process."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ CASES = {
 }
 
 
-def train(folder, tied, lora, **kwargs):
-    """Two windows of the same eight rows; loss and gradient norm of each, and what it ran on."""
+def train(folder, tied, lora, with_weights=False, **kwargs):
+    """Two windows of the same eight rows; loss and gradient norm of each (and trained weights), and what it ran on."""
     from kdtrain.models import lora_config
 
     extra = {}
@@ -35,6 +35,9 @@ def train(folder, tied, lora, **kwargs):
     )  # fmt: skip
     trainer.train()
     numbers = [record[key] for record in trainer.state.log_history if "loss" in record for key in ("loss", "grad_norm")]
+    if with_weights:
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        numbers += torch.cat([p.detach().flatten() for p in trained]).tolist()
     return numbers, type(trainer.model_wrapped).__name__, type(trainer.teacher_model).__name__
 
 
@@ -63,6 +66,22 @@ def test_fsdp2_equals_one_process(tmp_path, name):
         assert student.startswith("FSDP")
         assert teacher.startswith("FSDP")
         assert numbers == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, lora) in CASES.items() if lora is not None])
+def test_adapters_under_ddp_equal_one_process(tmp_path, name):
+    tied, lora = CASES[name]
+    torch.manual_seed(0)  # of the adapters; forked ranks begin with it too
+    expected, _, _ = train(tmp_path / "one", tied, lora, with_weights=True)
+    torch.manual_seed(0)
+    for numbers, student, _ in tiny.run_ranks(train_ddp, 2, tmp_path / "two", tied, lora):
+        assert student == "DistributedDataParallel"
+        assert len(numbers) > 1000
+        assert numbers == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def train_ddp(folder, tied, lora):
+    return train(folder, tied, lora, with_weights=True, ranks=2)
 
 
 def generate_fsdp2(folder, options):

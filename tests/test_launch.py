@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kdtrain import launch
+from kdtrain.checkpoints import missing_files
 from kdtrain.config import ConfigLoader
 from tests import tiny
 
@@ -103,9 +104,9 @@ def test_a_world_other_than_the_configs_is_refused(project):
     assert "launch.num_processes is 3, but the launcher started 2" in done.stderr
 
 
-def start(project, *arguments):
+def start(project, *arguments, command=KDTRAIN):
     process = subprocess.Popen(
-        [*KDTRAIN, "fit", "config.yaml", *arguments],
+        [*command, "fit", "config.yaml", *arguments],
         cwd=project,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -170,6 +171,28 @@ def test_sigterm_to_one_rank_stops_both_at_the_same_step(project):
     assert process.returncode == 143, stderr
     assert json.loads((project / "run" / "status.json").read_text())["state"] == "stopped"
     assert len(list((project / "run").glob("checkpoint-*"))) == 1
+
+
+@pytest.mark.parametrize("launcher", ["kdtrain", "accelerate launch", "torchrun"])
+def test_sigterm_to_the_launcher_saves_and_says_so(project, launcher):
+    """What a cluster's scheduler does. Only `kdtrain fit` tells the exit code: the others have one for any failure."""
+    command, more = KDTRAIN, ["launch.num_processes=2"]
+    if launcher == "accelerate launch":
+        command, more = [*ACCELERATE, *TWO, "--main_process_port", str(tiny.free_port()), "-m", "kdtrain"], []
+    elif launcher == "torchrun":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+        command, more = [*torchrun, str(tiny.free_port()), "-m", "kdtrain"], []
+    process = start(project, *LONG, *more, command=command)
+    workers = children(process.pid)
+    process.terminate()
+    _, stderr = process.communicate(timeout=90)
+    assert process.returncode in ([143] if launcher == "kdtrain" else [1, 143]), stderr
+    assert "the state is saved" in stderr
+    status = json.loads((project / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("stopped", 143)
+    (checkpoint,) = (project / "run").glob("checkpoint-*")
+    assert not missing_files(checkpoint)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values()), "a worker outlived its launcher"
 
 
 def test_a_config_file_of_accelerate_says_how_many_processes_there_are(project):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from kdtrain.lm_head import add_loss_head, why_no_loss_head
+from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.head import Head
 from kdtrain.teachers.base import DenseTargets, Targets
 from kdtrain.vocabulary import vocabulary_size
@@ -36,15 +36,21 @@ class LocalTeacher:
         self._whole_head: Head | None = None
         reason = why_no_loss_head(module)
         self._from_logits = reason is not None
+        self._unchecked = reason is None and is_deepspeed_zero3_enabled()
         if reason is None:
             add_loss_head(module)
         else:
-            logger.info("The teacher's logits are made in full, which takes more memory: %s.", reason)
+            _tell(reason)
 
     def targets(self, inputs: Mapping[str, Any], predicts_BT: torch.Tensor) -> Targets:
         """Hidden states and head, or logits where the model has no head of its own; see `Teacher.targets`."""
         assert self.module is not None
         self.module.eval()  # a caller may have called .train() on a parent
+        if self._unchecked:
+            reason = why_wrapped_head_differs(self.module)
+            self._unchecked, self._from_logits = False, reason is not None
+            if reason is not None:
+                _tell(reason)
 
         def keep(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, Head]:
             return hidden_BTH[:, :-1][predicts_BT.to(hidden_BTH.device)], self._lasting(head)
@@ -67,3 +73,7 @@ class LocalTeacher:
             bias = None if head.bias is None else head.bias.clone()
             self._whole_head = replace(head, weight=head.weight.clone(), bias=bias)
         return self._whole_head
+
+
+def _tell(reason: str) -> None:
+    logger.info("The teacher's logits are made in full, which takes more memory: %s.", reason)

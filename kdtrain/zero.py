@@ -1,0 +1,100 @@
+"""DeepSpeed: what it needs beside its config, and what would go wrong without a word.
+
+transformers and accelerate hand the config over. What is here: the process group that ZeRO-3 looks for before the first
+model is loaded, settings under which a run would end without its weights, and the optimizer step, which DeepSpeed takes
+within `backward`, before transformers has seen the gradient norm.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from kdtrain.errors import NotAvailableError, PreflightError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+_GATHER = "stage3_gather_16bit_weights_on_model_save"
+
+
+def prepare_deepspeed_run(args: TrainingArguments) -> None:
+    """Join DeepSpeed's ranks and check its config; nothing where `training.deepspeed` is not set.
+
+    To be called after `args.device`, which joins the process group, and before the first model is loaded: ZeRO-3 cuts
+    models into pieces while they are loaded.
+
+    Raises:
+        PreflightError: no launcher started this process, or the trained weights would not be saved.
+    """
+    if not args.deepspeed:
+        return
+    if "RANK" not in os.environ:
+        raise PreflightError(
+            "training.deepspeed needs a launcher, for one process too: set launch.num_processes above 1, or start with "
+            "`torchrun --nproc_per_node 1 -m kdtrain fit CONFIG`."
+        )
+    config: Any = getattr(args, "hf_deepspeed_config", None)
+    if is_deepspeed_zero3_enabled() and not config.is_true(f"zero_optimization.{_GATHER}"):
+        raise PreflightError(
+            "training.deepspeed: ZeRO-3 would save its pieces and no model.safetensors, so that the run would end "
+            f'without a model. Set "{_GATHER}": true under "zero_optimization".'
+        )
+    if args.device.type == "cpu" and torch.distributed.is_initialized():
+        import deepspeed
+
+        # On a GPU accelerate does this. Without it ZeRO-3 takes each process for the only one.
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
+def guard_steps(engine: Any, accelerator: Accelerator, refuse: Callable[[Any], BaseException]) -> None:
+    """Raise `refuse(norm)` instead of an optimizer step whose gradient is not finite, on all ranks alike.
+
+    Most of DeepSpeed's optimizers skip such a step themselves: with fp16 they lower their loss scale, which is not an
+    error, and otherwise transformers sees the norm afterwards. Stage 0, and ZeRO-1 and 2 in bf16 with
+    `check_grad_overflow` off, would take it.
+
+    Args:
+        engine: DeepSpeed's, of the student.
+        refuse: makes the error, from the gradient norm or None.
+
+    Raises:
+        NotAvailableError: transformers made the engine for an evaluation, without an optimizer: it cannot train.
+    """
+    if engine.basic_optimizer is None:
+        raise NotAvailableError(
+            "evaluate() before train() is not available under DeepSpeed: transformers then trains without an "
+            "optimizer. Set eval_on_start, or evaluate with another trainer."
+        )
+    if not hasattr(engine.optimizer, "_global_grad_norm"):
+        logger.warning(
+            "DeepSpeed's stage 0 tells no gradient norm: grad_norm is not logged. Without training.deepspeed the same "
+            "training logs it."
+        )
+
+    def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        norm = getattr(engine.optimizer, "_global_grad_norm", None)
+        if norm is not None:
+            bad = not_a_norm(norm)
+        else:  # each rank may see a part of the gradients only
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            mine = any(not bool(torch.isfinite(gradient).all()) for gradient in gradients)
+            bad = bool(accelerator.gather(torch.tensor([mine], device=accelerator.device)).any())
+        if bad:
+            raise refuse(norm)
+
+    engine.basic_optimizer.register_step_pre_hook(before_step)
+
+
+def not_a_norm(norm: Any) -> bool:
+    """Whether a gradient norm says that the gradient is not finite; DeepSpeed says so by −1 in places."""
+    return not math.isfinite(float(norm)) or float(norm) < 0
