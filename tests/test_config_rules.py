@@ -207,7 +207,6 @@ NOT_YET: list[tuple[str, Any]] = [
     ("rlhf__teacher__backend", "cache"),
     ("rlhf__teacher__prefix", [{"role": "system", "content": "x"}]),
     ("rlhf__teacher__adapter", "org/adapter"),
-    ("custom__visual_kd__enabled", True),
     ("data__packing", True),
     ("data__padding_free", True),
 ]
@@ -220,7 +219,7 @@ def test_an_option_of_a_later_version_is_refused_not_ignored(option: str, value:
     assert "not available yet" in found[option.replace("__", ".")]
 
 
-@pytest.mark.parametrize(("option", "value"), [("streaming", True), ("answers", "teacher")])
+@pytest.mark.parametrize(("option", "value"), [("streaming", True)])
 def test_a_source_option_of_a_later_version_is_refused_not_ignored(option: str, value: Any) -> None:
     found = errors(config(data__train=["a.jsonl", {"path": "b.jsonl", option: value}]))
     assert list(found) == [f"data.train[1].{option}"]
@@ -259,6 +258,15 @@ def test_options_that_cannot_go_together_are_an_error(changes: dict[str, Any], p
     assert expected in found[path]
 
 
+def test_answers_from_the_teacher_need_one_though_the_loss_does_not() -> None:
+    asking: dict[str, Any] = {"data__train": {"path": "a.jsonl", "answers": "teacher"}, "rlhf__llm_kd_weight": 0}
+    found = errors(config(**asking, rlhf__teacher_model=None))
+    assert "a data source has answers: teacher" in found["rlhf.teacher_model"]
+    options = {"rlhf__max_new_tokens": 5, "training__per_device_eval_batch_size": 2}
+    assert not errors(config(**asking, **options))
+    assert not warnings(config(**asking, **options))
+
+
 IDLE: list[tuple[dict[str, Any], str, str]] = [
     ({"rlhf__llm_kd_weight": 0}, "rlhf.teacher_model", "none is loaded"),
     ({"rlhf": {"llm_kd_weight": 0, "sft_alpha": 0.5}}, "rlhf.sft_alpha", "cross-entropy has weight 1.0"),
@@ -266,8 +274,8 @@ IDLE: list[tuple[dict[str, Any], str, str]] = [
     ({"rlhf": {"llm_kd_weight": 0, "lmbda": 0.5}}, "rlhf.lmbda", "rlhf.llm_kd_weight is 0"),
     ({"rlhf": {"llm_kd_weight": 0, "beta": 0.1}}, "rlhf.beta", "rlhf.llm_kd_weight is 0"),
     ({"rlhf": {"llm_kd_weight": 0, "eval_kd": True}}, "rlhf.eval_kd", "nothing asks the teacher"),
-    ({"rlhf__lmbda": 0, "rlhf__temperature": 0.5}, "rlhf.temperature", "nothing is generated"),
-    ({"rlhf__lmbda": 0, "rlhf__max_new_tokens": 5}, "rlhf.max_new_tokens", "nothing is generated"),
+    ({"rlhf__lmbda": 0, "rlhf__temperature": 0.5}, "rlhf.temperature", "nothing is sampled"),
+    ({"rlhf__lmbda": 0, "rlhf__max_new_tokens": 5}, "rlhf.max_new_tokens", "nothing is sampled"),
     ({"rlhf__eval_kd": False}, "rlhf.eval_kd", "no data.eval"),
     ({"rlhf__teacher": {"base_url": "http://h/v1"}}, "rlhf.teacher.base_url", "no effect: rlhf.teacher.backend is hf"),
     ({"rlhf__teacher": {"top_k": 5}}, "rlhf.teacher.top_k", "no effect: rlhf.teacher.backend is hf"),
