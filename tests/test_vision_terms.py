@@ -274,6 +274,43 @@ def test_packed_images_of_mistral_are_resized_by_their_sizes():
     assert grids["vit"][0].passes[0].tolist() == [[1, 32, 32], [1, 32, 32]]
 
 
+def make_pixtral_llava(seed):
+    """Pixtral: a LLaVA whose tower packs the tokens of images of any shape."""
+    mistral = make_vlm("mistral3").config
+    torch.manual_seed(seed)
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            vision_config=mistral.vision_config,
+            text_config=mistral.text_config,
+            image_token_index=mistral.image_token_index,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
+    )
+
+
+def test_packed_images_of_pixtral_are_compared_image_by_image():
+    student, teacher = make_pixtral_llava(1), make_pixtral_llava(2)
+    # 2 × 6 and 4 × 3 patches: 24 tokens, and 96 of the teacher, neither of them a square.
+    sizes = torch.tensor([[16, 48], [32, 24]])
+    visual = visual_knobs("vit", match="interpolate")
+    with tapped(visual, student, teacher) as features:
+        for model, factor in ((student, 1), (teacher, 2)):
+            pixels = torch.randn(2, 3, 32 * factor, 48 * factor)
+            with torch.set_grad_enabled(model is student):
+                model.model.get_image_features(pixels, image_sizes=sizes * factor)
+    assert features[0]["vit"][0][0].shape[:2] == (1, 24)
+    grids = image_grids(visual, student, teacher, {"image_sizes": sizes}, {"image_sizes": 2 * sizes})
+    loss = visual_terms(visual, *features, 1.0, grids=grids)["vision_kd_loss"]
+    t = features[1]["vit"][0][0][0]
+    halved = [
+        t[:48].view(2, 2, 6, 2, -1).mean((1, 3)).flatten(0, 1),
+        t[48:].view(4, 2, 3, 2, -1).mean((1, 3)).flatten(0, 1),
+    ]
+    expected = (features[0]["vit"][0][0][0] - torch.cat(halved)).square().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_tokens_that_are_in_no_grid_are_not_interpolated():
     qwen2_5, qwen3 = make_vlm("qwen2_5_vl"), make_vlm("qwen3_vl")
     with pytest.raises(PreflightError, match=r"interpolate.*student.*attention windows.*aligner"):
