@@ -13,7 +13,7 @@ from tokenizers import processors
 from transformers import LlavaProcessor
 
 from kdtrain.data import Collator, RowError, Source, build_dataset, encode_row
-from kdtrain.data.multimodal import _Alignment
+from kdtrain.data.alignment import Alignment
 from kdtrain.data.parts import count_images
 from kdtrain.data.rows import parse_row
 from kdtrain.data.template import truncate
@@ -160,16 +160,18 @@ def test_a_template_that_leaves_images_out_is_named(llava):
     ],
 )
 def test_text_between_images_is_found_again(text, expanded, places):
-    alignment = _Alignment(text, expanded, "<i>")
+    alignment = Alignment(text, expanded, "<i>")
     assert {at: alignment.char(at) for at in places} == places
 
 
 def test_an_expansion_that_cannot_be_followed_is_an_error_not_a_guess():
     with pytest.raises(DataError, match="found more than once"):
-        _Alignment("a<i>bc<i>d", "aIbcIbcId", "<i>").char(5)
-    for changed in ("xaIIbc", "aIIb", "aIIcb", "abc"):
-        with pytest.raises(DataError, match="changes text besides its images"):
-            _Alignment("a<i>bc", changed, "<i>")
+        Alignment("a<i>bc<i>d", "aIbcIbcId", "<i>").char(5)
+    for changed, lost in (("xaIIbc", "a"), ("aIIb", "bc"), ("aIIcb", "bc"), ("abc", "bc")):
+        with pytest.raises(DataError, match=f"changes text besides its images.*: {lost} is not where it was"):
+            Alignment("a<i>bc", changed, "<i>")
+    with pytest.raises(DataError, match="de is not where it was"):
+        Alignment("a<i>de<i>bc", "aIedIbc", "<i>")
 
 
 # ----------------------------------------------------------------------------------------- where images may stand

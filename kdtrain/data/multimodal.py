@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
+from kdtrain.data.alignment import Alignment
 from kdtrain.data.chat import Rendered
 from kdtrain.data.images import Image
 from kdtrain.data.show import RowError, show
@@ -143,7 +144,7 @@ class Multimodal:
                 "tokens cannot be told from the rest"
             )
         expanded = recorder.texts[0]
-        places_in = _Alignment(rendered.text, expanded, self.placeholder)
+        places_in = Alignment(rendered.text, expanded, self.placeholder)
         turns = [(places_in.char(start), places_in.char(end)) for start, end in rendered.turns]
         prompt_end = None if rendered.prompt_end is None else places_in.char(rendered.prompt_end)
         return Rendered(expanded, turns, prompt_end), ids, places_in.last_start
@@ -221,57 +222,3 @@ class Recorder:
     def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
         self.texts += [text] if isinstance(text, str) else list(text or [])
         return self._tokenizer(text, *args, **kwargs)
-
-
-class _Alignment:
-    """Where the pieces between the placeholders of `text` are in `expanded`.
-
-    Both the leftmost and the rightmost way to lay them out is kept: where they agree there is no other.
-    """
-
-    def __init__(self, text: str, expanded: str, placeholder: str) -> None:
-        self._pieces = text.split(placeholder)
-        self._starts: list[int] = []
-        at = 0
-        for piece in self._pieces:
-            self._starts.append(at)
-            at += len(piece) + len(placeholder)
-        self._left = self._lay(expanded, self._pieces)
-        from_behind = self._lay(expanded[::-1], [piece[::-1] for piece in reversed(self._pieces)])
-        ends = [len(expanded) - start for start in reversed(from_behind)]
-        self._right = [end - len(piece) for end, piece in zip(ends, self._pieces, strict=True)]
-        self.last_start = self._right[-1]
-
-    def _lay(self, expanded: str, pieces: list[str]) -> list[int]:
-        if not expanded.startswith(pieces[0]):
-            raise _lost(pieces[0], expanded)
-        starts, at = [0], len(pieces[0])
-        for piece in pieces[1:]:
-            start = expanded.find(piece, at + 1)  # an image takes at least one character
-            if start < 0:
-                raise _lost(piece, expanded)
-            starts.append(start)
-            at = start + len(piece)
-        return starts
-
-    def char(self, at: int) -> int:
-        """The place in `expanded` of a character of `text` between two placeholders."""
-        for number, (start, piece) in enumerate(zip(self._starts, self._pieces, strict=True)):
-            if start <= at <= start + len(piece):
-                # The first and the last piece are fixed by the ends of the text.
-                fixed = 0 if number == 0 else self._right[number]
-                last = number in (0, len(self._pieces) - 1)
-                if not last and self._left[number] != self._right[number]:
-                    raise DataError(
-                        f"the text {show(piece, 60)} between two images is found more than once in what the processor "
-                        "makes of them, so the assistant's tokens cannot be told from the rest"
-                    )
-                return fixed + at - start
-        raise DataError("an assistant turn begins or ends inside an image placeholder")
-
-
-def _lost(piece: str, expanded: str) -> DataError:
-    return DataError(
-        f"the processor changes text besides its images, so the assistant's tokens cannot be told from the rest: "
-        f"{show(piece, 80)} is not where it was in {show(expanded, 160)}"
-    )
