@@ -44,7 +44,11 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def teacher_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What the teacher's forward takes: the student's inputs, but its own pixels where its processor makes others."""
-    return {**model_inputs(batch), **batch.get("teacher_inputs", {})}
+    inputs = model_inputs(batch)
+    if "teacher_inputs" in batch:
+        students = batch.get("visual_sizes", {})
+        inputs = {key: value for key, value in inputs.items() if key not in students} | batch["teacher_inputs"]
+    return inputs
 
 
 def token_level(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

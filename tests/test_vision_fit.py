@@ -152,6 +152,29 @@ def test_a_run_trains_student_and_projectors_and_exports_the_student_alone(model
     assert type(load_processing(str(result.run_dir))).__name__ == "LlavaProcessor"
 
 
+def test_the_gradient_norm_and_its_clipping_are_over_student_and_projectors(models, tmp_path):
+    options = {"training__max_steps": 1, "training__learning_rate": 0.25}
+    result, records = run(models, tmp_path / "clipped", training__max_grad_norm=0.5, **options)
+    free, unclipped = run(models, tmp_path / "free", training__max_grad_norm=0.0, **options)
+    assert records[0]["grad_norm"] == pytest.approx(unclipped[0]["grad_norm"], rel=1e-5)
+    projector = ({}, {})
+    for where, norm in ((result, 0.5), (free, unclipped[0]["grad_norm"])):
+        after = weights(where.run_dir)
+        steps = [after[name] - value for name, value in weights(models / "student").items()]
+        projector[0 if where is result else 1].update(load_file(where.run_dir / "visual_projectors.safetensors"))
+        squares = sum(step.square().sum().item() for step in steps) / 0.25**2
+        assert squares < 0.99 * norm**2  # a part of the norm is the projectors'
+    # The rest: both runs start from the same projectors w, so w − 0.25·g·f for two known factors f.
+    factor = 0.5 / unclipped[0]["grad_norm"]
+    apart = [(projector[0][name] - projector[1][name]) / (0.25 * (1 - factor)) for name in projector[0]]
+    student = [
+        (after - before) / 0.25
+        for after, before in zip(weights(free.run_dir).values(), weights(models / "student").values(), strict=True)
+    ]
+    whole = sum(value.square().sum().item() for value in (*apart, *student)) ** 0.5
+    assert whole == pytest.approx(unclipped[0]["grad_norm"], rel=1e-4)
+
+
 def test_a_resumed_run_has_the_weights_optimizer_and_projectors_of_its_checkpoint(models, tmp_path):
     """transformers saves LLaVA under other names than it resumes it by: the weights would be those of the beginning."""
     options = {"training__optim": "adamw_torch", "training__save_strategy": "steps", "training__save_steps": 2}
