@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from kdtrain.batch import teacher_inputs
+from kdtrain.batch import for_teacher
 from kdtrain.data.chat import ChatTemplate
 from kdtrain.errors import NotAvailableError
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids
@@ -125,8 +125,7 @@ class TeacherAnswers:
         return made
 
     def _answers(self, rows: list[dict[str, Any]]) -> list[list[int]]:
-        batch = self._collate(rows)
-        inputs = {**batch, **teacher_inputs(batch)}
+        inputs = for_teacher(self._collate(rows))
         inputs = {k: v.to(self._state.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
         done = generate_batch(self._teacher, inputs, self._config, seed=0)
         return [

@@ -51,17 +51,25 @@ def teacher_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-def token_level(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The inputs beside ids and mask that have one entry per token, [B, T]."""
-    shape = inputs["input_ids"].shape
+def for_teacher(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch as the teacher sees it, with what the trainer needs of it."""
+    return {key: value for key, value in batch.items() if key in NOT_FOR_THE_MODEL} | teacher_inputs(batch)
+
+
+def token_level(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What a processor says of every token, [B, T]: 0 is text."""
+    return {key: value for key, value in batch.items() if key.endswith("token_type_ids")}
+
+
+def visual(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What describes images rather than tokens: by the collator's account, or by name where it gives none."""
+    known = batch.get("visual_sizes", {})
     return {
-        key: value
-        for key, value in inputs.items()
-        if key not in _TEXT and isinstance(value, torch.Tensor) and value.shape == shape
+        key: value for key, value in batch.items() if key in known or key.startswith(("pixel_", "image_", "video_"))
     }
 
 
-def visual(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs that describe images rather than tokens."""
-    tokens = token_level(inputs)
-    return {key: value for key, value in inputs.items() if key not in _TEXT and key not in tokens}
+def unknown(batch: Mapping[str, Any]) -> list[str]:
+    """Inputs of the model of which nothing is known: neither tokens nor images."""
+    known = _TEXT | token_level(batch).keys() | visual(batch).keys()
+    return sorted(model_inputs(batch).keys() - known)

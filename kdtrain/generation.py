@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from kdtrain.batch import model_inputs, token_level, visual
+from kdtrain.batch import token_level, unknown, visual
 from kdtrain.data.collate import pad_rows
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
@@ -99,8 +99,12 @@ def generate_batch(
     width = max(len(prompt) for prompt in prompts)
     pad_id = config.pad_token_id
     generate: Any = model.generate
-    inputs = model_inputs(batch)
-    images, per_token = visual(inputs), token_level(inputs)
+    if strange := unknown(batch):
+        raise DataError(
+            f"Batches carry {', '.join(strange)}, which generation does not know how to continue. "
+            "Set rlhf.lmbda: 0 and rlhf.seq_kd: false."
+        )
+    images, per_token = visual(batch), token_level(batch)
     if images:
         _check_images_in_prompts(model, batch, prompts)
     input_ids_BP = _left_padded(prompts, pad_id, device)

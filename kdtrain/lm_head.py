@@ -98,7 +98,8 @@ def why_wrapped_head_differs(wrapped: Any) -> str | None:
 
 def _few_tokens(model: Any, device: torch.device) -> torch.Tensor:
     """[1, 4] ids of text: the placeholder of an image stands for pixels that are not there."""
-    placeholders = {value for key, value in vars(model.config).items() if re.fullmatch(r"\w+_token_(id|index)", key)}
+    config = vars(model.config)
+    placeholders = [config[key] for key in config if re.fullmatch(r"(image|video|audio)\w*_token_(id|index)", key)]
     text = [i for i in range(min(64, vocabulary_size(model))) if i not in placeholders][:4]
     return torch.tensor([text or [0]], device=device)
 

@@ -46,7 +46,7 @@ from trl.models import prepare_deepspeed
 from trl.models.utils import prepare_fsdp, unwrap_model_for_generation
 
 from kdtrain import telemetry
-from kdtrain.batch import model_inputs, teacher_inputs
+from kdtrain.batch import for_teacher, model_inputs, teacher_inputs, token_level
 from kdtrain.checkpoints import load_weights
 from kdtrain.data.chat import ChatTemplate
 from kdtrain.data.collate import Collator, cut_rows
@@ -140,20 +140,21 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if data_collator is None:
             data_collator = Collator(processing_class, max_length=args.max_length)
         # SFTTrainer's constructor, past GKDTrainer's: see the table above.
-        super(GKDTrainer, self).__init__(
-            model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            peft_config=peft_config,
-            formatting_func=formatting_func,
-        )
+        with _adapters_on_the_head():
+            super(GKDTrainer, self).__init__(
+                model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                peft_config=peft_config,
+                formatting_func=formatting_func,
+            )
         if args.disable_dropout:
             disable_dropout(self.model)
         self._teach_to_stop()
@@ -299,12 +300,10 @@ class GKDTrainerWithMetrics(GKDTrainer):
             for i, batch in enumerate(batches):
                 batch = self._prepare_inputs(batch)
                 seed = _stable_seed(f"{base}:{i}")
-                images = batch.get("teacher_inputs", {}) if side == "teacher" else {}
-                own = {key: batch[key] for key in images}
-                fresh = generate_batch(
-                    unwrapped, batch | images, config, seed=seed, multiple=self.args.pad_to_multiple_of
-                )
-                fresh |= {key: value for key, value in own.items() if fresh[key] is images[key]}
+                seen = for_teacher(batch) if side == "teacher" else batch
+                done = generate_batch(unwrapped, seen, config, seed=seed, multiple=self.args.pad_to_multiple_of)
+                tokens = {"input_ids", "attention_mask", "labels", *token_level(batch)}
+                fresh = batch | {key: done[key] for key in tokens}  # the pixels remain the student's
                 if batch.get("all_repeated", False):
                     fresh["labels"] = torch.full_like(fresh["labels"], IGNORE_INDEX)
                 generated.append(fresh)
@@ -615,6 +614,21 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     def _unwrap(self, model: nn.Module | None) -> Any:
         return None if model is None else self.accelerator.unwrap_model(model)
+
+
+@contextlib.contextmanager
+def _adapters_on_the_head() -> Iterator[None]:
+    """Let SFTTrainer's constructor accept an adapter on `lm_head`.
+
+    It refuses one because its own loss reads the weight of the head past it. Ours goes through the module there.
+    """
+    from trl.trainer import sft_trainer
+
+    refused, sft_trainer.BaseTunerLayer = sft_trainer.BaseTunerLayer, ()
+    try:
+        yield
+    finally:
+        sft_trainer.BaseTunerLayer = refused
 
 
 def _check_teacher_arguments(teacher_model: Any, teacher: Teacher | None, knobs: Knobs) -> None:

@@ -231,3 +231,11 @@ def test_a_teacher_without_images_serves_text_only(llava, tokenizer):
 def test_a_tokenizer_has_no_images_and_a_processor_does(llava, tokenizer):
     assert multimodal(tokenizer) is None
     assert multimodal(llava).placeholder == "<image>"
+
+
+def test_rows_of_another_collator_are_cut_only_where_it_is_known_what_they_own():
+    batch = {"input_ids": torch.ones(3, 4), "pixel_values": torch.ones(3, 2), "row_ids": ["a", "b", "c"], "flag": True}
+    cut = cut_rows(batch, 2)
+    assert (len(cut["input_ids"]), len(cut["pixel_values"]), cut["row_ids"], cut["flag"]) == (2, 2, ["a", "b"], True)
+    with pytest.raises(DataError, match="dataloader_drop_last"):
+        cut_rows({**batch, "pixel_values": torch.ones(7, 2)}, 2)

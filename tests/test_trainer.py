@@ -805,6 +805,48 @@ def test_a_trained_copy_of_the_head_is_the_one_that_is_used(tmp_path, student, t
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(jsd, rel=1e-5)
 
 
+def test_an_adapter_on_the_head_is_trained_through_the_head(tmp_path, student, teacher, caplog):
+    from kdtrain.models import lora_config
+
+    peft = lora_config(
+        rank=4, alpha=8, dropout=0.0, target_modules=["q_proj", "lm_head"], modules_to_save=None, use_dora=False
+    )
+    trainer = make_trainer(tmp_path, student, teacher, extra={"peft_config": peft}, learning_rate=0.1, max_steps=2)
+    assert caplog.text.count("logits are made in full") == 1
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lm_head.lora" in name}
+    trainer.train()
+    assert len(before) == 2
+    for name, parameter in trainer.model.named_parameters():
+        if name in before:
+            assert not torch.equal(parameter, before[name]), name
+    batch = make_batch(trainer)
+    jsd, _, _ = expected_terms(trainer.model, teacher, batch)
+    loss = trainer.compute_loss(trainer.model, batch)
+    assert loss.item() == pytest.approx(jsd, rel=1e-5)
+    # The same by the definition, on logits that went through the adapter.
+    trainer.model.zero_grad()
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.model.zero_grad()
+    ids = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    keep = batch["labels"][:, 1:] != -100
+    ours, theirs = (model(**ids).logits[:, :-1][keep].double() for model in (trainer.model, teacher))
+    (reference(ours, theirs.detach(), 0.5, 1.0, "jsd").sum() / keep.sum()).backward()
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.grad is not None:
+            assert (found[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
+
+
+def test_a_quantised_teacher_gives_its_logits(tmp_path, student, caplog):
+    """int8 weights of torch's own, head included: no weight that could be multiplied by."""
+    teacher = tiny.make_qwen3(seed=2, hidden=48)
+    quantised = torch.ao.quantization.quantize_dynamic(teacher, {torch.nn.Linear}, dtype=torch.qint8)
+    trainer = make_trainer(tmp_path, student, quantised)
+    batch = make_batch(trainer)
+    jsd, _, _ = expected_terms(student, quantised, batch)
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(jsd, rel=1e-5)
+
+
 # ---- invariance ------------------------------------------------------------------------------------------------------
 
 ROWS = [

@@ -311,9 +311,14 @@ def test_visual_kd_without_an_image_in_the_data_is_refused(models, tmp_path):
 def test_a_teacher_with_other_normalisation_sees_its_own_pixels(models, tmp_path):
     save_llava(tmp_path / "teacher", 48, 64, 2, image_mean=[0.1, 0.2, 0.3])
     _, same = run(models, tmp_path / "a", training__max_steps=1)
-    _, other = run(models, tmp_path / "b", training__max_steps=1, rlhf__teacher_model=str(tmp_path / "teacher"))
+    theirs = {"rlhf__teacher_model": str(tmp_path / "teacher")}
+    _, other = run(models, tmp_path / "b", training__max_steps=1, **theirs)
     assert other[0]["sft_loss"] == pytest.approx(same[0]["sft_loss"], rel=1e-6)  # the student's pixels are its own
     assert other[0]["llm_kd_loss"] != pytest.approx(same[0]["llm_kd_loss"], rel=1e-4)
+    # Also in what the teacher writes; afterwards the student's pixels are its own again.
+    options = {"rlhf__seq_kd": True, "rlhf__max_new_tokens": 4, "training__max_steps": 1, "rlhf__sft_alpha": 0.0}
+    _, written = run(models, tmp_path / "c", **theirs, **options)
+    assert written[0]["vision_kd_loss"] == pytest.approx(other[0]["vision_kd_loss"], rel=1e-6)
 
 
 def test_a_teacher_whose_images_take_other_tokens_is_refused(models, tmp_path):

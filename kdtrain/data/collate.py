@@ -75,8 +75,8 @@ class Collator:
 
     - its visual tensors, rows behind each other along axis 0;
     - `visual_sizes`: per visual tensor a list of B numbers, how many entries along axis 0 each row owns;
-    - with another processor for the teacher, `teacher_inputs`: its visual and per-token tensors, which replace the
-      student's; and `teacher_visual_sizes` of its visual ones.
+    - with another processor for the teacher, `teacher_inputs`: its visual tensors, which replace the student's; and
+      `teacher_visual_sizes`, as above.
 
     Raises DataError for a row that cannot be encoded or is too long, whose images cannot be read or no longer give
     the tokens that are stored, or whose images take another number of tokens for the teacher; and for a batch of which
@@ -140,8 +140,10 @@ class Collator:
                     "vision-language teacher, or a text-only data set"
                 )
             if self._teacher is not None:
-                teacher_inputs, teacher_sizes = self._inputs(batch, rows, images, self._teacher)
-                batch |= {"teacher_inputs": teacher_inputs, "teacher_visual_sizes": teacher_sizes}
+                its_inputs, its_sizes = self._inputs(batch, rows, images, self._teacher)
+                # What it says of the tokens, which are the same, is known.
+                pixels = {name: its_inputs[name] for name in its_sizes}
+                batch |= {"teacher_inputs": pixels, "teacher_visual_sizes": its_sizes}
         return batch
 
     def _inputs(

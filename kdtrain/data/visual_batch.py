@@ -116,13 +116,25 @@ def cut_rows(batch: dict[str, Any], kept: int) -> dict[str, Any]:
     """The first `kept` of the B rows of a collated batch: tensors, lists, and what the rows own of visual tensors.
 
     A batch whose remaining rows have no image has no visual tensors.
+
+    Raises:
+        DataError: a tensor of another collator, without `visual_sizes`, whose first axis is not the rows.
     """
     rows = len(batch["input_ids"])
     if kept >= rows:
         return batch
-    cut = {key: value for key, value in batch.items() if not isinstance(value, dict)}
     owned = batch.get("visual_sizes", {})
-    cut = {key: value[:kept] for key, value in cut.items() if key not in owned}
+    cut = {}
+    for key, value in batch.items():
+        if key in owned or isinstance(value, dict):
+            continue
+        if isinstance(value, torch.Tensor) and value.dim() and len(value) != rows:
+            raise DataError(
+                f"the last batch of an epoch has repeated rows to leave out, and it is not known which entries of "
+                f"{key} {tuple(value.shape)} belong to them. Let the collator say so in `visual_sizes` (see Collator), "
+                "or set training.dataloader_drop_last: true"
+            )
+        cut[key] = value[:kept] if isinstance(value, torch.Tensor | list) and len(value) == rows else value
     visual, sizes = _cut_visual(batch, owned, kept)
     if not visual:
         return cut

@@ -3,7 +3,7 @@
     python -m tests.benchmarks                    what the requirements speak about, 15 to 20 minutes; writes results.*
     python -m tests.benchmarks --quick            small sizes, about a minute: does everything run?
     python -m tests.benchmarks --full             the whole grid of sizes, β, heads and dtypes; takes hours
-    python -m tests.benchmarks --only loss        one part (loss, memory, step, parts), printed; --out DIR writes it
+    python -m tests.benchmarks --only loss        loss, memory, step, parts or visual, printed; --out DIR writes it
 
 On a machine with CUDA the loss is measured there instead; `--cpu` measures the CPU all the same.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks import gpu, parts, report, requirements, step
+from tests.benchmarks import gpu, parts, report, requirements, step, visual
 from tests.benchmarks.cases import LossCase, errors, expected, forward_backward, make_inputs
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.memory import limit_memory, memory_of_losses
@@ -37,7 +37,7 @@ _ENVIRONMENT = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "PYTHONWARNINGS": "ignore",
 }
-PARTS = ("loss", "memory", "step", "parts")
+PARTS = ("loss", "memory", "step", "parts", "visual")
 EAGER = [name for name, peer in PEERS.items() if not peer.compiled]
 
 
@@ -56,7 +56,7 @@ def main() -> None:
         results |= _on_cuda(options)
     else:
         limit_memory()
-        measure = {"loss": _loss, "memory": _memory, "step": _step, "parts": _parts}
+        measure = {"loss": _loss, "memory": _memory, "step": _step, "parts": _parts, "visual": _visual}
         for name in [options.only] if options.only else PARTS:
             results |= measure[name](options)
     results["settings"]["minutes"] = round((time.monotonic() - started) / 60, 1)
@@ -151,6 +151,14 @@ def _parts(options: argparse.Namespace) -> dict[str, Any]:
     if options.quick:
         return {"parts": [parts.where_time_goes(LossCase(tokens=128, vocab=8192), 2)]}
     return {"parts": [parts.where_time_goes(case, 3) for case, _ in requirements.PARTS]}
+
+
+def _visual(options: argparse.Namespace) -> dict[str, Any]:
+    case = requirements.VISUAL[0]
+    if options.quick:
+        case = dataclasses.replace(case, vocab=2048, layers=2, student_widths=(64, 128), teacher_widths=(128, 256))
+    # A step is short beside the noise that the limit must be told from.
+    return {"visual": [visual.measure_overhead(case, 4 * options.rounds)]}
 
 
 def _on_cuda(options: argparse.Namespace) -> dict[str, Any]:

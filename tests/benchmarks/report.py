@@ -127,6 +127,20 @@ def _parts(part: list[dict[str, Any]]) -> str:
     )
 
 
+def _visual(part: list[dict[str, Any]]) -> str:
+    return _table(
+        ["case", "step without", "step with", "overhead"],
+        (
+            [
+                row["title"],
+                *(f"{found['median_s']:.3f} s" for found in row["peers"].values()),
+                f"{row['overhead']:+.1%}",
+            ]
+            for row in part
+        ),
+    )
+
+
 def _cuda(part: list[dict[str, Any]]) -> str:
     memory = [
         {"title": row["title"], "peers": {n: f["memory"] for n, f in row["peers"].items() if "memory" in f}}
@@ -141,6 +155,7 @@ _SECTIONS = [
     ("memory", "Memory of the loss", _memory),
     ("step", "One training step", _steps),
     ("parts", "Where the time goes in ours", _parts),
+    ("visual", "What visual KD adds to a step", _visual),
     ("cuda", "On a GPU", _cuda),
 ]
 

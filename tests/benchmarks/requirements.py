@@ -10,6 +10,7 @@ from tests.benchmarks.cases import GIB, LossCase
 from tests.benchmarks.gpu import FOUR_GEMMS
 from tests.benchmarks.peers import OURS, PEERS
 from tests.benchmarks.step import PATHS, StepCase
+from tests.benchmarks.visual import VisualCase
 
 SMALL = LossCase()
 LARGE = LossCase(vocab=151936)
@@ -46,6 +47,7 @@ STEPS: list[tuple[StepCase, dict[str, tuple[float, float | None]]]] = [
 ]
 PARTS = [(LARGE, 0.10), (LossCase(vocab=151936, dtype="bfloat16"), 0.25)]
 GEMM_RATE = 0.85
+VISUAL = (VisualCase(), 0.03)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
     if "cuda" in results:
         return list(_cuda(results))
     found: list[Row] = []
-    for part, judge in (("loss", _loss), ("memory", _memory), ("step", _step), ("parts", _parts)):
+    for part, judge in (("loss", _loss), ("memory", _memory), ("step", _step), ("parts", _parts), ("visual", _visual)):
         if part in results:
             found.extend(judge(results))
     return found
@@ -121,6 +123,14 @@ def _parts(results: dict[str, Any]) -> Iterator[Row]:
             rate = found and found[key]
             value = f"{rate:.0%}" if found else "not measured"
             yield Row(f"GEMM rate, {case}", against, f"≥ {GEMM_RATE:.0%}", value, rate >= GEMM_RATE if found else None)
+
+
+def _visual(results: dict[str, Any]) -> Iterator[Row]:
+    case, limit = VISUAL
+    found = next((row["overhead"] for row in results["visual"] if row["title"] == str(case)), None)
+    value = "not measured" if found is None else f"{found:+.1%}"
+    holds = None if found is None else found <= limit
+    yield Row(f"overhead of visual KD, {case}", "the step without it", f"≤ {limit:.0%}", value, holds)
 
 
 def _cuda(results: dict[str, Any]) -> Iterator[Row]:
