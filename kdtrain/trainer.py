@@ -29,7 +29,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -50,12 +50,12 @@ from kdtrain.batch import for_teacher, model_inputs, teacher_inputs, token_level
 from kdtrain.checkpoints import load_weights
 from kdtrain.data.chat import ChatTemplate
 from kdtrain.data.collate import Collator, cut_rows
-from kdtrain.errors import NonFiniteError, NotAvailableError
+from kdtrain.errors import NonFiniteError, NotAvailableError, PreflightError
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids, student_generates
 from kdtrain.knobs import Knobs
 from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, count_supervised_in, next_token_labels, world_scale
-from kdtrain.models import disable_dropout
+from kdtrain.models import disable_dropout, sees_images
 from kdtrain.teachers import LocalTeacher, Targets, Teacher, build_teacher
 from kdtrain.token_loss import TokenLoss, Vocabulary
 from kdtrain.visual_kd import has_images, visual_units
@@ -106,7 +106,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         args: GKDConfig | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_dataset: Dataset | IterableDataset | list[dict[str, Any]] | None = None,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | list[dict[str, Any]] | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -129,8 +129,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         args.logging_nan_inf_filter = False  # it shows a NaN run as loss 0.0
         args.average_tokens_across_devices = True
-        if isinstance(train_dataset, list):
-            train_dataset = Dataset.from_list(train_dataset)
+        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        train_dataset, eval_dataset = (_placeholder(data) for data in given.values())
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         _check_data(train_dataset, args)
         _hide_token(args)
@@ -155,6 +155,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 peft_config=peft_config,
                 formatting_func=formatting_func,
             )
+        for name, data in given.items():
+            if isinstance(data, list):
+                setattr(self, name, _Rows(data))
         if args.disable_dropout:
             disable_dropout(self.model)
         self._teach_to_stop()
@@ -270,10 +273,25 @@ class GKDTrainerWithMetrics(GKDTrainer):
         window = self._metrics["train"]
         window["windows"].append(torch.ones(()))
         window["on_policy_windows"].append(torch.tensor(float(on_policy)))
+        self._check_images_on_all_ranks(batches)
         if self.visual is not None:
             self.visual.count(batches)
             self.visual.projectors.zero_grad()  # upstream zeroes the model's gradients only
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def _check_images_on_all_ranks(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse what would wait for ever: a sharded vision encoder is put together by all ranks or by none."""
+        sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        if not sharded or not sees_images(self._unwrap(self.model).config):
+            return
+        flags = torch.tensor([has_images(batch) for batch in batches], device=self.accelerator.device).int()
+        ranks = self.accelerator.gather(flags[None])
+        if not torch.equal(ranks.amin(0), ranks.amax(0)):
+            raise PreflightError(
+                f"A batch of step {self.state.global_step + 1} has images on some ranks and none on others, which FSDP "
+                "and ZeRO-3 cannot train: the ranks with images would wait for ever. Give every row an image, raise "
+                "training.per_device_train_batch_size, or train with plain data parallelism or ZeRO-2."
+            )
 
     def _generates(self) -> bool:
         """Only LM KD can use generated answers: CE is not taught on the student's own, and visual KD sees no text."""
@@ -553,6 +571,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         inputs = self._without_repeated_rows(
             self._prepare_inputs(inputs), self.callback_handler.eval_dataloader.dataset, self.args.eval_batch_size
         )
+        self._check_images_on_all_ranks([inputs])
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:
                 return self.compute_loss(model, inputs), None, None
@@ -652,6 +671,24 @@ def _hide_token(args: GKDConfig) -> None:
     if args.hub_token is not None:
         os.environ.setdefault("HF_TOKEN", args.hub_token)
         args.hub_token = None
+
+
+class _Rows(torch.utils.data.Dataset[dict[str, Any]]):
+    """Rows as they were given: an Arrow table would want one type for all contents, and could not hold a PIL image."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self._rows[index])
+
+
+def _placeholder(data: Any) -> Any:
+    """Upstream's constructor looks at the type and the length, and wants an Arrow table."""
+    return Dataset.from_dict({"row": range(len(data))}) if isinstance(data, list) else data
 
 
 def _check_data(train_dataset: Any, args: GKDConfig) -> None:

@@ -16,8 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kdtrain.batch import model_inputs, teacher_inputs
-from kdtrain.errors import CheckpointError
-from kdtrain.visual_kd import build_projectors, has_images, image_grids, tapped, visual_terms, visual_units
+from kdtrain.errors import CheckpointError, NotAvailableError
+from kdtrain.visual_kd import (
+    build_projectors,
+    feature_widths,
+    has_images,
+    image_grids,
+    tapped,
+    visual_terms,
+    visual_units,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,6 +53,7 @@ class VisualTerm:
         self.projectors = nn.ModuleDict()
         self._accelerator, self._seed = accelerator, seed
         self._window_units: torch.Tensor | None = None
+        self._probed = False
 
     # ---- one batch ---------------------------------------------------------------------------------------------------
 
@@ -62,6 +71,8 @@ class VisualTerm:
         share: torch.Tensor | float = 1.0
         if not whole and self._window_units is not None:
             share = visual_units(batch) / self._window_units.clamp(min=1)
+        if not self._probed:
+            self._check_widths(ours, theirs)
         grids = image_grids(self.knobs, self.student, self.teacher, batch, teacher_inputs(batch))
         return visual_terms(self.knobs, ours, theirs, share, projectors=self.projectors, grids=grids)
 
@@ -89,8 +100,23 @@ class VisualTerm:
         finally:
             for module, mode in modes.items():
                 module.train(mode)
+        self._probed = True
         self.projectors = build_projectors(self.knobs, ours, theirs, self._seed).to(self._accelerator.device)
         self.terms(ours, theirs, batch, whole=True)
+
+    @staticmethod
+    def _check_widths(ours: Features, theirs: Features) -> None:
+        """Without a probe there are no projectors, which FSDP and DeepSpeed would have to know of."""
+        widths, wanted = feature_widths(ours), feature_widths(theirs)
+        for target in widths:
+            if widths[target] != wanted[target]:
+                raise NotAvailableError(
+                    f"visual_kd target {target!r}: the student's features are {widths[target]} wide and the teacher's "
+                    f"{wanted[target]}, and a projector between them is not available here: either no row of the "
+                    "training data had an image when the trainer was built, or the run is sharded (FSDP, DeepSpeed). "
+                    "Use plain data parallelism, or name modules of one width in "
+                    f"custom.visual_kd.targets.{target}.student_module and .teacher_module."
+                )
 
     @staticmethod
     def _on_own_device(model: nn.Module, inputs: Mapping[str, Any]) -> None:

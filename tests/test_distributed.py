@@ -5,6 +5,7 @@ import torch
 
 from tests import tiny
 from tests.test_trainer import ROWS, make_trainer
+from tests.tiny_processors import FAMILIES, make_model, picture
 
 CASES = {
     "tied head": (True, None),
@@ -41,7 +42,8 @@ def train(folder, tied, lora, with_weights=False, **kwargs):
     return numbers, type(trainer.model_wrapped).__name__, type(trainer.teacher_model).__name__
 
 
-def train_fsdp2(folder, tied, lora, **kwargs):
+def sharding_on_a_cpu():
+    """Arguments of a run that shards by FSDP2, which it does not on a CPU without this."""
     from accelerate import state
 
     original = state.AcceleratorState.__init__
@@ -54,8 +56,11 @@ def train_fsdp2(folder, tied, lora, **kwargs):
         original(self, *args, **kwargs)
 
     state.AcceleratorState.__init__ = init
-    sharding = {"version": 2, "reshard_after_forward": True}
-    return train(folder, tied, lora, ranks=2, **kwargs, fsdp="full_shard", fsdp_config=sharding)
+    return {"fsdp": "full_shard", "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+
+
+def train_fsdp2(folder, tied, lora, **kwargs):
+    return train(folder, tied, lora, ranks=2, **kwargs, **sharding_on_a_cpu())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -93,3 +98,55 @@ def test_sharded_ranks_whose_answers_end_at_different_lengths_wait_for_each_othe
     first, second = tiny.run_ranks(generate_fsdp2, 2, tmp_path, options, timeout=90)
     assert first == second
     assert all(torch.isfinite(torch.tensor(first)))
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+LAYERS = {
+    # transformers' own lists name layers that these towers do not have.
+    "llava": ["LlamaDecoderLayer", "CLIPEncoderLayer"],
+    "gemma3": ["Gemma3DecoderLayer", "SiglipEncoderLayer"],
+}
+
+
+def train_images(folder, family, ranks, images=4, **kwargs):
+    """As `train`, for a vision-language model; `images` of the four rows have one, the first."""
+    processor = FAMILIES[family]()
+    student, teacher = make_model(family, processor, 1), make_model(family, processor, 2)
+    question = [{"type": "image"}, {"type": "text", "text": "what?"}]
+    rows = [
+        {"messages": [{"role": "user", "content": question}, *row["messages"][-1:]], "images": [picture(i)]}
+        for i, row in enumerate(ROWS[:images])
+    ]
+    rows += ROWS[images:4]
+    trainer = make_trainer(
+        folder, student, teacher, rows=rows, sft_alpha=0.3, optim="sgd", per_device_train_batch_size=4 // ranks,
+        max_grad_norm=1e9, train_sampling_strategy="sequential", learning_rate=0.01, lr_scheduler_type="constant",
+        max_steps=2, visual_kd={"targets": ["vit", "aligner"]}, extra={"processing_class": processor}, **kwargs,
+    )  # fmt: skip
+    trainer.train()
+    keys = ("loss", "grad_norm", "vision_kd_loss")
+    records = [record for record in trainer.state.log_history if "loss" in record]
+    return [record[key] for record in records for key in keys], type(trainer.model_wrapped).__name__
+
+
+def train_images_fsdp2(folder, family, images):
+    sharding = sharding_on_a_cpu()
+    if family in LAYERS:
+        sharding["fsdp_config"]["transformer_layer_cls_to_wrap"] = LAYERS[family]
+    return train_images(folder, family, 2, images, **sharding)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_visual_kd_under_fsdp2_equals_one_process(tmp_path, family):
+    expected, _ = train_images(tmp_path / "one", family, 1)
+    for numbers, wrapped in tiny.run_ranks(train_images_fsdp2, 2, tmp_path / "two", family, 4):
+        assert wrapped.startswith("FSDP")
+        assert numbers == pytest.approx(expected, rel=1e-5)
+
+
+def test_sharded_ranks_of_which_one_has_no_image_are_told_so_instead_of_hanging(tmp_path):
+    """The ranks with images would wait for the others' pieces of the vision encoder."""
+    with pytest.raises(AssertionError, match=r"PreflightError: .*has images on some ranks and none on others"):
+        tiny.run_ranks(train_images_fsdp2, 2, tmp_path, "qwen", 2, timeout=60)

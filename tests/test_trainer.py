@@ -46,9 +46,8 @@ def make_trainer(folder, student=None, teacher=None, rows=None, tokenizer=None, 
         student if student is not None else tiny.make_qwen3(seed=1),
         teacher,
         make_args(folder, **kwargs),
-        train_dataset=datasets.Dataset.from_list(rows or tiny.CHATS),
-        processing_class=tokenizer or tiny.make_tokenizer(),
-        **(extra or {}),
+        train_dataset=rows or tiny.CHATS,
+        **({"processing_class": tokenizer or tiny.make_tokenizer()} | (extra or {})),
     )
 
 
