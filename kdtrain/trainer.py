@@ -48,15 +48,25 @@ from trl.models.utils import prepare_fsdp, unwrap_model_for_generation
 from kdtrain import telemetry
 from kdtrain.batch import for_teacher, model_inputs, teacher_inputs, token_level
 from kdtrain.checkpoints import load_weights
+from kdtrain.construction import (
+    Rows,
+    adapters_on_the_head,
+    check_data,
+    check_teacher_arguments,
+    hide_token,
+    local_teacher,
+    placeholder,
+    tokenizer_or_none,
+)
 from kdtrain.data.chat import ChatTemplate
 from kdtrain.data.collate import Collator, cut_rows
-from kdtrain.errors import NonFiniteError, NotAvailableError, PreflightError
+from kdtrain.errors import NonFiniteError, PreflightError
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids, student_generates
 from kdtrain.knobs import Knobs
 from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, count_supervised_in, next_token_labels, world_scale
 from kdtrain.models import disable_dropout, sees_images
-from kdtrain.teachers import LocalTeacher, Targets, Teacher, build_teacher
+from kdtrain.teachers import Targets, Teacher
 from kdtrain.token_loss import TokenLoss, Vocabulary
 from kdtrain.visual_kd import has_images, visual_units
 from kdtrain.visual_term import VisualTerm, first_batch_with_images
@@ -121,26 +131,26 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if args is None:
             raise ValueError("GKDTrainerWithMetrics needs args, a trl GKDConfig: its output_dir has no default.")
         self.knobs = Knobs.from_args(args)
-        _check_teacher_arguments(teacher_model, teacher, self.knobs)
+        check_teacher_arguments(teacher_model, teacher, self.knobs)
         if self.knobs.needs_teacher and teacher is None:
             # Before the student is touched: a missing teacher should not cost the loading of a model.
-            teacher = _local_teacher(teacher_model, args)
+            teacher = local_teacher(teacher_model, args)
         args.remove_unused_columns = False  # the collator reads columns that no forward takes
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         args.logging_nan_inf_filter = False  # it shows a NaN run as loss 0.0
         args.average_tokens_across_devices = True
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        train_dataset, eval_dataset = (_placeholder(data) for data in given.values())
+        train_dataset, eval_dataset = (placeholder(data) for data in given.values())
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
-        _check_data(train_dataset, args)
-        _hide_token(args)
+        check_data(train_dataset, args)
+        hide_token(args)
         if self.knobs.visual_kd is not None and args.ddp_find_unused_parameters is None:
             # A rank whose batch has no image leaves its vision path without a gradient; the others would wait for it.
             args.ddp_find_unused_parameters = True
         if data_collator is None:
             data_collator = Collator(processing_class, max_length=args.max_length)
         # SFTTrainer's constructor, past GKDTrainer's: see the table above.
-        with _adapters_on_the_head():
+        with adapters_on_the_head():
             super(GKDTrainer, self).__init__(
                 model,
                 args=args,
@@ -157,7 +167,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             )
         for name, data in given.items():
             if isinstance(data, list):
-                setattr(self, name, _Rows(data))
+                setattr(self, name, Rows(data))
         if args.disable_dropout:
             disable_dropout(self.model)
         self._teach_to_stop()
@@ -201,7 +211,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if shared is None:
             name = getattr(getattr(teacher.module, "config", None), "_name_or_path", "")
             # Equal sizes do not mean equal vocabularies; but nothing is downloaded to find out.
-            known = _tokenizer_or_none(name) if sizes[0] != sizes[1] or os.path.isdir(name) else None
+            known = tokenizer_or_none(name) if sizes[0] != sizes[1] or os.path.isdir(name) else None
             shared = shared_vocabulary(*sizes, self._tokenizer, known)
         return Vocabulary(*sizes, shared)
 
@@ -635,100 +645,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         return None if model is None else self.accelerator.unwrap_model(model)
 
 
-@contextlib.contextmanager
-def _adapters_on_the_head() -> Iterator[None]:
-    """Let SFTTrainer's constructor accept an adapter on `lm_head`.
-
-    It refuses one because its own loss reads the weight of the head past it. Ours goes through the module there.
-    """
-    from trl.trainer import sft_trainer
-
-    refused, sft_trainer.BaseTunerLayer = sft_trainer.BaseTunerLayer, ()
-    try:
-        yield
-    finally:
-        sft_trainer.BaseTunerLayer = refused
-
-
-def _check_teacher_arguments(teacher_model: Any, teacher: Teacher | None, knobs: Knobs) -> None:
-    if teacher_model is not None and teacher is not None:
-        raise ValueError("Pass either teacher_model or teacher, not both.")
-    if knobs.needs_teacher and teacher_model is None and teacher is None:
-        raise ValueError(
-            f"llm_kd_weight is {knobs.llm_kd_weight} and visual KD is {'on' if knobs.visual_kd else 'off'}: this needs "
-            "a teacher. Pass teacher_model (rlhf.teacher_model), or set llm_kd_weight to 0 for supervised training."
-        )
-    if not knobs.needs_teacher and (teacher_model is not None or teacher is not None):
-        logger.warning("No KD is active (llm_kd_weight is 0, visual KD is off): the teacher is not used.")
-
-
 def _tell_logits(reason: str) -> None:
     logger.warning("The student's logits are made in full, which takes more time and memory: %s.", reason)
-
-
-def _hide_token(args: GKDConfig) -> None:
-    """Move a hub token out of the arguments, which upstream pickles beside every checkpoint and pushes to the hub."""
-    if args.hub_token is not None:
-        os.environ.setdefault("HF_TOKEN", args.hub_token)
-        args.hub_token = None
-
-
-class _Rows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows as they were given: an Arrow table would want one type for all contents, and could not hold a PIL image."""
-
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return dict(self._rows[index])
-
-
-def _placeholder(data: Any) -> Any:
-    """Upstream's constructor looks at the type and the length, and wants an Arrow table."""
-    return Dataset.from_dict({"row": range(len(data))}) if isinstance(data, list) else data
-
-
-def _check_data(train_dataset: Any, args: GKDConfig) -> None:
-    """Refuse what would count rows twice, lose some, or train ranks on different things."""
-    from torch.utils.data import IterableDataset
-
-    if isinstance(train_dataset, IterableDataset):
-        raise NotAvailableError(
-            "An IterableDataset (streaming) is not available yet: pass a datasets.Dataset, whose rows can be counted."
-        )
-    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-        raise NotAvailableError(
-            f"training.train_sampling_strategy: {args.train_sampling_strategy} is not available yet: its order depends "
-            "on the state of each rank, so that ranks would skip rows and a resumed run would see others."
-        )
-
-
-def _local_teacher(teacher_model: PreTrainedModel | nn.Module | str | None, args: GKDConfig) -> Teacher:
-    if isinstance(teacher_model, str):
-        return build_teacher(
-            teacher_model,
-            init_kwargs=args.teacher_model_init_kwargs,
-            device=args.device,
-            trust_remote_code=args.trust_remote_code,
-        )
-    assert teacher_model is not None
-    return LocalTeacher(teacher_model)
-
-
-def _tokenizer_or_none(name: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved with a model, where it can be had; its absence is reported by the comparison."""
-    from kdtrain.errors import PreflightError
-    from kdtrain.models import load_tokenizer
-
-    if not name:
-        return None
-    try:
-        return load_tokenizer(name)
-    except PreflightError:
-        return None
 
 
 def _stable_seed(text: str) -> int:

@@ -22,6 +22,7 @@ LAYERS = [
         "knobs",
         "answers",
         "batch",
+        "construction",
         "zero",
     },
     {"teachers", "models", "lm_head", "data", "vision", "vocabulary", "losses"},
