@@ -30,7 +30,7 @@ from kdtrain.losses.workspace import workspace
 
 # Bytes of the two logit tiles of a chunk together. On a GPU the scratch of the element-wise part is one and a half
 # times as much again, on a CPU it is a few blocks.
-_TILE_BYTES = {"cpu": 128 * 2**20, "cuda": 384 * 2**20}
+_TILE_BYTES = {"cpu": 256 * 2**20, "cuda": 384 * 2**20}
 # Values of one element-wise block: on a CPU its buffers stay in the cache, on a GPU a block is the whole tile.
 _BLOCK_VALUES = 2**20
 
@@ -221,8 +221,7 @@ class _Run:
     def all_chunks(self) -> None:
         """Compute everything, chunk by chunk, in buffers that are made once."""
         call, (tokens, vocabulary) = self.call, (len(self.labels), self.call.student.weight.shape[0])
-        weight = call.student.weight
-        sizes = chunk_sizes(tokens, call.chunk_tokens or default_chunk(vocabulary, weight.dtype, weight.device))
+        sizes = chunk_sizes(tokens, call.chunk_tokens or default_chunk(vocabulary, self.dtype, self.hidden.device))
         if not sizes:
             return
         tile = sizes[0], vocabulary, self.dtype, self.hidden.device
@@ -316,16 +315,10 @@ def _compiled_tile_terms() -> Callable[..., TileSums]:
 
 
 def default_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens of a chunk: as many as two logit tiles of the budget hold, at least 64 and, on a CPU, at most 256.
-
-    Args:
-        dtype: of the head. On a CPU every chunk widens the whole of a half-precision one: they are fewer.
-    """
+    """Tokens of a chunk: as many as two logit tiles of the budget hold, at least 64 and, on a CPU, at most 256."""
     budget = _TILE_BYTES.get(device.type, _TILE_BYTES["cuda"])
-    if device.type == "cpu" and dtype.itemsize == 2:
-        budget *= 2
     largest = 256 if device.type == "cpu" else 8192
-    return min(max(budget // (2 * vocabulary * max(dtype.itemsize, 4)), 64), largest)
+    return min(max(budget // (2 * vocabulary * dtype.itemsize), 64), largest)
 
 
 def chunk_sizes(tokens: int, chunk: int) -> list[int]:
