@@ -21,7 +21,13 @@ import torch
 
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.divergence import Divergence, check_divergence_arguments
-from kdtrain.losses.gemm import HalfGradients, add_weight_gradient, hidden_gradient, one_dtype
+from kdtrain.losses.gemm import (
+    HalfGradients,
+    add_weight_gradient,
+    hidden_gradient,
+    one_dtype,
+    power_of_two_unit,
+)
 from kdtrain.losses.head import Head
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, normaliser
 from kdtrain.losses.tile import Buffers, TileOptions, TileSums, tile_terms, topk_tile_terms
@@ -200,13 +206,19 @@ class _Run:
         self.num_tokens = tokens
         self.inverse_items = 1 / normaliser(call.num_items, tokens).to(self.dtype)
         self.ce_rows = None if call.ce_mask is None else call.ce_mask.to(device)[rows].to(self.dtype)
+        # The gradient is (g · scale) · left_to_scale, with g the tile's, which the options' weights are a factor of.
         self.options, self.scale, self.left_to_scale = call.options, call.student.logit_scale, self.inverse_items
-        if device.type == "cpu":  # where a factor is a number: put into the tile it costs nothing
-            factor = float(self.inverse_items) * self.scale
-            self.options, self.scale, self.left_to_scale = call.options.scaled(factor), 1.0, torch.ones(())
         self.half = None
-        if HalfGradients.fit(hidden_SH, call.student.weight) and len(labels_S):
-            self.half = HalfGradients(hidden_SH, call.student.weight, self.wants_hidden, self.wants_weight)
+        if device.type == "cpu":  # where a factor is a number: put into the tile it costs nothing
+            self.scale, self.left_to_scale = float(self.inverse_items) * self.scale, torch.ones(())
+            halves = HalfGradients.fit(hidden_SH, call.student.weight) and len(labels_S) > 0
+            weight = call.options.ce_weight or call.options.kd_weight
+            unit = power_of_two_unit(self.scale, weight) if halves else abs(self.scale) or 1.0
+            self.options, self.scale = call.options.scaled(unit), self.scale / unit
+            if halves:
+                self.half = HalfGradients(
+                    hidden_SH, call.student.weight, self.scale, self.wants_hidden, self.wants_weight
+                )
         empty = torch.zeros(0, device=device)
         own_hidden, own_weight = (wants and self.half is None for wants in (self.wants_hidden, self.wants_weight))
         self.grad_hidden = torch.empty_like(hidden_SH, dtype=self.dtype) if own_hidden else empty

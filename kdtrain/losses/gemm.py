@@ -13,6 +13,8 @@ Gradients are float32 until all factors are in, with one exception: those of bfl
 from __future__ import annotations
 
 import logging
+import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,11 +42,11 @@ def project(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, out_CV: torch.Tens
     """
     if hidden_CH.device.type == "cuda" and hidden_CH.dtype != out_CV.dtype:
         return torch.mm(hidden_CH, weight_VH.t(), out_dtype=out_CV.dtype, out=out_CV)
-    wide_hidden = hidden_CH.to(out_CV.dtype)
+    wide_hidden, source = hidden_CH.to(out_CV.dtype), (hidden_CH.dtype, weight_VH.dtype)
     if weight_VH.dtype == out_CV.dtype:
-        return _mm(wide_hidden, weight_VH.t(), out_CV, hidden_CH.dtype)
+        return _mm(wide_hidden, weight_VH.t(), out_CV, source)
     for rows, wide in _widened(weight_VH, out_CV.dtype):
-        _mm(wide_hidden, wide.t(), out_CV[:, rows], hidden_CH.dtype)
+        _mm(wide_hidden, wide.t(), out_CV[:, rows], source)
     return out_CV
 
 
@@ -66,7 +68,7 @@ def hidden_gradient(gradient_CV: torch.Tensor, weight_VH: torch.Tensor, scale: f
     """scale · gradient · weight, [C, H] in the dtype of the gradient."""
     if weight_VH.dtype == gradient_CV.dtype:
         out = gradient_CV.new_empty(gradient_CV.shape[0], weight_VH.shape[1])
-        return _mm(gradient_CV, weight_VH, out, gradient_CV.dtype).mul_(scale)
+        return _mm(gradient_CV, weight_VH, out).mul_(scale)
     if weight_VH.device.type == "cuda":
         narrow = gradient_CV.to(weight_VH.dtype)
         return torch.mm(narrow, weight_VH, out_dtype=gradient_CV.dtype).mul_(scale)
@@ -84,7 +86,7 @@ def add_weight_gradient(
     `first` writes instead of adding: what `total` holds then does not matter, and it need not be filled with zeros.
     """
     if first and hidden_CH.device.type == "cpu":
-        _mm(gradient_CV.t(), hidden_CH.to(total_VH.dtype), total_VH, gradient_CV.dtype)
+        _mm(gradient_CV.t(), hidden_CH.to(total_VH.dtype), total_VH)
         if scale != 1:
             total_VH.mul_(scale)
         return
@@ -97,22 +99,38 @@ def add_weight_gradient(
     _addmm(total_VH, gradient_CV.t(), hidden_CH.to(total_VH.dtype), scale)
 
 
+def power_of_two_unit(scale: float, weight: float) -> float:
+    """The factor that a logits' gradient is multiplied by before it is rounded to bfloat16; the rest comes after.
+
+    The cross-entropy subtracts its weight at every label. Rounded to bfloat16 that one number errs in the same
+    direction at every token, by up to 0.4 %, which sums over tokens do not average out. A power of two is exact.
+
+    Args:
+        scale: all factors of the gradient but the weights of its terms.
+        weight: of the cross-entropy; without one that of the divergence, which does so where the teacher is certain.
+    """
+    weight = weight or 1.0
+    size = abs(scale) * weight
+    return 2.0 ** round(math.log2(size)) / weight if 0 < size < math.inf else 1.0
+
+
 class HalfGradients:
     """Gradients of a bfloat16 hidden state and weight on a CPU, whose bfloat16 products are twice as fast as float32.
 
-    The logits' gradient is rounded to bfloat16, whose errors average out in the sums over tokens and vocabulary, and
-    each product once more, to what it would be handed out as. To keep it at one rounding the weight's product is made
-    for as many tokens together as the buffer holds; where that takes several products, they are summed in float32.
+    The logits' gradient is rounded to bfloat16 (see `power_of_two_unit`), and each product once more, to what it would
+    be handed out as. To keep it at one rounding the weight's product is made for as many tokens together as the buffer
+    holds; where that takes several products, they are summed in float32.
 
     Args:
         hidden_SH, weight_VH: the operands, bfloat16.
+        scale: factor of both gradients.
         wants_hidden, wants_weight: which gradients to make.
     """
 
     def __init__(
-        self, hidden_SH: torch.Tensor, weight_VH: torch.Tensor, wants_hidden: bool, wants_weight: bool
+        self, hidden_SH: torch.Tensor, weight_VH: torch.Tensor, scale: float, wants_hidden: bool, wants_weight: bool
     ) -> None:
-        self.hidden, self.weight = hidden_SH, weight_VH
+        self.hidden, self.weight, self.scale = hidden_SH, weight_VH, scale
         self.grad_hidden = torch.empty_like(hidden_SH) if wants_hidden else None
         self.grad_weight: torch.Tensor | None = None
         self.wants_weight = wants_weight
@@ -127,7 +145,7 @@ class HalfGradients:
         return hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.bfloat16
 
     def add(self, chunk: slice, gradient_CV: torch.Tensor) -> None:
-        """Take in the gradient of a chunk's logits, all factors included; chunks come in order.
+        """Take in the gradient of a chunk's logits; chunks come in order.
 
         Args:
             chunk: its tokens.
@@ -141,7 +159,8 @@ class HalfGradients:
             self.gradient = workspace.take("gradient", *shape, self.weight.dtype, self.weight.device)
         narrow = self.gradient[self.filled : self.filled + size].copy_(gradient_CV)
         if self.grad_hidden is not None:
-            torch.mm(narrow, self.weight, out=self.grad_hidden[chunk])
+            out = self.grad_hidden[chunk]  # its numbers do not matter: beta is 0
+            torch.addmm(out, narrow, self.weight, beta=0, alpha=self.scale, out=out)
         if self.wants_weight:
             self.first = chunk.start if self.filled == 0 else self.first
             self.filled += size
@@ -159,7 +178,9 @@ class HalfGradients:
         if not self.filled or self.gradient is None:
             return
         tokens = slice(self.first, self.first + self.filled)
-        product = torch.mm(self.gradient[: self.filled].t(), self.hidden[tokens])
+        product = torch.empty_like(self.weight)
+        gradient = self.gradient[: self.filled].t()
+        torch.addmm(product, gradient, self.hidden[tokens], beta=0, alpha=self.scale, out=product)
         self.filled = 0
         if self.grad_weight is None:
             self.grad_weight = product
@@ -176,8 +197,10 @@ def _widened(weight_VH: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slic
         yield rows, buffer[: rows.stop - start].copy_(weight_VH[rows])
 
 
-def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, source: torch.dtype) -> torch.Tensor:
-    """out = a · b. `source` is the dtype that `a` was widened from, or its own."""
+def _mm(
+    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, source: tuple[torch.dtype, ...] | None = None
+) -> torch.Tensor:
+    """out = a · b. `source` are the dtypes that they were widened from; None is their own."""
     key = _key(a, b, source)
     with _onednn(_computes_in_float32.get(key, True)):
         torch.mm(a, b, out=out)
@@ -188,7 +211,7 @@ def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, source: torch.dtype
 
 def _addmm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
     """total += scale · a · b."""
-    key = _key(a, b, a.dtype)
+    key = _key(a, b, None)
     if key not in _computes_in_float32:
         part = a[:1024]  # enough rows for the same kernel, without another tensor of the size of `total`
         with _onednn(True):
@@ -198,12 +221,17 @@ def _addmm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) 
         total.addmm_(a, b, alpha=scale)
 
 
-def _key(a: torch.Tensor, b: torch.Tensor, source: torch.dtype) -> tuple[str | int, ...]:
-    """Under what a product is remembered: where its left operand came from, and the magnitude of its sizes.
+def _key(a: torch.Tensor, b: torch.Tensor, source: tuple[torch.dtype, ...] | None) -> tuple[str | int, ...]:
+    """Under what a product is remembered: where its operands came from, and the magnitude of its sizes.
 
     Operands that came from half precision stand apart: rounding does not change them, so they prove nothing for others.
     """
-    return (a.device.type, str(source), str(a.dtype), *(size.bit_length() for size in (*a.shape, b.shape[1])))
+    return (
+        a.device.type,
+        str(source or (a.dtype, b.dtype)),
+        str(a.dtype),
+        *(size.bit_length() for size in (*a.shape, b.shape[1])),
+    )
 
 
 def _look(key: tuple[str | int, ...], a: torch.Tensor, b: torch.Tensor, product: torch.Tensor) -> bool:
@@ -231,7 +259,9 @@ def _look(key: tuple[str | int, ...], a: torch.Tensor, b: torch.Tensor, product:
 def _onednn(allowed: bool) -> Iterator[None]:
     """Let float32 products of this block go to oneDNN; the setting of the process is restored."""
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if not allowed or matmul is None or not torch.backends.mkldnn.is_available():
+    # A setting of the process: two threads that change and restore it could leave it changed.
+    alone = threading.current_thread() is threading.main_thread()
+    if not allowed or not alone or matmul is None or not torch.backends.mkldnn.is_available():
         yield
         return
     before = matmul.fp32_precision

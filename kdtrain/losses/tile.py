@@ -20,6 +20,7 @@ The definitions are those of `divergence.py`, and the tests hold this file to th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,6 +31,8 @@ from kdtrain.losses.workspace import workspace
 
 # Below the smallest normal float32 a probability is taken for this one where it is divided by.
 _TINY = torch.finfo(torch.float32).tiny
+# Probabilities that are further apart than this, in nats, may include such.
+_FAR = 80.0
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,9 @@ def _mixture(
     gap = torch.sub(q, p, out=work)
     # log(m/p) = log(1 + β·(q−p)/p)
     log_mp = torch.div(gap, torch.clamp(p, min=_TINY, out=q), out=q).mul_(beta).log1p_()
+    if log_qp.device.type != "cpu" or log_qp.amax() > _FAR:
+        # log(m/p) > log(β·q/p), and where p is too small to be divided by they are the same.
+        torch.maximum(log_mp, log_qp.add_(math.log(beta)), out=log_mp)
     p_log_mp = _dot(p, log_mp, log_qp)
     value = beta * forward_kl - p_log_mp - beta * _dot(gap, log_mp, gap)
     if with_gradient:
@@ -318,11 +324,11 @@ def topk_tile_terms(
     known = (student.gather(1, ids) - log_z).masked_fill(missing, -torch.inf)
     teacher = targets.logprobs.to(student.dtype)
     named = known_columns(targets, student.shape[1], student.device)
-    mass_left = work.copy_(p).masked_fill_(named, 0.0).sum(-1, keepdim=True)
+    # From the logits: the probabilities of a tail that the student finds impossible are 0 in float32.
+    others = work.copy_(student).masked_fill_(named, -torch.inf)
     if tail == "bucket":
         everything = named.all(-1, keepdim=True)
-        smallest = mass_left.clamp(min=_TINY)
-        known = torch.cat([known, smallest.log().masked_fill(everything, -torch.inf)], 1)
+        known = torch.cat([known, others.logsumexp(-1, keepdim=True) - log_z], 1)
         teacher = torch.cat([teacher, teacher_tail(teacher, everything)], 1)
     with torch.enable_grad():
         known.requires_grad_(with_gradient)
@@ -338,8 +344,12 @@ def topk_tile_terms(
         gradient = gradient * options.kd_weight
         count = ids.shape[1]
         at_known = torch.where(missing, 0.0, gradient[:, :count])
-        share = gradient[:, count:] / smallest if tail == "bucket" else torch.zeros_like(log_z)
-        torch.mul(p, share, out=student).masked_fill_(named, 0.0).scatter_add_(1, ids, at_known)
+        if tail == "bucket":
+            in_tail = gradient[:, count:].masked_fill(everything, 0.0)
+            torch.softmax(others, -1, out=student).masked_fill_(named, 0.0).mul_(in_tail)
+        else:
+            student.zero_()
+        student.scatter_add_(1, ids, at_known)
         student.add_(work.copy_(p).mul_(coefficient))
         _subtract_at(student, labels, coefficient)
     return sums

@@ -29,7 +29,7 @@ class Workspace(threading.local):
         if kept is None or kept.dtype != dtype or kept.numel() < count:
             self._kept.pop(name, None)
             with torch.inference_mode(False):  # a buffer made in inference mode could be used there only
-                kept = self._kept[name] = torch.empty(count, dtype=dtype)
+                kept = self._kept[name] = torch.empty(count, dtype=dtype, device=device)
         return kept[:count].view(rows, columns)
 
 
