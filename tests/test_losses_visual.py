@@ -83,6 +83,31 @@ def test_cosine_of_nearly_equal_features_does_not_drown_in_rounding():
     assert feature_distance([s.float()], [s.float()], "cosine", "vit").item() == 0.0
 
 
+def test_a_vector_of_zeros_is_at_distance_one_and_has_no_gradient():
+    student, teacher = torch.randn(4, 8), torch.randn(4, 8)
+    student[1], teacher[2], student[3], teacher[3] = 0, 0, 0, 0
+    student.requires_grad_()
+    distance = feature_distance([student], [teacher], "cosine", "vit")
+    expected = 1 - torch.nn.functional.cosine_similarity(student[0], teacher[0], dim=0)
+    assert distance.item() == pytest.approx((expected.item() + 1 + 1 + 0) / 4, rel=1e-5)
+    distance.backward()
+    assert student.grad[0].abs().sum() > 0
+    assert not student.grad[1:].any()
+
+
+def test_grids_of_as_many_tokens_in_another_shape_are_resized():
+    student, teacher = torch.randn(12, 8), torch.randn(12, 8)
+    wide, high = Grids([torch.tensor([[1, 2, 6]])]), Grids([torch.tensor([[1, 4, 3]])])
+    found = feature_distance(
+        [student], [teacher], "mse", "vit", match="interpolate", student_grids=wide, teacher_grids=high
+    )
+    assert found.item() != pytest.approx((student - teacher).square().mean().item(), rel=1e-3)
+    image = teacher.reshape(1, 4, 3, 8).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(image, (2, 6), mode="bilinear", align_corners=False)
+    expected = (student - resized.permute(0, 2, 3, 1).reshape(12, 8)).square().mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("distance", REFERENCES)
 def test_a_projector_is_taught_with_the_student(distance):
     projector = torch.nn.Linear(6, 10)

@@ -210,7 +210,8 @@ class _Run:
         self.options, self.scale, self.left_to_scale = call.options, call.student.logit_scale, self.inverse_items
         self.half = None
         if device.type == "cpu":  # where a factor is a number: put into the tile it costs nothing
-            self.scale, self.left_to_scale = float(self.inverse_items) * self.scale, torch.ones(())
+            self.scale *= self.inverse_items.item()
+            self.left_to_scale = torch.ones(())
             halves = HalfGradients.fit(hidden_SH, call.student.weight) and len(labels_S) > 0
             weight = call.options.ce_weight or call.options.kd_weight
             unit = power_of_two_unit(self.scale, weight) if halves else abs(self.scale) or 1.0

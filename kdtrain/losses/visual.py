@@ -18,6 +18,8 @@ from kdtrain.errors import PreflightError
 
 Distance = Literal["mse", "cosine"]
 Match = Literal["exact", "interpolate"]
+# Feature vectors that are shorter have no direction to compare.
+_SHORTEST = 1e-8
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def feature_distance(
 
     - `mse`: mean over elements of (s − t)².
     - `cosine`: mean over tokens of 1 − cos(s, t), as ½·|s/|s| − t/|t||², which is 0 for equal features and not only
-      nearly so.
+      nearly so; 1 where one of the two is zero.
 
     The gradient reaches the student's features and the projector, never the teacher's features.
 
@@ -58,7 +60,7 @@ def feature_distance(
         distance: one of the two.
         target: name for messages.
         projector: applied to the student's features, where widths differ.
-        match: "interpolate" resizes the teacher's grid of tokens to the student's, bilinearly, where counts differ.
+        match: "interpolate" resizes the teacher's grid of tokens to the student's, bilinearly, where they differ.
         student_grids, teacher_grids: needed to resize packed features.
 
     Raises:
@@ -76,7 +78,7 @@ def feature_distance(
         for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
             s, t = s.to(device), t.detach().to(device)
             if match == "interpolate" and (
-                s.shape[:-1] != t.shape[:-1] or _block(student_grids) != _block(teacher_grids)
+                s.shape[:-1] != t.shape[:-1] or not _same_grids(student_grids, teacher_grids, i)
             ):
                 t = _resized(s, t, target, i, student_grids, teacher_grids)
                 s = s.reshape(-1, s.shape[-1])
@@ -87,9 +89,23 @@ def feature_distance(
         student_NF, teacher_NF = (torch.cat(side) for side in zip(*pairs, strict=True))
         if distance == "mse":
             return (student_NF - teacher_NF).square().mean()
-        # The eps of torch's cosine_similarity.
-        student_NF, teacher_NF = (nn.functional.normalize(x, dim=-1, eps=1e-8) for x in (student_NF, teacher_NF))
-        return (student_NF - teacher_NF).square().sum(-1).mean() / 2
+        return _cosine_distance(student_NF, teacher_NF)
+
+
+def _cosine_distance(student_NF: torch.Tensor, teacher_NF: torch.Tensor) -> torch.Tensor:
+    """Mean of ½·|s/|s| − t/|t||². A vector of zeros has no direction: its distance is 1, without a gradient.
+
+    Divided by a small number instead, one such token would give a gradient of 1e8, and clipping would take the rest of
+    the step away.
+    """
+    lengths = [x.norm(dim=-1, keepdim=True) for x in (student_NF, teacher_NF)]
+    directed = (lengths[0] > _SHORTEST) & (lengths[1] > _SHORTEST)
+    both = (lengths[0] <= _SHORTEST) & (lengths[1] <= _SHORTEST)
+    ours, theirs = (
+        x / torch.where(directed, length, 1.0) for x, length in zip((student_NF, teacher_NF), lengths, strict=True)
+    )
+    distances = torch.where(directed, (ours - theirs).square().sum(-1, keepdim=True) / 2, (~both).float())
+    return distances.mean()
 
 
 def _misfit(s: torch.Tensor, t: torch.Tensor, target: str, match: Match, projector: nn.Module | None) -> str:
@@ -112,6 +128,14 @@ def _misfit(s: torch.Tensor, t: torch.Tensor, target: str, match: Match, project
 # ---- grids -----------------------------------------------------------------------------------------------------------
 
 Shape = tuple[int, int, int]  # frames, rows and columns of tokens
+
+
+def _same_grids(student: Grids | None, teacher: Grids | None, visual_pass: int) -> bool:
+    """Whether tokens in equal numbers lie alike: 2 × 6 and 4 × 3 are as many."""
+    if student is None or teacher is None:
+        return _block(student) == _block(teacher)
+    first, second = student.passes[visual_pass], teacher.passes[visual_pass]
+    return student.block == teacher.block and torch.equal(first, second.to(first.device))
 
 
 def _block(grids: Grids | None) -> int:
