@@ -193,7 +193,8 @@ def evaluation(config: RunConfig, written: Written) -> Iterator[Problem]:
         if strategy != "no":
             message = f"evaluation asked for ({strategy}) without data"
             yield Problem(("training", "eval_strategy"), message, "set data.eval, or eval_strategy: no")
-        idle = [k for k in config.training if k != "eval_strategy" and (k.startswith("eval_") or "_eval" in k)]
+        used = {"eval_strategy"} | ({"per_device_eval_batch_size"} if config.answers_from_teacher else set())
+        idle = [k for k in config.training if k not in used and (k.startswith("eval_") or "_eval" in k)]
         yield from _no_effect(("training",), idle, "there is no data.eval")
         if config.needs_teacher and written.has("rlhf", "eval_kd"):
             yield from _no_effect(("rlhf",), ["eval_kd"], "there is no data.eval")
