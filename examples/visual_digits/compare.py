@@ -90,10 +90,11 @@ def generate(model: PreTrainedModel, processor: Any, rows: Sequence[dict[str, An
     return answers
 
 
-def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """Mean of the paired differences, and half the width of its 95 % interval."""
+def difference(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
+    """Mean of the paired differences, half the width of its 95 % interval, and how many of them are above 0."""
     pairs = [a - b for a, b in zip(first, second, strict=True)]
-    return statistics.mean(pairs), T_95 * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    half = T_95 * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return {"mean": statistics.mean(pairs), "half_interval": half, "above_0": sum(pair > 0 for pair in pairs)}
 
 
 def compare() -> dict[str, Any]:
@@ -110,7 +111,7 @@ def compare() -> dict[str, Any]:
         "heldout": {"rows": len(rows), "images": len({row["images"][0] for row in rows})},
         "teacher": score("teacher"),
         "arms": arms,
-        "differences": {f"{a} - {b}": difference(overall[a], overall[b]) for a, b in PAIRS},
+        "differences": {f"{a} − {b}": difference(overall[a], overall[b]) for a, b in PAIRS},
     }
 
 
@@ -134,12 +135,13 @@ def table(results: dict[str, Any]) -> str:
         f"Right answers in percent, {heldout['rows']:,} questions about {heldout['images']} held-out images; mean and "
         f"standard deviation over {len(SEEDS)} seeds.",
         "",
-        "| difference | percentage points, 95 % interval | |",
-        "|---|--:|---|",
+        "| difference | percentage points, 95 % interval | above 0 | |",
+        "|---|--:|--:|---|",
     ]
-    for name, (mean, half) in results["differences"].items():
-        verdict = "" if abs(mean) > half else "within noise"
-        lines.append(f"| {name.replace(' - ', ' − ')} | {100 * mean:+.1f} ± {100 * half:.1f} | {verdict} |")
+    for name, of in results["differences"].items():
+        verdict = "" if abs(of["mean"]) > of["half_interval"] else "within noise"
+        interval = f"{100 * of['mean']:+.1f} ± {100 * of['half_interval']:.1f}"
+        lines.append(f"| {name} | {interval} | {of['above_0']} of {len(SEEDS)} seeds | {verdict} |")
     return "\n".join(lines) + "\n"
 
 
@@ -158,7 +160,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         left.errorbar(i + 0.28, mean, deviation, fmt="_", color="0.3", markersize=12, capsize=4)
     teacher = 100 * results["teacher"]["all"]
     left.axhline(teacher, color="0.5", linestyle="--")
-    left.annotate("teacher", (-0.4, teacher), va="bottom", color="0.4")
+    left.annotate("teacher", (0, teacher), (0, -4), textcoords="offset points", va="top", color="0.4")
     left.set(
         title="Held-out accuracy: three seeds, mean ± standard deviation",
         xticks=range(len(ARMS)),
