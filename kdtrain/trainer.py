@@ -49,6 +49,7 @@ from kdtrain.batch import model_inputs, teacher_inputs
 from kdtrain.checkpoints import load_weights
 from kdtrain.data.chat import ChatTemplate
 from kdtrain.data.collate import Collator, cut_rows
+from kdtrain.data.multimodal import image_token_ids
 from kdtrain.errors import NonFiniteError, NotAvailableError
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids, student_generates
 from kdtrain.knobs import Knobs
@@ -276,7 +277,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         stop_ids = stop_token_ids(own, tokenizer, self.model.generation_config)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0] if stop_ids else 0
         assert self.vocabulary is not None
-        forbidden = range(self.vocabulary.shared, max(self.vocabulary.student, self.vocabulary.teacher))
+        padding = range(self.vocabulary.shared, max(self.vocabulary.student, self.vocabulary.teacher))
+        forbidden = [*padding, *image_token_ids(self.processing_class)]
         config = generation_config(stop_ids, pad_id, self.temperature, self.args.max_new_tokens, forbidden)
         # Ranks hold other rows, so they sample from other states; the window and micro-batch make them new each time.
         base = f"{side}:{self.args.seed}:{self.state.global_step}:{self.accelerator.process_index}"

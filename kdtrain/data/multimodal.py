@@ -183,6 +183,12 @@ def multimodal(processing_class: Any) -> Multimodal | None:
     return Multimodal(processing_class)
 
 
+def image_token_ids(processing_class: Any) -> list[int]:
+    """Ids that stand for parts of images, videos or sounds, which no model may write; none for a tokenizer."""
+    model = multimodal(processing_class)
+    return [] if model is None else sorted(model.image_ids)
+
+
 def tokenizer_content(tokenizer: Any) -> dict[str, Any]:
     """Everything about a fast tokenizer that changes ids."""
     content: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
