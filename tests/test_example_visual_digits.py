@@ -198,7 +198,12 @@ def test_the_interval_of_paired_differences_is_students_t():
     assert found["above_0"] == 3
 
 
-def test_the_page_shows_what_the_comparison_measured():
+def test_pages_show_what_the_comparison_measured():
     results = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert compare.table(results).strip() in page
+    blocks = compare.table(results).strip().split("\n\n")
+    assert len(blocks) == 3
+    assert [block for block in blocks if block not in page] == []
+    means = {arm: 100 * sum(one["all"] for one in of) / len(of) for arm, of in results["arms"].items()}
+    gist = (FOLDER.parent.parent / "README.md").read_text(encoding="utf-8").split("## Vision-language models")[1]
+    assert "| " + " | ".join(f"{mean:.1f}" for mean in means.values()) in gist
