@@ -99,13 +99,15 @@ def twin(tmp_path):
 
 @pytest.fixture
 def fit(twin, monkeypatch, capsys):
-    def run(*more):
+    def run(*more, code=0):
         folder, overrides = twin
         monkeypatch.setattr(sys, "argv", ["kdtrain", "fit", str(RECIPE), *overrides, *more])
         with pytest.raises(SystemExit) as done:
             cli.main()
         err = capsys.readouterr().err
-        assert done.value.code == 0, err
+        assert done.value.code == code, err
+        if code:
+            return err
         records = [json.loads(line) for line in (folder / "run" / "logging.jsonl").read_text().splitlines()]
         return folder / "run", records
 
@@ -139,6 +141,18 @@ def test_its_adapter_reaches_the_vision_encoder_and_the_mergers_and_learns_there
     trained = {name for name, value in adapter.items() if "lora_B" in name and value.abs().max() > 0}
     for part in ("visual.blocks.0.", "visual.merger.", "visual.deepstack_merger_list.2.", "language_model.layers.3."):
         assert any(part in name for name in trained), part
+
+
+def test_an_adapter_in_the_language_model_alone_cannot_follow_the_visual_term(fit):
+    err = " ".join(fit("rlhf.lmbda=0", "tuner.target_modules=[q_proj, v_proj]", code=3).split())
+    assert "the student's features carry no gradient" in err
+
+
+def test_with_a_frozen_encoder_the_mergers_still_learn(fit):
+    run, _ = fit("rlhf.lmbda=0", "tuner.freeze_vit=true")
+    adapter = load_file(run / "adapter_model.safetensors")
+    assert not [name for name in adapter if "visual.blocks" in name]
+    assert [name for name in adapter if "visual.deepstack_merger_list" in name]
 
 
 def test_its_student_answers_about_images_itself(fit):

@@ -46,7 +46,8 @@ def fit(monkeypatch, capsys, example, tmp_path):
         monkeypatch.setattr(sys, "argv", ["kdtrain", *arguments])
         with pytest.raises(SystemExit) as done:
             cli.main()
-        assert done.value.code == 0, capsys.readouterr().err
+        run.said = " ".join(capsys.readouterr().err.split())
+        assert done.value.code == 0, run.said
         return tmp_path / config
 
     yield run
@@ -159,6 +160,7 @@ def test_every_config_trains_two_steps(config, example, fit):
     kept = [json.loads(line) for file in run.glob("teacher_answers/*/*.jsonl") for line in file.open()]
     # 12 rows out of 450 labelled and 1491 unlabelled ones, in proportion.
     assert len(kept) == (9 if teacher else 0)
+    assert ("answers from the data, and the teacher's where a source says so" in fit.said) == bool(teacher)
     assert (run / "visual_projectors.safetensors").exists() == ("vision_kd_loss" in TERMS[config])
     names = [name for name in ("teacher_init", "student_0") if (config == "teacher") == (name == "teacher_init")]
     before = AutoModelForImageTextToText.from_pretrained(example / "build" / names[0])
