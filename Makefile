@@ -1,15 +1,16 @@
-# make setup   an environment in .venv with everything the other targets need
-# make demo    distil a teacher into a student on real text, offline, on a CPU (some minutes)
-# make test    the tests
-# make test-deepspeed   the tests of ZeRO, which make test skips where deepspeed is not installed
-# make lint    style and types
-# make bench   the loss against other implementations
+# make setup         an environment in .venv with everything the other targets need
+# make demo          distil a teacher into a student on real text, offline, on a CPU (some minutes)
+# make demo-vision   the same with images: five ways to teach a small vision-language model, compared
+# make test          the tests
+# make test-deepspeed   those of ZeRO, which make test skips where deepspeed is not installed
+# make lint          style and types
+# make bench         the loss against other implementations
 PYTHON ?= python3
 VENV ?= .venv
 # One thread: the demo's and the tests' models are so small that several threads only wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-deepspeed lint bench
+.PHONY: setup demo demo-vision test test-deepspeed lint bench
 
 setup: $(VENV)/installed
 
@@ -23,6 +24,9 @@ $(VENV)/installed: pyproject.toml
 
 demo: setup
 	$(VENV)/bin/python examples/quickstart/demo.py
+
+demo-vision: setup
+	$(VENV)/bin/python examples/visual_digits/demo.py
 
 test: setup
 	$(VENV)/bin/python -m pytest

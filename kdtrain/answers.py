@@ -24,6 +24,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.batch import for_teacher
 from kdtrain.data.chat import ChatTemplate
+from kdtrain.data.multimodal import image_token_ids
 from kdtrain.errors import NotAvailableError
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids
 from kdtrain.losses.reduce import IGNORE_INDEX
@@ -72,7 +73,8 @@ class TeacherAnswers:
             stops += sorted(ChatTemplate(processing_class).stop_ids - set(stops))
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0] if stops else 0
         own_size = teacher.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-        self._config = generation_config(stops, pad, None, max_new_tokens, range(vocabulary, own_size))
+        forbidden = [*range(vocabulary, own_size), *image_token_ids(processing_class)]
+        self._config = generation_config(stops, pad, None, max_new_tokens, forbidden)
         self._stops, self._collate, self._batch_size, self._progress = set(stops), collate, batch_size, progress
         self._state = PartialState()
         if getattr(teacher, "hf_device_map", None) is None:

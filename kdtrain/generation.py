@@ -60,7 +60,8 @@ def generation_config(
         stop_ids: of `stop_token_ids`.
         pad_id: fills up the rows that stopped earlier.
         temperature: of the sampling; None takes the most likely token each time instead.
-        forbidden: ids that are no token of both models (padding of the embedding).
+        forbidden: ids that are never written: padding of the embedding, which is no token of both models, and tokens
+            that stand for images, since a model that reads one looks for its image.
     """
     sampling = {} if temperature is None else {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(

@@ -41,7 +41,7 @@ def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport)
         "student": f"{config.model.model}: {total:,} parameters, {trainable:,} trained, {trainer.model.dtype}",
         "teacher": "none" if trainer.teacher is None else _describe_teacher(trainer, config),
         "loss": _describe_loss(trainer),
-        "answers": _describe_answers(trainer),
+        "answers": _describe_answers(trainer, config),
         "step": f"{rows} rows = {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
         f"{ranks} {'process' if ranks == 1 else 'processes'}, about {rows * tokens:,.0f} tokens",
         "steps": f"{steps:,}, {steps * rows / epoch_rows:.2f} epochs of {epoch_rows:,} rows",
@@ -73,10 +73,11 @@ def _describe_loss(trainer: GKDTrainerWithMetrics) -> str:
     return " + ".join(terms)
 
 
-def _describe_answers(trainer: GKDTrainerWithMetrics) -> str:
+def _describe_answers(trainer: GKDTrainerWithMetrics, config: RunConfig) -> str:
+    data = "the data, and the teacher's where a source says so" if config.answers_from_teacher else "the data"
     if not trainer.knobs.lm_kd_active:
-        return "from the data"
-    rest = "the teacher" if trainer.seq_kd else "the data"
+        return f"from {data}"
+    rest = "the teacher" if trainer.seq_kd else data
     if trainer.lmbda == 0:
         return f"from {rest}"
     return (

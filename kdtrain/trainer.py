@@ -60,6 +60,7 @@ from kdtrain.construction import (
 )
 from kdtrain.data.chat import ChatTemplate
 from kdtrain.data.collate import Collator, cut_rows
+from kdtrain.data.multimodal import image_token_ids
 from kdtrain.errors import NonFiniteError, PreflightError
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids, student_generates
 from kdtrain.knobs import Knobs
@@ -236,7 +237,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if self.train_dataset is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             batch = first_batch_with_images(self.train_dataset, self.data_collator)
             if batch is not None:
-                visual.probe(batch)
+                with self.compute_loss_context_manager():
+                    visual.probe(batch)
         return visual
 
     def _check_head(self, model: nn.Module) -> None:
@@ -290,17 +292,19 @@ class GKDTrainerWithMetrics(GKDTrainer):
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _check_images_on_all_ranks(self, batches: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse what would wait for ever: a sharded vision encoder is put together by all ranks or by none."""
-        sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        if not sharded or not sees_images(self._unwrap(self.model).config):
+        """Refuse what would wait for ever: a vision encoder in pieces is put together by all ranks or by none.
+
+        ZeRO-1 and 2 reduce gradients in buckets, which are others where the encoder has none.
+        """
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled) or not sees_images(self._unwrap(self.model).config):
             return
         flags = torch.tensor([has_images(batch) for batch in batches], device=self.accelerator.device).int()
         ranks = self.accelerator.gather(flags[None])
         if not torch.equal(ranks.amin(0), ranks.amax(0)):
             raise PreflightError(
                 f"A batch of step {self.state.global_step + 1} has images on some ranks and none on others, which FSDP "
-                "and ZeRO-3 cannot train: the ranks with images would wait for ever. Give every row an image, raise "
-                "training.per_device_train_batch_size, or train with plain data parallelism or ZeRO-2."
+                "and DeepSpeed cannot train: the ranks with images would wait for ever. Give every row an image, raise "
+                "training.per_device_train_batch_size, or train with plain data parallelism."
             )
 
     def _generates(self) -> bool:
@@ -317,7 +321,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         stop_ids = stop_token_ids(own, tokenizer, self.model.generation_config)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0] if stop_ids else 0
         assert self.vocabulary is not None
-        forbidden = range(self.vocabulary.shared, max(self.vocabulary.student, self.vocabulary.teacher))
+        padding = range(self.vocabulary.shared, max(self.vocabulary.student, self.vocabulary.teacher))
+        forbidden = [*padding, *image_token_ids(self.processing_class)]
         config = generation_config(stop_ids, pad_id, self.temperature, self.args.max_new_tokens, forbidden)
         # Ranks hold other rows, so they sample from other states; the window and micro-batch make them new each time.
         base = f"{side}:{self.args.seed}:{self.state.global_step}:{self.accelerator.process_index}"

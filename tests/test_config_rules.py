@@ -313,6 +313,10 @@ def test_an_option_without_effect_gets_one_warning(changes: dict[str, Any], path
             "training__eval_steps": 5,
             "rlhf__eval_kd": False,
         },
+        {  # how many answers the teacher writes at a time
+            "data__train": {"path": "a.jsonl", "answers": "teacher"},
+            "training__per_device_eval_batch_size": 5,
+        },
     ],
 )
 def test_an_option_with_effect_gets_no_warning(changes: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
+    AutoProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     Gemma3Config,
@@ -23,11 +24,13 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
+    Qwen3VLProcessor,
 )
 
 from tests import tiny
@@ -89,15 +92,41 @@ class _Qwen2_5_VLImagesOnly(Qwen2_5_VLProcessor):
         super(Qwen2_5_VLProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
-def make_qwen(markers: bool = True) -> Qwen2_5_VLProcessor:
-    """A token per 16 × 16 pixels, so that larger images take more of them."""
-    return _Qwen2_5_VLImagesOnly(
+class Qwen3VLImagesOnly(Qwen3VLProcessor):
+    """As above. Registered, so that `AutoProcessor` loads what it has saved."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        super(Qwen3VLProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
+
+
+class _OnlyForRegistering(PreTrainedConfig):
+    """A processor is registered with a config; it is found by its name."""
+
+
+AutoProcessor.register(_OnlyForRegistering, Qwen3VLImagesOnly)
+
+
+def _make_qwen(kind: Any, markers: bool) -> Any:
+    return kind(
         Qwen2VLImageProcessorPil(
             patch_size=8, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 128 * 128}
         ),
         _tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
         chat_template=parts_template(_QWEN_IMAGE, markers),
     )
+
+
+def make_qwen(markers: bool = True) -> Qwen2_5_VLProcessor:
+    """A token per 16 × 16 pixels, so that larger images take more of them."""
+    return _make_qwen(_Qwen2_5_VLImagesOnly, markers)
+
+
+def make_qwen3(markers: bool = True) -> Qwen3VLProcessor:
+    """The same for Qwen3-VL."""
+    return _make_qwen(Qwen3VLImagesOnly, markers)
 
 
 def make_idefics3(split: bool = True, markers: bool = True, **image: Any) -> Idefics3Processor:

@@ -62,9 +62,10 @@ class Multimodal:
     def _image_ids(self) -> frozenset[int]:
         found: set[Any] = set()
         for holder in (self.processor, self.tokenizer):
-            for modality in ("image", "video", "audio"):
-                found |= set(getattr(holder, f"{modality}_token_ids", None) or [])
-                found.add(getattr(holder, f"{modality}_token_id", None))
+            for name in (f"{modality}_token_id{s}" for modality in ("image", "video", "audio") for s in ("", "s")):
+                ids = getattr(holder, name, None)
+                # A tokenizer that names its image token answers to both names with a number.
+                found |= set(ids) if isinstance(ids, list | tuple | set | frozenset) else {ids}
         if self.placeholder:
             found.add(self.tokenizer.convert_tokens_to_ids(self.placeholder))
         return frozenset(i for i in found if isinstance(i, int) and i != self.tokenizer.unk_token_id)
@@ -182,6 +183,12 @@ def multimodal(processing_class: Any) -> Multimodal | None:
     if not isinstance(processing_class, ProcessorMixin) or getattr(processing_class, "image_processor", None) is None:
         return None
     return Multimodal(processing_class)
+
+
+def image_token_ids(processing_class: Any) -> list[int]:
+    """Ids that stand for parts of images, videos or sounds, which no model may write; none for a tokenizer."""
+    model = multimodal(processing_class)
+    return [] if model is None else sorted(model.image_ids)
 
 
 def tokenizer_content(tokenizer: Any) -> dict[str, Any]:

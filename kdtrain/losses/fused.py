@@ -207,10 +207,11 @@ class _Run:
         self.inverse_items = 1 / normaliser(call.num_items, tokens).to(self.dtype)
         self.ce_rows = None if call.ce_mask is None else call.ce_mask.to(device)[rows].to(self.dtype)
         # The gradient is (g · scale) · left_to_scale, with g the tile's, which the options' weights are a factor of.
-        self.options, self.scale, self.left_to_scale = call.options, call.student.logit_scale, self.inverse_items
+        self.options, self.left_to_scale = call.options, self.inverse_items
+        self.scale: float = call.student.logit_scale
         self.half = None
         if device.type == "cpu":  # where a factor is a number: put into the tile it costs nothing
-            self.scale *= self.inverse_items.item()
+            self.scale *= float(self.inverse_items)
             self.left_to_scale = torch.ones(())
             halves = HalfGradients.fit(hidden_SH, call.student.weight) and len(labels_S) > 0
             weight = call.options.ce_weight or call.options.kd_weight
