@@ -267,8 +267,9 @@ def has_images(inputs: Mapping[str, Any]) -> bool:
 def visual_units(batch: Mapping[str, Any]) -> float:
     """What a mean over image features weighs a batch by, proportional to its tokens.
 
-    None where all its rows are repeated, to fill up an epoch. Patches where the batch says how many, the area of images that are packed, crops or frames elsewhere. Crops that
-    only fill up a batch, all zero, do not count: no model encodes them.
+    Patches where the batch says how many, the area of images that are packed, crops or frames elsewhere. Crops that
+    only fill up a batch, all zero, do not count: no model encodes them. Nothing where all its rows are repeated, to
+    fill up an epoch.
     """
     if batch.get("all_repeated", False):
         return 0.0

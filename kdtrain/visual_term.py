@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kdtrain.batch import model_inputs, teacher_inputs
-from kdtrain.errors import CheckpointError, NotAvailableError
+from kdtrain.errors import CheckpointError, PreflightError
 from kdtrain.visual_kd import (
     build_projectors,
     feature_widths,
@@ -108,15 +108,14 @@ class VisualTerm:
     def _check_widths(ours: Features, theirs: Features) -> None:
         """Without a probe there are no projectors, which FSDP and DeepSpeed would have to know of."""
         widths, wanted = feature_widths(ours), feature_widths(theirs)
-        for target in widths:
-            if widths[target] != wanted[target]:
-                raise NotAvailableError(
-                    f"visual_kd target {target!r}: the student's features are {widths[target]} wide and the teacher's "
-                    f"{wanted[target]}, and a projector between them is not available here: either no row of the "
-                    "training data had an image when the trainer was built, or the run is sharded (FSDP, DeepSpeed). "
-                    "Use plain data parallelism, or name modules of one width in "
-                    f"custom.visual_kd.targets.{target}.student_module and .teacher_module."
-                )
+        for target in (target for target in widths if widths[target] != wanted[target]):
+            shapes = " and the teacher's ".join(str(tuple(side[target][0][0].shape)) for side in (ours, theirs))
+            raise PreflightError(
+                f"visual_kd target {target!r}: the student's features are {shapes}, and a projector between the widths "
+                "is not available here: either no row of the training data had an image when the trainer was built, or "
+                "the run is in pieces (FSDP, DeepSpeed). Use plain data parallelism, or name modules of one width in "
+                f"custom.visual_kd.targets.{target}.student_module and .teacher_module."
+            )
 
     @staticmethod
     def _on_own_device(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -117,7 +117,7 @@ def test_teacher_forward_is_skipped_when_kd_is_inactive_and_no_teacher_is_kept(t
 
 
 def test_a_named_teacher_is_not_loaded_when_kd_is_inactive(tmp_path, student, monkeypatch):
-    monkeypatch.setattr("kdtrain.trainer.build_teacher", refuse_teacher)
+    monkeypatch.setattr("kdtrain.construction.build_teacher", refuse_teacher)
     trainer = make_trainer(tmp_path, student, "/no/such/teacher", llm_kd_weight=0.0)
     trainer.train()
     assert trainer.state.global_step == 1

@@ -1,6 +1,7 @@
 """Vision-language runs from YAML to a saved student: real tiny LLaVA models, real pictures, real processors."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -213,7 +214,7 @@ def test_two_ranks_of_which_one_has_no_image_train_as_one_process(models, tmp_pa
     for a, b in zip(map(json.loads, first.splitlines()), map(json.loads, second.splitlines()), strict=True):
         assert a.keys() == b.keys()
         for key in ("loss", "vision_kd_loss", "sft_loss", "grad_norm"):
-            assert a.get(key) == pytest.approx(b.get(key), rel=1e-5), key
+            assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), rel=1e-5), key
 
 
 def test_a_window_without_images_has_no_visual_key(models, tmp_path):
@@ -421,3 +422,43 @@ def test_a_prepared_row_with_an_answer_is_collated_with_its_image(models, prompt
     batch = Collator(processor)([answered])
     assert batch["pixel_values"].shape[0] == 1
     assert batch["labels"][0][-2:].tolist() == [7, 2]
+
+
+# ---- rows that fill up an epoch --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [5, 6])
+def test_images_of_rows_that_accelerate_repeats_count_once(models, tmp_path, rows):
+    """5 = 4 + 1: of the last window one rank has no new row; it runs a repeated one, whose image must not count."""
+    lines = [line for line in (models / "train.jsonl").read_text().splitlines(keepends=True) if "images" in line]
+    data = models / f"images-{rows}.jsonl"
+    data.write_text("".join(lines[:rows]))
+    options = {"data__train": str(data), "data__eval": str(data), "training__eval_strategy": "steps"}
+    options |= {"training__eval_steps": 1, "training__max_steps": 3, "training__eval_on_start": True}
+    sizes = [f"training__per_device_{kind}_batch_size" for kind in ("train", "eval")]
+    one, _ = run(models, tmp_path / "one", **options, **dict.fromkeys(sizes, 4))
+    (tmp_path / "two").mkdir()
+    write_config(models, tmp_path / "two", **options, **dict.fromkeys(sizes, 2))
+    run_ranks(_fit_rank, 2, tmp_path / "two")
+    first, second = ((where / "logging.jsonl").read_text() for where in (one.run_dir, tmp_path / "two" / "run"))
+    for a, b in zip(map(json.loads, first.splitlines()), map(json.loads, second.splitlines()), strict=True):
+        for key in (
+            "loss",
+            "vision_kd_loss",
+            "grad_norm",
+            "eval_loss",
+            "eval_vision_kd_loss",
+            "eval_vision_kd_loss_vit",
+        ):
+            assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), rel=1e-5), key
+    assert_same_weights(weights(one.run_dir), weights(tmp_path / "two" / "run"))
+
+
+def test_a_tokenizer_that_names_its_image_token_is_read(models, tmp_path):
+    """transformers then answers with one number where it is asked for several."""
+    shutil.copytree(models / "student", tmp_path / "student")
+    file = tmp_path / "student" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"extra_special_tokens": {"image_token": "<image>"}}))
+    assert isinstance(load_processing(str(tmp_path / "student")).tokenizer.image_token_ids, int)
+    _, records = run(models, tmp_path, model__model=str(tmp_path / "student"), training__max_steps=1)
+    assert "vision_kd_loss" in records[0]

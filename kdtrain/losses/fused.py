@@ -208,14 +208,14 @@ class _Run:
         self.ce_rows = None if call.ce_mask is None else call.ce_mask.to(device)[rows].to(self.dtype)
         # The gradient is (g · scale) · left_to_scale, with g the tile's, which the options' weights are a factor of.
         self.options, self.left_to_scale = call.options, self.inverse_items
-        self.scale: float = call.student.logit_scale
+        self.scale = float(call.student.logit_scale)
         self.half = None
         if device.type == "cpu":  # where a factor is a number: put into the tile it costs nothing
             self.scale *= float(self.inverse_items)
             self.left_to_scale = torch.ones(())
             halves = HalfGradients.fit(hidden_SH, call.student.weight) and len(labels_S) > 0
-            weight = call.options.ce_weight or call.options.kd_weight
-            unit = power_of_two_unit(self.scale, weight) if halves else abs(self.scale) or 1.0
+            term = call.options.ce_weight or call.options.kd_weight
+            unit = power_of_two_unit(self.scale, term) if halves else abs(self.scale) or 1.0
             self.options, self.scale = call.options.scaled(unit), self.scale / unit
             if halves:
                 self.half = HalfGradients(
