@@ -11,11 +11,15 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -25,12 +29,14 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from kdtrain.batch import for_teacher
 from kdtrain.data.chat import ChatTemplate
 from kdtrain.data.multimodal import image_token_ids
-from kdtrain.errors import NotAvailableError
+from kdtrain.errors import Interrupted, NotAvailableError
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids
 from kdtrain.losses.reduce import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
+Answer = np.ndarray
+"""Token ids, int32: as lists they would take ten times the memory."""
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
@@ -92,33 +98,41 @@ class TeacherAnswers:
         Returns:
             Rows with new `input_ids` and `labels`: the answer is supervised, its stop token included. An answer that
             reached `max_new_tokens` gets no made-up stop token; such are counted in a warning.
+
+        Raises:
+            Interrupted: a signal; what was answered is kept.
         """
         if "answers" not in dataset.column_names:
             return dataset
-        wanted = {_key(row): i for i, row in enumerate(dataset) if row["answers"]}
+        keys = _keys(dataset)
+        wanted = {key: i for i, key in enumerate(keys) if key is not None}
         # Together, before any rank writes: all have to see the same ones missing.
         known = dict(gather_object(list(self._stored().items())))
-        missing = [i for key, i in wanted.items() if key not in known]
-        made = self._generate(dataset, missing, len(wanted))
+        with self._stoppable():
+            made = self._generate(dataset, keys, [i for key, i in wanted.items() if key not in known], len(wanted))
         known |= dict(gather_object(made))
-        cut = sum(not self._stops & set(known[key]) for key in wanted)
+        cut = sum(self._stops.isdisjoint(known[key].tolist()) for key in wanted)
         if cut and self._state.is_main_process:
             logger.warning("%d of the teacher's %d answers reached rlhf.max_new_tokens.", cut, len(wanted))
-        return _with_answers(dataset, known)
+        return self._with_answers(dataset, keys, known)
 
-    def _generate(self, dataset: datasets.Dataset, missing: Sequence[int], total: int) -> list[tuple[str, list[int]]]:
+    def _generate(
+        self, dataset: datasets.Dataset, keys: Sequence[str | None], missing: Sequence[int], total: int
+    ) -> list[tuple[str, Answer]]:
         """This rank's share of the missing answers, written down batch by batch."""
+        lengths = dataset["prompt_length"][:]
         # The longest first: if memory is short, that is known at once.
-        order = sorted(missing, key=lambda i: -dataset[i]["prompt_length"])
+        order = sorted(missing, key=lambda i: -lengths[i])
         state, made = self._state, []
         own = order[state.process_index :: state.num_processes]
-        if own:
-            self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         for start in range(0, len(own), self._batch_size):
-            rows = [dataset[i] for i in own[start : start + self._batch_size]]
-            answers = list(zip(map(_key, rows), self._answers(rows), strict=True))
+            batch = own[start : start + self._batch_size]
+            answers = [
+                (str(keys[i]), ids) for i, ids in zip(batch, self._answers([dataset[i] for i in batch]), strict=True)
+            ]
             with open(self._folder / f"rank{state.process_index}.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"prompt": key, "answer": ids}) + "\n" for key, ids in answers)
+                file.writelines(json.dumps({"prompt": key, "answer": ids.tolist()}) + "\n" for key, ids in answers)
                 file.flush()
                 os.fsync(file.fileno())
             made += answers
@@ -126,21 +140,65 @@ class TeacherAnswers:
                 self._progress(min(total - len(missing) + len(made) * state.num_processes, total), total)
         return made
 
-    def _answers(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+    def _answers(self, rows: list[dict[str, Any]]) -> list[Answer]:
         inputs = for_teacher(self._collate(rows))
         inputs = {k: v.to(self._state.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
         done = generate_batch(self._teacher, inputs, self._config, seed=0)
-        return [
-            ids[labels != IGNORE_INDEX].tolist() for ids, labels in zip(done["input_ids"], done["labels"], strict=True)
-        ]
+        pairs = zip(done["input_ids"].cpu(), done["labels"].cpu(), strict=True)
+        return [ids[labels != IGNORE_INDEX].numpy().astype(np.int32) for ids, labels in pairs]
 
-    def _stored(self) -> dict[str, list[int]]:
+    def _stored(self) -> dict[str, Answer]:
         """Answers of an earlier run that was stopped."""
         return {
-            record["prompt"]: record["answer"]
+            record["prompt"]: np.array(record["answer"], dtype=np.int32)
             for file in sorted(self._folder.glob("rank*.jsonl"))
             for record in _lines(file)
         }
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """Turn SIGINT and SIGTERM into an error that says what is kept; this may take as long as training."""
+
+        def stop(signum: int, frame: Any) -> None:
+            raise Interrupted(
+                signum,
+                f"Stopped while the teacher was answering. What it has answered is kept in {self._folder.parent}; go "
+                "on with: kdtrain fit CONFIG --resume auto",
+            )
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _with_answers(
+        self, dataset: datasets.Dataset, keys: Sequence[str | None], answers: Mapping[str, Answer]
+    ) -> datasets.Dataset:
+        """The rows with their answers, in a file of this rank: text for a teacher may be larger than memory."""
+
+        def answered(row: Mapping[str, Any], i: int) -> dict[str, Any]:
+            key = keys[i]
+            if key is None:
+                return {"input_ids": row["input_ids"], "labels": row["labels"]}
+            prompt, answer = row["input_ids"][: row["prompt_length"]], answers[key].tolist()
+            return {"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer}
+
+        names = ["input_ids", "labels"]
+        tokens = dataset.select_columns([*names, "prompt_length"]).map(
+            answered,
+            with_indices=True,
+            remove_columns=["prompt_length"],
+            features=datasets.Features({name: dataset.features[name] for name in names}),
+            cache_file_name=str(self._folder / f"rows-{len(dataset)}-rank{self._state.process_index}.arrow"),
+            load_from_cache_file=False,
+            desc="Answers",
+        )
+        return datasets.concatenate_datasets([dataset.remove_columns(names), tokens], axis=1)
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -151,9 +209,15 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
             continue  # written only in part when the run was killed
 
 
+def _keys(dataset: datasets.Dataset) -> list[str | None]:
+    """What each row asks, its prompt and its images; None where it has an answer."""
+    columns = ["input_ids", "prompt_length", "answers"]
+    columns += [name for name in ("text", "images") if name in dataset.column_names]
+    return [_key(row) if row["answers"] else None for row in dataset.select_columns(columns)]
+
+
 def _key(row: Mapping[str, Any]) -> str:
-    """What a row asks: its prompt and its images."""
-    digest = hashlib.sha256(json.dumps([row["input_ids"][: row["prompt_length"]], row.get("text")]).encode())
+    digest = hashlib.sha256(json.dumps(row["input_ids"][: row["prompt_length"]]).encode())
     for image in row.get("images") or ():
         digest.update(_image_key(image))
     return digest.hexdigest()[:32]
@@ -164,20 +228,3 @@ def _image_key(image: Mapping[str, Any]) -> bytes:
         return hashlib.sha256(image["bytes"]).digest()
     found = os.stat(image["path"])
     return f"{image['path']}:{found.st_size}:{found.st_mtime_ns}".encode()
-
-
-def _with_answers(dataset: datasets.Dataset, answers: Mapping[str, Sequence[int]]) -> datasets.Dataset:
-    def filled() -> Iterable[tuple[list[int], list[int]]]:
-        for row in dataset:
-            ids, labels = row["input_ids"], row["labels"]
-            if row["answers"]:
-                prompt, answer = ids[: row["prompt_length"]], list(answers[_key(row)])
-                ids, labels = prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
-            yield ids, labels
-
-    rows = list(filled())
-    tokens = datasets.Features({name: dataset.features[name] for name in ("input_ids", "labels")})
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(("input_ids", "labels"))}
-    fresh = datasets.Dataset.from_dict(columns, features=tokens)
-    rest = dataset.remove_columns(["input_ids", "labels"])
-    return datasets.concatenate_datasets([rest, fresh], axis=1)

@@ -21,6 +21,7 @@ from kdtrain.answers import TeacherAnswers
 from kdtrain.callbacks import CheckWrapped, JsonlLogger, StopOnSignal
 from kdtrain.checkpoints import newest_complete, require_complete
 from kdtrain.data import BuildReport, Collator, Source, build_dataset
+from kdtrain.data.multimodal import image_content
 from kdtrain.errors import CheckpointError, DataError, Interrupted, KdtrainError, PreflightError
 from kdtrain.launch import check_world
 from kdtrain.models import load_model, load_processing, lora_config, sees_images
@@ -131,7 +132,7 @@ def _fit(arguments: TrainArguments, reporter: Reporter, checkpoint: Path | None,
         return RunResult(Path(args.output_dir), 0, time.perf_counter() - started, {})
 
     run_dir = Path(args.output_dir)
-    with _readable_failures(trainer):
+    with _readable_failures(args):
         if main:
             run_dir.mkdir(parents=True, exist_ok=True)
             _tell_changes(run_dir / CONFIG, config)
@@ -212,16 +213,23 @@ def _build(
     if args.ddp_find_unused_parameters is None and dense_text:
         # It uses all its weights in every step; only experts and vision encoders may go without a gradient.
         args.ddp_find_unused_parameters = False
-    _check_generated_lengths(config, report, student)
     teacher, its_processing, shared = _teacher(config, args, processing, vocabulary_size(student))
     collator = Collator(processing, its_processing, pad_to_multiple_of=args.pad_to_multiple_of)
+    if teacher is not None and report.images:
+        _check_images_fit_teacher(train, collator)
     if teacher is not None and config.answers_from_teacher:
         if dry_run:  # one window is all that is looked at
             rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
             train = train.select(range(min(rows, len(train))))
-        answers = _answers(config, args, teacher, processing, collator, shared, reporter)
-        train = answers.fill(train)
-        evaluation = evaluation if evaluation is None or dry_run else answers.fill(evaluation)
+            evaluation = evaluation and evaluation.select(range(min(rows, len(evaluation))))
+        else:
+            _begin_run_folder(args)
+        with _readable_failures(args):
+            answers = _answers(config, args, teacher, processing, its_processing, collator, shared, reporter)
+            train = answers.fill(train)
+            evaluation = evaluation and answers.fill(evaluation)
+        _count_answers(config, train, report)
+    _check_generated_lengths(config, report, student)
     with _readable_construction():
         trainer = GKDTrainerWithMetrics(
             student,
@@ -242,8 +250,51 @@ def _frozen(config: RunConfig) -> dict[str, bool]:
     return {part: getattr(config.tuner, f"freeze_{part}") for part in ("llm", "vit", "aligner")}
 
 
+def _begin_run_folder(args: Any) -> None:
+    """What is written before the trainer is there needs a folder, and a status that says so."""
+    if PartialState().is_main_process:
+        run_dir = Path(args.output_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_status(run_dir, "running", None, "the teacher writes answers")
+
+
+def _check_images_fit_teacher(train: datasets.Dataset, collator: Collator) -> None:
+    """Try the largest of some rows with images now: what does not fit would end the run where it comes up.
+
+    Raises:
+        DataError: the teacher takes no images, or other numbers of tokens for them.
+    """
+    some = train.select(range(0, len(train), max(len(train) // 256, 1)))
+    rows = sorted((row for row in some if row["images"]), key=lambda row: -len(row["input_ids"]))
+    for row in rows[:8]:
+        collator([row])
+
+
+def _count_answers(config: RunConfig, train: datasets.Dataset, report: BuildReport) -> None:
+    """Bring the report up to what the rows are now."""
+    lengths = [len(ids) for ids in train["input_ids"]]
+    report.longest, report.total_tokens = max(lengths), sum(lengths)
+    report.supervised_tokens = sum(len(labels) - labels.count(-100) for labels in train["labels"])
+    long = sum(length > config.data.max_length for length in lengths)
+    if long and PartialState().is_main_process:
+        logger.warning(
+            "With the teacher's answers %d rows are longer than data.max_length (%d), the longest has %d tokens. "
+            "Lower rlhf.max_new_tokens if that is too much for memory.",
+            long,
+            config.data.max_length,
+            report.longest,
+        )
+
+
 def _answers(
-    config: RunConfig, args: Any, teacher: Any, processing: Any, collator: Collator, shared: int, reporter: Reporter
+    config: RunConfig,
+    args: Any,
+    teacher: Any,
+    processing: Any,
+    its_processing: Any,
+    collator: Collator,
+    shared: int,
+    reporter: Reporter,
 ) -> TeacherAnswers:
     name = config.rlhf.teacher_model
     assert name is not None, "the config is checked for it"
@@ -256,8 +307,10 @@ def _answers(
         identity={
             "model": name,
             "weights": sorted(weights),
+            "dtype": teacher.module.dtype,
             "kwargs": args.teacher_model_init_kwargs,
             "options": config.rlhf.teacher.model_dump(mode="json"),
+            "processor": image_content(its_processing),
         },
         max_new_tokens=config.rlhf.max_new_tokens,
         vocabulary=shared,
@@ -442,7 +495,7 @@ def _one_window(trainer: GKDTrainerWithMetrics) -> None:
             raise _WindowDone
 
     trainer.add_callback(Stop())
-    with _readable_failures(trainer):
+    with _readable_failures(trainer.args):
         try:
             trainer.train()
         except _WindowDone:
@@ -469,12 +522,11 @@ def _readable_construction() -> Iterator[None]:
 
 
 @contextmanager
-def _readable_failures(trainer: GKDTrainerWithMetrics) -> Iterator[None]:
+def _readable_failures(args: Any) -> Iterator[None]:
     """Errors of the device and the disk, said in words that name a way out."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        args = trainer.args
         raise PreflightError(
             f"Out of memory on {args.device} with {args.per_device_train_batch_size} rows per device and max_length "
             f"{args.max_length}. Lower training.per_device_train_batch_size (and raise gradient_accumulation_steps), "
@@ -483,9 +535,7 @@ def _readable_failures(trainer: GKDTrainerWithMetrics) -> Iterator[None]:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        raise CheckpointError(
-            f"Writing {error.filename or trainer.args.output_dir} failed: {error.strerror}."
-        ) from error
+        raise CheckpointError(f"Writing {error.filename or args.output_dir} failed: {error.strerror}.") from error
 
 
 # ---- the run folder --------------------------------------------------------------------------------------------------

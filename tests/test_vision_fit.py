@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -462,3 +466,41 @@ def test_a_tokenizer_that_names_its_image_token_is_read(models, tmp_path):
     assert isinstance(load_processing(str(tmp_path / "student")).tokenizer.image_token_ids, int)
     _, records = run(models, tmp_path, model__model=str(tmp_path / "student"), training__max_steps=1)
     assert "vision_kd_loss" in records[0]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_while_the_teacher_answers_keeps_the_answers(models, prompts, tmp_path, number, code):
+    options = {"data__train": {"path": str(prompts), "answers": "teacher"}, "rlhf__max_new_tokens": 400}
+    file = write_config(models, tmp_path, training__per_device_eval_batch_size=1, training__max_steps=1, **options)
+    command = [sys.executable, "-m", "kdtrain", "fit", str(file)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    written = tmp_path / "run" / "teacher_answers"
+    while not any(path.stat().st_size for path in written.glob("*/rank0.jsonl")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "kept in" in errors
+    assert "Traceback" not in errors
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
+    (kept,) = written.glob("*/rank0.jsonl")
+    before = kept.read_text()
+    assert 1 <= before.count("\n") < 8
+    done = subprocess.run([*command, "--resume", "auto"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert kept.read_text().startswith(before)
+    assert kept.read_text().count("\n") == 8
+
+
+def test_a_dry_run_answers_one_window_and_leaves_nothing(models, prompts, tmp_path):
+    options = {"data__train": {"path": str(prompts), "answers": "teacher"}, "rlhf__max_new_tokens": 4}
+    arguments = ConfigLoader.load_training_config(
+        write_config(models, tmp_path, training__per_device_train_batch_size=2, **options)
+    )
+    reporter = Silent()
+    fit(arguments, reporter, dry_run=True)
+    assert reporter.answered[-1] == (2, 2)
+    assert not (tmp_path / "run").exists()
