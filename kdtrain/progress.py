@@ -22,7 +22,7 @@ _SHOWN = ("loss", "llm_kd_loss", "sft_loss", "vision_kd_loss", "token_accuracy",
 
 
 class ConsoleReporter:
-    """A `kdtrain.run.Reporter` over a console that writes to stderr.
+    """A `kdtrain.build.Reporter` over a console that writes to stderr.
 
     Args:
         console: where to; its `is_terminal` decides between a bar and lines.

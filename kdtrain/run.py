@@ -7,66 +7,29 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import PartialState
 from transformers import PrinterCallback
 
-from kdtrain.answers import TeacherAnswers
+from kdtrain.build import Reporter, build_trainer
 from kdtrain.callbacks import CheckWrapped, JsonlLogger, StopOnSignal
 from kdtrain.checkpoints import newest_complete, require_complete
-from kdtrain.data import BuildReport, Collator, Source, build_dataset
-from kdtrain.data.multimodal import image_content
-from kdtrain.errors import CheckpointError, DataError, Interrupted, KdtrainError, PreflightError
+from kdtrain.errors import CheckpointError, Interrupted, PreflightError
+from kdtrain.failures import readable_failures
 from kdtrain.launch import check_world
-from kdtrain.models import load_model, load_processing, lora_config, sees_images
 from kdtrain.plan import plan, planned_steps
 from kdtrain.status import tracked_status, write_atomically, write_status
-from kdtrain.teachers import build_teacher
-from kdtrain.telemetry import LOSS_TERMS, TOKEN_METRICS
 from kdtrain.trainer import GKDTrainerWithMetrics
-from kdtrain.vision.parts import adapter_exclusions, freeze_parts
-from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
-from kdtrain.zero import prepare_deepspeed_run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import datasets
-    from transformers import PreTrainedModel, TrainerCallback
-
     from kdtrain.config import RunConfig, TrainArguments
-    from kdtrain.config.schema import DataSource
 
 logger = logging.getLogger(__name__)
 
 LOG = "logging.jsonl"
-ANSWERS = "teacher_answers"
 CONFIG = "run_config.json"  # not config.json, which is the saved model's
-
-
-class Reporter(Protocol):
-    """Where a run says what it does: a terminal, a log, or nothing at all."""
-
-    def data(self, name: str, report: BuildReport) -> None:
-        """A data set was read."""
-
-    def answers(self, done: int, total: int) -> None:
-        """The teacher has answered some of the rows that it has to."""
-
-    def plan(self, rows: Mapping[str, str]) -> None:
-        """What was derived from config and device, before training begins."""
-
-    def callbacks(self) -> list[TrainerCallback]:
-        """Callbacks that show progress; asked for on rank 0 only."""
-
-    def close(self) -> None:
-        """The run is over, one way or another."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +80,7 @@ def _begin(
 def _fit(arguments: TrainArguments, reporter: Reporter, checkpoint: Path | None, *, dry_run: bool) -> RunResult:
     config, args = arguments.config, arguments.training_args
     started = time.perf_counter()
-    trainer, report = _build(config, args, reporter, dry_run)
-    _check_best_metric(args)
+    trainer, report = build_trainer(config, args, reporter, dry_run)
     check_world(trainer.accelerator, config)
     main = trainer.is_world_process_zero()
     if main:
@@ -132,7 +94,7 @@ def _fit(arguments: TrainArguments, reporter: Reporter, checkpoint: Path | None,
         return RunResult(Path(args.output_dir), 0, time.perf_counter() - started, {})
 
     run_dir = Path(args.output_dir)
-    with _readable_failures(args):
+    with readable_failures(args):
         if main:
             run_dir.mkdir(parents=True, exist_ok=True)
             _tell_changes(run_dir / CONFIG, config)
@@ -188,290 +150,6 @@ def _train(trainer: GKDTrainerWithMetrics, checkpoint: Path | None, steps: int) 
     trainer.state.global_step = done
 
 
-# ---- building --------------------------------------------------------------------------------------------------------
-
-
-def _build(
-    config: RunConfig, args: Any, reporter: Reporter, dry_run: bool
-) -> tuple[GKDTrainerWithMetrics, BuildReport]:
-    """Data, student, teacher and trainer."""
-    device = args.device  # also joins the process group
-    prepare_deepspeed_run(args)
-    processing = load_processing(config.model.model, **_trust(config))
-    train, evaluation, report = _datasets(config, args.seed, processing, reporter)
-    student = load_model(
-        config.model.model,
-        dtype=config.model.dtype,
-        trained_in_full=config.tuner.train_type == "full",
-        device=device,
-        attn_implementation=config.model.attn_implementation,
-        init_kwargs=config.model.init_kwargs,
-        **_trust(config),
-    )
-    freeze_parts(student, **_frozen(config))
-    dense_text = not sees_images(student.config) and not hasattr(student.config, "output_router_logits")
-    if args.ddp_find_unused_parameters is None and dense_text:
-        # It uses all its weights in every step; only experts and vision encoders may go without a gradient.
-        args.ddp_find_unused_parameters = False
-    teacher, its_processing, shared = _teacher(config, args, processing, vocabulary_size(student))
-    collator = Collator(processing, its_processing, pad_to_multiple_of=args.pad_to_multiple_of)
-    if teacher is not None and report.images:
-        _check_images_fit_teacher(train, collator)
-    if teacher is not None and config.answers_from_teacher:
-        if dry_run:  # one window is all that is looked at
-            rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-            train = train.select(range(min(rows, len(train))))
-            evaluation = evaluation and evaluation.select(range(min(rows, len(evaluation))))
-        else:
-            _begin_run_folder(args)
-        with _readable_failures(args):
-            answers = _answers(config, args, teacher, processing, its_processing, collator, shared, reporter)
-            train = answers.fill(train)
-            evaluation = evaluation and answers.fill(evaluation)
-        _count_answers(config, train, report)
-    _check_generated_lengths(config, report, student)
-    with _readable_construction():
-        trainer = GKDTrainerWithMetrics(
-            student,
-            args=args,
-            data_collator=collator,
-            train_dataset=train,
-            eval_dataset=evaluation,
-            processing_class=processing,
-            peft_config=_peft_config(config, student),
-            teacher=teacher if config.needs_teacher else None,
-            shared_vocab_size=shared,
-        )
-        trainer.get_optimizer_cls_and_kwargs(args, trainer.model)  # made when training begins: is it installed?
-    return trainer, report
-
-
-def _frozen(config: RunConfig) -> dict[str, bool]:
-    return {part: getattr(config.tuner, f"freeze_{part}") for part in ("llm", "vit", "aligner")}
-
-
-def _begin_run_folder(args: Any) -> None:
-    """What is written before the trainer is there needs a folder, and a status that says so."""
-    if PartialState().is_main_process:
-        run_dir = Path(args.output_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_status(run_dir, "running", None, "the teacher writes answers")
-
-
-def _check_images_fit_teacher(train: datasets.Dataset, collator: Collator) -> None:
-    """Try the largest of some rows with images now: what does not fit would end the run where it comes up.
-
-    Raises:
-        DataError: the teacher takes no images, or other numbers of tokens for them.
-    """
-    some = train.select(range(0, len(train), max(len(train) // 256, 1)))
-    rows = sorted((row for row in some if row["images"]), key=lambda row: -len(row["input_ids"]))
-    for row in rows[:8]:
-        collator([row])
-
-
-def _count_answers(config: RunConfig, train: datasets.Dataset, report: BuildReport) -> None:
-    """Bring the report up to what the rows are now."""
-    lengths = [len(ids) for ids in train["input_ids"]]
-    report.longest, report.total_tokens = max(lengths), sum(lengths)
-    report.supervised_tokens = sum(len(labels) - labels.count(-100) for labels in train["labels"])
-    long = sum(length > config.data.max_length for length in lengths)
-    if long and PartialState().is_main_process:
-        logger.warning(
-            "With the teacher's answers %d rows are longer than data.max_length (%d), the longest has %d tokens. "
-            "Lower rlhf.max_new_tokens if that is too much for memory.",
-            long,
-            config.data.max_length,
-            report.longest,
-        )
-
-
-def _answers(
-    config: RunConfig,
-    args: Any,
-    teacher: Any,
-    processing: Any,
-    its_processing: Any,
-    collator: Collator,
-    shared: int,
-    reporter: Reporter,
-) -> TeacherAnswers:
-    name = config.rlhf.teacher_model
-    assert name is not None, "the config is checked for it"
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in Path(name).glob("*.safetensors")]
-    return TeacherAnswers(
-        teacher.module,
-        processing,
-        collator,
-        Path(args.output_dir) / ANSWERS,
-        identity={
-            "model": name,
-            "weights": sorted(weights),
-            "dtype": teacher.module.dtype,
-            "kwargs": args.teacher_model_init_kwargs,
-            "options": config.rlhf.teacher.model_dump(mode="json"),
-            "processor": image_content(its_processing),
-        },
-        max_new_tokens=config.rlhf.max_new_tokens,
-        vocabulary=shared,
-        batch_size=args.per_device_eval_batch_size,
-        progress=reporter.answers,
-    )
-
-
-def _trust(config: RunConfig) -> dict[str, Any]:
-    return {"trust_remote_code": config.model.trust_remote_code, "revision": config.model.revision}
-
-
-def _datasets(
-    config: RunConfig, seed: int, processing: Any, reporter: Reporter
-) -> tuple[datasets.Dataset, datasets.Dataset | None, BuildReport]:
-    """Training and evaluation rows, encoded by one process of a machine and read from the cache by the others."""
-    common: dict[str, Any] = {
-        "max_length": config.data.max_length,
-        "on_overlength": config.data.on_overlength,
-        "train_on": config.data.train_on,
-        "max_bad_rows": config.data.max_bad_rows,
-        "sample_limit": config.custom.sample_limit,
-        "seed": seed,
-    }
-    state = PartialState()
-    with state.local_main_process_first():
-        train, report = build_dataset(_sources(config.data.train), processing, **common)
-        evaluation = evaluation_report = None
-        if config.data.eval:
-            evaluation, evaluation_report = build_dataset(_sources(config.data.eval), processing, **common)
-    if state.is_main_process:
-        reporter.data("train", report)
-        if evaluation_report is not None:
-            reporter.data("eval", evaluation_report)
-    _check_supervision(config)
-    if config.visual_kd_weight > 0 and not report.images:
-        raise DataError(
-            "custom.visual_kd is enabled, but no row of data.train has an image. Give rows with images (images, image, "
-            "or image parts in messages), or set custom.visual_kd.enabled: false."
-        )
-    _check_generation(config, train, report)
-    if evaluation_report is not None and evaluation_report.prompt_only_rows:
-        raise DataError(
-            f"data.eval: rows with a prompt and no answer: {evaluation_report.prompt_only_rows}, the first is number "
-            f"{_first_prompt(evaluation)}. Evaluation does not generate: give rows with answers."
-        )
-    return train, evaluation, report
-
-
-def _sources(sources: Sequence[DataSource]) -> list[Source]:
-    return [
-        Source(
-            s.path,
-            name=s.name,
-            split=s.split,
-            columns=s.columns,
-            limit=s.limit,
-            weight=s.weight,
-            ce=s.ce,
-            answers=s.answers,
-        )
-        for s in sources
-    ]
-
-
-def _check_supervision(config: RunConfig) -> None:
-    """Refuse a run whose loss is 0 for every row."""
-    if not config.needs_teacher and not any(source.ce for source in config.data.train):
-        raise DataError(
-            "Nothing supervises this run: every source has ce: false, and rlhf.llm_kd_weight is 0. Give it a teacher, "
-            "or remove ce: false."
-        )
-
-
-def _check_generated_lengths(config: RunConfig, report: BuildReport, student: PreTrainedModel) -> None:
-    """Say so where a prompt and its generated answer may not fit the model."""
-    longest = report.longest + config.rlhf.max_new_tokens
-    limit = getattr(student.config.get_text_config(), "max_position_embeddings", None)
-    if config.lm_kd_active and (config.rlhf.lmbda > 0 or config.rlhf.seq_kd) and limit and longest > limit:
-        logger.warning(
-            "Generated rows can have %d tokens (longest row %d, rlhf.max_new_tokens %d); the student has %d positions.",
-            longest,
-            report.longest,
-            config.rlhf.max_new_tokens,
-            limit,
-        )
-
-
-def _check_best_metric(args: Any) -> None:
-    """Refuse a metric that no evaluation will have, before the first one is paid for."""
-    name = args.metric_for_best_model
-    known = {"loss", "runtime", "samples_per_second", "steps_per_second", *LOSS_TERMS, *TOKEN_METRICS}
-    if args.load_best_model_at_end and name and name.removeprefix("eval_") not in known:
-        raise PreflightError(
-            f"training.metric_for_best_model: no evaluation has {name!r}. There are {', '.join(sorted(known))}."
-        )
-
-
-def _check_generation(config: RunConfig, train: datasets.Dataset, report: BuildReport) -> None:
-    """Rows without a prompt cannot be generated from, and rows without an answer need to be.
-
-    Raises:
-        DataError: naming the setting that fits the data.
-    """
-    lmbda, seq_kd = config.rlhf.lmbda, config.rlhf.seq_kd
-    generates = config.lm_kd_active and (lmbda > 0 or seq_kd)
-    if generates and report.plain_text_rows:
-        raise DataError(
-            f"{report.plain_text_rows} rows are plain text, without a prompt to generate from (rlhf.lmbda is {lmbda}, "
-            f"rlhf.seq_kd {seq_kd}). Set rlhf.lmbda: 0 and rlhf.seq_kd: false."
-        )
-    always = config.lm_kd_active and (lmbda == 1 or seq_kd)
-    if report.prompt_only_rows and not always:
-        raise DataError(
-            f"Rows with a prompt and no answer: {report.prompt_only_rows}, the first is number {_first_prompt(train)}. "
-            f"Give it an answer; or have every batch generated by rlhf.lmbda: 1 or rlhf.seq_kd: true (now {lmbda} and "
-            f"{seq_kd})."
-        )
-
-
-def _first_prompt(data: datasets.Dataset) -> str:
-    """Where the first row without an answer stands, as "source:row", both from 0."""
-    return next((row["row_id"] for row in data if row["prompt_length"] == len(row["input_ids"])), "unknown")
-
-
-def _teacher(config: RunConfig, args: Any, processing: Any, student_size: int) -> tuple[Any, Any, int]:
-    """The teacher, what it processes rows with, and the vocabulary it shares with the student.
-
-    (None, None, the student's vocabulary) where nothing asks a teacher.
-    """
-    if not config.asks_teacher:
-        return None, None, student_size
-    name = config.rlhf.teacher_model
-    assert name is not None, "the config is checked for it"
-    options = config.rlhf.teacher
-    kwargs = dict(args.teacher_model_init_kwargs)
-    if options.device_map is not None:
-        kwargs["device_map"] = options.device_map
-    revision = kwargs.pop("revision", None) or options.revision
-    trust: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code, "revision": revision}
-    its_processing = load_processing(name, **trust)
-    teacher = build_teacher(name, backend=options.backend, init_kwargs=kwargs, device=args.device, **trust)
-    tokenizers = (getattr(one, "tokenizer", one) for one in (processing, its_processing))
-    return teacher, its_processing, shared_vocabulary(student_size, teacher.vocab_size, *tokenizers)
-
-
-def _peft_config(config: RunConfig, student: PreTrainedModel) -> Any:
-    tuner = config.tuner
-    if tuner.train_type != "lora":
-        return None
-    return lora_config(
-        rank=tuner.lora_rank,
-        alpha=tuner.lora_alpha,
-        dropout=tuner.lora_dropout,
-        target_modules=tuner.target_modules,
-        modules_to_save=tuner.modules_to_save,
-        use_dora=tuner.use_dora,
-        exclude_modules=adapter_exclusions(student, **_frozen(config)),
-    )
-
-
 # ---- before and after ------------------------------------------------------------------------------------------------
 
 
@@ -495,47 +173,11 @@ def _one_window(trainer: GKDTrainerWithMetrics) -> None:
             raise _WindowDone
 
     trainer.add_callback(Stop())
-    with _readable_failures(trainer.args):
+    with readable_failures(trainer.args):
         try:
             trainer.train()
         except _WindowDone:
             return
-
-
-@contextmanager
-def _readable_construction() -> Iterator[None]:
-    """What libraries say when an option of theirs cannot be had, as an error of the set-up and not of kdtrain."""
-    try:
-        yield
-    except KdtrainError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise PreflightError(
-            "Out of memory while placing student and teacher on the device. Use a smaller teacher, "
-            "rlhf.teacher.device_map: auto, half precision (rlhf.teacher.dtype), or tuner.train_type: lora."
-        ) from error
-    except (ImportError, ValueError, OSError, RuntimeError) as error:
-        raise PreflightError(
-            f"The trainer could not be built: {str(error).strip()}\nThis comes from an option in training or tuner; "
-            "--debug shows where it was raised."
-        ) from error
-
-
-@contextmanager
-def _readable_failures(args: Any) -> Iterator[None]:
-    """Errors of the device and the disk, said in words that name a way out."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise PreflightError(
-            f"Out of memory on {args.device} with {args.per_device_train_batch_size} rows per device and max_length "
-            f"{args.max_length}. Lower training.per_device_train_batch_size (and raise gradient_accumulation_steps), "
-            "lower data.max_length, or set training.gradient_checkpointing: true."
-        ) from error
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        raise CheckpointError(f"Writing {error.filename or args.output_dir} failed: {error.strerror}.") from error
 
 
 # ---- the run folder --------------------------------------------------------------------------------------------------

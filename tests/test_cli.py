@@ -99,7 +99,7 @@ def test_a_dry_run_builds_everything_and_writes_nothing(project, kdtrain):
 
 
 def test_without_kd_it_is_plain_supervised_training_and_no_teacher_is_loaded(project, kdtrain, monkeypatch):
-    monkeypatch.setattr("kdtrain.run.build_teacher", lambda *args, **kwargs: pytest.fail("a teacher was loaded"))
+    monkeypatch.setattr("kdtrain.build.build_teacher", lambda *args, **kwargs: pytest.fail("a teacher was loaded"))
     code, _, err = kdtrain("fit", "config.yaml", "rlhf.llm_kd_weight=0")
     assert code == 0, err
     assert "teacher_model: has no effect" in err or "rlhf.teacher_model" in err
@@ -370,7 +370,7 @@ def test_an_interruption_before_training_says_that_nothing_was_saved(project, kd
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kdtrain.run.load_processing", interrupt)
+    monkeypatch.setattr("kdtrain.build.load_processing", interrupt)
     code, _, err = kdtrain("fit", "config.yaml")
     assert code == 130
     assert "nothing more was saved" in err

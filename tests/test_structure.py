@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "kdtrain"
 # From top to bottom; a module may import its own layer and those below.
 LAYERS = [
     {"__main__", "cli"},
-    {"progress", "run", "plan", "launch"},
+    {"progress", "run", "build", "plan", "launch"},
     {
         "trainer",
         "callbacks",
@@ -23,6 +23,7 @@ LAYERS = [
         "answers",
         "batch",
         "construction",
+        "failures",
         "zero",
     },
     {"teachers", "models", "lm_head", "data", "vision", "vocabulary", "losses"},

@@ -1,0 +1,47 @@
+"""What libraries, devices and disks say when something goes wrong, as errors that name a way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from kdtrain.errors import CheckpointError, KdtrainError, PreflightError
+
+
+@contextmanager
+def readable_construction() -> Iterator[None]:
+    """What libraries say when an option of theirs cannot be had, as an error of the set-up and not of kdtrain."""
+    try:
+        yield
+    except KdtrainError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise PreflightError(
+            "Out of memory while placing student and teacher on the device. Use a smaller teacher, "
+            "rlhf.teacher.device_map: auto, half precision (rlhf.teacher.dtype), or tuner.train_type: lora."
+        ) from error
+    except (ImportError, ValueError, OSError, RuntimeError) as error:
+        raise PreflightError(
+            f"The trainer could not be built: {str(error).strip()}\nThis comes from an option in training or tuner; "
+            "--debug shows where it was raised."
+        ) from error
+
+
+@contextmanager
+def readable_failures(args: Any) -> Iterator[None]:
+    """Errors of the device and the disk, said in words that name a way out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise PreflightError(
+            f"Out of memory on {args.device} with {args.per_device_train_batch_size} rows per device and max_length "
+            f"{args.max_length}. Lower training.per_device_train_batch_size (and raise gradient_accumulation_steps), "
+            "lower data.max_length, or set training.gradient_checkpointing: true."
+        ) from error
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        raise CheckpointError(f"Writing {error.filename or args.output_dir} failed: {error.strerror}.") from error
