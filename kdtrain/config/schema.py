@@ -141,7 +141,7 @@ class DataSource(Section):
     """Whether the rows' own labels count. false: the teacher alone supervises them."""
     answers: Literal["data", "teacher"] = "data"
     """Completions from the data, or the teacher's own greedy ones (of up to rlhf.max_new_tokens), generated once before
-    training in place of the data's, and kept in the run folder."""
+    training in place of the data's, training.per_device_eval_batch_size at a time, and kept in the run folder."""
 
     @property
     def is_local(self) -> bool:
