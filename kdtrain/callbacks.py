@@ -142,6 +142,14 @@ class JsonlLogger(TrainerCallback):
             file.write(_line({"step": state.global_step, **logs}))
 
 
+class LogLastStep(TrainerCallback):
+    """The last step is always logged: a run shorter than `logging_steps` would leave no record at all."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and str(args.logging_strategy.value) != "no":
+            control.should_log = True
+
+
 def is_record(logs: Mapping[str, Any]) -> bool:
     """Whether logs belong to a step or an evaluation, and not to the summary at the end."""
     return "loss" in logs or any(key.startswith("eval_") for key in logs)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PrinterCallback
 
 from kdtrain.build import Reporter, build_trainer
-from kdtrain.callbacks import CheckWrapped, JsonlLogger, StopOnSignal
+from kdtrain.callbacks import CheckWrapped, JsonlLogger, LogLastStep, StopOnSignal
 from kdtrain.checkpoints import newest_complete, require_complete
 from kdtrain.errors import CheckpointError, Interrupted, PreflightError
 from kdtrain.failures import readable_failures
@@ -101,6 +101,7 @@ def _fit(arguments: TrainArguments, reporter: Reporter, checkpoint: Path | None,
             write_atomically(run_dir / CONFIG, config.model_dump_json(indent=2))
             write_status(run_dir, "running", None, "")
         trainer.add_callback(JsonlLogger(run_dir / LOG))
+        trainer.add_callback(LogLastStep())
         stop = StopOnSignal(trainer.accelerator)
         trainer.add_callback(stop)
         with stop.installed():

@@ -364,3 +364,35 @@ def test_the_json_schema_knows_every_key_and_describes_it() -> None:
         for key, option in definition["properties"].items():
             assert option.get("description"), f"{name}.{key}"
     assert {"type": "string"} in schema["$defs"]["DataConfig"]["properties"]["train"]["anyOf"]
+
+
+FROZEN: list[tuple[dict[str, Any], str | None]] = [
+    ({"tuner": {"freeze_llm": True, "freeze_vit": True, "freeze_aligner": True}}, "tuner.freeze_llm"),
+    ({"tuner": {"freeze_vit": True}, "custom__visual_kd__targets": ["vit"]}, "custom.visual_kd.targets.vit"),
+    ({"tuner": {"freeze_vit": True}, "custom__visual_kd__targets": ["aligner"]}, None),
+    (
+        {"tuner": {"freeze_vit": True, "freeze_aligner": True}, "custom__visual_kd__targets": ["aligner"]},
+        "custom.visual_kd.targets.aligner",
+    ),
+    ({"tuner": {"freeze_vit": True}, "custom__visual_kd__targets": {"vit": {"module": "somewhere"}}}, None),
+]
+
+
+@pytest.mark.parametrize(("changes", "path"), FROZEN)
+def test_freezing_that_leaves_nothing_to_teach_is_an_error(changes: dict[str, Any], path: str | None) -> None:
+    visual = {"custom__visual_kd__enabled": True} if "custom__visual_kd__targets" in changes else {}
+    assert list(errors(config(**changes, **visual))) == ([path] if path else [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"rlhf__sft_alpha": 0.1}, "rlhf.sft_alpha"),
+        ({"rlhf__seq_kd": True}, "rlhf.seq_kd"),
+        ({"data__train": {"path": "a.jsonl", "answers": "teacher"}}, "data.train[0].answers"),
+    ],
+)
+def test_what_only_the_datas_answers_would_use_is_idle_where_the_student_writes_all(
+    changes: dict[str, Any], path: str
+) -> None:
+    assert path in [found.path for found in warnings(config(**changes, rlhf__lmbda=1))]

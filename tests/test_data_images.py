@@ -489,3 +489,13 @@ def test_the_same_rows_for_the_teacher_are_other_rows_in_the_cache(build, tmp_pa
 def test_json_rows_keep_their_bytes_as_base64(llava):
     data = json.loads(json.dumps(row({"base64": base64.b64encode(png(2)).decode()})))
     assert encode_row(data, llava, train_on="assistant").images[0].data == png(2)
+
+
+def test_a_column_mapping_that_does_not_speak_of_images_keeps_them(tmp_path):
+    """They were dropped, and the row trained on blind."""
+    question = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}]
+    vision.picture(1).save(tmp_path / "1.png")
+    (tmp_path / "d.jsonl").write_text(json.dumps({"dialog": question, "images": ["1.png"]}) + "\n")
+    source = Source(str(tmp_path / "d.jsonl"), columns={"messages": "dialog"})
+    _, report = build_dataset([source], vision.make_llava(), max_length=None, on_overlength="error", train_on="last")
+    assert report.images == 1

@@ -213,3 +213,10 @@ def test_the_command_for_a_cpu_asks_for_what_works_there(project):
     assert command[-4:] == ["-m", "kdtrain", "fit", "config.yaml"]
     assert launch.wanted_processes(config, 0) == 1
     assert launch.wanted_processes(config, 4) == 4
+
+
+def test_a_run_shorter_than_its_logging_interval_logs_its_last_step(project):
+    options = ["training.logging_steps=50", "training.max_steps=3", "training.eval_strategy=no", "data.eval=null"]
+    done = run(project, "fit", "config.yaml", *options)
+    assert done.returncode == 0, done.stderr
+    assert [record["step"] for record in records(project)] == [3]

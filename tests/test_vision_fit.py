@@ -294,7 +294,7 @@ def test_freezing_the_language_model_and_the_aligner_trains_the_vision_encoder_a
 
 def test_a_target_that_cannot_teach_is_refused_before_the_first_step(models, tmp_path):
     with pytest.raises(PreflightError, match=r"'vit'.*no gradient"):
-        run(models, tmp_path, tuner__freeze_vit=True)
+        run(models, tmp_path, tuner__train_type="lora", tuner__target_modules=".*language_model.*q_proj")
     assert not (tmp_path / "run" / "logging.jsonl").exists()
 
 

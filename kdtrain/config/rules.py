@@ -109,6 +109,40 @@ def idle_distillation(config: RunConfig, written: Written) -> Iterator[Problem]:
         yield from _no_effect(("rlhf",), names, "nothing is sampled (lmbda is 0 and seq_kd is false)")
 
 
+def always_on_policy(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Options about answers of the data, where the student writes all of them."""
+    if not config.lm_kd_active or config.rlhf.lmbda < 1:
+        return
+    reason = "rlhf.lmbda is 1, every answer in training is the student's own"
+    if config.rlhf.sft_alpha > 0 and config.data.eval is None:
+        yield from _no_effect(("rlhf",), written.among(("rlhf",), ["sft_alpha"]), f"{reason}, without cross-entropy")
+    yield from _no_effect(("rlhf",), written.among(("rlhf",), ["seq_kd"]) if config.rlhf.seq_kd else [], reason)
+    for number, source in enumerate(config.data.train):
+        path: KeyPath = ("data", "train", number) if written.has("data", "train", number) else ("data", "train")
+        if source.answers == "teacher":
+            yield from _no_effect(path, ["answers"], reason)
+
+
+def frozen_parts(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Freezing that leaves nothing to train, or nothing for a visual target to teach."""
+    tuner = config.tuner
+    frozen = {part for part in ("llm", "vit", "aligner") if getattr(tuner, f"freeze_{part}")}
+    if len(frozen) == 3:
+        yield Problem(("tuner", "freeze_llm"), "nothing is left to train: all three parts are frozen", on_key=True)
+        return
+    if config.visual_kd_weight == 0:
+        return
+    for name, target in config.custom.visual_kd.targets.items():
+        before = {"vit"} if name == "vit" else {"vit", "aligner"}
+        if before <= frozen and target.weight > 0 and not (target.module or target.student_module):
+            options = " and ".join(f"tuner.freeze_{part}" for part in sorted(before, reverse=True))
+            yield Problem(
+                ("custom", "visual_kd", "targets", name),
+                f"cannot teach: all that leads to it is frozen by {options}",
+                "remove the target, or train some of it",
+            )
+
+
 def teacher_options(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Options of another backend, and the dtype given twice."""
     backend = config.rlhf.teacher.backend
@@ -260,6 +294,11 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (idle_lora, ("tuner.train_type", "tuner.lora_dropout", "rlhf.disable_dropout")),
     (idle_ce, ("rlhf.llm_kd_weight", "rlhf.sft_alpha", "data.train")),
     (visual_options, ("custom.visual_kd",)),
+    (
+        always_on_policy,
+        ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.sft_alpha", "rlhf.seq_kd", "data.train", "data.eval"),
+    ),
+    (frozen_parts, ("tuner.freeze_llm", "tuner.freeze_vit", "tuner.freeze_aligner", "custom.visual_kd")),
     (evaluation, (*_KD_SWITCHES, "data.eval", "training.eval_strategy")),
     (training_conflicts, ("training.output_dir", "training.max_steps", "training.dataloader_num_workers")),
     (

@@ -130,7 +130,8 @@ class DataSource(Section):
     split: Text = "train"
     """Split of a hub data set."""
     columns: dict[str, Text] | None = None
-    """Renames columns: the name kdtrain knows -> the name in the data, such as `{prompt: question}`."""
+    """Renames columns: the name kdtrain knows -> the name in the data, such as `{prompt: question}`. Other columns are
+    then not read, but for `images` and `image`."""
     streaming: Flag = False
     """Read while training instead of before it, for data larger than memory or disk."""
     limit: Count | None = None
@@ -141,7 +142,7 @@ class DataSource(Section):
     """Whether the rows' own labels count. false: the teacher alone supervises them."""
     answers: Literal["data", "teacher"] = "data"
     """Completions from the data, or the teacher's own greedy ones (of up to rlhf.max_new_tokens), generated once before
-    training in place of the data's, and kept in the run folder."""
+    training in place of the data's, training.per_device_eval_batch_size at a time, and kept in the run folder."""
 
     @property
     def is_local(self) -> bool:
@@ -304,7 +305,8 @@ class VisualTarget(Section):
     teacher_module: Text | None = None
     """Module path on the teacher, where the two differ."""
     match: Literal["exact", "interpolate"] = "exact"
-    """What happens to grids of different size: an error, or the teacher's is resized."""
+    """What happens to feature grids of different size: an error, or the teacher's is resized. An image takes as many
+    tokens of the language model in both models all the same: what may differ is the grid inside the vision path."""
 
 
 def _targets(value: Any) -> Any:

@@ -17,14 +17,14 @@ import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from kdtrain.data.multimodal import image_content, tokenizer_content
-from kdtrain.data.rows import Chat, parse_row
+from kdtrain.data.rows import IMAGE_COLUMNS, Chat, parse_row
 from kdtrain.data.show import RowError, show
 from kdtrain.data.sources import Source, rows_at_once
 from kdtrain.data.template import IGNORE, EncodedRow, RowEncoder, truncate
 from kdtrain.errors import DataError
 
 # Raise it with every change that makes the same row come out differently.
-VERSION = 2
+VERSION = 3
 ON_OVERLENGTH = ("error", "truncate", "drop")
 
 _FEATURES = datasets.Features(
@@ -221,7 +221,10 @@ def parse_json(text: str, columns: Mapping[str, str] | None) -> dict[str, Any]:
     # A mapping is exclusive: the row may well have a column of its own that is called like one of ours.
     if missing := [name for name in columns.values() if name not in row]:
         raise RowError(f"no column {', '.join(show(name, 40) for name in missing)}")
-    return {canonical: row[name] for canonical, name in columns.items()}
+    mapped = {canonical: row[name] for canonical, name in columns.items()}
+    # But for images: without them a row would be trained on all the same, blind.
+    images = {name: row[name] for name in IMAGE_COLUMNS if name in row and columns.keys().isdisjoint(IMAGE_COLUMNS)}
+    return {**mapped, **images}
 
 
 def _bad(problem: str) -> dict[str, Any]:

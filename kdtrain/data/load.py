@@ -81,7 +81,7 @@ class BuildReport:
         lines += [f"  bad: {bad}" for bad in self.first_bad]
         counts = (
             (self.truncated, "truncated at max_length"),
-            (self.dropped, "dropped as too long"),
+            (self.dropped, "dropped: too long, and a cut would leave nothing to train on or take a part of an image"),
             (self.prompt_only_rows, "with a prompt only (usable where an answer is generated)"),
             (self.plain_text_rows, "of plain text (nothing is generated from them)"),
             (self.teacher_answer_rows, "get their answer from the teacher"),
@@ -185,7 +185,8 @@ def _check(
         )
     kept = status == "ok"
     if not kept.any():
-        raise DataError(f"no row is left of {len(encoded)}: {len(bad)} are bad and {report.dropped} too long")
+        listed = "".join(f"\n  {bad}" for bad in report.first_bad)
+        raise DataError(f"no row is left of {len(encoded)}: {len(bad)} are bad and {report.dropped} too long{listed}")
     report.rows_kept = int(kept.sum())
     report.truncated = int((kept & (length > (limits.max_length or length.max()))).sum())
     asked = np.array([sources[source].answers == "teacher" for source in raw["source"][:]])

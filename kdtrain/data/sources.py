@@ -20,7 +20,7 @@ import datasets
 
 from kdtrain.data.files import RawRow, is_array, read_array, read_csv, read_lines
 from kdtrain.data.parts import VIDEO_COLUMNS
-from kdtrain.data.rows import KNOWN_COLUMNS, ROW_COLUMNS, show
+from kdtrain.data.rows import IMAGE_COLUMNS, KNOWN_COLUMNS, ROW_COLUMNS, show
 from kdtrain.errors import DataError
 
 _LINES = (".jsonl", ".ndjson")
@@ -137,9 +137,10 @@ def _table(source: Source, name: str, load: Any) -> Iterator[RawRow]:
         raise
     except Exception as error:  # each reader of `datasets` has its own errors
         raise DataError(f"cannot read {show(name, 400)}: {show(str(error) or type(error).__name__, 400)}") from error
-    wanted = set((source.columns or {}).values()) or set(KNOWN_COLUMNS)
+    mapped = set((source.columns or {}).values())
+    wanted = {*mapped, *IMAGE_COLUMNS} if mapped else set(KNOWN_COLUMNS)
     found = [column for column in table.column_names if column in wanted]
-    if not found:
+    if not found or (mapped and not mapped & set(found)):
         raise _no_columns(source, name, table.column_names)
     if source.limit is not None:
         table = table.select(range(min(source.limit, len(table))))
