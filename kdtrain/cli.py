@@ -97,7 +97,7 @@ def _train(config: RunConfig, resume: str | None, dry_run: bool, quiet: bool, lo
     if not quiet and log_format == "text" and console.is_terminal:
         console.print("loading torch and trl …", style="dim")  # some seconds without a sign otherwise
     from kdtrain.config.arguments import build_train_arguments
-    from kdtrain.progress import ConsoleReporter
+    from kdtrain.progress import ConsoleReporter, describe
     from kdtrain.run import fit as run_fit
 
     if int(os.environ.get("RANK", "0")) == 0:
@@ -109,6 +109,8 @@ def _train(config: RunConfig, resume: str | None, dry_run: bool, quiet: bool, lo
     if int(os.environ.get("RANK", "0")) == 0:
         what = "dry run passed" if dry_run else f"{result.steps} steps, model in {result.run_dir}"
         typer.echo(f"{what} ({result.seconds:.0f} s)")
+        if dry_run:
+            typer.echo(f"{describe(result.metrics)}  peak_memory_gib {result.metrics['peak_memory_gib']:.2f}")
     _leave_process_group()
     _end_rank(0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -90,8 +91,8 @@ def _fit(arguments: TrainArguments, reporter: Reporter, checkpoint: Path | None,
     trainer.remove_callback(PrinterCallback)  # it prints dicts to stdout, which is for results
     trainer.add_callback(CheckWrapped(trainer))
     if dry_run:
-        _one_window(trainer)
-        return RunResult(Path(args.output_dir), 0, time.perf_counter() - started, {})
+        metrics = _one_window(trainer)
+        return RunResult(Path(args.output_dir), 0, time.perf_counter() - started, metrics)
 
     run_dir = Path(args.output_dir)
     with readable_failures(args):
@@ -165,8 +166,8 @@ class _WindowDone(Exception):
     """Ends a dry run where the optimizer step would be."""
 
 
-def _one_window(trainer: GKDTrainerWithMetrics) -> None:
-    """One optimizer window forward and backward through everything a real run uses, without the step."""
+def _one_window(trainer: GKDTrainerWithMetrics) -> dict[str, float]:
+    """One optimizer window forward and backward through everything a real run uses, without the step; its metrics."""
     from transformers import TrainerCallback
 
     class Stop(TrainerCallback):
@@ -174,11 +175,9 @@ def _one_window(trainer: GKDTrainerWithMetrics) -> None:
             raise _WindowDone
 
     trainer.add_callback(Stop())
-    with readable_failures(trainer.args):
-        try:
-            trainer.train()
-        except _WindowDone:
-            return
+    with readable_failures(trainer.args), contextlib.suppress(_WindowDone):
+        trainer.train()
+    return trainer.window_metrics()
 
 
 # ---- the run folder --------------------------------------------------------------------------------------------------

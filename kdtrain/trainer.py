@@ -504,6 +504,13 @@ class GKDTrainerWithMetrics(GKDTrainer):
             mask.sum() if mask is not None else torch.tensor(float(inputs["input_ids"].numel()))
         )
 
+    def window_metrics(self) -> dict[str, float]:
+        """The metrics since the last record, `loss` as the sum of its terms; a collective."""
+        reduced = telemetry.reduce_metrics(self._metrics["train"], self.accelerator, token_weighted=False)
+        metrics = telemetry.training_metrics(reduced, 0.0)
+        terms = ("llm_kd_loss", "sft_loss", "vision_kd_loss", "aux_loss")
+        return {"loss": sum(metrics.get(name, 0.0) for name in terms), **metrics}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the reduced training metrics to a training record, and hand it to the callbacks and trackers."""
         if "loss" in logs:

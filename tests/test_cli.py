@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -95,6 +96,7 @@ def test_a_dry_run_builds_everything_and_writes_nothing(project, kdtrain):
     code, out, err = kdtrain("fit", "config.yaml", "--dry-run")
     assert code == 0, err
     assert out.startswith("dry run passed")
+    assert re.search(r"^loss \d.*llm_kd_loss \d.*sft_loss \d.*peak_memory_gib \d", out, re.MULTILINE)
     assert files(project) == before
 
 
