@@ -19,6 +19,7 @@ What is overridden, and why:
 | `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | their file; and no pickle of the arguments |
 | `Trainer._issue_warnings_after_load` | a checkpoint that was not loaded is no matter for a warning |
 | `SFTTrainer._save_checkpoint` | its time is not training time |
+| `_BaseTrainer.create_model_card` | no card that says that a student from a folder derives from None |
 | `_BaseTrainer._send_telemetry` | nothing is sent anywhere |
 """
 
@@ -647,6 +648,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if load_result.missing_keys or load_result.unexpected_keys:
             assert self._loading_from is not None
             load_weights(self.model, self._loading_from)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Only for a student with a name on the hub: of one from a folder upstream's card says it derives from None."""
+        if not os.path.isdir(getattr(self._unwrap(self.model).config, "_name_or_path", None) or "."):
+            super().create_model_card(*args, **kwargs)
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere; TRL reports trainer and model type to the hub by default."""

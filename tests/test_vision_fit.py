@@ -151,6 +151,7 @@ def test_a_run_trains_student_and_projectors_and_exports_the_student_alone(model
     assert {name: tuple(value.shape) for name, value in projectors.items()} == {
         "vit.weight": (48, 32), "vit.bias": (48,), "aligner.weight": (64, 32), "aligner.bias": (64,),
     }  # fmt: skip
+    assert not (result.run_dir / "README.md").exists()  # upstream's would call it a version of None
     # Loads as the same architecture, with every weight and no other, and with its processor.
     _, found = AutoModelForImageTextToText.from_pretrained(result.run_dir, output_loading_info=True)
     assert not any(found.values())
