@@ -32,6 +32,7 @@ NOT_FOR_THE_MODEL = frozenset(
         "visual_sizes",
         "teacher_inputs",
         "teacher_visual_sizes",
+        "visual_units",
     }
 )
 _TEXT = frozenset({"input_ids", "attention_mask"})

@@ -255,14 +255,15 @@ def _check_supervision(config: RunConfig) -> None:
 
 def _check_generated_lengths(config: RunConfig, report: BuildReport, student: PreTrainedModel) -> None:
     """Say so where a prompt and its generated answer may not fit the model."""
-    longest = report.longest + config.rlhf.max_new_tokens
+    generates = config.lm_kd_active and (config.rlhf.lmbda > 0 or config.rlhf.seq_kd)
+    more = config.rlhf.max_new_tokens if generates else 0  # the teacher's answers are in the rows already
     limit = getattr(student.config.get_text_config(), "max_position_embeddings", None)
-    if config.lm_kd_active and (config.rlhf.lmbda > 0 or config.rlhf.seq_kd) and limit and longest > limit:
+    if (generates or config.answers_from_teacher) and limit and report.longest + more > limit:
         logger.warning(
-            "Generated rows can have %d tokens (longest row %d, rlhf.max_new_tokens %d); the student has %d positions.",
-            longest,
+            "Generated rows can have %d tokens (longest row %d, to be generated %d); the student has %d positions.",
+            report.longest + more,
             report.longest,
-            config.rlhf.max_new_tokens,
+            more,
             limit,
         )
 

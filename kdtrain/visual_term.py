@@ -76,10 +76,14 @@ class VisualTerm:
         grids = image_grids(self.knobs, self.student, self.teacher, batch, teacher_inputs(batch))
         return visual_terms(self.knobs, ours, theirs, share, projectors=self.projectors, grids=grids)
 
-    def count(self, batches: Sequence[Mapping[str, Any]]) -> None:
-        """Take note of the window's image features on all ranks, over which the terms are means; a collective."""
-        device = self._accelerator.device
-        local = torch.tensor(float(sum(visual_units(batch) for batch in batches)), device=device)
+    def count(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Take note of the window's image features on all ranks, over which the terms are means; a collective.
+
+        Each batch keeps its own number.
+        """
+        for batch in batches:
+            batch["visual_units"] = visual_units(batch)
+        local = torch.tensor(float(sum(b["visual_units"] for b in batches)), device=self._accelerator.device)
         self._window_units = self._accelerator.gather(local[None]).sum()
 
     def probe(self, batch: Mapping[str, Any]) -> None:

@@ -505,3 +505,10 @@ def test_a_dry_run_answers_one_window_and_leaves_nothing(models, prompts, tmp_pa
     fit(arguments, reporter, dry_run=True)
     assert reporter.answered[-1] == (2, 2)
     assert not (tmp_path / "run").exists()
+
+
+def test_answers_beyond_max_length_and_the_students_positions_are_told(models, prompts, tmp_path, caplog):
+    options = {"data__train": {"path": str(prompts), "answers": "teacher"}, "rlhf__max_new_tokens": 500}
+    run(models, tmp_path, training__max_steps=1, **options)
+    assert "rows are longer than data.max_length (128)" in caplog.text
+    assert "to be generated 0); the student has 512 positions" in caplog.text
