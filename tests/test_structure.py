@@ -68,3 +68,11 @@ def test_leaves_do_not_import_torch():
                 tree = ast.parse(path.read_text(encoding="utf-8"))
                 top = ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], [])
                 assert not {"torch", "trl", "transformers"} & {module.split(".")[0] for module in imports(top)}
+
+
+def test_no_setting_of_precision_is_touched():
+    """Such a setting belongs to the whole process: it would change the model's numbers, and those of later calls."""
+    names = ("fp32_precision", "set_float32_matmul_precision", "allow_tf32", "allow_bf16_reduced", "allow_fp16_reduced")
+    for path in MODULES:
+        text = path.read_text(encoding="utf-8")
+        assert not [name for name in names if name in text], path

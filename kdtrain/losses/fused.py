@@ -170,10 +170,9 @@ class _Fused(torch.autograd.Function):
         gradients, ctx.run_gradients = ctx.run_gradients, None
         # All factors at once and in float32, then one rounding: 1/D alone can be too small a number for fp16.
         scale = ctx.left_to_scale * loss_gradient
-        done = scale.device.type == "cpu" and scale == 1  # on a GPU the host would wait for the answer
         result: list[torch.Tensor | None] = []
         for gradient, wanted, dtype in zip(gradients, ctx.wanted, ctx.dtypes, strict=True):
-            result.append((gradient if done else gradient.mul_(scale)).to(dtype) if wanted else None)
+            result.append(gradient.mul_(scale).to(dtype) if wanted else None)
         if result[0] is not None and len(ctx.rows) != ctx.tokens:
             whole = result[0].new_zeros(ctx.tokens, result[0].shape[1])
             result[0] = whole.index_copy_(0, ctx.rows, result[0])
@@ -210,23 +209,17 @@ class _Run:
         self.options, self.left_to_scale = call.options, self.inverse_items
         self.scale = float(call.student.logit_scale)
         self.half = None
-        if device.type == "cpu":  # where a factor is a number: put into the tile it costs nothing
-            self.scale *= float(self.inverse_items)
+        if HalfGradients.fit(hidden_SH, call.student.weight) and len(labels_S):
+            # All factors before the one rounding of each product.
+            factor = self.scale * float(self.inverse_items)
+            unit = power_of_two_unit(factor, call.options.ce_weight or call.options.kd_weight)
+            self.options, self.scale = call.options.scaled(unit), factor / unit
             self.left_to_scale = torch.ones(())
-            halves = HalfGradients.fit(hidden_SH, call.student.weight) and len(labels_S) > 0
-            term = call.options.ce_weight or call.options.kd_weight
-            unit = power_of_two_unit(self.scale, term) if halves else abs(self.scale) or 1.0
-            self.options, self.scale = call.options.scaled(unit), self.scale / unit
-            if halves:
-                self.half = HalfGradients(
-                    hidden_SH, call.student.weight, self.scale, self.wants_hidden, self.wants_weight
-                )
+            self.half = HalfGradients(hidden_SH, call.student.weight, self.scale, self.wants_hidden, self.wants_weight)
         empty = torch.zeros(0, device=device)
         own_hidden, own_weight = (wants and self.half is None for wants in (self.wants_hidden, self.wants_weight))
         self.grad_hidden = torch.empty_like(hidden_SH, dtype=self.dtype) if own_hidden else empty
-        # Written by the first chunk; without one it has to be zeros.
-        new_weight_gradient = torch.empty_like if len(labels_S) else torch.zeros_like
-        self.grad_weight = new_weight_gradient(call.student.weight, dtype=self.dtype) if own_weight else empty
+        self.grad_weight = torch.zeros_like(call.student.weight, dtype=self.dtype) if own_weight else empty
         self.grad_bias = (
             torch.zeros(len(call.student.weight), dtype=self.dtype, device=device) if self.wants_bias else empty
         )
@@ -276,7 +269,7 @@ class _Run:
         if self.wants_hidden:
             self.grad_hidden[chunk] = hidden_gradient(student, head.weight, self.scale)
         if self.wants_weight:
-            add_weight_gradient(self.grad_weight, student, hidden, self.scale, first=chunk.start == 0)
+            add_weight_gradient(self.grad_weight, student, hidden, self.scale)
 
     def _block(
         self, rows: slice, student: torch.Tensor, teacher: torch.Tensor | None, scratch: Buffers, with_gradient: bool

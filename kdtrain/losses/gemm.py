@@ -2,6 +2,10 @@
 
 Shapes: C tokens of one chunk, S of all, H hidden width, V vocabulary.
 
+All of them are PyTorch's default products. No setting of the process is changed for them and none is chosen by what an
+earlier product looked like, so that a number depends on the operands alone: not on the processor, not on what was
+computed before.
+
 bfloat16 logits would carry a relative error of 2⁻⁹, some hundredths of a nat, and cost 1 to 4 % in the gradient: half
 precision goes in, float32 comes out. On CUDA that is one `mm(out_dtype=float32)`; on a CPU, whose bfloat16 product can
 only return bfloat16, slices of the weight are widened to float32 on the way.
@@ -12,27 +16,17 @@ Gradients are float32 until all factors are in, with one exception: those of bfl
 
 from __future__ import annotations
 
-import logging
 import math
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from kdtrain.losses.workspace import workspace
 
-logger = logging.getLogger(__name__)
-
 # Rows of a half-precision weight that are widened at a time on a CPU: few enough to be in its cache when they are used.
 _WIDENED_ROWS = 1024
 # Bytes of logits' gradients in bfloat16 that are kept for one product.
 _HALF_BYTES = 192 * 2**20
-# A product of float32 numbers that is further off than this was not computed in float32.
-_FLOAT32_ERROR = 4e-6
-
-# What was seen, by the dtype the left operand came from and the magnitude of the three sizes.
-_computes_in_float32: dict[tuple[str | int, ...], bool] = {}
 
 
 def project(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, out_CV: torch.Tensor) -> torch.Tensor:
@@ -42,11 +36,11 @@ def project(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, out_CV: torch.Tens
     """
     if hidden_CH.device.type == "cuda" and hidden_CH.dtype != out_CV.dtype:
         return torch.mm(hidden_CH, weight_VH.t(), out_dtype=out_CV.dtype, out=out_CV)
-    wide_hidden, source = hidden_CH.to(out_CV.dtype), (hidden_CH.dtype, weight_VH.dtype)
+    wide_hidden = hidden_CH.to(out_CV.dtype)
     if weight_VH.dtype == out_CV.dtype:
-        return _mm(wide_hidden, weight_VH.t(), out_CV, source)
+        return torch.mm(wide_hidden, weight_VH.t(), out=out_CV)
     for rows, wide in _widened(weight_VH, out_CV.dtype):
-        _mm(wide_hidden, wide.t(), out_CV[:, rows], source)
+        torch.mm(wide_hidden, wide.t(), out=out_CV[:, rows])
     return out_CV
 
 
@@ -67,36 +61,25 @@ def one_dtype(
 def hidden_gradient(gradient_CV: torch.Tensor, weight_VH: torch.Tensor, scale: float) -> torch.Tensor:
     """scale · gradient · weight, [C, H] in the dtype of the gradient."""
     if weight_VH.dtype == gradient_CV.dtype:
-        out = gradient_CV.new_empty(gradient_CV.shape[0], weight_VH.shape[1])
-        return _mm(gradient_CV, weight_VH, out).mul_(scale)
+        return torch.mm(gradient_CV, weight_VH).mul_(scale)
     if weight_VH.device.type == "cuda":
         narrow = gradient_CV.to(weight_VH.dtype)
         return torch.mm(narrow, weight_VH, out_dtype=gradient_CV.dtype).mul_(scale)
     total = gradient_CV.new_zeros(gradient_CV.shape[0], weight_VH.shape[1])
     for rows, wide in _widened(weight_VH, gradient_CV.dtype):
-        _addmm(total, gradient_CV[:, rows], wide, scale)
+        total.addmm_(gradient_CV[:, rows], wide, alpha=scale)
     return total
 
 
 def add_weight_gradient(
-    total_VH: torch.Tensor, gradient_CV: torch.Tensor, hidden_CH: torch.Tensor, scale: float, first: bool = False
+    total_VH: torch.Tensor, gradient_CV: torch.Tensor, hidden_CH: torch.Tensor, scale: float
 ) -> None:
-    """total += scale · gradientᵀ · hidden, [V, H]; accumulated in float32 whatever the dtype of the weight.
-
-    `first` writes instead of adding: what `total` holds then does not matter, and it need not be filled with zeros.
-    """
-    if first and hidden_CH.device.type == "cpu":
-        _mm(gradient_CV.t(), hidden_CH.to(total_VH.dtype), total_VH)
-        if scale != 1:
-            total_VH.mul_(scale)
-        return
-    if first:
-        total_VH.zero_()
+    """total += scale · gradientᵀ · hidden, [V, H]; accumulated in float32 whatever the dtype of the weight."""
     if hidden_CH.dtype != total_VH.dtype and hidden_CH.device.type == "cuda":
         narrow = gradient_CV.to(hidden_CH.dtype)
         total_VH.add_(torch.mm(narrow.t(), hidden_CH, out_dtype=total_VH.dtype), alpha=scale)
         return
-    _addmm(total_VH, gradient_CV.t(), hidden_CH.to(total_VH.dtype), scale)
+    total_VH.addmm_(gradient_CV.t(), hidden_CH.to(total_VH.dtype), alpha=scale)
 
 
 def power_of_two_unit(scale: float, weight: float) -> float:
@@ -195,78 +178,3 @@ def _widened(weight_VH: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slic
     for start in range(0, size, _WIDENED_ROWS):
         rows = slice(start, min(start + _WIDENED_ROWS, size))
         yield rows, buffer[: rows.stop - start].copy_(weight_VH[rows])
-
-
-def _mm(
-    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, source: tuple[torch.dtype, ...] | None = None
-) -> torch.Tensor:
-    """out = a · b. `source` are the dtypes that they were widened from; None is their own."""
-    key = _key(a, b, source)
-    with _onednn(_computes_in_float32.get(key, True)):
-        torch.mm(a, b, out=out)
-    if key not in _computes_in_float32 and not _look(key, a, b, out):
-        torch.mm(a, b, out=out)
-    return out
-
-
-def _addmm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
-    """total += scale · a · b."""
-    key = _key(a, b, None)
-    if key not in _computes_in_float32:
-        part = a[:1024]  # enough rows for the same kernel, without another tensor of the size of `total`
-        with _onednn(True):
-            product = torch.mm(part, b)
-        _look(key, part, b, product)
-    with _onednn(_computes_in_float32.get(key, False)):
-        total.addmm_(a, b, alpha=scale)
-
-
-def _key(a: torch.Tensor, b: torch.Tensor, source: tuple[torch.dtype, ...] | None) -> tuple[str | int, ...]:
-    """Under what a product is remembered: where its operands came from, and the magnitude of its sizes.
-
-    Operands that came from half precision stand apart: rounding does not change them, so they prove nothing for others.
-    """
-    return (
-        a.device.type,
-        str(source or (a.dtype, b.dtype)),
-        str(a.dtype),
-        *(size.bit_length() for size in (*a.shape, b.shape[1])),
-    )
-
-
-def _look(key: tuple[str | int, ...], a: torch.Tensor, b: torch.Tensor, product: torch.Tensor) -> bool:
-    """Whether a product made by oneDNN is a float32 one, by some of its numbers; remembered for all of its size.
-
-    The default float32 product on a CPU is MKL's, which on AMD processors runs at less than half of oneDNN's rate. The
-    public switch that leads to oneDNN also allows it to round its operands to bfloat16, which it does on processors
-    with matrix units. So the first product of each size is looked at, and where oneDNN rounds the default is used.
-    """
-    if a.device.type != "cpu" or a.dtype != torch.float32:
-        _computes_in_float32[key] = False  # the switch means nothing to it
-        return True
-    rows = torch.linspace(0, a.shape[0] - 1, min(8, a.shape[0])).long()
-    cols = torch.linspace(0, b.shape[1] - 1, min(64, b.shape[1])).long()
-    exact = a[rows].double() @ b[:, cols].double()
-    if not 0 < exact.norm() < torch.inf:  # nothing to be seen in a product of zeros, or of NaN
-        return True
-    _computes_in_float32[key] = bool((product[rows][:, cols] - exact).norm() <= _FLOAT32_ERROR * exact.norm())
-    if not _computes_in_float32[key]:
-        logger.debug("oneDNN does not compute %s by %s in float32.", tuple(a.shape), tuple(b.shape))
-    return _computes_in_float32[key]
-
-
-@contextmanager
-def _onednn(allowed: bool) -> Iterator[None]:
-    """Let float32 products of this block go to oneDNN; the setting of the process is restored."""
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    # A setting of the process: two threads that change and restore it could leave it changed.
-    alone = threading.current_thread() is threading.main_thread()
-    if not allowed or not alone or matmul is None or not torch.backends.mkldnn.is_available():
-        yield
-        return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

@@ -10,10 +10,9 @@ With g the gradient with respect to z/temperature:
 | cross-entropy (temperature 1) | −log p(label) | p − onehot |
 | forward KL(T‖S) | Σ q·log(q/p) | p − q |
 | reverse KL(S‖T) | Σ p·log(p/q) | p·(log(p/q) − KL) |
-| JSD_β | β·KL(T‖S) + Σ m·log(p/m), m=β·q + (1−β)·p | (1−β)·p·(log(p/m) − KL(p‖m)) |
+| JSD_β | β·Σ q·log(q/m) + (1−β)·Σ p·log(p/m), m = β·q + (1−β)·p | (1−β)·p·(log(p/m) − KL(p‖m)) |
 
-The value of JSD_β is the usual one, β·Σ q·log(q/m) + (1−β)·Σ p·log(p/m), with log(q/m) = log(q/p) + log(p/m).
-log(p/m) = −log(1 + β·(q−p)/p) keeps its digits where p ≈ m and where β is small.
+log(p/m) = −log(1 + β·(q−p)/p) keeps its digits where p ≈ m; see `_mixture` for β near 1.
 
 The definitions are those of `divergence.py`, and the tests hold this file to them.
 """
@@ -31,8 +30,8 @@ from kdtrain.losses.workspace import workspace
 
 # Below the smallest normal float32 a probability is taken for this one where it is divided by.
 _TINY = torch.finfo(torch.float32).tiny
-# Probabilities that are further apart than this, in nats, may include such.
-_FAR = 80.0
+# Largest β at which log(m/p) is taken from p itself; see `_mixture`.
+_STUDENT_IS_BASE = 0.9
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,8 @@ def tile_terms(
     p, q, work = scratch.p, scratch.q, scratch.work
     largest = student.amax(-1, keepdim=True)
     torch.softmax(student, -1, out=p)
-    log_z = largest + _log_sum(p)
+    p_largest = p.amax(-1, keepdim=True)
+    log_z = largest - p_largest.log()
     at_label = student.gather(1, labels[:, None])
     ce = log_z - at_label
     sums = TileSums(
@@ -137,15 +137,16 @@ def tile_terms(
             _ce_gradient(student, p, labels, coefficient)
         return sums
 
-    teacher_largest, teacher_top = _top(teacher)
+    teacher_largest, teacher_top = teacher.max(-1, keepdim=True)
     torch.softmax(teacher, -1, out=q)
-    teacher_log_z = teacher_largest - q.gather(1, teacher_top).log()
+    q_largest = q.gather(1, teacher_top)
+    teacher_log_z = teacher_largest - q_largest.log()
     sums.agree = (student.gather(1, teacher_top) == largest).sum()
     sums.teacher_entropy = (teacher_log_z - _dot(q, teacher, work)).sum()
     if options.temperature != 1:
         sums.kd = _tempered(student, teacher, labels, coefficient, options, scratch, with_gradient)
     elif options.kd_weight > 0:
-        ratio = teacher_log_z - log_z
+        ratio = _log_z_ratio(teacher_largest, largest, q_largest, p_largest)
         sums.kd = _divergence(student, teacher, ratio, labels, coefficient, options, scratch, with_gradient)
     elif with_gradient:
         _ce_gradient(student, p, labels, coefficient)
@@ -172,7 +173,8 @@ def _tempered(
     teacher.mul_(inverse)
     torch.softmax(student, -1, out=p)
     torch.softmax(teacher, -1, out=q)
-    ratio = teacher.amax(-1, keepdim=True) + _log_sum(q) - student.amax(-1, keepdim=True) - _log_sum(p)
+    largest = [block.amax(-1, keepdim=True) for block in (teacher, student, q, p)]
+    ratio = _log_z_ratio(*largest)
     softened = replace(options, kd_weight=options.kd_weight * inverse, ce_weight=0.0, temperature=1.0)
     kd = _divergence(student, teacher, ratio, labels, 0.0, softened, scratch, with_gradient)
     if ce_gradient is not None:
@@ -226,23 +228,30 @@ def _mixture(
     options: TileOptions,
     with_gradient: bool,
 ) -> torch.Tensor:
-    """JSD_β for β inside (0, 1). All four blocks are overwritten; the gradient ends up in `log_qp`."""
+    """JSD_β for β inside (0, 1). All four blocks are overwritten; the gradient ends up in `log_qp`.
+
+    m = (1−w)·a + w·b. log(m/a) = log(1 + w·(b−a)/a) loses digits as w comes near 1, and log(m/b) = log(m/a) + log(a/b)
+    where w is not small. So a is the student, whose logarithm the gradient needs, up to β = 0.9, and the teacher above.
+    """
     beta = options.beta
-    forward_kl = _dot(q, log_qp, work)
-    gap = torch.sub(q, p, out=work)
-    # log(m/p) = log(1 + β·(q−p)/p)
-    log_mp = torch.div(gap, torch.clamp(p, min=_TINY, out=q), out=q).mul_(beta).log1p_()
-    if log_qp.device.type != "cpu" or log_qp.amax() > _FAR:
-        # log(m/p) > log(β·q/p), and where p is too small to be divided by they are the same.
-        torch.maximum(log_mp, log_qp.add_(math.log(beta)), out=log_mp)
-    p_log_mp = _dot(p, log_mp, log_qp)
-    value = beta * forward_kl - p_log_mp - beta * _dot(gap, log_mp, gap)
+    a, b, weight = (p, q, beta) if beta <= _STUDENT_IS_BASE else (q, p, 1 - beta)
+    log_ma = torch.sub(b, a, out=work).div_(a.clamp_(min=_TINY)).mul_(weight).log1p_()
+    # Where a is too small to be divided by, log(m/b) comes out too low. It is never below log w, since m ≥ w·b.
+    if a is p:
+        log_mp = log_ma
+        log_qm = log_qp.sub_(log_ma).clamp_(max=-math.log(weight))
+        teacher_kl = _dot(q, log_qm, q)
+    else:
+        log_mp = log_qp.add_(log_ma).clamp_(min=math.log(weight))
+        teacher_kl = -_dot(q, log_ma, q)
+    p_log_mp = _dot(p, log_mp, work)
+    value = beta * teacher_kl - (1 - beta) * p_log_mp
     if with_gradient:
         # weight·(1−β)·p·(log(p/m) − KL(p‖m)) + c·(p − onehot), with one factor of p
-        weight = options.kd_weight * options.mixture_weight * (1 - beta)
-        p_times_log_mp = log_qp  # where the product of the dot above was left
-        p.mul_(weight * p_log_mp + ce_coefficient)
-        torch.sub(p, p_times_log_mp, alpha=weight, out=log_qp)
+        factor = options.kd_weight * options.mixture_weight * (1 - beta)
+        p_times_log_mp = work  # where the product of the dot above was left
+        p.mul_(factor * p_log_mp + ce_coefficient)
+        torch.sub(p, p_times_log_mp, alpha=factor, out=log_qp)
         _subtract_at(log_qp, labels, ce_coefficient)
     return options.mixture_weight * _not_negative(value)
 
@@ -267,22 +276,15 @@ def _ce_coefficient(ce_rows: torch.Tensor | None, options: TileOptions) -> torch
     return options.ce_weight if ce_rows is None or options.ce_weight == 0 else options.ce_weight * ce_rows[:, None]
 
 
-def _top(logits: torch.Tensor, parts: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest logit of each row and its position, both [R, 1].
+def _log_z_ratio(
+    teacher_largest: torch.Tensor, student_largest: torch.Tensor, q_largest: torch.Tensor, p_largest: torch.Tensor
+) -> torch.Tensor:
+    """log Z_T − log Z_S, [R, 1], from each model's largest logit and largest probability.
 
-    On a CPU `max` with positions runs at a tenth of the rate of `amax`. There the row is folded into `parts` pieces
-    laid over each other, whose maximum is a vectorised pass, and only one column of them is searched for the position.
+    Differences of like things first: each log Z alone is a number of about ten, whose rounding would be the whole
+    divergence of two models that nearly agree.
     """
-    rows, vocabulary = logits.shape
-    width = vocabulary // parts
-    if logits.device.type != "cpu" or width < parts:
-        return logits.max(-1, keepdim=True)
-    piled = logits[:, : width * parts].unflatten(1, (parts, width)).amax(1)
-    column = piled.argmax(-1, keepdim=True)
-    rest = torch.arange(width * parts, vocabulary).expand(rows, -1)
-    candidates = torch.cat([column + width * torch.arange(parts), rest], 1)
-    largest, at = logits.gather(1, candidates).max(-1, keepdim=True)
-    return largest, candidates.gather(1, at)
+    return (teacher_largest - student_largest) - (q_largest / p_largest).log()
 
 
 def _log_sum(p: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ def _system() -> str:
 
 
 def _cpu_model() -> str:
-    """Model and, since virtual machines often hide it, family and widest vectors."""
+    """Model and, since virtual machines often hide it, family, widest vectors and matrix units."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -50,7 +50,8 @@ def _cpu_model() -> str:
     model = fields.get("model name", platform.machine())
     if "cpu family" in fields:
         model += f" (family {fields['cpu family']}, model {fields.get('model', '?')})"
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+    units = ", AMX" if "amx_tile" in fields.get("flags", "").split() else ""
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}{units}"
 
 
 def _memory_gib() -> float | None:

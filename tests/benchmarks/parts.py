@@ -43,8 +43,7 @@ def where_time_goes(case: LossCase, rounds: int) -> dict[str, Any]:
     row = {"case": vars(case), "title": str(case), **shares, "products": found[-1]["products"]}
     progress(
         f"parts, {case}: GEMM {row['gemm_share']:.0%}, element-wise {row['elementwise_share']:.0%}, "
-        f"rest {row['rest_share']:.0%}, GEMM rate {row['gemm_rate']:.0%} of a bare mm, "
-        f"{row['gemm_rate_of_fastest']:.0%} of the fastest"
+        f"rest {row['rest_share']:.0%}, GEMM rate {row['gemm_rate']:.0%} of a bare mm"
     )
     return row
 
@@ -62,10 +61,7 @@ def _one_round(call: Callable[[], Any]) -> dict[str, Any]:
         elif _OPERATION.search(event.name):
             elementwise += event.self_cpu_time_total / 1e6
     assert products, "no matrix product was recorded: the profiler's names have changed"
-    bare = fastest = 0.0
-    for shape, count in products.items():
-        default_seconds, fastest_seconds = bare_mm_seconds(shape)
-        bare, fastest = bare + count * default_seconds, fastest + count * fastest_seconds
+    bare = sum(count * bare_mm_seconds(shape) for shape, count in products.items())
     flops = sum(2 * m * k * n * count for (m, k, n, _), count in products.items())
     return {
         "wall_s": wall,
@@ -73,7 +69,6 @@ def _one_round(call: Callable[[], Any]) -> dict[str, Any]:
         "elementwise_share": elementwise / wall,
         "rest_share": 1 - (gemm + elementwise) / wall,
         "gemm_rate": bare / gemm,
-        "gemm_rate_of_fastest": fastest / gemm,
         "gemm_gflops": flops / gemm / 1e9,
         "products": [[*shape[:3], str(shape[3]), count] for shape, count in products.items()],
     }
@@ -106,30 +101,11 @@ def _shape(event: FunctionEvent) -> Shape | None:
     return a[0], a[1], columns, _DTYPES[dtype]
 
 
-def bare_mm_seconds(shape: Shape) -> tuple[float, float]:
-    """Seconds of `torch.mm` into an existing tensor, the best of the operands' four layouts.
-
-    The second value is the best that PyTorch has: it also tries oneDNN for float32, which is faster than the default on
-    some processors, where that still computes in float32.
-    """
+def bare_mm_seconds(shape: Shape) -> float:
+    """Seconds of `torch.mm` into an existing tensor, the best of the operands' four layouts."""
     rows, inner, columns, dtype = shape
     out = torch.empty(rows, columns, dtype=dtype)
     lefts = torch.randn(rows, inner).to(dtype), torch.randn(inner, rows).to(dtype).t()
     rights = torch.randn(inner, columns).to(dtype), torch.randn(columns, inner).to(dtype).t()
-
     torch.mm(lefts[0], rights[0], out=out)
-
-    def best() -> float:
-        return min(seconds_of(lambda a=a, b=b: torch.mm(a, b, out=out)) for a in lefts for b in rights)
-
-    default = best()
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if dtype != torch.float32 or matmul is None:
-        return default, default
-    exact = lefts[0][:4].double() @ rights[0].double()
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:
-        in_float32 = (torch.mm(lefts[0], rights[0])[:4] - exact).norm() < 4e-6 * exact.norm()
-        return default, min(default, best()) if in_float32 else default
-    finally:
-        matmul.fp32_precision = before
+    return min(seconds_of(lambda a=a, b=b: torch.mm(a, b, out=out)) for a in lefts for b in rights)

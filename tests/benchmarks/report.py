@@ -116,8 +116,8 @@ def _steps(part: list[dict[str, Any]]) -> str:
 
 
 def _parts(part: list[dict[str, Any]]) -> str:
-    keys = ("gemm_share", "elementwise_share", "rest_share", "gemm_rate", "gemm_rate_of_fastest")
-    heads = ["case", "seconds", "GEMM", "element-wise", "rest", "rate / bare `mm`", "rate / fastest `mm`", "GFLOP/s"]
+    keys = ("gemm_share", "elementwise_share", "rest_share", "gemm_rate")
+    heads = ["case", "seconds", "GEMM", "element-wise", "rest", "rate / bare `mm`", "GFLOP/s"]
     return _table(
         heads,
         (
