@@ -1,6 +1,7 @@
 """The fused loss against an independent float64 reference, gradcheck, and what must not change its result."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -32,6 +33,11 @@ def make(n=37, vocab=301, dtype=torch.float32, bias=False, seed=0):
         "student_bias": randn(vocab).requires_grad_() if bias else None,
         "teacher_bias": randn(vocab) if bias else None,
     }
+
+
+def certain(n):
+    """A top-k teacher that is certain of the first token, at `n` positions."""
+    return TopKLogprobs(torch.zeros(n, 1).long(), torch.zeros(n, 1))
 
 
 def trained(problem):
@@ -90,6 +96,28 @@ def test_value_and_gradients_match_float64(beta, divergence):
         assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5), where
         for ours, theirs in zip(torch.autograd.grad(result.loss, trained(problem)), gradients, strict=True):
             assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), where
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "jsd_scaled"])
+@pytest.mark.parametrize("gap", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("beta", [1e-6, 1e-3, 0.01, 0.85, 0.86, 0.9, 0.99, 0.999, 0.9999, 1 - 1e-6])
+def test_jsd_keeps_its_digits_near_the_ends_of_beta(beta, gap, divergence):
+    """Where β is near 1, JSD_β is a small difference of two large sums. `gap`: how far the models' logits differ."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = 3 * torch.randn(64, 1000, generator=generator)
+    student = (teacher + gap * torch.randn(64, 1000, generator=generator)).requires_grad_()
+    double = student.detach().double().requires_grad_()
+    log_s, log_t = torch.log_softmax(double, -1), torch.log_softmax(teacher.double(), -1)
+    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+    expected = beta * (log_t.exp() * (log_t - log_m)).sum() + (1 - beta) * (log_s.exp() * (log_s - log_m)).sum()
+    expected = expected / (beta * (1 - beta) if divergence == "jsd_scaled" else 1) / 64
+    eye = torch.eye(1000)
+    result = fused_distillation_loss(
+        student, eye, torch.zeros(64).long(), teacher, eye, beta=beta, divergence=divergence
+    )
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    (ours,), (exact,) = torch.autograd.grad(result.loss, student), torch.autograd.grad(expected, double)
+    assert (ours - exact).norm() <= 1e-5 * exact.norm()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -267,7 +295,7 @@ def test_top_k_targets_and_masked_columns_are_refused_together():
     with torch.no_grad():
         problem["student_bias"][290:] = -INF
     with pytest.raises(ValueError, match="cannot be combined"):
-        fused_distillation_loss(**problem, targets=TopKLogprobs(torch.zeros(37, 2).long(), torch.zeros(37, 2)))
+        fused_distillation_loss(**problem, targets=certain(37))
 
 
 WRONG = {
@@ -280,7 +308,7 @@ WRONG = {
     "a temperature of 0": ({"temperature": 0.0}, "temperature"),
     "no teacher": ({"teacher_hidden": None, "teacher_weight": None}, "there is no teacher"),
     "half a teacher": ({"teacher_weight": None}, "belong together"),
-    "two teachers": ({"targets": TopKLogprobs(torch.zeros(37, 2).long(), torch.zeros(37, 2))}, "not both"),
+    "two teachers": ({"targets": certain(37)}, "not both"),
     "a teacher of other tokens": ({"teacher_hidden": torch.zeros(36, 24)}, r"same 37 tokens, got \(36, 24\)"),
     "a teacher of another vocabulary": ({"teacher_weight": torch.zeros(300, 24)}, "301 rows and the teacher's 300"),
     "a teacher's head of another width": ({"teacher_weight": torch.zeros(301, 23)}, r"\[V, 24\], got \(301, 23\)"),
@@ -442,13 +470,43 @@ def test_a_top_k_teacher_without_a_tail_is_not_fooled():
 def test_wrong_topk_targets_are_refused():
     student = torch.zeros(3, 10)
     with pytest.raises(ValueError, match="2 rows of top-k targets for 3"):
-        topk_divergence(student, TopKLogprobs(torch.zeros(2, 4).long(), torch.zeros(2, 4)))
+        topk_divergence(student, certain(2))
     with pytest.raises(ValueError, match=r"\[0, 10\)"):
         topk_divergence(student, TopKLogprobs(torch.full((3, 1), 10), torch.zeros(3, 1)))
+    with pytest.raises(ValueError, match=r"int64.*int64"):
+        TopKLogprobs(torch.zeros(3, 1).long(), torch.zeros(3, 1).long())
     with pytest.raises(ValueError, match=r"\(3, 4\).*\(3, 5\)"):
         TopKLogprobs(torch.zeros(3, 4).long(), torch.zeros(3, 5))
     with pytest.raises(ValueError, match="tail"):
-        topk_divergence(student, TopKLogprobs(torch.zeros(3, 1).long(), torch.zeros(3, 1)), tail="none")
+        topk_divergence(student, certain(3), tail="none")
+
+
+NO_DISTRIBUTION = {
+    "a token id twice": ([4, 7, 4], [-1.0, -2.0, -1.5], "a token id twice"),
+    "NaN": ([4, 7, 1], [-1.0, INF - INF, -1.5], "NaN"),
+    "probabilities above 1": ([4, 7, 1], [-0.5, -0.6, -3.0], "more than 1"),
+    "a positive logprob": ([4, 7, 1], [0.1, -3.0, -4.0], "more than 1"),
+    "infinity": ([4, 7, 1], [INF, -3.0, -4.0], "more than 1"),
+    "a filler": ([4, 7, 1], [-1.0, -1.2, -1e9], "not by a large negative number"),
+    "a filler for a missing entry": ([4, 7, -1], [-1.0, -1.2, -1e9], "whose logprob is not −inf"),
+    "a probability for a missing entry": ([4, -1, -1], [-1.0, -2.0, -INF], "whose logprob is not −inf"),
+}
+
+
+@pytest.mark.parametrize("name", NO_DISTRIBUTION)
+def test_topk_targets_that_are_no_distribution_are_refused_with_their_position(name):
+    ids, logprobs, message = NO_DISTRIBUTION[name]
+    good_ids, good_logprobs = [1, 2, -1], [-1.0, -1.0, -INF]
+    with pytest.raises(ValueError, match=f"position 1 of the top-k targets has.*{message}"):
+        TopKLogprobs(torch.tensor([good_ids, ids]), torch.tensor([good_logprobs, logprobs]))
+
+
+def test_topk_probabilities_a_rounding_above_1_are_divided_by_their_sum():
+    logprobs = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.1]]).log()
+    targets = TopKLogprobs(torch.tensor([[0, 1, 2], [3, 4, 5]]), logprobs + torch.tensor([[8e-4], [0.0]]))
+    torch.testing.assert_close(targets.logprobs, logprobs, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"more than 1 \+ 0\.001"):
+        TopKLogprobs(targets.indices, logprobs + 2e-3)
 
 
 # ---- what makes it fast on a CPU must not be seen in the numbers -----------------------------------------------------

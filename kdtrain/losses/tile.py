@@ -31,7 +31,7 @@ from kdtrain.losses.workspace import workspace
 # Below the smallest normal float32 a probability is taken for this one where it is divided by.
 _TINY = torch.finfo(torch.float32).tiny
 # Largest β at which log(m/p) is taken from p itself; see `_mixture`.
-_STUDENT_IS_BASE = 0.9
+_STUDENT_IS_BASE = 0.85
 
 
 @dataclass(frozen=True)
@@ -230,8 +230,8 @@ def _mixture(
 ) -> torch.Tensor:
     """JSD_β for β inside (0, 1). All four blocks are overwritten; the gradient ends up in `log_qp`.
 
-    m = (1−w)·a + w·b. log(m/a) = log(1 + w·(b−a)/a) loses digits as w comes near 1, and log(m/b) = log(m/a) + log(a/b)
-    where w is not small. So a is the student, whose logarithm the gradient needs, up to β = 0.9, and the teacher above.
+    With m = (1−w)·a + w·b, log(m/a) = log(1 + w·(b−a)/a) loses digits as w comes near 1, and log(m/b) =
+    log(m/a) + log(a/b) where a and b are far apart. The gradient needs log(m/p): a is the student, until w = β is near 1.
     """
     beta = options.beta
     a, b, weight = (p, q, beta) if beta <= _STUDENT_IS_BASE else (q, p, 1 - beta)

@@ -22,13 +22,29 @@ Tail = Literal["bucket", "renormalize"]
 _SMALLEST_TAIL = 1e-8
 
 
+# Probabilities of one position may add up to this much more than 1 (rounding of whoever computed them); they are then
+# divided by their sum.
+_EXCESS_MASS = 1e-3
+# No model's log-probability. Such a number fills up a row, and would count as an extremely unlikely token.
+_FILLER = -1e4
+
+
 @dataclass(frozen=True)
 class TopKLogprobs:
     """A teacher's most likely tokens, at temperature 1 and normalised over the whole vocabulary.
 
+    Log-probabilities that were normalised over the K tokens alone look the same as those of a teacher that is certain
+    of these tokens. Nothing here can tell them apart: with `tail="bucket"` they teach that everything else is
+    impossible. Give those of the whole vocabulary, or use `tail="renormalize"`.
+
     Args:
         indices: [N, K] int64, token ids, different within a row. −1 marks a missing entry; its logprob must be −inf.
-        logprobs: [N, K] float, natural logarithms ≤ 0; Σ exp ≤ 1 per row.
+        logprobs: [N, K] float, natural logarithms ≤ 0; Σ exp ≤ 1 per row. A sum of up to 1.001 is divided out.
+
+    Raises:
+        ValueError: shapes that differ; and, for tensors on a CPU, NaN, an id twice in a row, probabilities that add up
+            to more than 1.001, a missing entry with a logprob, or a number such as −1e9 in place of −inf. On another
+            device the values are not looked at: the host would wait for it.
     """
 
     indices: torch.Tensor
@@ -40,13 +56,57 @@ class TopKLogprobs:
                 f"expected indices [N, K] and logprobs [N, K], got {tuple(self.indices.shape)} "
                 f"and {tuple(self.logprobs.shape)}"
             )
+        if self.indices.dtype.is_floating_point or not self.logprobs.dtype.is_floating_point:
+            raise ValueError(
+                "expected integer indices and floating point logprobs, got "
+                f"{self.indices.dtype} and {self.logprobs.dtype}"
+            )
+        if self.indices.device.type == self.logprobs.device.type == "cpu" and self.indices.numel():
+            object.__setattr__(self, "logprobs", _checked_logprobs(self.indices, self.logprobs))
 
     def __getitem__(self, rows: torch.Tensor | slice) -> TopKLogprobs:
-        return TopKLogprobs(self.indices[rows], self.logprobs[rows])
+        return self._of_checked(self.indices[rows], self.logprobs[rows])
 
     def to(self, device: torch.device) -> TopKLogprobs:
         """The same targets on a device."""
-        return TopKLogprobs(self.indices.to(device), self.logprobs.to(device))
+        return self._of_checked(self.indices.to(device), self.logprobs.to(device))
+
+    @classmethod
+    def _of_checked(cls, indices: torch.Tensor, logprobs: torch.Tensor) -> TopKLogprobs:
+        """Parts and copies of targets need no second look: it sorts every row."""
+        targets = object.__new__(cls)
+        object.__setattr__(targets, "indices", indices)
+        object.__setattr__(targets, "logprobs", logprobs)
+        return targets
+
+
+def _checked_logprobs(indices: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+    """The logprobs of a position, [N, K]; divided by their sum where that is above 1 by a rounding.
+
+    Raises:
+        ValueError: naming the first position that holds no distribution.
+    """
+    missing = indices < 0
+    mass = logprobs.double().exp().sum(-1)
+    in_order = indices.sort(-1).values
+    twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)
+    wrong = {
+        "NaN among the logprobs": logprobs.isnan().any(-1),
+        "a token id twice": twice.any(-1),
+        "a missing entry (id −1) whose logprob is not −inf": (missing & (logprobs != -torch.inf)).any(-1),
+        f"a logprob below {_FILLER:g} that is not −inf: mark a missing entry by the id −1 and −inf, not by a large "
+        "negative number": ((logprobs < _FILLER) & (logprobs != -torch.inf)).any(-1),
+        f"probabilities that add up to more than 1 + {_EXCESS_MASS:g}": mass > 1 + _EXCESS_MASS,
+    }
+    for problem, rows in wrong.items():
+        if rows.any():
+            first = int(rows.nonzero()[0])
+            raise ValueError(
+                f"position {first} of the top-k targets has {problem} (ids {indices[first].tolist()[:8]}, "
+                f"logprobs {[round(x, 4) for x in logprobs[first].tolist()[:8]]}; {int(rows.sum())} positions like it)"
+            )
+    excess = mass.log().clamp(min=0).to(logprobs.dtype)
+    return logprobs - excess[:, None] if excess.any() else logprobs
 
 
 def topk_divergence(
