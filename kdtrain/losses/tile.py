@@ -231,7 +231,7 @@ def _mixture(
     """JSD_β for β inside (0, 1). All four blocks are overwritten; the gradient ends up in `log_qp`.
 
     With m = (1−w)·a + w·b, log(m/a) = log(1 + w·(b−a)/a) loses digits as w comes near 1, and log(m/b) =
-    log(m/a) + log(a/b) where a and b are far apart. The gradient needs log(m/p): a is the student, until w = β is near 1.
+    log(m/a) + log(a/b) where a and b are far apart. The gradient needs log(m/p): a is p until w = β is near 1.
     """
     beta = options.beta
     a, b, weight = (p, q, beta) if beta <= _STUDENT_IS_BASE else (q, p, 1 - beta)
