@@ -14,6 +14,7 @@ from kdtrain.data import BuildReport, Collator, Source, build_dataset
 from kdtrain.data.multimodal import image_content
 from kdtrain.errors import DataError, PreflightError
 from kdtrain.failures import readable_construction, readable_failures
+from kdtrain.model_folder import require_sound
 from kdtrain.models import load_model, load_processing, lora_config, sees_images
 from kdtrain.status import write_status
 from kdtrain.teachers import build_teacher
@@ -60,6 +61,9 @@ def build_trainer(
     """Data, student, teacher and trainer."""
     device = args.device  # also joins the process group
     prepare_deepspeed_run(args)
+    require_sound(Path(config.model.model), "student")
+    if config.asks_teacher and config.rlhf.teacher_model:
+        require_sound(Path(config.rlhf.teacher_model), "teacher")
     processing = load_processing(config.model.model, **_trust(config))
     train, evaluation, report = _datasets(config, args.seed, processing, reporter)
     student = load_model(
