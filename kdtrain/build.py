@@ -20,7 +20,7 @@ from kdtrain.status import write_status
 from kdtrain.teachers import build_teacher
 from kdtrain.telemetry import LOSS_TERMS, TOKEN_METRICS
 from kdtrain.trainer import GKDTrainerWithMetrics
-from kdtrain.vision.parts import adapter_exclusions, freeze_parts
+from kdtrain.vision.parts import adapter_exclusions, check_named_parts, freeze_parts
 from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
 from kdtrain.zero import prepare_deepspeed_run
 
@@ -334,6 +334,8 @@ def _peft_config(config: RunConfig, student: PreTrainedModel) -> Any:
     tuner = config.tuner
     if tuner.train_type != "lora":
         return None
+    targets = () if isinstance(tuner.target_modules, str) else tuner.target_modules
+    check_named_parts(student, targets, tuner.modules_to_save or (), **_frozen(config))
     return lora_config(
         rank=tuner.lora_rank,
         alpha=tuner.lora_alpha,

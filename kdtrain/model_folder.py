@@ -65,12 +65,10 @@ def findings(folder: Path) -> Iterator[Finding]:
     yield from broken
     if broken:
         return
-    config = read_map(folder / "config.json")
-    if (folder / ADAPTER_CONFIG).is_file():
-        yield _adapter(folder)
-        return
+    if (folder / ADAPTER_CONFIG).is_file() and _weight_files(folder):
+        yield _ADAPTER_BESIDE
     yield from (finding for path in _weight_files(folder) if (finding := _broken_weights(path)))
-    yield from _unloadable(config)
+    yield from _unloadable(read_map(folder / "config.json"))
 
 
 def read_map(path: Path) -> dict[str, Any]:
@@ -80,11 +78,6 @@ def read_map(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def adapter_base(folder: Path) -> str:
-    """The model that an adapter folder says it belongs to."""
-    return str(read_map(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "not named")
 
 
 def _sentence(text: str) -> str:
@@ -160,18 +153,12 @@ def _cut_short(path: Path, expected: int, size: int) -> Finding:
     return Finding(f"{path.name} is cut short: it has {size:,} bytes of {expected:,}", _AGAIN)
 
 
-def _adapter(folder: Path) -> Finding:
-    """An adapter's config in a model folder: transformers puts the adapter on top of whatever lies beside it."""
-    if not _weight_files(folder):
-        return Finding(
-            f"it is an adapter ({ADAPTER_CONFIG}), not a model; its base is {adapter_base(folder)}",
-            "merge the adapter into its base and save the result, for an adapter as a model is not available yet",
-        )
-    return Finding(
-        f"an adapter ({ADAPTER_CONFIG}) lies beside the weights, and would be put on top of them without a word",
-        f"for the weights alone, as after a merge, move {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} out of the folder; for "
-        "both, merge the adapter into the weights and save the result in a folder of its own",
-    )
+# transformers puts an adapter on top of whatever lies beside its config.
+_ADAPTER_BESIDE = Finding(
+    f"an adapter ({ADAPTER_CONFIG}) lies beside the weights, and would be put on top of them without a word",
+    f"for the weights alone, as after a merge, move {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} out of the folder; for "
+    "both, merge the adapter into the weights and save the result in a folder of its own",
+)
 
 
 def _unloadable(config: Mapping[str, Any]) -> Iterator[Finding]:
