@@ -14,12 +14,13 @@ from kdtrain.data import BuildReport, Collator, Source, build_dataset
 from kdtrain.data.multimodal import image_content
 from kdtrain.errors import DataError, PreflightError
 from kdtrain.failures import readable_construction, readable_failures
+from kdtrain.model_folder import require_sound
 from kdtrain.models import load_model, load_processing, lora_config, sees_images
 from kdtrain.status import write_status
 from kdtrain.teachers import build_teacher
 from kdtrain.telemetry import LOSS_TERMS, TOKEN_METRICS
 from kdtrain.trainer import GKDTrainerWithMetrics
-from kdtrain.vision.parts import adapter_exclusions, freeze_parts
+from kdtrain.vision.parts import adapter_exclusions, check_named_parts, freeze_parts
 from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
 from kdtrain.zero import prepare_deepspeed_run
 
@@ -60,6 +61,9 @@ def build_trainer(
     """Data, student, teacher and trainer."""
     device = args.device  # also joins the process group
     prepare_deepspeed_run(args)
+    require_sound(Path(config.model.model), "student")
+    if config.asks_teacher and config.rlhf.teacher_model:
+        require_sound(Path(config.rlhf.teacher_model), "teacher")
     processing = load_processing(config.model.model, **_trust(config))
     train, evaluation, report = _datasets(config, args.seed, processing, reporter)
     student = load_model(
@@ -330,6 +334,8 @@ def _peft_config(config: RunConfig, student: PreTrainedModel) -> Any:
     tuner = config.tuner
     if tuner.train_type != "lora":
         return None
+    targets = () if isinstance(tuner.target_modules, str) else tuner.target_modules
+    check_named_parts(student, targets, tuner.modules_to_save or (), **_frozen(config))
     return lora_config(
         rank=tuner.lora_rank,
         alpha=tuner.lora_alpha,

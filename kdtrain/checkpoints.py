@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kdtrain.errors import CheckpointError
+from kdtrain.load_report import listed, wrong_weights
+from kdtrain.model_folder import require_sound
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
@@ -67,15 +69,15 @@ def load_weights(model: Any, folder: str | Path) -> None:
         CheckpointError: weights are missing, or do not fit.
     """
     try:
+        require_sound(Path(folder), "checkpoint")
         saved, found = type(model).from_pretrained(
-            folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+            folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
-        # What is missing would be random numbers.
-        wrong = [f"{kind.split('_')[0]} {name}" for kind, names in found.items() if "keys" in kind for name in names]
+        wrong = wrong_weights(found, saved.config)  # what is missing would be random numbers
         if wrong:
-            raise ValueError(f"{len(wrong)} weights are wrong, the first: {', '.join(map(str, wrong[:3]))}.")
+            raise ValueError(f"{len(wrong)} weights are wrong: {listed(wrong)}.")
         model.load_state_dict(saved.state_dict())
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         raise CheckpointError(
             f"The weights in {folder} do not fit {type(model).__name__}: {str(error).strip().splitlines()[0]} Resume "
             "with the model that the run began with, or start anew in another output_dir."

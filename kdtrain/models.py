@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +21,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from kdtrain.errors import NotAvailableError, PreflightError
+from kdtrain.errors import KdtrainError, NotAvailableError, PreflightError
+from kdtrain.load_report import heard_conversions, listed, wrong_weights
+from kdtrain.model_folder import require_sound
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -49,7 +53,7 @@ def load_tokenizer(
     """
     try:
         return AutoTokenizer.from_pretrained(name, **trust_policy(trust_remote_code, revision))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # its Rust half raises plain ones
         raise PreflightError(f"No tokenizer could be loaded from {name}: {_first_line(error)}") from error
 
 
@@ -72,7 +76,7 @@ def load_processing(
             f"The processor of {name} needs a package that is not installed: {_first_line(error)} "
             "Install kdtrain[vision], and kdtrain[torchvision] in the version that fits your torch."
         ) from error
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise PreflightError(f"No processor could be loaded from {name}: {_first_line(error)}") from error
     if not isinstance(processor, ProcessorMixin):
         raise PreflightError(
@@ -99,10 +103,8 @@ def sees_images(config: Any) -> bool:
 
 
 def _config(name: str, policy: Mapping[str, Any]) -> Any:
-    try:
+    with _readable_loading(name):
         return AutoConfig.from_pretrained(name, **policy)
-    except (OSError, ValueError) as error:
-        raise PreflightError(f"The model {name} could not be loaded: {_first_line(error)}") from error
 
 
 def load_model(
@@ -129,6 +131,7 @@ def load_model(
         PreflightError: nothing there, weights that are not safetensors, or code that is not trusted.
         NotAvailableError: a model of other modalities.
     """
+    require_sound(Path(name))
     policy = trust_policy(trust_remote_code, revision)
     config = _config(name, policy)
     auto = AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
@@ -137,9 +140,40 @@ def load_model(
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
     kwargs |= {**policy, "use_safetensors": True} | dict(init_kwargs or {})
+    with _readable_loading(name), heard_conversions() as broken:
+        try:
+            # Sizes that differ are let through to be named below; transformers' own error names none.
+            model, found = auto.from_pretrained(name, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True)
+        except RuntimeError:
+            if broken:
+                raise _wrong_weights(name, [f"incomplete or of another shape: {weight}" for weight in broken]) from None
+            raise
+    wrong = wrong_weights(found, model.config)
+    if wrong:
+        raise _wrong_weights(name, wrong)
+    return model
+
+
+def _wrong_weights(name: str, wrong: list[str]) -> PreflightError:
+    number = "1 weight does" if len(wrong) == 1 else f"{len(wrong)} weights do"
+    return PreflightError(
+        f"The model {name} cannot be used: {number} not fit its architecture, and would be random numbers or left out: "
+        f"{listed(wrong)}. Copy or download the folder again, or save it from the class that it was trained with."
+    )
+
+
+@contextmanager
+def _readable_loading(name: str) -> Iterator[None]:
+    """Whatever a library raises while it loads a model, as an error about that model: their types tell nothing."""
     try:
-        return auto.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
+        yield
+    except KdtrainError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise PreflightError(
+            f"Out of memory while loading {name}. Use a smaller model or half precision, or free memory."
+        ) from error
+    except Exception as error:
         raise PreflightError(f"The model {name} could not be loaded: {_first_line(error)}") from error
 
 
@@ -215,4 +249,10 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
+    text = str(error).strip().split("\n", 1)[0]
+    # A KeyError says a name and nothing else.
+    return (
+        text
+        if isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
+        else f"{type(error).__name__}: {text}"
+    )

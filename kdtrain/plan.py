@@ -6,11 +6,15 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from kdtrain.models import count_parameters
+from kdtrain.vision.parts import trained_parts
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig
     from kdtrain.data import BuildReport
     from kdtrain.trainer import GKDTrainerWithMetrics
+
+
+_PARTS = {"llm": "language model", "vit": "vision encoder", "aligner": "aligner"}
 
 
 def planned_steps(args: Any, rows: int, ranks: int) -> int:
@@ -48,6 +52,9 @@ def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport)
         "device": _describe_device(trainer),
         "output": str(config.training["output_dir"]),
     }
+    trained = trained_parts(trainer.model)
+    if trained:
+        plan["trained"] = ", ".join(f"{_PARTS[part]} {count:,}" for part, count in trained.items())
     vocabulary = trainer.vocabulary
     if vocabulary is not None and vocabulary.student != vocabulary.teacher:
         plan["vocabulary"] = f"{vocabulary.shared:,} shared, padding beyond it left out"

@@ -20,8 +20,9 @@ from kdtrain.checkpoints import newest_complete, require_complete
 from kdtrain.errors import CheckpointError, Interrupted, PreflightError
 from kdtrain.failures import readable_failures
 from kdtrain.launch import check_world
+from kdtrain.model_folder import read_map
 from kdtrain.plan import plan, planned_steps
-from kdtrain.status import tracked_status, write_atomically, write_status
+from kdtrain.status import STATUS, tracked_status, write_atomically, write_status
 from kdtrain.trainer import GKDTrainerWithMetrics
 
 if TYPE_CHECKING:
@@ -195,22 +196,46 @@ def _checkpoint(run_dir: Path, resume: str | None) -> Path | None:
     existing = next((parent for parent in (run_dir, *run_dir.parents) if parent.exists()), Path("/"))
     if not os.access(existing, os.W_OK):
         raise PreflightError(f"training.output_dir {run_dir} cannot be written: {existing} is read-only.")
-    if resume is not None and resume != "auto":
+    _check_ours(run_dir, resume)
+    if resume is None:
+        return None
+    if resume != "auto":
         if not Path(resume).exists():
             raise CheckpointError(f"--resume {resume}: there is no such checkpoint. Give its path, or auto.")
         return require_complete(Path(resume).resolve())
-    if resume == "auto":
-        newest, skipped = newest_complete(run_dir)
-        for name, missing in skipped.items():
-            logger.warning("%s is skipped: it lacks %s.", name, ", ".join(missing))
-        logger.warning(
-            "Resuming from %s." if newest else "No complete checkpoint in %s: clean start.", newest or run_dir
+    newest, skipped = newest_complete(run_dir)
+    if newest is None and skipped:
+        lacks = "; ".join(f"{name} lacks {', '.join(missing)}" for name, missing in skipped.items())
+        raise CheckpointError(
+            f"--resume auto: no checkpoint in {run_dir} is complete: {lacks}. Restore what is missing, or begin anew "
+            "in another folder (training.output_dir=… on the command line)."
         )
-        return newest
+    for name, missing in skipped.items():
+        logger.warning("%s is skipped: it lacks %s.", name, ", ".join(missing))
+    logger.warning("Resuming from %s." if newest else "No checkpoint in %s yet: clean start.", newest or run_dir)
+    return newest
+
+
+def _check_ours(run_dir: Path, resume: str | None) -> None:
+    """Refuse to write into a folder of somebody else's, and into a run's that is not to be resumed.
+
+    Raises:
+        PreflightError: naming the way out.
+    """
     # Ranks that start later find what rank 0 has written meanwhile.
-    if int(os.environ.get("RANK", "0")) == 0 and run_dir.is_dir() and any(run_dir.iterdir()):
+    if int(os.environ.get("RANK", "0")) > 0 or not run_dir.is_dir() or not any(run_dir.iterdir()):
+        return
+    another = "another folder (training.output_dir=… on the command line)"
+    if not is_run_folder(run_dir):
         raise PreflightError(
-            f"training.output_dir {run_dir} is not empty. Go on with its run by --resume auto, or name another folder "
-            "(training.output_dir=… on the command line)."
+            f"training.output_dir {run_dir} is not empty, and holds no run of kdtrain. Name {another}."
         )
-    return None
+    if resume is None:
+        raise PreflightError(
+            f"training.output_dir {run_dir} holds a run already. Go on with it by --resume auto, or name {another}."
+        )
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run of `fit` has written into a folder: its config, or its status, which is there a little earlier."""
+    return "rlhf" in read_map(folder / CONFIG) or {"state", "exit_code", "rank"} <= read_map(folder / STATUS).keys()

@@ -70,6 +70,7 @@ from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, count_supervised_in, 
 from kdtrain.models import disable_dropout, sees_images
 from kdtrain.teachers import Targets, Teacher
 from kdtrain.token_loss import TokenLoss, Vocabulary
+from kdtrain.tuning import check_trained, fit_student
 from kdtrain.visual_kd import has_images, visual_units
 from kdtrain.visual_term import VisualTerm, first_batch_with_images
 from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
@@ -146,6 +147,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         check_data(train_dataset, args)
         hide_token(args)
+        peft_config = fit_student(model, peft_config, args)
         if self.knobs.visual_kd is not None and args.ddp_find_unused_parameters is None:
             # A rank whose batch has no image leaves its vision path without a gradient; the others would wait for it.
             args.ddp_find_unused_parameters = True
@@ -170,6 +172,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         for name, data in given.items():
             if isinstance(data, list):
                 setattr(self, name, Rows(data))
+        check_trained(self.model, args.device)
         if args.disable_dropout:
             disable_dropout(self.model)
         self._teach_to_stop()

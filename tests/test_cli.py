@@ -193,6 +193,18 @@ def broken_data(project, text):
     (project / "train.jsonl").write_text(text)
 
 
+def somebody_elses(project, name="model.safetensors", text="precious"):
+    """A file in the output folder that no run of ours has written."""
+    path = project / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+
+
+def begun(project):
+    """The output folder of a run that has begun and was killed before its first checkpoint."""
+    somebody_elses(project, "status.json", '{"state": "running", "exit_code": null, "rank": 0}')
+
+
 WRONG_WORLDS = {
     "no rows": (lambda p: broken_data(p, ""), [], "no rows"),
     "a bad row": (lambda p: broken_data(p, '{"messages": 5}\n'), [], "train.jsonl:1"),
@@ -229,12 +241,33 @@ WRONG_WORLDS = {
         ],
         "no evaluation has 'foo'",
     ),
-    "a checkpoint that is not there, in a dry run too": (
-        lambda p: (p / "run" / "x").mkdir(parents=True),
-        ["--dry-run"],
-        "--resume auto",
+    "a run in the output folder": (
+        lambda p: begun(p),
+        [],
+        "holds a run already. Go on with it by --resume auto, or name another folder (training.output_dir=",
     ),
-    "a full output folder": (lambda p: (p / "run" / "x").mkdir(parents=True), [], "--resume auto"),
+    "a run in the output folder, in a dry run too": (lambda p: begun(p), ["--dry-run"], "holds a run already"),
+    "a full output folder": (
+        lambda p: somebody_elses(p),
+        [],
+        "is not empty, and holds no run of kdtrain. Name another",
+    ),
+    "a full output folder to resume": (lambda p: somebody_elses(p), ["--resume", "auto"], "holds no run of kdtrain"),
+    "a full output folder, a checkpoint elsewhere": (
+        lambda p: somebody_elses(p),
+        ["--resume", "student"],
+        "holds no run of kdtrain",
+    ),
+    "another program's status": (
+        lambda p: somebody_elses(p, "status.json", '{"state": "running"}'),
+        ["--resume", "auto"],
+        "holds no run of kdtrain",
+    ),
+    "a model trained elsewhere with checkpoints": (
+        lambda p: somebody_elses(p, "checkpoint-5/trainer_state.json", "{}"),
+        ["--resume", "auto"],
+        "holds no run of kdtrain",
+    ),
     "an output folder that is a file": (lambda p: (p / "run").write_text(""), [], "is a file"),
     "a frozen language model": (lambda p: None, ["tuner.freeze_llm=true"], "nothing is left to train"),
     "a hub model without a network": (lambda p: None, ["model.model=nobody/nothing"], "nobody/nothing"),
@@ -304,6 +337,42 @@ def test_an_incomplete_checkpoint_is_refused_by_name_and_skipped_by_auto(project
     assert code == 0, err
     assert "checkpoint-4 is skipped: it lacks optimizer.pt" in err
     assert "checkpoint-2" in err
+
+
+def test_auto_resumes_nothing_where_no_checkpoint_is_complete(project, kdtrain):
+    save = ["training.save_strategy=steps", "training.save_steps=4"]
+    assert kdtrain("fit", "config.yaml", *save)[0] == 0
+    (project / "run" / "checkpoint-4" / "optimizer.pt").unlink()
+    before = (project / "run" / "model.safetensors").stat()
+    code, _, err = kdtrain("fit", "config.yaml", *save, "--resume", "auto")
+    assert code == 6, err
+    assert "no checkpoint in" in err
+    assert "checkpoint-4 lacks optimizer.pt. Restore what is missing, or begin anew" in err
+    assert (project / "run" / "model.safetensors").stat() == before
+
+
+@pytest.mark.parametrize("state", ["missing", "empty", "begun"])
+def test_auto_begins_anew_only_where_there_is_nothing_to_lose(project, kdtrain, state):
+    if state == "begun":
+        begun(project)
+    elif state == "empty":
+        (project / "run").mkdir()
+    code, _, err = kdtrain("fit", "config.yaml", "--resume", "auto", "training.max_steps=1")
+    assert code == 0, err
+    assert "No checkpoint in" in err
+
+
+@pytest.mark.parametrize("name", ["student", "./teacher/", "run/../student", "link", "STUDENT/../student/run", "."])
+@pytest.mark.parametrize("resume", [[], ["--resume", "auto"]])
+def test_a_run_never_writes_over_what_it_reads(project, kdtrain, name, resume):
+    (project / "link").symlink_to("student")
+    before = {path: path.stat().st_mtime_ns for path in project.rglob("*")}
+    output = f"training.output_dir={name}"
+    code, _, err = kdtrain("fit", "config.yaml", "training.eval_strategy=no", "data.eval=null", output, *resume)
+    assert code == 2, err
+    assert "this run reads, and would write over or into it" in err
+    assert kdtrain("validate", "config.yaml", output)[0] == 2
+    assert {path: path.stat().st_mtime_ns for path in project.rglob("*")} == before
 
 
 def test_a_finished_run_takes_no_further_step_when_it_is_resumed(project, kdtrain):

@@ -26,8 +26,8 @@ LAYERS = [
         "failures",
         "zero",
     },
-    {"teachers", "models", "lm_head", "data", "vision", "vocabulary", "losses"},
-    {"config", "errors", "environment", "status"},
+    {"teachers", "models", "tuning", "load_report", "lm_head", "data", "vision", "vocabulary", "losses"},
+    {"config", "errors", "environment", "status", "model_folder"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))

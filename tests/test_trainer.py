@@ -804,9 +804,10 @@ def test_a_trained_copy_of_the_head_is_the_one_that_is_used(tmp_path, student, t
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(jsd, rel=1e-5)
 
 
-def test_an_adapter_on_the_head_is_trained_through_the_head(tmp_path, student, teacher, caplog):
+def test_an_adapter_on_the_head_is_trained_through_the_head(tmp_path, teacher, caplog):
     from kdtrain.models import lora_config
 
+    student = tiny.make_qwen3(seed=1, tie_word_embeddings=False)
     peft = lora_config(
         rank=4, alpha=8, dropout=0.0, target_modules=["q_proj", "lm_head"], modules_to_save=None, use_dora=False
     )

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from kdtrain.errors import PreflightError
-from kdtrain.vision.parts import adapter_exclusions, freeze_parts, part_of
+from kdtrain.vision.parts import adapter_exclusions, check_named_parts, freeze_parts, part_of, trained_parts
 from tests import tiny
 from tests.tiny_vision import FAMILIES, make_inputs, make_vlm
 
@@ -123,3 +123,45 @@ def test_similar_names_are_not_the_same_part():
     pattern = adapter_exclusions(model, vit=True)
     assert re.fullmatch(pattern, "model.vision_tower.encoder.layers.0.mlp.fc1")
     assert not re.fullmatch(pattern, "model.vision_tower_2.fc1")
+
+
+@pytest.mark.parametrize(
+    ("targets", "saved", "frozen", "message"),
+    [
+        (
+            [],
+            ["multi_modal_projector"],
+            "aligner",
+            r"modules_to_save: 'multi_modal_projector' .*tuner.freeze_aligner keep",
+        ),
+        ([], ["model"], "vit", r"modules_to_save: 'model' .*tuner.freeze_vit"),
+        ([], ["lm_head"], "llm", r"modules_to_save: 'lm_head' .*tuner.freeze_llm"),
+        (["multi_modal_projector.linear_1"], [], "aligner", r"target_modules: 'multi_modal.*tuner.freeze_aligner"),
+        (["fc1"], [], "vit", r"target_modules: 'fc1' .*tuner.freeze_vit"),
+    ],
+)
+def test_naming_a_frozen_part_for_training_is_an_error(targets, saved, frozen, message):
+    with pytest.raises(PreflightError, match=message):
+        check_named_parts(make_vlm("llava"), targets, saved, **{frozen: True})
+
+
+def test_names_that_reach_other_parts_too_are_what_freezing_is_for():
+    model = make_vlm("llava")
+    check_named_parts(model, ["q_proj"], ["multi_modal_projector"], vit=True)
+    check_named_parts(model, ["q_proj"], [], llm=True)
+    check_named_parts(tiny.make_qwen3(), ["q_proj"], ["lm_head"], vit=True)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen3_vl", "smolvlm"])
+def test_trained_parameters_are_counted_by_part(family):
+    model = make_vlm(family)
+    parts = expected_parts(model)
+    sizes = {part: sum(p.numel() for p in model.parameters() if id(p) in parts[part]) for part in PARTS}
+    assert trained_parts(model) == sizes
+    freeze_parts(model, vit=True)
+    assert trained_parts(model) == {**sizes, "vit": 0}
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    counts = trained_parts(adapted)
+    assert counts["aligner"] == 0
+    assert sum(counts.values()) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert trained_parts(tiny.make_qwen3()) == {}

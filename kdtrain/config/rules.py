@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from kdtrain.config.folders import output_folder
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.tree import KeyPath, Node, Problem, dotted, get
 
@@ -301,6 +302,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (frozen_parts, ("tuner.freeze_llm", "tuner.freeze_vit", "tuner.freeze_aligner", "custom.visual_kd")),
     (evaluation, (*_KD_SWITCHES, "data.eval", "training.eval_strategy")),
     (training_conflicts, ("training.output_dir", "training.max_steps", "training.dataloader_num_workers")),
+    (output_folder, ("training.output_dir", "model.model", "rlhf.teacher_model", "data.train", "data.eval")),
     (
         model_folders,
         (*_KD_SWITCHES, "model.model", "rlhf.teacher_model", "rlhf.teacher.backend", "rlhf.teacher.adapter"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection
 from typing import Literal
 
 from torch import nn
@@ -92,6 +93,61 @@ def adapter_exclusions(model: nn.Module, *, llm: bool = False, vit: bool = False
     if llm:
         choices.append(f"(?!{in_aligner})(?!{in_encoder}).*")
     return "|".join(choices)
+
+
+def check_named_parts(
+    model: nn.Module,
+    target_modules: Collection[str],
+    modules_to_save: Collection[str],
+    *,
+    llm: bool = False,
+    vit: bool = False,
+    aligner: bool = False,
+) -> None:
+    """Refuse names of modules to train that stand in a part that is to stay frozen.
+
+    A module that is trained in full would be trained all the same, and an adapter would be left out without a word. A
+    name of adapters may reach into a frozen part if it reaches others too: that is what freezing is for.
+
+    Raises:
+        PreflightError: naming both options, or a family that is not in the table.
+    """
+    wanted: dict[Part, bool] = {"llm": llm, "vit": vit, "aligner": aligner}
+    frozen = {part for part, is_wanted in wanted.items() if is_wanted}
+    if not frozen or _is_text_model(model):
+        return
+    layout = _layout(model)
+    for option, names in (("modules_to_save", modules_to_save), ("target_modules", target_modules)):
+        for name in names:
+            parts = _parts_below(model, name, layout)
+            wrong = parts & frozen if option == "modules_to_save" or parts <= frozen else set()
+            if wrong:
+                options = " and ".join(f"tuner.freeze_{part}" for part in sorted(wrong))
+                raise PreflightError(
+                    f"tuner.{option}: {name!r} is to be trained, and {options} keeps it as it is. Remove one of "
+                    "the two."
+                )
+
+
+def _parts_below(model: nn.Module, name: str, layout: Layout) -> set[Part]:
+    """The parts of all parameters below modules whose name ends in `name`."""
+    below = re.compile(rf"(?:^|\.){re.escape(name)}\.")
+    return {part_of_name(parameter, layout) for parameter, _ in model.named_parameters() if below.search(parameter)}
+
+
+def trained_parts(model: nn.Module) -> dict[Part, int]:
+    """Trained parameters of each part of a model that is wrapped and frozen as it will be trained.
+
+    Empty for a text model and for a family that is not in the table.
+    """
+    if layout_of(model) is None:
+        return {}
+    parts: tuple[Part, ...] = ("llm", "vit", "aligner")
+    # Under ZeRO-3 a parameter is empty between its uses, and knows its own size.
+    return {
+        part: sum(getattr(p, "ds_numel", p.numel()) for p in part_of(model, part).values() if p.requires_grad)
+        for part in parts
+    }
 
 
 def _pattern(*paths: str) -> str:

@@ -1,0 +1,76 @@
+"""What transformers found when it loaded weights: it fills what is missing with random numbers, and only warns."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+_SHOWN = 5
+# Constants that older versions of transformers saved with every layer: causal masks and their filler value, rotary
+# frequencies, positions. They are computed today.
+_CONSTANTS = re.compile(r"(^|\.)((attn|attention)\.bias|masked_bias|inv_freq|position_ids)$")
+# Layers that predict further tokens ahead; the architectures in transformers have none of them.
+_FURTHER_AHEAD = re.compile(r"(^|\.)mtp\.")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_CONVERSION = re.compile(r"^([^|\n]+?)\s*\|\s*CONVERSION\b", re.MULTILINE)
+
+
+def wrong_weights(found: Mapping[str, Any], config: Any) -> list[str]:
+    """What of a model's weights would be random, or was left lying in the folder: one line for each.
+
+    Args:
+        found: `from_pretrained(..., output_loading_info=True)`, which leaves out what the architecture ties or ignores.
+        config: of the model.
+    """
+    unexpected = sorted(name for name in found["unexpected_keys"] if not _is_ignored(name, config))
+    lines = [f"missing {name}" for name in sorted(found["missing_keys"])]
+    lines += [
+        f"{name} of shape {list(saved)} in place of {list(wanted)}"
+        for name, saved, wanted in sorted(found["mismatched_keys"])
+    ]
+    return lines + [f"unknown {name}" for name in unexpected]
+
+
+def listed(lines: list[str]) -> str:
+    """The first few, and how many more there are."""
+    more = f" and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return ", ".join(lines[:_SHOWN]) + more
+
+
+def _is_ignored(name: str, config: Any) -> bool:
+    if _CONSTANTS.search(name) or _FURTHER_AHEAD.search(name):
+        return True
+    layer = _LAYER.search(name)
+    if layer is None:
+        return False
+    text = config.get_text_config()
+    ahead = getattr(text, "num_nextn_predict_layers", None) or 0
+    return 0 <= int(layer[1]) - text.num_hidden_layers < ahead
+
+
+@contextmanager
+def heard_conversions() -> Iterator[list[str]]:
+    """The names of weights that could not be brought into the architecture's form.
+
+    transformers names them in a log record alone, and raises an error without names: of the experts that become one
+    tensor, one is missing or has another shape. Its table of missing weights is kept from the log: ours is an error.
+    """
+    names: list[str] = []
+    log = logging.getLogger("transformers.modeling_utils")
+    level, shown_from = log.level, log.getEffectiveLevel()
+
+    def hear(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        names.extend(_CONVERSION.findall(text))
+        return record.levelno >= shown_from and "LOAD REPORT" not in text
+
+    log.addFilter(hear)
+    log.setLevel(min(shown_from, logging.WARNING))
+    try:
+        yield names
+    finally:
+        log.removeFilter(hear)
+        log.setLevel(level)

@@ -1,0 +1,192 @@
+"""What is wrong with the files of a local model folder, seen without torch and without reading a weight.
+
+A loader meets such files late, and says what it stumbled over rather than what the file is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kdtrain.errors import PreflightError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_LFS = b"version https://git-lfs.github.com/spec/"
+_LARGEST_HEADER = 100_000_000  # the limit of the safetensors format
+# Maps that a loader parses; the large ones (tokenizer.json, vocab.json) are looked at for pointers only.
+_MAPS = ("config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json", INDEX)
+_OTHERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "processor_config.json")
+
+# Importable modules that transformers wants for a way of quantising, as its quantizers say.
+_PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "aqlm": ("aqlm",),
+    "auto-round": ("auto_round",),
+    "awq": ("gptqmodel",),
+    "bitsandbytes": ("bitsandbytes",),
+    "compressed-tensors": ("compressed_tensors",),
+    "fp_quant": ("fp_quant",),
+    "gptq": ("optimum", "gptqmodel"),
+    "hqq": ("hqq",),
+    "quanto": ("optimum",),
+    "quark": ("quark",),
+    "spqr": ("spqr_quant",),
+    "torchao": ("torchao",),
+    "vptq": ("vptq",),
+}
+
+
+class Finding(NamedTuple):
+    """Something that keeps a folder from being loaded."""
+
+    message: str
+    """What is wrong, with the file's name; no full stop."""
+    hint: str
+    """What to do."""
+
+
+def require_sound(folder: Path, whose: str = "model") -> None:
+    """Refuse a model folder whose files cannot be what they should be; other names than folders are let through.
+
+    Raises:
+        PreflightError: the first finding.
+    """
+    for finding in findings(folder) if folder.is_dir() else ():
+        raise PreflightError(f"The {whose} {folder} cannot be loaded: {finding.message}. {_sentence(finding.hint)}")
+
+
+def findings(folder: Path) -> Iterator[Finding]:
+    """What is wrong with a model folder; what depends on a broken file is left out."""
+    broken = [finding for name in (*_MAPS, *_OTHERS) if (finding := _broken_file(folder / name, name in _MAPS))]
+    yield from broken
+    if broken:
+        return
+    if (folder / ADAPTER_CONFIG).is_file() and _weight_files(folder):
+        yield _ADAPTER_BESIDE
+    yield from (finding for path in _weight_files(folder) if (finding := _broken_weights(path)))
+    yield from _unloadable(read_map(folder / "config.json"))
+
+
+def read_map(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a map; empty where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _broken_file(path: Path, is_map: bool) -> Finding | None:
+    """What a text file of a model folder is instead of itself; None also where it is not there."""
+    try:
+        if not path.is_file():
+            return None
+        if finding := _no_content(path):
+            return finding
+        if is_map and not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            return Finding(f"{path.name} holds no map", _AGAIN)
+    except OSError as error:
+        return _unreadable(path, error)
+    except ValueError as error:
+        where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
+        return Finding(f"{path.name} is not valid JSON{where}", _AGAIN)
+    return None
+
+
+_AGAIN = "copy or download it again"
+
+
+def _unreadable(path: Path, error: OSError) -> Finding:
+    return Finding(f"{path.name} cannot be read: {error.strerror}", "check its permissions")
+
+
+def _no_content(path: Path) -> Finding | None:
+    if path.stat().st_size == 0:
+        return Finding(f"{path.name} is empty", _AGAIN)
+    with path.open("rb") as file:
+        is_pointer = file.read(len(_LFS)) == _LFS
+    if is_pointer:
+        return Finding(f"{path.name} is a git-LFS pointer in place of the file", "run git lfs pull in its repository")
+    return None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model: one, or the shards that the index names."""
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    shards = read_map(folder / INDEX).get("weight_map")
+    return [folder / name for name in sorted(set(map(str, shards.values())))] if isinstance(shards, dict) else []
+
+
+def _broken_weights(path: Path) -> Finding | None:
+    """Compare a safetensors file's length with what its header says: eight bytes of length, the header, the data."""
+    try:
+        if not path.is_file():
+            return Finding(f"{path.name} is missing, and {INDEX} names it", _AGAIN)
+        if finding := _no_content(path):
+            return finding
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > _LARGEST_HEADER:
+                return Finding(f"{path.name} is not a safetensors file", _AGAIN)
+            if 8 + length > size:
+                return _cut_short(path, 8 + length, size)
+            header = json.loads(file.read(length))
+        end = 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"))
+    except OSError as error:
+        return _unreadable(path, error)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return Finding(f"{path.name} is not a safetensors file", _AGAIN)
+    return _cut_short(path, end, size) if size < end else None
+
+
+def _cut_short(path: Path, expected: int, size: int) -> Finding:
+    return Finding(f"{path.name} is cut short: it has {size:,} bytes of {expected:,}", _AGAIN)
+
+
+# transformers puts an adapter on top of whatever lies beside its config.
+_ADAPTER_BESIDE = Finding(
+    f"an adapter ({ADAPTER_CONFIG}) lies beside the weights, and would be put on top of them without a word",
+    f"for the weights alone, as after a merge, move {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} out of the folder; for "
+    "both, merge the adapter into the weights and save the result in a folder of its own",
+)
+
+
+def _unloadable(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """What config.json asks for and cannot be had."""
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, dict):
+            continue
+        method = _quantization(part)
+        missing = [name for name in _PACKAGES.get(method, ()) if importlib.util.find_spec(name) is None]
+        if missing:
+            packages = " and ".join(name.replace("_", "-") for name in missing)
+            yield Finding(
+                f"its weights are quantised ({method}), and {packages} {'is' if len(missing) == 1 else 'are'} not "
+                "installed",
+                f"install {packages}, or name the model before it was quantised",
+            )
+        pad, size = part.get("pad_token_id"), part.get("vocab_size")
+        if isinstance(pad, int) and isinstance(size, int) and pad >= size:
+            yield Finding(
+                f"config.json says pad_token_id {pad}, beyond the {size} rows of the embedding",
+                "set it to the tokenizer's padding token, or to null",
+            )
+
+
+def _quantization(config: Mapping[str, Any]) -> str:
+    """The way of quantising that a config names, empty if none."""
+    options = config.get("quantization_config")
+    if not isinstance(options, dict):
+        return ""
+    bits = options.get("load_in_8bit") or options.get("load_in_4bit")
+    return "bitsandbytes" if bits else str(options.get("quant_method") or "")

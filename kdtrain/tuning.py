@@ -1,0 +1,192 @@
+"""What of the student is trained, and whether it can be: before PEFT wraps it, and after.
+
+PEFT ignores most of the names in its config that do not fit the model, and warns where it should refuse.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import re
+from collections.abc import Callable, Collection, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import is_peft_model
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+from torch import nn
+
+from kdtrain.errors import PreflightError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
+
+# PEFT refuses an adapter on this module of these families: their kernels read its weight past the module.
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_MAMBA_PROJECTION = "out_proj"
+
+
+def fit_student(model: Any, peft_config: PeftConfig | None, args: Any) -> PeftConfig | None:
+    """What is to be trained, fitted to a loaded student before it is wrapped; its adapter's config comes back.
+
+    Raises:
+        PreflightError: see `fitted_adapter`.
+    """
+    drop_unsupported_checkpointing(model, args)
+    return peft_config if peft_config is None or is_peft_model(model) else fitted_adapter(model, peft_config)
+
+
+def check_trained(model: nn.Module, device: torch.device) -> None:
+    """Refuse a student that cannot be trained, as it will be trained: wrapped and with its parts frozen.
+
+    Raises:
+        PreflightError: not one of its parameters is trained, or its attention has no backward pass on the device.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PreflightError(
+            f"Not one parameter of the student ({type(model).__name__}) is trained: all have requires_grad off. "
+            "Unfreeze what is to be trained, or give it an adapter (tuner.train_type: lora, peft_config)."
+        )
+    config = getattr(model, "config", None)
+    if device.type == "cpu" and getattr(config, "_attn_implementation", None) == "flex_attention":
+        raise PreflightError(
+            "attn_implementation: flex_attention has no backward pass on a CPU. Use sdpa or eager for the student."
+        )
+
+
+def drop_unsupported_checkpointing(model: nn.Module, args: Any) -> None:
+    """Switch gradient checkpointing off, and say so, where a class of models has none: trl's default is on."""
+    if not args.gradient_checkpointing or getattr(model, "supports_gradient_checkpointing", True):
+        return
+    args.gradient_checkpointing = False
+    if hasattr(args, "activation_checkpointing"):  # its new name, of which the old one is a copy
+        args.activation_checkpointing = False
+    logger.warning(
+        "training.gradient_checkpointing has no effect: %s does not support it. All activations are kept.",
+        type(model).__name__,
+    )
+
+
+def fitted_adapter(model: nn.Module, config: PeftConfig) -> PeftConfig:
+    """The config for a model, with `all-linear` narrowed to what PEFT can wrap there; never changed itself.
+
+    Args:
+        model: not wrapped yet.
+
+    Raises:
+        PreflightError: a name that matches nothing, or only modules that are left out; an adapter on one of two tied
+            weights.
+    """
+    _check_names(model, config)
+    if _is_all_linear(config):
+        return _without_mamba_projections(model, config)
+    _check_tied(model, config)
+    return config
+
+
+def _is_all_linear(config: PeftConfig) -> bool:
+    target = getattr(config, "target_modules", None)
+    return isinstance(target, str) and target.lower() == "all-linear"
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def _check_names(model: nn.Module, config: PeftConfig) -> None:
+    """Raise where a listed name matches nothing; patterns and `all-linear` are PEFT's to check."""
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    lists: tuple[tuple[str, list[str], Callable[[str, str], bool]], ...] = (
+        ("target_modules", modules, _ends_in),
+        ("exclude_modules", modules, _ends_in),
+        ("target_parameters", parameters, _ends_in),
+        ("modules_to_save", modules, str.endswith),
+    )
+    wrong = [
+        _nothing_called(model, option, name, candidates)
+        for option, candidates, fits in lists
+        for name in _listed(getattr(config, option, None))
+        if not any(fits(candidate, name) for candidate in candidates)
+    ]
+    wrong += [
+        f"target_modules: {name!r} matches modules only that are left out, by tuner.freeze_… or exclude_modules"
+        for name in _listed(getattr(config, "target_modules", None))
+        if _is_left_out([module for module in modules if _ends_in(module, name)], config)
+    ]
+    if wrong:
+        raise PreflightError(f"The adapter does not fit the model. {'. '.join(wrong)}.")
+
+
+def _listed(names: Any) -> list[str]:
+    return [] if names is None or isinstance(names, str) else sorted(names)
+
+
+def _ends_in(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def _nothing_called(model: nn.Module, option: str, name: str, candidates: Iterable[str]) -> str:
+    known = {part for candidate in candidates for part in (candidate, candidate.rpartition(".")[2])}
+    near = difflib.get_close_matches(name, sorted(part for part in known if not part.isdigit()), n=1)
+    meant = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"{option}: {type(model).__name__} has nothing called {name!r}{meant}"
+
+
+def _is_left_out(modules: list[str], config: PeftConfig) -> bool:
+    excluded = getattr(config, "exclude_modules", None)
+    if not excluded or not modules:
+        return False
+    if isinstance(excluded, str):
+        return all(re.fullmatch(excluded, module) for module in modules)
+    return all(any(_ends_in(module, name) for name in excluded) for module in modules)
+
+
+# ---- what an adapter may stand on ------------------------------------------------------------------------------------
+
+
+def _without_mamba_projections(model: nn.Module, config: PeftConfig) -> PeftConfig:
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if family not in _MAMBA:
+        return config
+    logger.warning(
+        "target_modules: all-linear leaves out %s: PEFT refuses an adapter there in %s models.",
+        _MAMBA_PROJECTION,
+        family,
+    )
+    fitted: Any = copy.copy(config)
+    excluded = fitted.exclude_modules
+    if isinstance(excluded, str):
+        fitted.exclude_modules = rf"(?:{excluded})|(?:.*\.)?{_MAMBA_PROJECTION}"
+    else:
+        fitted.exclude_modules = [*(excluded or ()), _MAMBA_PROJECTION]
+    return fitted
+
+
+def _check_tied(model: nn.Module, config: PeftConfig) -> None:
+    """Refuse an adapter on a weight that another module shares.
+
+    It would train on one side of the two; a merge adds it to the shared weight, and so to both. PEFT only warns, and
+    with its `ensure_weight_tying` a merge adds it twice.
+    """
+    if getattr(config, "target_modules", None) is None:
+        return
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for modules in users.values():
+        targeted = _targeted(modules, config) if len(set(modules)) > 1 else []
+        if targeted:
+            others = sorted(set(modules) - {targeted[0]})
+            raise PreflightError(
+                f"target_modules: the weight of {targeted[0]} is tied to that of {', '.join(others)}: an adapter on it "
+                "would train, and a merge would change both sides. Leave it out; or put it into modules_to_save, which "
+                "trains a copy of its own; or use a model without tied weights."
+            )
+
+
+def _targeted(modules: Collection[str], config: PeftConfig) -> list[str]:
+    found = {module: check_target_module_exists(config, module) for module in sorted(set(modules))}
+    return [module for module, match in found.items() if match and not isinstance(match, _ExcludedModule)]

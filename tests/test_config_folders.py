@@ -1,0 +1,75 @@
+"""Where a run may write: never over, into or around what it reads."""
+
+import pytest
+
+from kdtrain.config import check_config
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Student, teacher, an adapter, data in a file and in a folder, and links to some of them."""
+    for name in ("models/student", "models/teacher", "adapter"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "data" / "folder").mkdir(parents=True)
+    (tmp_path / "data" / "train.jsonl").write_text("{}\n")
+    (tmp_path / "to_student").symlink_to("models/student")
+    (tmp_path / "to_models").symlink_to("models")
+    return tmp_path
+
+
+def problems(root, output, **changes):
+    config = {
+        "model": {"model": str(root / "models/student")},
+        "data": {"train": str(root / "data/train.jsonl"), "eval": [str(root / "data/folder"), "org/rows"]},
+        "rlhf": {"teacher_model": str(root / "models/teacher"), **changes},
+        "training": {"output_dir": str(root / output)},
+    }
+    return [error.message for error in check_config(config).errors if error.path == "training.output_dir"]
+
+
+@pytest.mark.parametrize(
+    ("output", "relation", "option"),
+    [
+        ("models/student", "is", "model.model"),
+        ("models/student/", "is", "model.model"),
+        ("runs/../models/student", "is", "model.model"),
+        ("to_student", "is", "model.model"),
+        ("models/student/run", "lies in", "model.model"),
+        ("to_student/new/run", "lies in", "model.model"),
+        ("models/teacher", "is", "rlhf.teacher_model"),
+        ("models/teacher/run", "lies in", "rlhf.teacher_model"),
+        ("models", "holds", "model.model"),
+        ("to_models", "holds", "model.model"),
+        (".", "holds", "model.model"),
+        ("..", "holds", "model.model"),
+        ("data", "holds", "data.train"),
+        ("data/folder", "is", "data.eval[0]"),
+        ("data/folder/run", "lies in", "data.eval[0]"),
+        ("data/train.jsonl", "is", "data.train"),
+    ],
+)
+def test_an_output_folder_that_is_holds_or_lies_in_what_is_read_is_an_error(root, output, relation, option):
+    (message,) = problems(root, output)
+    assert message.startswith(f"{relation} what this run reads")
+    assert message.endswith(f"({option})")
+
+
+@pytest.mark.parametrize(
+    "output", ["runs/x", "run", "models/student2", "models/new", "data_run", "data/run", "adapter"]
+)
+def test_an_output_folder_beside_what_is_read_is_fine(root, output):
+    assert problems(root, output) == []
+
+
+def test_a_teacher_that_is_not_asked_is_not_written_over_either(root):
+    assert problems(root, "models/teacher", llm_kd_weight=0)
+    assert problems(root, "adapter", teacher={"adapter": str(root / "adapter")})
+
+
+def test_another_spelling_of_the_same_folder_is_found_by_what_the_file_system_says(root, monkeypatch):
+    monkeypatch.setattr("os.path.samefile", lambda first, second: str(first).lower() == str(second).lower())
+    assert problems(root, "models/Student")
+    assert problems(root, "Models/student/run")
+    monkeypatch.undo()
+    assert problems(root, "models/Student") == []
