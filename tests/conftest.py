@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,3 +34,9 @@ def teacher():
 def project(tmp_path, tokenizer):
     """A folder with student, teacher, data and a config that trains in seconds."""
     return tiny.make_project(tmp_path, tokenizer)
+
+
+def pytest_collection_finish():
+    """Leave what was imported out of garbage collection: every training run collects, and forked ranks would copy it."""
+    gc.collect()
+    gc.freeze()
