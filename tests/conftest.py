@@ -37,6 +37,6 @@ def project(tmp_path, tokenizer):
 
 
 def pytest_collection_finish():
-    """Leave what was imported out of garbage collection: every training run collects, and forked ranks would copy it."""
+    """Leave what was imported out of garbage collection: every run collects, and forked ranks would copy it."""
     gc.collect()
     gc.freeze()
