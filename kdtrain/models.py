@@ -151,7 +151,26 @@ def load_model(
     wrong = wrong_weights(found, model.config)
     if wrong:
         raise _wrong_weights(name, wrong)
+    if hasattr(config, "quantization_config") and not hasattr(model.config, "quantization_config"):
+        _take_expanded(name, model, config.quantization_config, kwargs["dtype"])
     return model
+
+
+def _take_expanded(name: str, model: PreTrainedModel, quantization: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Weights that were quantised and that transformers has expanded, for want of kernels: always to bfloat16.
+
+    Raises:
+        PreflightError: another dtype is asked for, and the layers would not fit each other.
+    """
+    method = quantization.get("quant_method")
+    if dtype != torch.bfloat16:
+        raise PreflightError(
+            f"The weights of {name} are quantised ({method}), and this device has no kernels for them: they can be "
+            f"expanded to bfloat16 only, and {dtype} is asked for. Set its dtype to bfloat16 (model.dtype, "
+            "rlhf.teacher.dtype), use another device, or name the model before it was quantised."
+        )
+    logger.warning("%s: this device has no kernels for %s weights; they are expanded to bfloat16.", name, method)
+    model._weight_conversions = None  # saved as it is now, and not under the names of quantised weights
 
 
 def _wrong_weights(name: str, wrong: list[str]) -> PreflightError:

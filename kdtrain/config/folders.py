@@ -27,9 +27,11 @@ def output_folder(config: RunConfig, written: Written) -> Iterator[Problem]:
     name = config.training.get("output_dir")
     if not isinstance(name, str) or not name:
         return
-    output = Path(os.path.realpath(name))
+    output = _real(name)
     for option, what, path in _read(config):
-        source = Path(os.path.realpath(path))
+        source = _real(path)
+        if output is None or source is None:
+            continue
         if _same(output, source):
             relation = "is"
         elif any(_same(parent, source) for parent in output.parents):
@@ -62,6 +64,14 @@ def _read(config: RunConfig) -> Iterator[_Read]:
             if source.is_local:
                 option = dotted(("data", part, number)) if len(sources) > 1 else f"data.{part}"
                 yield _Read(option, "the data", Path(source.path))
+
+
+def _real(path: str | Path) -> Path | None:
+    """Where a path leads to through links; None for what can be no path."""
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError):  # too long, or with a NUL
+        return None
 
 
 def _same(first: Path, second: Path) -> bool:
