@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from kdtrain.errors import KdtrainError, NotAvailableError, PreflightError
-from kdtrain.load_report import heard_conversions, listed, wrong_weights
+from kdtrain.load_report import heard_loading, listed, wrong_weights
 from kdtrain.model_folder import require_sound
 
 if TYPE_CHECKING:
@@ -150,16 +150,23 @@ def load_model(
     kwargs |= {**policy, "use_safetensors": True, **options}
     # Sizes that differ are let through to be named below; transformers' own error names none.
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _readable_loading(name), heard_conversions() as broken:
+    with _readable_loading(name), heard_loading() as heard:
         try:
             model, found = auto.from_pretrained(name, **kwargs)
         except RuntimeError:
-            if broken:
-                raise _wrong_weights(name, [f"incomplete or of another shape: {weight}" for weight in broken]) from None
-            raise
+            if not heard.unconverted:
+                raise
+            broken = [f"incomplete or of another shape: {weight}" for weight in heard.unconverted]
+            raise _wrong_weights(name, broken) from None
     wrong = wrong_weights(found, model.config)
     if wrong:
         raise _wrong_weights(name, wrong)
+    if heard.not_tied:
+        logger.warning(
+            "%s: its config says that embedding and head are one weight (tie_word_embeddings), and its files hold two "
+            "that differ. Both are used; write tie_word_embeddings: false into config.json, for others believe it.",
+            name,
+        )
     if hasattr(config, "quantization_config") and not hasattr(model.config, "quantization_config"):
         _take_expanded(name, model, config.quantization_config, kwargs["dtype"])
     return model
