@@ -127,7 +127,7 @@ def validate(
 
     if deep:
         raise NotAvailableError("validate --deep is not available yet; kdtrain fit CONFIG --dry-run builds everything.")
-    result = check_config(config, overrides or [])
+    result = check_config(config, overrides or [], model_files=True)
     findings = [*result.errors, *result.warnings]
     if as_json:
         typer.echo(json.dumps([finding.to_dict() for finding in findings], indent=2))

@@ -21,6 +21,8 @@ from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
 
 logger = logging.getLogger(__name__)
 
+_FILLED_IN = {"dtype": "auto"}  # by the config's loader, where nothing was said
+
 
 @contextmanager
 def adapters_on_the_head() -> Iterator[None]:
@@ -100,6 +102,8 @@ def local_teacher(teacher_model: PreTrainedModel | nn.Module | str | None, args:
             trust_remote_code=args.trust_remote_code,
         )
     assert teacher_model is not None
+    if (args.teacher_model_init_kwargs or _FILLED_IN) != _FILLED_IN:
+        logger.warning("teacher_model_init_kwargs has no effect: the teacher is loaded already.")
     return LocalTeacher(teacher_model)
 
 

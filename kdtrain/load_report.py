@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 _SHOWN = 5
@@ -14,6 +15,7 @@ _SHOWN = 5
 _CONSTANTS = re.compile(r"(^|\.)((attn|attention)\.bias|masked_bias|inv_freq|position_ids)$")
 # Layers that predict further tokens ahead; the architectures in transformers have none of them.
 _FURTHER_AHEAD = re.compile(r"(^|\.)mtp\.")
+_NOT_TIED = "so we will NOT tie them"
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _CONVERSION = re.compile(r"^([^|\n]+?)\s*\|\s*CONVERSION\b", re.MULTILINE)
 
@@ -51,26 +53,34 @@ def _is_ignored(name: str, config: Any) -> bool:
     return 0 <= int(layer[1]) - text.num_hidden_layers < ahead
 
 
-@contextmanager
-def heard_conversions() -> Iterator[list[str]]:
-    """The names of weights that could not be brought into the architecture's form.
+@dataclass
+class Heard:
+    """What transformers says while it loads, and nowhere else."""
 
-    transformers names them in a log record alone, and raises an error without names: of the experts that become one
-    tensor, one is missing or has another shape. Its table of missing weights is kept from the log: ours is an error.
-    """
-    names: list[str] = []
+    unconverted: list[str] = field(default_factory=list)
+    """Weights that could not be brought into the architecture's form: of the experts that become one tensor, one is
+    missing or has another shape. An error without names follows."""
+    not_tied: bool = False
+    """The config says that two weights are one, and the folder holds two that differ: both are used."""
+
+
+@contextmanager
+def heard_loading() -> Iterator[Heard]:
+    """Listen to transformers' log while it loads. Its table of wrong weights is not shown: they are our error."""
+    heard = Heard()
     log = logging.getLogger("transformers.modeling_utils")
     level, shown_from = log.level, log.getEffectiveLevel()
 
     def hear(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        names.extend(_CONVERSION.findall(text))
-        return record.levelno >= shown_from and "LOAD REPORT" not in text
+        heard.unconverted.extend(_CONVERSION.findall(text))
+        heard.not_tied |= _NOT_TIED in text
+        return record.levelno >= shown_from and "LOAD REPORT" not in text and _NOT_TIED not in text
 
     log.addFilter(hear)
     log.setLevel(min(shown_from, logging.WARNING))
     try:
-        yield names
+        yield heard
     finally:
         log.removeFilter(hear)
         log.setLevel(level)

@@ -71,6 +71,11 @@ def findings(folder: Path) -> Iterator[Finding]:
     yield from _unloadable(read_map(folder / "config.json"))
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds a model's weights, or the index of their shards."""
+    return (folder / WEIGHTS).exists() or (folder / INDEX).exists()
+
+
 def read_map(path: Path) -> dict[str, Any]:
     """A JSON file that holds a map; empty where there is none."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,10 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from kdtrain.errors import KdtrainError, NotAvailableError, PreflightError
-from kdtrain.load_report import heard_conversions, listed, wrong_weights
+from kdtrain.load_report import heard_loading, listed, wrong_weights
 from kdtrain.model_folder import require_sound
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 # Attributes of transformers' modules that functional dropout reads.
 _DROPOUT_NUMBERS = ("attention_dropout", "attn_dropout", "dropout", "activation_dropout", "hidden_dropout", "dropout_p")
+
+
+_UNKNOWN_ARGUMENT = re.compile(r"unexpected keyword argument ('\w+')")
 
 
 def trust_policy(trust_remote_code: bool = False, revision: str | None = None) -> dict[str, Any]:
@@ -134,24 +139,68 @@ def load_model(
     require_sound(Path(name))
     policy = trust_policy(trust_remote_code, revision)
     config = _config(name, policy)
+    _check_quantization(name, config)
     auto = AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
     checkpoint = config.dtype or config.get_text_config().dtype
+    options = dict(init_kwargs or {})
+    dtype = str(options.pop("torch_dtype", dtype)).removeprefix("torch.")  # its name until transformers 5
     kwargs: dict[str, Any] = {"dtype": resolve_dtype(dtype, checkpoint, trained_in_full, device)}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
-    kwargs |= {**policy, "use_safetensors": True} | dict(init_kwargs or {})
-    with _readable_loading(name), heard_conversions() as broken:
+    kwargs |= {**policy, "use_safetensors": True, **options}
+    # Sizes that differ are let through to be named below; transformers' own error names none.
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _readable_loading(name), heard_loading() as heard:
         try:
-            # Sizes that differ are let through to be named below; transformers' own error names none.
-            model, found = auto.from_pretrained(name, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True)
+            model, found = auto.from_pretrained(name, **kwargs)
         except RuntimeError:
-            if broken:
-                raise _wrong_weights(name, [f"incomplete or of another shape: {weight}" for weight in broken]) from None
-            raise
+            if not heard.unconverted:
+                raise
+            broken = [f"incomplete or of another shape: {weight}" for weight in heard.unconverted]
+            raise _wrong_weights(name, broken) from None
     wrong = wrong_weights(found, model.config)
     if wrong:
         raise _wrong_weights(name, wrong)
+    if heard.not_tied:
+        logger.warning(
+            "%s: its config says that embedding and head are one weight (tie_word_embeddings), and its files hold two "
+            "that differ. Both are used; write tie_word_embeddings: false into config.json, for others believe it.",
+            name,
+        )
+    if hasattr(config, "quantization_config") and not hasattr(model.config, "quantization_config"):
+        _take_expanded(name, model, config.quantization_config, kwargs["dtype"])
     return model
+
+
+def _check_quantization(name: str, config: Any) -> None:
+    """Refuse a way of quantising that transformers does not know: it would take the weights for plain ones."""
+    for part in (config, config.get_text_config()):
+        options = getattr(part, "quantization_config", None)
+        method = options.get("quant_method") if isinstance(options, dict) else None
+        known = {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"}
+        if method is not None and method not in known:
+            raise PreflightError(
+                f"The weights of {name} are quantised in a way that transformers does not know: quant_method "
+                f"{method!r} in config.json. It knows {', '.join(sorted(known))}. Name the model before it was "
+                "quantised."
+            )
+
+
+def _take_expanded(name: str, model: PreTrainedModel, quantization: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Weights that were quantised and that transformers has expanded, for want of kernels: always to bfloat16.
+
+    Raises:
+        PreflightError: another dtype is asked for, and the layers would not fit each other.
+    """
+    method = quantization.get("quant_method")
+    if dtype != torch.bfloat16:
+        raise PreflightError(
+            f"The weights of {name} are quantised ({method}), and this device has no kernels for them: they can be "
+            f"expanded to bfloat16 only, and {dtype} is asked for. Set its dtype to bfloat16 (model.dtype, "
+            "rlhf.teacher.dtype), use another device, or name the model before it was quantised."
+        )
+    logger.warning("%s: this device has no kernels for %s weights; they are expanded to bfloat16.", name, method)
+    model._weight_conversions = None  # saved as it is now, and not under the names of quantised weights
 
 
 def _wrong_weights(name: str, wrong: list[str]) -> PreflightError:
@@ -174,7 +223,9 @@ def _readable_loading(name: str) -> Iterator[None]:
             f"Out of memory while loading {name}. Use a smaller model or half precision, or free memory."
         ) from error
     except Exception as error:
-        raise PreflightError(f"The model {name} could not be loaded: {_first_line(error)}") from error
+        unknown = _UNKNOWN_ARGUMENT.search(str(error)) if isinstance(error, TypeError) else None
+        reason = f"neither its class nor its config takes the argument {unknown[1]}" if unknown else _first_line(error)
+        raise PreflightError(f"The model {name} could not be loaded: {reason}") from error
 
 
 def resolve_dtype(
@@ -187,7 +238,10 @@ def resolve_dtype(
     base of a LoRA) keep the checkpoint's dtype where the hardware computes in it, and are float32 elsewhere.
     """
     if requested != "auto":
-        return getattr(torch, requested)
+        dtype = getattr(torch, requested, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise PreflightError(f"dtype {requested!r}: there is auto, float32, bfloat16 and float16.")
+        return dtype
     if trained_in_full or checkpoint is None:
         return torch.float32
     if checkpoint in (torch.bfloat16, torch.float16) and not _computes_in_half(checkpoint, device):

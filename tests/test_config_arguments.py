@@ -113,6 +113,8 @@ def test_the_callers_dict_is_copied_before_dtype_is_filled_in(tmp_path: Any) -> 
     config = ConfigLoader.load(source(tmp_path, {"teacher_model_init_kwargs": kwargs}))
     build_train_arguments(config, CPU)
     assert config.rlhf.teacher_model_init_kwargs == kwargs
+    old_name = {"teacher_model_init_kwargs": {"torch_dtype": "bfloat16"}}
+    assert given(source(tmp_path, old_name))["teacher_model_init_kwargs"] == {"dtype": "bfloat16"}
     explicit = {"teacher_model_init_kwargs": {"dtype": "float32"}}
     assert given(source(tmp_path, explicit))["teacher_model_init_kwargs"] == {"dtype": "float32"}
 

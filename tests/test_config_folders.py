@@ -1,4 +1,4 @@
-"""Where a run may write: never over, into or around what it reads."""
+"""What a config says about local folders: where a run may write, and what a model there takes."""
 
 import pytest
 
@@ -73,3 +73,64 @@ def test_another_spelling_of_the_same_folder_is_found_by_what_the_file_system_sa
     assert problems(root, "Models/student/run")
     monkeypatch.undo()
     assert problems(root, "models/Student") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("dtyp", "did you mean 'dtype'?"), ("max_pixels", "see from_pretrained"), ("atn_implementation", "attn_implem")],
+)
+def test_an_argument_that_no_one_takes_is_found_for_a_local_model(root, name, hint):
+    (root / "models/student/config.json").write_text('{"model_type": "qwen3", "of_its_own": 1}')
+    known = {"attention_dropout": 0.1, "use_cache": False, "variant": "fp16", "of_its_own": 2, "max_memory": {}}
+    for path, sections in (
+        ("model.init_kwargs", {"model": {"model": str(root / "models/student"), "init_kwargs": {**known, name: 1}}}),
+        (
+            "rlhf.teacher_model_init_kwargs",
+            {
+                "model": {"model": "org/student"},
+                "rlhf": {
+                    "teacher_model": str(root / "models/student"),
+                    "teacher_model_init_kwargs": {**known, name: 1},
+                },
+            },
+        ),
+    ):
+        rest = {"data": {"train": "rows.jsonl"}, "training": {"output_dir": "r"}, "rlhf": {"teacher_model": "org/t"}}
+        (error,) = check_config({**rest, **sections}).errors
+        assert error.path == f"{path}.{name}"
+        assert "unknown to from_pretrained" in error.message
+        assert hint in error.hint
+
+
+def test_arguments_of_a_model_that_cannot_be_looked_at_are_left_to_its_loading(root):
+    config = {
+        "model": {"model": "org/student", "init_kwargs": {"dtyp": 1}},
+        "data": {"train": "rows.jsonl"},
+        "rlhf": {"teacher_model": str(root / "models/teacher"), "teacher_model_init_kwargs": {"of_custom_code": 1}},
+        "training": {"output_dir": "r"},
+    }
+    assert check_config(config).errors == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 8), "cannot be loaded: model.safetensors is"),
+        (lambda f: (f / "model.safetensors").unlink(), "has no weights: neither model.safetensors nor"),
+        (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "has no tokenizer"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot be loaded: config.json is not valid JSON"),
+    ],
+)
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_validate_looks_into_the_models_folders(project, change, message, whose):
+    assert check_config(project / "config.yaml", model_files=True).errors == []
+    change(project / whose)
+    found = check_config(project / "config.yaml", model_files=True).errors
+    assert [error.path for error in found] == ["model.model" if whose == "student" else "rlhf.teacher_model"]
+    assert message in found[0].message
+    assert check_config(project / "config.yaml").errors == []  # a run finds it in its preflight, with exit code 3
+
+
+def test_a_teacher_that_is_not_asked_need_not_be_sound(project):
+    (project / "teacher" / "model.safetensors").unlink()
+    assert check_config(project / "config.yaml", ["rlhf.llm_kd_weight=0"], model_files=True).errors == []

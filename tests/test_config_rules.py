@@ -237,6 +237,38 @@ CONFLICTS: list[tuple[dict[str, Any], str, str]] = [
     ({"training__dataloader_prefetch_factor": 2}, "training.dataloader_prefetch_factor", "dataloader_num_workers"),
     ({"model__init_kwargs": {"dtype": "auto"}}, "model.init_kwargs.dtype", "use model.dtype"),
     ({"model__init_kwargs": {"trust_remote_code": True}}, "model.init_kwargs.trust_remote_code", "one place"),
+    ({"model__init_kwargs": {"torch_dtype": "auto"}}, "model.init_kwargs.torch_dtype", "use model.dtype"),
+    (
+        {"model__init_kwargs": {"ignore_mismatched_sizes": True}},
+        "model.init_kwargs.ignore_mismatched_sizes",
+        "random numbers",
+    ),
+    ({"model__init_kwargs": {"config": {}}}, "model.init_kwargs.config", "named in its own option"),
+    (
+        {"rlhf__teacher_model_init_kwargs": {"dtype": "bfloat17"}},
+        "rlhf.teacher_model_init_kwargs.dtype",
+        "expected one of auto, float32, bfloat16, float16, got text 'bfloat17' | did you mean 'bfloat16'?",
+    ),
+    (
+        {"rlhf__teacher_model_init_kwargs": {"dtype": ""}},
+        "rlhf.teacher_model_init_kwargs.dtype",
+        "expected one of auto, float32, bfloat16, float16, got text ''",
+    ),
+    (
+        {"rlhf__teacher_model_init_kwargs": {"torch_dtype": 16}},
+        "rlhf.teacher_model_init_kwargs.torch_dtype",
+        "expected one of auto, float32, bfloat16, float16, got the number 16",
+    ),
+    (
+        {"rlhf__teacher_model_init_kwargs": {"dtype": "auto", "torch_dtype": "auto"}},
+        "rlhf.teacher_model_init_kwargs.torch_dtype",
+        "given twice",
+    ),
+    (
+        {"rlhf__teacher_model_init_kwargs": {"torch_dtype": "auto"}, "rlhf__teacher": {"dtype": "float32"}},
+        "rlhf.teacher_model_init_kwargs.torch_dtype",
+        "given twice, here and in rlhf.teacher.dtype",
+    ),
     ({"model__init_kwargs": {"use_safetensors": False}}, "model.init_kwargs.use_safetensors", "safetensors only"),
     (
         {"rlhf__teacher_model_init_kwargs": {"trust_remote_code": True}},

@@ -1,5 +1,6 @@
 """Weights that a folder lacks, has too many of, or in another shape: never random numbers, and no false alarm."""
 
+import logging
 import shutil
 
 import pytest
@@ -145,3 +146,13 @@ def test_a_checkpoint_whose_weights_do_not_fit_names_them_too(saved, tmp_path):
     folder = changed(saved, "tied", tmp_path, lambda w: w.__setitem__(UP, torch.ones(5, 32)))
     with pytest.raises(CheckpointError, match=rf"{UP} of shape \[5, 32\]"):
         load_weights(tiny.make_qwen3(), folder)
+
+
+def test_two_weights_that_the_config_calls_one_are_both_used_and_told(saved, tmp_path, caplog):
+    embedding = "model.embed_tokens.weight"
+    folder = changed(saved, "tied", tmp_path, lambda w: w.__setitem__("lm_head.weight", w[embedding] + 1))
+    with caplog.at_level(logging.WARNING):
+        model = load_model(folder)
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight + 1)
+    assert caplog.text.count("embedding and head are one weight") == 1
+    assert "we will NOT tie" not in caplog.text

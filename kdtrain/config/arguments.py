@@ -120,8 +120,9 @@ def _from_sections(config: RunConfig) -> dict[str, Any]:
     """GKDConfig's fields that a config sets outside `training`."""
     rlhf = config.rlhf
     kwargs: dict[str, Any] = {name: getattr(rlhf, name) for name in _GKD_OPTIONS}
-    # A copy: the caller's dict stays as it is.
-    kwargs["teacher_model_init_kwargs"] = {"dtype": rlhf.teacher.dtype, **(rlhf.teacher_model_init_kwargs or {})}
+    loading = dict(rlhf.teacher_model_init_kwargs or {})  # a copy: the caller's dict stays as it is
+    loading.setdefault("dtype", loading.pop("torch_dtype", rlhf.teacher.dtype))
+    kwargs["teacher_model_init_kwargs"] = loading
     kwargs["max_length"] = config.data.max_length
     if config.needs_teacher and rlhf.teacher_model:
         kwargs["teacher_model_name_or_path"] = rlhf.teacher_model

@@ -1,17 +1,42 @@
-"""Where a run writes, beside what it reads: never over a model or data."""
+"""Local folders: where a run writes, never over a model or data, and whether the models in them can be loaded."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kdtrain.config.schema import RunConfig
-from kdtrain.config.tree import Problem, dotted
+from kdtrain.config.tree import KeyPath, Problem, dotted
+from kdtrain.model_folder import INDEX, WEIGHTS, findings, has_weights
 
 if TYPE_CHECKING:
     from kdtrain.config.rules import Written
+
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+def broken_models(config: RunConfig) -> Iterator[Problem]:
+    """What keeps the local models in use from being loaded, as far as their files tell it."""
+    rlhf = config.rlhf
+    used: list[tuple[KeyPath, str, Mapping[str, Any]]] = [
+        (("model", "model"), config.model.model, config.model.init_kwargs)
+    ]
+    if config.asks_teacher and rlhf.teacher.backend == "hf" and rlhf.teacher_model:
+        used.append((("rlhf", "teacher_model"), rlhf.teacher_model, rlhf.teacher_model_init_kwargs or {}))
+    for path, name, loading in used:
+        folder = Path(name)
+        if not folder.is_absolute() or not (folder / "config.json").is_file():
+            continue  # a hub id, or found by another rule
+        for finding in findings(folder):
+            yield Problem(path, f"cannot be loaded: {finding.message}", finding.hint)
+        if not {"variant", "subfolder"} & loading.keys() and not has_weights(folder):
+            message, hint = f"has no weights: neither {WEIGHTS} nor {INDEX}", "save it by save_pretrained"
+            yield Problem(path, f"{message}: {name}", hint)
+        if not any((folder / file).exists() for file in _TOKENIZERS):
+            yield Problem(path, f"has no tokenizer: {name}", "save the tokenizer that it was trained with beside it")
 
 
 class _Read(NamedTuple):
@@ -27,9 +52,11 @@ def output_folder(config: RunConfig, written: Written) -> Iterator[Problem]:
     name = config.training.get("output_dir")
     if not isinstance(name, str) or not name:
         return
-    output = Path(os.path.realpath(name))
+    output = _real(name)
     for option, what, path in _read(config):
-        source = Path(os.path.realpath(path))
+        source = _real(path)
+        if output is None or source is None:
+            continue
         if _same(output, source):
             relation = "is"
         elif any(_same(parent, source) for parent in output.parents):
@@ -62,6 +89,14 @@ def _read(config: RunConfig) -> Iterator[_Read]:
             if source.is_local:
                 option = dotted(("data", part, number)) if len(sources) > 1 else f"data.{part}"
                 yield _Read(option, "the data", Path(source.path))
+
+
+def _real(path: str | Path) -> Path | None:
+    """Where a path leads to through links; None for what can be no path."""
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError):  # too long, or with a NUL
+        return None
 
 
 def _same(first: Path, second: Path) -> bool:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from kdtrain.config.availability import check_available
 from kdtrain.config.diagnose import Diagnostic, InvalidConfigError, looks_secret
+from kdtrain.config.folders import broken_models
 from kdtrain.config.paths import resolve_paths
 from kdtrain.config.rules import check_rules
 from kdtrain.config.schema import RunConfig
@@ -59,12 +60,13 @@ class CheckResult:
     warnings: list[Diagnostic] = field(default_factory=list)
 
 
-def check_config(source: Source, overrides: Sequence[str] = ()) -> CheckResult:
+def check_config(source: Source, overrides: Sequence[str] = (), *, model_files: bool = False) -> CheckResult:
     """Checks a whole config without importing torch.
 
     Args:
         source: a YAML file, or a mapping of the same form.
         overrides: `key.sub=value`, the value in YAML.
+        model_files: look into local model folders too; a run does so itself, as its preflight.
 
     Returns:
         the config and all findings, in the order of the file. Mistakes of the config are never raised.
@@ -77,6 +79,8 @@ def check_config(source: Source, overrides: Sequence[str] = ()) -> CheckResult:
     root, found = resolve_paths(root)
     problems += found
     config, found = _validate(root, [problem.path for problem in problems])
+    if config is not None and model_files:
+        found += broken_models(config)
     if composer.incomplete:
         # What could not be read may hold what seems to be missing or to conflict: only single values can be judged.
         found = [problem for problem in found if problem.level == "error" and get(root, problem.path)]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from kdtrain.config.folders import output_folder
+from kdtrain.config.loading import loading_arguments
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.tree import KeyPath, Node, Problem, dotted, get
 
@@ -20,7 +21,14 @@ _TEACHER_OPTIONS: dict[str, set[str]] = {
     "openai": {"base_url", "model", "api_key_env", "top_k", "tail", "timeout_s", "max_retries", "concurrency"},
     "cache": {"path", "tail"},
 }
-_MODEL_OPTIONS = ("dtype", "revision", "attn_implementation", "quantization_config", "trust_remote_code")
+# Arguments of from_pretrained that are options of `model`, and their name there.
+_MODEL_OPTIONS = {
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "revision": "revision",
+    "attn_implementation": "attn_implementation",
+    "quantization_config": "quantization",
+}
 _SCHEDULES = (("eval_strategy", "eval_steps"), ("save_strategy", "save_steps"), ("logging_strategy", "logging_steps"))
 
 
@@ -154,35 +162,24 @@ def teacher_options(config: RunConfig, written: Written) -> Iterator[Problem]:
     path = ("rlhf", "teacher_model_init_kwargs")
     if backend != "hf" and kwargs and config.asks_teacher:
         yield from _no_effect(("rlhf",), ["teacher_model_init_kwargs"], f"rlhf.teacher.backend is {backend}")
-    for name in ("dtype", "revision", "device_map"):
-        if name in kwargs and written.has("rlhf", "teacher", name):
+    for name in ("dtype", "torch_dtype", "revision", "device_map"):
+        option = name.removeprefix("torch_")
+        if name in kwargs and written.has("rlhf", "teacher", option):
             yield Problem(
-                (*path, name), f"given twice, here and in rlhf.teacher.{name}", "keep one of them", on_key=True
+                (*path, name), f"given twice, here and in rlhf.teacher.{option}", "keep one of them", on_key=True
             )
-    yield from _loading(path, kwargs)
-
-
-def _loading(path: KeyPath, kwargs: dict[str, object]) -> Iterator[Problem]:
-    """Keyword arguments that would go round the one decision about custom code, pickles and tokens."""
-    reasons = {
-        "trust_remote_code": ("custom code is allowed in one place only", "use model.trust_remote_code"),
-        "use_safetensors": ("weights are loaded from safetensors only", "remove it"),
-        "token": ("secrets do not belong in a config", "set the environment variable HF_TOKEN"),
-        "use_auth_token": ("secrets do not belong in a config", "set the environment variable HF_TOKEN"),
-    }
-    for name, (reason, instead) in reasons.items():
-        if name in kwargs and not (name == "use_safetensors" and kwargs[name] is True):
-            yield Problem((*path, name), f"cannot be set: {reason}", instead, on_key=True)
+    yield from loading_arguments(path, kwargs, config.rlhf.teacher_model)
 
 
 def model_options(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Student options hidden in `init_kwargs`."""
     kwargs = config.model.init_kwargs
     path = ("model", "init_kwargs")
-    for name in (name for name in _MODEL_OPTIONS if name in kwargs and name != "trust_remote_code"):
-        option = "quantization" if name == "quantization_config" else name
-        yield Problem((*path, name), "has its own option", f"use model.{option}", on_key=True)
-    yield from _loading(path, kwargs)
+    for name, option in _MODEL_OPTIONS.items():
+        if name in kwargs:
+            yield Problem((*path, name), "has its own option", f"use model.{option}", on_key=True)
+    kwargs = {name: value for name, value in kwargs.items() if name not in _MODEL_OPTIONS}
+    yield from loading_arguments(path, kwargs, config.model.model)
 
 
 def idle_lora(config: RunConfig, written: Written) -> Iterator[Problem]:
@@ -291,7 +288,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (teacher_is_named, (*_KD_SWITCHES, "rlhf.teacher_model", "rlhf.teacher", "tuner.train_type")),
     (idle_distillation, (*_KD_SWITCHES, "rlhf.lmbda", "rlhf.seq_kd", "rlhf.sft_alpha")),
     (teacher_options, (*_KD_SWITCHES, "rlhf.teacher.backend", "rlhf.teacher_model_init_kwargs")),
-    (model_options, ("model.init_kwargs",)),
+    (model_options, ("model.init_kwargs", "model.model")),
     (idle_lora, ("tuner.train_type", "tuner.lora_dropout", "rlhf.disable_dropout")),
     (idle_ce, ("rlhf.llm_kd_weight", "rlhf.sft_alpha", "data.train")),
     (visual_options, ("custom.visual_kd",)),

@@ -1,0 +1,89 @@
+"""Keyword arguments that a config hands on to `from_pretrained`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdtrain.config.training import choice
+from kdtrain.config.tree import KeyPath, Problem
+from kdtrain.model_folder import read_map
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_TOKEN = ("secrets do not belong in a config", "set the environment variable HF_TOKEN")
+_NAMED = ("the model is named in its own option", "remove it")
+# What would go round the one decision about custom code, pickles, tokens and random weights.
+_REFUSED: Mapping[str, tuple[str, str]] = {
+    "trust_remote_code": ("custom code is allowed in one place only", "use model.trust_remote_code"),
+    "use_safetensors": ("weights are loaded from safetensors only", "remove it"),
+    "token": _TOKEN,
+    "use_auth_token": _TOKEN,
+    "ignore_mismatched_sizes": ("weights of another shape would be random numbers", "remove it"),
+    "output_loading_info": ("it is always looked at", "remove it"),
+    "pretrained_model_name_or_path": _NAMED,
+    "config": _NAMED,
+    "state_dict": _NAMED,
+}
+_HARMLESS = {"use_safetensors": True, "ignore_mismatched_sizes": False}
+_USUAL = (
+    "dtype",
+    "revision",
+    "device_map",
+    "attn_implementation",
+    "max_memory",
+    "offload_folder",
+    "subfolder",
+    "variant",
+)
+
+
+def loading_arguments(path: KeyPath, kwargs: Mapping[str, Any], model: str | None) -> Iterator[Problem]:
+    """What is wrong with `init_kwargs`.
+
+    Args:
+        path: of the option.
+        model: whose they are; a local folder tells which names its config has.
+    """
+    for name, value in kwargs.items():
+        if name in _REFUSED:
+            reason, instead = _REFUSED[name]
+            if value != _HARMLESS.get(name, ...):
+                yield Problem((*path, name), f"cannot be set: {reason}", instead, on_key=True)
+        elif name in ("dtype", "torch_dtype"):
+            if not isinstance(value, str) or value.removeprefix("torch.") not in _DTYPES:
+                yield Problem((*path, name), *choice(value, _DTYPES, name))
+        elif not _known(name, model):
+            near = difflib.get_close_matches(name, _USUAL, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else "see from_pretrained in transformers"
+            yield Problem((*path, name), "unknown to from_pretrained and to this model's config", hint, on_key=True)
+    if "dtype" in kwargs and "torch_dtype" in kwargs:
+        yield Problem((*path, "torch_dtype"), "given twice: it is the old name of dtype", "keep dtype", on_key=True)
+
+
+def _known(name: str, model: str | None) -> bool:
+    """Whether a name occurs in what loads a model of a local folder; true as well where that cannot be told.
+
+    A search in the source text, for importing it would take seconds: it may take a name for known that is not, never
+    the other way round.
+    """
+    folder = Path(model) if model else None
+    if folder is None or not folder.is_absolute():
+        return True
+    config = read_map(folder / "config.json")
+    texts = _sources(str(config.get("model_type") or ""))
+    word = re.compile(rf"\b{re.escape(name)}\b")
+    return name in config or not texts or any(word.search(path.read_text(encoding="utf-8")) for path in texts)
+
+
+def _sources(model_type: str) -> list[Path]:
+    """The files of transformers that read a model's arguments; none where the family's are not found."""
+    spec = importlib.util.find_spec("transformers")  # finds a top-level package without importing it
+    if spec is None or spec.origin is None or not model_type:
+        return []
+    root = Path(spec.origin).parent
+    family = sorted((root / "models" / model_type.replace("-", "_").removesuffix("_text")).glob("*.py"))
+    return [*family, root / "modeling_utils.py", root / "configuration_utils.py"] if family else []
