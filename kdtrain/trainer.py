@@ -63,6 +63,13 @@ from kdtrain.data.chat import ChatTemplate
 from kdtrain.data.collate import Collator, cut_rows
 from kdtrain.data.multimodal import image_token_ids
 from kdtrain.errors import NonFiniteError, PreflightError
+from kdtrain.experts import (
+    asks_for_router_logits,
+    check_experts,
+    restore_router_settings,
+    router_settings,
+    saved_router_settings,
+)
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids, student_generates
 from kdtrain.knobs import Knobs
 from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
@@ -145,6 +152,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         train_dataset, eval_dataset = (placeholder(data) for data in given.values())
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        router = router_settings(model)
         check_data(train_dataset, args)
         hide_token(args)
         peft_config = fit_student(model, peft_config, args)
@@ -178,6 +186,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._teach_to_stop()
         if use_cache is not None:
             self.model.config.use_cache = use_cache  # upstream switches it off for good, in what is saved as well
+        # Upstream switches them on for good; a name's are those in its folder.
+        restore_router_settings(self.model, router or saved_router_settings(self.model, model))
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         self.teacher = teacher if self.knobs.needs_teacher else None
         self.teacher_model: nn.Module | None = None
@@ -188,9 +198,13 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.vocabulary = self._compare_vocabularies(self.teacher, shared_vocab_size)
             if self.teacher.module is not None:
                 self.teacher_model = self.teacher.module = self._place_teacher(self.teacher.module)
+        router_logits = asks_for_router_logits(self.model, self.aux_loss_enabled)
+        if router_logits:
+            check_experts(self.model, args)
         self._token_loss = TokenLoss(
-            self.knobs, self.beta, self.vocabulary, fused=self._fuse_head(), router_logits=self.aux_loss_enabled
+            self.knobs, self.beta, self.vocabulary, fused=self._fuse_head(), router_logits=router_logits
         )
+        self._aux_share: torch.Tensor | float = 1.0
         self._stopwatch = telemetry.Stopwatch()
         self.visual = self._visual_term()
         self._loading_from: str | None = None
@@ -293,6 +307,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if self.visual is not None:
             self.visual.count(batches)
             self.visual.projectors.zero_grad()  # upstream zeroes the model's gradients only
+        if self._token_loss.router_logits:
+            new = torch.tensor([sum(not batch.get("all_repeated", False) for batch in batches)], device=device)
+            self._aux_share = self.get_tp_size() / self.accelerator.gather(new).sum().clamp(min=1)
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _check_images_on_all_ranks(self, batches: Sequence[Mapping[str, Any]]) -> None:
@@ -432,8 +449,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if visual is not None:
             terms |= further
             loss = loss + further["vision_kd_loss"]
-        if aux is not None and self.aux_loss_enabled:
-            terms["aux_loss"] = self._aux_term(aux, num_items_in_batch)
+        if aux is not None and self._token_loss.router_logits:
+            terms["aux_loss"] = self._aux_term(aux, inputs, whole=num_items_in_batch is None)
             loss = loss + terms["aux_loss"]
         self._record(mode, terms, tokens, inputs)
         if mode == "train" and self.is_deepspeed_enabled and self._some_loss_is_not_finite():
@@ -477,11 +494,15 @@ class GKDTrainerWithMetrics(GKDTrainer):
             terms["sft_loss"] = zero if own else knobs.ce_weight * tokens.ce_sum / denominator
         return terms
 
-    def _aux_term(self, aux_loss: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
-        """The load-balancing loss of a mixture-of-experts model: a mean over micro-batches and ranks."""
-        ranks = 1 if num_items is None else self.accelerator.num_processes // self.get_tp_size()
-        steps = self.current_gradient_accumulation_steps if num_items is not None else 1
-        return self.router_aux_loss_coef * aux_loss / (steps * ranks)
+    def _aux_term(self, aux_loss: torch.Tensor, inputs: Mapping[str, Any], whole: bool) -> torch.Tensor:
+        """The load-balancing loss of a mixture-of-experts model: a mean over the window's micro-batches on all ranks.
+
+        One that only has rows which fill up an epoch is none of them.
+        """
+        if whole:
+            return self.router_aux_loss_coef * aux_loss
+        share = 0.0 if inputs.get("all_repeated", False) else self._aux_share
+        return self.router_aux_loss_coef * share * aux_loss
 
     # ---- metrics -----------------------------------------------------------------------------------------------------
 
