@@ -8,6 +8,7 @@ What is overridden, and why:
 |---|---|
 | `GKDTrainer.__init__` | needs a teacher, refuses padded vocabularies, leaves the teacher trainable |
 | `Trainer.get_batch_samples` | sees a whole window before its first forward: generate there, then count |
+| `Trainer._get_train_sampler`, `_get_dataloader` | other rows in every epoch; evaluation drops none |
 | `Trainer._get_num_items_in_batch` | D counts what is trained on, and never the first label of a row |
 | `GKDTrainer.training_step` | draws on-policy per rank and micro-batch; here the window is already drawn |
 | `GKDTrainer.compute_loss` | the loss itself: upstream's is 1/world_size, ignores temperature and has no CE |
@@ -61,6 +62,7 @@ from kdtrain.construction import (
 )
 from kdtrain.data.chat import ChatTemplate
 from kdtrain.data.collate import Collator, cut_rows
+from kdtrain.data.epochs import Epochs
 from kdtrain.data.multimodal import image_token_ids
 from kdtrain.errors import NonFiniteError, PreflightError
 from kdtrain.experts import (
@@ -75,6 +77,7 @@ from kdtrain.knobs import Knobs
 from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, count_supervised_in, next_token_labels, world_scale
 from kdtrain.models import disable_dropout, sees_images
+from kdtrain.sampling import EpochSampler, SetEpoch
 from kdtrain.teachers import Targets, Teacher
 from kdtrain.token_loss import TokenLoss, Vocabulary
 from kdtrain.tuning import check_trained, fit_student
@@ -207,6 +210,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._aux_share: torch.Tensor | float = 1.0
         self._stopwatch = telemetry.Stopwatch()
         self.visual = self._visual_term()
+        self._sampler: EpochSampler | None = None
         self._loading_from: str | None = None
         self._guarded_engine: nn.Module | None = None
 
@@ -282,6 +286,29 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._metrics["train"].clear()
         return super().train(*args, **kwargs)
 
+    # ---- rows --------------------------------------------------------------------------------------------------------
+
+    def read_epochs(self, epochs: Epochs) -> None:
+        """Read other rows of the training data in every epoch."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._sampler = EpochSampler(epochs, self.args.train_sampling_strategy != "sequential", seed)
+        self.add_callback(SetEpoch(self._sampler))
+
+    def _rows_per_epoch(self) -> int:
+        return len(self.train_dataset if self._sampler is None else self._sampler)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """Upstream's, but evaluation never leaves out rows."""
+        wanted = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = wanted and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = wanted
+
     # ---- the optimizer window ----------------------------------------------------------------------------------------
 
     def get_batch_samples(
@@ -290,7 +317,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """Collect one window, replace its answers where it is generated, and count D on what will be trained on."""
         self._stopwatch.start()
         batches = [
-            self._without_repeated_rows(batch, self.train_dataset, self._train_batch_size)
+            self._without_repeated_rows(
+                batch, self._rows_per_epoch(), self._train_batch_size, self.args.dataloader_drop_last
+            )
             for batch in itertools.islice(epoch_iterator, num_batches)
         ]
         on_policy = self._generates() and student_generates(self.args.seed, self.state.global_step, self.lmbda)
@@ -370,17 +399,19 @@ class GKDTrainerWithMetrics(GKDTrainer):
         local = count_supervised_in(batch_samples, device)
         return self.accelerator.gather(local[None]).sum() // self.get_tp_size()
 
-    def _without_repeated_rows(self, batch: dict[str, Any], dataset: Any, batch_size: int) -> dict[str, Any]:
+    def _without_repeated_rows(
+        self, batch: dict[str, Any], epoch_rows: int, batch_size: int, drop_last: bool
+    ) -> dict[str, Any]:
         """Cut off the rows that accelerate repeats to fill the last batch of an epoch: no row may count twice.
 
         Ranks take the last rows in order, so only the first `remainder` of them, counted over the ranks, are new. A
         rank that has none of them keeps one row, without labels, to go through the same motions as the others.
         """
         ranks = self.accelerator.num_processes
-        if ranks == 1 or not self.accelerator.gradient_state.end_of_dataloader or self.args.dataloader_drop_last:
+        if ranks == 1 or not self.accelerator.gradient_state.end_of_dataloader or drop_last:
             return batch
         # Not gradient_state.remainder: accelerate does not know it in an epoch that is resumed in its middle.
-        remainder = len(dataset) % (batch_size * ranks)
+        remainder = epoch_rows % (batch_size * ranks)
         rows = batch["labels"].shape[0]
         new = min(max(remainder - self.accelerator.process_index * rows, 0), rows)
         if remainder == 0 or new == rows:
@@ -615,15 +646,17 @@ class GKDTrainerWithMetrics(GKDTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """One evaluation batch; logits only where `compute_metrics` asks for them."""
-        inputs = self._without_repeated_rows(
-            self._prepare_inputs(inputs), self.callback_handler.eval_dataloader.dataset, self.args.eval_batch_size
-        )
+        rows = len(self.callback_handler.eval_dataloader.dataset)
+        inputs = self._prepare_inputs(inputs)
+        given = inputs["labels"].shape[0]
+        inputs = self._without_repeated_rows(inputs, rows, self.args.eval_batch_size, drop_last=False)
         self._check_images_on_all_ranks([inputs])
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:
                 return self.compute_loss(model, inputs), None, None
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return loss, outputs.logits, inputs.get("labels")
+        # As many rows on every rank, for upstream to gather; it leaves out those that were repeated.
+        return loss, _filled_up(outputs.logits, given), _filled_up(inputs["labels"], given)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Upstream's loop, with its mean of batch means replaced by means over the tokens of the whole set."""
@@ -685,6 +718,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     def _unwrap(self, model: nn.Module | None) -> Any:
         return None if model is None else self.accelerator.unwrap_model(model)
+
+
+def _filled_up(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """`rows` with rows of -100 behind them, `count` in all."""
+    return torch.cat([rows, rows.new_full((count - len(rows), *rows.shape[1:]), IGNORE_INDEX)])
 
 
 def _tell_logits(reason: str) -> None:
