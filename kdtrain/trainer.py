@@ -19,6 +19,7 @@ What is overridden, and why:
 | `Trainer.create_optimizer`, `_clip_grad_norm` | the projectors of visual KD belong to the run, not to the student |
 | `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | their file; and no pickle of the arguments |
 | `Trainer._issue_warnings_after_load` | a checkpoint that was not loaded is no matter for a warning |
+| `Trainer.save_model` | weights that are not finite are not saved |
 | `SFTTrainer._save_checkpoint` | its time is not training time |
 | `_BaseTrainer.create_model_card` | no card that says that a student from a folder derives from None |
 | `_BaseTrainer._send_telemetry` | nothing is sent anywhere |
@@ -81,9 +82,11 @@ from kdtrain.sampling import EpochSampler, SetEpoch
 from kdtrain.teachers import Targets, Teacher
 from kdtrain.token_loss import TokenLoss, Vocabulary
 from kdtrain.tuning import check_trained, fit_student
+from kdtrain.vision.text_only import check_reentrant, keep_a_path, trained_by_images_alone
 from kdtrain.visual_kd import has_images, visual_units
 from kdtrain.visual_term import VisualTerm, first_batch_with_images
 from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
+from kdtrain.watch import WatchGradients, WatchRounding, check_weights
 from kdtrain.zero import guard_steps, not_a_norm
 
 if TYPE_CHECKING:
@@ -211,6 +214,13 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._stopwatch = telemetry.Stopwatch()
         self.visual = self._visual_term()
         self._sampler: EpochSampler | None = None
+        check_reentrant(self.model, args)
+        self._by_images_alone = trained_by_images_alone(self.model)
+        if self._by_images_alone:
+            keep_a_path(self.model)
+        self.window_has_images = False
+        self.add_callback(WatchGradients(self))
+        self.add_callback(WatchRounding(self))
         self._loading_from: str | None = None
         self._guarded_engine: nn.Module | None = None
 
@@ -333,6 +343,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         window["windows"].append(torch.ones(()))
         window["on_policy_windows"].append(torch.tensor(float(on_policy)))
         self._check_images_on_all_ranks(batches)
+        self.window_has_images = self._some_new_image(batches)
         if self.visual is not None:
             self.visual.count(batches)
             self.visual.projectors.zero_grad()  # upstream zeroes the model's gradients only
@@ -356,6 +367,22 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 "and DeepSpeed cannot train: the ranks with images would wait for ever. Give every row an image, raise "
                 "training.per_device_train_batch_size, or train with plain data parallelism."
             )
+        if self._by_images_alone and not bool(ranks.all()):
+            raise PreflightError(
+                f"A batch of step {self.state.global_step + 1} has no image, and the language model is frozen: under "
+                "FSDP and DeepSpeed every batch needs something to train. Give every row an image, or train with plain "
+                "data parallelism."
+            )
+
+    def _some_new_image(self, batches: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether a row of this window has an image that is not there only to fill up an epoch; on any rank, if asked.
+
+        Asked where nothing else is trained: a window without one is then no step for the optimizer.
+        """
+        mine = any(has_images(batch) and not batch.get("all_repeated", False) for batch in batches)
+        if not self._by_images_alone:
+            return mine
+        return bool(self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device)).any())
 
     def _generates(self) -> bool:
         """Only LM KD can use generated answers: CE is not taught on the student's own, and visual KD sees no text."""
@@ -431,6 +458,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
         if self.visual is not None and self.accelerator.sync_gradients:
             self.visual.synchronise()
+        nothing = self._by_images_alone and not self.window_has_images and self.accelerator.scaler is None
+        if nothing and self.accelerator.sync_gradients:
+            self.model.zero_grad()  # zeros would be decayed, and moved by the optimizer's momentum
         return loss
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
@@ -603,12 +633,12 @@ class GKDTrainerWithMetrics(GKDTrainer):
         return [] if self.visual is None else self.visual.parameters()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The student's optimizer, with a parameter group of its own for the projectors of visual KD."""
+        """The student's optimizer, with parameter groups of their own for the projectors of visual KD."""
         optimizer = super().create_optimizer(model)
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        new = [parameter for parameter in self._projectors() if id(parameter) not in known]
-        if new:
-            optimizer.add_param_group({"params": new, "weight_decay": self.args.weight_decay})
+        if self.visual is not None and not known.issuperset(map(id, self._projectors())):
+            for group in self.visual.parameter_groups(self.args.weight_decay):
+                optimizer.add_param_group(group)
         return optimizer
 
     def _some_loss_is_not_finite(self) -> bool:
@@ -670,6 +700,17 @@ class GKDTrainerWithMetrics(GKDTrainer):
         return output
 
     # ---- saving ------------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As upstream, if all trained weights are finite: a step is looked at by the next one only.
+
+        Raises:
+            NonFiniteError: nothing is written.
+        """
+        # Whole models are the same on every rank, and a caller may save on one rank alone.
+        together = _internal_call or self.is_fsdp_enabled or self.is_deepspeed_enabled
+        check_weights(self, together)
+        super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._stopwatch.pause():
