@@ -90,8 +90,9 @@ def train_frozen(folder, family, pattern, world, fused=True, **kwargs):
     trainer = make_trainer(
         folder, student, make_model(family, processor, 2), rows=image_rows(pattern), sft_alpha=0.3,
         per_device_train_batch_size=1, gradient_accumulation_steps=2 // world, max_steps=len(pattern) // 2,
-        train_sampling_strategy="sequential", learning_rate=0.01, weight_decay=0.1, lr_scheduler_type="constant",
-        max_grad_norm=1e9, adam_epsilon=1e-2, extra={"processing_class": processor}, ddp_find_unused_parameters=True, **kwargs,
+        train_sampling_strategy="sequential", learning_rate=0.01, lr_scheduler_type="constant",
+        max_grad_norm=1e9, adam_epsilon=1e-2, extra={"processing_class": processor},
+        ddp_find_unused_parameters=True, **kwargs,
     )  # fmt: skip
     if not fused:
         import dataclasses
@@ -112,10 +113,7 @@ def by_hand(family, pattern):
     student, teacher = student.double().eval(), teacher.double().eval()
     collate = Collator(processor)
     trained = [p for p in student.parameters() if p.requires_grad]
-    decaying = {id(p) for n, p in student.named_parameters() if "norm" not in n and "bias" not in n}
-    groups = [{"params": [p for p in trained if (id(p) in decaying) is decays], "weight_decay": 0.1 * decays}
-              for decays in (True, False)]  # fmt: skip
-    optimizer = torch.optim.AdamW(groups, lr=0.01, eps=1e-2)
+    optimizer = torch.optim.AdamW(trained, lr=0.01, eps=1e-2, weight_decay=0)
     rows, losses = image_rows(pattern), []
     for i in range(0, len(rows), 2):
         batches = [collate([one]) for one in rows[i : i + 2]]
