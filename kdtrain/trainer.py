@@ -21,6 +21,7 @@ What is overridden, and why:
 | `Trainer._issue_warnings_after_load` | a checkpoint that was not loaded is no matter for a warning |
 | `Trainer.save_model` | weights that are not finite are not saved |
 | `SFTTrainer._save_checkpoint` | its time is not training time |
+| `Trainer._save_rng_state`, `_prepare_for_training` | a record that a checkpoint falls in the middle of stays whole |
 | `_BaseTrainer.create_model_card` | no card that says that a student from a folder derives from None |
 | `_BaseTrainer._send_telemetry` | nothing is sent anywhere |
 """
@@ -82,6 +83,7 @@ from kdtrain.sampling import EpochSampler, SetEpoch
 from kdtrain.teachers import Targets, Teacher
 from kdtrain.token_loss import TokenLoss, Vocabulary
 from kdtrain.tuning import check_trained, fit_student
+from kdtrain.unlogged import RestoreUnlogged, save_unlogged
 from kdtrain.vision.text_only import check_reentrant, keep_a_path, trained_by_images_alone
 from kdtrain.visual_kd import has_images, visual_units
 from kdtrain.visual_term import VisualTerm, first_batch_with_images
@@ -211,7 +213,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.knobs, self.beta, self.vocabulary, fused=self._fuse_head(), router_logits=router_logits
         )
         self._aux_share: torch.Tensor | float = 1.0
-        self._stopwatch = telemetry.Stopwatch()
+        self.stopwatch = telemetry.Stopwatch()
         self.visual = self._visual_term()
         self._sampler: EpochSampler | None = None
         check_reentrant(self.model, args)
@@ -219,6 +221,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if self._by_images_alone:
             keep_a_path(self.model)
         self.window_has_images = False
+        self.summed_from = 0
+        self._unlogged = RestoreUnlogged(self)
+        self.add_callback(self._unlogged)
         self.add_callback(WatchGradients(self))
         self.add_callback(WatchRounding(self))
         self._loading_from: str | None = None
@@ -294,7 +299,14 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream; what an earlier call left unlogged does not count for this one."""
         self._metrics["train"].clear()
+        self._unlogged.checkpoint = None
         return super().train(*args, **kwargs)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """As upstream, which goes on by setting all sums to 0: `RestoreUnlogged` is told where they are."""
+        self._unlogged.checkpoint = resume_from_checkpoint
+        self.summed_from = self.state.global_step
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
@@ -325,7 +337,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
         """Collect one window, replace its answers where it is generated, and count D on what will be trained on."""
-        self._stopwatch.start()
+        self.stopwatch.start()
         batches = [
             self._without_repeated_rows(
                 batch, self._rows_per_epoch(), self._train_batch_size, self.args.dataloader_drop_last
@@ -601,9 +613,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """Add the reduced training metrics to a training record, and hand it to the callbacks and trackers."""
         if "loss" in logs:
             reduced = telemetry.reduce_metrics(self._metrics["train"], self.accelerator, token_weighted=False)
-            logs |= telemetry.training_metrics(reduced, self._stopwatch.lap())
+            logs |= telemetry.training_metrics(reduced, self.stopwatch.lap())
             self._metrics["train"].clear()
         elif "train_runtime" in logs:
+            # The mean of the whole run, of which upstream has counted the steps since a resume.
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self.summed_from, 1)
             # The summary at the end: trackers put "train/" before every key, and once is enough.
             logs = {_SUMMARY_NAMES.get(key, key.removeprefix("train_")): value for key, value in logs.items()}
         Trainer.log(self, logs, start_time)
@@ -691,7 +705,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Upstream's loop, with its mean of batch means replaced by means over the tokens of the whole set."""
         self._metrics["eval"].clear()
-        with self._stopwatch.pause():
+        with self.stopwatch.pause():
             output = super().evaluation_loop(*args, **kwargs)
             reduced = telemetry.reduce_metrics(self._metrics["eval"], self.accelerator, token_weighted=True)
         self._metrics["eval"].clear()
@@ -713,8 +727,12 @@ class GKDTrainerWithMetrics(GKDTrainer):
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._stopwatch.pause():
+        with self.stopwatch.pause():
             super()._save_checkpoint(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        save_unlogged(self, output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Weights, config and tokenizer; never the pickled arguments, which nothing reads back."""
