@@ -12,13 +12,13 @@ from accelerate import PartialState
 from kdtrain.answers import TeacherAnswers
 from kdtrain.data import BuildReport, Collator, Source, build_dataset
 from kdtrain.data.multimodal import image_content
-from kdtrain.errors import DataError, PreflightError
+from kdtrain.errors import DataError
 from kdtrain.failures import readable_construction, readable_failures
 from kdtrain.model_folder import require_sound
 from kdtrain.models import load_model, load_processing, lora_config, sees_images
+from kdtrain.rehearsal import rehearse
 from kdtrain.status import write_status
 from kdtrain.teachers import build_teacher
-from kdtrain.telemetry import LOSS_TERMS, TOKEN_METRICS
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.vision.parts import adapter_exclusions, check_named_parts, freeze_parts
 from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
@@ -105,8 +105,7 @@ def build_trainer(
         )
         if report.epochs is not None:
             trainer.read_epochs(report.epochs)
-        trainer.get_optimizer_cls_and_kwargs(args, trainer.model)  # made when training begins: is it installed?
-    _check_best_metric(args)
+    rehearse(trainer, config.training.get("greater_is_better"))
     return trainer, report
 
 
@@ -275,16 +274,6 @@ def _check_generated_lengths(config: RunConfig, report: BuildReport, student: Pr
             report.longest,
             more,
             limit,
-        )
-
-
-def _check_best_metric(args: Any) -> None:
-    """Refuse a metric that no evaluation will have, before the first one is paid for."""
-    name = args.metric_for_best_model
-    known = {"loss", "runtime", "samples_per_second", "steps_per_second", *LOSS_TERMS, *TOKEN_METRICS}
-    if args.load_best_model_at_end and name and name.removeprefix("eval_") not in known:
-        raise PreflightError(
-            f"training.metric_for_best_model: no evaluation has {name!r}. There are {', '.join(sorted(known))}."
         )
 
 

@@ -84,6 +84,11 @@ def check_data(train_dataset: Any, args: GKDConfig) -> None:
         raise NotAvailableError(
             "An IterableDataset (streaming) is not available yet: pass a datasets.Dataset, whose rows can be counted."
         )
+    if args.activation_offloading and args.device.type == "cpu":
+        raise PreflightError(
+            "training.activation_offloading moves activations from the accelerator to the CPU, and this run is on a "
+            "CPU: remove it."
+        )
     for name, reason, instead in refused_loader_options(args.accelerator_config.to_dict()):
         raise NotAvailableError(f"training.accelerator_config: {name} cannot be had: {reason}. To do: {instead}.")
     if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):

@@ -44,6 +44,13 @@ TOKEN_SUMS = (
 )
 # What is made of them.
 TOKEN_METRICS = ("token_accuracy", "teacher_agreement", "student_entropy", "teacher_entropy")
+# Which way an evaluation's metrics get better; entropies are neither good nor bad.
+HIGHER_IS_BETTER = {
+    "loss": False,
+    **dict.fromkeys(LOSS_TERMS, False),
+    "token_accuracy": True,
+    "teacher_agreement": True,
+}
 WINDOW_COUNTS = ("windows", "on_policy_windows")
 _KEYS = (*LOSS_TERMS, *TOKEN_SUMS, *WINDOW_COUNTS)
 

@@ -33,6 +33,7 @@ import itertools
 import logging
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ from kdtrain.data.chat import ChatTemplate
 from kdtrain.data.collate import Collator, cut_rows
 from kdtrain.data.epochs import Epochs
 from kdtrain.data.multimodal import image_token_ids
-from kdtrain.errors import NonFiniteError, PreflightError
+from kdtrain.errors import CheckpointError, NonFiniteError, PreflightError
 from kdtrain.experts import (
     asks_for_router_logits,
     check_experts,
@@ -79,8 +80,10 @@ from kdtrain.knobs import Knobs
 from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, count_supervised_in, next_token_labels, world_scale
 from kdtrain.models import disable_dropout, sees_images
+from kdtrain.rehearsal import readable_beginning, rehearse
 from kdtrain.sampling import EpochSampler, SetEpoch
 from kdtrain.teachers import Targets, Teacher
+from kdtrain.token_ids import check_batch, check_rows, embedding_rows
 from kdtrain.token_loss import TokenLoss, Vocabulary
 from kdtrain.tuning import check_trained, fit_student
 from kdtrain.unlogged import RestoreUnlogged, save_unlogged
@@ -213,6 +216,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.knobs, self.beta, self.vocabulary, fused=self._fuse_head(), router_logits=router_logits
         )
         self._aux_share: torch.Tensor | float = 1.0
+        self._check_token_ids()
         self.stopwatch = telemetry.Stopwatch()
         self.visual = self._visual_term()
         self._sampler: EpochSampler | None = None
@@ -221,6 +225,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if self._by_images_alone:
             keep_a_path(self.model)
         self.window_has_images = False
+        self.begun = False
         self.summed_from = 0
         self._unlogged = RestoreUnlogged(self)
         self.add_callback(self._unlogged)
@@ -252,6 +257,15 @@ class GKDTrainerWithMetrics(GKDTrainer):
             known = tokenizer_or_none(name) if sizes[0] != sizes[1] or os.path.isdir(name) else None
             shared = shared_vocabulary(*sizes, self._tokenizer, known)
         return Vocabulary(*sizes, shared)
+
+    def _check_token_ids(self) -> None:
+        """Refuse rows with ids that a model has no embedding for; those that are tokenised later are looked at then."""
+        models = {"student": self.model, "teacher": self.teacher_model}
+        self._embeddings = {side: embedding_rows(model) for side, model in models.items() if model is not None}
+        for name, data in (("data.train", self.train_dataset), ("data.eval", self.eval_dataset)):
+            if data is not None:
+                check_rows(data, name, self._embeddings)
+        self._ids_may_exceed = len(self._tokenizer) > min(self._embeddings.values())
 
     def _fuse_head(self) -> bool:
         """Let the student's loss be computed without its logits, where that gives the same."""
@@ -300,7 +314,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """As upstream; what an earlier call left unlogged does not count for this one."""
         self._metrics["train"].clear()
         self._unlogged.checkpoint = None
-        return super().train(*args, **kwargs)
+        self.begun = False
+        with readable_beginning(self):
+            if self.train_dataset is not None:
+                rehearse(self)
+            return super().train(*args, **kwargs)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """As upstream, which goes on by setting all sums to 0: `RestoreUnlogged` is told where they are."""
@@ -316,7 +334,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._sampler = EpochSampler(epochs, self.args.train_sampling_strategy != "sequential", seed)
         self.add_callback(SetEpoch(self._sampler))
 
-    def _rows_per_epoch(self) -> int:
+    def rows_per_epoch(self) -> int:
+        """Rows of the training data that an epoch reads."""
         return len(self.train_dataset if self._sampler is None else self._sampler)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -338,12 +357,15 @@ class GKDTrainerWithMetrics(GKDTrainer):
     ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
         """Collect one window, replace its answers where it is generated, and count D on what will be trained on."""
         self.stopwatch.start()
+        self.begun = True
         batches = [
             self._without_repeated_rows(
-                batch, self._rows_per_epoch(), self._train_batch_size, self.args.dataloader_drop_last
+                batch, self.rows_per_epoch(), self._train_batch_size, self.args.dataloader_drop_last
             )
             for batch in itertools.islice(epoch_iterator, num_batches)
         ]
+        for batch in batches if self._ids_may_exceed else ():
+            check_batch(batch, self._embeddings)
         on_policy = self._generates() and student_generates(self.args.seed, self.state.global_step, self.lmbda)
         if on_policy:
             batches = self._generated(batches, self.model_wrapped, self.model, "student")
@@ -359,7 +381,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if self.visual is not None:
             self.visual.count(batches)
             self.visual.projectors.zero_grad()  # upstream zeroes the model's gradients only
-        if self._token_loss.router_logits:
+        if self.has_aux_loss:
             new = torch.tensor([sum(not batch.get("all_repeated", False) for batch in batches)], device=device)
             self._aux_share = self.get_tp_size() / self.accelerator.gather(new).sum().clamp(min=1)
         return batches, self._get_num_items_in_batch(batches, device)
@@ -522,7 +544,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if visual is not None:
             terms |= further
             loss = loss + further["vision_kd_loss"]
-        if aux is not None and self._token_loss.router_logits:
+        if aux is not None and self.has_aux_loss:
             terms["aux_loss"] = self._aux_term(aux, inputs, whole=num_items_in_batch is None)
             loss = loss + terms["aux_loss"]
         self._record(mode, terms, tokens, inputs)
@@ -576,6 +598,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
             return self.router_aux_loss_coef * aux_loss
         share = 0.0 if inputs.get("all_repeated", False) else self._aux_share
         return self.router_aux_loss_coef * share * aux_loss
+
+    @property
+    def has_aux_loss(self) -> bool:
+        """Whether experts' load-balancing loss is a term."""
+        return bool(self._token_loss.router_logits)
 
     # ---- metrics -----------------------------------------------------------------------------------------------------
 
@@ -692,6 +719,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """One evaluation batch; logits only where `compute_metrics` asks for them."""
         rows = len(self.callback_handler.eval_dataloader.dataset)
         inputs = self._prepare_inputs(inputs)
+        if self._ids_may_exceed:
+            check_batch(inputs, self._embeddings)
         given = inputs["labels"].shape[0]
         inputs = self._without_repeated_rows(inputs, rows, self.args.eval_batch_size, drop_last=False)
         self._check_images_on_all_ranks([inputs])
@@ -705,6 +734,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Upstream's loop, with its mean of batch means replaced by means over the tokens of the whole set."""
         self._metrics["eval"].clear()
+        self.begun = True
         with self.stopwatch.pause():
             output = super().evaluation_loop(*args, **kwargs)
             reduced = telemetry.reduce_metrics(self._metrics["eval"], self.accelerator, token_weighted=True)
@@ -742,6 +772,16 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 self.visual.save(output_dir or self.args.output_dir)
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"Optimizer and scheduler of {checkpoint} cannot be loaded: {reason} Resume with the options that the "
+                "run began with, or from another checkpoint."
+            ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._loading_from = resume_from_checkpoint
