@@ -15,7 +15,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 
 from kdtrain.best import set_direction
 from kdtrain.errors import KdtrainError, PreflightError
-from kdtrain.plan import planned_steps
+from kdtrain.sampling import planned_steps
 
 if TYPE_CHECKING:
     from kdtrain.trainer import GKDTrainerWithMetrics

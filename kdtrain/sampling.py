@@ -1,4 +1,4 @@
-"""The order in which the rows of an epoch are read."""
+"""How many steps a run has, and the order in which the rows of an epoch are read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,21 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kdtrain.data.epochs import Epochs
+
+
+def planned_steps(args: Any, rows: int, ranks: int) -> int:
+    """Optimizer steps of a run, as transformers counts them: every epoch ends with a window of its own.
+
+    Args:
+        args: training arguments.
+        rows: of one epoch.
+        ranks: processes.
+    """
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    batches = rows / (args.per_device_train_batch_size * ranks)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
 
 
 class EpochSampler(Sampler[int]):

@@ -290,7 +290,8 @@ class RlhfConfig(Section):
     disable_dropout: Flag = True
     """Switch dropout of the student off."""
     eval_kd: Flag = True
-    """Whether evaluation runs the teacher too; false reports cross-entropy only, with weight 1."""
+    """Whether evaluation runs the teacher too; false reports cross-entropy only, as `eval_sft_loss` with
+    weight 1, where training's `sft_loss` has weight `sft_alpha`."""
 
 
 class VisualTarget(Section):
