@@ -119,6 +119,10 @@ def load_balancing_loss(model_inputs: Mapping[str, Any], outputs: Any, model: An
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     experts, per_token = _counts(_text_config(model))
+    if not getattr(outputs, "router_logits", None):
+        raise NotAvailableError(
+            f"{type(model).__name__} returns no router logits. Set training.router_aux_loss_coef: 0."
+        )
     mask = model_inputs.get("attention_mask")
     value = load_balancing_loss_func(outputs.router_logits, experts, per_token, mask)
     assert isinstance(value, torch.Tensor)

@@ -112,7 +112,10 @@ class TokenLoss:
             teacher_SV = None if targets is None else _logits(targets).to(logits_SV.device)
             logits_SV, teacher_SV = self._shared_logits(logits_SV, teacher_SV)
             loss = dense_distillation_loss(logits_SV, labels_S, teacher_SV, **options)
-            return loss, getattr(outputs, "aux_loss", None), further()
+            aux_loss = getattr(outputs, "aux_loss", None)
+            if self.router_logits and aux_loss is None:  # a class that records its router logits, and no more
+                aux_loss = load_balancing_loss(model_inputs, outputs, getattr(model, "module", model))
+            return loss, aux_loss, further()
 
         terms: list[FusedLoss] = []
         names: list[str] = []

@@ -42,6 +42,7 @@ class WatchGradients(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._left, self._windows = {}, {False: 0, True: 0}
         if self._trainer.is_deepspeed_enabled:  # it takes gradients out of the parameters
             return
         model = kwargs["model"]
@@ -119,6 +120,9 @@ class WatchRounding(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._trainer.accelerator.optimizer_step_was_skipped:  # a gradient scaler's doing
+            self._before.clear()
+            self._done = False
         if not self._before:
             return
         counts = torch.stack(

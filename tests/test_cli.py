@@ -367,6 +367,13 @@ def test_a_nan_ends_with_exit_code_5_and_a_status_that_says_so(project, kdtrain)
     assert not (project / "run" / "model.safetensors").exists()
 
 
+def test_weights_that_the_last_step_broke_end_with_exit_code_5_and_are_not_saved(project, kdtrain):
+    code, _, err = kdtrain("fit", "config.yaml", "training.learning_rate=1e38", "training.max_steps=1")
+    assert code == 5, err
+    assert "Not finite after step 1: trained weights" in err
+    assert not (project / "run" / "model.safetensors").exists()
+
+
 def test_an_incomplete_checkpoint_is_refused_by_name_and_skipped_by_auto(project, kdtrain):
     save = ["training.save_strategy=steps", "training.save_steps=2"]
     assert kdtrain("fit", "config.yaml", *save)[0] == 0

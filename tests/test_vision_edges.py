@@ -167,13 +167,29 @@ def tower_adapter(targets=r".*(vision|visual).*(q_proj|k_proj|v_proj|qkv|fc1|fc2
     )  # fmt: skip
 
 
-def adapted(folder, family, **kwargs):
+def adapted(folder, family, pattern="iiii", **kwargs):
     processor = FAMILIES[family]()
+    torch.manual_seed(0)  # of the adapters
     return make_trainer(
-        folder, make_model(family, processor, 1), make_model(family, processor, 2), rows=image_rows("iiii"),
+        folder, make_model(family, processor, 1), make_model(family, processor, 2), rows=image_rows(pattern),
         extra={"processing_class": processor, "peft_config": tower_adapter()}, gradient_checkpointing=True,
-        max_steps=4, learning_rate=1e-3, **kwargs,
+        **{"max_steps": 4, "learning_rate": 1e-3, **kwargs},
     )  # fmt: skip
+
+
+def train_adapted(folder, world):
+    trainer = adapted(
+        folder, "qwen", "iittit", per_device_train_batch_size=2 // world, max_steps=3, learning_rate=0.1, optim="sgd",
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer.train()
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad]).tolist()
+
+
+def test_an_adapter_on_the_tower_alone_trains_beside_rows_without_images(tmp_path):
+    expected = train_adapted(tmp_path, 1)
+    for weights in tiny.run_ranks(train_adapted, 2, tmp_path, 2):
+        assert weights == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("family", ["qwen", "llava"])

@@ -138,8 +138,8 @@ class DataSource(Section):
     """Use the first n rows only."""
     weight: Positive = 1.0
     """How often each row appears in an epoch: 1 once, 2 twice, 0.5 a random half of the rows, from the seed. While
-    training the next epoch takes the rows that came least, so that two of 0.5 are all rows once (all are encoded);
-    evaluation and `custom.sample_limit` keep to the same rows."""
+    training the next epoch takes the rows that came least, so that two of 0.5 are all rows once (all are encoded,
+    and answered where the teacher writes); evaluation and `custom.sample_limit` keep to the same rows."""
     ce: Flag = True
     """Whether the rows' own labels count. false: the teacher alone supervises them."""
     answers: Literal["data", "teacher"] = "data"
