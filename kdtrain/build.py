@@ -12,13 +12,13 @@ from accelerate import PartialState
 from kdtrain.answers import TeacherAnswers
 from kdtrain.data import BuildReport, Collator, Source, build_dataset
 from kdtrain.data.multimodal import image_content
-from kdtrain.errors import DataError, PreflightError
+from kdtrain.errors import DataError
 from kdtrain.failures import readable_construction, readable_failures
 from kdtrain.model_folder import require_sound
 from kdtrain.models import load_model, load_processing, lora_config, sees_images
+from kdtrain.rehearsal import rehearse
 from kdtrain.status import write_status
 from kdtrain.teachers import build_teacher
-from kdtrain.telemetry import LOSS_TERMS, TOKEN_METRICS
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.vision.parts import adapter_exclusions, check_named_parts, freeze_parts
 from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
@@ -87,6 +87,8 @@ def build_trainer(
     if teacher is not None and config.answers_from_teacher:
         answers = _answers(config, args, teacher, processing, its_processing, collator, shared, reporter)
         train, evaluation = _answered(answers, args, train, evaluation, dry_run)
+        if dry_run:
+            report.epochs = None  # a few rows are left, enough for its window
         _count_answers(config, train, report)
     _check_generated_lengths(config, report, student)
     with readable_construction():
@@ -101,8 +103,9 @@ def build_trainer(
             teacher=teacher if config.needs_teacher else None,
             shared_vocab_size=shared,
         )
-        trainer.get_optimizer_cls_and_kwargs(args, trainer.model)  # made when training begins: is it installed?
-    _check_best_metric(args)
+        if report.epochs is not None:
+            trainer.read_epochs(report.epochs)
+    rehearse(trainer, config.training.get("greater_is_better"))
     return trainer, report
 
 
@@ -145,8 +148,10 @@ def _check_images_fit_teacher(train: datasets.Dataset, collator: Collator) -> No
 def _count_answers(config: RunConfig, train: datasets.Dataset, report: BuildReport) -> None:
     """Bring the report up to what the rows are now."""
     lengths = [len(ids) for ids in train["input_ids"]]
-    report.longest, report.total_tokens = max(lengths), sum(lengths)
-    report.supervised_tokens = sum(len(labels) - labels.count(-100) for labels in train["labels"])
+    supervised = [len(labels) - labels.count(-100) for labels in train["labels"]]
+    epoch = range(len(train)) if report.epochs is None else report.epochs.rows(0)
+    report.longest, report.total_tokens = max(lengths), sum(lengths[i] for i in epoch)
+    report.supervised_tokens = sum(supervised[i] for i in epoch)
     long = sum(length > config.data.max_length for length in lengths)
     if long and PartialState().is_main_process:
         logger.warning(
@@ -209,7 +214,7 @@ def _datasets(
     }
     state = PartialState()
     with state.local_main_process_first():
-        train, report = build_dataset(_sources(config.data.train), processing, **common)
+        train, report = build_dataset(_sources(config.data.train), processing, new_parts=True, **common)
         evaluation = evaluation_report = None
         if config.data.eval:
             evaluation, evaluation_report = build_dataset(_sources(config.data.eval), processing, **common)
@@ -269,16 +274,6 @@ def _check_generated_lengths(config: RunConfig, report: BuildReport, student: Pr
             report.longest,
             more,
             limit,
-        )
-
-
-def _check_best_metric(args: Any) -> None:
-    """Refuse a metric that no evaluation will have, before the first one is paid for."""
-    name = args.metric_for_best_model
-    known = {"loss", "runtime", "samples_per_second", "steps_per_second", *LOSS_TERMS, *TOKEN_METRICS}
-    if args.load_best_model_at_end and name and name.removeprefix("eval_") not in known:
-        raise PreflightError(
-            f"training.metric_for_best_model: no evaluation has {name!r}. There are {', '.join(sorted(known))}."
         )
 
 

@@ -17,6 +17,7 @@ from trl.experimental.gkd import GKDConfig
 from kdtrain.errors import NotAvailableError, PreflightError
 from kdtrain.knobs import Knobs
 from kdtrain.models import load_tokenizer
+from kdtrain.row_order import refused_loader_options
 from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,13 @@ def check_data(train_dataset: Any, args: GKDConfig) -> None:
         raise NotAvailableError(
             "An IterableDataset (streaming) is not available yet: pass a datasets.Dataset, whose rows can be counted."
         )
+    if args.activation_offloading and args.device.type == "cpu":
+        raise PreflightError(
+            "training.activation_offloading moves activations from the accelerator to the CPU, and this run is on a "
+            "CPU: remove it."
+        )
+    for name, reason, instead in refused_loader_options(args.accelerator_config.to_dict()):
+        raise NotAvailableError(f"training.accelerator_config: {name} cannot be had: {reason}. To do: {instead}.")
     if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
         raise NotAvailableError(
             f"training.train_sampling_strategy: {args.train_sampling_strategy} is not available yet: its order depends "

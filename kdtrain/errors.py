@@ -9,7 +9,7 @@ Each message says what happened, where, and what to do. Anything else that escap
     │   ├── DataError                  3   rows that cannot be trained on
     │   └── VocabularyError            3   student and teacher do not speak the same token ids
     ├── TeacherError                   4   the teacher did not answer, or answered nonsense
-    ├── NonFiniteError                 5   NaN or infinity in a loss or a gradient
+    ├── NonFiniteError                 5   NaN or infinity in a loss, a gradient or trained weights
     ├── CheckpointError                6   a checkpoint or the disk under it
     └── Interrupted              130/143   SIGINT or SIGTERM; the state was saved
 """
@@ -56,7 +56,10 @@ class TeacherError(KdtrainError):
 
 
 class NonFiniteError(KdtrainError):
-    """A loss or a gradient became NaN or infinite; raised before the optimizer step, so the weights are still good."""
+    """A loss or a gradient became NaN or infinite; raised before the optimizer step, so the weights are still good.
+
+    Or the weights themselves, by the last step; raised before they are saved.
+    """
 
     exit_code = 5
 

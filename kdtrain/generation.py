@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from kdtrain.batch import token_level, unknown, visual
 from kdtrain.data.collate import pad_rows
 from kdtrain.errors import DataError
+from kdtrain.experts import without_router_logits
 from kdtrain.losses.reduce import IGNORE_INDEX
 
 
@@ -116,7 +117,7 @@ def generate_batch(
     }
     # Sharded, every forward is a collective: all ranks must run as many as the one with the longest answer.
     together = isinstance(model, FSDPModule) or is_deepspeed_zero3_enabled()
-    with torch.no_grad(), _evaluating(model), _only(model, config), _seeded(seed, device):
+    with torch.no_grad(), _evaluating(model), _only(model, config), without_router_logits(model), _seeded(seed, device):
         sequences = generate(
             input_ids=input_ids_BP,
             attention_mask=mask_BP,

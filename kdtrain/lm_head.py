@@ -20,6 +20,7 @@ from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from kdtrain.experts import without_router_logits
 from kdtrain.losses.head import Head
 from kdtrain.vocabulary import vocabulary_size
 
@@ -67,7 +68,7 @@ def why_no_loss_head(model: Any) -> str | None:
     if is_deepspeed_zero3_enabled():
         return None
     ids = _few_tokens(model, module.weight.device)
-    with _evaluating(model):
+    with _evaluating(model), without_router_logits(model):
         logits = model(input_ids=ids, use_cache=False).logits
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         ours = _head(model, module).plain_logits(hidden)

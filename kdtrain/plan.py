@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kdtrain.models import count_parameters
+from kdtrain.sampling import planned_steps
 from kdtrain.vision.parts import trained_parts
 
 if TYPE_CHECKING:
@@ -15,21 +15,6 @@ if TYPE_CHECKING:
 
 
 _PARTS = {"llm": "language model", "vit": "vision encoder", "aligner": "aligner"}
-
-
-def planned_steps(args: Any, rows: int, ranks: int) -> int:
-    """Optimizer steps of a run, as transformers counts them: every epoch ends with a window of its own.
-
-    Args:
-        args: training arguments.
-        rows: of one epoch.
-        ranks: processes.
-    """
-    if args.max_steps > 0:
-        return int(args.max_steps)
-    batches = rows / (args.per_device_train_batch_size * ranks)
-    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
 
 
 def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport) -> dict[str, str]:

@@ -21,7 +21,8 @@ from kdtrain.errors import CheckpointError, Interrupted, PreflightError
 from kdtrain.failures import readable_failures
 from kdtrain.launch import check_world
 from kdtrain.model_folder import read_map
-from kdtrain.plan import plan, planned_steps
+from kdtrain.plan import plan
+from kdtrain.sampling import planned_steps
 from kdtrain.status import STATUS, tracked_status, write_atomically, write_status
 from kdtrain.trainer import GKDTrainerWithMetrics
 

@@ -44,6 +44,13 @@ TOKEN_SUMS = (
 )
 # What is made of them.
 TOKEN_METRICS = ("token_accuracy", "teacher_agreement", "student_entropy", "teacher_entropy")
+# Which way an evaluation's metrics get better; entropies are neither good nor bad.
+HIGHER_IS_BETTER = {
+    "loss": False,
+    **dict.fromkeys(LOSS_TERMS, False),
+    "token_accuracy": True,
+    "teacher_agreement": True,
+}
 WINDOW_COUNTS = ("windows", "on_policy_windows")
 _KEYS = (*LOSS_TERMS, *TOKEN_SUMS, *WINDOW_COUNTS)
 
@@ -166,10 +173,17 @@ class Stopwatch:
         finally:
             self._paused += time.perf_counter() - began
 
+    def seconds(self) -> float:
+        """Of the running lap so far; 0 when none is running."""
+        return 0.0 if self._started is None else time.perf_counter() - self._started - self._paused
+
+    def resume(self, seconds: float) -> None:
+        """Begin a lap that an earlier process had run for some seconds; none for 0, which is none."""
+        if seconds:
+            self._started, self._paused = time.perf_counter() - seconds, 0.0
+
     def lap(self) -> float:
         """End the lap and return its seconds; 0 when none was running."""
-        if self._started is None:
-            return 0.0
-        seconds = time.perf_counter() - self._started - self._paused
+        seconds = self.seconds()
         self._started = None
         return seconds

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from kdtrain.errors import NotAvailableError, VocabularyError
+from kdtrain.experts import load_balancing_loss
 from kdtrain.knobs import Knobs
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.fused import fused_distillation_loss
@@ -53,14 +54,15 @@ class TokenLoss:
         beta: interpolation of the divergence.
         vocabulary: None without LM KD.
         fused: whether the student's forward takes a `loss_head` (see `lm_head.py`).
-        router_logits: whether a mixture-of-experts model returns what its load-balancing loss needs.
+        router_logits: whether a mixture-of-experts model returns what its load-balancing loss needs; None leaves it to
+            its config, where that does not ask for them.
     """
 
     knobs: Knobs
     beta: float
     vocabulary: Vocabulary | None
     fused: bool
-    router_logits: bool
+    router_logits: bool | None
 
     def forward(
         self,
@@ -87,7 +89,7 @@ class TokenLoss:
         Returns:
             The terms, the auxiliary loss of a mixture-of-experts model or None, and the further terms.
         """
-        extra = {"output_router_logits": True} if self.router_logits else {}
+        extra = {} if self.router_logits is None else {"output_router_logits": self.router_logits}
         options: dict[str, Any] = {
             "kd_weight": self.knobs.llm_kd_weight,
             # A model is not taught its own samples.
@@ -110,7 +112,10 @@ class TokenLoss:
             teacher_SV = None if targets is None else _logits(targets).to(logits_SV.device)
             logits_SV, teacher_SV = self._shared_logits(logits_SV, teacher_SV)
             loss = dense_distillation_loss(logits_SV, labels_S, teacher_SV, **options)
-            return loss, getattr(outputs, "aux_loss", None), further()
+            aux_loss = getattr(outputs, "aux_loss", None)
+            if self.router_logits and aux_loss is None:  # a class that records its router logits, and no more
+                aux_loss = load_balancing_loss(model_inputs, outputs, getattr(model, "module", model))
+            return loss, aux_loss, further()
 
         terms: list[FusedLoss] = []
         names: list[str] = []
@@ -120,7 +125,7 @@ class TokenLoss:
             terms.append(self._fused(hidden_SH, head, labels_S.to(hidden_SH.device), targets, options))
             more = further()
             names.extend(more)
-            aux = (_load_balancing_loss(model_inputs, outputs, moe),) if self.router_logits else ()
+            aux = (load_balancing_loss(model_inputs, outputs, moe),) if self.router_logits else ()
             return terms[0].loss, *more.values(), *aux
 
         moe: Any = getattr(model, "module", model)
@@ -210,21 +215,3 @@ def _ce_mask(batch: Mapping[str, Any], predicts_BT: torch.Tensor) -> torch.Tenso
     if rows is None:
         return None
     return rows.to(predicts_BT.device)[:, None].expand_as(predicts_BT)[predicts_BT]
-
-
-def _load_balancing_loss(model_inputs: Mapping[str, Any], outputs: Any, model: Any) -> torch.Tensor:
-    """The auxiliary loss that a mixture-of-experts model would have returned beside its logits."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    config = model.config.get_text_config()
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    experts = next((getattr(config, name) for name in names if hasattr(config, name)), None)
-    if experts is None:
-        raise NotAvailableError(
-            f"The load-balancing loss of {config.model_type} is not available: its config names no number of experts. "
-            "Set training.router_aux_loss_coef: 0."
-        )
-    mask = model_inputs.get("attention_mask")
-    value = load_balancing_loss_func(outputs.router_logits, experts, config.num_experts_per_tok, mask)
-    assert isinstance(value, torch.Tensor)
-    return value

@@ -8,6 +8,7 @@ What is overridden, and why:
 |---|---|
 | `GKDTrainer.__init__` | needs a teacher, refuses padded vocabularies, leaves the teacher trainable |
 | `Trainer.get_batch_samples` | sees a whole window before its first forward: generate there, then count |
+| `Trainer._get_train_sampler`, `_get_dataloader` | other rows in every epoch; evaluation drops none |
 | `Trainer._get_num_items_in_batch` | D counts what is trained on, and never the first label of a row |
 | `GKDTrainer.training_step` | draws on-policy per rank and micro-batch; here the window is already drawn |
 | `GKDTrainer.compute_loss` | the loss itself: upstream's is 1/world_size, ignores temperature and has no CE |
@@ -18,7 +19,9 @@ What is overridden, and why:
 | `Trainer.create_optimizer`, `_clip_grad_norm` | the projectors of visual KD belong to the run, not to the student |
 | `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | their file; and no pickle of the arguments |
 | `Trainer._issue_warnings_after_load` | a checkpoint that was not loaded is no matter for a warning |
+| `Trainer.save_model` | weights that are not finite are not saved |
 | `SFTTrainer._save_checkpoint` | its time is not training time |
+| `Trainer._save_rng_state`, `_prepare_for_training` | a record that a checkpoint falls in the middle of stays whole |
 | `_BaseTrainer.create_model_card` | no card that says that a student from a folder derives from None |
 | `_BaseTrainer._send_telemetry` | nothing is sent anywhere |
 """
@@ -30,6 +33,7 @@ import itertools
 import logging
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -61,19 +65,33 @@ from kdtrain.construction import (
 )
 from kdtrain.data.chat import ChatTemplate
 from kdtrain.data.collate import Collator, cut_rows
+from kdtrain.data.epochs import Epochs
 from kdtrain.data.multimodal import image_token_ids
-from kdtrain.errors import NonFiniteError, PreflightError
+from kdtrain.errors import CheckpointError, NonFiniteError, PreflightError
+from kdtrain.experts import (
+    asks_for_router_logits,
+    check_experts,
+    restore_router_settings,
+    router_settings,
+    saved_router_settings,
+)
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids, student_generates
 from kdtrain.knobs import Knobs
 from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, count_supervised_in, next_token_labels, world_scale
 from kdtrain.models import disable_dropout, sees_images
+from kdtrain.rehearsal import readable_beginning, rehearse
+from kdtrain.sampling import EpochSampler, SetEpoch
 from kdtrain.teachers import Targets, Teacher
+from kdtrain.token_ids import check_batch, check_rows, embedding_rows
 from kdtrain.token_loss import TokenLoss, Vocabulary
 from kdtrain.tuning import check_trained, fit_student
+from kdtrain.unlogged import RestoreUnlogged, save_unlogged
+from kdtrain.vision.text_only import check_reentrant, keep_a_path, trained_by_images_alone
 from kdtrain.visual_kd import has_images, visual_units
 from kdtrain.visual_term import VisualTerm, first_batch_with_images
 from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
+from kdtrain.watch import WatchGradients, WatchRounding, check_weights
 from kdtrain.zero import guard_steps, not_a_norm
 
 if TYPE_CHECKING:
@@ -145,6 +163,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         train_dataset, eval_dataset = (placeholder(data) for data in given.values())
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        router = router_settings(model)
         check_data(train_dataset, args)
         hide_token(args)
         peft_config = fit_student(model, peft_config, args)
@@ -178,6 +197,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._teach_to_stop()
         if use_cache is not None:
             self.model.config.use_cache = use_cache  # upstream switches it off for good, in what is saved as well
+        # Upstream switches them on for good; a name's are those in its folder.
+        restore_router_settings(self.model, router or saved_router_settings(self.model, model))
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         self.teacher = teacher if self.knobs.needs_teacher else None
         self.teacher_model: nn.Module | None = None
@@ -188,11 +209,28 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.vocabulary = self._compare_vocabularies(self.teacher, shared_vocab_size)
             if self.teacher.module is not None:
                 self.teacher_model = self.teacher.module = self._place_teacher(self.teacher.module)
+        router_logits = asks_for_router_logits(self.model, self.aux_loss_enabled)
+        if router_logits:
+            check_experts(self.model, args)
         self._token_loss = TokenLoss(
-            self.knobs, self.beta, self.vocabulary, fused=self._fuse_head(), router_logits=self.aux_loss_enabled
+            self.knobs, self.beta, self.vocabulary, fused=self._fuse_head(), router_logits=router_logits
         )
-        self._stopwatch = telemetry.Stopwatch()
+        self._aux_share: torch.Tensor | float = 1.0
+        self._check_token_ids()
+        self.stopwatch = telemetry.Stopwatch()
         self.visual = self._visual_term()
+        self._sampler: EpochSampler | None = None
+        check_reentrant(self.model, args)
+        self._by_images_alone = trained_by_images_alone(self.model)
+        if self._by_images_alone:
+            keep_a_path(self.model)
+        self.window_has_images = False
+        self.begun = False
+        self.summed_from = 0
+        self._unlogged = RestoreUnlogged(self)
+        self.add_callback(self._unlogged)
+        self.add_callback(WatchGradients(self))
+        self.add_callback(WatchRounding(self))
         self._loading_from: str | None = None
         self._guarded_engine: nn.Module | None = None
 
@@ -219,6 +257,15 @@ class GKDTrainerWithMetrics(GKDTrainer):
             known = tokenizer_or_none(name) if sizes[0] != sizes[1] or os.path.isdir(name) else None
             shared = shared_vocabulary(*sizes, self._tokenizer, known)
         return Vocabulary(*sizes, shared)
+
+    def _check_token_ids(self) -> None:
+        """Refuse rows with ids that a model has no embedding for; those that are tokenised later are looked at then."""
+        models = {"student": self.model, "teacher": self.teacher_model}
+        self._embeddings = {side: embedding_rows(model) for side, model in models.items() if model is not None}
+        for name, data in (("data.train", self.train_dataset), ("data.eval", self.eval_dataset)):
+            if data is not None:
+                check_rows(data, name, self._embeddings)
+        self._ids_may_exceed = len(self._tokenizer) > min(self._embeddings.values())
 
     def _fuse_head(self) -> bool:
         """Let the student's loss be computed without its logits, where that gives the same."""
@@ -266,7 +313,42 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream; what an earlier call left unlogged does not count for this one."""
         self._metrics["train"].clear()
-        return super().train(*args, **kwargs)
+        self._unlogged.checkpoint = None
+        self.begun = False
+        with readable_beginning(self):
+            if self.train_dataset is not None:
+                rehearse(self)
+            return super().train(*args, **kwargs)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """As upstream, which goes on by setting all sums to 0: `RestoreUnlogged` is told where they are."""
+        self._unlogged.checkpoint = resume_from_checkpoint
+        self.summed_from = self.state.global_step
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    # ---- rows --------------------------------------------------------------------------------------------------------
+
+    def read_epochs(self, epochs: Epochs) -> None:
+        """Read other rows of the training data in every epoch."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._sampler = EpochSampler(epochs, self.args.train_sampling_strategy != "sequential", seed)
+        self.add_callback(SetEpoch(self._sampler))
+
+    def rows_per_epoch(self) -> int:
+        """Rows of the training data that an epoch reads."""
+        return len(self.train_dataset if self._sampler is None else self._sampler)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """Upstream's, but evaluation never leaves out rows."""
+        wanted = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = wanted and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = wanted
 
     # ---- the optimizer window ----------------------------------------------------------------------------------------
 
@@ -274,11 +356,16 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
         """Collect one window, replace its answers where it is generated, and count D on what will be trained on."""
-        self._stopwatch.start()
+        self.stopwatch.start()
+        self.begun = True
         batches = [
-            self._without_repeated_rows(batch, self.train_dataset, self._train_batch_size)
+            self._without_repeated_rows(
+                batch, self.rows_per_epoch(), self._train_batch_size, self.args.dataloader_drop_last
+            )
             for batch in itertools.islice(epoch_iterator, num_batches)
         ]
+        for batch in batches if self._ids_may_exceed else ():
+            check_batch(batch, self._embeddings)
         on_policy = self._generates() and student_generates(self.args.seed, self.state.global_step, self.lmbda)
         if on_policy:
             batches = self._generated(batches, self.model_wrapped, self.model, "student")
@@ -290,9 +377,13 @@ class GKDTrainerWithMetrics(GKDTrainer):
         window["windows"].append(torch.ones(()))
         window["on_policy_windows"].append(torch.tensor(float(on_policy)))
         self._check_images_on_all_ranks(batches)
+        self.window_has_images = self._some_new_image(batches)
         if self.visual is not None:
             self.visual.count(batches)
             self.visual.projectors.zero_grad()  # upstream zeroes the model's gradients only
+        if self.has_aux_loss:
+            new = torch.tensor([sum(not batch.get("all_repeated", False) for batch in batches)], device=device)
+            self._aux_share = self.get_tp_size() / self.accelerator.gather(new).sum().clamp(min=1)
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _check_images_on_all_ranks(self, batches: Sequence[Mapping[str, Any]]) -> None:
@@ -310,6 +401,22 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 "and DeepSpeed cannot train: the ranks with images would wait for ever. Give every row an image, raise "
                 "training.per_device_train_batch_size, or train with plain data parallelism."
             )
+        if self._by_images_alone and not bool(ranks.all()):
+            raise PreflightError(
+                f"A batch of step {self.state.global_step + 1} has no image, and the language model is frozen: under "
+                "FSDP and DeepSpeed every batch needs something to train. Give every row an image, or train with plain "
+                "data parallelism."
+            )
+
+    def _some_new_image(self, batches: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether a row of this window has an image that is not there only to fill up an epoch; on any rank, if asked.
+
+        Asked where nothing else is trained: a window without one is then no step for the optimizer.
+        """
+        mine = any(has_images(batch) and not batch.get("all_repeated", False) for batch in batches)
+        if not self._by_images_alone:
+            return mine
+        return bool(self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device)).any())
 
     def _generates(self) -> bool:
         """Only LM KD can use generated answers: CE is not taught on the student's own, and visual KD sees no text."""
@@ -353,17 +460,19 @@ class GKDTrainerWithMetrics(GKDTrainer):
         local = count_supervised_in(batch_samples, device)
         return self.accelerator.gather(local[None]).sum() // self.get_tp_size()
 
-    def _without_repeated_rows(self, batch: dict[str, Any], dataset: Any, batch_size: int) -> dict[str, Any]:
+    def _without_repeated_rows(
+        self, batch: dict[str, Any], epoch_rows: int, batch_size: int, drop_last: bool
+    ) -> dict[str, Any]:
         """Cut off the rows that accelerate repeats to fill the last batch of an epoch: no row may count twice.
 
         Ranks take the last rows in order, so only the first `remainder` of them, counted over the ranks, are new. A
         rank that has none of them keeps one row, without labels, to go through the same motions as the others.
         """
         ranks = self.accelerator.num_processes
-        if ranks == 1 or not self.accelerator.gradient_state.end_of_dataloader or self.args.dataloader_drop_last:
+        if ranks == 1 or not self.accelerator.gradient_state.end_of_dataloader or drop_last:
             return batch
         # Not gradient_state.remainder: accelerate does not know it in an epoch that is resumed in its middle.
-        remainder = len(dataset) % (batch_size * ranks)
+        remainder = epoch_rows % (batch_size * ranks)
         rows = batch["labels"].shape[0]
         new = min(max(remainder - self.accelerator.process_index * rows, 0), rows)
         if remainder == 0 or new == rows:
@@ -383,6 +492,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
         if self.visual is not None and self.accelerator.sync_gradients:
             self.visual.synchronise()
+        nothing = self._by_images_alone and not self.window_has_images and self.accelerator.scaler is None
+        if nothing and self.accelerator.sync_gradients:
+            self.model.zero_grad()  # zeros would be decayed, and moved by the optimizer's momentum
         return loss
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
@@ -432,8 +544,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if visual is not None:
             terms |= further
             loss = loss + further["vision_kd_loss"]
-        if aux is not None and self.aux_loss_enabled:
-            terms["aux_loss"] = self._aux_term(aux, num_items_in_batch)
+        if aux is not None and self.has_aux_loss:
+            terms["aux_loss"] = self._aux_term(aux, inputs, whole=num_items_in_batch is None)
             loss = loss + terms["aux_loss"]
         self._record(mode, terms, tokens, inputs)
         if mode == "train" and self.is_deepspeed_enabled and self._some_loss_is_not_finite():
@@ -477,11 +589,20 @@ class GKDTrainerWithMetrics(GKDTrainer):
             terms["sft_loss"] = zero if own else knobs.ce_weight * tokens.ce_sum / denominator
         return terms
 
-    def _aux_term(self, aux_loss: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
-        """The load-balancing loss of a mixture-of-experts model: a mean over micro-batches and ranks."""
-        ranks = 1 if num_items is None else self.accelerator.num_processes // self.get_tp_size()
-        steps = self.current_gradient_accumulation_steps if num_items is not None else 1
-        return self.router_aux_loss_coef * aux_loss / (steps * ranks)
+    def _aux_term(self, aux_loss: torch.Tensor, inputs: Mapping[str, Any], whole: bool) -> torch.Tensor:
+        """The load-balancing loss of a mixture-of-experts model: a mean over the window's micro-batches on all ranks.
+
+        One that only has rows which fill up an epoch is none of them.
+        """
+        if whole:
+            return self.router_aux_loss_coef * aux_loss
+        share = 0.0 if inputs.get("all_repeated", False) else self._aux_share
+        return self.router_aux_loss_coef * share * aux_loss
+
+    @property
+    def has_aux_loss(self) -> bool:
+        """Whether experts' load-balancing loss is a term."""
+        return bool(self._token_loss.router_logits)
 
     # ---- metrics -----------------------------------------------------------------------------------------------------
 
@@ -519,9 +640,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """Add the reduced training metrics to a training record, and hand it to the callbacks and trackers."""
         if "loss" in logs:
             reduced = telemetry.reduce_metrics(self._metrics["train"], self.accelerator, token_weighted=False)
-            logs |= telemetry.training_metrics(reduced, self._stopwatch.lap())
+            logs |= telemetry.training_metrics(reduced, self.stopwatch.lap())
             self._metrics["train"].clear()
         elif "train_runtime" in logs:
+            # The mean of the whole run, of which upstream has counted the steps since a resume.
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self.summed_from, 1)
             # The summary at the end: trackers put "train/" before every key, and once is enough.
             logs = {_SUMMARY_NAMES.get(key, key.removeprefix("train_")): value for key, value in logs.items()}
         Trainer.log(self, logs, start_time)
@@ -551,12 +674,12 @@ class GKDTrainerWithMetrics(GKDTrainer):
         return [] if self.visual is None else self.visual.parameters()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The student's optimizer, with a parameter group of its own for the projectors of visual KD."""
+        """The student's optimizer, with parameter groups of their own for the projectors of visual KD."""
         optimizer = super().create_optimizer(model)
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        new = [parameter for parameter in self._projectors() if id(parameter) not in known]
-        if new:
-            optimizer.add_param_group({"params": new, "weight_decay": self.args.weight_decay})
+        if self.visual is not None and not known.issuperset(map(id, self._projectors())):
+            for group in self.visual.parameter_groups(self.args.weight_decay):
+                optimizer.add_param_group(group)
         return optimizer
 
     def _some_loss_is_not_finite(self) -> bool:
@@ -594,20 +717,25 @@ class GKDTrainerWithMetrics(GKDTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """One evaluation batch; logits only where `compute_metrics` asks for them."""
-        inputs = self._without_repeated_rows(
-            self._prepare_inputs(inputs), self.callback_handler.eval_dataloader.dataset, self.args.eval_batch_size
-        )
+        rows = len(self.callback_handler.eval_dataloader.dataset)
+        inputs = self._prepare_inputs(inputs)
+        if self._ids_may_exceed:
+            check_batch(inputs, self._embeddings)
+        given = inputs["labels"].shape[0]
+        inputs = self._without_repeated_rows(inputs, rows, self.args.eval_batch_size, drop_last=False)
         self._check_images_on_all_ranks([inputs])
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:
                 return self.compute_loss(model, inputs), None, None
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return loss, outputs.logits, inputs.get("labels")
+        # As many rows on every rank, for upstream to gather; it leaves out those that were repeated.
+        return loss, _filled_up(outputs.logits, given), _filled_up(inputs["labels"], given)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Upstream's loop, with its mean of batch means replaced by means over the tokens of the whole set."""
         self._metrics["eval"].clear()
-        with self._stopwatch.pause():
+        self.begun = True
+        with self.stopwatch.pause():
             output = super().evaluation_loop(*args, **kwargs)
             reduced = telemetry.reduce_metrics(self._metrics["eval"], self.accelerator, token_weighted=True)
         self._metrics["eval"].clear()
@@ -617,9 +745,24 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As upstream, if all trained weights are finite: a step is looked at by the next one only.
+
+        Raises:
+            NonFiniteError: nothing is written.
+        """
+        # Whole models are the same on every rank, and a caller may save on one rank alone.
+        together = _internal_call or self.is_fsdp_enabled or self.is_deepspeed_enabled
+        check_weights(self, together)
+        super().save_model(output_dir, _internal_call)
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._stopwatch.pause():
+        with self.stopwatch.pause():
             super()._save_checkpoint(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        save_unlogged(self, output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Weights, config and tokenizer; never the pickled arguments, which nothing reads back."""
@@ -629,6 +772,16 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 self.visual.save(output_dir or self.args.output_dir)
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"Optimizer and scheduler of {checkpoint} cannot be loaded: {reason} Resume with the options that the "
+                "run began with, or from another checkpoint."
+            ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._loading_from = resume_from_checkpoint
@@ -664,6 +817,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     def _unwrap(self, model: nn.Module | None) -> Any:
         return None if model is None else self.accelerator.unwrap_model(model)
+
+
+def _filled_up(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """`rows` with rows of -100 behind them, `count` in all."""
+    return torch.cat([rows, rows.new_full((count - len(rows), *rows.shape[1:]), IGNORE_INDEX)])
 
 
 def _tell_logits(reason: str) -> None:

@@ -133,11 +133,21 @@ class VisualTerm:
         """The projectors' parameters; none where the widths are equal."""
         return list(self.projectors.parameters())
 
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """For an optimizer: weights decay, biases do not, as those of the student."""
+        named = list(self.projectors.named_parameters())
+        weights, biases = ([p for name, p in named if name.endswith("bias") is is_bias] for is_bias in (False, True))
+        return [{"params": weights, "weight_decay": weight_decay}, {"params": biases, "weight_decay": 0.0}]
+
     def synchronise(self) -> None:
         """Average the projectors' gradients over the ranks, as DDP does with the student's; a collective.
 
-        A rank whose window had no image brings zeros.
+        A rank whose window had no image brings zeros. Where none had one there is no gradient, so that the optimizer
+        leaves them alone: with a zero it would decay them, and move them by its momentum.
         """
+        if self._window_units is not None and not self._window_units:
+            self.projectors.zero_grad()
+            return
         for parameter in self.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -268,6 +268,47 @@ WRONG_WORLDS = {
         ["--resume", "auto"],
         "holds no run of kdtrain",
     ),
+    "a best metric that is neither good nor bad": (
+        lambda p: None,
+        ["training.metric_for_best_model=student_entropy"],
+        "student_entropy: has no better and worse",
+    ),
+    "a best metric the wrong way round": (
+        lambda p: None,
+        ["training.metric_for_best_model=llm_kd_loss", "training.greater_is_better=true"],
+        "of llm_kd_loss less is better",
+    ),
+    "fewer rows than a batch": (
+        lambda p: None,
+        ["training.per_device_train_batch_size=64", "training.dataloader_drop_last=true"],
+        "An epoch has 24 rows, and a batch takes 64 (64 x 1 processes)",
+    ),
+    "a scheduler without what it needs": (
+        lambda p: None,
+        ["training.lr_scheduler_type=cosine_with_min_lr"],
+        "training.lr_scheduler_type: cosine_with_min_lr with lr_scheduler_kwargs {}: ",
+    ),
+    "an unknown option of the scheduler": (
+        lambda p: None,
+        ["training.lr_scheduler_kwargs={foo: 1}"],
+        "training.lr_scheduler_type: linear with lr_scheduler_kwargs {'foo': 1}: ",
+    ),
+    "an option of the scheduler that is no number": (
+        lambda p: None,
+        ["training.lr_scheduler_type=cosine", "training.lr_scheduler_kwargs={num_cycles: many}"],
+        "training.lr_scheduler_type: cosine",
+    ),
+    "an unknown option of the optimizer": (
+        lambda p: None,
+        ["training.optim=adamw_torch", "training.adam_beta1=7"],
+        "training.optim: adamw_torch: ",
+    ),
+    "offloading on a CPU": (lambda p: None, ["training.activation_offloading=true"], "this run is on a CPU: remove it"),
+    "token ids beyond the embedding, without a teacher": (
+        lambda p: tiny.save_model(tiny.make_qwen3(seed=1, vocab_size=300), tiny.make_tokenizer(320), p / "student"),
+        ["rlhf.llm_kd_weight=0", "rlhf.sft_alpha=1", "rlhf.teacher_model=null"],
+        "and the student's embedding has 300 rows",
+    ),
     "an output folder that is a file": (lambda p: (p / "run").write_text(""), [], "is a file"),
     "a frozen language model": (lambda p: None, ["tuner.freeze_llm=true"], "nothing is left to train"),
     "a hub model without a network": (lambda p: None, ["model.model=nobody/nothing"], "nobody/nothing"),
@@ -323,6 +364,13 @@ def test_a_nan_ends_with_exit_code_5_and_a_status_that_says_so(project, kdtrain)
     assert "llm_kd_loss is not finite" in err
     status = json.loads((project / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 5)
+    assert not (project / "run" / "model.safetensors").exists()
+
+
+def test_weights_that_the_last_step_broke_end_with_exit_code_5_and_are_not_saved(project, kdtrain):
+    code, _, err = kdtrain("fit", "config.yaml", "training.learning_rate=1e38", "training.max_steps=1")
+    assert code == 5, err
+    assert "Not finite after step 1: trained weights" in err
     assert not (project / "run" / "model.safetensors").exists()
 
 

@@ -25,9 +25,15 @@ LAYERS = [
         "construction",
         "failures",
         "zero",
+        "best",
+        "rehearsal",
+        "sampling",
+        "token_ids",
+        "unlogged",
+        "watch",
     },
-    {"teachers", "models", "tuning", "load_report", "lm_head", "data", "vision", "vocabulary", "losses"},
-    {"config", "errors", "environment", "status", "model_folder"},
+    {"teachers", "models", "tuning", "load_report", "lm_head", "experts", "data", "vision", "vocabulary", "losses"},
+    {"config", "errors", "environment", "status", "model_folder", "row_order"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -137,7 +137,9 @@ class DataSource(Section):
     limit: Count | None = None
     """Use the first n rows only."""
     weight: Positive = 1.0
-    """How often each row appears in an epoch: 1 once, 2 twice, 0.5 a seeded random half of the rows."""
+    """How often each row appears in an epoch: 1 once, 2 twice, 0.5 a random half of the rows, from the seed. While
+    training the next epoch takes the rows that came least, so that two of 0.5 are all rows once (all are encoded,
+    and answered where the teacher writes); evaluation and `custom.sample_limit` keep to the same rows."""
     ce: Flag = True
     """Whether the rows' own labels count. false: the teacher alone supervises them."""
     answers: Literal["data", "teacher"] = "data"
@@ -288,7 +290,8 @@ class RlhfConfig(Section):
     disable_dropout: Flag = True
     """Switch dropout of the student off."""
     eval_kd: Flag = True
-    """Whether evaluation runs the teacher too; false reports cross-entropy only, with weight 1."""
+    """Whether evaluation runs the teacher too; false reports cross-entropy only, as `eval_sft_loss` with
+    weight 1, where training's `sft_loss` has weight `sft_alpha`."""
 
 
 class VisualTarget(Section):

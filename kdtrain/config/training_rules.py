@@ -14,6 +14,7 @@ from kdtrain.config.diagnose import describe
 from kdtrain.config.suggest import known_keys, unknown_key
 from kdtrain.config.training import training_fields
 from kdtrain.config.tree import Problem
+from kdtrain.row_order import refused_loader_options
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,12 @@ _RANGES: dict[str, tuple[float, bool]] = {
 
 def check_training(training: Mapping[str, Any]) -> Iterator[Problem]:
     """Everything that is wrong with single keys of the `training` section."""
-    return (problem for key, value in training.items() if (problem := _check_key(key, value)))
+    yield from (problem for key, value in training.items() if (problem := _check_key(key, value)))
+    loader = training.get("accelerator_config")
+    if isinstance(loader, Mapping):
+        for name, reason, instead in refused_loader_options(loader):
+            path = ("training", "accelerator_config", name)
+            yield Problem(path, f"cannot be {str(loader[name]).lower()}: {reason}", instead, on_key=True)
 
 
 def _check_key(key: str, value: Any) -> Problem | None:

@@ -9,6 +9,7 @@ tokens.py        spans of characters -> spans of tokens
 template.py      row -> input_ids, labels, prompt_length
 multimodal.py    what a processor makes of text and images
 alignment.py     where the text between the images has gone
+epochs.py        which rows make up an epoch
 encoding.py      all rows, in parallel, cached by content
 load.py          sources -> data set and report
 collate.py       rows -> batch
@@ -16,6 +17,7 @@ visual_batch.py  the visual part of a batch
 """
 
 from kdtrain.data.collate import Collator, cut_rows, pad_rows
+from kdtrain.data.epochs import Epochs
 from kdtrain.data.load import BuildReport, Source, build_dataset
 from kdtrain.data.rows import RowError
 from kdtrain.data.template import EncodedRow, encode_row
@@ -24,6 +26,7 @@ __all__ = [
     "BuildReport",
     "Collator",
     "EncodedRow",
+    "Epochs",
     "RowError",
     "Source",
     "build_dataset",

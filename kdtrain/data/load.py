@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from kdtrain.data.encoding import Limits, encode_cached, folder_of, parse_json
+from kdtrain.data.epochs import Epochs
 from kdtrain.data.mixing import mix, read_all
 from kdtrain.data.rows import Chat, RowError, parse_row, prompt_of, show
 from kdtrain.data.sources import RawRow, Source
@@ -35,7 +36,8 @@ class BuildReport:
     Attributes:
         rows_read: rows looked at, after `limit`, weights below 1 and `sample_limit`.
         rows_kept: those that can be trained on or generated from.
-        rows_per_epoch: length of the data set.
+        rows_per_epoch: length of an epoch, and of the data set unless `epochs` says otherwise.
+        epochs: which rows of the data set make up each epoch; None: all of them, in every epoch.
         bad_rows: rows left out as unusable.
         first_bad: the first three, as `file:line: reason`.
         truncated: kept rows that were cut at max_length.
@@ -69,6 +71,7 @@ class BuildReport:
     stop_tokens_added: int = 0
     unterminated_rows: int = 0
     notes: list[str] = field(default_factory=list)
+    epochs: Epochs | None = None
 
     def summary(self) -> str:
         """Some lines for people; counts of zero are left out, except the bad rows."""
@@ -108,6 +111,7 @@ def build_dataset(
     seed: int = 0,
     num_proc: int | None = None,
     cache_dir: str | None = None,
+    new_parts: bool = False,
 ) -> tuple[datasets.Dataset, BuildReport]:
     """Reads, mixes and encodes sources, in their order and unshuffled.
 
@@ -123,6 +127,8 @@ def build_dataset(
         num_proc: processes; by default one per core up to 8, and one below 2000 rows.
         cache_dir: where encoded rows are stored; by default a folder in the cache of `datasets`. With several ranks
             let one of them call first: the others then read what it stored.
+        new_parts: with fractional weights, return all rows once, and in `BuildReport.epochs` which of them make up each
+            epoch: other ones every time. Sums are those of the first. Without effect beside `sample_limit`.
 
     Returns:
         A data set with the columns
@@ -149,12 +155,20 @@ def build_dataset(
         with tempfile.TemporaryDirectory(prefix="reading-", dir=folder, ignore_cleanup_errors=True) as scratch:
             raw, sizes = read_all(sources, Path(scratch) / "raw.arrow")
             plan = mix(sources, sizes, sample_limit, seed)
-            used = np.unique(plan)
+            varies = new_parts and sample_limit is None and any(source.weight % 1 for source in sources)
+            used = np.arange(len(raw)) if varies else np.unique(plan)
             chosen = raw.select(used) if len(used) < len(raw) else raw
             encoded = encode_cached(chosen, encoder, sources, limits, num_proc, folder)
             report = _check(encoded, chosen, sources, max_bad_rows, limits)
             report.notes += _template_notes(chosen, encoder, sources)
-            return _assemble(encoded, chosen, sources, np.searchsorted(used, plan), limits, report), report
+            kept = np.array(encoded["status"][:]) == "ok"
+            if varies:
+                full = np.flatnonzero(kept)
+                report.epochs = _epochs(chosen, full, sources, seed)
+                counted = full[report.epochs.rows(0)]
+            else:
+                full = counted = (plan := np.searchsorted(used, plan))[kept[plan]]
+            return _assemble(encoded, chosen, sources, full, counted, limits, report), report
     except OSError as error:  # sources raise DataError on their own: this is a full or read-only disk
         raise DataError(
             f"cannot write the data cache {show(str(folder), 400)}: {error}. Make room, or set cache_dir"
@@ -242,27 +256,32 @@ def _chats(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source]
             continue  # counted among the bad rows
 
 
+def _epochs(raw: datasets.Dataset, kept: np.ndarray, sources: Sequence[Source], seed: int) -> Epochs:
+    origin = np.array(raw["source"][:])[kept]
+    sizes = [int((origin == index).sum()) for index in range(len(sources))]
+    return Epochs(sizes, [source.weight for source in sources], seed)
+
+
 def _assemble(
     encoded: datasets.Dataset,
     raw: datasets.Dataset,
     sources: Sequence[Source],
-    plan: np.ndarray,
+    rows: np.ndarray,
+    epoch: np.ndarray,
     limits: Limits,
     report: BuildReport,
 ) -> datasets.Dataset:
-    """The rows of one epoch; completes the report's sums."""
+    """The data set of `rows`; completes the report's sums, which are those of the rows of an `epoch`."""
     origin = raw["source"][:]
     ids = [f"{source}:{row}" for source, row in zip(origin, raw["row"][:], strict=True)]
     full = encoded.add_column("row_id", ids).add_column("ce", [sources[source].ce for source in origin])
     full = full.add_column("answers", [sources[source].answers == "teacher" for source in origin])
-    kept = np.array(encoded["status"][:]) == "ok"
-    epoch = plan[kept[plan]]
     lengths = np.minimum(np.array(encoded["length"][:]), limits.max_length or np.iinfo(np.int32).max)
     report.rows_per_epoch = len(epoch)
     report.supervised_tokens = int(np.array(encoded["supervised"][:])[epoch].sum())
     report.total_tokens = int(lengths[epoch].sum())
-    if len(epoch) != len(encoded) or (epoch != np.arange(len(encoded))).any():
-        full = full.select(epoch)
+    if len(rows) != len(encoded) or (rows != np.arange(len(encoded))).any():
+        full = full.select(rows)
     columns = ["input_ids", "labels", "prompt_length", "ce", "row_id"]
     if report.images:
         columns += ["text", "images"]

@@ -63,7 +63,7 @@ def _batch(rows: list[RawRow], source: int, first: int) -> pa.RecordBatch:
 
 
 def mix(sources: Sequence[Source], sizes: Sequence[int], sample_limit: int | None, seed: int) -> np.ndarray:
-    """Row numbers of one epoch in order: per source whole copies for its weight, then the random rest.
+    """Row numbers of an epoch in order, where all are the same: per source whole copies, then the random rest.
 
     Args:
         sizes: rows of each source.

@@ -44,7 +44,8 @@ class Source:
         split: split name.
         columns: canonical column -> column in the file, such as {"prompt": "question"}; all others are then ignored.
         limit: only the first n rows.
-        weight: how many times each row appears per epoch; 2.5 is twice and a seeded random half once more.
+        weight: how many times each row appears per epoch; 2.5 is twice and a seeded random half once more
+            (see `Epochs`).
         ce: False: the rows contribute no cross-entropy, the teacher alone supervises.
         answers: `data`: the rows' own answers; `teacher`: they are left out, for the teacher to write.
     """

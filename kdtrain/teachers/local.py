@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from kdtrain.experts import without_router_logits
 from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.head import Head
 from kdtrain.teachers.base import DenseTargets, Targets
@@ -55,7 +56,7 @@ class LocalTeacher:
         def keep(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, Head]:
             return hidden_BTH[:, :-1][predicts_BT.to(hidden_BTH.device)], self._lasting(head)
 
-        with torch.no_grad():
+        with torch.no_grad(), without_router_logits(getattr(self.module, "module", self.module)):
             if self._from_logits:
                 logits_BTV = self.module(**inputs, use_cache=False).logits[:, :-1]
                 return logits_BTV[predicts_BT.to(logits_BTV.device)]

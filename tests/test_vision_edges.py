@@ -1,0 +1,212 @@
+"""Vision runs in which images are rare: what is not trained by a window is left alone, and what is, is trained."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdtrain.batch import model_inputs
+from kdtrain.errors import PreflightError
+from kdtrain.models import lora_config
+from tests import tiny
+from tests.test_trainer import ROWS, make_trainer
+from tests.test_vision_fit import _fit_rank, models, row, run, write_config  # noqa: F401  (a fixture)
+from tests.tiny_processors import FAMILIES, make_model, picture
+
+TEXT = {"messages": [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}]}
+
+# ---- projectors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_projectors_stand_still_in_windows_without_images(models, tmp_path, world):  # noqa: F811
+    """Rows 0 and 1 have one image, the others none; on two ranks, the second never has one."""
+    data = models / "rare.jsonl"
+    data.write_text("".join(json.dumps(one) + "\n" for one in [row(0, "a thing"), TEXT, TEXT, TEXT]))
+    kept = []
+    for steps in (1, 2):
+        where = tmp_path / str(steps)
+        options = {
+            "data__train": str(data), "training__max_steps": steps, "training__optim": "adamw_torch",
+            "training__learning_rate": 0.01, "training__weight_decay": 0.5,
+            "training__per_device_train_batch_size": 2 // world,
+        }  # fmt: skip
+        if world == 1:
+            run(models, where, **options)
+        else:
+            where.mkdir()
+            write_config(models, where, **options)
+            tiny.run_ranks(_fit_rank, world, where)
+        kept.append(load_file(where / "run" / "visual_projectors.safetensors"))
+    for name, value in kept[0].items():
+        assert torch.equal(value, kept[1][name]), name
+
+
+def test_biases_of_projectors_do_not_decay(models, tmp_path):  # noqa: F811
+    from kdtrain.build import build_trainer
+    from kdtrain.config import ConfigLoader
+    from tests.test_vision_fit import Silent
+
+    file = write_config(models, tmp_path, training__weight_decay=0.5, training__optim="adamw_torch")
+    arguments = ConfigLoader.load_training_config(file)
+    trainer, _ = build_trainer(arguments.config, arguments.training_args, Silent(), False)
+    decay = {id(p): g["weight_decay"] for g in trainer.create_optimizer().param_groups for p in g["params"]}
+    named = dict(trainer.visual.projectors.named_parameters())
+    assert {name: decay[id(p)] for name, p in named.items()} == {
+        "vit.weight": 0.5, "vit.bias": 0.0, "aligner.weight": 0.5, "aligner.bias": 0.0,
+    }  # fmt: skip
+
+
+# ---- a frozen language model -----------------------------------------------------------------------------------------
+
+
+def image_rows(pattern):
+    """Rows of which those marked `i` have an image."""
+    question = [{"type": "image"}, {"type": "text", "text": "what?"}]
+    return [
+        {"messages": [{"role": "user", "content": question}, *ROWS[i]["messages"][-1:]], "images": [picture(i)]}
+        if kind == "i"
+        else {**ROWS[i], "images": []}
+        for i, kind in enumerate(pattern)
+    ]
+
+
+def frozen_student(family):
+    from kdtrain.vision.parts import freeze_parts
+
+    processor = FAMILIES[family]()
+    student = make_model(family, processor, 1)
+    freeze_parts(student, llm=True)
+    for name, parameter in student.named_parameters():
+        if name.endswith(("k_proj.bias", "qkv.bias")):  # no gradient but noise, which AdamW would make steps of
+            parameter.requires_grad_(False)
+    return student, processor
+
+
+def train_frozen(folder, family, pattern, world, fused=True, **kwargs):
+    """Windows of two rows each; the records, and the trained weights."""
+    student, processor = frozen_student(family)
+    trainer = make_trainer(
+        folder, student, make_model(family, processor, 2), rows=image_rows(pattern), sft_alpha=0.3,
+        per_device_train_batch_size=1, gradient_accumulation_steps=2 // world, max_steps=len(pattern) // 2,
+        train_sampling_strategy="sequential", learning_rate=0.01, lr_scheduler_type="constant",
+        max_grad_norm=1e9, adam_epsilon=1e-2, extra={"processing_class": processor},
+        ddp_find_unused_parameters=True, **kwargs,
+    )  # fmt: skip
+    if not fused:
+        import dataclasses
+
+        trainer._token_loss = dataclasses.replace(trainer._token_loss, fused=False)
+    trainer.train()
+    records = [[r["loss"], r["grad_norm"], r["token_accuracy"]] for r in trainer.state.log_history if "loss" in r]
+    trained = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+    return records, trained.tolist()
+
+
+def by_hand(family, pattern):
+    """The same in float64: CE and KL of both rows over their tokens, one AdamW step where there is a gradient."""
+    student, processor = frozen_student(family)
+    teacher = make_model(family, processor, 2)
+    from kdtrain.data import Collator
+
+    student, teacher = student.double().eval(), teacher.double().eval()
+    collate = Collator(processor)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, eps=1e-2, weight_decay=0)
+    rows, losses = image_rows(pattern), []
+    for i in range(0, len(rows), 2):
+        batches = [collate([one]) for one in rows[i : i + 2]]
+        count = sum((b["labels"][:, 1:] != -100).sum() for b in batches)
+        loss = 0
+        for batch in batches:
+            keep = batch["labels"][:, 1:] != -100
+            inputs = model_inputs(batch)
+            inputs |= {k: v.double() for k, v in inputs.items() if v.is_floating_point()}
+            s = student(**inputs).logits[:, :-1][keep].log_softmax(-1)
+            t = teacher(**inputs).logits[:, :-1][keep].log_softmax(-1).detach()
+            m = torch.logsumexp(torch.stack([s, t]), 0) - torch.tensor(2.0).double().log()
+            jsd = 0.5 * (t.exp() * (t - m) + s.exp() * (s - m)).sum()
+            ce = -s.gather(-1, batch["labels"][:, 1:][keep][:, None]).sum()
+            loss = loss + (jsd + 0.3 * ce) / count
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        if loss.requires_grad:
+            loss.backward()
+        optimizer.step()
+    return losses, torch.cat([p.detach().flatten() for p in trained]).tolist()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen"])
+def test_rows_without_images_count_and_teach_nothing_where_the_language_model_is_frozen(tmp_path, family):
+    """A window of text alone is no step; beside an image text adds to D only, on one rank as on two."""
+    pattern = "iittitti"
+    losses, weights = by_hand(family, pattern)
+    runs = [train_frozen(tmp_path / "one", family, pattern, 1),
+            train_frozen(tmp_path / "dense", family, pattern, 1, False),
+            *tiny.run_ranks(train_frozen, 2, tmp_path / "two", family, pattern, 2)]  # fmt: skip
+    for records, trained in runs:
+        assert [record[0] for record in records] == pytest.approx(losses, rel=1e-5)
+        assert records[1][1] == 0
+        assert trained == pytest.approx(weights, abs=1e-5)
+
+
+def test_a_frozen_language_model_with_checkpointing_trains_the_same(tmp_path):
+    expected, weights = train_frozen(tmp_path / "a", "llava", "itti", 1)
+    records, trained = train_frozen(tmp_path / "b", "llava", "itti", 1, gradient_checkpointing=True)
+    assert records == [pytest.approx(record, rel=1e-5) for record in expected]
+    assert trained == pytest.approx(weights, abs=1e-6)
+
+
+# ---- LoRA in the tower -----------------------------------------------------------------------------------------------
+
+
+def tower_adapter(targets=r".*(vision|visual).*(q_proj|k_proj|v_proj|qkv|fc1|fc2|proj)"):
+    return lora_config(
+        rank=2, alpha=4, dropout=0, target_modules=targets, modules_to_save=None, use_dora=False,
+    )  # fmt: skip
+
+
+def adapted(folder, family, pattern="iiii", **kwargs):
+    processor = FAMILIES[family]()
+    torch.manual_seed(0)  # of the adapters
+    return make_trainer(
+        folder, make_model(family, processor, 1), make_model(family, processor, 2), rows=image_rows(pattern),
+        extra={"processing_class": processor, "peft_config": tower_adapter()}, gradient_checkpointing=True,
+        **{"max_steps": 4, "learning_rate": 1e-3, **kwargs},
+    )  # fmt: skip
+
+
+def train_adapted(folder, world):
+    trainer = adapted(
+        folder, "qwen", "iittit", per_device_train_batch_size=2 // world, max_steps=3, learning_rate=0.1, optim="sgd",
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer.train()
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad]).tolist()
+
+
+def test_an_adapter_on_the_tower_alone_trains_beside_rows_without_images(tmp_path):
+    expected = train_adapted(tmp_path, 1)
+    for weights in tiny.run_ranks(train_adapted, 2, tmp_path, 2):
+        assert weights == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen", "llava"])
+def test_reentrant_checkpointing_of_a_tower_trained_in_parts_is_refused(tmp_path, family, caplog):
+    with pytest.raises(PreflightError, match=r"use_reentrant: true.*trained in parts"):
+        adapted(tmp_path, family, gradient_checkpointing_kwargs={"use_reentrant": True})
+    adapted(tmp_path, family).train()
+    unused = [r.getMessage() for r in caplog.records if "had no gradient" in r.getMessage()]
+    # LLaVA reads its tower's last layer but one.
+    assert len(unused) == (family == "llava")
+    assert all("in the first 3 windows with images" in one and "layers.1." in one for one in unused)
+
+
+def test_a_tower_without_an_image_is_no_alarm(tmp_path, caplog):
+    processor = FAMILIES["qwen"]()
+    make_trainer(
+        tmp_path, make_model("qwen", processor, 1), make_model("qwen", processor, 2), rows=ROWS, max_steps=5,
+        extra={"processing_class": processor},
+    ).train()  # fmt: skip
+    assert not [r for r in caplog.records if "had no gradient" in r.getMessage()]
