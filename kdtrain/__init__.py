@@ -1,12 +1,72 @@
 """kdtrain: distil a large language or vision-language model into a small one from one YAML file.
 
 Importing this package imports neither torch nor transformers, so that `kdtrain --help` and `kdtrain validate` answer
-at once. The Python API lives in `kdtrain.config`, `kdtrain.trainer`, `kdtrain.losses` and `kdtrain.teachers`.
+at once. The Python API is `kdtrain.fit`, and what lives in `kdtrain.config`, `kdtrain.trainer`, `kdtrain.losses` and
+`kdtrain.teachers`.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import TrainerCallback
+
+    from kdtrain.run import RunResult
 
 try:
     __version__ = version("kdtrain")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
+
+
+def fit(
+    config: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    model: Any = None,
+    teacher: Any = None,
+    resume: str | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> RunResult:
+    """Train as the command `kdtrain fit` does, in this process: the same checks, run folder, status and log.
+
+    Args:
+        config: a YAML file, or a mapping of the same form.
+        overrides: `key.sub=value`, which win over it.
+        callbacks: of transformers, beside those of the run.
+        train_dataset, eval_dataset: rows in place of `data.train` and `data.eval`: a `datasets.Dataset`, or a list of
+            rows as they stand in a file.
+        model: the student in place of `model.model`: a name, or a loaded model, which is trained in place. The
+            tokenizer is that of `model.model`, or of the folder that the model was loaded from.
+        teacher: the teacher in place of `rlhf.teacher_model`: a name, a loaded model, or a `kdtrain.teachers.Teacher`.
+        resume: "auto" (the newest complete checkpoint, or a clean start) or a checkpoint's path.
+        dry_run: build everything and run one window forward and backward; no step, no file.
+        quiet: show no progress; warnings come through `logging`.
+
+    Raises:
+        KdtrainError: what the command ends with; `exit_code` is its exit code.
+        Interrupted: SIGINT or SIGTERM, after the state was saved.
+    """
+    from kdtrain.notebook import fit as run
+
+    return run(
+        config,
+        overrides,
+        callbacks=callbacks,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        model=model,
+        teacher=teacher,
+        resume=resume,
+        dry_run=dry_run,
+        quiet=quiet,
+    )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from accelerate import PartialState
 
+from kdtrain.adapters import adapter_base, is_adapter_folder
 from kdtrain.answers import TeacherAnswers
+from kdtrain.construction import check_teacher_is_another_model
 from kdtrain.data import BuildReport, Collator, Source, build_dataset
 from kdtrain.data.multimodal import image_content
 from kdtrain.errors import DataError
@@ -18,7 +22,7 @@ from kdtrain.model_folder import require_sound
 from kdtrain.models import load_model, load_processing, lora_config, sees_images
 from kdtrain.rehearsal import rehearse
 from kdtrain.status import write_status
-from kdtrain.teachers import build_teacher
+from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.vision.parts import adapter_exclusions, check_named_parts, freeze_parts
 from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
@@ -34,6 +38,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ANSWERS = "teacher_answers"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a caller hands over instead of naming it in the config; None is what the config names."""
+
+    train_dataset: Any = None
+    eval_dataset: Any = None
+    model: Any = None
+    teacher: Any = None
+    callbacks: Sequence[TrainerCallback] = ()
 
 
 class Reporter(Protocol):
@@ -56,31 +71,25 @@ class Reporter(Protocol):
 
 
 def build_trainer(
-    config: RunConfig, args: Any, reporter: Reporter, dry_run: bool
+    config: RunConfig, args: Any, reporter: Reporter, dry_run: bool, given: Given
 ) -> tuple[GKDTrainerWithMetrics, BuildReport]:
     """Data, student, teacher and trainer."""
     device = args.device  # also joins the process group
     prepare_deepspeed_run(args)
-    require_sound(Path(config.model.model), "student")
-    if config.asks_teacher and config.rlhf.teacher_model:
+    if given.model is None:
+        require_sound(Path(config.model.model), "student")
+    if given.teacher is None and config.asks_teacher and config.rlhf.teacher_model:
         require_sound(Path(config.rlhf.teacher_model), "teacher")
     processing = load_processing(config.model.model, **_trust(config))
-    train, evaluation, report = _datasets(config, args.seed, processing, reporter)
-    student = load_model(
-        config.model.model,
-        dtype=config.model.dtype,
-        trained_in_full=config.tuner.train_type == "full",
-        device=device,
-        attn_implementation=config.model.attn_implementation,
-        init_kwargs=config.model.init_kwargs,
-        **_trust(config),
-    )
+    train, evaluation, report = _datasets(config, args.seed, processing, reporter, given)
+    student = given.model if given.model is not None else _load_student(config, device)
+    check_teacher_is_another_model(student, given.teacher)
     freeze_parts(student, **_frozen(config))
     dense_text = not sees_images(student.config) and not hasattr(student.config, "output_router_logits")
     if args.ddp_find_unused_parameters is None and dense_text:
         # It uses all its weights in every step; only experts and vision encoders may go without a gradient.
         args.ddp_find_unused_parameters = False
-    teacher, its_processing, shared = _teacher(config, args, processing, vocabulary_size(student))
+    teacher, its_processing, shared = _teacher(config, args, processing, vocabulary_size(student), given.teacher)
     collator = Collator(processing, its_processing, pad_to_multiple_of=args.pad_to_multiple_of)
     if teacher is not None and report.images:
         _check_images_fit_teacher(train, collator)
@@ -100,6 +109,7 @@ def build_trainer(
             eval_dataset=evaluation,
             processing_class=processing,
             peft_config=_peft_config(config, student),
+            callbacks=list(given.callbacks),
             teacher=teacher if config.needs_teacher else None,
             shared_vocab_size=shared,
         )
@@ -107,6 +117,18 @@ def build_trainer(
             trainer.read_epochs(report.epochs)
     rehearse(trainer, config.training.get("greater_is_better"))
     return trainer, report
+
+
+def _load_student(config: RunConfig, device: Any) -> PreTrainedModel:
+    return load_model(
+        config.model.model,
+        dtype=config.model.dtype,
+        trained_in_full=config.tuner.train_type == "full",
+        device=device,
+        attn_implementation=config.model.attn_implementation,
+        init_kwargs=config.model.init_kwargs,
+        **_trust(config),
+    )
 
 
 def _frozen(config: RunConfig) -> dict[str, bool]:
@@ -175,7 +197,9 @@ def _answers(
 ) -> TeacherAnswers:
     name = config.rlhf.teacher_model
     assert name is not None, "the config is checked for it"
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in Path(name).glob("*.safetensors")]
+    folders = [name, *([adapter_base(name)] if is_adapter_folder(name) else []), config.rlhf.teacher.adapter or ""]
+    files = [file for folder in folders if folder for file in Path(folder).glob("*.safetensors")]
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return TeacherAnswers(
         teacher.module,
         processing,
@@ -201,7 +225,7 @@ def _trust(config: RunConfig) -> dict[str, Any]:
 
 
 def _datasets(
-    config: RunConfig, seed: int, processing: Any, reporter: Reporter
+    config: RunConfig, seed: int, processing: Any, reporter: Reporter, given: Given
 ) -> tuple[datasets.Dataset, datasets.Dataset | None, BuildReport]:
     """Training and evaluation rows, encoded by one process of a machine and read from the cache by the others."""
     common: dict[str, Any] = {
@@ -211,13 +235,18 @@ def _datasets(
         "max_bad_rows": config.data.max_bad_rows,
         "sample_limit": config.custom.sample_limit,
         "seed": seed,
+        "num_proc": config.training.get("dataset_num_proc"),
     }
     state = PartialState()
     with state.local_main_process_first():
-        train, report = build_dataset(_sources(config.data.train), processing, new_parts=True, **common)
+        train, report = build_dataset(
+            _sources(config.data.train, given.train_dataset), processing, new_parts=True, **common
+        )
         evaluation = evaluation_report = None
         if config.data.eval:
-            evaluation, evaluation_report = build_dataset(_sources(config.data.eval), processing, **common)
+            evaluation, evaluation_report = build_dataset(
+                _sources(config.data.eval, given.eval_dataset), processing, **common
+            )
     if state.is_main_process:
         reporter.data("train", report)
         if evaluation_report is not None:
@@ -237,7 +266,7 @@ def _datasets(
     return train, evaluation, report
 
 
-def _sources(sources: Sequence[DataSource]) -> list[Source]:
+def _sources(sources: Sequence[DataSource], rows: Any) -> list[Source]:
     return [
         Source(
             s.path,
@@ -248,6 +277,7 @@ def _sources(sources: Sequence[DataSource]) -> list[Source]:
             weight=s.weight,
             ce=s.ce,
             answers=s.answers,
+            rows=rows,
         )
         for s in sources
     ]
@@ -304,13 +334,15 @@ def _first_prompt(data: datasets.Dataset) -> str:
     return next((row["row_id"] for row in data if row["prompt_length"] == len(row["input_ids"])), "unknown")
 
 
-def _teacher(config: RunConfig, args: Any, processing: Any, student_size: int) -> tuple[Any, Any, int]:
+def _teacher(config: RunConfig, args: Any, processing: Any, student_size: int, given: Any) -> tuple[Any, Any, int]:
     """The teacher, what it processes rows with, and the vocabulary it shares with the student.
 
     (None, None, the student's vocabulary) where nothing asks a teacher.
     """
     if not config.asks_teacher:
         return None, None, student_size
+    if given is not None:
+        return _given_teacher(given, args, processing, student_size)
     name = config.rlhf.teacher_model
     assert name is not None, "the config is checked for it"
     options = config.rlhf.teacher
@@ -320,9 +352,21 @@ def _teacher(config: RunConfig, args: Any, processing: Any, student_size: int) -
     revision = kwargs.pop("revision", None) or options.revision
     trust: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code, "revision": revision}
     its_processing = load_processing(name, **trust)
-    teacher = build_teacher(name, backend=options.backend, init_kwargs=kwargs, device=args.device, **trust)
+    teacher = build_teacher(
+        name, backend=options.backend, init_kwargs=kwargs, device=args.device, adapter=options.adapter, **trust
+    )
     tokenizers = (getattr(one, "tokenizer", one) for one in (processing, its_processing))
     return teacher, its_processing, shared_vocabulary(student_size, teacher.vocab_size, *tokenizers)
+
+
+def _given_teacher(given: Any, args: Any, processing: Any, student_size: int) -> tuple[Any, Any, int]:
+    """As `_teacher`; of a model that was not loaded from a folder, the tokens are taken for those of the student."""
+    teacher = given if isinstance(given, Teacher) else LocalTeacher(given)
+    name = getattr(getattr(teacher.module, "config", None), "_name_or_path", "")
+    its_processing = load_processing(name, trust_remote_code=args.trust_remote_code) if os.path.isdir(name) else None
+    tokenizers = (getattr(one, "tokenizer", one) for one in (processing, its_processing))
+    shared = shared_vocabulary(student_size, teacher.vocab_size, *tokenizers)
+    return teacher, its_processing or processing, shared
 
 
 def _peft_config(config: RunConfig, student: PreTrainedModel) -> Any:

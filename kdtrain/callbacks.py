@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -47,7 +48,13 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle both signals inside; the previous handlers come back on every way out."""
+        """Handle both signals inside; the previous handlers come back on every way out.
+
+        Only the main thread of a process may: in another one signals are left to it.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         previous = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import datasets
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl.experimental.gkd import GKDConfig
 
-from kdtrain.errors import NotAvailableError, PreflightError
+from kdtrain.adapters import is_adapter_folder
+from kdtrain.config import TrainArguments
+from kdtrain.data.collate import Collator
+from kdtrain.errors import ConfigError, DataError, NotAvailableError, PreflightError
 from kdtrain.knobs import Knobs
-from kdtrain.models import load_tokenizer
+from kdtrain.models import load_processing, load_tokenizer, load_with_adapter, sees_images
 from kdtrain.row_order import refused_loader_options
 from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
 
@@ -53,6 +59,32 @@ def check_teacher_arguments(teacher_model: Any, teacher: Teacher | None, knobs: 
         logger.warning("No KD is active (llm_kd_weight is 0, visual KD is off): the teacher is not used.")
 
 
+def check_teacher_can(teacher: Teacher | None, knobs: Knobs) -> None:
+    """Raise ValueError where the options ask a teacher for what there is not."""
+    if knobs.needs_teacher and teacher is None:
+        raise ValueError(
+            f"llm_kd_weight is now {knobs.llm_kd_weight:g}, and this trainer was built without a teacher: build it "
+            "with args.llm_kd_weight above 0 and a teacher_model."
+        )
+    if teacher is not None and teacher.module is None and (knobs.seq_kd or knobs.visual_kd is not None):
+        raise ValueError("seq_kd and visual KD need a teacher that is a model in this process.")
+
+
+def check_same_on_all_ranks(knobs: Knobs, accelerator: Any) -> None:
+    """Raise ValueError where a callback has set an option on some ranks only: each would train on another loss."""
+    if accelerator.num_processes == 1:
+        return
+    names = ("beta", "kd_temperature", "llm_kd_weight", "sft_alpha", "lmbda", "temperature", "seq_kd")
+    own = torch.tensor([float(getattr(knobs, name)) for name in names], device=accelerator.device)
+    ranks = accelerator.gather(own[None])
+    differ = [name for name, same in zip(names, (ranks == ranks[0]).all(0).tolist(), strict=True) if not same]
+    if differ:
+        raise ValueError(
+            f"{', '.join(differ)} of the trainer: not the same on all ranks. Let a callback set them on all, not "
+            "only where state.is_world_process_zero."
+        )
+
+
 def hide_token(args: GKDConfig) -> None:
     """Move a hub token out of the arguments, which upstream pickles beside every checkpoint and pushes to the hub."""
     if args.hub_token is not None:
@@ -63,7 +95,7 @@ def hide_token(args: GKDConfig) -> None:
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):
     """Rows as they were given: an Arrow table would want one type for all contents, and could not hold a PIL image."""
 
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, rows: Any) -> None:
         self._rows = rows
 
     def __len__(self) -> int:
@@ -73,19 +105,234 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
         return dict(self._rows[index])
 
 
-def placeholder(data: Any) -> Any:
-    """Upstream's constructor looks at the type and the length, and wants an Arrow table."""
-    return Dataset.from_dict({"row": range(len(data))}) if isinstance(data, list) else data
+def check_arguments(args: Any, model: Any, teacher_model: Any, teacher: Any) -> None:
+    """Refuse what is of a wrong kind, in words that say what was meant.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    if isinstance(args, TrainArguments):
+        raise ConfigError(
+            "args is what load_training_config returns: pass its .training_args, and model, tuner and data yourself "
+            "(it knows nothing of them), or train the whole config with kdtrain.fit(config)."
+        )
+    if not isinstance(args, GKDConfig):
+        what = "missing: its output_dir has no default" if args is None else f"a {type(args).__name__}"
+        raise ConfigError(f"args must be a trl GKDConfig; it is {what}.")
+    check_model("model", model, optional=False)
+    check_model("teacher_model", teacher_model)
+    if teacher is not None and not isinstance(teacher, Teacher):
+        raise ConfigError(
+            f"teacher must be a kdtrain.teachers.Teacher; it is a {type(teacher).__name__}. A model is a teacher_model."
+        )
 
 
-def check_data(train_dataset: Any, args: GKDConfig) -> None:
-    """Refuse what would count rows twice, lose some, or train ranks on different things."""
-    from torch.utils.data import IterableDataset
+def check_model(name: str, value: Any, *, optional: bool = True) -> Any:
+    """The value, unless it is neither a model nor a name.
 
-    if isinstance(train_dataset, IterableDataset):
+    Raises:
+        ConfigError: naming the argument.
+    """
+    fits = isinstance(value, str) or (isinstance(value, nn.Module) and hasattr(value, "config"))
+    if fits or (value is None and optional):
+        return value
+    raise ConfigError(
+        f"{name} must be a transformers or PEFT model, or the name of one; it is a {type(value).__name__}."
+    )
+
+
+def check_config_is_followed(args: GKDConfig, model: Any, peft_config: Any) -> None:
+    """Refuse to train without what the config that `args` was read from asks for beside them.
+
+    Raises:
+        ConfigError: LoRA or frozen parts, and neither a PEFT model nor a frozen weight here.
+    """
+    tuner = getattr(args, "tuner", None)
+    if tuner is None:
+        return
+    ways = "train the whole config with kdtrain.fit(config)"
+    adapter = is_peft_model(model) or (isinstance(model, str) and is_adapter_folder(model))
+    if tuner.train_type == "lora" and peft_config is None and not adapter:
+        raise ConfigError(
+            f"The config of these training_args has tuner.train_type: lora, and this trainer got neither a peft_config "
+            f"nor a PeftModel: pass one, or {ways}."
+        )
+    frozen = [part for part in ("llm", "vit", "aligner") if getattr(tuner, f"freeze_{part}")]
+    if frozen and (isinstance(model, str) or all(parameter.requires_grad for parameter in model.parameters())):
+        raise ConfigError(
+            f"The config of these training_args has tuner.freeze_{frozen[0]}: true, and no weight of the model is "
+            f"frozen: freeze it and pass the model itself, or {ways}."
+        )
+
+
+def check_teacher_is_another_model(model: Any, teacher: Any) -> None:
+    """Refuse a teacher that is the student: it would be frozen with it, and their divergence is 0.
+
+    Raises:
+        ConfigError: they are one object, or share weights.
+    """
+    if not isinstance(model, nn.Module) or not isinstance(teacher, nn.Module):
+        return
+    own = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) in own for parameter in teacher.parameters()):
+        raise ConfigError(
+            "teacher_model is the student itself or shares weights with it: the teacher would change with the student, "
+            "and their divergence be 0. Pass a model of its own (load it a second time). The student without its "
+            "adapter as teacher is rlhf.teacher.backend: self (`teacher: self`), which is not available yet."
+        )
+
+
+def check_prompt_learning(model: Any, side: str, generates: bool, experts: bool = False) -> None:
+    """Refuse kinds of prompt learning whose virtual tokens cannot be told from the row's.
+
+    Raises:
+        NotAvailableError: naming the side and the reason.
+    """
+    config = model.active_peft_config if is_peft_model(model) else None
+    if config is None or not config.is_prompt_learning:
+        return
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    reason = None
+    if kind not in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
+        reason = "its inputs are not those of other models"
+    elif sees_images(model.get_base_model().config):
+        reason = "a vision-language model looks for its images among the tokens, which virtual ones push aside"
+    elif experts:
+        reason = "the load-balancing loss of its experts would count the virtual tokens"
+    if reason is not None:
+        raise NotAvailableError(f"{kind} on the {side} is not available yet: {reason}. Use LoRA.")
+    if generates:
+        raise NotAvailableError(
+            f"{kind} on the {side} is not available yet where it generates answers: virtual tokens come before the "
+            "padding of shorter prompts, which changes what they say. Set lmbda=0 and seq_kd=False, or use LoRA."
+        )
+
+
+def load_student(name: str, args: GKDConfig, trained_in_full: bool) -> nn.Module:
+    """The student that a name stands for, loaded with `args.model_init_kwargs`; an adapter's folder is trained on."""
+    kwargs = dict(args.model_init_kwargs or {})
+    return load_with_adapter(
+        name,
+        trained=True,
+        dtype=str(kwargs.pop("dtype", None) or "auto").removeprefix("torch."),
+        trained_in_full=trained_in_full,
+        device=args.device,
+        trust_remote_code=kwargs.pop("trust_remote_code", args.trust_remote_code),
+        revision=kwargs.pop("revision", None),
+        init_kwargs=kwargs,
+    )
+
+
+def processing_of(model: nn.Module | str, args: GKDConfig) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The tokenizer or processor of a model, by its name.
+
+    Raises:
+        ConfigError: the model has no name.
+        PreflightError: nothing is saved under it.
+    """
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        raise ConfigError("processing_class is None, and the model was built without a name: pass its tokenizer.")
+    revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+    return load_processing(name, trust_remote_code=args.trust_remote_code, revision=revision)
+
+
+@contextmanager
+def without_what_is_done_here(args: GKDConfig) -> Iterator[None]:
+    """Hide fields from upstream's constructor that this project honours itself."""
+    hidden = {"model_init_kwargs": None, "assistant_only_loss": False}
+    before = {name: getattr(args, name) for name in hidden}
+    vars(args).update(hidden)
+    try:
+        yield
+    finally:
+        vars(args).update(before)
+
+
+def set_pad_token(tokenizer: Any, args: GKDConfig) -> None:
+    """Give the tokenizer the padding token that the arguments name, as they do its end of sequence."""
+    if args.pad_token is None:
+        return
+    if args.pad_token not in tokenizer.get_vocab():
+        raise ConfigError(f"pad_token {args.pad_token!r} is no token of the tokenizer.")
+    tokenizer.pad_token = args.pad_token
+
+
+def default_collator(
+    processing_class: Any, args: GKDConfig, formatting_func: Callable[[Any], Any] | None
+) -> Callable[[list[Any]], dict[str, Any]]:
+    """What makes batches of rows where no collator is passed."""
+    collator = Collator(
+        processing_class,
+        max_length=args.max_length,
+        on_overlength=getattr(args, "on_overlength", "truncate"),
+        train_on=getattr(args, "train_on", "assistant"),
+        pad_to_multiple_of=args.pad_to_multiple_of,
+        text_column=args.dataset_text_field,
+    )
+    if formatting_func is None:
+        return collator
+    return functools.partial(_formatted, collator, formatting_func)
+
+
+def _formatted(collator: Collator, formatting_func: Callable[[Any], Any], rows: list[Any]) -> dict[str, Any]:
+    return collator([{"text": formatting_func(row)} for row in rows])
+
+
+def as_rows(name: str, data: Any) -> Any:
+    """A data set in a form that can be indexed.
+
+    Raises:
+        ConfigError: it is none, or of another kind.
+        DataError: it has no rows, or they are no mappings.
+        NotAvailableError: it cannot be counted.
+    """
+    if data is None and name == "train_dataset":
+        raise ConfigError("`train_dataset` is required: a datasets.Dataset, or a list of rows.")
+    if name != "train_dataset" and (data is None or isinstance(data, datasets.IterableDataset)):
+        return data
+    if isinstance(data, dict) and name != "train_dataset":
+        return {key: as_rows(f"{name}[{key!r}]", rows) for key, rows in data.items()}
+    if isinstance(data, dict):
+        raise ConfigError(f"{name} is a dict with the keys {', '.join(map(str, data))}: pass one of its data sets.")
+    if isinstance(data, torch.utils.data.IterableDataset | datasets.IterableDataset):
         raise NotAvailableError(
             "An IterableDataset (streaming) is not available yet: pass a datasets.Dataset, whose rows can be counted."
         )
+    if not isinstance(data, list | tuple | Dataset | torch.utils.data.Dataset) or not hasattr(data, "__len__"):
+        raise ConfigError(
+            f"{name} must be a datasets.Dataset, a list of rows or a torch Dataset with a length; it is a "
+            f"{type(data).__name__}. Files are read by kdtrain.fit (data.train)."
+        )
+    if len(data) == 0:
+        raise DataError(f"{name} has no rows.")
+    if not isinstance(data[0], Mapping):
+        raise DataError(
+            f"{name}: a row must be a mapping such as {{'messages': […]}}; the first is a {type(data[0]).__name__}."
+        )
+    return data if isinstance(data, Dataset) else Rows(data)
+
+
+def placeholder(data: Any) -> Any:
+    """Upstream's constructor looks at the type and the length, and wants an Arrow table."""
+    if isinstance(data, dict):
+        return {key: placeholder(rows) for key, rows in data.items()}
+    return Dataset.from_dict({"row": range(len(data))}) if isinstance(data, Rows) else data
+
+
+def check_parallelism(accelerator: Any) -> None:
+    """Refuse to train on pieces of rows: a label at the edge of a piece is predicted on another rank.
+
+    Raises:
+        NotAvailableError: context or sequence parallelism, from `parallelism_config` or from accelerate.
+    """
+    config = accelerator.parallelism_config
+    if config is not None and (config.cp_enabled or config.sp_enabled):
+        raise NotAvailableError("parallelism_config: context and sequence parallelism are not available yet.")
+
+
+def check_data_options(args: GKDConfig) -> None:
+    """Refuse what would count rows twice, lose some, or train ranks on different things."""
     if args.activation_offloading and args.device.type == "cpu":
         raise PreflightError(
             "training.activation_offloading moves activations from the accelerator to the CPU, and this run is on a "

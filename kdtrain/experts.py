@@ -25,14 +25,6 @@ def router_settings(model: Any) -> dict[str, Any]:
     return {name: getattr(text, name) for name in _WRITTEN if hasattr(text, name)}
 
 
-def saved_router_settings(loaded: Any, name: Any) -> dict[str, Any]:
-    """The same of a model that upstream has loaded by its name, as its folder says it."""
-    if not isinstance(name, str) or not router_settings(loaded):
-        return {}
-    text = type(loaded.config).from_pretrained(name).get_text_config()
-    return {key: getattr(text, key) for key in _WRITTEN if hasattr(text, key)}
-
-
 def restore_router_settings(model: Any, settings: Mapping[str, Any]) -> None:
     """Write back what `router_settings` read."""
     text = model.config.get_text_config()

@@ -1,13 +1,15 @@
-"""The knobs of the loss that GKDConfig has no field for, as the trainer reads them from its arguments.
+"""The options of the loss and of the sampling, as the trainer reads them from its arguments.
 
-They arrive as attributes that were set on a GKDConfig after it was built, so that its constructor never sees them.
+Those that GKDConfig has no field for arrive as attributes that were set on it after it was built, so that its
+constructor never sees them. They live in one object, a new one for each change: `trainer.beta = 1.0` in a callback.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any, get_args
 
 from kdtrain.losses.divergence import Divergence, check_divergence_arguments
@@ -48,6 +50,11 @@ class Knobs:
     eval_kd: bool = True
     tail: Tail = "bucket"
     visual_kd: VisualKnobs | None = None
+    beta: float = 0.5
+    lmbda: float = 0.5
+    temperature: float = 0.9
+    """Of the sampling; that of the loss is `kd_temperature`."""
+    seq_kd: bool = False
 
     @classmethod
     def from_args(cls, args: Any) -> Knobs:
@@ -56,23 +63,29 @@ class Knobs:
         Raises:
             ValueError: a value out of range.
         """
-        knobs = cls(
-            llm_kd_weight=getattr(args, "llm_kd_weight", 1.0),
-            sft_alpha=getattr(args, "sft_alpha", 0.0),
-            divergence=getattr(args, "divergence", "jsd"),
-            kd_temperature=getattr(args, "kd_temperature", 1.0),
-            eval_kd=getattr(args, "eval_kd", True),
-            tail=getattr(args, "tail", "bucket"),
-            visual_kd=_visual_knobs(getattr(args, "visual_kd", None)),
-        )
+        names = [field.name for field in fields(cls) if field.name != "visual_kd" and hasattr(args, field.name)]
+        given = {name: getattr(args, name) for name in names}
+        return cls(**given, visual_kd=_visual_knobs(getattr(args, "visual_kd", None))).checked()
+
+    def checked(self) -> Knobs:
+        """These options.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        for name in ("llm_kd_weight", "sft_alpha", "beta", "kd_temperature", "lmbda", "temperature"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), Real):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
         for name in ("llm_kd_weight", "sft_alpha"):
-            value = getattr(knobs, name)
+            value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be non-negative and finite, got {value}")
-        check_divergence_arguments(args.beta, knobs.kd_temperature, knobs.divergence)
-        if not 0 <= args.lmbda <= 1:
-            raise ValueError(f"lmbda must be in [0, 1], got {args.lmbda}")
-        return knobs
+        check_divergence_arguments(self.beta, self.kd_temperature, self.divergence)
+        if not 0 <= self.lmbda <= 1:
+            raise ValueError(f"lmbda must be in [0, 1], got {self.lmbda}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature (of the sampling) must be positive and finite, got {self.temperature}")
+        return self
 
     @property
     def lm_kd_active(self) -> bool:
@@ -90,6 +103,19 @@ class Knobs:
     def without_kd(self) -> Knobs:
         """The same run with every teacher term off: CE only."""
         return replace(self, llm_kd_weight=0.0, visual_kd=None)
+
+
+class LiveOption:
+    """An attribute of a trainer that is a field of its `knobs`: what a callback sets, the next window uses."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, trainer: Any, owner: type) -> Any:
+        return self if trainer is None else getattr(trainer.knobs, self._name)
+
+    def __set__(self, trainer: Any, value: Any) -> None:
+        trainer.knobs = replace(trainer.knobs, **{self._name: value})
 
 
 _VISUAL_KEYS = ("enabled", "weight", "distance", "targets")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,12 +24,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from kdtrain.adapters import adapter_base, is_adapter_folder
 from kdtrain.errors import KdtrainError, NotAvailableError, PreflightError
 from kdtrain.load_report import heard_loading, listed, wrong_weights
 from kdtrain.model_folder import require_sound
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ def load_tokenizer(
     Raises:
         PreflightError: none there.
     """
+    if is_adapter_folder(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json")):
+        name = adapter_base(name)
     try:
         return AutoTokenizer.from_pretrained(name, **trust_policy(trust_remote_code, revision))
     except Exception as error:  # its Rust half raises plain ones
@@ -72,8 +76,11 @@ def load_processing(
         NotAvailableError: a model of other modalities.
     """
     policy = trust_policy(trust_remote_code, revision)
-    if not sees_images(_config(name, policy)):
+    adapter = is_adapter_folder(name)
+    if not sees_images(_config(adapter_base(name) if adapter else name, policy)):
         return load_tokenizer(name, trust_remote_code=trust_remote_code, revision=revision)
+    if adapter and not os.path.isfile(os.path.join(name, "preprocessor_config.json")):
+        name = adapter_base(name)
     try:
         processor = AutoProcessor.from_pretrained(name, **policy)
     except ImportError as error:
@@ -137,6 +144,8 @@ def load_model(
         NotAvailableError: a model of other modalities.
     """
     require_sound(Path(name))
+    if is_adapter_folder(name):
+        raise PreflightError(f"{name} is an adapter and no model: it goes on top of {adapter_base(name)}.")
     policy = trust_policy(trust_remote_code, revision)
     config = _config(name, policy)
     _check_quantization(name, config)
@@ -226,6 +235,61 @@ def _readable_loading(name: str) -> Iterator[None]:
         unknown = _UNKNOWN_ARGUMENT.search(str(error)) if isinstance(error, TypeError) else None
         reason = f"neither its class nor its config takes the argument {unknown[1]}" if unknown else _first_line(error)
         raise PreflightError(f"The model {name} could not be loaded: {reason}") from error
+
+
+def add_adapter(base: PreTrainedModel, folder: str, *, trained: bool = False) -> PeftModel:
+    """A model with the adapter that a folder holds.
+
+    Args:
+        base: the model it was trained on; its modules are replaced in place.
+        trained: whether the adapter is trained further; its base never is.
+
+    Raises:
+        PreflightError: no adapter, one that does not fit the model, or weights that are not safetensors.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    weights = os.path.join(folder, "adapter_model.safetensors")
+    for file in (os.path.join(folder, "adapter_config.json"), weights):
+        if not os.path.isfile(file):
+            raise PreflightError(
+                f"{folder} is not the folder of an adapter: it has no {os.path.basename(file)} (an adapter on the hub "
+                "has to be downloaded first)."
+            )
+    try:
+        with safe_open(weights, "pt") as stored:
+            names = set(stored.keys())
+        model = PeftModel.from_pretrained(base, folder, is_trainable=trained)
+    except Exception as error:  # safetensors and each kind of adapter have errors of their own
+        raise PreflightError(f"The adapter {folder} could not be loaded: {_first_line(error)}") from error
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if missing := sorted(expected - names):
+        raise PreflightError(
+            f"The adapter {folder} lacks {len(missing)} of its weights, which would be random or zero: "
+            f"{', '.join(missing[:3])}."
+        )
+    extra = sorted(name for name in names - expected if "lora" in name or "prompt" in name)
+    if extra:
+        raise PreflightError(
+            f"The adapter {folder} holds weights that its base has no place for: {', '.join(extra[:3])}. Is its base "
+            f"another model than {adapter_base(folder)}?"
+        )
+    return model
+
+
+def load_with_adapter(name: str, *, trained: bool = False, revision: str | None = None, **options: Any) -> Any:
+    """A model by `load_model`; of an adapter's folder its base, with the adapter on it.
+
+    Args:
+        trained: whether an adapter is trained further.
+        revision: of the model that `name` stands for, or of the base.
+        options: of `load_model`.
+    """
+    if not is_adapter_folder(name):
+        return load_model(name, revision=revision, **options)
+    options["trained_in_full"] = False
+    return add_adapter(load_model(adapter_base(name), revision=revision, **options), name, trained=trained)
 
 
 def resolve_dtype(

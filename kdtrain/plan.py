@@ -47,7 +47,8 @@ def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport)
 
 
 def _describe_teacher(trainer: GKDTrainerWithMetrics, config: RunConfig) -> str:
-    assert trainer.teacher_model is not None
+    if trainer.teacher_model is None:
+        return type(trainer.teacher).__name__
     parameters, _ = count_parameters(trainer.teacher_model)
     return f"{config.rlhf.teacher_model}: {parameters:,} parameters, {trainer.teacher_model.dtype}"
 

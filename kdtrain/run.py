@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback
 
-from kdtrain.build import Reporter, build_trainer
+from kdtrain.build import Given, Reporter, build_trainer
 from kdtrain.callbacks import CheckWrapped, JsonlLogger, LogLastStep, StopOnSignal
 from kdtrain.checkpoints import newest_complete, require_complete
 from kdtrain.errors import CheckpointError, Interrupted, PreflightError
@@ -47,7 +47,12 @@ class RunResult:
 
 
 def fit(
-    arguments: TrainArguments, reporter: Reporter, *, resume: str | None = None, dry_run: bool = False
+    arguments: TrainArguments,
+    reporter: Reporter,
+    *,
+    resume: str | None = None,
+    dry_run: bool = False,
+    given: Given | None = None,
 ) -> RunResult:
     """Train, and save the student with its tokenizer into `training.output_dir`.
 
@@ -55,6 +60,7 @@ def fit(
         arguments: from `ConfigLoader.load_training_config`.
         resume: "auto" (the newest complete checkpoint, or a clean start) or a checkpoint's path.
         dry_run: build everything and run one window forward and backward; no step is taken and nothing is written.
+        given: models, data and callbacks in place of those that the config names.
 
     Raises:
         KdtrainError: with the exit code that says what went wrong.
@@ -63,27 +69,29 @@ def fit(
     run_dir = Path(arguments.training_args.output_dir)
     checkpoint = _checkpoint(run_dir, resume)
     try:
-        return _begin(arguments, reporter, run_dir, checkpoint, dry_run)
+        return _begin(arguments, reporter, run_dir, checkpoint, dry_run, given or Given())
     finally:
         reporter.close()
 
 
 def _begin(
-    arguments: TrainArguments, reporter: Reporter, run_dir: Path, checkpoint: Path | None, dry_run: bool
+    arguments: TrainArguments, reporter: Reporter, run_dir: Path, checkpoint: Path | None, dry_run: bool, given: Given
 ) -> RunResult:
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch:
             arguments.training_args.output_dir = scratch
             arguments.training_args.report_to = []  # no tracker hears of it
-            return _fit(arguments, reporter, None, dry_run=True)
+            return _fit(arguments, reporter, None, given, dry_run=True)
     with tracked_status(run_dir):
-        return _fit(arguments, reporter, checkpoint, dry_run=False)
+        return _fit(arguments, reporter, checkpoint, given, dry_run=False)
 
 
-def _fit(arguments: TrainArguments, reporter: Reporter, checkpoint: Path | None, *, dry_run: bool) -> RunResult:
+def _fit(
+    arguments: TrainArguments, reporter: Reporter, checkpoint: Path | None, given: Given, *, dry_run: bool
+) -> RunResult:
     config, args = arguments.config, arguments.training_args
     started = time.perf_counter()
-    trainer, report = build_trainer(config, args, reporter, dry_run)
+    trainer, report = build_trainer(config, args, reporter, dry_run, given)
     check_world(trainer.accelerator, config)
     main = trainer.is_world_process_zero()
     if main:

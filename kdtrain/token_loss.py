@@ -20,7 +20,7 @@ from kdtrain.knobs import Knobs
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.fused import fused_distillation_loss
 from kdtrain.losses.head import Head
-from kdtrain.losses.reduce import FusedLoss, next_token_labels
+from kdtrain.losses.reduce import FusedLoss, next_token_labels, predicting
 from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.teachers import DenseTargets, Targets
 
@@ -51,7 +51,6 @@ class TokenLoss:
 
     Args:
         knobs: weights and options.
-        beta: interpolation of the divergence.
         vocabulary: None without LM KD.
         fused: whether the student's forward takes a `loss_head` (see `lm_head.py`).
         router_logits: whether a mixture-of-experts model returns what its load-balancing loss needs; None leaves it to
@@ -59,7 +58,6 @@ class TokenLoss:
     """
 
     knobs: Knobs
-    beta: float
     vocabulary: Vocabulary | None
     fused: bool
     router_logits: bool | None
@@ -95,7 +93,7 @@ class TokenLoss:
             # A model is not taught its own samples.
             "ce_weight": 0.0 if batch.get("student_generated", False) else self.knobs.ce_weight,
             "ce_mask": _ce_mask(batch, predicts_BT),
-            "beta": self.beta,
+            "beta": self.knobs.beta,
             "temperature": self.knobs.kd_temperature,
             "divergence": self.knobs.divergence,
             "num_items": num_items,
@@ -108,7 +106,7 @@ class TokenLoss:
                     "The teacher gives logits, or its head is on another device: the student's are made in full too."
                 )
             outputs = model(**model_inputs, use_cache=False, **extra)
-            logits_SV = outputs.logits[:, :-1][predicts_BT]
+            logits_SV = predicting(outputs.logits, predicts_BT)[predicts_BT]
             teacher_SV = None if targets is None else _logits(targets).to(logits_SV.device)
             logits_SV, teacher_SV = self._shared_logits(logits_SV, teacher_SV)
             loss = dense_distillation_loss(logits_SV, labels_S, teacher_SV, **options)
@@ -121,7 +119,7 @@ class TokenLoss:
         names: list[str] = []
 
         def loss_head(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, ...]:
-            hidden_SH = hidden_BTH[:, :-1][predicts_BT.to(hidden_BTH.device)]
+            hidden_SH = predicting(hidden_BTH, predicts_BT)[predicts_BT.to(hidden_BTH.device)]
             terms.append(self._fused(hidden_SH, head, labels_S.to(hidden_SH.device), targets, options))
             more = further()
             names.extend(more)

@@ -51,32 +51,48 @@ from trl.models import prepare_deepspeed
 from trl.models.utils import prepare_fsdp, unwrap_model_for_generation
 
 from kdtrain import telemetry
-from kdtrain.batch import for_teacher, model_inputs, teacher_inputs, token_level
+from kdtrain.batch import (
+    TruncatedRows,
+    for_teacher,
+    forward_names,
+    model_inputs,
+    received,
+    right_padded,
+    teacher_inputs,
+    token_level,
+)
 from kdtrain.checkpoints import load_weights
 from kdtrain.construction import (
-    Rows,
     adapters_on_the_head,
-    check_data,
+    as_rows,
+    check_arguments,
+    check_config_is_followed,
+    check_data_options,
+    check_parallelism,
+    check_prompt_learning,
+    check_same_on_all_ranks,
     check_teacher_arguments,
+    check_teacher_can,
+    check_teacher_is_another_model,
+    default_collator,
     hide_token,
+    load_student,
     local_teacher,
     placeholder,
+    processing_of,
+    set_pad_token,
     tokenizer_or_none,
+    without_what_is_done_here,
 )
 from kdtrain.data.chat import ChatTemplate
 from kdtrain.data.collate import Collator, cut_rows
 from kdtrain.data.epochs import Epochs
 from kdtrain.data.multimodal import image_token_ids
-from kdtrain.errors import CheckpointError, NonFiniteError, PreflightError
-from kdtrain.experts import (
-    asks_for_router_logits,
-    check_experts,
-    restore_router_settings,
-    router_settings,
-    saved_router_settings,
-)
+from kdtrain.errors import CheckpointError, ConfigError, NonFiniteError, PreflightError
+from kdtrain.experts import asks_for_router_logits, check_experts, restore_router_settings, router_settings
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids, student_generates
-from kdtrain.knobs import Knobs
+from kdtrain.gkd_fields import check_fields, check_supervision
+from kdtrain.knobs import Knobs, LiveOption
 from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, count_supervised_in, next_token_labels, world_scale
 from kdtrain.models import disable_dropout, sees_images
@@ -108,7 +124,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     The constructor is GKDTrainer's, with two more keywords. The knobs that GKDConfig has no field for are read from
     `args` as attributes: `llm_kd_weight` (1.0), `sft_alpha` (0.0), `divergence` ("jsd"), `kd_temperature` (1.0),
-    `eval_kd` (True), `visual_kd` (None).
+    `eval_kd` (True), `visual_kd` (None). A callback may set `beta`, `kd_temperature`, `llm_kd_weight`, `sft_alpha`,
+    `lmbda`, `temperature` and `seq_kd` of the trainer, on all ranks alike: the next window uses them, and evaluation at
+    once. They are not part of a checkpoint: a resumed run begins with those of `args`.
 
     Args:
         model: the student, or its name.
@@ -130,6 +148,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
     # compute_loss divides by the whole window's tokens: Trainer must not divide by the accumulation steps again.
     loss_is_scaled_for_ga = True
 
+    beta, kd_temperature, llm_kd_weight, sft_alpha = LiveOption(), LiveOption(), LiveOption(), LiveOption()
+    lmbda, temperature, seq_kd = LiveOption(), LiveOption(), LiveOption()
+
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | str | None = None,
@@ -149,72 +170,88 @@ class GKDTrainerWithMetrics(GKDTrainer):
         teacher: Teacher | None = None,
         shared_vocab_size: int | None = None,
     ) -> None:
-        if args is None:
-            raise ValueError("GKDTrainerWithMetrics needs args, a trl GKDConfig: its output_dir has no default.")
+        check_arguments(args, model, teacher_model, teacher)
+        assert args is not None
+        assert model is not None
         self.knobs = Knobs.from_args(args)
+        self._window_knobs: Knobs | None = None  # of the window that is being trained
+        check_fields(args, own_collator=data_collator is None)
+        check_data_options(args)
+        check_config_is_followed(args, model, peft_config)
+        if teacher_model is None and teacher is None and self.knobs.needs_teacher:
+            teacher_model = args.teacher_model_name_or_path
         check_teacher_arguments(teacher_model, teacher, self.knobs)
+        check_teacher_is_another_model(model, teacher_model if teacher is None else teacher.module)
+        given = {
+            "train_dataset": as_rows("train_dataset", train_dataset),
+            "eval_dataset": as_rows("eval_dataset", eval_dataset),
+        }
+        if data_collator is None:
+            check_supervision(args, given["train_dataset"][0], formatted=formatting_func is not None)
+        elif formatting_func is not None:
+            raise ConfigError(
+                "formatting_func and data_collator: the collator gets the rows as they are; format there."
+            )
+        if processing_class is None:
+            processing_class = processing_of(model, args)
         if self.knobs.needs_teacher and teacher is None:
             # Before the student is touched: a missing teacher should not cost the loading of a model.
             teacher = local_teacher(teacher_model, args)
+        if isinstance(model, str):
+            model = load_student(model, args, trained_in_full=peft_config is None)
+        elif args.model_init_kwargs is not None:
+            raise ConfigError("model_init_kwargs would be ignored: the model is loaded already. Remove them.")
         args.remove_unused_columns = False  # the collator reads columns that no forward takes
-        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        args.dataset_kwargs = {"skip_prepare_dataset": True}
         args.logging_nan_inf_filter = False  # it shows a NaN run as loss 0.0
-        args.average_tokens_across_devices = True
-        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        train_dataset, eval_dataset = (placeholder(data) for data in given.values())
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         router = router_settings(model)
-        check_data(train_dataset, args)
         hide_token(args)
         peft_config = fit_student(model, peft_config, args)
         if self.knobs.visual_kd is not None and args.ddp_find_unused_parameters is None:
             # A rank whose batch has no image leaves its vision path without a gradient; the others would wait for it.
             args.ddp_find_unused_parameters = True
-        if data_collator is None:
-            data_collator = Collator(processing_class, max_length=args.max_length)
         # SFTTrainer's constructor, past GKDTrainer's: see the table above.
-        with adapters_on_the_head():
+        with adapters_on_the_head(), without_what_is_done_here(args):
             super(GKDTrainer, self).__init__(
                 model,
                 args=args,
-                data_collator=data_collator,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
+                data_collator=data_collator or Collator(processing_class),
+                train_dataset=placeholder(given["train_dataset"]),
+                eval_dataset=placeholder(given["eval_dataset"]),
                 processing_class=processing_class,
                 compute_metrics=compute_metrics,
                 callbacks=callbacks,
                 optimizers=optimizers,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 peft_config=peft_config,
-                formatting_func=formatting_func,
             )
-        for name, data in given.items():
-            if isinstance(data, list):
-                setattr(self, name, Rows(data))
+        check_parallelism(self.accelerator)
+        self.train_dataset, self.eval_dataset = given["train_dataset"], given["eval_dataset"]
+        set_pad_token(self._tokenizer, args)
+        if data_collator is None:  # not before: upstream may have changed the template or the special tokens
+            self.data_collator = default_collator(self.processing_class, args, formatting_func)
+        self._forward_names = forward_names(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         check_trained(self.model, args.device)
         if args.disable_dropout:
             disable_dropout(self.model)
         self._teach_to_stop()
         if use_cache is not None:
             self.model.config.use_cache = use_cache  # upstream switches it off for good, in what is saved as well
-        # Upstream switches them on for good; a name's are those in its folder.
-        restore_router_settings(self.model, router or saved_router_settings(self.model, model))
-        self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
+        restore_router_settings(self.model, router)  # upstream switches them on for good
         self.teacher = teacher if self.knobs.needs_teacher else None
         self.teacher_model: nn.Module | None = None
         self.vocabulary: Vocabulary | None = None
         if self.teacher is not None:
-            if self.teacher.module is None and (self.seq_kd or self.knobs.visual_kd is not None):
-                raise ValueError("seq_kd and visual KD need a teacher that is a model in this process.")
+            check_teacher_can(self.teacher, self.knobs)
             self.vocabulary = self._compare_vocabularies(self.teacher, shared_vocab_size)
             if self.teacher.module is not None:
                 self.teacher_model = self.teacher.module = self._place_teacher(self.teacher.module)
+        self._check_prompt_learning(self.knobs)
         router_logits = asks_for_router_logits(self.model, self.aux_loss_enabled)
         if router_logits:
             check_experts(self.model, args)
-        self._token_loss = TokenLoss(
-            self.knobs, self.beta, self.vocabulary, fused=self._fuse_head(), router_logits=router_logits
-        )
+        self._token_loss = TokenLoss(self.knobs, self.vocabulary, fused=self._fuse_head(), router_logits=router_logits)
         self._aux_share: torch.Tensor | float = 1.0
         self._check_token_ids()
         self.stopwatch = telemetry.Stopwatch()
@@ -231,6 +268,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.add_callback(self._unlogged)
         self.add_callback(WatchGradients(self))
         self.add_callback(WatchRounding(self))
+        self._truncated = TruncatedRows(args.max_length)
         self._loading_from: str | None = None
         self._guarded_engine: nn.Module | None = None
 
@@ -248,6 +286,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if self._tokenizer.chat_template or getattr(self.processing_class, "chat_template", None):
             stops += sorted(ChatTemplate(self.processing_class).stop_ids - set(stops))
         config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+
+    def _check_prompt_learning(self, knobs: Knobs) -> None:
+        check_prompt_learning(self.model, "student", knobs.lm_kd_active and knobs.lmbda > 0, self.aux_loss_enabled)
+        if self.teacher_model is not None:
+            check_prompt_learning(self._unwrap(self.teacher_model), "teacher", knobs.lm_kd_active and knobs.seq_kd)
 
     def _compare_vocabularies(self, teacher: Teacher, shared: int | None) -> Vocabulary:
         sizes = vocabulary_size(self.model), teacher.vocab_size
@@ -315,10 +358,13 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._metrics["train"].clear()
         self._unlogged.checkpoint = None
         self.begun = False
+        self._window_knobs = None
+        self._truncated = TruncatedRows(self.args.max_length)
         with readable_beginning(self):
-            if self.train_dataset is not None:
-                rehearse(self)
-            return super().train(*args, **kwargs)
+            rehearse(self)
+            output = super().train(*args, **kwargs)
+        self._truncated.say_total(self.accelerator)
+        return output
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """As upstream, which goes on by setting all sums to 0: `RestoreUnlogged` is told where they are."""
@@ -360,16 +406,18 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.begun = True
         batches = [
             self._without_repeated_rows(
-                batch, self.rows_per_epoch(), self._train_batch_size, self.args.dataloader_drop_last
+                self._received(batch), self.rows_per_epoch(), self._train_batch_size, self.args.dataloader_drop_last
             )
             for batch in itertools.islice(epoch_iterator, num_batches)
         ]
         for batch in batches if self._ids_may_exceed else ():
             check_batch(batch, self._embeddings)
-        on_policy = self._generates() and student_generates(self.args.seed, self.state.global_step, self.lmbda)
+        self._truncated.count(batches)
+        knobs = self._window_knobs = self._checked_knobs()
+        on_policy = self._generates() and student_generates(self.args.seed, self.state.global_step, knobs.lmbda)
         if on_policy:
             batches = self._generated(batches, self.model_wrapped, self.model, "student")
-        elif self._generates() and self.seq_kd:
+        elif self._generates() and knobs.seq_kd:
             batches = self._generated(batches, self.teacher_model, self.teacher_model, "teacher")
         for batch in batches:
             batch["student_generated"] = on_policy
@@ -385,6 +433,26 @@ class GKDTrainerWithMetrics(GKDTrainer):
             new = torch.tensor([sum(not batch.get("all_repeated", False) for batch in batches)], device=device)
             self._aux_share = self.get_tp_size() / self.accelerator.gather(new).sum().clamp(min=1)
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def _received(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch in the form of `batch.py`, whatever collator made it."""
+        batch = received(batch, self._forward_names)
+        if isinstance(self.data_collator, Collator):
+            return batch
+        return right_padded(batch)  # a look at the mask, which a GPU would have to wait for
+
+    def _checked_knobs(self) -> Knobs:
+        """The options as they are now, fit to be used.
+
+        Raises:
+            ValueError: a value that was set since is out of range, asks for what this trainer lacks, or is not the same
+                on all ranks.
+        """
+        knobs = self.knobs.checked()
+        check_teacher_can(self.teacher, knobs)
+        self._check_prompt_learning(knobs)
+        check_same_on_all_ranks(knobs, self.accelerator)
+        return knobs
 
     def _check_images_on_all_ranks(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Refuse what would wait for ever: a vision encoder in pieces is put together by all ranks or by none.
@@ -490,6 +558,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
             guard_steps(model, self.accelerator, lambda norm: NonFiniteError(self._describe_non_finite(norm)))
             self._guarded_engine = model
         loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._window_knobs = None
         if self.visual is not None and self.accelerator.sync_gradients:
             self.visual.synchronise()
         nothing = self._by_images_alone and not self.window_has_images and self.accelerator.scaler is None
@@ -518,7 +588,10 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if self._head_unchecked:
             self._check_head(model)
         mode = "train" if self.model.training else "eval"
-        knobs = self.knobs if mode == "train" or self.knobs.eval_kd else self.knobs.without_kd()
+        knobs = self._window_knobs if mode == "train" and self._window_knobs else self.knobs.checked()
+        if mode == "eval" and not knobs.eval_kd:
+            knobs = knobs.without_kd()
+        inputs = received(inputs, self._forward_names)
         own_inputs = model_inputs(inputs)
         predicts_BT = next_token_labels(inputs["labels"]) != IGNORE_INDEX
         visual = self.visual if knobs.visual_kd is not None and has_images(own_inputs) else None
@@ -717,8 +790,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """One evaluation batch; logits only where `compute_metrics` asks for them."""
-        rows = len(self.callback_handler.eval_dataloader.dataset)
-        inputs = self._prepare_inputs(inputs)
+        dataset = self.callback_handler.eval_dataloader.dataset
+        rows = len(dataset) if hasattr(dataset, "__len__") else 0  # of a stream it is not known which are repeated
+        inputs = self._received(self._prepare_inputs(inputs))
         if self._ids_may_exceed:
             check_batch(inputs, self._embeddings)
         given = inputs["labels"].shape[0]

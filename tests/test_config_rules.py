@@ -206,7 +206,7 @@ NOT_YET: list[tuple[str, Any]] = [
     ("rlhf__teacher__backend", "openai"),
     ("rlhf__teacher__backend", "cache"),
     ("rlhf__teacher__prefix", [{"role": "system", "content": "x"}]),
-    ("rlhf__teacher__adapter", "org/adapter"),
+    ("model__adapter", "org/adapter"),
     ("data__packing", True),
     ("data__padding_free", True),
 ]

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "kdtrain"
 # From top to bottom; a module may import its own layer and those below.
 LAYERS = [
-    {"__main__", "cli"},
+    {"__main__", "cli", "notebook"},
     {"progress", "run", "build", "plan", "launch"},
     {
         "trainer",
@@ -23,6 +23,7 @@ LAYERS = [
         "answers",
         "batch",
         "construction",
+        "gkd_fields",
         "failures",
         "zero",
         "best",
@@ -33,7 +34,7 @@ LAYERS = [
         "watch",
     },
     {"teachers", "models", "tuning", "load_report", "lm_head", "experts", "data", "vision", "vocabulary", "losses"},
-    {"config", "errors", "environment", "status", "model_folder", "row_order"},
+    {"config", "errors", "environment", "status", "model_folder", "row_order", "adapters"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))

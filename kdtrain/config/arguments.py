@@ -101,7 +101,9 @@ def build_train_arguments(config: RunConfig, hardware: Hardware | None = None) -
             training_args = _gkd_config_class()(**kwargs)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise ConfigError(f"training: {clean(str(error))}") from error
-    knobs = {name: getattr(config.rlhf, name) for name in KNOBS if name != "visual_kd"}
+    knobs: dict[str, Any] = {name: getattr(config.rlhf, name) for name in KNOBS if name != "visual_kd"}
+    # What the trainer's constructor cannot do by itself, so that it notices, and what its own collator does.
+    knobs |= {"tuner": config.tuner, "train_on": config.data.train_on, "on_overlength": config.data.on_overlength}
     knobs["visual_kd"] = config.custom.visual_kd if config.visual_kd_weight > 0 else None
     for name, value in knobs.items():
         setattr(training_args, name, value)

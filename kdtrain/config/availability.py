@@ -30,7 +30,7 @@ NOT_AVAILABLE: tuple[tuple[str, Callable[[RunConfig], list[KeyPath]]], ...] = (
     ("a quantised teacher", _option("rlhf.teacher.quantization", lambda c: c.rlhf.teacher.quantization is not None)),
     ("a teacher of this kind", _option("rlhf.teacher.backend", lambda c: c.rlhf.teacher.backend != "hf")),
     ("a prefix for the teacher", _option("rlhf.teacher.prefix", lambda c: c.rlhf.teacher.prefix is not None)),
-    ("an adapter on the teacher", _option("rlhf.teacher.adapter", lambda c: c.rlhf.teacher.adapter is not None)),
+    ("going on with an adapter", _option("model.adapter", lambda c: c.model.adapter is not None)),
     ("packing", _option("data.packing", lambda c: c.data.packing)),
     ("padding-free training", _option("data.padding_free", lambda c: c.data.padding_free)),
     ("streaming", _where(lambda source: source.streaming, "streaming")),

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from kdtrain.adapters import adapter_base, is_adapter_folder
 from kdtrain.config.folders import output_folder
 from kdtrain.config.loading import loading_arguments
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.tree import KeyPath, Node, Problem, dotted, get
+from kdtrain.errors import PreflightError
 
 _TEACHER_OPTIONS: dict[str, set[str]] = {
     "hf": {"dtype", "device_map", "quantization", "adapter", "revision", "prefix"},
@@ -271,14 +273,28 @@ def model_folders(config: RunConfig, written: Written) -> Iterator[Problem]:
         used.append((("rlhf", "teacher", "adapter"), rlhf.teacher.adapter, "adapter_config.json"))
     for path, name, file in used:
         folder = Path(name)
-        if not folder.is_absolute() or (folder / file).is_file():
+        if file == "config.json" and is_adapter_folder(name):
+            yield from _adapter_folder(path, name)
+        elif not folder.is_absolute() or (folder / file).is_file():
             continue
-        if not folder.exists():
+        elif not folder.exists():
             yield Problem(path, f"no such folder: {name}", "give a model folder or a hub id")
         elif not folder.is_dir():
             yield Problem(path, f"a file, not a model folder: {name}", f"give the folder with its {file}")
         else:
             yield Problem(path, f"not a model folder, it has no {file}: {name}", "give a model folder or a hub id")
+
+
+def _adapter_folder(path: KeyPath, name: str) -> Iterator[Problem]:
+    """An adapter where a model is asked for: a teacher is loaded on its base."""
+    try:
+        base = adapter_base(name)
+    except PreflightError as error:
+        yield Problem(path, str(error))
+        return
+    if path == ("model", "model"):
+        message = f"not available yet: going on with an adapter ({name})"
+        yield Problem(path, message, f"name its base, {base}, and train a new adapter, or merge it into its base")
 
 
 _KD_SWITCHES = ("rlhf.llm_kd_weight", "custom.visual_kd.enabled", "custom.visual_kd.weight", "data.train", "data.eval")

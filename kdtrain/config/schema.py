@@ -93,6 +93,8 @@ class ModelConfig(Section):
     """Load the weights quantised (bitsandbytes, extra `quant`); for LoRA only."""
     init_kwargs: dict[str, Any] = {}
     """Further keyword arguments of `from_pretrained`."""
+    adapter: Text | None = None
+    """Folder of an adapter to go on training."""
 
 
 class TunerConfig(Section):
@@ -206,7 +208,7 @@ class TeacherConfig(Section):
     quantization: Literal["4bit", "8bit"] | None = None
     """hf: load the weights quantised (extra `quant`)."""
     adapter: Text | None = None
-    """hf: folder or hub id of a LoRA adapter to put on the teacher."""
+    """hf: folder of a LoRA adapter to put on the teacher. `teacher_model` may also be such a folder itself."""
     revision: Text | None = None
     """hf: branch, tag or commit on the hub."""
     prefix: Annotated[Any, Field(json_schema_extra={"type": ["array", "string", "object", "null"]})] = None

@@ -60,6 +60,8 @@ REFUSED: dict[str, Refused] = {
     "prediction_loss_only": _METRICS,
     "include_for_metrics": _METRICS,
     "batch_eval_metrics": _METRICS,
+    "label_names": Refused("the labels of a batch are called labels", harmless=(None, ["labels"])),
+    "use_cache": Refused("a loss needs no cache of keys and values", harmless=(None, False)),
     "parallelism_config": Refused("it is a Python object", "use launch.config_file"),
     "local_rank": _LAUNCHER,
 }
@@ -69,6 +71,7 @@ _WITHOUT_EFFECT = {
     "do_train": "kdtrain fit always trains",
     "do_eval": "training.eval_strategy decides",
     "do_predict": "kdtrain never predicts while training",
+    "length_column_name": "rows are not grouped by length",
 }
 
 # Smallest value, and whether it is allowed itself.

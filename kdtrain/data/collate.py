@@ -25,6 +25,9 @@ from kdtrain.errors import DataError
 
 __all__ = ["Collator", "cut_rows", "pad_rows"]
 
+# What trl's tokenised rows have in place of labels: 1 where a token is supervised.
+MASKS = ("completion_mask", "assistant_masks")
+
 
 def pad_rows(
     rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, multiple: int | None = None
@@ -66,11 +69,13 @@ class Collator:
         max_length: limit in tokens; None for no limit.
         train_on: for raw rows, see `encode_row`.
         on_overlength: `error`, `truncate` (from the right) or `drop`, for rows over `max_length`. A row that would lose
-            a part of an image is dropped.
+            a part of an image is dropped; one that loses its whole answer supervises nothing.
+        text_column: for raw rows, the column that holds plain text.
 
     Calling it returns `input_ids`, `attention_mask`, `labels` (each [B, T] long), `prompt_lengths` ([B] long),
     `ce_rows` ([B] bool) and `row_ids` (B strings, empty for raw rows without one). With a processor also the further
-    tensors that it makes per token ([B, T], zero for rows without images and in the padding). Only in batches with
+    tensors that it makes per token ([B, T], zero for rows without images and in the padding). In batches with rows that
+    were cut at `max_length`, `truncated` (B booleans). Only in batches with
     images also
 
     - its visual tensors, rows behind each other along axis 0;
@@ -90,6 +95,7 @@ class Collator:
     max_length: int | None = None
     train_on: str = "assistant"
     on_overlength: str = "error"
+    text_column: str = "text"
 
     def __post_init__(self) -> None:
         Limits(self.max_length, self.on_overlength)  # checks both
@@ -109,8 +115,10 @@ class Collator:
         return mine != its or tokenizer_content(self._model.tokenizer)["tokenizer"] != its_vocabulary
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        fitted = [(row, self._fit(self._encode(row))) for row in rows]
-        kept = [(row, encoded) for row, encoded in fitted if encoded is not None]
+        whole = [self._encode(row) for row in rows]
+        fitted = [(row, self._fit(encoded), len(encoded.input_ids)) for row, encoded in zip(rows, whole, strict=True)]
+        truncated = [len(encoded.input_ids) < length for _, encoded, length in fitted if encoded is not None]
+        kept = [(row, encoded) for row, encoded, _ in fitted if encoded is not None]
         if not kept:
             raise DataError(
                 f"every row of a batch of {len(rows)} is longer than max_length ({self.max_length} tokens), or has "
@@ -123,6 +131,8 @@ class Collator:
             "ce_rows": torch.tensor([bool(row.get("ce", True)) for row, _ in kept]),
             "row_ids": [str(row.get("row_id", "")) for row, _ in kept],
         }
+        if any(truncated):
+            batch["truncated"] = truncated
         return batch if self._model is None else self._with_images(batch, kept, self._model)
 
     def _with_images(
@@ -195,14 +205,16 @@ class Collator:
 
     def _encode(self, row: Mapping[str, Any]) -> EncodedRow:
         if "input_ids" not in row:
+            if self.text_column != "text" and self.text_column in row:
+                row = {**row, "text": row[self.text_column]}
             return encode_row(row, self.processing_class, train_on=self.train_on)
-        ids, labels = _ints(row["input_ids"]), _ints(row.get("labels"))
+        ids, labels = _ints(row["input_ids"]), _labels(row)
         if len(ids) != len(labels) or not ids:
             raise DataError(
                 f"a tokenised row ({show(row.get('row_id', 'no row_id'))}) needs labels as long as its input_ids: "
                 f"{len(ids)} ids, {len(labels)} labels"
             )
-        start = int(row.get("prompt_length", 0))
+        start = int(row.get("prompt_length", _first(row.get("completion_mask"), len(ids))))
         encoded = EncodedRow(ids, labels, start, prompt_only=start == len(ids), turn_starts=(start,))
         if not row.get("images"):
             return encoded
@@ -219,11 +231,31 @@ class Collator:
                 f"a row has {len(row.input_ids)} tokens, max_length is {self.max_length}: raise it, or set "
                 "on_overlength to truncate or drop"
             )
-        return truncate(row, self.max_length) if self.on_overlength == "truncate" else None
+        if self.on_overlength == "drop":
+            return None
+        cut = truncate(row, self.max_length)
+        if cut is None and row.images_end <= self.max_length:
+            # Dropped, such rows would leave a batch without any: it stays, and supervises nothing.
+            ids = row.input_ids[: self.max_length]
+            return replace(row, input_ids=ids, labels=[IGNORE] * len(ids), prompt_length=len(ids))
+        return cut
 
 
 def _named(row: Mapping[str, Any]) -> str:
     return f"row {show(row['row_id'], 60)}" if row.get("row_id") else "a row"
+
+
+def _labels(row: Mapping[str, Any]) -> list[int]:
+    """Of a tokenised row: its labels, or its ids where all of trl's masks are 1."""
+    masks = [_ints(row[name]) for name in MASKS if row.get(name) is not None]
+    if row.get("labels") is not None or not masks:
+        return _ints(row.get("labels"))
+    return [token if all(on) else IGNORE for token, *on in zip(_ints(row["input_ids"]), *masks, strict=True)]
+
+
+def _first(mask: Any, length: int) -> int:
+    """How many tokens come before the completion; 0 where no mask says so."""
+    return 0 if mask is None else next((i for i, on in enumerate(_ints(mask)) if on), length)
 
 
 def _ints(values: Any) -> list[int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import difflib
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -48,6 +49,7 @@ class Source:
             (see `Epochs`).
         ce: False: the rows contribute no cross-entropy, the teacher alone supervises.
         answers: `data`: the rows' own answers; `teacher`: they are left out, for the teacher to write.
+        rows: the rows themselves, a `datasets.Dataset` or a sequence; `path` is then their name in messages.
     """
 
     path: str
@@ -58,6 +60,7 @@ class Source:
     weight: float = 1.0
     ce: bool = True
     answers: str = "data"
+    rows: Any = None
 
 
 def read_source(source: Source) -> Iterator[RawRow]:
@@ -96,7 +99,12 @@ def _check_source(source: Source) -> None:
 
 def _rows(source: Source) -> Iterator[RawRow]:
     path = Path(source.path)
-    if path.is_dir():
+    if isinstance(source.rows, datasets.Dataset):
+        yield from _table(source, source.path, lambda: source.rows)
+    elif source.rows is not None:
+        for number in range(len(source.rows)):
+            yield RawRow(source.path, number + 1, json.dumps(dict(source.rows[number]), default=_portable))
+    elif path.is_dir():
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             yield from _table(source, source.path, lambda: _from_disk(source))
             return
@@ -174,6 +182,10 @@ def _undecoded(feature: Any) -> Any:
 
 def _portable(value: object) -> dict[str, str]:
     """Bytes travel as base64; dates and the like become something that is no text, which is refused with its type."""
+    if type(value).__module__.startswith("PIL."):
+        file = io.BytesIO()
+        value.save(file, "PNG")  # type: ignore[attr-defined]
+        value = file.getvalue()
     if isinstance(value, bytes):
         return {"base64": base64.b64encode(value).decode("ascii")}
     return {"unsupported": type(value).__name__}

@@ -42,6 +42,14 @@ class FusedLoss:
     """Σ entropy of the teacher at temperature 1, nats; of a top-k teacher with its tail as one token."""
 
 
+def predicting(outputs_BTX: torch.Tensor, predicts_BT: torch.Tensor) -> torch.Tensor:
+    """[B, T−1, X] of a model's outputs: those that `predicts_BT` [B, T−1] is about.
+
+    Prompt tuning puts virtual tokens in front of a row, whose outputs are no positions of the batch.
+    """
+    return outputs_BTX[:, -predicts_BT.shape[1] - 1 : -1]
+
+
 def next_token_labels(labels_BT: torch.Tensor) -> torch.Tensor:
     """Labels [B, T−1] that the logits at positions 0 … T−2 predict. The first label is never predicted.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kdtrain.errors import NotAvailableError
-from kdtrain.models import load_model
+from kdtrain.models import add_adapter, load_with_adapter
 from kdtrain.teachers.base import Teacher
 from kdtrain.teachers.local import LocalTeacher
 
@@ -21,14 +21,16 @@ def build_teacher(
     device: torch.device | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    adapter: str | None = None,
 ) -> Teacher:
     """Load or connect to a teacher.
 
     Args:
-        model: folder or hub id (`hf`).
+        model: folder or hub id (`hf`); the folder of an adapter stands for the adapter on its base.
         backend: `hf`, a transformers model in this process; the others are not available yet.
         init_kwargs: arguments of `from_pretrained`; `dtype` is "auto" when missing. Never changed.
         device: where it will run, which dtype "auto" depends on.
+        adapter: folder of an adapter that goes on top of `model`.
 
     Raises:
         NotAvailableError: another backend.
@@ -38,13 +40,12 @@ def build_teacher(
         raise NotAvailableError(f"rlhf.teacher.backend: {backend} is not available yet; use hf.")
     kwargs = dict(init_kwargs or {})
     dtype = kwargs.pop("dtype", None) or "auto"
-    return LocalTeacher(
-        load_model(
-            model,
-            dtype=str(dtype).removeprefix("torch."),
-            device=device,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-            init_kwargs=kwargs,
-        )
+    module = load_with_adapter(
+        model,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        init_kwargs=kwargs,
     )
+    return LocalTeacher(module if adapter is None else add_adapter(module, adapter))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -15,6 +16,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from kdtrain.experts import without_router_logits
 from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.head import Head
+from kdtrain.losses.reduce import predicting
 from kdtrain.teachers.base import DenseTargets, Targets
 from kdtrain.vocabulary import vocabulary_size
 
@@ -28,18 +30,21 @@ class LocalTeacher:
     it, whatever state it was handed over in.
 
     Args:
-        module: a transformers model with a language-model head.
+        module: a transformers model with a language-model head, or a PEFT model of one.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module: nn.Module | None = module.requires_grad_(False).eval()
         self.vocab_size = vocabulary_size(module)
         self._whole_head: Head | None = None
-        reason = why_no_loss_head(module)
+        base: Any = module
+        if is_peft_model(base):
+            base = base.get_base_model()
+        reason = why_no_loss_head(base)
         self._from_logits = reason is not None
         self._unchecked = reason is None and is_deepspeed_zero3_enabled()
         if reason is None:
-            add_loss_head(module)
+            add_loss_head(base)
         else:
             _tell(reason)
 
@@ -54,11 +59,11 @@ class LocalTeacher:
                 _tell(reason)
 
         def keep(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, Head]:
-            return hidden_BTH[:, :-1][predicts_BT.to(hidden_BTH.device)], self._lasting(head)
+            return predicting(hidden_BTH, predicts_BT)[predicts_BT.to(hidden_BTH.device)], self._lasting(head)
 
         with torch.no_grad(), without_router_logits(getattr(self.module, "module", self.module)):
             if self._from_logits:
-                logits_BTV = self.module(**inputs, use_cache=False).logits[:, :-1]
+                logits_BTV = predicting(self.module(**inputs, use_cache=False).logits, predicts_BT)
                 return logits_BTV[predicts_BT.to(logits_BTV.device)]
             hidden_SH, head = self.module(**inputs, use_cache=False, loss_head=keep)
         return DenseTargets(hidden_SH, head)

@@ -1,0 +1,87 @@
+"""`kdtrain.fit`: the command `kdtrain fit` as a function."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdtrain.config import ConfigLoader
+from kdtrain.config.sources import Composer, Source
+from kdtrain.config.tree import get
+from kdtrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from kdtrain.run import RunResult
+
+logger = logging.getLogger(__name__)
+
+
+def fit(
+    config: Source,
+    overrides: Sequence[str],
+    *,
+    callbacks: Sequence[TrainerCallback],
+    train_dataset: Any,
+    eval_dataset: Any,
+    model: Any,
+    teacher: Any,
+    resume: str | None,
+    dry_run: bool,
+    quiet: bool,
+) -> RunResult:
+    """See `kdtrain.fit`."""
+    if not isinstance(config, str | Path | Mapping):
+        raise ConfigError(
+            f"config must be the path of a YAML file or a mapping of the same form; it is a {type(config).__name__}."
+        )
+    names = _names(
+        config, overrides, {"model": model, "teacher": teacher, "train": train_dataset, "eval": eval_dataset}
+    )
+    checked = ConfigLoader.load(config, [*overrides, *names])
+    if (checked.launch.num_processes or 1) > 1 and "RANK" not in os.environ:
+        logger.warning("launch.num_processes: %s has no effect on kdtrain.fit, which stays in its process.",
+                       checked.launch.num_processes)  # fmt: skip
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    from rich.console import Console
+
+    from kdtrain.build import Given
+    from kdtrain.config.arguments import build_train_arguments
+    from kdtrain.construction import as_rows, check_model
+    from kdtrain.progress import ConsoleReporter
+    from kdtrain.run import fit as run
+
+    given = Given(
+        train_dataset=None if train_dataset is None else as_rows("train_dataset", train_dataset),
+        eval_dataset=None if eval_dataset is None else as_rows("eval_dataset", eval_dataset),
+        model=None if isinstance(model, str) else check_model("model", model),
+        teacher=None if isinstance(teacher, str) else teacher,
+        callbacks=callbacks,
+    )
+    reporter = ConsoleReporter(Console(stderr=True), quiet=quiet)
+    return run(build_train_arguments(checked), reporter, resume=resume, dry_run=dry_run, given=given)
+
+
+def _names(config: Source, overrides: Sequence[str], given: Mapping[str, Any]) -> list[str]:
+    """What the config says of that which is handed over: names win over it, objects take a place that it leaves open.
+
+    Rows always do: a run folder must not name a file that was not read.
+    """
+    root = Composer().compose(config, overrides)
+    found = [f"data.{name}={name}_dataset" for name in ("train", "eval") if given[name] is not None]
+    for key, path in (("model", ("model", "model")), ("teacher", ("rlhf", "teacher_model"))):
+        value = given[key]
+        if isinstance(value, str):
+            found.append(f"{'.'.join(path)}={json.dumps(value)}")
+        elif value is not None and get(root, path) is None:
+            inner = getattr(value, "module", value) if key == "teacher" else value
+            name = getattr(getattr(inner, "config", None), "_name_or_path", "")
+            if not name and key == "model":
+                raise ConfigError("model was built without a name: say in model.model where its tokenizer is.")
+            found.append(f"{'.'.join(path)}={json.dumps(name or key)}")
+    return found
