@@ -26,6 +26,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from kdtrain.errors import KdtrainError, NotAvailableError, PreflightError
 from kdtrain.load_report import heard_loading, listed, wrong_weights
 from kdtrain.model_folder import require_sound
+from kdtrain.probe import refuse_other_kinds
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -109,7 +110,9 @@ def sees_images(config: Any) -> bool:
 
 def _config(name: str, policy: Mapping[str, Any]) -> Any:
     with _readable_loading(name):
-        return AutoConfig.from_pretrained(name, **policy)
+        config = AutoConfig.from_pretrained(name, **policy)
+    refuse_other_kinds(name, config)
+    return config
 
 
 def load_model(

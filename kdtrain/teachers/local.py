@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from kdtrain.experts import without_router_logits
 from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.head import Head
+from kdtrain.probe import look_at_text
 from kdtrain.teachers.base import DenseTargets, Targets
 from kdtrain.vocabulary import vocabulary_size
 
@@ -34,6 +35,7 @@ class LocalTeacher:
     def __init__(self, module: nn.Module) -> None:
         self.module: nn.Module | None = module.requires_grad_(False).eval()
         self.vocab_size = vocabulary_size(module)
+        self.look = look_at_text(module, "teacher")
         self._whole_head: Head | None = None
         reason = why_no_loss_head(module)
         self._from_logits = reason is not None
