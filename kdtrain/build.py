@@ -18,8 +18,10 @@ from kdtrain.data import BuildReport, Collator, Source, build_dataset
 from kdtrain.data.multimodal import image_content
 from kdtrain.errors import DataError
 from kdtrain.failures import readable_construction, readable_failures
+from kdtrain.model_checks import both_sides, check_models
 from kdtrain.model_folder import require_sound
 from kdtrain.models import load_model, load_processing, lora_config, sees_images
+from kdtrain.positions import answered_rows
 from kdtrain.rehearsal import rehearse
 from kdtrain.status import write_status
 from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
@@ -91,15 +93,24 @@ def build_trainer(
         args.ddp_find_unused_parameters = False
     teacher, its_processing, shared = _teacher(config, args, processing, vocabulary_size(student), given.teacher)
     collator = Collator(processing, its_processing, pad_to_multiple_of=args.pad_to_multiple_of)
-    if teacher is not None and report.images:
-        _check_images_fit_teacher(train, collator)
     if teacher is not None and config.answers_from_teacher:
+        # It writes before the trainer, which looks at both models, is there.
+        if getattr(teacher.module, "hf_device_map", None) is None and not args.deepspeed:
+            teacher.module.to(args.device)
+        check_models(
+            both_sides(student, teacher, collator),
+            [*answered_rows(train, args), *answered_rows(evaluation, args)],
+            collator,
+            train,
+            generating=[teacher.module],
+            only_errors=True,
+        )
+        _check_images_fit_teacher(train, collator)
         answers = _answers(config, args, teacher, processing, its_processing, collator, shared, reporter)
         train, evaluation = _answered(answers, args, train, evaluation, dry_run)
         if dry_run:
             report.epochs = None  # a few rows are left, enough for its window
         _count_answers(config, train, report)
-    _check_generated_lengths(config, report, student)
     with readable_construction():
         trainer = GKDTrainerWithMetrics(
             student,
@@ -115,6 +126,8 @@ def build_trainer(
         )
         if report.epochs is not None:
             trainer.read_epochs(report.epochs)
+    if teacher is not None:
+        _check_images_fit_teacher(train, collator)
     rehearse(trainer, config.training.get("greater_is_better"))
     return trainer, report
 
@@ -161,6 +174,8 @@ def _check_images_fit_teacher(train: datasets.Dataset, collator: Collator) -> No
     Raises:
         DataError: the teacher takes no images, or other numbers of tokens for them.
     """
+    if "images" not in train.column_names:
+        return
     some = train.select(range(0, len(train), max(len(train) // 256, 1)))
     rows = sorted((row for row in some if row["images"]), key=lambda row: -len(row["input_ids"]))
     for row in rows[:8]:
@@ -289,21 +304,6 @@ def _check_supervision(config: RunConfig) -> None:
         raise DataError(
             "Nothing supervises this run: every source has ce: false, and rlhf.llm_kd_weight is 0. Give it a teacher, "
             "or remove ce: false."
-        )
-
-
-def _check_generated_lengths(config: RunConfig, report: BuildReport, student: PreTrainedModel) -> None:
-    """Say so where a prompt and its generated answer may not fit the model."""
-    generates = config.lm_kd_active and (config.rlhf.lmbda > 0 or config.rlhf.seq_kd)
-    more = config.rlhf.max_new_tokens if generates else 0  # the teacher's answers are in the rows already
-    limit = getattr(student.config.get_text_config(), "max_position_embeddings", None)
-    if (generates or config.answers_from_teacher) and limit and report.longest + more > limit:
-        logger.warning(
-            "Generated rows can have %d tokens (longest row %d, to be generated %d); the student has %d positions.",
-            report.longest + more,
-            report.longest,
-            more,
-            limit,
         )
 
 

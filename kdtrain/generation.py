@@ -2,16 +2,24 @@
 
 Shapes: B rows, T positions, P prompt positions, C generated positions. Rows come out as the collator makes them, padded
 on the right: left padding would shift the positions of models that do not derive them from the mask.
+
+Within a generation prompts are padded on the left, so that all end where the answers begin. Some models do not honour
+that (RecurrentGemma reads the padding, MiniMax decays with it, BART's decoder counts it as positions), and RWKV mixes
+the rows of a batch: they would answer another question. What a model does is tried before its first generation, and
+prompts that it cannot answer together are generated apart.
 """
 
 from __future__ import annotations
 
+import logging
 import random
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
@@ -19,9 +27,13 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.batch import token_level, unknown, visual
 from kdtrain.data.collate import pad_rows
-from kdtrain.errors import DataError
+from kdtrain.errors import DataError, PreflightError
 from kdtrain.experts import without_router_logits
+from kdtrain.lm_head import few_tokens
 from kdtrain.losses.reduce import IGNORE_INDEX
+from kdtrain.probe import name_of, said_of
+
+logger = logging.getLogger(__name__)
 
 
 def student_generates(seed: int, step: int, lmbda: float) -> bool:
@@ -95,12 +107,10 @@ def generate_batch(
 
     Raises:
         DataError: a row without a prompt, which nothing can be generated from, or with an image behind its prompt.
+        PreflightError: the model cannot generate from prompts of unequal length.
     """
     prompts = _prompts(batch)
     device = batch["input_ids"].device
-    width = max(len(prompt) for prompt in prompts)
-    pad_id = config.pad_token_id
-    generate: Any = model.generate
     if strange := unknown(batch):
         raise DataError(
             f"Batches carry {', '.join(strange)}, which generation does not know how to continue. "
@@ -109,29 +119,22 @@ def generate_batch(
     images, per_token = visual(batch), token_level(batch)
     if images:
         _check_images_in_prompts(model, batch, prompts)
-    input_ids_BP = _left_padded(prompts, pad_id, device)
-    mask_BP = _left_padded([[1] * len(prompt) for prompt in prompts], 0, device)
-    extra = {
-        key: _left_padded([row[: len(prompt)].tolist() for row, prompt in zip(values, prompts, strict=True)], 0, device)
-        for key, values in per_token.items()
-    }
-    # Sharded, every forward is a collective: all ranks must run as many as the one with the longest answer.
-    together = isinstance(model, FSDPModule) or is_deepspeed_zero3_enabled()
-    with torch.no_grad(), _evaluating(model), _only(model, config), without_router_logits(model), _seeded(seed, device):
-        sequences = generate(
-            input_ids=input_ids_BP,
-            attention_mask=mask_BP,
-            generation_config=config,
-            synced_gpus=together,
-            **extra,
-            **images,
-        )
-    completions = [_until_stop(row, config.eos_token_id) for row in sequences[:, width:].tolist()]
+    groups = _groups(model, prompts, device, bool(images))
+    completions: list[list[int]] = [[] for _ in prompts]
+    with _seeded(seed, device):
+        for group in groups:
+            extra = {
+                key: _left_padded([values[i, : len(prompts[i])].tolist() for i in group], 0, device)
+                for key, values in per_token.items()
+            }
+            sequences, width = _generate(model, [prompts[i] for i in group], config, device, **extra, **images)
+            for i, row in zip(group, sequences[:, width:].tolist(), strict=True):
+                completions[i] = _until_stop(row, config.eos_token_id)
     rows = [
         (prompt + completion, [IGNORE_INDEX] * len(prompt) + completion)
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    fresh = {key: value.to(device) for key, value in pad_rows(rows, pad_id, multiple).items()}
+    fresh = {key: value.to(device) for key, value in pad_rows(rows, config.pad_token_id, multiple).items()}
     for key, values in per_token.items():
         # What is generated is text, which is 0 in every processor's account of its tokens.
         grown = values.new_zeros(fresh["input_ids"].shape)
@@ -139,6 +142,107 @@ def generate_batch(
             row[: len(prompt)] = value[: len(prompt)]
         fresh[key] = grown
     return {**batch, **fresh}
+
+
+def _generate(
+    model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig, device: torch.device, **more: Any
+) -> tuple[Any, int]:
+    """What `model.generate` returns for prompts, and the number of positions P that it begins with."""
+    input_ids_BP = _left_padded(prompts, config.pad_token_id, device)
+    mask_BP = _left_padded([[1] * len(prompt) for prompt in prompts], 0, device)
+    with torch.no_grad(), _evaluating(model), _only(model, config), without_router_logits(model):
+        made = model.generate(
+            input_ids=input_ids_BP,
+            attention_mask=mask_BP,
+            generation_config=config,
+            synced_gpus=_in_pieces(model),
+            **more,
+        )
+    return made, input_ids_BP.shape[1]
+
+
+def _in_pieces(model: nn.Module) -> bool:
+    """Sharded, every forward is a collective: all ranks must run as many as the one with the longest answer."""
+    return isinstance(model, FSDPModule) or is_deepspeed_zero3_enabled()
+
+
+def _groups(model: nn.Module, prompts: Sequence[Sequence[int]], device: torch.device, images: bool) -> list[list[int]]:
+    """Rows that are generated together: as many as get the answers that each would get alone.
+
+    Raises:
+        PreflightError: they cannot be generated apart.
+    """
+    everyone = list(range(len(prompts)))
+    share = who_shares_a_batch(model, device)
+    if share == "all":
+        return [everyone]
+    apart = (
+        f"{name_of(model)} writes other answers to a prompt that shares a batch than to the prompt alone, and {{}}. "
+        "{} rlhf.lmbda: 0 and rlhf.seq_kd: false."
+    )
+    if _in_pieces(model):  # ranks with other lengths would wait for each other's forwards
+        reason = "under FSDP and ZeRO-3 prompts cannot be generated apart"
+        raise PreflightError(apart.format(reason, "Train it with plain data parallelism, or set"))
+    by_length: dict[int, list[int]] = {}
+    for i in everyone:
+        by_length.setdefault(len(prompts[i]) if share == "equally long" else i, []).append(i)
+    if images and len(by_length) > 1:
+        reason = "prompts with images cannot be generated apart"
+        raise PreflightError(apart.format(reason, "Set training.per_device_train_batch_size: 1, or"))
+    return list(by_length.values())
+
+
+Share = Literal["all", "equally long", "none"]
+_SHARES: weakref.WeakKeyDictionary[nn.Module, Share] = weakref.WeakKeyDictionary()
+
+
+def who_shares_a_batch(model: nn.Module, device: torch.device) -> Share:
+    """Which prompts a model answers beside others as it does alone; tried once for each model.
+
+    A model in pieces is tried by all ranks together.
+
+    Raises:
+        PreflightError: it cannot generate.
+    """
+    if model not in _SHARES:
+        tolerance = 3e-2 if model.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        difference = _difference_beside(model, device, longer=True)
+        if difference <= tolerance:
+            _SHARES[model] = "all"
+            return "all"
+        equal = _difference_beside(model, device, longer=False) <= tolerance
+        _SHARES[model] = "equally long" if equal else "none"
+        if PartialState().is_main_process:
+            logger.warning(
+                "%s does not honour padding on the left of a prompt (what it writes moves by %.2g): %s, which takes "
+                "longer.",
+                name_of(model),
+                difference,
+                "only prompts of equal length are generated together" if equal else "prompts are generated one by one",
+            )
+    return _SHARES[model]
+
+
+def _difference_beside(model: Any, device: torch.device, longer: bool) -> float:
+    """How far a prompt beside it moves the logits of three tokens written behind another, relative to their size.
+
+    Three, because some models read a padded prompt rightly and go on from a wrong state.
+    """
+    ids = few_tokens(model, device, 20)[0].tolist()
+    prompt, neighbour = ids[-5:], ids[:13] if longer else ids[:5]
+    config = generation_config([], ids[-1], None, 3)
+    config.output_logits = config.return_dict_in_generate = True
+
+    def same_token(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([ids[0]], device=scores.device), 0.0)
+
+    with _seeded(0, device), said_of(f"{name_of(model)} cannot write answers"):
+        beside, alone = (
+            torch.stack(_generate(model, prompts, config, device, logits_processor=[same_token])[0].logits)[:, 0]
+            for prompts in ([prompt, neighbour], [prompt])
+        )
+    moved = (beside.float() - alone.float()).norm(dim=-1) / alone.float().norm(dim=-1)
+    return float(moved.nan_to_num(torch.inf).max()) if alone.isfinite().all() else 0.0
 
 
 def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> torch.Tensor:

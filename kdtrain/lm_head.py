@@ -67,8 +67,8 @@ def why_no_loss_head(model: Any) -> str | None:
         return "its head is not a plain linear layer"
     if is_deepspeed_zero3_enabled():
         return None
-    ids = _few_tokens(model, module.weight.device)
-    with _evaluating(model), without_router_logits(model):
+    ids = few_tokens(model, module.weight.device)
+    with evaluating(model), without_router_logits(model):
         logits = model(input_ids=ids, use_cache=False).logits
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         ours = _head(model, module).plain_logits(hidden)
@@ -82,12 +82,12 @@ def why_wrapped_head_differs(wrapped: Any) -> str | None:
     called on every rank.
     """
     # transformers evaluates without the wrapper: DeepSpeed's hooks are on the model itself.
-    ids = _few_tokens(getattr(wrapped, "module", wrapped), next(wrapped.parameters()).device)
+    ids = few_tokens(getattr(wrapped, "module", wrapped), next(wrapped.parameters()).device)
 
     def logits_of(hidden: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, torch.dtype]:
         return head.plain_logits(hidden), head.weight.dtype
 
-    with _evaluating(wrapped):
+    with evaluating(wrapped):
         logits = wrapped(input_ids=ids, use_cache=False).logits
         ours, dtype = wrapped(input_ids=ids, use_cache=False, loss_head=logits_of)
     reason = _difference(logits, ours, dtype)
@@ -97,16 +97,17 @@ def why_wrapped_head_differs(wrapped: Any) -> str | None:
     return reason or ("it does so on another rank" if differs.item() else None)
 
 
-def _few_tokens(model: Any, device: torch.device) -> torch.Tensor:
-    """[1, 4] ids of text: the placeholder of an image stands for pixels that are not there."""
+def few_tokens(model: Any, device: torch.device, count: int = 4) -> torch.Tensor:
+    """[1, count] ids of text: the placeholder of an image stands for pixels that are not there."""
     config = vars(model.config)
     placeholders = [config[key] for key in config if re.fullmatch(r"(image|video|audio)\w*_token_(id|index)", key)]
-    text = [i for i in range(min(64, vocabulary_size(model))) if i not in placeholders][:4]
+    text = [i for i in range(min(64, vocabulary_size(model))) if i not in placeholders][:count]
     return torch.tensor([text or [0]], device=device)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients for the time of a look; the mode is put back."""
     was_training = model.training
     model.eval()
     try:

@@ -28,6 +28,7 @@ from kdtrain.adapters import adapter_base, is_adapter_folder
 from kdtrain.errors import KdtrainError, NotAvailableError, PreflightError
 from kdtrain.load_report import heard_loading, listed, wrong_weights
 from kdtrain.model_folder import require_sound
+from kdtrain.probe import refuse_other_kinds
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -116,7 +117,9 @@ def sees_images(config: Any) -> bool:
 
 def _config(name: str, policy: Mapping[str, Any]) -> Any:
     with _readable_loading(name):
-        return AutoConfig.from_pretrained(name, **policy)
+        config = AutoConfig.from_pretrained(name, **policy)
+    refuse_other_kinds(name, config)
+    return config
 
 
 def load_model(

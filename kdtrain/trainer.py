@@ -95,7 +95,9 @@ from kdtrain.gkd_fields import check_fields, check_supervision
 from kdtrain.knobs import Knobs, LiveOption
 from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, count_supervised_in, next_token_labels, world_scale
+from kdtrain.model_checks import both_sides, check_models
 from kdtrain.models import disable_dropout, sees_images
+from kdtrain.positions import refuse_width, rows_of_a_run
 from kdtrain.rehearsal import readable_beginning, rehearse
 from kdtrain.sampling import EpochSampler, SetEpoch
 from kdtrain.teachers import Targets, Teacher
@@ -255,6 +257,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._aux_share: torch.Tensor | float = 1.0
         self._check_token_ids()
         self.stopwatch = telemetry.Stopwatch()
+        self._positions = self._check_models()
         self.visual = self._visual_term()
         self._sampler: EpochSampler | None = None
         check_reentrant(self.model, args)
@@ -334,6 +337,23 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 with self.compute_loss_context_manager():
                     visual.probe(batch)
         return visual
+
+    def _check_models(self) -> dict[str, int]:
+        """What a look at both models finds (see `model_checks.py`); the positions of each that has a table of them."""
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        sides = both_sides(base, self.teacher, self.data_collator)
+        chosen = [(self.model, self.lmbda > 0), (self._unwrap(self.teacher_model), self.seq_kd)]
+        generating = [model for model, chosen in chosen if chosen and self._generates()]
+        check_models(
+            sides,
+            rows_of_a_run(self.train_dataset, self.eval_dataset, self.args, generates=bool(generating)),
+            self.data_collator,
+            self.train_dataset,
+            generating=generating,
+            in_pieces=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+            autocast=self.compute_loss_context_manager,
+        )
+        return {side.name: side.look.positions for side in sides if side.look.positions is not None}
 
     def _check_head(self, model: nn.Module) -> None:
         """What could not be looked at before the model was wrapped: see `why_no_loss_head`."""
@@ -587,6 +607,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """
         if self._head_unchecked:
             self._check_head(model)
+        refuse_width(self._positions, inputs)
         mode = "train" if self.model.training else "eval"
         knobs = self._window_knobs if mode == "train" and self._window_knobs else self.knobs.checked()
         if mode == "eval" and not knobs.eval_kd:

@@ -30,6 +30,7 @@ from kdtrain.visual_kd import (
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from kdtrain.data.collate import Collator
     from kdtrain.knobs import VisualKnobs
     from kdtrain.vision.hooks import Features
 
@@ -190,6 +191,11 @@ def first_batch_with_images(dataset: Any, collator: Any, tries: int = 32) -> Map
         if has_images(batch):
             return batch
     return None
+
+
+def first_row_with_images(dataset: Any, collator: Collator, tries: int = 32) -> Any | None:
+    """The row that `first_batch_with_images` collates, as it stands in the data set."""
+    return next((row for row in _candidates(dataset, tries) if collator.has_images(row)), None)
 
 
 def _candidates(dataset: Any, tries: int) -> Iterator[Any]:

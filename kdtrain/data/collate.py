@@ -179,6 +179,23 @@ class Collator:
         except RowError as error:
             raise DataError(f"{_named(row)}: {error}") from error
 
+    def has_images(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has images that this collator would read."""
+        return multimodal(self.processing_class) is not None and bool(self._encode(row).images)
+
+    def prepared_by(self, processing_class: Any, row: Mapping[str, Any]) -> Processed:
+        """A row with images as a processor by itself prepares it, whether or not that agrees with what is stored.
+
+        Raises:
+            DataError: the images cannot be read, or the processor refuses them.
+        """
+        encoded, model = self._encode(row), multimodal(processing_class)
+        assert model is not None, "asked for a processor of images only"
+        try:
+            return model.process(str(encoded.text), self._load(row, encoded))
+        except RowError as error:
+            raise DataError(f"{_named(row)}: {error}") from error
+
     def _process(self, row: Mapping[str, Any], encoded: EncodedRow, images: list[Any], model: Multimodal) -> Processed:
         try:
             processed = model.process(str(encoded.text), images)

@@ -22,7 +22,7 @@ from kdtrain.data.alignment import Alignment
 from kdtrain.data.chat import Rendered
 from kdtrain.data.images import Image
 from kdtrain.data.show import RowError, show
-from kdtrain.errors import DataError
+from kdtrain.errors import DataError, KdtrainError
 
 _TEXT_TENSORS = ("input_ids", "attention_mask")
 
@@ -104,6 +104,8 @@ class Multimodal:
         try:
             # The chat template has written the special tokens already.
             out = processor(text=[text], add_special_tokens=False, return_tensors="pt", **arguments)
+        except KdtrainError:  # a signal, turned into an error of ours
+            raise
         except Exception as error:  # each processor has its own ways to refuse an image
             raise RowError(
                 f"{type(self.processor).__name__} refuses the row: {show(str(error) or type(error).__name__, 400)}"

@@ -17,6 +17,7 @@ from kdtrain.experts import without_router_logits
 from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.head import Head
 from kdtrain.losses.reduce import predicting
+from kdtrain.probe import look_at_text
 from kdtrain.teachers.base import DenseTargets, Targets
 from kdtrain.vocabulary import vocabulary_size
 
@@ -36,6 +37,7 @@ class LocalTeacher:
     def __init__(self, module: nn.Module) -> None:
         self.module: nn.Module | None = module.requires_grad_(False).eval()
         self.vocab_size = vocabulary_size(module)
+        self.look = look_at_text(module, "teacher")
         self._whole_head: Head | None = None
         base: Any = module
         if is_peft_model(base):

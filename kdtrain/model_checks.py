@@ -1,0 +1,116 @@
+"""What is asked of both models before the first step, in the order in which it is paid for.
+
+Their config says what kind they are (`probe.refuse_other_kinds`, before weights are loaded). Then come a forward on a
+few tokens, the lengths of the rows, one image, and for a model that will generate a short answer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import PartialState
+from torch import nn
+
+from kdtrain.data.collate import Collator
+from kdtrain.generation import who_shares_a_batch
+from kdtrain.positions import Rows, length_findings, rope_findings
+from kdtrain.probe import TextLook, look_at_image, look_at_text, settle
+from kdtrain.visual_term import first_row_with_images
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models.
+
+    Attributes:
+        name: "student" or "teacher".
+        model: not wrapped; of a PEFT model its base.
+        look: of `look_at_text`.
+        processing: its tokenizer or processor, where it is known.
+    """
+
+    name: str
+    model: Any
+    look: TextLook
+    processing: Any = None
+
+
+def both_sides(student: Any, teacher: Any, collator: Any) -> list[Side]:
+    """The student, and the teacher where it is a model in this process.
+
+    Args:
+        student: not wrapped; of a PEFT model its base.
+        teacher: a `Teacher`, or None.
+        collator: knows the processors, if it is ours.
+    """
+    ours = isinstance(collator, Collator)
+    processing = collator.processing_class if ours else None
+    sides = [Side("student", student, look_at_text(student, "student"), processing)]
+    if teacher is not None and isinstance(getattr(teacher, "look", None), TextLook):
+        its = (collator.teacher_processing_class or processing) if ours else None
+        sides.append(Side("teacher", teacher.module, teacher.look, its))
+    return sides
+
+
+def check_models(
+    sides: Sequence[Side],
+    rows: Sequence[Rows],
+    collator: Any,
+    train: Any,
+    *,
+    generating: Sequence[nn.Module] = (),
+    only_errors: bool = False,
+    in_pieces: bool = False,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Warn of what will be worse than it looks, and refuse what would end the run or make its numbers wrong.
+
+    Args:
+        rows: of `rows_of_a_run` or `answered_rows`.
+        train: where a row with an image is looked for; None where there is no data yet.
+        generating: the models that will write answers.
+        only_errors: there will be another look, which knows more.
+        in_pieces: FSDP or DeepSpeed will wrap the models: no image is looked at.
+        autocast: what training runs forwards in.
+
+    Raises:
+        PreflightError: all errors of a kind together.
+    """
+    multiple = getattr(collator, "pad_to_multiple_of", None)
+    findings = [finding for side in sides for finding in side.look.findings]
+    for side in sides:
+        findings += length_findings(side.model, side.name, side.look, rows, multiple)
+        findings += rope_findings(side.model, side.name, rows)
+    settle(finding for finding in findings if finding.level == "error" or not only_errors)
+    unseen = [side.name for side in sides if not side.look.looked]
+    if unseen and PartialState().is_main_process:
+        logger.warning(
+            "Not looked at, since ZeRO-3 has the models in pieces: whether %s honour padding, or see the tokens that "
+            "they have to predict.",
+            " and ".join(unseen),
+        )
+    if not in_pieces and not unseen:
+        _check_images(sides, collator, train, autocast)
+        for model in generating:
+            who_shares_a_batch(model, next(model.parameters()).device)
+
+
+def _check_images(
+    sides: Sequence[Side], collator: Any, train: Any, autocast: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    """Each model on a row with an image as its own processor prepares it, so that a misfit is told with its side."""
+    row = None if train is None or not isinstance(collator, Collator) else first_row_with_images(train, collator)
+    if row is None:
+        return
+    with autocast():
+        settle(
+            finding
+            for side in sides
+            for finding in look_at_image(side.model, side.name, side.processing, collator, row)
+        )
