@@ -88,7 +88,7 @@ from kdtrain.data.chat import ChatTemplate
 from kdtrain.data.collate import Collator, cut_rows
 from kdtrain.data.epochs import Epochs
 from kdtrain.data.multimodal import image_token_ids
-from kdtrain.errors import CheckpointError, ConfigError, NonFiniteError, PreflightError
+from kdtrain.errors import CheckpointError, ConfigError, DataError, NonFiniteError, PreflightError
 from kdtrain.experts import asks_for_router_logits, check_experts, restore_router_settings, router_settings
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids, student_generates
 from kdtrain.gkd_fields import check_fields, check_supervision
@@ -561,10 +561,15 @@ class GKDTrainerWithMetrics(GKDTrainer):
             return batch
         # Not gradient_state.remainder: accelerate does not know it in an epoch that is resumed in its middle.
         remainder = epoch_rows % (batch_size * ranks)
-        rows = batch["labels"].shape[0]
-        new = min(max(remainder - self.accelerator.process_index * rows, 0), rows)
-        if remainder == 0 or new == rows:
+        new = min(max(remainder - self.accelerator.process_index * batch_size, 0), batch_size)
+        if remainder == 0 or new == batch_size:
             return batch
+        if new > 0 and batch["labels"].shape[0] != batch_size:
+            raise DataError(
+                f"The last batch of an epoch has {batch_size - new} repeated rows of {batch_size} to leave out, and "
+                f"the collator made {batch['labels'].shape[0]} of them (packing?), so that it is not known which they are. "
+                f"Set training.dataloader_drop_last: true, or give a multiple of {batch_size * ranks} rows."
+            )
         batch = cut_rows(batch, max(new, 1))
         if new == 0:
             batch |= {"labels": torch.full_like(batch["labels"], IGNORE_INDEX), "all_repeated": True}

@@ -178,7 +178,7 @@ CASES = [
     Case("opt", "full", 3, 3, 11, batch=1, loss=SCALED | CE),
     Case("opt", "lora", 2, 1, 7, loss=SHARP, unlabelled=True),
     Case("qwen3_moe", "full", 1, 2, 7, loss=SKEWED | CE),
-    Case("qwen3_moe", "full", 2, 2, 8, loss=FORWARD),
+    Case("qwen3_moe", "full", 2, 2, 9, loss=FORWARD),
     Case("qwen3_moe", "lora", 3, 1, 12, loss=MIXED | CE),
     Case("qwen3_moe", "lora+head", 1, 3, 11, loss=NO_KD, optim="adamw"),
     Case("mamba", "full", 1, 2, 5, loss=SCALED | CE),
@@ -200,6 +200,7 @@ CASES = [
     Case("gemma2", "full", 3, 1, 5, batch=1, loss=MIXED | CE, lmbda=1.0),
     Case("llama", "full", 1, 1, 5, loss=SOFT | CE, seq_kd=True, unlabelled=True),
     Case("qwen3", "lora", 2, 1, 5, loss=SCALED | CE, seq_kd=True, lmbda=0.5),
+    Case("qwen3_moe", "full", 1, 2, 5, loss=FORWARD | CE, lmbda=0.5),
 ]  # fmt: skip
 
 

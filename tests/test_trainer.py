@@ -940,6 +940,38 @@ def test_repeated_rows_do_not_count_in_generated_windows(tmp_path):
         assert rank["D"] == 1
 
 
+def collate_behind_each_other(rows):
+    """All rows of a batch as documents of one."""
+    return {
+        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "labels": torch.tensor([[token for row in rows for token in [-100, *row["labels"][1:]]]]),
+        "position_ids": torch.tensor([[i for row in rows for i in range(len(row["input_ids"]))]]),
+    }
+
+
+def train_packed(folder, count, world):
+    """Two epochs of rows of 2, 3, 4 … tokens in packs of two rows; D of every window."""
+    rows = [{"input_ids": list(range(5, 7 + i)), "labels": list(range(5, 7 + i))} for i in range(count)]
+    trainer = make_trainer(
+        folder, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2), rows=rows, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2 // world, num_train_epochs=2, max_steps=-1,
+        train_sampling_strategy="sequential", extra={"data_collator": collate_behind_each_other},
+    )  # fmt: skip
+    counted = []
+    original = trainer.get_batch_samples
+    trainer.get_batch_samples = lambda *args: (result := original(*args), counted.append(int(result[1])))[0]
+    trainer.train()
+    return counted
+
+
+def test_repeated_rows_do_not_count_where_a_collator_packs_them(tmp_path):
+    expected = [1 + 2 + 3 + 4, 5 + 6] * 2
+    assert train_packed(tmp_path, 6, 1) == expected
+    assert tiny.run_ranks(train_packed, 2, tmp_path, 6, 2) == [expected] * 2
+    with pytest.raises(AssertionError, match=r"DataError: .*1 repeated rows of 2 .*made 1 of them"):
+        tiny.run_ranks(train_packed, 2, tmp_path, 5, 2, timeout=60)
+
+
 def generate_on_ranks(folder):
     trainer = make_trainer(
         folder,
