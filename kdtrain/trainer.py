@@ -567,7 +567,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if new > 0 and batch["labels"].shape[0] != batch_size:
             raise DataError(
                 f"The last batch of an epoch has {batch_size - new} repeated rows of {batch_size} to leave out, and "
-                f"the collator made {batch['labels'].shape[0]} of them (packing?), so that it is not known which they are. "
+                f"the collator made {batch['labels'].shape[0]} of them (packing?): it is not known which they are. "
                 f"Set training.dataloader_drop_last: true, or give a multiple of {batch_size * ranks} rows."
             )
         batch = cut_rows(batch, max(new, 1))
