@@ -30,6 +30,7 @@ STEPS = 5
 BOUND = 1e-5
 MOVED = 5e-3
 VOCABULARY = 320
+NEW_TOKENS = 6
 
 # ---- models ----------------------------------------------------------------------------------------------------------
 
@@ -298,7 +299,7 @@ def train_case(case: Case, folder: Path) -> dict[str, Any]:
     args = make_args(
         folder, **optim, **knobs, max_steps=STEPS, per_device_train_batch_size=case.batch,
         gradient_accumulation_steps=case.accumulation, train_sampling_strategy="sequential", lmbda=case.lmbda,
-        seq_kd=case.seq_kd, weight_decay=weight_decay(case), logging_steps=STEPS,
+        seq_kd=case.seq_kd, max_new_tokens=NEW_TOKENS, weight_decay=weight_decay(case), logging_steps=STEPS,
     )  # fmt: skip
     torch.manual_seed(11)  # of adapters
     trainer = GKDTrainerWithMetrics(
@@ -462,6 +463,7 @@ def answered(row: Row, ids: list[int], generated: bool) -> Row:
         return row
     start = row["prompt_length"]
     assert ids[:start] == row["input_ids"][:start], "another prompt than the row's"
+    assert len(ids) == start + NEW_TOKENS or ids[-1] == _TEXT["eos_token_id"], "an answer without its end"
     fresh = row | {"input_ids": ids, "labels": [-100] * start + ids[start:]}
     if "mm_token_type_ids" in row.get("inputs", {}):
         kinds = torch.tensor([[int(i == tiny_vision.IMAGE) for i in ids]])
