@@ -78,7 +78,8 @@ def heard_loading() -> Iterator[Heard]:
         return record.levelno >= shown_from and "LOAD REPORT" not in text and _NOT_TIED not in text
 
     log.addFilter(hear)
-    log.setLevel(min(shown_from, logging.WARNING))
+    # Just below: transformers takes a level of its own from WARNING on for a wish to see more.
+    log.setLevel(min(shown_from, logging.WARNING - 1))
     try:
         yield heard
     finally:

@@ -246,5 +246,10 @@ def _check_ours(run_dir: Path, resume: str | None) -> None:
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether a run of `fit` has written into a folder: its config, or its status, which is there a little earlier."""
+    """Whether a run of `fit` has written into a folder: its config, or its status, which is there a little earlier.
+
+    Or nothing but checkpoints, as they are moved to another machine.
+    """
+    if all(path.is_dir() and path.name.startswith("checkpoint-") for path in folder.iterdir()):
+        return True
     return "rlhf" in read_map(folder / CONFIG) or {"state", "exit_code", "rank"} <= read_map(folder / STATUS).keys()

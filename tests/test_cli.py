@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdtrain import cli
@@ -200,6 +201,17 @@ def somebody_elses(project, name="model.safetensors", text="precious"):
     path.write_text(text)
 
 
+def drop_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:50_000])
+
+
 def begun(project):
     """The output folder of a run that has begun and was killed before its first checkpoint."""
     somebody_elses(project, "status.json", '{"state": "running", "exit_code": null, "rank": 0}')
@@ -247,6 +259,43 @@ WRONG_WORLDS = {
         "holds a run already. Go on with it by --resume auto, or name another folder (training.output_dir=",
     ),
     "a run in the output folder, in a dry run too": (lambda p: begun(p), ["--dry-run"], "holds a run already"),
+    "a student without one of its weights": (
+        lambda p: drop_weight(p / "student"),
+        [],
+        "student cannot be used: 1 weight does not fit its architecture, and would be random numbers or left",
+    ),
+    "a teacher without one of its weights": (
+        lambda p: drop_weight(p / "teacher"),
+        [],
+        "teacher cannot be used: 1 weight",
+    ),
+    "student's weights cut short": (lambda p: cut(p / "student"), [], "The student"),
+    "teacher's weights cut short": (lambda p: cut(p / "teacher"), [], "The teacher"),
+    "an adapter beside the student's weights": (
+        lambda p: (p / "student" / "adapter_config.json").write_text("{}"),
+        [],
+        "For the weights alone, as after a merge, move adapter_config.json and adapter_model.safetensors out of the",
+    ),
+    "an adapter beside the teacher's weights": (
+        lambda p: (p / "teacher" / "adapter_config.json").write_text("{}"),
+        [],
+        "The teacher",
+    ),
+    "an attention that is not installed": (
+        lambda p: None,
+        ["model.attn_implementation=flash_attention_2"],
+        "student could not be loaded: FlashAttention2",
+    ),
+    "an attention without a backward pass": (
+        lambda p: None,
+        ["model.attn_implementation=flex_attention"],
+        "flex_attention has no backward pass on a CPU",
+    ),
+    "an adapter on a tied head": (
+        lambda p: None,
+        ["tuner.train_type=lora", "tuner.target_modules=[q_proj, lm_head]"],
+        "the weight of lm_head is tied to that of model.embed_tokens",
+    ),
     "a full output folder": (
         lambda p: somebody_elses(p),
         [],
@@ -264,7 +313,7 @@ WRONG_WORLDS = {
         "holds no run of kdtrain",
     ),
     "a model trained elsewhere with checkpoints": (
-        lambda p: somebody_elses(p, "checkpoint-5/trainer_state.json", "{}"),
+        lambda p: (somebody_elses(p), (p / "run" / "checkpoint-5").mkdir()),
         ["--resume", "auto"],
         "holds no run of kdtrain",
     ),

@@ -68,6 +68,10 @@ BROKEN = {
         lambda f: truncate(f / "tokenizer_config.json", 0),
         r"tokenizer_config.json is empty",
     ),
+    "an adapter beside the weights": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        r"an adapter \(adapter_config\.json\) lies beside the weights.*For the weights alone.*for both, merge",
+    ),
     "padding beyond the embedding": (
         lambda f: change_config(f, pad_token_id=99999),
         r"pad_token_id 99999, beyond the 320 rows",

@@ -7,6 +7,7 @@ import types
 import datasets
 import pytest
 import torch
+from peft import LoraConfig
 from trl.experimental.gkd import GKDConfig
 
 from kdtrain.errors import NonFiniteError, PreflightError, VocabularyError
@@ -1056,3 +1057,17 @@ def test_lora_trains_only_its_adapter_and_loads_again(tmp_path, student, teacher
     trainer.model.eval()
     torch.testing.assert_close(again.eval()(ids).logits, trainer.model(ids).logits)
     assert not torch.equal(again(ids).logits, student(ids).logits)
+
+
+def test_a_student_that_cannot_be_trained_as_asked_is_refused_at_construction(tmp_path, student, teacher):
+    with pytest.raises(PreflightError, match="has nothing called 'q_prjo'"):
+        make_trainer(tmp_path, student, teacher, extra={"peft_config": LoraConfig(target_modules=["q_prjo"])})
+    with pytest.raises(PreflightError, match="Not one parameter of the student"):
+        make_trainer(tmp_path, student.requires_grad_(False), teacher)
+
+
+def test_arguments_for_loading_a_teacher_that_is_loaded_are_told_to_be_idle(tmp_path, teacher, caplog):
+    make_trainer(tmp_path, teacher=teacher, teacher_model_init_kwargs={"dtype": "auto"})  # what a config fills in
+    assert "no effect" not in caplog.text
+    make_trainer(tmp_path, teacher=teacher, teacher_model_init_kwargs={"dtype": "bfloat16"})
+    assert "teacher_model_init_kwargs has no effect: the teacher is loaded already" in caplog.text

@@ -198,6 +198,23 @@ def test_a_resumed_run_has_the_weights_optimizer_and_projectors_of_its_checkpoin
         assert torch.equal(value, load_file(whole.run_dir / "visual_projectors.safetensors")[name])
 
 
+def test_the_plan_says_what_is_trained_of_each_part_and_a_frozen_part_is_not_named_for_training(models, tmp_path):
+    lora = {"tuner__train_type": "lora", "custom__visual_kd": {}, "training__max_steps": 1}
+    reporter = Silent()
+    arguments = ConfigLoader.load_training_config(
+        write_config(models, tmp_path, **lora, tuner__target_modules=["q_proj"], tuner__freeze_vit=True)
+    )
+    fit(arguments, reporter, dry_run=True)
+    assert reporter.rows["trained"] == "language model 2,048, vision encoder 0, aligner 0"
+    config = write_config(
+        models, tmp_path, **lora, tuner__modules_to_save=["multi_modal_projector"], tuner__freeze_aligner=True
+    )
+    with pytest.raises(
+        PreflightError, match=r"'multi_modal_projector' is to be trained, and tuner.freeze_aligner keep"
+    ):
+        fit(ConfigLoader.load_training_config(config), Silent())
+
+
 def _fit_rank(folder):
     arguments = ConfigLoader.load_training_config(folder / "config.yaml")
     fit(arguments, Silent())
