@@ -67,6 +67,8 @@ def test_two_epochs_of_half_the_rows_read_all_of_them_on_any_number_of_ranks(tmp
     assert sorted(epochs[0] + epochs[1]) == list(range(20))
     assert (epochs[0] == sorted(epochs[0])) == (strategy == "sequential")
     assert set(epochs[2]) not in (set(epochs[0]), set(epochs[1]))
+    if strategy == "sequential":
+        return
     first, second = tiny.run_ranks(read_rows, 2, tmp_path / "two", 2, None, strategy)
     assert [a + b for a, b in zip(first[0], second[0], strict=True)] == windows
 
