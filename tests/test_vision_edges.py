@@ -224,3 +224,19 @@ def frozen_in_pieces(folder):
 def test_in_pieces_a_frozen_language_model_and_no_image_are_told_instead_of_waiting(tmp_path):
     with pytest.raises(AssertionError, match=r"batch of step 2 has no image, and the language model is frozen"):
         tiny.run_ranks(frozen_in_pieces, 2, tmp_path, timeout=60)
+
+
+def test_the_best_step_of_a_visual_term_is_its_smallest_and_needs_images(models, tmp_path):  # noqa: F811
+    text = models / "text.jsonl"
+    text.write_text(json.dumps(TEXT) + "\n")
+    options = {
+        "data__eval": str(models / "train.jsonl"), "training__eval_strategy": "steps", "training__eval_steps": 1,
+        "training__metric_for_best_model": "vision_kd_loss_aligner", "training__save_strategy": "best",
+    }  # fmt: skip
+    result, records = run(models, tmp_path / "a", **options)
+    values = {r["step"]: r["eval_vision_kd_loss_aligner"] for r in records if "eval_loss" in r}
+    saved = max(int(path.name.split("-")[1]) for path in result.run_dir.glob("checkpoint-*"))
+    assert len(set(values.values())) == 4
+    assert values[saved] == min(values.values())
+    with pytest.raises(PreflightError, match="no evaluation has 'vision_kd_loss_aligner'"):
+        run(models, tmp_path / "b", **{**options, "data__eval": str(text)})
