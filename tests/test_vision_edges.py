@@ -41,13 +41,13 @@ def test_projectors_stand_still_in_windows_without_images(models, tmp_path, worl
 
 
 def test_biases_of_projectors_do_not_decay(models, tmp_path):  # noqa: F811
-    from kdtrain.build import build_trainer
+    from kdtrain.build import Given, build_trainer
     from kdtrain.config import ConfigLoader
     from tests.test_vision_fit import Silent
 
     file = write_config(models, tmp_path, training__weight_decay=0.5, training__optim="adamw_torch")
     arguments = ConfigLoader.load_training_config(file)
-    trainer, _ = build_trainer(arguments.config, arguments.training_args, Silent(), False)
+    trainer, _ = build_trainer(arguments.config, arguments.training_args, Silent(), False, Given())
     decay = {id(p): g["weight_decay"] for g in trainer.create_optimizer().param_groups for p in g["params"]}
     named = dict(trainer.visual.projectors.named_parameters())
     assert {name: decay[id(p)] for name, p in named.items()} == {
