@@ -17,11 +17,8 @@ _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def router_settings(model: Any) -> dict[str, Any]:
-    """What the config of a model, given as a module, says about router logits; nothing for a name."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return {}
-    text = config.get_text_config()
+    """What the config of a model says about router logits."""
+    text = _text_config(model)
     return {name: getattr(text, name) for name in _WRITTEN if hasattr(text, name)}
 
 

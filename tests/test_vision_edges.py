@@ -24,33 +24,30 @@ def test_projectors_stand_still_in_windows_without_images(models, tmp_path, worl
     """Rows 0 and 1 have one image, the others none; on two ranks, the second never has one."""
     data = models / "rare.jsonl"
     data.write_text("".join(json.dumps(one) + "\n" for one in [row(0, "a thing"), TEXT, TEXT, TEXT]))
-    kept = []
-    for steps in (1, 2):
-        where = tmp_path / str(steps)
-        options = {
-            "data__train": str(data), "training__max_steps": steps, "training__optim": "adamw_torch",
-            "training__learning_rate": 0.01, "training__weight_decay": 0.5,
-            "training__per_device_train_batch_size": 2 // world,
-        }  # fmt: skip
-        if world == 1:
-            run(models, where, **options)
-        else:
-            where.mkdir()
-            write_config(models, where, **options)
-            tiny.run_ranks(_fit_rank, world, where)
-        kept.append(load_file(where / "run" / "visual_projectors.safetensors"))
-    for name, value in kept[0].items():
-        assert torch.equal(value, kept[1][name]), name
+    options = {
+        "data__train": str(data), "training__max_steps": 2, "training__optim": "adamw_torch",
+        "training__learning_rate": 0.01, "training__weight_decay": 0.5, "training__save_strategy": "steps",
+        "training__save_steps": 1, "training__per_device_train_batch_size": 2 // world,
+    }  # fmt: skip
+    if world == 1:
+        run(models, tmp_path, **options)
+    else:
+        write_config(models, tmp_path, **options)
+        tiny.run_ranks(_fit_rank, world, tmp_path)
+    first, second = (load_file(tmp_path / "run" / f"checkpoint-{step}" / "visual_projectors.safetensors")
+                     for step in (1, 2))  # fmt: skip
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
 
 
 def test_biases_of_projectors_do_not_decay(models, tmp_path):  # noqa: F811
-    from kdtrain.build import build_trainer
+    from kdtrain.build import Given, build_trainer
     from kdtrain.config import ConfigLoader
     from tests.test_vision_fit import Silent
 
     file = write_config(models, tmp_path, training__weight_decay=0.5, training__optim="adamw_torch")
     arguments = ConfigLoader.load_training_config(file)
-    trainer, _ = build_trainer(arguments.config, arguments.training_args, Silent(), False)
+    trainer, _ = build_trainer(arguments.config, arguments.training_args, Silent(), False, Given())
     decay = {id(p): g["weight_decay"] for g in trainer.create_optimizer().param_groups for p in g["params"]}
     named = dict(trainer.visual.projectors.named_parameters())
     assert {name: decay[id(p)] for name, p in named.items()} == {
@@ -142,8 +139,7 @@ def test_rows_without_images_count_and_teach_nothing_where_the_language_model_is
     """A window of text alone is no step; beside an image text adds to D only, on one rank as on two."""
     pattern = "iittitti"
     losses, weights = by_hand(family, pattern)
-    runs = [train_frozen(tmp_path / "one", family, pattern, 1),
-            train_frozen(tmp_path / "dense", family, pattern, 1, False),
+    runs = [train_frozen(tmp_path / "one", family, pattern, 1, fused=family == "llava"),
             *tiny.run_ranks(train_frozen, 2, tmp_path / "two", family, pattern, 2)]  # fmt: skip
     for records, trained in runs:
         assert [record[0] for record in records] == pytest.approx(losses, rel=1e-5)
@@ -210,3 +206,37 @@ def test_a_tower_without_an_image_is_no_alarm(tmp_path, caplog):
         extra={"processing_class": processor},
     ).train()  # fmt: skip
     assert not [r for r in caplog.records if "had no gradient" in r.getMessage()]
+
+
+def frozen_in_pieces(folder):
+    from tests.test_distributed import sharding_on_a_cpu
+
+    processor = FAMILIES["qwen"]()
+    student = frozen_student("qwen")[0]
+    trainer = make_trainer(
+        folder, student, make_model("qwen", processor, 2), rows=image_rows("iitt"), max_steps=2,
+        per_device_train_batch_size=1, train_sampling_strategy="sequential", extra={"processing_class": processor},
+        **sharding_on_a_cpu(),
+    )  # fmt: skip
+    trainer.train()
+
+
+def test_in_pieces_a_frozen_language_model_and_no_image_are_told_instead_of_waiting(tmp_path):
+    with pytest.raises(AssertionError, match=r"batch of step 2 has no image, and the language model is frozen"):
+        tiny.run_ranks(frozen_in_pieces, 2, tmp_path, timeout=60)
+
+
+def test_the_best_step_of_a_visual_term_is_its_smallest_and_needs_images(models, tmp_path):  # noqa: F811
+    text = models / "text.jsonl"
+    text.write_text(json.dumps(TEXT) + "\n")
+    options = {
+        "data__eval": str(models / "train.jsonl"), "training__eval_strategy": "steps", "training__eval_steps": 1,
+        "training__metric_for_best_model": "vision_kd_loss_aligner", "training__save_strategy": "best",
+    }  # fmt: skip
+    result, records = run(models, tmp_path / "a", **options)
+    values = {r["step"]: r["eval_vision_kd_loss_aligner"] for r in records if "eval_loss" in r}
+    saved = max(int(path.name.split("-")[1]) for path in result.run_dir.glob("checkpoint-*"))
+    assert len(set(values.values())) == 4
+    assert values[saved] == min(values.values())
+    with pytest.raises(PreflightError, match="no evaluation has 'vision_kd_loss_aligner'"):
+        run(models, tmp_path / "b", **{**options, "data__eval": str(text)})
