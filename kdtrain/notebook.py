@@ -60,11 +60,18 @@ def fit(
         train_dataset=None if train_dataset is None else as_rows("train_dataset", train_dataset),
         eval_dataset=None if eval_dataset is None else as_rows("eval_dataset", eval_dataset),
         model=None if isinstance(model, str) else check_model("model", model),
-        teacher=None if isinstance(teacher, str) else teacher,
+        teacher=None if isinstance(teacher, str) else _checked_teacher(teacher),
         callbacks=callbacks,
     )
     reporter = ConsoleReporter(Console(stderr=True), quiet=quiet)
     return run(build_train_arguments(checked), reporter, resume=resume, dry_run=dry_run, given=given)
+
+
+def _checked_teacher(teacher: Any) -> Any:
+    from kdtrain.construction import check_model
+    from kdtrain.teachers import Teacher
+
+    return teacher if isinstance(teacher, Teacher) else check_model("teacher", teacher)
 
 
 def _names(config: Source, overrides: Sequence[str], given: Mapping[str, Any]) -> list[str]:

@@ -131,19 +131,25 @@ class GKDTrainerWithMetrics(GKDTrainer):
     once. They are not part of a checkpoint: a resumed run begins with those of `args`.
 
     Args:
-        model: the student, or its name.
-        teacher_model: the teacher, or its name; None where no KD is active.
-        args: GKDConfig.
-        data_collator: None is `kdtrain.data.Collator`; rows hold `input_ids` and `labels`, or are still `messages`,
-            `prompt` and `completion`, or `text`. A batch is `input_ids` [B, T], `attention_mask` [B, T], `labels`
-            [B, T] and whatever else the model's forward takes (see `batch.py`); optionally `prompt_lengths` [B] (needed
-            to generate) and `ce_rows` [B] bool (rows that contribute cross-entropy; all where absent).
+        model: the student, or its name; a PeftModel or the folder of an adapter, which is trained further.
+        teacher_model: the teacher, or its name; with an adapter, or an adapter's folder. None where no KD is active,
+            and where `args.teacher_model_name_or_path` names it.
+        args: GKDConfig. Fields that the trainer does not honour are refused (see `gkd_fields.py`).
+        train_dataset: a `datasets.Dataset`, a list of rows, or a torch data set with a length; eval_dataset as well, or
+            a dict of them.
+        processing_class: None is what is saved with the model.
+        data_collator: None is `kdtrain.data.Collator`, which cuts rows at `args.max_length`; rows hold `input_ids` and
+            `labels`, or are still `messages`, `prompt` and `completion`, or `text`. A batch is `input_ids` [B, T],
+            `attention_mask` [B, T], `labels` [B, T] and whatever else the model's forward takes (see `batch.py`);
+            optionally `prompt_lengths` [B] (needed to generate) and `ce_rows` [B] bool (rows that contribute
+            cross-entropy; all where absent).
         teacher: a `kdtrain.teachers.Teacher` instead of `teacher_model`.
         shared_vocab_size: leading logit columns that both models share, where the caller has compared the tokenizers;
             None finds out.
 
     Raises:
-        ValueError: KD is active without a teacher, a knob is out of range, or vocabularies differ.
+        ValueError: KD is active without a teacher, a knob is out of range, vocabularies differ, or an argument is of a
+            wrong kind (`ConfigError`, `PreflightError`).
     """
 
     _tag_names = ("trl", "gkd", "kdtrain")

@@ -143,6 +143,8 @@ def test_errors_are_raised_and_end_nothing(project, student, teacher):
         kdtrain.fit(ConfigLoader.load_training_config(project / "config.yaml"))
     with pytest.raises(ConfigError, match="train_dataset must be"):
         kdtrain.fit(project / "config.yaml", train_dataset=3)
+    with pytest.raises(ConfigError, match="teacher must be a transformers or PEFT model, or the name of one"):
+        kdtrain.fit(project / "config.yaml", teacher=3)
     with pytest.raises(ConfigError, match="teacher: self"):
         kdtrain.fit(project / "config.yaml", model=student, teacher=student)
     (project / "run").mkdir()

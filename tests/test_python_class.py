@@ -274,13 +274,14 @@ def test_prompt_tuning_where_answers_are_generated_is_refused_with_the_reason(tm
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
-def test_the_collator_of_trl_trains_on_and_off_policy(tmp_path, student, teacher, tokenizer, lmbda):
+def test_the_collator_of_trl_trains_on_and_off_policy(tmp_path, student, teacher, tokenizer, lmbda, caplog):
     trainer = make_trainer(
         tmp_path, student, teacher, lmbda=lmbda, max_steps=2, learning_rate=0.0,
         extra={"data_collator": DataCollatorForChatML(tokenizer, max_length=64)},
     )  # fmt: skip
     trainer.train()
     assert [record["on_policy_fraction"] for record in trainer.state.log_history[:2]] == [lmbda, lmbda]
+    assert not any("byte_offsets" in record.message for record in caplog.records)  # known, and no matter of the user's
 
 
 def test_a_batch_padded_on_the_left_has_the_loss_of_one_padded_on_the_right(tmp_path, teacher, tokenizer):
