@@ -41,20 +41,22 @@ class Side:
     processing: Any = None
 
 
-def both_sides(student: Any, teacher: Any, collator: Any) -> list[Side]:
+def both_sides(student: Any, teacher: Any, collator: Any, teacher_model: Any = None) -> list[Side]:
     """The student, and the teacher where it is a model in this process.
 
     Args:
         student: not wrapped; of a PEFT model its base.
         teacher: a `Teacher`, or None.
         collator: knows the processors, if it is ours.
+        teacher_model: the teacher's module as it was before it was wrapped; None is as it is.
     """
     ours = isinstance(collator, Collator)
     processing = collator.processing_class if ours else None
     sides = [Side("student", student, look_at_text(student, "student"), processing)]
     if teacher is not None and isinstance(getattr(teacher, "look", None), TextLook):
         its = (collator.teacher_processing_class or processing) if ours else None
-        sides.append(Side("teacher", teacher.module, teacher.look, its))
+        model = teacher.module if teacher_model is None else teacher_model
+        sides.append(Side("teacher", model, teacher.look, its))
     return sides
 
 

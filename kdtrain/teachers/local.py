@@ -37,11 +37,11 @@ class LocalTeacher:
     def __init__(self, module: nn.Module) -> None:
         self.module: nn.Module | None = module.requires_grad_(False).eval()
         self.vocab_size = vocabulary_size(module)
-        self.look = look_at_text(module, "teacher")
         self._whole_head: Head | None = None
         base: Any = module
         if is_peft_model(base):
             base = base.get_base_model()
+        self.look = look_at_text(base, "teacher")
         reason = why_no_loss_head(base)
         self._from_logits = reason is not None
         self._unchecked = reason is None and is_deepspeed_zero3_enabled()
