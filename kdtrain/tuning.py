@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# PEFT refuses an adapter on this module of these families: their kernels read its weight past the module.
+# Modules of these families whose weight is read past the module: PEFT refuses an adapter on out_proj, and one on
+# dt_proj would never get a gradient.
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-_MAMBA_PROJECTION = "out_proj"
+_READ_PAST = ("dt_proj", "out_proj")
 
 
 def fit_student(model: Any, peft_config: PeftConfig | None, args: Any) -> PeftConfig | None:
@@ -151,17 +152,19 @@ def _without_mamba_projections(model: nn.Module, config: PeftConfig) -> PeftConf
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family not in _MAMBA:
         return config
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    left_out = [name for name in _READ_PAST if name in present]
     logger.warning(
-        "target_modules: all-linear leaves out %s: PEFT refuses an adapter there in %s models.",
-        _MAMBA_PROJECTION,
+        "target_modules: all-linear leaves out %s: %s models read the weight past the module and an adapter on it.",
+        " and ".join(left_out),
         family,
     )
     fitted: Any = copy.copy(config)
     excluded = fitted.exclude_modules
     if isinstance(excluded, str):
-        fitted.exclude_modules = rf"(?:{excluded})|(?:.*\.)?{_MAMBA_PROJECTION}"
+        fitted.exclude_modules = rf"(?:{excluded})|(?:.*\.)?(?:{'|'.join(left_out)})"
     else:
-        fitted.exclude_modules = [*(excluded or ()), _MAMBA_PROJECTION]
+        fitted.exclude_modules = [*(excluded or ()), *left_out]
     return fitted
 
 
