@@ -177,10 +177,14 @@ def _what_moves(rows: torch.Tensor, tolerance: float) -> str | None:
     text, changed, padded = rows
     if not text.isfinite().all():
         return None  # that is told by the loss
-    for other, what in ((changed, "the tokens behind them are changed"), (padded, "padding stands behind them")):
+    cases = (
+        (changed, "sees the tokens that it has to predict", "the tokens behind them are changed"),
+        (padded, "does not honour the attention mask", "padding stands behind them"),
+    )
+    for other, what, when in cases:
         moved = float(((other - text).norm(dim=-1) / text.norm(dim=-1)).max())
         if not moved <= tolerance:
-            return f"its predictions move by {moved:.2g} of their size when {what}"
+            return f"{what}: its predictions move by {moved:.2g} of their size when {when}."
     return None
 
 
@@ -188,8 +192,8 @@ def _describe(moved: str, model: Any, side: str) -> str:
     config = model.config.get_text_config()
     switch = " Its config.json has is_decoder: false." if getattr(config, "is_decoder", None) is False else ""
     return (
-        f"The {side} ({name_of(model)}, {type(model).__name__}) sees the tokens that it has to predict: "
-        f"{moved}.{switch} Its losses and accuracies would mean nothing. {_WHAT_IS_NEEDED}"
+        f"The {side} ({name_of(model)}, {type(model).__name__}) {moved}{switch} Its losses and accuracies would mean "
+        f"nothing. {_WHAT_IS_NEEDED}"
     )
 
 

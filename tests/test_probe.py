@@ -127,13 +127,25 @@ def test_adapters_do_not_hide_a_model_that_sees_the_future(project, tokenizer):
 def test_a_look_costs_one_forward_and_leaves_a_model_and_the_random_state_as_they_were():
     model = make("qwen3").train()
     forwards = []
-    model.register_forward_hook(lambda *_: forwards.append(1))
+    model.register_forward_hook(lambda *_: forwards.append(torch.rand(())))  # as a model that draws
     before = torch.get_rng_state()
     look_at_text(model, "student")
     assert len(forwards) == 1
     assert model.training
     assert model.model.layers[0].training
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_whose_predictions_depend_on_the_padding_behind_them_is_found():
+    model = make("qwen3")
+
+    def add_padding(module, args, kwargs, output):
+        output.logits = output.logits + kwargs["attention_mask"].sum(1)[:, None, None]
+        return output
+
+    model.register_forward_hook(add_padding, with_kwargs=True)
+    (finding,) = look_at_text(model, "student").findings
+    assert "does not honour the attention mask: its predictions move by" in finding.text
 
 
 def test_special_tokens_beyond_the_vocabulary_do_not_disturb_the_look():
