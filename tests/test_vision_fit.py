@@ -413,6 +413,7 @@ def test_answers_that_were_stored_are_not_generated_again(models, prompts, tmp_p
     part = tmp_path / "part" / "run" / "teacher_answers" / file.parent.name
     part.mkdir(parents=True)
     (part / "rank0.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    shutil.copy(whole.run_dir / "status.json", tmp_path / "part" / "run")  # by which the folder is a run's
     resumed, again = run(models, tmp_path / "part", resume="auto", **options)
     now = (part / "rank0.jsonl").read_text().splitlines()
     assert len(now) == 3 + len(lines) - 3  # the broken line, and one for each that was missing behind it
