@@ -27,7 +27,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.batch import token_level, unknown, visual
 from kdtrain.data.collate import pad_rows
-from kdtrain.errors import DataError, PreflightError
+from kdtrain.errors import DataError, NotAvailableError, PreflightError
 from kdtrain.experts import without_router_logits
 from kdtrain.lm_head import few_tokens
 from kdtrain.losses.reduce import IGNORE_INDEX
@@ -117,6 +117,11 @@ def generate_batch(
             "Set rlhf.lmbda: 0 and rlhf.seq_kd: false."
         )
     images, per_token = visual(batch), token_level(batch)
+    if "token_type_ids" in per_token and getattr(getattr(model, "config", None), "model_type", None) == "paligemma":
+        raise NotAvailableError(
+            "PaliGemma reads from token_type_ids what is prompt and what is answer: generating for it is not available "
+            "yet. Set rlhf.lmbda: 0 and rlhf.seq_kd: false."
+        )
     if images:
         _check_images_in_prompts(model, batch, prompts)
     groups = _groups(model, prompts, device, bool(images))

@@ -93,7 +93,7 @@ from kdtrain.experts import asks_for_router_logits, check_experts, restore_route
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids, student_generates
 from kdtrain.gkd_fields import check_fields, check_supervision
 from kdtrain.knobs import Knobs, LiveOption
-from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
+from kdtrain.lm_head import add_loss_head, placeholder_ids, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, count_supervised_in, next_token_labels, world_scale
 from kdtrain.model_checks import both_sides, check_models
 from kdtrain.models import disable_dropout, sees_images
@@ -528,7 +528,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0] if stop_ids else 0
         assert self.vocabulary is not None
         padding = range(self.vocabulary.shared, max(self.vocabulary.student, self.vocabulary.teacher))
-        forbidden = [*padding, *image_token_ids(self.processing_class)]
+        images = {*image_token_ids(self.processing_class), *placeholder_ids(self._unwrap(model))}
+        forbidden = sorted({*padding, *images})
         config = generation_config(stop_ids, pad_id, self.temperature, self.args.max_new_tokens, forbidden)
         # Ranks hold other rows, so they sample from other states; the window and micro-batch make them new each time.
         base = f"{side}:{self.args.seed}:{self.state.global_step}:{self.accelerator.process_index}"

@@ -7,12 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 from kdtrain.batch import model_inputs
-from kdtrain.errors import PreflightError
+from kdtrain.errors import NotAvailableError, PreflightError
+from kdtrain.generation import generate_batch, generation_config
+from kdtrain.lm_head import placeholder_ids
 from kdtrain.models import lora_config
 from tests import tiny
 from tests.test_trainer import ROWS, make_trainer
 from tests.test_vision_fit import _fit_rank, models, row, run, write_config  # noqa: F401  (a fixture)
 from tests.tiny_processors import FAMILIES, make_model, picture
+from tests.tiny_vision import IMAGE, make_inputs, make_vlm
 
 TEXT = {"messages": [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}]}
 
@@ -240,3 +243,24 @@ def test_the_best_step_of_a_visual_term_is_its_smallest_and_needs_images(models,
     assert values[saved] == min(values.values())
     with pytest.raises(PreflightError, match="no evaluation has 'vision_kd_loss_aligner'"):
         run(models, tmp_path / "b", **{**options, "data__eval": str(text)})
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics2", "qwen2_5_vl", "gemma3"])
+def test_the_placeholders_of_images_are_known_from_the_model_alone(family):
+    """A student may be given a tokenizer in place of its processor, and must not write them all the same."""
+    model = make_vlm(family)
+    assert IMAGE in make_inputs(model)["input_ids"]
+    assert IMAGE in placeholder_ids(model)
+    assert min(placeholder_ids(model)) > 12  # text
+    assert placeholder_ids(tiny.make_qwen3()) == set()
+
+
+def test_a_model_that_is_told_what_is_prompt_does_not_generate():
+    """Answers marked as prompt would see their own later tokens."""
+    model = make_vlm("paligemma")
+    batch = make_inputs(model) | {"prompt_lengths": torch.tensor([2, 2])}
+    with pytest.raises(NotAvailableError, match=r"rlhf\.lmbda: 0"):
+        generate_batch(model, batch, generation_config([2], 0, None, 3), seed=0)
