@@ -264,3 +264,16 @@ def test_a_model_that_is_told_what_is_prompt_does_not_generate():
     batch = make_inputs(model) | {"prompt_lengths": torch.tensor([2, 2])}
     with pytest.raises(NotAvailableError, match=r"rlhf\.lmbda: 0"):
         generate_batch(model, batch, generation_config([2], 0, None, 3), seed=0)
+
+
+def test_a_students_samples_hold_no_placeholder_that_its_config_names(tmp_path):
+    from kdtrain import trainer as module
+
+    student, forbidden = tiny.make_qwen3(seed=1), []
+    student.config.image_token_id = 17
+    trainer = make_trainer(tmp_path, student, tiny.make_qwen3(seed=2), lmbda=1.0, max_steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "generation_config",
+                      lambda *args: forbidden.extend(args[4]) or generation_config(*args))  # fmt: skip
+        trainer.train()
+    assert forbidden == [17]
