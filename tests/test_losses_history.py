@@ -1,7 +1,7 @@
 """The fused loss does not remember: a call gives the same numbers whatever the process computed before it.
 
 Sizes lie around those where matrix kernels change. Every order of calls runs in a process of its own, forked from one
-that has computed nothing. `python -m tests.test_losses_history` prints the worst errors.
+that has computed nothing. `python -m tests.test_losses_history` prints what every call gave, as JSON.
 """
 
 from __future__ import annotations
