@@ -4,15 +4,16 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tests fork
-os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+# For the processes that tests start as well. On a busy two-core machine two threads took fifty times longer than one; a
+# quiet one can try the numbers with OMP_NUM_THREADS=2.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
 from tests import tiny
 
-# On a busy two-core machine two threads took fifty times longer than one.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")
