@@ -505,8 +505,22 @@ def test_topk_probabilities_a_rounding_above_1_are_divided_by_their_sum():
     logprobs = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.1]]).log()
     targets = TopKLogprobs(torch.tensor([[0, 1, 2], [3, 4, 5]]), logprobs + torch.tensor([[8e-4], [0.0]]))
     torch.testing.assert_close(targets.logprobs, logprobs, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match=r"more than 1 \+ 0\.001"):
+    with pytest.raises(ValueError, match=r"more than 1\.001"):
         TopKLogprobs(targets.indices, logprobs + 2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_topk_logprobs_in_half_precision_are_not_refused_for_its_rounding(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5000, 50, generator=generator) * torch.linspace(0, 6, 5000)[:, None]
+    logprobs, indices = torch.log_softmax(logits, -1).topk(20)
+    targets = TopKLogprobs(indices, logprobs.to(dtype))
+    assert targets.logprobs.double().exp().sum(-1).max() <= 1 + 1e-6
+    torch.testing.assert_close(
+        targets.logprobs.float(), logprobs, rtol=2e-2 if dtype != torch.float32 else 1e-6, atol=1e-2
+    )
+    fifty_fifty = torch.tensor([[0.5, 0.5]]).log().to(dtype)
+    TopKLogprobs(torch.tensor([[3, 4]]), fifty_fifty)
 
 
 # ---- what makes it fast on a CPU must not be seen in the numbers -----------------------------------------------------

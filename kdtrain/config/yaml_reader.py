@@ -75,6 +75,8 @@ def _syntax_problem(error: yaml.MarkedYAMLError, source: SourceFile) -> Problem:
     nearby = source.lines[max(0, mark.line - 1) : mark.line + 1] if mark else []
     if any("\t" in line[: len(line) - len(line.lstrip())] for line in nearby):
         return Problem((), "a tab in the indentation, which YAML does not allow", "indent with spaces", place=place)
+    if error.problem == "exceeded maximum nesting depth":  # libyaml's own limit, met while it reads ahead
+        return Problem((), f"more than {MAX_DEPTH} levels deep", place=place)
     return Problem((), f"not valid YAML: {error.problem or error.context}", place=place)
 
 

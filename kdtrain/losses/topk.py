@@ -23,8 +23,9 @@ _SMALLEST_TAIL = 1e-8
 
 
 # Probabilities of one position may add up to this much more than 1 (rounding of whoever computed them); they are then
-# divided by their sum.
-_EXCESS_MASS = 1e-3
+# divided by their sum. In half precision the logarithms themselves are rounded by more.
+_EXCESS_MASS = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
+_LEAST_EXCESS_MASS = 1e-3
 # No model's log-probability. Such a number fills up a row, and would count as an extremely unlikely token.
 _FILLER = -1e4
 
@@ -39,11 +40,12 @@ class TopKLogprobs:
 
     Args:
         indices: [N, K] int64, token ids, different within a row. −1 marks a missing entry; its logprob must be −inf.
-        logprobs: [N, K] float, natural logarithms ≤ 0; Σ exp ≤ 1 per row. A sum of up to 1.001 is divided out.
+        logprobs: [N, K] float, natural logarithms ≤ 0; Σ exp ≤ 1 per row. A sum of up to 1.001 (float16 1.004,
+            bfloat16 1.03: they round logarithms by that much) is divided out.
 
     Raises:
         ValueError: shapes that differ; and, for tensors on a CPU, NaN, an id twice in a row, probabilities that add up
-            to more than 1.001, a missing entry with a logprob, or a number such as −1e9 in place of −inf. On another
+            to more, a missing entry with a logprob, or a number such as −1e9 in place of −inf. On another
             device the values are not looked at: the host would wait for it.
     """
 
@@ -88,6 +90,7 @@ def _checked_logprobs(indices: torch.Tensor, logprobs: torch.Tensor) -> torch.Te
     """
     missing = indices < 0
     mass = logprobs.double().exp().sum(-1)
+    most = 1 + _EXCESS_MASS.get(logprobs.dtype, _LEAST_EXCESS_MASS)
     in_order = indices.sort(-1).values
     twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)
     wrong = {
@@ -96,7 +99,7 @@ def _checked_logprobs(indices: torch.Tensor, logprobs: torch.Tensor) -> torch.Te
         "a missing entry (id −1) whose logprob is not −inf": (missing & (logprobs != -torch.inf)).any(-1),
         f"a logprob below {_FILLER:g} that is not −inf: mark a missing entry by the id −1 and −inf, not by a large "
         "negative number": ((logprobs < _FILLER) & (logprobs != -torch.inf)).any(-1),
-        f"probabilities that add up to more than 1 + {_EXCESS_MASS:g}": mass > 1 + _EXCESS_MASS,
+        f"probabilities that add up to more than {most:g}": mass > most,
     }
     for problem, rows in wrong.items():
         if rows.any():
@@ -105,8 +108,10 @@ def _checked_logprobs(indices: torch.Tensor, logprobs: torch.Tensor) -> torch.Te
                 f"position {first} of the top-k targets has {problem} (ids {indices[first].tolist()[:8]}, "
                 f"logprobs {[round(x, 4) for x in logprobs[first].tolist()[:8]]}; {int(rows.sum())} positions like it)"
             )
-    excess = mass.log().clamp(min=0).to(logprobs.dtype)
-    return logprobs - excess[:, None] if excess.any() else logprobs
+    excess = mass.log().clamp(min=0)
+    if not excess.any():
+        return logprobs
+    return (logprobs.double() - excess[:, None]).to(torch.promote_types(logprobs.dtype, torch.float32))
 
 
 def topk_divergence(
