@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl.experimental.gkd import GKDConfig
 
 from kdtrain.adapters import is_adapter_folder
@@ -105,7 +105,9 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
         return dict(self._rows[index])
 
 
-def check_arguments(args: Any, model: Any, teacher_model: Any, teacher: Any) -> None:
+def check_arguments(
+    args: Any, model: Any, teacher_model: Any, teacher: Any, processing_class: Any = None, callbacks: Any = None
+) -> None:
     """Refuse what is of a wrong kind, in words that say what was meant.
 
     Raises:
@@ -121,10 +123,28 @@ def check_arguments(args: Any, model: Any, teacher_model: Any, teacher: Any) -> 
         raise ConfigError(f"args must be a trl GKDConfig; it is {what}.")
     check_model("model", model, optional=False)
     check_model("teacher_model", teacher_model)
+    if not isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin | None):
+        raise ConfigError(
+            f"processing_class must be a tokenizer or a processor; it is a {type(processing_class).__name__}. "
+            "None takes the model's own."
+        )
+    check_callbacks(callbacks)
     if teacher is not None and not isinstance(teacher, Teacher):
         raise ConfigError(
             f"teacher must be a kdtrain.teachers.Teacher; it is a {type(teacher).__name__}. A model is a teacher_model."
         )
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Raise `ConfigError` unless it is a list of transformers' callbacks, as objects or classes, or None."""
+    if callbacks is None:
+        return
+    if not isinstance(callbacks, list | tuple):
+        raise ConfigError(f"callbacks must be a list; it is a {type(callbacks).__name__}.")
+    for callback in callbacks:
+        kind = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise ConfigError(f"callbacks must be transformers.TrainerCallbacks; one is a {kind.__name__}.")
 
 
 def check_model(name: str, value: Any, *, optional: bool = True) -> Any:

@@ -76,6 +76,8 @@ class Knobs:
         for name in ("llm_kd_weight", "sft_alpha", "beta", "kd_temperature", "lmbda", "temperature"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), Real):
                 raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
+        if not isinstance(self.seq_kd, bool):
+            raise ValueError(f"seq_kd must be true or false, got {self.seq_kd!r}")
         for name in ("llm_kd_weight", "sft_alpha"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):

@@ -40,6 +40,8 @@ def fit(
         raise ConfigError(
             f"config must be the path of a YAML file or a mapping of the same form; it is a {type(config).__name__}."
         )
+    if isinstance(overrides, str | Mapping):
+        raise ConfigError('overrides must be a list such as ["rlhf.beta=0.1"].')
     names = _names(
         config, overrides, {"model": model, "teacher": teacher, "train": train_dataset, "eval": eval_dataset}
     )
@@ -52,10 +54,11 @@ def fit(
 
     from kdtrain.build import Given
     from kdtrain.config.arguments import build_train_arguments
-    from kdtrain.construction import as_rows, check_model
+    from kdtrain.construction import as_rows, check_callbacks, check_model
     from kdtrain.progress import ConsoleReporter
     from kdtrain.run import fit as run
 
+    check_callbacks(callbacks)
     given = Given(
         train_dataset=None if train_dataset is None else as_rows("train_dataset", train_dataset),
         eval_dataset=None if eval_dataset is None else as_rows("eval_dataset", eval_dataset),

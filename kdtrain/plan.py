@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kdtrain.models import count_parameters
-from kdtrain.sampling import planned_steps
+from kdtrain.sampling import planned_steps, steps_of_an_epoch
 from kdtrain.vision.parts import trained_parts
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport)
         "answers": _describe_answers(trainer, config),
         "step": f"{rows} rows = {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
         f"{ranks} {'process' if ranks == 1 else 'processes'}, about {rows * tokens:,.0f} tokens",
-        "steps": f"{steps:,}, {steps * rows / epoch_rows:.2f} epochs of {epoch_rows:,} rows",
+        "steps": f"{steps:,}, {steps / steps_of_an_epoch(args, epoch_rows, ranks):.2f} epochs of {epoch_rows:,} rows",
         "device": _describe_device(trainer),
         "output": str(config.training["output_dir"]),
     }

@@ -121,7 +121,7 @@ def _fit(
                 raise Interrupted(
                     stop.signum,
                     f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the state is saved in "
-                    f"{run_dir}. Go on with: kdtrain fit CONFIG --resume auto",
+                    f"{run_dir}. Go on with the same command and --resume auto.",
                 )
             trainer.save_model()
     trainer.accelerator.wait_for_everyone()

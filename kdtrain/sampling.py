@@ -23,9 +23,14 @@ def planned_steps(args: Any, rows: int, ranks: int) -> int:
     """
     if args.max_steps > 0:
         return int(args.max_steps)
+    return math.ceil(args.num_train_epochs * steps_of_an_epoch(args, rows, ranks))
+
+
+def steps_of_an_epoch(args: Any, rows: int, ranks: int) -> int:
+    """Optimizer steps of one epoch; the last of them may have fewer rows."""
     batches = rows / (args.per_device_train_batch_size * ranks)
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+    return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
 
 
 class EpochSampler(Sampler[int]):

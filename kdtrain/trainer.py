@@ -178,7 +178,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         teacher: Teacher | None = None,
         shared_vocab_size: int | None = None,
     ) -> None:
-        check_arguments(args, model, teacher_model, teacher)
+        check_arguments(args, model, teacher_model, teacher, processing_class, callbacks)
         assert args is not None
         assert model is not None
         self.knobs = Knobs.from_args(args)
@@ -749,6 +749,13 @@ class GKDTrainerWithMetrics(GKDTrainer):
             reduced = telemetry.reduce_metrics(self._metrics["train"], self.accelerator, token_weighted=False)
             logs |= telemetry.training_metrics(reduced, self.stopwatch.lap())
             self._metrics["train"].clear()
+            if not reduced.sums["num_tokens"] and self.is_world_process_zero():
+                logger.warning(
+                    "Nothing was supervised since the last record (step %d): rows without an answer, or with an answer "
+                    "that max_length (%s) cuts off, teach nothing.",
+                    self.state.global_step,
+                    self.args.max_length,
+                )
         elif "train_runtime" in logs:
             # The mean of the whole run, of which upstream has counted the steps since a resume.
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self.summed_from, 1)

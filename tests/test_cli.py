@@ -492,14 +492,15 @@ def test_a_resumed_run_says_which_options_are_new(project, kdtrain):
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "steps"),
+    ("rows", "options", "steps", "epochs"),
     [
-        (24, {"per_device_train_batch_size": 7, "num_train_epochs": 3}, 12),
-        (5, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 3}, 6),
-        (24, {"max_steps": 5}, 5),
+        (24, {"per_device_train_batch_size": 7, "num_train_epochs": 3}, 12, 3),
+        (5, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 3}, 6, 3),
+        (24, {"max_steps": 5}, 5, 5 / 6),
+        (24, {"max_steps": 3, "per_device_train_batch_size": 64}, 3, 3),
     ],
 )
-def test_the_planned_steps_are_those_that_are_taken(project, kdtrain, rows, options, steps):
+def test_the_planned_steps_are_those_that_are_taken(project, kdtrain, rows, options, steps, epochs):
     broken_data(project, "".join(json.dumps(tiny.CHATS[i % 6]) + "\n" for i in range(rows)))
     config = yaml.safe_load((project / "config.yaml").read_text())
     del config["training"]["max_steps"]
@@ -507,7 +508,7 @@ def test_the_planned_steps_are_those_that_are_taken(project, kdtrain, rows, opti
     edit(project, training=options)
     code, out, err = kdtrain("fit", "config.yaml", "training.eval_strategy=no", "data.eval=null")
     assert code == 0, err
-    assert f"steps    {steps}, " in err
+    assert f"steps    {steps}, {epochs:.2f} epochs of {rows} rows" in err
     assert out.startswith(f"{steps} steps")
 
 

@@ -185,3 +185,9 @@ def test_importing_the_package_and_reading_its_help_imports_no_torch():
         "import kdtrain, sys; assert kdtrain.fit.__doc__; print([m for m in sys.modules if m in ('torch', 'pydantic')])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("overrides", ["rlhf.beta=0.1", {"rlhf.beta": 0.1}])
+def test_overrides_are_a_list(overrides):
+    with pytest.raises(ConfigError, match="overrides must be a list such as"):
+        kdtrain.fit("config.yaml", overrides)

@@ -395,6 +395,9 @@ def test_what_is_no_training_data_is_an_error_that_says_so(tmp_path, student, te
         ({"args": None}, "its output_dir has no default"),
         ({"args": {"beta": 0.1}}, "args must be a trl GKDConfig; it is a dict"),
         ({"processing_class": None}, "the model was built without a name"),
+        ({"processing_class": "models/student"}, "must be a tokenizer or a processor; it is a str"),
+        ({"callbacks": TrainerCallback()}, "callbacks must be a list; it is a TrainerCallback"),
+        ({"callbacks": [print]}, "one is a builtin_function_or_method"),
     ],
 )
 def test_arguments_of_a_wrong_kind_are_named(tmp_path, student, teacher, tokenizer, given, message):
@@ -451,3 +454,17 @@ def test_options_of_the_data_reach_the_trainers_own_collator(project, student, t
     given = {"train_dataset": tiny.CHATS, "eval_dataset": tiny.CHATS, "processing_class": tokenizer}
     collator = GKDTrainerWithMetrics(student, teacher, arguments.training_args, **given).data_collator
     assert (collator.train_on, collator.on_overlength, collator.pad_to_multiple_of) == ("last", "drop", 16)
+
+
+def test_steps_that_supervise_nothing_are_told(tmp_path, student, teacher, caplog):
+    """All answers are cut off: losses of 0 look like a student that has learnt everything."""
+    trainer = make_trainer(tmp_path, student, teacher, max_length=3, max_steps=1)
+    trainer.train()
+    assert "Nothing was supervised since the last record (step 1)" in caplog.text
+
+
+def test_seq_kd_is_true_or_false(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher, max_steps=1)
+    trainer.seq_kd = "yes"
+    with pytest.raises(ValueError, match="seq_kd must be true or false, got 'yes'"):
+        trainer.train()
