@@ -158,6 +158,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self._started: float | None = None
         self._paused = 0.0
+        self._pause_began: float | None = None
 
     def start(self) -> None:
         """Begin a lap, unless one is running."""
@@ -167,15 +168,19 @@ class Stopwatch:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Leave out what runs inside."""
-        began = time.perf_counter()
+        began = self._pause_began = time.perf_counter()
         try:
             yield
         finally:
             self._paused += time.perf_counter() - began
+            self._pause_began = None
 
     def seconds(self) -> float:
-        """Of the running lap so far; 0 when none is running."""
-        return 0.0 if self._started is None else time.perf_counter() - self._started - self._paused
+        """Of the running lap so far, also from within a pause; 0 when none is running."""
+        if self._started is None:
+            return 0.0
+        now = time.perf_counter() if self._pause_began is None else self._pause_began
+        return now - self._started - self._paused
 
     def resume(self, seconds: float) -> None:
         """Begin a lap that an earlier process had run for some seconds; none for 0, which is none."""

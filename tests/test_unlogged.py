@@ -2,6 +2,7 @@
 
 import pytest
 
+from kdtrain import telemetry
 from kdtrain.errors import CheckpointError
 from tests import tiny
 from tests.test_trainer import make_trainer
@@ -69,3 +70,14 @@ def test_sums_are_there_before_a_checkpoint_counts_as_complete(tmp_path, student
     )
     make_trainer(tmp_path, student, teacher, save_strategy="steps", save_steps=1).train()
     assert seen == [["trainer_state.json"]]
+
+
+def test_the_time_of_a_running_pause_is_no_training_time(monkeypatch):
+    """A checkpoint notes the seconds of its record while it is being saved."""
+    clock = iter([10.0, 12.0, 15.0, 16.0])
+    monkeypatch.setattr(telemetry.time, "perf_counter", lambda: next(clock))
+    stopwatch = telemetry.Stopwatch()
+    stopwatch.start()
+    with stopwatch.pause():
+        assert stopwatch.seconds() == 2.0
+    assert stopwatch.lap() == 3.0
