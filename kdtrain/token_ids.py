@@ -5,8 +5,8 @@ A tokenizer may have more tokens than an embedding has rows, as long as no row u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -23,33 +23,37 @@ def embedding_rows(model: Any) -> int:
     return int(getattr(model.get_input_embeddings(), "num_embeddings", None) or vocabulary_size(model))
 
 
-def check_rows(data: Any, name: str, sizes: Mapping[str, int]) -> None:
-    """Refuse a data set with ids beyond an embedding; one that is not tokenised yet is not looked at.
+def check_rows(data: Any, name: str, sizes: Mapping[str, int]) -> bool:
+    """Refuse a data set with ids beyond an embedding, where its rows can be looked at without making them.
 
     Args:
-        data: a `datasets.Dataset` with `input_ids`, rows, or a map of data sets.
+        data: as it was given to the trainer: a `datasets.Dataset`, rows, a torch data set, a stream, or a map of these.
         name: of the data set, for messages.
         sizes: rows of the embedding of "student" and "teacher".
+
+    Returns:
+        Whether that was all: False for a torch data set or a stream, whose batches are to be looked at. Rows that are
+        not tokenised yet get their ids from the tokenizer, and are a matter of its size.
 
     Raises:
         DataError: naming the row.
     """
     if isinstance(data, Mapping):
-        for key, part in data.items():
-            check_rows(part, f"{name} ({key})", sizes)
-        return
-    if not hasattr(data, "__len__"):  # a stream, whose batches are looked at
-        return
+        seen = [check_rows(part, f"{name} ({key})", sizes) for key, part in data.items()]
+        return all(seen)
+    if isinstance(data, datasets.IterableDataset | torch.utils.data.Dataset):
+        return False
     if isinstance(data, datasets.Dataset):
         if "input_ids" not in data.column_names:
-            return
+            return True
         # All rows of the table, chosen or not: almost always that is enough, and takes no time.
         if _largest(data.data.column("input_ids")) < min(sizes.values()):
-            return
-    elif "input_ids" not in data[0]:
-        return
-    for i, ids in enumerate(_ids(data)):
-        _check(max(ids, default=0), f"{name}: row {_row_name(data, i)}", sizes)
+            return True
+    for i, ids in _ids(data):
+        largest = int(max(ids, default=0))  # of data sets with a torch or numpy format
+        if largest >= min(sizes.values()):
+            _refuse(largest, f"{name}: row {data[i].get('row_id', i)}", sizes)
+    return True
 
 
 def check_batch(batch: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
@@ -59,30 +63,27 @@ def check_batch(batch: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         DataError: naming its rows.
     """
     ids: torch.Tensor = batch["input_ids"]
-    if ids.numel():
-        _check(int(ids.max()), f"a batch (rows {', '.join(batch.get('row_ids', ['?']))})", sizes)
+    largest = int(ids.max()) if ids.numel() else 0
+    if largest >= min(sizes.values()):
+        _refuse(largest, f"a batch (rows {', '.join(batch.get('row_ids', ['?']))})", sizes)
 
 
-def _check(largest: int, where: str, sizes: Mapping[str, int]) -> None:
-    for side, size in sizes.items():
-        if largest >= size:
-            raise DataError(
-                f"{where} has token id {largest}, and the {side}'s embedding has {size} rows. The tokenizer is not the "
-                "one that the model was trained with, or tokens were added to it: resize the model's embedding and "
-                "save it with its tokenizer, or leave such rows out."
-            )
+def _refuse(largest: int, where: str, sizes: Mapping[str, int]) -> NoReturn:
+    side, size = next((side, size) for side, size in sizes.items() if largest >= size)
+    raise DataError(
+        f"{where} has token id {largest}, and the {side}'s embedding has {size} rows. The tokenizer is not the one "
+        "that the model was trained with, or tokens were added to it: resize the model's embedding and save it with "
+        "its tokenizer, or leave such rows out."
+    )
 
 
 def _largest(column: pa.ChunkedArray) -> int:
     return max((pc.max(chunk.flatten()).as_py() or 0 for chunk in column.chunks), default=0)
 
 
-def _ids(data: Any) -> Iterator[list[int]]:
-    for i in range(len(data)):
-        row = data[i]
+def _ids(data: datasets.Dataset | Sequence[Any]) -> Iterator[tuple[int, Iterable[int]]]:
+    """Each row that has ids, by its number."""
+    rows = data.select_columns("input_ids") if isinstance(data, datasets.Dataset) else data
+    for i, row in enumerate(rows):
         if isinstance(row, Mapping) and "input_ids" in row:
-            yield list(row["input_ids"])
-
-
-def _row_name(data: Any, i: int) -> str:
-    return str(data[i].get("row_id", i))
+            yield i, row["input_ids"]

@@ -261,7 +261,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             check_experts(self.model, args)
         self._token_loss = TokenLoss(self.knobs, self.vocabulary, fused=self._fuse_head(), router_logits=router_logits)
         self._aux_share: torch.Tensor | float = 1.0
-        self._check_token_ids()
+        self._check_token_ids(train_dataset, eval_dataset)
         self.stopwatch = telemetry.Stopwatch()
         self._positions = self._check_models()
         self.visual = self._visual_term()
@@ -310,14 +310,16 @@ class GKDTrainerWithMetrics(GKDTrainer):
             shared = shared_vocabulary(*sizes, self._tokenizer, known)
         return Vocabulary(*sizes, shared)
 
-    def _check_token_ids(self) -> None:
+    def _check_token_ids(self, train: Any, evaluation: Any) -> None:
         """Refuse rows with ids that a model has no embedding for; those that are tokenised later are looked at then."""
         models = {"student": self.model, "teacher": self.teacher_model}
         self._embeddings = {side: embedding_rows(model) for side, model in models.items() if model is not None}
-        for name, data in (("data.train", self.train_dataset), ("data.eval", self.eval_dataset)):
-            if data is not None:
-                check_rows(data, name, self._embeddings)
-        self._ids_may_exceed = len(self._tokenizer) > min(self._embeddings.values())
+        seen = [
+            check_rows(data, name, self._embeddings)
+            for name, data in (("data.train", train), ("data.eval", evaluation))
+            if data is not None
+        ]
+        self._ids_may_exceed = not all(seen) or len(self._tokenizer) > min(self._embeddings.values())
 
     def _fuse_head(self) -> bool:
         """Let the student's loss be computed without its logits, where that gives the same."""

@@ -2,6 +2,7 @@
 
 import datasets
 import pytest
+import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from kdtrain.errors import CheckpointError, DataError, PreflightError
@@ -185,3 +186,27 @@ def test_a_tokenizer_larger_than_the_embedding_is_fine_until_a_row_uses_it(tmp_p
         trainer.train()
     with pytest.raises(DataError, match="token id 320"):
         trainer.evaluate(datasets.Dataset.from_list(rows))
+
+
+class Made(torch.utils.data.Dataset):
+    """Rows that are made when they are asked for."""
+
+    def __init__(self, rows):
+        self.rows, self.made = rows, 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        self.made += 1
+        return self.rows[index]
+
+
+def test_rows_that_are_made_on_access_are_looked_at_batch_by_batch(tmp_path, student):
+    data = Made([GOOD] * 200 + [BAD])
+    trainer = make_trainer(tmp_path, student, None, rows=data, llm_kd_weight=0.0, max_steps=-1,
+                           per_device_train_batch_size=100, train_sampling_strategy="sequential")  # fmt: skip
+    assert data.made < 50
+    with pytest.raises(DataError, match=r"a batch \(rows 0:320\) has token id 320, and the student's embedding"):
+        trainer.train()
+    assert trainer.state.global_step == 2
