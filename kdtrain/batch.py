@@ -42,6 +42,7 @@ NOT_FOR_THE_MODEL = frozenset(
         "teacher_visual_sizes",
         "visual_units",
         "truncated",
+        "places",
     }
 )
 # Of trl's DataCollatorForChatML: offsets for a teacher with another tokenizer, and the texts behind them.

@@ -574,7 +574,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         new = min(max(remainder - self.accelerator.process_index * batch_size, 0), batch_size)
         if remainder == 0 or new == batch_size:
             return batch
-        if new > 0 and batch["labels"].shape[0] != batch_size:
+        if "places" in batch:  # the collator has dropped rows, new ones or repeated ones
+            new = sum(place < new for place in batch["places"])
+        elif new > 0 and batch["labels"].shape[0] != batch_size:
             raise DataError(
                 f"The last batch of an epoch has {batch_size - new} repeated rows of {batch_size} to leave out, and "
                 f"the collator made {batch['labels'].shape[0]} of them (packing?): it is not known which they are. "

@@ -304,7 +304,7 @@ def ends_of(stored, processor):
     return max(i for i, token in enumerate(stored[0]["input_ids"]) if token == processor.image_token_id) + 1
 
 
-def test_rows_that_would_lose_image_tokens_are_dropped_and_counted(build, llava, tmp_path):
+def test_rows_that_would_lose_image_tokens_or_their_answer_are_dropped_and_counted(build, llava, tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     two, none = row("a.png", "a.png"), {"messages": TURNS}
     path = write_lines(tmp_path / "a.jsonl", [two, row("a.png"), none])
@@ -318,14 +318,29 @@ def test_rows_that_would_lose_image_tokens_are_dropped_and_counted(build, llava,
     batch = Collator(llava)(list(dataset))
     assert batch["input_ids"].shape == (2, limit)
     full, _ = build(path)
-    assert Collator(llava, max_length=limit, on_overlength="truncate")(list(full))["row_ids"] == ["0:1", "0:2"]
     late = [QUESTION, ANSWER, user(IMAGE, "and then?"), ANSWER]
     stored, _ = build(write_lines(tmp_path / "b.jsonl", [row("a.png", messages=late), row("a.png", messages=late)]))
     for short, kept in ((-1, 0), (0, 2)):
         collate = Collator(llava, max_length=ends_of(stored, llava) + short, on_overlength="truncate")
         assert len(collate([*stored, full[2]])["row_ids"]) == kept + 1
+
+
+def test_of_a_batch_rows_that_lose_image_tokens_are_left_out_and_those_that_lose_answers_stay(build, llava, tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    full, _ = build(write_lines(tmp_path / "a.jsonl", [row("a.png", "a.png"), row("a.png")]))
+    ends = ends_of(full, llava)
+    cut = Collator(llava, max_length=ends, on_overlength="truncate")(list(full))
+    assert cut["visual_sizes"] == {"pixel_values": [2, 1]}
+    assert (cut["input_ids"] == llava.image_token_id).sum(1).tolist() == [
+        row["input_ids"].count(llava.image_token_id) for row in full
+    ]
+    assert (cut["labels"] == -100).all(1).tolist() == [True, True]
+    assert cut["truncated"] == [True, True]
+    assert "places" not in cut
+    cut = Collator(llava, max_length=ends - 1, on_overlength="truncate")(list(full))
+    assert (cut["row_ids"], cut["places"], cut["visual_sizes"]) == (["0:1"], [1], {"pixel_values": [1]})
     with pytest.raises(DataError, match="images that do not fit"):
-        Collator(llava, max_length=limit, on_overlength="truncate")([full[0]])
+        Collator(llava, max_length=ends - 1, on_overlength="truncate")([full[0]])
 
 
 # --------------------------------------------------------------------------------------------------- built data

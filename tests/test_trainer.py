@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from trl.experimental.gkd import GKDConfig
 
+from kdtrain.data import Collator
 from kdtrain.errors import NonFiniteError, PreflightError, VocabularyError
 from kdtrain.losses import TopKLogprobs
 from kdtrain.trainer import GKDTrainerWithMetrics
@@ -971,6 +972,29 @@ def test_repeated_rows_do_not_count_where_a_collator_packs_them(tmp_path):
     assert tiny.run_ranks(train_packed, 2, tmp_path, 6, 2) == [expected] * 2
     with pytest.raises(AssertionError, match=r"DataError: .*1 repeated rows of 2 .*made 1 of them"):
         tiny.run_ranks(train_packed, 2, tmp_path, 5, 2, timeout=60)
+
+
+def train_dropping(folder, world, longest):
+    """An epoch of seven rows, of which the collator drops those of more than 8 tokens; D of every window."""
+    lengths = [4, 20, 5, 6, *longest]
+    rows = [{"input_ids": list(range(5, 5 + n)), "labels": list(range(5, 5 + n)), "row_id": str(n)} for n in lengths]
+    trainer = make_trainer(
+        folder, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2), rows=rows, per_device_train_batch_size=4 // world,
+        num_train_epochs=1, max_steps=-1, train_sampling_strategy="sequential",
+        extra={"data_collator": Collator(tiny.make_tokenizer(), max_length=8, on_overlength="drop")},
+    )  # fmt: skip
+    counted = []
+    original = trainer.get_batch_samples
+    trainer.get_batch_samples = lambda *args: (result := original(*args), counted.append(int(result[1])))[0]
+    trainer.train()
+    return counted
+
+
+@pytest.mark.parametrize("longest", [(7, 8, 20), (20, 7, 8)])
+def test_rows_that_a_collator_drops_are_not_those_that_are_repeated(tmp_path, longest):
+    expected = [3 + 4 + 5, 6 + 7]
+    assert train_dropping(tmp_path, 1, longest) == expected
+    assert tiny.run_ranks(train_dropping, 2, tmp_path, 2, longest) == [expected] * 2
 
 
 def generate_on_ranks(folder):

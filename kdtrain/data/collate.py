@@ -69,14 +69,15 @@ class Collator:
         max_length: limit in tokens; None for no limit.
         train_on: for raw rows, see `encode_row`.
         on_overlength: `error`, `truncate` (from the right) or `drop`, for rows over `max_length`. A row that would lose
-            a part of an image is dropped; one that loses its whole answer supervises nothing.
+            a part of an image is dropped; one that loses its whole answer stays, with all its images, and supervises
+            nothing.
         text_column: for raw rows, the column that holds plain text.
 
     Calling it returns `input_ids`, `attention_mask`, `labels` (each [B, T] long), `prompt_lengths` ([B] long),
     `ce_rows` ([B] bool) and `row_ids` (B strings, empty for raw rows without one). With a processor also the further
     tensors that it makes per token ([B, T], zero for rows without images and in the padding). In batches with rows that
-    were cut at `max_length`, `truncated` (B booleans). Only in batches with
-    images also
+    were cut at `max_length`, `truncated` (B booleans); in those that rows were dropped from, `places` (B numbers: where
+    each row stood among those given). Only in batches with images also
 
     - its visual tensors, rows behind each other along axis 0;
     - `visual_sizes`: per visual tensor a list of B numbers, how many entries along axis 0 each row owns;
@@ -118,6 +119,7 @@ class Collator:
         whole = [self._encode(row) for row in rows]
         fitted = [(row, self._fit(encoded), len(encoded.input_ids)) for row, encoded in zip(rows, whole, strict=True)]
         truncated = [len(encoded.input_ids) < length for _, encoded, length in fitted if encoded is not None]
+        places = [i for i, (_, encoded, _) in enumerate(fitted) if encoded is not None]
         kept = [(row, encoded) for row, encoded, _ in fitted if encoded is not None]
         if not kept:
             raise DataError(
@@ -133,6 +135,8 @@ class Collator:
         }
         if any(truncated):
             batch["truncated"] = truncated
+        if len(kept) < len(rows):
+            batch["places"] = places
         return batch if self._model is None else self._with_images(batch, kept, self._model)
 
     def _with_images(
