@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
 
+from kdtrain.data.collate import Collator
 from kdtrain.errors import DataError
 from kdtrain.lm_head import evaluating, few_tokens
 from kdtrain.probe import Finding, TextLook
@@ -48,7 +49,7 @@ class Rows:
         return -(-self.longest // multiple) * multiple if multiple else self.longest
 
 
-def rows_of_a_run(train: Any, evaluation: Any, args: Any, generates: bool) -> list[Rows]:
+def rows_of_a_run(train: Any, evaluation: Any, args: Any, collator: Any, generates: bool) -> list[Rows]:
     """The rows that both models will see, where their lengths can be known without encoding them.
 
     Args:
@@ -56,22 +57,40 @@ def rows_of_a_run(train: Any, evaluation: Any, args: Any, generates: bool) -> li
             out. So is a data set whose rows are encoded batch by batch: see `refuse_width`.
         evaluation: the same, a dict of such, or None.
         args: training arguments.
+        collator: what makes batches of them. Rows count as long as it leaves them; what a user's own does to them is
+            not known, and nothing is counted.
         generates: answers of up to `max_new_tokens` take the place of those in the training rows.
     """
-    shorter = "lower data.max_length (with data.on_overlength: truncate or drop)"
+    if not isinstance(collator, Collator):
+        return []
+    # A config is told by its own keys.
+    in_data, in_rlhf = ("data.", "rlhf.") if hasattr(args, "tuner") else ("args.", "args.")
+    shorter = f"lower {in_data}max_length"
+    if hasattr(args, "tuner"):
+        shorter += " (with data.on_overlength: truncate or drop)"
     evaluations = evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]
     sets = [("training rows", train, args.train_batch_size)]
     sets += [("evaluation rows", data, args.eval_batch_size) for data in evaluations]
     found = [
-        Rows(what, lengths, size, shorter)
+        Rows(what, _collated(lengths, lengths, collator), size, shorter)
         for what, data, size in sets
-        if (lengths := _lengths(data)) is not None and len(lengths)
+        if (lengths := _lengths(data)) is not None
     ]
     if generates and "prompt_length" in (getattr(train, "column_names", None) or ()):
-        most = np.asarray(train["prompt_length"][:]) + args.max_new_tokens
-        what = f"prompts with an answer of rlhf.max_new_tokens ({args.max_new_tokens})"
-        found.append(Rows(what, most, args.train_batch_size, "lower rlhf.max_new_tokens or data.max_length"))
-    return found
+        prompts = _collated(np.asarray(train["prompt_length"][:]), _lengths(train), collator)
+        what = f"prompts with an answer of {in_rlhf}max_new_tokens ({args.max_new_tokens})"
+        way_out = f"lower {in_rlhf}max_new_tokens or {in_data}max_length"
+        found.append(Rows(what, prompts + args.max_new_tokens, args.train_batch_size, way_out))
+    return [rows for rows in found if len(rows.lengths)]
+
+
+def _collated(lengths: np.ndarray, whole: Any, collator: Collator) -> np.ndarray:
+    """Lengths, of rows or of their prompts, as they come out of the collator: cut, or without rows that are dropped."""
+    if collator.max_length is None or collator.on_overlength == "error":
+        return lengths
+    if collator.on_overlength == "drop":
+        return lengths[whole <= collator.max_length]
+    return np.minimum(lengths, collator.max_length)
 
 
 def answered_rows(data: Any, args: Any) -> list[Rows]:
@@ -187,8 +206,9 @@ def refuse_width(limits: Mapping[str, int], batch: Mapping[str, Any]) -> None:
     for side, positions in limits.items():
         if width > positions:
             raise DataError(
-                f"A batch is {width} tokens long, and the {side} has {positions} positions. Lower data.max_length "
-                f"(with data.on_overlength: truncate or drop), or take a {side} with more positions."
+                f"A batch is {width} tokens long, and the {side} has {positions} positions. Lower max_length (of a "
+                "config data.max_length, with data.on_overlength: truncate or drop; of the trainer's class that of "
+                f"args, or of its collator), or take a {side} with more positions."
             )
 
 

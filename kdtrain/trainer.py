@@ -353,11 +353,12 @@ class GKDTrainerWithMetrics(GKDTrainer):
         sides = both_sides(base, self.teacher, self.data_collator, teacher)
         chosen = [(self.model, self.lmbda > 0), (teacher, self.seq_kd)]
         generating = [model for model, chosen in chosen if chosen and self._generates()]
+        collator, train = self.data_collator, self.train_dataset
         check_models(
             sides,
-            rows_of_a_run(self.train_dataset, self.eval_dataset, self.args, generates=bool(generating)),
-            self.data_collator,
-            self.train_dataset,
+            rows_of_a_run(train, self.eval_dataset, self.args, collator, generates=bool(generating)),
+            collator,
+            train,
             generating=generating,
             in_pieces=self.is_fsdp_enabled or self.is_deepspeed_enabled,
             autocast=self.compute_loss_context_manager,

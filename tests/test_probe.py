@@ -10,11 +10,12 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from trl.experimental.gkd import GKDConfig
+from trl.experimental.utils import DataCollatorForChatML
 
 from kdtrain import generation, probe
 from kdtrain.config import ConfigLoader
 from kdtrain.data import Collator
-from kdtrain.errors import DataError, PreflightError
+from kdtrain.errors import DataError, NotAvailableError, PreflightError
 from kdtrain.generation import generate_batch, generation_config, who_shares_a_batch
 from kdtrain.models import load_model, load_processing
 from kdtrain.probe import look_at_text
@@ -72,7 +73,7 @@ def rows(*lengths):
     )
 
 
-def build(student, tokenizer, folder, train=None, teacher=None, **options):
+def build(student, tokenizer, folder, train=None, teacher=None, collator=None, evaluation=None, **options):
     """A trainer as a user of the class builds it."""
     settings = {"lmbda": 0.0, "report_to": [], "per_device_train_batch_size": 2, "use_cpu": True, **options}
     args = GKDConfig(output_dir=str(folder), **settings)
@@ -81,7 +82,9 @@ def build(student, tokenizer, folder, train=None, teacher=None, **options):
         student,
         teacher_model=teacher,
         args=args,
+        data_collator=collator,
         train_dataset=rows(20, 30) if train is None else train,
+        eval_dataset=evaluation,
         processing_class=tokenizer,
     )
 
@@ -257,6 +260,39 @@ def test_rows_whose_lengths_nobody_knew_are_refused_before_the_forward_that_woul
         trainer.train()
 
 
+@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("own", ["none", "a Collator", "trl's"])
+def test_rows_count_as_long_as_the_collator_leaves_them(tmp_path, tokenizer, caplog, own, evaluates):
+    collators = {
+        "a Collator": Collator(tokenizer, max_length=32, on_overlength="truncate"),
+        "trl's": DataCollatorForChatML(tokenizer, max_length=32),
+    }
+    for student in (make("gpt2", n_positions=64), make("qwen3", max_position_embeddings=64)):
+        trainer = build(student, tokenizer, tmp_path, rows(100, 100), max_length=32, collator=collators.get(own),
+                        evaluation=rows(100) if evaluates else None, max_steps=1, save_strategy="no")  # fmt: skip
+        if own != "trl's":  # which takes chats
+            trainer.train()
+    assert "positions" not in caplog.text
+
+
+def test_rows_that_a_collator_drops_do_not_count(tmp_path, tokenizer):
+    drop = Collator(tokenizer, max_length=64, on_overlength="drop")
+    build(make("gpt2"), tokenizer, tmp_path, rows(20, 70), collator=drop)
+    build(make("gpt2"), tokenizer, tmp_path, rows(70, 70), collator=drop)
+
+
+def test_prompts_count_as_long_as_they_are_cut_and_the_class_is_told_by_its_own_arguments(tmp_path, tokenizer):
+    prompts = rows(60, 60).add_column("prompt_length", [50, 50])
+    options = {"lmbda": 1.0, "teacher": make("qwen3"), "max_new_tokens": 20}
+    build(make("gpt2"), tokenizer, tmp_path, prompts, max_length=44, **options)
+    with pytest.raises(
+        PreflightError, match=r"args\.max_new_tokens \(20\) .* lower args\.max_new_tokens or args"
+    ):
+        build(make("gpt2"), tokenizer, tmp_path, prompts, max_length=45, **options)
+    with pytest.raises(PreflightError, match=r"keep within 64 tokens, lower args\.max_length; or take"):
+        build(make("gpt2"), tokenizer, tmp_path, rows(100), max_length=80)
+
+
 # ---- RoPE that looks at the batch ------------------------------------------------------------------------------------
 
 
@@ -416,6 +452,14 @@ def test_a_model_that_cannot_write_is_found_before_the_first_step(tmp_path, toke
     with pytest.raises(PreflightError, match="Qwen3ForCausalLM cannot write answers"):
         build(student, tokenizer, tmp_path, teacher=make("qwen3"), lmbda=0.5)
     build(student, tokenizer, tmp_path, teacher=make("qwen3"), lmbda=0.0)
+
+
+@pytest.mark.parametrize("options", [{"lmbda": 0.5}, {"lmbda": 0.0, "seq_kd": True}])
+def test_a_model_that_is_told_what_is_prompt_is_refused_before_the_first_step(tmp_path, tokenizer, options):
+    models = [make_vlm("paligemma"), make_vlm("paligemma")]
+    with pytest.raises(NotAvailableError, match=r"PaliGemma reads from token_type_ids .* rlhf\.lmbda: 0"):
+        build(models[0], tokenizer, tmp_path, teacher=models[1], **options)
+    build(models[0], tokenizer, tmp_path, teacher=models[1], lmbda=0.0)
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
