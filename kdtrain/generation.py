@@ -117,11 +117,8 @@ def generate_batch(
             "Set rlhf.lmbda: 0 and rlhf.seq_kd: false."
         )
     images, per_token = visual(batch), token_level(batch)
-    if "token_type_ids" in per_token and getattr(getattr(model, "config", None), "model_type", None) == "paligemma":
-        raise NotAvailableError(
-            "PaliGemma reads from token_type_ids what is prompt and what is answer: generating for it is not available "
-            "yet. Set rlhf.lmbda: 0 and rlhf.seq_kd: false."
-        )
+    if "token_type_ids" in per_token:
+        refuse_marked_answers(model)
     if images:
         _check_images_in_prompts(model, batch, prompts)
     groups = _groups(model, prompts, device, bool(images))
@@ -147,6 +144,19 @@ def generate_batch(
             row[: len(prompt)] = value[: len(prompt)]
         fresh[key] = grown
     return {**batch, **fresh}
+
+
+def refuse_marked_answers(model: nn.Module) -> None:
+    """Refuse a model that is told which tokens are prompt: what it generates would count as prompt, and see its future.
+
+    Raises:
+        NotAvailableError: it is PaliGemma.
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) == "paligemma":
+        raise NotAvailableError(
+            "PaliGemma reads from token_type_ids what is prompt and what is answer: generating for it is not available "
+            "yet. Set rlhf.lmbda: 0 and rlhf.seq_kd: false."
+        )
 
 
 def _generate(

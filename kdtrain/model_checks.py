@@ -16,7 +16,7 @@ from accelerate import PartialState
 from torch import nn
 
 from kdtrain.data.collate import Collator
-from kdtrain.generation import who_shares_a_batch
+from kdtrain.generation import refuse_marked_answers, who_shares_a_batch
 from kdtrain.positions import Rows, length_findings, rope_findings
 from kdtrain.probe import TextLook, look_at_image, look_at_text, settle
 from kdtrain.visual_term import first_row_with_images
@@ -83,7 +83,10 @@ def check_models(
 
     Raises:
         PreflightError: all errors of a kind together.
+        NotAvailableError: a model that will write answers cannot yet.
     """
+    for model in generating:
+        refuse_marked_answers(model)
     multiple = getattr(collator, "pad_to_multiple_of", None)
     findings = [finding for side in sides for finding in side.look.findings]
     for side in sides:
