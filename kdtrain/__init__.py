@@ -43,8 +43,9 @@ def fit(
         config: a YAML file, or a mapping of the same form.
         overrides: `key.sub=value`, which win over it.
         callbacks: of transformers, beside those of the run.
-        train_dataset, eval_dataset: rows in place of `data.train` and `data.eval`: a `datasets.Dataset`, or a list of
-            rows as they stand in a file.
+        train_dataset, eval_dataset: rows in place of the path in `data.train` and `data.eval`, whose other options
+            (columns, limit, weight, ce, answers) hold for them: a `datasets.Dataset`, or a list of rows as they stand
+            in a file.
         model: the student in place of `model.model`: a name, or a loaded model, which is trained in place. The
             tokenizer is that of `model.model`, or of the folder that the model was loaded from.
         teacher: the teacher in place of `rlhf.teacher_model`: a name, a loaded model, or a `kdtrain.teachers.Teacher`.

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdtrain.config import ConfigLoader
+from kdtrain.config.diagnose import dotted
+from kdtrain.config.rules import Written
 from kdtrain.config.sources import Composer, Source
-from kdtrain.config.tree import get
+from kdtrain.config.tree import KeyPath, Node, get, plain
 from kdtrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,13 +44,13 @@ def fit(
         )
     if isinstance(overrides, str | Mapping):
         raise ConfigError('overrides must be a list such as ["rlhf.beta=0.1"].')
-    names = _names(
-        config, overrides, {"model": model, "teacher": teacher, "train": train_dataset, "eval": eval_dataset}
-    )
+    root = Composer().compose(config, overrides)
+    names = _names(root, {"model": model, "teacher": teacher, "train": train_dataset, "eval": eval_dataset})
     checked = ConfigLoader.load(config, [*overrides, *names])
     if (checked.launch.num_processes or 1) > 1 and "RANK" not in os.environ:
         logger.warning("launch.num_processes: %s has no effect on kdtrain.fit, which stays in its process.",
                        checked.launch.num_processes)  # fmt: skip
+    _tell_idle(Written(root), rows=(train_dataset, eval_dataset), model=model, teacher=teacher)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from rich.console import Console
 
@@ -77,13 +79,12 @@ def _checked_teacher(teacher: Any) -> Any:
     return teacher if isinstance(teacher, Teacher) else check_model("teacher", teacher)
 
 
-def _names(config: Source, overrides: Sequence[str], given: Mapping[str, Any]) -> list[str]:
+def _names(root: Node, given: Mapping[str, Any]) -> list[str]:
     """What the config says of that which is handed over: names win over it, objects take a place that it leaves open.
 
     Rows always do: a run folder must not name a file that was not read.
     """
-    root = Composer().compose(config, overrides)
-    found = [f"data.{name}={name}_dataset" for name in ("train", "eval") if given[name] is not None]
+    found = [_rows_in_place(root, name) for name in ("train", "eval") if given[name] is not None]
     for key, path in (("model", ("model", "model")), ("teacher", ("rlhf", "teacher_model"))):
         value = given[key]
         if isinstance(value, str):
@@ -95,3 +96,37 @@ def _names(config: Source, overrides: Sequence[str], given: Mapping[str, Any]) -
                 raise ConfigError("model was built without a name: say in model.model where its tokenizer is.")
             found.append(f"{'.'.join(path)}={json.dumps(name or key)}")
     return found
+
+
+def _rows_in_place(root: Node, name: str) -> str:
+    """The one source of `data.<name>` with rows in place of its path: its other options hold for them.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    node = get(root, ("data", name))
+    sources = node.value if node and isinstance(node.value, list) else [node] if node else []
+    if len(sources) > 1:
+        raise ConfigError(
+            f"{name}_dataset takes the place of a source, and data.{name} has {len(sources)} of them: leave one, whose "
+            "options then hold for these rows, or none."
+        )
+    options = plain(sources[0]) if sources and isinstance(sources[0].value, dict) else {}
+    return f"data.{name}={json.dumps({**options, 'path': f'{name}_dataset'})}"
+
+
+def _tell_idle(written: Written, rows: tuple[Any, Any], model: Any, teacher: Any) -> None:
+    """Warn of options about reading what was not read, but handed over."""
+    idle: list[tuple[KeyPath, tuple[str, ...], str]] = []
+    if model is not None and not isinstance(model, str):
+        idle.append((("model",), ("dtype", "attn_implementation", "init_kwargs"), "the model is loaded already"))
+    if teacher is not None and not isinstance(teacher, str):
+        options = ("dtype", "device_map", "adapter", "revision")
+        idle.append((("rlhf",), ("teacher_model_init_kwargs",), "the teacher is loaded already"))
+        idle.append((("rlhf", "teacher"), options, "the teacher is loaded already"))
+    for name, given in zip(("train", "eval"), rows, strict=True):
+        if given is not None:
+            idle.append((("data", name, 0), ("name", "split"), "the rows were handed over"))
+    for section, names, reason in idle:
+        for option in (option for option in names if written.has(*section, option)):
+            logger.warning("%s has no effect: %s.", dotted((*section, option)), reason)

@@ -74,6 +74,55 @@ def test_models_rows_and_callbacks_may_be_handed_over(project, student, teacher)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
+def test_the_options_of_a_source_hold_for_the_rows_that_take_its_place(project):
+    sources = [
+        "data.train={path: train.jsonl, ce: false, limit: 2, weight: 3, columns: {messages: talk}}",
+        "data.train=[{path: train.jsonl, ce: false, limit: 2, weight: 3, columns: {messages: talk}}]",
+    ]
+    rows = [{"talk": row["messages"]} for row in tiny.CHATS]
+    for source in sources:
+        options = [source, "rlhf.sft_alpha=1", "training.max_steps=1", f"training.output_dir={project}/{len(source)}"]
+        result = kdtrain.fit(project / "config.yaml", options, train_dataset=rows, quiet=True)
+        assert result.metrics["sft_loss"] == 0
+        kept = json.loads((result.run_dir / "run_config.json").read_text())["data"]["train"]
+        assert [(one["path"], one["ce"], one["limit"], one["weight"]) for one in kept] == [
+            ("train_dataset", False, 2, 3)
+        ]
+    evaluated = kdtrain.fit(
+        project / "config.yaml", ["data.eval={path: none.jsonl, limit: 1}"], eval_dataset=tiny.CHATS, dry_run=True
+    )
+    assert evaluated.steps == 0
+
+
+def test_rows_take_the_place_of_one_source_not_of_several(project):
+    with pytest.raises(ConfigError, match=r"train_dataset takes the place of a source, and data\.train has 2 of them"):
+        kdtrain.fit(
+            project / "config.yaml", ["data.train=[train.jsonl, {path: b.jsonl, weight: 2}]"], train_dataset=tiny.CHATS
+        )
+    with pytest.raises(ConfigError, match=r"eval_dataset takes the place of a source, and data\.eval has 2"):
+        kdtrain.fit(project / "config.yaml", ["data.eval=[a.jsonl, b.jsonl]"], eval_dataset=tiny.CHATS)
+
+
+def test_options_of_loading_have_no_effect_on_what_is_loaded_already(project, student, teacher, caplog):
+    idle = ["model.dtype=float32", "model.init_kwargs={low_cpu_mem_usage: true}", "model.attn_implementation=eager",
+            "rlhf.teacher.dtype=float32", "rlhf.teacher_model_init_kwargs={low_cpu_mem_usage: true}",
+            "data.train={path: a.jsonl, split: validation}"]  # fmt: skip
+    kdtrain.fit(project / "config.yaml", idle, model=student, teacher=teacher, train_dataset=tiny.CHATS, dry_run=True)
+    told = [record.message for record in caplog.records if record.name == "kdtrain.notebook"]
+    assert told == [
+        "model.dtype has no effect: the model is loaded already.",
+        "model.attn_implementation has no effect: the model is loaded already.",
+        "model.init_kwargs has no effect: the model is loaded already.",
+        "rlhf.teacher_model_init_kwargs has no effect: the teacher is loaded already.",
+        "rlhf.teacher.dtype has no effect: the teacher is loaded already.",
+        "data.train[0].split has no effect: the rows were handed over.",
+    ]
+    caplog.clear()
+    names = {"model": str(project / "student"), "teacher": str(project / "teacher")}
+    kdtrain.fit(project / "config.yaml", idle[:-1], **names, dry_run=True)
+    assert not [record for record in caplog.records if record.name == "kdtrain.notebook"]
+
+
 def test_names_of_models_win_over_the_config(project, monkeypatch):
     monkeypatch.chdir(project)
     (project / "student").rename(project / "pupil")

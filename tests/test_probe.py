@@ -285,9 +285,7 @@ def test_prompts_count_as_long_as_they_are_cut_and_the_class_is_told_by_its_own_
     prompts = rows(60, 60).add_column("prompt_length", [50, 50])
     options = {"lmbda": 1.0, "teacher": make("qwen3"), "max_new_tokens": 20}
     build(make("gpt2"), tokenizer, tmp_path, prompts, max_length=44, **options)
-    with pytest.raises(
-        PreflightError, match=r"args\.max_new_tokens \(20\) .* lower args\.max_new_tokens or args"
-    ):
+    with pytest.raises(PreflightError, match=r"args\.max_new_tokens \(20\) .* lower args\.max_new_tokens or args"):
         build(make("gpt2"), tokenizer, tmp_path, prompts, max_length=45, **options)
     with pytest.raises(PreflightError, match=r"keep within 64 tokens, lower args\.max_length; or take"):
         build(make("gpt2"), tokenizer, tmp_path, rows(100), max_length=80)
