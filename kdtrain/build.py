@@ -16,7 +16,7 @@ from kdtrain.answers import TeacherAnswers
 from kdtrain.construction import check_teacher_is_another_model
 from kdtrain.data import BuildReport, Collator, Source, build_dataset
 from kdtrain.data.multimodal import image_content
-from kdtrain.errors import DataError
+from kdtrain.errors import ConfigError, DataError
 from kdtrain.failures import readable_construction, readable_failures
 from kdtrain.model_checks import both_sides, check_models
 from kdtrain.model_folder import require_sound
@@ -78,6 +78,7 @@ def build_trainer(
     """Data, student, teacher and trainer."""
     device = args.device  # also joins the process group
     prepare_deepspeed_run(args)
+    _check_given_teacher(config, given.teacher)
     if given.model is None:
         require_sound(Path(config.model.model), "student")
     if given.teacher is None and config.asks_teacher and config.rlhf.teacher_model:
@@ -130,6 +131,19 @@ def build_trainer(
         _check_images_fit_teacher(train, collator)
     rehearse(trainer, config.training.get("greater_is_better"))
     return trainer, report
+
+
+def _check_given_teacher(config: RunConfig, teacher: Any) -> None:
+    """Refuse a teacher that only gives targets where answers are to be written.
+
+    Raises:
+        ConfigError: it is no model in this process.
+    """
+    if config.answers_from_teacher and isinstance(teacher, Teacher) and teacher.module is None:
+        raise ConfigError(
+            f"answers: teacher needs a teacher that can write: a model in this process. The {type(teacher).__name__} "
+            "handed over has none (its module is None). Hand over a model, or remove answers: teacher."
+        )
 
 
 def _load_student(config: RunConfig, device: Any) -> PreTrainedModel:

@@ -123,6 +123,19 @@ def test_options_of_loading_have_no_effect_on_what_is_loaded_already(project, st
     assert not [record for record in caplog.records if record.name == "kdtrain.notebook"]
 
 
+def test_a_teacher_that_only_gives_targets_is_refused_where_it_has_to_write(project):
+    class Targets:
+        module, vocab_size = None, 320
+
+        def targets(self, inputs, predicts_BT):
+            raise AssertionError
+
+    answers = [f"data.train={{path: {project}/train.jsonl, answers: teacher}}"]
+    with pytest.raises(ConfigError, match=r"a teacher that can write.*Targets handed over has none"):
+        kdtrain.fit(project / "config.yaml", answers, teacher=Targets(), quiet=True)
+    assert not (project / "run").exists()
+
+
 def test_names_of_models_win_over_the_config(project, monkeypatch):
     monkeypatch.chdir(project)
     (project / "student").rename(project / "pupil")
