@@ -35,6 +35,7 @@ def rehearse(trainer: GKDTrainerWithMetrics, greater_is_better: bool | None = No
     if not trainer.is_deepspeed_enabled:  # makes its own
         _try_optimizer(trainer)
         _try_scheduler(trainer)
+    trainer.rehearsed = True
 
 
 @contextmanager

@@ -271,7 +271,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if self._by_images_alone:
             keep_a_path(self.model)
         self.window_has_images = False
-        self.begun = False
+        self.begun = self.rehearsed = False
         self.summed_from = 0
         self._unlogged = RestoreUnlogged(self)
         self.add_callback(self._unlogged)
@@ -391,7 +391,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._window_knobs = None
         self._truncated = TruncatedRows(self.args.max_length)
         with readable_beginning(self):
-            rehearse(self)
+            if not self.rehearsed:
+                rehearse(self)
+            self.rehearsed = False  # options may change before another call
             output = super().train(*args, **kwargs)
         self._truncated.say_total(self.accelerator)
         return output

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import kdtrain
+from kdtrain import rehearsal
 from kdtrain.cli import _train
 from kdtrain.config import ConfigLoader
 from kdtrain.data import Collator
@@ -134,6 +135,17 @@ def test_a_teacher_that_only_gives_targets_is_refused_where_it_has_to_write(proj
     with pytest.raises(ConfigError, match=r"a teacher that can write.*Targets handed over has none"):
         kdtrain.fit(project / "config.yaml", answers, teacher=Targets(), quiet=True)
     assert not (project / "run").exists()
+
+
+def test_a_run_is_rehearsed_once(project, monkeypatch):
+    made = []
+    original = rehearsal._try_scheduler
+    monkeypatch.setattr(rehearsal, "_try_scheduler", lambda trainer: (made.append(trainer), original(trainer)))
+    kdtrain.fit(project / "config.yaml", ["training.max_steps=1"], quiet=True)
+    assert len(made) == 1
+    trainer = made[0]
+    trainer.train()
+    assert len(made) == 2
 
 
 def test_names_of_models_win_over_the_config(project, monkeypatch):
