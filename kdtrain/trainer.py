@@ -69,6 +69,7 @@ from kdtrain.construction import (
     check_config_is_followed,
     check_data_options,
     check_parallelism,
+    check_parts_are_frozen,
     check_prompt_learning,
     check_same_on_all_ranks,
     check_teacher_arguments,
@@ -188,7 +189,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         check_config_is_followed(args, model, peft_config)
         if teacher_model is None and teacher is None and self.knobs.needs_teacher:
             teacher_model = args.teacher_model_name_or_path
-        check_teacher_arguments(teacher_model, teacher, self.knobs)
+        check_teacher_arguments(teacher_model, teacher, args, self.knobs)
         check_teacher_is_another_model(model, teacher_model if teacher is None else teacher.module)
         given = {
             "train_dataset": as_rows("train_dataset", train_dataset),
@@ -209,6 +210,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             model = load_student(model, args, trained_in_full=peft_config is None)
         elif args.model_init_kwargs is not None:
             raise ConfigError("model_init_kwargs would be ignored: the model is loaded already. Remove them.")
+        check_parts_are_frozen(args, model)
         args.remove_unused_columns = False  # the collator reads columns that no forward takes
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         args.logging_nan_inf_filter = False  # it shows a NaN run as loss 0.0
