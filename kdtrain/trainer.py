@@ -319,7 +319,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         for name, data in (("data.train", self.train_dataset), ("data.eval", self.eval_dataset)):
             if data is not None:
                 check_rows(data, name, self._embeddings)
-        self._ids_may_exceed = len(self._tokenizer) > min(self._embeddings.values())
+        largest = max(self._tokenizer.get_vocab().values(), default=-1)  # some leave ids out
+        self._ids_may_exceed = largest >= min(self._embeddings.values())
 
     def _fuse_head(self) -> bool:
         """Let the student's loss be computed without its logits, where that gives the same."""
