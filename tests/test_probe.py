@@ -1,5 +1,6 @@
 """What a look at each model before the first step finds, and that it finds nothing where nothing is."""
 
+import functools
 import json
 import shutil
 
@@ -415,6 +416,41 @@ def test_a_model_that_cannot_write_is_found_before_the_first_step(tmp_path, toke
     student.prepare_inputs_for_generation = None
     with pytest.raises(PreflightError, match="Qwen3ForCausalLM cannot write answers"):
         build(student, tokenizer, tmp_path, teacher=make("qwen3"), lmbda=0.5)
+def autocast(model):
+    """As accelerate does: within the forward, with float32 logits behind it."""
+    original = model.forward
+
+    @functools.wraps(original)
+    def forward(*args, **kwargs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = original(*args, **kwargs)
+        output.logits = output.logits.float()
+        return output
+
+    model.forward = forward
+    return model
+
+
+def test_rounding_is_that_of_the_type_that_a_model_computes_in():
+    def noisy():
+        model = make("qwen3")
+        model.lm_head.register_forward_hook(
+            lambda module, args, out: out + 0.01 * out.roll(1, -1) if len(out) > 1 else out
+        )
+        return model
+
+    assert who_shares_a_batch(noisy(), CPU) == "none"
+    assert who_shares_a_batch(autocast(noisy()), CPU) == "all"
+    assert who_shares_a_batch(autocast(make("minimax")), CPU) == "equally long"
+
+
+def test_a_tie_between_experts_in_one_text_is_no_sign(monkeypatch, caplog):
+    moved = iter([(0.5, 1e-4), (0.0, 1e-4)])
+    monkeypatch.setattr(generation, "_difference_of_text", lambda *_: next(moved))
+    assert who_shares_a_batch(make("mixtral"), CPU) == "all"
+    assert "does not honour" not in caplog.text
+
+
     build(student, tokenizer, tmp_path, teacher=make("qwen3"), lmbda=0.0)
 
 
