@@ -349,9 +349,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     def _check_models(self) -> dict[str, int]:
         """What a look at both models finds (see `model_checks.py`); the positions of each that has a table of them."""
-        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         teacher = self._unwrap(self.teacher_model)  # DeepSpeed's engine has a config of its own
-        sides = both_sides(base, self.teacher, self.data_collator, teacher)
+        sides = both_sides(self.model, self.teacher, self.data_collator, teacher)
         chosen = [(self.model, self.lmbda > 0), (teacher, self.seq_kd)]
         generating = [model for model, chosen in chosen if chosen and self._generates()]
         check_models(

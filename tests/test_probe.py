@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 import yaml
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from trl.experimental.gkd import GKDConfig
 
 from kdtrain import generation, probe
@@ -258,6 +258,34 @@ def test_rows_whose_lengths_nobody_knew_are_refused_before_the_forward_that_woul
         trainer.train()
 
 
+VIRTUAL = {"prompt tuning": PromptTuningConfig, "p-tuning": PromptEncoderConfig, "prefix tuning": PrefixTuningConfig}
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"), [*((kind, "gpt2") for kind in VIRTUAL), ("prompt tuning", "gptj"), ("prompt tuning", "mpt")]
+)
+def test_virtual_tokens_take_positions_from_the_rows(tmp_path, tokenizer, kind, family):
+    def tuned():
+        more = {"encoder_hidden_size": 16} if kind == "p-tuning" else {}
+        return get_peft_model(
+            make(family), VIRTUAL[kind](task_type="CAUSAL_LM", num_virtual_tokens=8, num_attention_heads=2, **more)
+        )
+
+    short = {"max_steps": 1, "save_strategy": "no", "gradient_checkpointing": False}  # which prefix tuning cannot have
+    message = r"has 56 positions behind its 8 virtual tokens, and 1 of 2 training rows .* \(up to 57\)"
+    with pytest.raises(PreflightError, match=f"The student {message}"):
+        build(tuned(), tokenizer, tmp_path, rows(40, 57))
+    build(tuned(), tokenizer, tmp_path, rows(56, 56), **short).train()
+    with pytest.raises(PreflightError, match=f"The teacher {message}"):
+        build(make("qwen3"), tokenizer, tmp_path, rows(40, 57), tuned())
+    chats = [{"messages": [{"role": role, "content": "word " * 4} for role in ("user", "assistant")]}] * 2
+    trainer = build(tuned(), tokenizer, tmp_path, chats, **short)
+    assert 56 < trainer.data_collator(chats)["input_ids"].shape[1] <= 64
+    if trainer._positions:
+        with pytest.raises(DataError, match="and the student has 56 positions"):
+            trainer.train()
+
+
 # ---- RoPE that looks at the batch ------------------------------------------------------------------------------------
 
 
@@ -388,34 +416,6 @@ def test_padding_that_is_read_is_found_even_where_its_embedding_is_still_zero():
     assert who_shares_a_batch(make("recurrent_gemma"), CPU) == "equally long"
 
 
-def test_prompts_that_cannot_be_generated_apart_are_refused(monkeypatch):
-    model = make("rwkv")
-    assert who_shares_a_batch(model, CPU) == "none"
-    monkeypatch.setattr(generation, "_in_pieces", lambda model: True)
-    with pytest.raises(PreflightError, match="under FSDP and ZeRO-3 prompts cannot be generated apart"):
-        generation._groups(model, [[5], [5, 6]], CPU, False)
-    monkeypatch.setattr(generation, "_in_pieces", lambda model: False)
-    with pytest.raises(PreflightError, match="prompts with images cannot be generated apart"):
-        generation._groups(model, [[5], [5, 6]], CPU, True)
-    assert generation._groups(model, [[5]], CPU, True) == [[0]]
-
-
-@pytest.mark.parametrize("changes", [{"rlhf__lmbda": 1.0}, {"rlhf__seq_kd": True}])
-def test_a_run_on_answers_of_a_model_that_does_not_honour_padding_says_so_before_training(
-    project, tokenizer, caplog, changes
-):
-    side = "student" if "rlhf__lmbda" in changes else "teacher"
-    put(project, tokenizer, side, make("rwkv"))
-    run(project, rlhf__max_new_tokens=4, training__max_steps=1, training__eval_strategy="no", **changes)
-    assert f"{side} does not honour padding on the left" in caplog.text
-    assert caplog.text.count("does not honour") == 1
-
-
-def test_a_model_that_cannot_write_is_found_before_the_first_step(tmp_path, tokenizer):
-    student = make("qwen3")
-    student.prepare_inputs_for_generation = None
-    with pytest.raises(PreflightError, match="Qwen3ForCausalLM cannot write answers"):
-        build(student, tokenizer, tmp_path, teacher=make("qwen3"), lmbda=0.5)
 def autocast(model):
     """As accelerate does: within the forward, with float32 logits behind it."""
     original = model.forward
@@ -451,6 +451,34 @@ def test_a_tie_between_experts_in_one_text_is_no_sign(monkeypatch, caplog):
     assert "does not honour" not in caplog.text
 
 
+def test_prompts_that_cannot_be_generated_apart_are_refused(monkeypatch):
+    model = make("rwkv")
+    assert who_shares_a_batch(model, CPU) == "none"
+    monkeypatch.setattr(generation, "_in_pieces", lambda model: True)
+    with pytest.raises(PreflightError, match="under FSDP and ZeRO-3 prompts cannot be generated apart"):
+        generation._groups(model, [[5], [5, 6]], CPU, False)
+    monkeypatch.setattr(generation, "_in_pieces", lambda model: False)
+    with pytest.raises(PreflightError, match="prompts with images cannot be generated apart"):
+        generation._groups(model, [[5], [5, 6]], CPU, True)
+    assert generation._groups(model, [[5]], CPU, True) == [[0]]
+
+
+@pytest.mark.parametrize("changes", [{"rlhf__lmbda": 1.0}, {"rlhf__seq_kd": True}])
+def test_a_run_on_answers_of_a_model_that_does_not_honour_padding_says_so_before_training(
+    project, tokenizer, caplog, changes
+):
+    side = "student" if "rlhf__lmbda" in changes else "teacher"
+    put(project, tokenizer, side, make("rwkv"))
+    run(project, rlhf__max_new_tokens=4, training__max_steps=1, training__eval_strategy="no", **changes)
+    assert f"{side} does not honour padding on the left" in caplog.text
+    assert caplog.text.count("does not honour") == 1
+
+
+def test_a_model_that_cannot_write_is_found_before_the_first_step(tmp_path, tokenizer):
+    student = make("qwen3")
+    student.prepare_inputs_for_generation = None
+    with pytest.raises(PreflightError, match="Qwen3ForCausalLM cannot write answers"):
+        build(student, tokenizer, tmp_path, teacher=make("qwen3"), lmbda=0.5)
     build(student, tokenizer, tmp_path, teacher=make("qwen3"), lmbda=0.0)
 
 
