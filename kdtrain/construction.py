@@ -25,10 +25,12 @@ from kdtrain.knobs import Knobs
 from kdtrain.models import load_processing, load_tokenizer, load_with_adapter, sees_images
 from kdtrain.row_order import refused_loader_options
 from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
+from kdtrain.vision.parts import freeze_parts
 
 logger = logging.getLogger(__name__)
 
 _FILLED_IN = {"dtype": "auto"}  # by the config's loader, where nothing was said
+_WHOLE_CONFIG = "train the whole config with kdtrain.fit(config)"
 
 
 @contextmanager
@@ -46,10 +48,13 @@ def adapters_on_the_head() -> Iterator[None]:
         sft_trainer.BaseTunerLayer = refused
 
 
-def check_teacher_arguments(teacher_model: Any, teacher: Teacher | None, knobs: Knobs) -> None:
-    """Raise ValueError where a teacher is needed and missing, or given twice."""
+def check_teacher_arguments(teacher_model: Any, teacher: Teacher | None, args: GKDConfig, knobs: Knobs) -> None:
+    """Raise ValueError where a teacher is needed and missing, given twice, or to be loaded and loaded already."""
     if teacher_model is not None and teacher is not None:
         raise ValueError("Pass either teacher_model or teacher, not both.")
+    is_loaded = teacher is not None or isinstance(teacher_model, nn.Module)
+    if is_loaded and (args.teacher_model_init_kwargs or _FILLED_IN) != _FILLED_IN:
+        raise ConfigError("teacher_model_init_kwargs would be ignored: the teacher is loaded already. Remove them.")
     if knobs.needs_teacher and teacher_model is None and teacher is None:
         raise ValueError(
             f"llm_kd_weight is {knobs.llm_kd_weight} and visual KD is {'on' if knobs.visual_kd else 'off'}: this needs "
@@ -162,27 +167,45 @@ def check_model(name: str, value: Any, *, optional: bool = True) -> Any:
 
 
 def check_config_is_followed(args: GKDConfig, model: Any, peft_config: Any) -> None:
-    """Refuse to train without what the config that `args` was read from asks for beside them.
+    """Refuse to train in full where the config that `args` was read from asks for LoRA.
+
+    Args:
+        model: the student or its name.
 
     Raises:
-        ConfigError: LoRA or frozen parts, and neither a PEFT model nor a frozen weight here.
+        ConfigError: neither a peft_config nor an adapter here.
     """
     tuner = getattr(args, "tuner", None)
-    if tuner is None:
+    has_adapter = is_adapter_folder(model) if isinstance(model, str) else is_peft_model(model)
+    if tuner is not None and tuner.train_type == "lora" and peft_config is None and not has_adapter:
+        raise ConfigError(
+            "The config of these training_args has tuner.train_type: lora, and this trainer got neither a peft_config "
+            f"nor a PeftModel: pass one, or {_WHOLE_CONFIG}."
+        )
+
+
+def check_parts_are_frozen(args: GKDConfig, model: nn.Module) -> None:
+    """Refuse to train what the config that `args` was read from freezes; the trainer freezes nothing itself.
+
+    Args:
+        model: the student as it was given, or loaded by its name.
+
+    Raises:
+        ConfigError: parts are to be frozen, and not a weight is.
+        PreflightError: of a text model, whose only part is to be frozen.
+    """
+    tuner = getattr(args, "tuner", None)
+    wanted = {part: getattr(tuner, f"freeze_{part}", False) for part in ("llm", "vit", "aligner")}
+    if not any(wanted.values()) or not all(parameter.requires_grad for parameter in model.parameters()):
         return
-    ways = "train the whole config with kdtrain.fit(config)"
-    adapter = is_peft_model(model) or (isinstance(model, str) and is_adapter_folder(model))
-    if tuner.train_type == "lora" and peft_config is None and not adapter:
-        raise ConfigError(
-            f"The config of these training_args has tuner.train_type: lora, and this trainer got neither a peft_config "
-            f"nor a PeftModel: pass one, or {ways}."
-        )
-    frozen = [part for part in ("llm", "vit", "aligner") if getattr(tuner, f"freeze_{part}")]
-    if frozen and (isinstance(model, str) or all(parameter.requires_grad for parameter in model.parameters())):
-        raise ConfigError(
-            f"The config of these training_args has tuner.freeze_{frozen[0]}: true, and no weight of the model is "
-            f"frozen: freeze it and pass the model itself, or {ways}."
-        )
+    if not sees_images(model.config):
+        freeze_parts(model, **wanted)  # which has no effect, and says so
+        return
+    option = next(part for part in wanted if wanted[part])
+    raise ConfigError(
+        f"The config of these training_args has tuner.freeze_{option}: true, and no weight of the model is frozen: "
+        f"load it, freeze it and pass the model itself (not its name), or {_WHOLE_CONFIG}."
+    )
 
 
 def check_teacher_is_another_model(model: Any, teacher: Any) -> None:
@@ -377,8 +400,6 @@ def local_teacher(teacher_model: PreTrainedModel | nn.Module | str | None, args:
             trust_remote_code=args.trust_remote_code,
         )
     assert teacher_model is not None
-    if (args.teacher_model_init_kwargs or _FILLED_IN) != _FILLED_IN:
-        logger.warning("teacher_model_init_kwargs has no effect: the teacher is loaded already.")
     return LocalTeacher(teacher_model)
 
 

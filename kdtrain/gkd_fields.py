@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kdtrain.config.training_rules import REFUSED as REFUSED_IN_YAML
 from kdtrain.data.collate import MASKS
 from kdtrain.errors import ConfigError, NotAvailableError
 
@@ -44,11 +45,10 @@ REFUSED: dict[str, Refused] = {
     "shuffle_dataset": Refused("rows are shuffled in every epoch anyway", "remove it"),
     "average_tokens_across_devices": Refused("the loss would depend on the number of processes", "remove it", (True,)),
     "auto_find_batch_size": Refused("the batch would change during the run", "set per_device_train_batch_size"),
-    "label_names": Refused(
-        "the labels of a batch are called labels", "rename them in the collator", (None, ["labels"])
-    ),
-    "use_cache": Refused("a loss needs no cache of keys and values", "remove it"),
 }
+for _name in ("label_names", "use_cache"):  # for the reasons that a config is told
+    _refused = REFUSED_IN_YAML[_name]
+    REFUSED[_name] = Refused(_refused.reason, _refused.instead, _refused.harmless)
 
 _WITHOUT_EFFECT = {
     "dataset_num_proc": "rows are encoded when they are needed; dataloader_num_workers does that in parallel",

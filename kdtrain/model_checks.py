@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import is_peft_model
 from torch import nn
 
 from kdtrain.data.collate import Collator
@@ -33,31 +34,45 @@ class Side:
         model: not wrapped; of a PEFT model its base.
         look: of `look_at_text`.
         processing: its tokenizer or processor, where it is known.
+        virtual: tokens that prompt learning puts before each row: the look's positions are those behind them.
     """
 
     name: str
     model: Any
     look: TextLook
     processing: Any = None
+    virtual: int = 0
 
 
 def both_sides(student: Any, teacher: Any, collator: Any, teacher_model: Any = None) -> list[Side]:
     """The student, and the teacher where it is a model in this process.
 
     Args:
-        student: not wrapped; of a PEFT model its base.
+        student: not wrapped.
         teacher: a `Teacher`, or None.
         collator: knows the processors, if it is ours.
         teacher_model: the teacher's module as it was before it was wrapped; None is as it is.
     """
     ours = isinstance(collator, Collator)
     processing = collator.processing_class if ours else None
-    sides = [Side("student", student, look_at_text(student, "student"), processing)]
+    base = student.get_base_model() if is_peft_model(student) else student
+    look, virtual = look_at_text(base, "student"), _virtual_tokens(student)
+    sides = [Side("student", base, _behind(virtual, look), processing, virtual)]
     if teacher is not None and isinstance(getattr(teacher, "look", None), TextLook):
         its = (collator.teacher_processing_class or processing) if ours else None
         model = teacher.module if teacher_model is None else teacher_model
-        sides.append(Side("teacher", model, teacher.look, its))
+        virtual = _virtual_tokens(model)
+        sides.append(Side("teacher", model, _behind(virtual, teacher.look), its, virtual))
     return sides
+
+
+def _virtual_tokens(model: Any) -> int:
+    config = model.active_peft_config if is_peft_model(model) else None
+    return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
+
+
+def _behind(virtual: int, look: TextLook) -> TextLook:
+    return look if look.positions is None else replace(look, positions=look.positions - virtual)
 
 
 def check_models(
@@ -90,7 +105,7 @@ def check_models(
     multiple = getattr(collator, "pad_to_multiple_of", None)
     findings = [finding for side in sides for finding in side.look.findings]
     for side in sides:
-        findings += length_findings(side.model, side.name, side.look, rows, multiple)
+        findings += length_findings(side.model, side.name, side.look, rows, multiple, side.virtual)
         findings += rope_findings(side.model, side.name, rows)
     settle(finding for finding in findings if finding.level == "error" or not only_errors)
     unseen = [side.name for side in sides if not side.look.looked]

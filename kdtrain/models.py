@@ -250,29 +250,26 @@ def add_adapter(base: PreTrainedModel, folder: str, *, trained: bool = False) ->
     Raises:
         PreflightError: no adapter, one that does not fit the model, or weights that are not safetensors.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
+    from peft import PeftModel
 
-    weights = os.path.join(folder, "adapter_model.safetensors")
-    for file in (os.path.join(folder, "adapter_config.json"), weights):
-        if not os.path.isfile(file):
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not os.path.isfile(os.path.join(folder, file)):
             raise PreflightError(
-                f"{folder} is not the folder of an adapter: it has no {os.path.basename(file)} (an adapter on the hub "
-                "has to be downloaded first)."
+                f"{folder} is not the folder of an adapter: it has no {file} (an adapter on the hub has to be "
+                "downloaded first)."
             )
     try:
-        with safe_open(weights, "pt") as stored:
-            names = set(stored.keys())
         model = PeftModel.from_pretrained(base, folder, is_trainable=trained)
+        # Once more, for what PEFT says of it: the names in the file may be older than the model's, and it knows some.
+        found = model.load_adapter(folder, model.active_adapter, is_trainable=trained)
     except Exception as error:  # safetensors and each kind of adapter have errors of their own
         raise PreflightError(f"The adapter {folder} could not be loaded: {_first_line(error)}") from error
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if missing := sorted(expected - names):
+    if missing := found.missing_keys:
         raise PreflightError(
             f"The adapter {folder} lacks {len(missing)} of its weights, which would be random or zero: "
             f"{', '.join(missing[:3])}."
         )
-    extra = sorted(name for name in names - expected if "lora" in name or "prompt" in name)
+    extra = [name for name in found.unexpected_keys if name != "prompt_embeddings"]  # loaded in another way
     if extra:
         raise PreflightError(
             f"The adapter {folder} holds weights that its base has no place for: {', '.join(extra[:3])}. Is its base "

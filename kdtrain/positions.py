@@ -115,24 +115,29 @@ def _lengths(data: Any) -> np.ndarray | None:
 # ---- how many positions there are ------------------------------------------------------------------------------------
 
 
-def length_findings(model: Any, side: str, look: TextLook, rows: Sequence[Rows], multiple: int | None) -> list[Finding]:
+def length_findings(
+    model: Any, side: str, look: TextLook, rows: Sequence[Rows], multiple: int | None, virtual: int = 0
+) -> list[Finding]:
     """An error for rows that a model cannot take, a warning for those beyond what it was made for.
 
     Args:
         model: not wrapped; of a PEFT model its base.
         multiple: batches are padded to a multiple of this length.
+        virtual: tokens of prompt learning that stand before each row; the look's positions are those behind them.
     """
+    has = f"The {side} has {{}} positions{f' behind its {virtual} virtual tokens' if virtual else ''}"
     if look.positions is not None:
         wide = [some for some in rows if some.width(multiple) > look.positions]
-        return [Finding("error", _too_long(side, look.positions, wide, multiple))] if wide else []
+        return [Finding("error", _too_long(side, has, look.positions, wide, multiple))] if wide else []
     declared = _declared(model)
+    declared = None if declared is None else declared - virtual
     long = [some for some in rows if declared is not None and some.longest > declared]
     if declared is None or not long or "dynamic" in _rope_kinds(model):
         return []
     longest = max(some.width(multiple) for some in long)
-    refusal = _refusal(model, longest) if look.looked and not _is_rotary(model) else None
+    refusal = _refusal(model, longest + virtual) if look.looked and not _is_rotary(model) else None
     if refusal is not None:
-        said = f"{_too_long(side, declared, long, multiple)} The model says: {refusal}"
+        said = f"{_too_long(side, has, declared, long, multiple)} The model says: {refusal}"
         return [Finding("error", said)]
     return [
         Finding(
@@ -143,7 +148,7 @@ def length_findings(model: Any, side: str, look: TextLook, rows: Sequence[Rows],
     ]
 
 
-def _too_long(side: str, positions: int, rows: Sequence[Rows], multiple: int | None) -> str:
+def _too_long(side: str, has: str, positions: int, rows: Sequence[Rows], multiple: int | None) -> str:
     padded = max(some.width(multiple) for some in rows)
     what = (
         _counts(rows, positions)
@@ -151,7 +156,7 @@ def _too_long(side: str, positions: int, rows: Sequence[Rows], multiple: int | N
         else f"batches are padded to {padded} (training.pad_to_multiple_of)"
     )
     return (
-        f"The {side} has {positions} positions, and {what}: the run would end where such a row comes up. To keep "
+        f"{has.format(positions)}, and {what}: the run would end where such a row comes up. To keep "
         f"within {positions} tokens, {_ways_out(rows)}; or take a {side} with more positions."
     )
 

@@ -69,6 +69,7 @@ from kdtrain.construction import (
     check_config_is_followed,
     check_data_options,
     check_parallelism,
+    check_parts_are_frozen,
     check_prompt_learning,
     check_same_on_all_ranks,
     check_teacher_arguments,
@@ -188,7 +189,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         check_config_is_followed(args, model, peft_config)
         if teacher_model is None and teacher is None and self.knobs.needs_teacher:
             teacher_model = args.teacher_model_name_or_path
-        check_teacher_arguments(teacher_model, teacher, self.knobs)
+        check_teacher_arguments(teacher_model, teacher, args, self.knobs)
         check_teacher_is_another_model(model, teacher_model if teacher is None else teacher.module)
         given = {
             "train_dataset": as_rows("train_dataset", train_dataset),
@@ -209,6 +210,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             model = load_student(model, args, trained_in_full=peft_config is None)
         elif args.model_init_kwargs is not None:
             raise ConfigError("model_init_kwargs would be ignored: the model is loaded already. Remove them.")
+        check_parts_are_frozen(args, model)
         args.remove_unused_columns = False  # the collator reads columns that no forward takes
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         args.logging_nan_inf_filter = False  # it shows a NaN run as loss 0.0
@@ -319,7 +321,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
             for name, data in (("data.train", train), ("data.eval", evaluation))
             if data is not None
         ]
-        self._ids_may_exceed = not all(seen) or len(self._tokenizer) > min(self._embeddings.values())
+        largest = max(self._tokenizer.get_vocab().values(), default=-1)  # some leave ids out
+        self._ids_may_exceed = not all(seen) or largest >= min(self._embeddings.values())
 
     def _fuse_head(self) -> bool:
         """Let the student's loss be computed without its logits, where that gives the same."""
@@ -348,9 +351,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     def _check_models(self) -> dict[str, int]:
         """What a look at both models finds (see `model_checks.py`); the positions of each that has a table of them."""
-        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         teacher = self._unwrap(self.teacher_model)  # DeepSpeed's engine has a config of its own
-        sides = both_sides(base, self.teacher, self.data_collator, teacher)
+        sides = both_sides(self.model, self.teacher, self.data_collator, teacher)
         chosen = [(self.model, self.lmbda > 0), (teacher, self.seq_kd)]
         generating = [model for model, chosen in chosen if chosen and self._generates()]
         collator, train = self.data_collator, self.train_dataset

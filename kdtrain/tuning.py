@@ -9,12 +9,12 @@ import copy
 import difflib
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
-from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
 from kdtrain.errors import PreflightError
@@ -79,11 +79,11 @@ def fitted_adapter(model: nn.Module, config: PeftConfig) -> PeftConfig:
 
     Raises:
         PreflightError: a name that matches nothing, or only modules that are left out; an adapter on one of two tied
-            weights.
+            weights that is asked for by name.
     """
     _check_names(model, config)
     if _is_all_linear(config):
-        return _without_mamba_projections(model, config)
+        return _without_tied(model, _without_mamba_projections(model, config))
     _check_tied(model, config)
     return config
 
@@ -97,12 +97,14 @@ def _is_all_linear(config: PeftConfig) -> bool:
 
 
 def _check_names(model: nn.Module, config: PeftConfig) -> None:
-    """Raise where a listed name matches nothing; patterns and `all-linear` are PEFT's to check."""
+    """Raise where a listed name matches nothing; patterns and `all-linear` are PEFT's to check.
+
+    One that would be excluded is not missed: a warning, for a config may be shared between kinds of models.
+    """
     modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     lists: tuple[tuple[str, list[str], Callable[[str, str], bool]], ...] = (
         ("target_modules", modules, _ends_in),
-        ("exclude_modules", modules, _ends_in),
         ("target_parameters", parameters, _ends_in),
         ("modules_to_save", modules, str.endswith),
     )
@@ -112,6 +114,9 @@ def _check_names(model: nn.Module, config: PeftConfig) -> None:
         for name in _listed(getattr(config, option, None))
         if not any(fits(candidate, name) for candidate in candidates)
     ]
+    for name in _listed(getattr(config, "exclude_modules", None)):
+        if not any(_ends_in(module, name) for module in modules):
+            logger.warning("%s: nothing is left out by it.", _nothing_called(model, "exclude_modules", name, modules))
     wrong += [
         f"target_modules: {name!r} matches modules only that are left out, by tuner.freeze_… or exclude_modules"
         for name in _listed(getattr(config, "target_modules", None))
@@ -159,37 +164,62 @@ def _without_mamba_projections(model: nn.Module, config: PeftConfig) -> PeftConf
         " and ".join(left_out),
         family,
     )
+    return _excluding(left_out, config)
+
+
+def _excluding(names: Collection[str], config: PeftConfig) -> PeftConfig:
     fitted: Any = copy.copy(config)
     excluded = fitted.exclude_modules
     if isinstance(excluded, str):
-        fitted.exclude_modules = rf"(?:{excluded})|(?:.*\.)?(?:{'|'.join(left_out)})"
+        fitted.exclude_modules = rf"(?:{excluded})|(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
     else:
-        fitted.exclude_modules = [*(excluded or ()), *left_out]
+        fitted.exclude_modules = [*(excluded or ()), *names]
     return fitted
 
 
-def _check_tied(model: nn.Module, config: PeftConfig) -> None:
-    """Refuse an adapter on a weight that another module shares.
+# An adapter on a weight that another module shares would train on one side of the two; a merge adds it to the shared
+# weight, and so to both. PEFT only warns, and with its `ensure_weight_tying` a merge adds it twice.
 
-    It would train on one side of the two; a merge adds it to the shared weight, and so to both. PEFT only warns, and
-    with its `ensure_weight_tying` a merge adds it twice.
-    """
+
+def _check_tied(model: nn.Module, config: PeftConfig) -> None:
+    """Refuse an adapter on a weight that another module shares."""
     if getattr(config, "target_modules", None) is None:
         return
-    users: dict[int, list[str]] = {}
+    for targeted, modules in _tied_targets(model, config):
+        others = sorted(set(modules) - {targeted[0]})
+        raise PreflightError(
+            f"target_modules: the weight of {targeted[0]} is tied to that of {', '.join(others)}: an adapter on it "
+            "would train, and a merge would change both sides. Leave it out; or put it into modules_to_save, which "
+            "trains a copy of its own; or use a model without tied weights."
+        )
+
+
+def _without_tied(model: nn.Module, config: PeftConfig) -> PeftConfig:
+    """`all-linear` without the weights that modules share, such as the blocks that a Zamba2 repeats."""
+    listed = _maybe_include_all_linear_layers(copy.copy(config), model)
+    left_out = [module for targeted, _ in _tied_targets(model, listed) for module in targeted]
+    if not left_out:
+        return config
+    logger.warning(
+        "target_modules: all-linear leaves out %d modules that share their weight with another (%s%s): a merge would "
+        "change both.",
+        len(left_out),
+        ", ".join(left_out[:3]),
+        ", …" if len(left_out) > 3 else "",
+    )
+    return _excluding(left_out, config)
+
+
+def _tied_targets(model: nn.Module, config: PeftConfig) -> Iterator[tuple[list[str], list[str]]]:
+    """For each shared weight that gets an adapter: the modules that do, and all that use it."""
+    users: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+        users.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
     for modules in users.values():
-        targeted = _targeted(modules, config) if len(set(modules)) > 1 else []
-        if targeted:
-            others = sorted(set(modules) - {targeted[0]})
-            raise PreflightError(
-                f"target_modules: the weight of {targeted[0]} is tied to that of {', '.join(others)}: an adapter on it "
-                "would train, and a merge would change both sides. Leave it out; or put it into modules_to_save, which "
-                "trains a copy of its own; or use a model without tied weights."
-            )
+        if len(modules) > 1 and (targeted := _targeted(modules, config)):
+            yield targeted, sorted(modules)
 
 
 def _targeted(modules: Collection[str], config: PeftConfig) -> list[str]:
-    found = {module: check_target_module_exists(config, module) for module in sorted(set(modules))}
+    found = {module: check_target_module_exists(config, module) for module in sorted(modules)}
     return [module for module, match in found.items() if match and not isinstance(match, _ExcludedModule)]

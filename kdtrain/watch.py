@@ -74,14 +74,15 @@ class WatchGradients(TrainerCallback):
         if names and self._trainer.is_world_process_zero():
             logger.warning(
                 "%d of %d trained tensors had no gradient in the first %d windows%s, and are not trained: %s%s. Leave "
-                "them out (tuner.target_modules, tuner.freeze_vit), or look for what cuts them off (reentrant gradient "
-                "checkpointing, a layer whose output is not used).",
+                "them out (%s), or look for what cuts them off (reentrant gradient checkpointing, a layer whose output "
+                "is not used).",
                 len(names),
                 self._trained,
                 self._windows[sees],
                 " with images" if sees else "",
                 ", ".join(names[:4]),
                 ", …" if len(names) > 4 else "",
+                "tuner.target_modules, tuner.freeze_vit" if sees else "tuner.target_modules",
             )
 
 

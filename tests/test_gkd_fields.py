@@ -101,6 +101,12 @@ def test_yaml_refuses_it_too(tmp_path, name):
     assert name in REFUSED_IN_YAML or "move it to data." in found[0].hint
 
 
+@pytest.mark.parametrize("name", ["label_names", "use_cache"])
+def test_what_both_refuse_for_one_reason_is_said_in_the_same_words(name):
+    ours, in_yaml = REFUSED[name], REFUSED_IN_YAML[name]
+    assert (ours.reason, ours.instead, ours.harmless) == (in_yaml.reason, in_yaml.instead, in_yaml.harmless)
+
+
 def test_harmless_values_of_refused_fields_pass(tmp_path, student, teacher):
     harmless = {"packing": False, "packing_strategy": "bfd", "loss_type": "nll", "label_smoothing_factor": 0.0,
                 "eval_packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}  # fmt: skip

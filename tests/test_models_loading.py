@@ -5,12 +5,14 @@ import logging
 
 import pytest
 import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from kdtrain.errors import PreflightError
-from kdtrain.models import load_model, load_tokenizer
+from kdtrain.models import add_adapter, load_model, load_tokenizer
 from kdtrain.teachers import build_teacher
 from tests import tiny
+from tests.tiny_vision import make_vlm
 
 
 @pytest.fixture
@@ -100,3 +102,37 @@ def test_fp8_weights_on_a_cpu_are_expanded_where_bfloat16_is_asked_and_refused_e
     model.save_pretrained(tmp_path / "again")
     again = load_model(str(tmp_path / "again"), dtype="bfloat16")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "old_name"), [("llava", "model.language_model.model"), ("qwen2_5_vl", "model.model")]
+)
+def test_an_adapter_with_old_names_is_refused_only_where_peft_would_lose_its_weights(tmp_path, family, old_name):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(make_vlm(family, seed=1), lora)
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    saved = {name.replace("model.model.language_model", old_name): p for name, p in load_file(weights).items()}
+    save_file(saved, weights)
+    if family == "qwen2_5_vl":
+        with pytest.raises(PreflightError, match=f"lacks {len(saved)} of its weights"):
+            add_adapter(make_vlm(family, seed=1), str(tmp_path))
+        return
+    loaded = dict(add_adapter(make_vlm(family, seed=1), str(tmp_path), trained=True).named_parameters())
+    assert all(torch.equal(loaded[name], p) for name, p in model.named_parameters() if "lora_" in name)
+    assert [name for name, p in loaded.items() if p.requires_grad] == [name for name in loaded if "lora_" in name]
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_loaded_or_refused(tmp_path, kind):
+    model = get_peft_model(tiny.make_qwen3(), kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model.save_pretrained(tmp_path)
+    loaded = add_adapter(tiny.make_qwen3(), str(tmp_path))
+    assert torch.equal(loaded.prompt_encoder.default.embedding.weight, model.prompt_encoder.default.embedding.weight)
+    save_file({"other": torch.zeros(3)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(PreflightError, match="could not be loaded"):
+        add_adapter(tiny.make_qwen3(), str(tmp_path))

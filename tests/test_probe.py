@@ -1,5 +1,6 @@
 """What a look at each model before the first step finds, and that it finds nothing where nothing is."""
 
+import functools
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import torch
 import transformers as hf
 import yaml
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from trl.experimental.gkd import GKDConfig
 from trl.experimental.utils import DataCollatorForChatML
 
@@ -291,6 +292,34 @@ def test_prompts_count_as_long_as_they_are_cut_and_the_class_is_told_by_its_own_
         build(make("gpt2"), tokenizer, tmp_path, rows(100), max_length=80)
 
 
+VIRTUAL = {"prompt tuning": PromptTuningConfig, "p-tuning": PromptEncoderConfig, "prefix tuning": PrefixTuningConfig}
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"), [*((kind, "gpt2") for kind in VIRTUAL), ("prompt tuning", "gptj"), ("prompt tuning", "mpt")]
+)
+def test_virtual_tokens_take_positions_from_the_rows(tmp_path, tokenizer, kind, family):
+    def tuned():
+        more = {"encoder_hidden_size": 16} if kind == "p-tuning" else {}
+        return get_peft_model(
+            make(family), VIRTUAL[kind](task_type="CAUSAL_LM", num_virtual_tokens=8, num_attention_heads=2, **more)
+        )
+
+    short = {"max_steps": 1, "save_strategy": "no", "gradient_checkpointing": False}  # which prefix tuning cannot have
+    message = r"has 56 positions behind its 8 virtual tokens, and 1 of 2 training rows .* \(up to 57\)"
+    with pytest.raises(PreflightError, match=f"The student {message}"):
+        build(tuned(), tokenizer, tmp_path, rows(40, 57))
+    build(tuned(), tokenizer, tmp_path, rows(56, 56), **short).train()
+    with pytest.raises(PreflightError, match=f"The teacher {message}"):
+        build(make("qwen3"), tokenizer, tmp_path, rows(40, 57), tuned())
+    chats = [{"messages": [{"role": role, "content": "word " * 4} for role in ("user", "assistant")]}] * 2
+    trainer = build(tuned(), tokenizer, tmp_path, chats, **short)
+    assert 56 < trainer.data_collator(chats)["input_ids"].shape[1] <= 64
+    if trainer._positions:
+        with pytest.raises(DataError, match="and the student has 56 positions"):
+            trainer.train()
+
+
 # ---- RoPE that looks at the batch ------------------------------------------------------------------------------------
 
 
@@ -419,6 +448,41 @@ def test_padding_that_is_read_is_found_even_where_its_embedding_is_still_zero():
     torch.nn.init.normal_(model.get_input_embeddings().weight.data[3])
     assert not torch.allclose(first_logits(short), first_logits(short, long), atol=1e-2)
     assert who_shares_a_batch(make("recurrent_gemma"), CPU) == "equally long"
+
+
+def autocast(model):
+    """As accelerate does: within the forward, with float32 logits behind it."""
+    original = model.forward
+
+    @functools.wraps(original)
+    def forward(*args, **kwargs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = original(*args, **kwargs)
+        output.logits = output.logits.float()
+        return output
+
+    model.forward = forward
+    return model
+
+
+def test_rounding_is_that_of_the_type_that_a_model_computes_in():
+    def noisy():
+        model = make("qwen3")
+        model.lm_head.register_forward_hook(
+            lambda module, args, out: out + 0.01 * out.roll(1, -1) if len(out) > 1 else out
+        )
+        return model
+
+    assert who_shares_a_batch(noisy(), CPU) == "none"
+    assert who_shares_a_batch(autocast(noisy()), CPU) == "all"
+    assert who_shares_a_batch(autocast(make("minimax")), CPU) == "equally long"
+
+
+def test_a_tie_between_experts_in_one_text_is_no_sign(monkeypatch, caplog):
+    moved = iter([(0.5, 1e-4), (0.0, 1e-4)])
+    monkeypatch.setattr(generation, "_difference_of_text", lambda *_: next(moved))
+    assert who_shares_a_batch(make("mixtral"), CPU) == "all"
+    assert "does not honour" not in caplog.text
 
 
 def test_prompts_that_cannot_be_generated_apart_are_refused(monkeypatch):

@@ -12,9 +12,13 @@ from trl.experimental.utils import DataCollatorForChatML
 
 from kdtrain.config import ConfigLoader
 from kdtrain.errors import ConfigError, DataError, NotAvailableError, PreflightError
+from kdtrain.run import fit
+from kdtrain.teachers import LocalTeacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
+from tests.test_probe import Silent
 from tests.test_trainer import expected_terms, make_args, make_batch, make_trainer
+from tests.tiny_vision import make_vlm
 
 
 class Set(TrainerCallback):
@@ -432,20 +436,64 @@ def test_train_arguments_in_place_of_their_training_args_name_both_ways(project,
         GKDTrainerWithMetrics(student, teacher, arguments, train_dataset=tiny.CHATS)
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [("tuner.train_type=lora", "tuner.train_type: lora"), ("tuner.freeze_llm=true", "tuner.freeze_llm: true")],
-)
-def test_what_the_config_asks_of_the_student_is_not_dropped(project, student, teacher, tokenizer, override, message):
-    arguments = ConfigLoader.load_training_config(project / "config.yaml", [override])
-    given = {"train_dataset": tiny.CHATS, "eval_dataset": tiny.CHATS, "processing_class": tokenizer}
-    with pytest.raises(ConfigError, match=message):
-        GKDTrainerWithMetrics(student, teacher, arguments.training_args, **given)
-    if "lora" in override:
-        student = with_lora(student)
-    else:
-        student.lm_head.requires_grad_(False)
-    GKDTrainerWithMetrics(student, teacher, arguments.training_args, **given)
+@pytest.fixture
+def of_config(project, tokenizer):
+    """A trainer with the training_args of a config with other settings."""
+
+    def build(model, overrides, **given):
+        args = ConfigLoader.load_training_config(project / "config.yaml", overrides).training_args
+        given = {"teacher_model": str(project / "teacher"), "processing_class": tokenizer, **given}
+        return GKDTrainerWithMetrics(model, args=args, train_dataset=tiny.CHATS, eval_dataset=tiny.CHATS, **given)
+
+    return build
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_lora_of_the_config_is_not_dropped(of_config, project, student, adapter_folder, by_name):
+    lora, plain = ["tuner.train_type=lora"], str(project / "student")
+    of_config(plain if by_name else student, [])
+    with pytest.raises(ConfigError, match=r"tuner\.train_type: lora"):
+        of_config(plain if by_name else student, lora)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    for trainer in (
+        of_config(plain if by_name else student, lora, peft_config=config),
+        of_config(adapter_folder[0] if by_name else with_lora(tiny.make_qwen3()), lora),
+    ):
+        assert isinstance(trainer.model, peft.PeftModel)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_frozen_parts_of_the_config_are_what_they_are_for_fit(of_config, project, student, tokenizer, by_name, caplog):
+    text = str(project / "student") if by_name else student
+    of_config(text, ["tuner.freeze_vit=true"])
+    assert "tuner.freeze_vit has no effect: Qwen3ForCausalLM is a text model" in caplog.text
+    with pytest.raises(PreflightError, match=r"tuner\.freeze_llm: Qwen3ForCausalLM is a text model"):
+        of_config(text, ["tuner.freeze_llm=true"])
+    seeing = make_vlm("llava")
+    seeing.save_pretrained(project / "seeing")
+    with pytest.raises(ConfigError, match=r"tuner.freeze_vit: true, and no weight of the model is frozen: load it"):
+        of_config(str(project / "seeing") if by_name else seeing, ["tuner.freeze_vit=true"])
+
+
+def test_a_student_that_is_frozen_in_part_is_let_through(of_config, student):
+    student.lm_head.requires_grad_(False)
+    of_config(student, ["tuner.freeze_llm=true"])
+
+
+@pytest.mark.parametrize("form", ["teacher_model", "teacher"])
+def test_options_for_loading_a_teacher_that_is_loaded_are_refused_unless_filled_in(of_config, student, teacher, form):
+    given = {"teacher_model": None} | {form: LocalTeacher(teacher) if form == "teacher" else teacher}
+    of_config(student, [], **given)
+    with pytest.raises(ConfigError, match="teacher_model_init_kwargs would be ignored: the teacher is loaded already"):
+        of_config(student, ["rlhf.teacher.dtype=float32"], **given)
+    if form == "teacher_model":
+        of_config(student, ["rlhf.teacher.dtype=float32"])  # by its name
+
+
+def test_fit_loads_its_teacher_and_freezes_its_student_itself(project, caplog):
+    overrides = ["rlhf.teacher_model_init_kwargs={dtype: float32}", "tuner.freeze_vit=true", "training.max_steps=1"]
+    fit(ConfigLoader.load_training_config(project / "config.yaml", overrides), Silent())
+    assert caplog.text.count("tuner.freeze_vit has no effect") == 1
 
 
 def test_options_of_the_data_reach_the_trainers_own_collator(project, student, teacher, tokenizer):

@@ -1,8 +1,11 @@
 """What upstream finds out while training begins is found out before, and the best step is the best."""
 
+import json
+
 import datasets
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from kdtrain.errors import CheckpointError, DataError, PreflightError
@@ -176,9 +179,22 @@ def test_ids_of_rows_that_were_not_chosen_do_not_count():
     check_rows(datasets.Dataset.from_list([GOOD, BAD]).select([0]), "data.train", {"student": 320})
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_fine_until_a_row_uses_it(tmp_path, student):
+@pytest.mark.parametrize("gap", [False, True])
+def test_a_tokenizer_larger_than_the_embedding_is_fine_until_a_row_uses_it(tmp_path, student, gap):
     tokenizer = tiny.make_tokenizer()
     tokenizer.add_tokens(["<extra>"])
+    if gap:  # fewer tokens than the embedding has rows, and an id beyond them
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        kept = {token: i for token, i in state["model"]["vocab"].items() if i < 310}
+        state["model"]["merges"] = [merge for merge in state["model"]["merges"] if "".join(merge) in kept]
+        state["model"]["vocab"] = kept | {"<extra>": 320}
+        tokenizer = type(tokenizer)(
+            tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+            chat_template=tokenizer.chat_template,
+            eos_token=tokenizer.eos_token,
+            pad_token=tokenizer.pad_token,
+        )
+        assert len(tokenizer) <= 320
     make_trainer(tmp_path, student, None, llm_kd_weight=0.0, tokenizer=tokenizer).train()
     rows = [{"messages": [{"role": "user", "content": "<extra>"}, {"role": "assistant", "content": "the path"}]}]
     trainer = make_trainer(tmp_path, student, None, llm_kd_weight=0.0, tokenizer=tokenizer, rows=rows)

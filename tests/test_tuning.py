@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from kdtrain.errors import PreflightError
 from kdtrain.tuning import check_trained, drop_unsupported_checkpointing, fitted_adapter
 from tests import tiny
+from tests.tiny_families import make
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,6 @@ def untied():
             {"modules_to_save": ["lm_headd"]},
             r"modules_to_save: \w+ has nothing called 'lm_headd' \(did you mean 'lm_head'",
         ),
-        ({"exclude_modules": ["layer.0.q_proj"]}, r"exclude_modules: \w+ has nothing called 'layer.0.q_proj'"),
         ({"target_parameters": ["q_proj.wieght"]}, r"target_parameters: .*'q_proj.wieght'"),
         (
             {"target_modules": ["q_prjo", "k_prjo"], "modules_to_save": ["lm_headd"]},
@@ -122,6 +122,31 @@ def test_all_linear_leaves_out_what_peft_refuses_and_says_so(family, caplog):
     assert not {"dt_proj", "out_proj"} & adapted
     both = fitted_adapter(model, lora(target_modules="all-linear", exclude_modules=r".*\.x_proj"))
     assert both.exclude_modules == rf"(?:.*\.x_proj)|(?:.*\.)?(?:{left_out.replace(' and ', '|')})"
+
+
+def test_all_linear_leaves_out_weights_that_modules_share_so_that_a_merge_changes_nothing(caplog):
+    """A Zamba2 repeats blocks; named, they are refused."""
+    with pytest.raises(PreflightError, match="is tied to that of"):
+        fitted_adapter(make("zamba2"), lora())
+    for options in ({}, {"exclude_modules": r".*\.in_proj"}):
+        caplog.clear()
+        fitted = fitted_adapter(make("zamba2"), lora(target_modules="all-linear", init_lora_weights=False, **options))
+        assert "leaves out 20 modules that share their weight with another (model.layers.1.shared_" in caplog.text
+        model = get_peft_model(make("zamba2"), fitted).eval()
+        adapted = [name for name, _ in model.named_parameters() if "lora_" in name]
+        assert adapted
+        assert not [name for name in adapted if "shared" in name or ("in_proj" in name and options)]
+        ids = torch.tensor([[5, 9, 20, 7, 33]])
+        with torch.no_grad():
+            before = model(input_ids=ids).logits
+            assert torch.allclose(model.merge_and_unload()(input_ids=ids).logits, before, atol=1e-4)
+
+
+def test_an_exclusion_that_matches_nothing_is_told_and_changes_nothing(untied, caplog):
+    config = lora(exclude_modules=["vision_tower", "v_prjo"])
+    assert fitted_adapter(untied, config) is config
+    assert "exclude_modules: Qwen3ForCausalLM has nothing called 'vision_tower'" in caplog.text
+    assert "'v_prjo' (did you mean 'v_proj'?): nothing is left out by it" in caplog.text
 
 
 def test_a_student_without_a_trained_parameter_is_refused(untied):
