@@ -75,7 +75,9 @@ TEXTS = [{"text": text} for text in tiny.TEXT]
 
 def test_every_field_is_decided_once():
     decided = [*UPSTREAM.split(), *OURS.split(), *IRRELEVANT, *REFUSED]
-    assert sorted(decided) == sorted(field.name for field in dataclasses.fields(GKDConfig))
+    fields = {field.name for field in dataclasses.fields(GKDConfig)}
+    new = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # not before transformers 5.23
+    assert sorted(decided) == sorted(fields | new)
 
 
 def test_yaml_knows_every_field_or_sends_it_elsewhere():

@@ -172,5 +172,6 @@ def test_checkpointing_is_off_where_a_class_has_none(untied, caplog, tmp_path):
         args = GKDConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
         with caplog.at_level(logging.WARNING):
             drop_unsupported_checkpointing(model, args)
-        assert args.gradient_checkpointing is args.activation_checkpointing is expected
+        assert args.gradient_checkpointing is expected
+        assert getattr(args, "activation_checkpointing", expected) is expected  # not before transformers 5.23
         assert ("CTRLLMHeadModel does not support it" in caplog.text) is not expected
