@@ -20,6 +20,7 @@ from trl.experimental.gkd import GKDConfig
 from kdtrain.adapters import is_adapter_folder
 from kdtrain.config import TrainArguments
 from kdtrain.data.collate import Collator
+from kdtrain.data.rows import RowError
 from kdtrain.errors import ConfigError, DataError, NotAvailableError, PreflightError
 from kdtrain.knobs import Knobs
 from kdtrain.models import load_processing, load_tokenizer, load_with_adapter, sees_images
@@ -105,6 +106,11 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the rows are there, and not made when they are asked for."""
+        return isinstance(self._rows, list | tuple)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return dict(self._rows[index])
@@ -354,6 +360,28 @@ def as_rows(name: str, data: Any) -> Any:
             f"{name}: a row must be a mapping such as {{'messages': […]}}; the first is a {type(data[0]).__name__}."
         )
     return data if isinstance(data, Dataset) else Rows(data)
+
+
+def check_raw_rows(collator: Any, name: str, data: Any) -> None:
+    """Refuse raw rows that no batch can be made of, before one of them ends a run in its middle.
+
+    Rows that are made when they are asked for, and pictures that would be decoded, are left to their batch.
+
+    Raises:
+        DataError: naming the first such row.
+    """
+    if isinstance(data, dict):
+        for key, rows in data.items():
+            check_raw_rows(collator, f"{name}[{key!r}]", rows)
+    in_memory = data.in_memory if isinstance(data, Rows) else isinstance(data, Dataset)
+    pictures = isinstance(data, Dataset) and {"image", "images"} & set(data.column_names)
+    if not isinstance(collator, Collator) or not in_memory or pictures or "input_ids" in data[0]:
+        return
+    for number, row in enumerate(data):
+        try:
+            collator.check(row)
+        except RowError as error:
+            raise DataError(f"{name}: row {number}: {error}.") from error
 
 
 def placeholder(data: Any) -> Any:

@@ -71,6 +71,7 @@ from kdtrain.construction import (
     check_parallelism,
     check_parts_are_frozen,
     check_prompt_learning,
+    check_raw_rows,
     check_same_on_all_ranks,
     check_teacher_arguments,
     check_teacher_can,
@@ -241,6 +242,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         set_pad_token(self._tokenizer, args)
         if data_collator is None:  # not before: upstream may have changed the template or the special tokens
             self.data_collator = default_collator(self.processing_class, args, formatting_func)
+            for name, data in given.items():
+                check_raw_rows(self.data_collator, name, data)
         self._forward_names = forward_names(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         check_trained(self.model, args.device)
         if args.disable_dropout:

@@ -516,3 +516,12 @@ def test_seq_kd_is_true_or_false(tmp_path, student, teacher):
     trainer.seq_kd = "yes"
     with pytest.raises(ValueError, match="seq_kd must be true or false, got 'yes'"):
         trainer.train()
+
+
+@pytest.mark.parametrize("make", [list, datasets.Dataset.from_list])
+@pytest.mark.parametrize("side", ["train_dataset", "eval_dataset"])
+def test_a_row_that_no_batch_can_be_made_of_is_refused_at_construction(tmp_path, student, teacher, make, side):
+    rows = make([*tiny.CHATS, {"messages": []}, *tiny.CHATS])
+    data = {"train_dataset": tiny.CHATS} | {side: rows}
+    with pytest.raises(DataError, match=f"{side}: row 6: messages is empty"):
+        GKDTrainerWithMetrics(student, teacher, make_args(tmp_path), processing_class=tiny.make_tokenizer(), **data)

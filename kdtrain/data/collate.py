@@ -18,6 +18,7 @@ import torch
 from kdtrain.data.encoding import Limits
 from kdtrain.data.images import stored_image
 from kdtrain.data.multimodal import Multimodal, Processed, image_content, multimodal, tokenizer_content
+from kdtrain.data.rows import parse_row
 from kdtrain.data.show import RowError, show
 from kdtrain.data.template import IGNORE, EncodedRow, encode_row, truncate
 from kdtrain.data.visual_batch import cut_rows, pad_token_tensors, stack_visual
@@ -224,11 +225,19 @@ class Collator:
             f"{now} now): its images or the processor have changed since. Start the run again"
         )
 
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Raise `RowError` for a raw row that has no form that can be encoded; a look at its columns, not at tokens."""
+        if "input_ids" not in row:
+            parse_row(self._with_text(row))
+
+    def _with_text(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self.text_column != "text" and self.text_column in row:
+            return {**row, "text": row[self.text_column]}
+        return row
+
     def _encode(self, row: Mapping[str, Any]) -> EncodedRow:
         if "input_ids" not in row:
-            if self.text_column != "text" and self.text_column in row:
-                row = {**row, "text": row[self.text_column]}
-            return encode_row(row, self.processing_class, train_on=self.train_on)
+            return encode_row(self._with_text(row), self.processing_class, train_on=self.train_on)
         ids, labels = _ints(row["input_ids"]), _labels(row)
         if len(ids) != len(labels) or not ids:
             raise DataError(
