@@ -112,9 +112,8 @@ def build_trainer(
         if dry_run:
             report.epochs = None  # a few rows are left, enough for its window
         _count_answers(config, train, report)
-    args.tuner = None  # it is followed here, and nothing is left for the trainer to notice
-    if given.teacher is None:
-        args.teacher_model_init_kwargs = None  # it is loaded with them
+    # Followed here, or told to have no effect: nothing is left for the trainer to notice.
+    args.tuner = args.teacher_model_init_kwargs = None
     with readable_construction():
         trainer = GKDTrainerWithMetrics(
             student,

@@ -1088,10 +1088,3 @@ def test_a_student_that_cannot_be_trained_as_asked_is_refused_at_construction(tm
         make_trainer(tmp_path, student, teacher, extra={"peft_config": LoraConfig(target_modules=["q_prjo"])})
     with pytest.raises(PreflightError, match="Not one parameter of the student"):
         make_trainer(tmp_path, student.requires_grad_(False), teacher)
-
-
-def test_arguments_for_loading_a_teacher_that_is_loaded_are_told_to_be_idle(tmp_path, teacher, caplog):
-    make_trainer(tmp_path, teacher=teacher, teacher_model_init_kwargs={"dtype": "auto"})  # what a config fills in
-    assert "no effect" not in caplog.text
-    make_trainer(tmp_path, teacher=teacher, teacher_model_init_kwargs={"dtype": "bfloat16"})
-    assert "teacher_model_init_kwargs has no effect: the teacher is loaded already" in caplog.text
