@@ -31,7 +31,7 @@ from kdtrain.errors import DataError, NotAvailableError, PreflightError
 from kdtrain.experts import without_router_logits
 from kdtrain.lm_head import few_tokens
 from kdtrain.losses.reduce import IGNORE_INDEX
-from kdtrain.probe import name_of, said_of
+from kdtrain.probe import as_preflight_error, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +263,11 @@ def _difference_of_text(model: Any, device: torch.device, ids: list[int], longer
     def same_token(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([ids[0]], device=scores.device), 0.0)
 
-    with _seeded(0, device), said_of(f"{name_of(model)} cannot write answers"), _noted_dtypes(model) as dtypes:
+    with (
+        _seeded(0, device),
+        as_preflight_error(f"{name_of(model)} cannot write answers"),
+        _noted_dtypes(model) as dtypes,
+    ):
         beside, alone = (
             torch.stack(_generate(model, prompts, config, device, logits_processor=[same_token])[0].logits)[:, 0]
             for prompts in ([prompt, neighbour], [prompt])

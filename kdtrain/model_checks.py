@@ -19,7 +19,7 @@ from torch import nn
 from kdtrain.data.collate import Collator
 from kdtrain.generation import refuse_marked_answers, who_shares_a_batch
 from kdtrain.positions import Rows, length_findings, rope_findings
-from kdtrain.probe import TextLook, look_at_image, look_at_text, settle
+from kdtrain.probe import TextLook, look_at_image, look_at_text, report_findings
 from kdtrain.visual_term import first_row_with_images
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def check_models(
     for side in sides:
         findings += length_findings(side.model, side.name, side.look, rows, multiple, side.virtual)
         findings += rope_findings(side.model, side.name, rows)
-    settle(finding for finding in findings if finding.level == "error" or not only_errors)
+    report_findings(finding for finding in findings if finding.level == "error" or not only_errors)
     unseen = [side.name for side in sides if not side.look.looked]
     if unseen and PartialState().is_main_process:
         logger.warning(
@@ -129,7 +129,7 @@ def _check_images(
     if row is None:
         return
     with autocast():
-        settle(
+        report_findings(
             finding
             for side in sides
             for finding in look_at_image(side.model, side.name, side.processing, collator, row)

@@ -72,7 +72,7 @@ class TextLook:
     looked: bool = True
 
 
-def settle(findings: Iterable[Finding]) -> None:
+def report_findings(findings: Iterable[Finding]) -> None:
     """Log the warnings, on the main process, and raise the errors, all in one.
 
     Raises:
@@ -164,7 +164,7 @@ def _look(model: Any, side: str, text: torch.Tensor) -> tuple[str | None, int | 
     other = torch.cat([text[:kept], text[:_CHANGED]])
     mask = torch.ones(3, len(text), dtype=torch.long, device=text.device)
     mask[2, kept:] = 0
-    cannot = said_of(f"The {side} ({name_of(model)}) cannot be run on a few tokens")
+    cannot = as_preflight_error(f"The {side} ({name_of(model)}) cannot be run on a few tokens")
     with evaluating(model), _own_random_state(text.device), without_router_logits(model), _Lookups() as lookups, cannot:
         logits = model(input_ids=torch.stack([text, other, other]), attention_mask=mask, use_cache=False).logits
     full = torch.float32
@@ -246,7 +246,7 @@ def look_at_image(model: Any, side: str, processing: Any, collator: Collator, ro
     tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs.token_tensors, **inputs.visual}
     moved = {name: tensor.to(device) for name, tensor in tensors.items()}
     try:
-        with evaluating(model), _own_random_state(device), said_of("the model says"):
+        with evaluating(model), _own_random_state(device), as_preflight_error("the model says"):
             model(**moved, use_cache=False)
     except PreflightError as error:
         return [Finding("error", _describe_misfit(model, side, inputs, processing, str(error)))]
@@ -281,7 +281,7 @@ def name_of(model: Any) -> str:
 
 
 @contextmanager
-def said_of(what: str) -> Iterator[None]:
+def as_preflight_error(what: str) -> Iterator[None]:
     """Whatever a model fails with, in one line behind `what`: each has its own ways to fail.
 
     Raises:
