@@ -87,7 +87,7 @@ def build_trainer(
     train, evaluation, report = _datasets(config, args.seed, processing, reporter, given)
     student = given.model if given.model is not None else _load_student(config, device)
     check_teacher_is_another_model(student, given.teacher)
-    freeze_parts(student, **_frozen(config))
+    freeze_parts(student, **config.tuner.frozen)
     dense_text = not sees_images(student.config) and not hasattr(student.config, "output_router_logits")
     if args.ddp_find_unused_parameters is None and dense_text:
         # It uses all its weights in every step; only experts and vision encoders may go without a gradient.
@@ -158,10 +158,6 @@ def _load_student(config: RunConfig, device: Any) -> PreTrainedModel:
         init_kwargs=config.model.init_kwargs,
         **_trust(config),
     )
-
-
-def _frozen(config: RunConfig) -> dict[str, bool]:
-    return {part: getattr(config.tuner, f"freeze_{part}") for part in ("llm", "vit", "aligner")}
 
 
 def _answered(
@@ -390,7 +386,7 @@ def _peft_config(config: RunConfig, student: PreTrainedModel) -> Any:
     if tuner.train_type != "lora":
         return None
     targets = () if isinstance(tuner.target_modules, str) else tuner.target_modules
-    check_named_parts(student, targets, tuner.modules_to_save or (), **_frozen(config))
+    check_named_parts(student, targets, tuner.modules_to_save or (), **tuner.frozen)
     return lora_config(
         rank=tuner.lora_rank,
         alpha=tuner.lora_alpha,
@@ -398,5 +394,5 @@ def _peft_config(config: RunConfig, student: PreTrainedModel) -> Any:
         target_modules=tuner.target_modules,
         modules_to_save=tuner.modules_to_save,
         use_dora=tuner.use_dora,
-        exclude_modules=adapter_exclusions(student, **_frozen(config)),
+        exclude_modules=adapter_exclusions(student, **tuner.frozen),
     )

@@ -19,10 +19,11 @@ from trl.experimental.gkd import GKDConfig
 
 from kdtrain.adapters import is_adapter_folder
 from kdtrain.config import TrainArguments
+from kdtrain.config.options import DistillationOptions
+from kdtrain.config.schema import TunerConfig
 from kdtrain.data.collate import Collator
 from kdtrain.data.rows import RowError
 from kdtrain.errors import ConfigError, DataError, NotAvailableError, PreflightError
-from kdtrain.knobs import Knobs
 from kdtrain.models import load_processing, load_tokenizer, load_with_adapter, sees_images
 from kdtrain.row_order import refused_loader_options
 from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
@@ -49,7 +50,9 @@ def adapters_on_the_head() -> Iterator[None]:
         sft_trainer.BaseTunerLayer = refused
 
 
-def check_teacher_arguments(teacher_model: Any, teacher: Teacher | None, args: GKDConfig, knobs: Knobs) -> None:
+def check_teacher_arguments(
+    teacher_model: Any, teacher: Teacher | None, args: GKDConfig, knobs: DistillationOptions
+) -> None:
     """Raise ValueError where a teacher is needed and missing, given twice, or to be loaded and loaded already."""
     if teacher_model is not None and teacher is not None:
         raise ValueError("Pass either teacher_model or teacher, not both.")
@@ -65,7 +68,7 @@ def check_teacher_arguments(teacher_model: Any, teacher: Teacher | None, args: G
         logger.warning("No KD is active (llm_kd_weight is 0, visual KD is off): the teacher is not used.")
 
 
-def check_teacher_can(teacher: Teacher | None, knobs: Knobs) -> None:
+def check_teacher_can(teacher: Teacher | None, knobs: DistillationOptions) -> None:
     """Raise ValueError where the options ask a teacher for what there is not."""
     if knobs.needs_teacher and teacher is None:
         raise ValueError(
@@ -76,14 +79,14 @@ def check_teacher_can(teacher: Teacher | None, knobs: Knobs) -> None:
         raise ValueError("seq_kd and visual KD need a teacher that is a model in this process.")
 
 
-def check_same_on_all_ranks(knobs: Knobs, accelerator: Any) -> None:
+def check_same_on_all_ranks(knobs: DistillationOptions, accelerator: Any) -> None:
     """Raise ValueError where a callback has set an option on some ranks only: each would train on another loss."""
     if accelerator.num_processes == 1:
         return
-    names = ("beta", "kd_temperature", "llm_kd_weight", "sft_alpha", "lmbda", "temperature", "seq_kd")
-    own = torch.tensor([float(getattr(knobs, name)) for name in names], device=accelerator.device)
+    numbers = {name: float(value) for name, value in knobs if isinstance(value, (int, float))}
+    own = torch.tensor(list(numbers.values()), device=accelerator.device)
     ranks = accelerator.gather(own[None])
-    differ = [name for name, same in zip(names, (ranks == ranks[0]).all(0).tolist(), strict=True) if not same]
+    differ = [name for name, same in zip(numbers, (ranks == ranks[0]).all(0).tolist(), strict=True) if not same]
     if differ:
         raise ValueError(
             f"{', '.join(differ)} of the trainer: not the same on all ranks. Let a callback set them on all, not "
@@ -200,8 +203,8 @@ def check_parts_are_frozen(args: GKDConfig, model: nn.Module) -> None:
         ConfigError: parts are to be frozen, and not a weight is.
         PreflightError: of a text model, whose only part is to be frozen.
     """
-    tuner = getattr(args, "tuner", None)
-    wanted = {part: getattr(tuner, f"freeze_{part}", False) for part in ("llm", "vit", "aligner")}
+    tuner: TunerConfig | None = getattr(args, "tuner", None)
+    wanted = {} if tuner is None else tuner.frozen
     if not any(wanted.values()) or not all(parameter.requires_grad for parameter in model.parameters()):
         return
     if not sees_images(model.config):

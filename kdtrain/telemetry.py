@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kdtrain.losses.kinds import VISUAL_TARGETS
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-VISUAL_TARGETS = ("vit", "aligner", "deepstack")
 
 # Terms of the loss, already weighted. Training: each entry is the micro-batch's share of its window's loss, so that the
 # sum over micro-batches and ranks is the window's value. Evaluation: each entry is the batch's mean.

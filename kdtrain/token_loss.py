@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdtrain.config.options import DistillationOptions
 from kdtrain.errors import NotAvailableError, VocabularyError
 from kdtrain.experts import load_balancing_loss
-from kdtrain.knobs import Knobs
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.fused import fused_distillation_loss
 from kdtrain.losses.head import Head
@@ -57,7 +57,7 @@ class TokenLoss:
             its config, where that does not ask for them.
     """
 
-    knobs: Knobs
+    knobs: DistillationOptions
     vocabulary: Vocabulary | None
     fused: bool
     router_logits: bool | None

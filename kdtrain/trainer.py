@@ -62,6 +62,7 @@ from kdtrain.batch import (
     token_level,
 )
 from kdtrain.checkpoints import load_weights
+from kdtrain.config.options import DistillationOptions, LiveOption
 from kdtrain.construction import (
     adapters_on_the_head,
     as_rows,
@@ -94,7 +95,6 @@ from kdtrain.errors import CheckpointError, ConfigError, DataError, NonFiniteErr
 from kdtrain.experts import asks_for_router_logits, check_experts, restore_router_settings, router_settings
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids, student_generates
 from kdtrain.gkd_fields import check_fields, check_supervision
-from kdtrain.knobs import Knobs, LiveOption
 from kdtrain.lm_head import add_loss_head, placeholder_ids, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, count_supervised_in, next_token_labels, world_scale
 from kdtrain.model_checks import both_sides, check_models
@@ -183,8 +183,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         check_arguments(args, model, teacher_model, teacher, processing_class, callbacks)
         assert args is not None
         assert model is not None
-        self.knobs = Knobs.from_args(args)
-        self._window_knobs: Knobs | None = None  # of the window that is being trained
+        self.knobs = DistillationOptions.from_args(args)
+        self._window_knobs: DistillationOptions | None = None  # of the window that is being trained
         check_fields(args, own_collator=data_collator is None)
         check_data_options(args)
         check_config_is_followed(args, model, peft_config)
@@ -246,7 +246,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 check_raw_rows(self.data_collator, name, data)
         self._forward_names = forward_names(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         check_trained(self.model, args.device)
-        if args.disable_dropout:
+        if self.knobs.disable_dropout:
             disable_dropout(self.model)
         self._teach_to_stop()
         if use_cache is not None:
@@ -301,7 +301,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             stops += sorted(ChatTemplate(self.processing_class).stop_ids - set(stops))
         config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
 
-    def _check_prompt_learning(self, knobs: Knobs) -> None:
+    def _check_prompt_learning(self, knobs: DistillationOptions) -> None:
         check_prompt_learning(self.model, "student", knobs.lm_kd_active and knobs.lmbda > 0, self.aux_loss_enabled)
         if self.teacher_model is not None:
             check_prompt_learning(self._unwrap(self.teacher_model), "teacher", knobs.lm_kd_active and knobs.seq_kd)
@@ -478,7 +478,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             return batch
         return right_padded(batch)  # a look at the mask, which a GPU would have to wait for
 
-    def _checked_knobs(self) -> Knobs:
+    def _checked_knobs(self) -> DistillationOptions:
         """The options as they are now, fit to be used.
 
         Raises:
@@ -540,7 +540,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         padding = range(self.vocabulary.shared, max(self.vocabulary.student, self.vocabulary.teacher))
         images = {*image_token_ids(self.processing_class), *placeholder_ids(self._unwrap(model))}
         forbidden = sorted({*padding, *images})
-        config = generation_config(stop_ids, pad_id, self.temperature, self.args.max_new_tokens, forbidden)
+        config = generation_config(stop_ids, pad_id, self.temperature, self.knobs.max_new_tokens, forbidden)
         # Ranks hold other rows, so they sample from other states; the window and micro-batch make them new each time.
         base = f"{side}:{self.args.seed}:{self.state.global_step}:{self.accelerator.process_index}"
         generated = []
@@ -694,7 +694,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
         return torch.autocast(self.accelerator.device.type, dtype=dtype)
 
     def _weighted_terms(
-        self, knobs: Knobs, inputs: Mapping[str, Any], tokens: FusedLoss, num_items: torch.Tensor | int | None
+        self,
+        knobs: DistillationOptions,
+        inputs: Mapping[str, Any],
+        tokens: FusedLoss,
+        num_items: torch.Tensor | int | None,
     ) -> dict[str, torch.Tensor]:
         """The token terms as they enter the loss, detached, for the metrics. A term of weight 0 is absent."""
         denominator = tokens.num_tokens if num_items is None else torch.as_tensor(num_items)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdtrain.config.options import VisualKdConfig
 from kdtrain.errors import PreflightError
-from kdtrain.knobs import VisualKnobs
 from kdtrain.losses.visual import Grids, feature_distance
 from kdtrain.vision.hooks import Features, capture
 from kdtrain.vision.layouts import Tap, layout_of, model_type, taps, token_order
@@ -31,7 +31,7 @@ TargetGrids = Mapping[str, tuple[Grids | None, Grids | None]]
 
 @contextmanager
 def tapped(
-    visual: VisualKnobs | None, student: nn.Module, teacher: nn.Module | None
+    visual: VisualKdConfig | None, student: nn.Module, teacher: nn.Module | None
 ) -> Iterator[tuple[Features, Features]]:
     """Capture both models' features on the forward passes inside; nothing where visual KD is off.
 
@@ -49,7 +49,7 @@ def tapped(
 
 
 def check_visual(
-    visual: VisualKnobs, student: nn.Module, teacher: nn.Module
+    visual: VisualKdConfig, student: nn.Module, teacher: nn.Module
 ) -> tuple[dict[str, list[Tap]], dict[str, list[Tap]]]:
     """Where every target is read from in both models, without running them: target -> one tap per level.
 
@@ -74,7 +74,7 @@ def check_visual(
     return both
 
 
-def _check_order(visual: VisualKnobs, target: str, student: nn.Module, teacher: nn.Module) -> None:
+def _check_order(visual: VisualKdConfig, target: str, student: nn.Module, teacher: nn.Module) -> None:
     options = visual.targets[target]
     ours = token_order(student, target, options.student_module)
     theirs = token_order(teacher, target, options.teacher_module)
@@ -104,7 +104,7 @@ def _say(order: tuple[Any, ...] | None) -> str:
 
 
 def visual_terms(
-    visual: VisualKnobs,
+    visual: VisualKdConfig,
     student: Features,
     teacher: Features,
     share: torch.Tensor | float,
@@ -139,7 +139,7 @@ def visual_terms(
                 feature_distance(
                     s,
                     t,
-                    options.distance,
+                    options.distance or visual.distance,
                     target,
                     projector=projector,
                     match=options.match,
@@ -181,7 +181,7 @@ def feature_widths(features: Features) -> dict[str, list[int]]:
     return {target: [passes[0].shape[-1] for passes in levels] for target, levels in features.items()}
 
 
-def build_projectors(visual: VisualKnobs, student: Features, teacher: Features, seed: int) -> nn.ModuleDict:
+def build_projectors(visual: VisualKdConfig, student: Features, teacher: Features, seed: int) -> nn.ModuleDict:
     """A linear layer for every target whose widths differ, from the student's width to the teacher's; float32.
 
     They are to be trained with the student and saved beside it. Names are the targets', with the level behind it where
@@ -224,7 +224,7 @@ def _projector(projectors: nn.ModuleDict, target: str, level: int, levels: int) 
 
 
 def image_grids(
-    visual: VisualKnobs,
+    visual: VisualKdConfig,
     student: nn.Module,
     teacher: nn.Module,
     inputs: Mapping[str, Any],

@@ -30,8 +30,8 @@ from kdtrain.visual_kd import (
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from kdtrain.config.options import VisualKdConfig
     from kdtrain.data.collate import Collator
-    from kdtrain.knobs import VisualKnobs
     from kdtrain.vision.hooks import Features
 
 PROJECTORS = "visual_projectors.safetensors"
@@ -48,7 +48,7 @@ class VisualTerm:
     """
 
     def __init__(
-        self, knobs: VisualKnobs, student: nn.Module, teacher: nn.Module, accelerator: Accelerator, seed: int
+        self, knobs: VisualKdConfig, student: nn.Module, teacher: nn.Module, accelerator: Accelerator, seed: int
     ) -> None:
         self.knobs, self.student, self.teacher = knobs, student, teacher
         self.projectors = nn.ModuleDict()

@@ -17,7 +17,7 @@ from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
 from tests.test_losses import reference
 
-KNOBS = ("llm_kd_weight", "sft_alpha", "divergence", "kd_temperature", "eval_kd", "visual_kd")
+KNOBS = ("llm_kd_weight", "sft_alpha", "divergence", "kd_temperature", "eval_kd", "tail", "visual_kd")
 
 
 def make_args(folder, **kwargs):
@@ -375,11 +375,7 @@ def test_a_teacher_that_names_its_most_likely_tokens_works_through_the_trainer(t
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(jsd + 0.3 * ce, rel=1e-4)
     values = {}
     for tail in ("bucket", "renormalize"):
-        trainer = make_trainer(tmp_path, student, None, extra={"teacher": TopKTeacher(teacher, 5)})
-        trainer._token_loss = dataclasses.replace(
-            trainer._token_loss, knobs=dataclasses.replace(trainer.knobs, tail=tail)
-        )
-        trainer.knobs = trainer._token_loss.knobs
+        trainer = make_trainer(tmp_path, student, None, tail=tail, extra={"teacher": TopKTeacher(teacher, 5)})
         values[tail] = trainer.compute_loss(trainer.model, batch).item()
     assert values["bucket"] != values["renormalize"]
     with pytest.raises(ValueError, match="seq_kd"):

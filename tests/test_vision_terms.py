@@ -1,15 +1,15 @@
 """The visual terms as the trainer uses them: options, weights, projectors, grids and what a batch weighs."""
 
 import random
+import types
 
 import pytest
 import torch
 import transformers
 from transformers.vision_utils import get_vision_position_ids
 
-from kdtrain.config.schema import VisualKdConfig
-from kdtrain.errors import PreflightError
-from kdtrain.knobs import VisualKnobs, VisualTargetKnobs, _visual_knobs
+from kdtrain.config.options import DistillationOptions, VisualKdConfig, VisualTarget
+from kdtrain.errors import ConfigError, PreflightError
 from kdtrain.losses.visual import _from_rows
 from kdtrain.visual_kd import (
     build_projectors,
@@ -25,50 +25,62 @@ from tests.tiny_vision import gradients, make_inputs, make_vlm, reference_featur
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
+def read(visual):
+    """What the trainer makes of `args.visual_kd`."""
+    return DistillationOptions.from_args(types.SimpleNamespace(visual_kd=visual)).visual_kd
+
+
 def test_targets_need_no_module_and_take_the_common_distance():
-    visual = _visual_knobs({"weight": 0.5, "distance": "cosine", "targets": {"vit": {}, "aligner": {"weight": 2.0}}})
-    assert visual == VisualKnobs(
-        0.5, {"vit": VisualTargetKnobs(distance="cosine"), "aligner": VisualTargetKnobs(2.0, "cosine")}
-    )
-    assert _visual_knobs({"targets": ["vit", "deepstack"]}).targets.keys() == {"vit", "deepstack"}
-    assert _visual_knobs({}).targets.keys() == {"aligner"}
+    visual = read({"weight": 0.5, "distance": "cosine", "targets": {"vit": {}, "aligner": {"weight": 2.0}}})
+    found = {name: (target.weight, target.distance, target.student_module) for name, target in visual.targets.items()}
+    assert visual.weight == 0.5
+    assert found == {"vit": (1.0, "cosine", None), "aligner": (2.0, "cosine", None)}
+    assert read({"targets": ["vit", "deepstack"]}).targets.keys() == {"vit", "deepstack"}
+    assert read({}).targets.keys() == {"aligner"}
+    assert read(types.SimpleNamespace(targets=["vit"])).targets.keys() == {"vit"}
 
 
 def test_a_module_stands_for_both_models_and_one_of_a_side_wins():
     both = {"module": "a", "teacher_module": "b", "match": "interpolate"}
-    target = _visual_knobs({"targets": {"vit": both}}).targets["vit"]
+    target = read({"targets": {"vit": both}}).targets["vit"]
     assert (target.student_module, target.teacher_module, target.match) == ("a", "b", "interpolate")
 
 
 def test_the_options_of_a_config_file_arrive():
     source = {"enabled": True, "targets": {"vit": {"module": "a", "match": "interpolate"}}}
-    visual = _visual_knobs(VisualKdConfig.model_validate(source))
-    assert visual == VisualKnobs(1.0, {"vit": VisualTargetKnobs(1.0, "mse", "a", "a", "interpolate")})
+    visual = read(VisualKdConfig.model_validate(source))
+    assert visual == read(source)
+    target = visual.targets["vit"]
+    assert (target.weight, target.distance, target.match) == (1.0, "mse", "interpolate")
+    assert target.student_module == target.teacher_module == "a"
+    assert read(visual) == visual
+    assert read(VisualKdConfig()) is None
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"wieght": 1.0}, r"visual_kd: unknown wieght; the options are enabled, weight"),
-        ({"targets": {"vit": {"mach": "exact"}}}, r"target 'vit': unknown mach; the options are .*match"),
-        ({"targets": ["projector"]}, r"target 'projector': the targets are vit, aligner, deepstack"),
-        ({"targets": {"vit": {"match": "crop"}}}, r"match must be one of .*got 'crop'"),
+        ({"targets": {"vit": {"mach": "exact"}}}, r"targets\.vit: unknown mach; the options are .*match"),
+        ({"targets": ["projector"]}, r"visual_kd\.targets: .*the targets are vit, aligner, deepstack"),
+        ({"targets": {"vit": {"match": "crop"}}}, r"visual_kd\.targets\.vit\.match must be one of .*got 'crop'"),
         ({"targets": {"vit": {"distance": "l1"}}}, r"distance must be one of .*got 'l1'"),
-        ({"targets": {"vit": {"weight": -1}}}, r"target 'vit': weight must be non-negative"),
-        ({"weight": float("nan")}, r"visual_kd: weight must be non-negative and finite"),
-        ({"targets": []}, r"no targets"),
+        ({"targets": {"vit": {"weight": -1}}}, r"targets\.vit\.weight must be non-negative"),
+        ({"weight": float("nan")}, r"visual_kd\.weight must be non-negative and finite"),
+        ({"targets": []}, r"no target to compare"),
+        (True, r"visual_kd must be a mapping"),
     ],
 )
 def test_an_option_that_is_not_known_or_out_of_range_is_an_error(options, message):
-    with pytest.raises(ValueError, match=message):
-        _visual_knobs(options)
+    with pytest.raises(ConfigError, match=message):
+        read(options)
 
 
 def test_a_weight_of_zero_switches_a_target_or_everything_off():
-    assert _visual_knobs({"targets": {"vit": {"weight": 0}, "aligner": {}}}).targets.keys() == {"aligner"}
-    assert _visual_knobs({"targets": {"vit": {"weight": 0}}}) is None
-    assert _visual_knobs({"weight": 0}) is None
-    assert _visual_knobs({"enabled": False}) is None
+    assert read({"targets": {"vit": {"weight": 0}, "aligner": {}}}).targets.keys() == {"aligner"}
+    assert read({"targets": {"vit": {"weight": 0}}}) is None
+    assert read({"weight": 0}) is None
+    assert read({"enabled": False}) is None
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -80,8 +92,8 @@ def constant(value):
 
 @pytest.mark.parametrize(("weight", "of_target"), [(0.1, 1.0), (1.0, 0.1)])
 def test_aligner_of_a_half_and_deepstack_of_a_quarter_at_a_tenth_are_0075(weight, of_target):
-    visual = visual_knobs("aligner", "deepstack", weight=weight)
-    visual = VisualKnobs(weight, {name: VisualTargetKnobs(of_target) for name in visual.targets})
+    target = VisualTarget(weight=of_target, distance="mse")
+    visual = VisualKdConfig(enabled=True, weight=weight, targets={"aligner": target, "deepstack": target})
     # Distances: aligner 0.5; deepstack the mean of 0.36 and 0.14.
     ours = {"aligner": [constant(0.5**0.5)], "deepstack": [constant(0.6), constant(0.14**0.5)]}
     theirs = {"aligner": [constant(0.0)], "deepstack": [constant(0.0), constant(0.0)]}

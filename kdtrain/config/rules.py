@@ -136,16 +136,14 @@ def always_on_policy(config: RunConfig, written: Written) -> Iterator[Problem]:
 
 def frozen_parts(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Freezing that leaves nothing to train, or nothing for a visual target to teach."""
-    tuner = config.tuner
-    frozen = {part for part in ("llm", "vit", "aligner") if getattr(tuner, f"freeze_{part}")}
+    frozen = {part for part, is_frozen in config.tuner.frozen.items() if is_frozen}
     if len(frozen) == 3:
         yield Problem(("tuner", "freeze_llm"), "nothing is left to train: all three parts are frozen", on_key=True)
         return
-    if config.visual_kd_weight == 0:
-        return
-    for name, target in config.custom.visual_kd.targets.items():
+    visual = config.options.visual_kd
+    for name, target in {} if visual is None else visual.targets.items():
         before = {"vit"} if name == "vit" else {"vit", "aligner"}
-        if before <= frozen and target.weight > 0 and not (target.module or target.student_module):
+        if before <= frozen and target.student_module is None:
             options = " and ".join(f"tuner.freeze_{part}" for part in sorted(before, reverse=True))
             yield Problem(
                 ("custom", "visual_kd", "targets", name),
@@ -212,8 +210,6 @@ def visual_options(config: RunConfig, written: Written) -> Iterator[Problem]:
         return
     if visual.weight == 0:
         yield from _no_effect(path, ["enabled"], "custom.visual_kd.weight is 0")
-    if not visual.targets:
-        yield Problem((*path, "targets"), "no target to compare", "for example targets: [aligner]")
     for name, target in visual.targets.items():
         if target.module and (target.student_module or target.teacher_module):
             message = "given together with student_module or teacher_module"

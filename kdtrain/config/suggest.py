@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from pydantic import BaseModel
 
+from kdtrain.config.options import VisualKdConfig, VisualTarget
 from kdtrain.config.schema import (
     CustomConfig,
     DataConfig,
@@ -17,8 +18,6 @@ from kdtrain.config.schema import (
     RunConfig,
     TeacherConfig,
     TunerConfig,
-    VisualKdConfig,
-    VisualTarget,
 )
 from kdtrain.config.training import training_fields
 

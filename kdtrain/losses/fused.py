@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from kdtrain.losses.dense import dense_distillation_loss
-from kdtrain.losses.divergence import Divergence, check_divergence_arguments
+from kdtrain.losses.divergence import check_divergence_arguments
 from kdtrain.losses.gemm import (
     HalfGradients,
     add_weight_gradient,
@@ -29,9 +29,10 @@ from kdtrain.losses.gemm import (
     power_of_two_unit,
 )
 from kdtrain.losses.head import Head
+from kdtrain.losses.kinds import Divergence, Tail
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, normaliser
 from kdtrain.losses.tile import Buffers, TileOptions, TileSums, tile_terms, topk_tile_terms
-from kdtrain.losses.topk import Tail, TopKLogprobs, check_targets
+from kdtrain.losses.topk import TopKLogprobs, check_targets
 from kdtrain.losses.workspace import workspace
 
 # Bytes of the two logit tiles of a chunk together. On a GPU the scratch of the element-wise part is one and a half

@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kdtrain.losses.divergence import Divergence, entropy, generalized_jsd
-from kdtrain.losses.topk import Tail, TopKLogprobs, known_columns, teacher_tail
+from kdtrain.losses.divergence import entropy, generalized_jsd
+from kdtrain.losses.kinds import Divergence, Tail
+from kdtrain.losses.topk import TopKLogprobs, known_columns, teacher_tail
 from kdtrain.losses.workspace import workspace
 
 # Below the smallest normal float32 a probability is taken for this one where it is divided by.

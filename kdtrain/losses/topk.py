@@ -9,19 +9,15 @@ temperature, then compared by `generalized_jsd`: at K = V this is the divergence
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-from kdtrain.losses.divergence import Divergence, generalized_jsd
-
-Tail = Literal["bucket", "renormalize"]
+from kdtrain.losses.divergence import generalized_jsd
+from kdtrain.losses.kinds import Divergence, Tail
 
 # The tail of a teacher whose known probabilities add up to 1 within float32: a bucket of exactly 0 would make the
 # reverse KL infinite, although all that is known is that the tail is small.
 _SMALLEST_TAIL = 1e-8
-
-
 # Probabilities of one position may add up to this much more than 1 (rounding of whoever computed them); they are then
 # divided by their sum. In half precision the logarithms themselves are rounded by more.
 _EXCESS_MASS = {torch.bfloat16: 3e-2, torch.float16: 4e-3}

@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
 from kdtrain.errors import PreflightError
+from kdtrain.losses.kinds import Distance, Match
 
-Distance = Literal["mse", "cosine"]
-Match = Literal["exact", "interpolate"]
 # Feature vectors that are shorter have no direction to compare.
 _SHORTEST = 1e-8
 
