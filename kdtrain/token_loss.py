@@ -88,16 +88,9 @@ class TokenLoss:
             The terms, the auxiliary loss of a mixture-of-experts model or None, and the further terms.
         """
         extra = {} if self.router_logits is None else {"output_router_logits": self.router_logits}
-        options: dict[str, Any] = {
-            "kd_weight": self.knobs.llm_kd_weight,
-            # A model is not taught its own samples.
-            "ce_weight": 0.0 if batch.get("student_generated", False) else self.knobs.ce_weight,
-            "ce_mask": _ce_mask(batch, predicts_BT),
-            "beta": self.knobs.beta,
-            "temperature": self.knobs.kd_temperature,
-            "divergence": self.knobs.divergence,
-            "num_items": num_items,
-        }
+        # A model is not taught its own samples.
+        ce_weight = 0.0 if batch.get("student_generated", False) else self.knobs.ce_weight
+        ce_mask = _ce_mask(batch, predicts_BT)
         labels_S = next_token_labels(batch["labels"])[predicts_BT]
         # Without a cache: with one, models let packed documents attend to each other, and it costs memory.
         if not self.fused or _elsewhere(targets, labels_S.device):
@@ -109,7 +102,18 @@ class TokenLoss:
             logits_SV = predicting(outputs.logits, predicts_BT)[predicts_BT]
             teacher_SV = None if targets is None else _logits(targets).to(logits_SV.device)
             logits_SV, teacher_SV = self._shared_logits(logits_SV, teacher_SV)
-            loss = dense_distillation_loss(logits_SV, labels_S, teacher_SV, **options)
+            loss = dense_distillation_loss(
+                logits_SV,
+                labels_S,
+                teacher_SV,
+                kd_weight=self.knobs.llm_kd_weight,
+                ce_weight=ce_weight,
+                ce_mask=ce_mask,
+                beta=self.knobs.beta,
+                temperature=self.knobs.kd_temperature,
+                divergence=self.knobs.divergence,
+                num_items=num_items,
+            )
             aux_loss = getattr(outputs, "aux_loss", None)
             if self.router_logits and aux_loss is None:  # a class that records its router logits, and no more
                 aux_loss = load_balancing_loss(model_inputs, outputs, getattr(model, "module", model))
@@ -120,7 +124,8 @@ class TokenLoss:
 
         def loss_head(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, ...]:
             hidden_SH = predicting(hidden_BTH, predicts_BT)[predicts_BT.to(hidden_BTH.device)]
-            terms.append(self._fused(hidden_SH, head, labels_S.to(hidden_SH.device), targets, options))
+            own_labels_S = labels_S.to(hidden_SH.device)
+            terms.append(self._fused(hidden_SH, head, own_labels_S, targets, ce_weight, ce_mask, num_items))
             more = further()
             names.extend(more)
             aux = (load_balancing_loss(model_inputs, outputs, moe),) if self.router_logits else ()
@@ -138,7 +143,9 @@ class TokenLoss:
         head: Head,
         labels_S: torch.Tensor,
         targets: Targets | None,
-        options: dict[str, Any],
+        ce_weight: float,
+        ce_mask: torch.Tensor | None,
+        num_items: torch.Tensor | int | None,
     ) -> FusedLoss:
         student = head
         teacher: dict[str, Any] = {}
@@ -157,7 +164,7 @@ class TokenLoss:
         elif isinstance(targets, TopKLogprobs):
             assert self.vocabulary is not None
             student = first_columns(head, self.vocabulary.shared)
-            teacher = {"targets": targets.to(hidden_SH.device), "tail": self.knobs.tail}
+            teacher = {"targets": targets.to(hidden_SH.device)}
         return fused_distillation_loss(
             hidden_SH,
             student.weight,
@@ -165,8 +172,15 @@ class TokenLoss:
             student_bias=student.bias,
             student_logit_scale=student.logit_scale,
             student_softcap=student.softcap,
+            kd_weight=0.0 if targets is None else self.knobs.llm_kd_weight,
+            ce_weight=ce_weight,
+            ce_mask=ce_mask,
+            beta=self.knobs.beta,
+            temperature=self.knobs.kd_temperature,
+            divergence=self.knobs.divergence,
+            tail=self.knobs.tail,
+            num_items=num_items,
             **teacher,
-            **(options if targets is not None else options | {"kd_weight": 0.0}),
         )
 
     def _shared_logits(
