@@ -24,6 +24,7 @@ from kdtrain.config.options import DEFAULT_TAIL, DistillationOptions, LossAndSam
 from kdtrain.config.section import Count, Flag, Number, Positive, Section, Text, Whole, wrong
 from kdtrain.losses.kinds import Tail
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -53,7 +54,7 @@ class ModelConfig(Section):
     """Model folder (relative to the file that names it) or hub id of the student."""
     revision: Text | None = None
     """Branch, tag or commit on the hub; null takes the default branch. No effect on a local folder."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Type of the weights in memory; `auto` fits the device."""
     attn_implementation: Text | None = None
     """Attention kernel by its transformers name, such as `sdpa` or `flash_attention_2`; null takes its default."""
@@ -143,16 +144,12 @@ def _sources(value: Any) -> Any:
 Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_sources)]
 
 
-def _sources_or_null(value: Any) -> Any:
-    return None if value is None else _sources(value)
-
-
 class DataConfig(Section):
     """What is trained on."""
 
     train: Sources
     """Path, hub id, source, or a list of these to be mixed."""
-    eval: Annotated[tuple[DataSource, ...] | None, BeforeValidator(_sources_or_null)] = None
+    eval: Sources | None = None
     """Held-out data in the same forms; null: no evaluation."""
     max_length: Annotated[Whole, Field(ge=2)] = 1024
     """Longest row of the data in tokens, prompt and completion together. A generated row may be longer: its prompt
@@ -176,7 +173,7 @@ class TeacherConfig(Section):
     backend: Literal["hf", "self", "vllm", "openai", "cache"] = "hf"
     """`hf`: a model in this process; `self` (alias `local-toggle`): the student without its adapter; `vllm`, `openai`:
     a server; `cache`: targets written by `kdtrain cache`."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """hf: type of the weights in memory."""
     device_map: Annotated[Any, Field(json_schema_extra={"type": ["string", "object", "null"]})] = None
     """hf: placement over devices, as in `from_pretrained`; null puts it beside the student."""
