@@ -94,7 +94,7 @@ def build_train_arguments(config: RunConfig, hardware: Hardware | None = None) -
     _fit_to_device(kwargs, hardware or detect_hardware())
     try:
         with warnings.catch_warnings():
-            # trl's own defaults use names that transformers has deprecated; nothing a user could change.
+            # trl's own defaults use names that transformers has deprecated; no user can change that.
             warnings.simplefilter("ignore", FutureWarning)
             training_args = _gkd_config_class()(**kwargs)
     except (ValueError, TypeError, ImportError, OSError) as error:

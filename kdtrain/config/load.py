@@ -159,7 +159,7 @@ def _build(values: dict[str, Any], root: Node) -> tuple[RunConfig | None, list[P
         except ValidationError as error:
             details = error.errors(include_url=False)
             if len(details) > _MOST:
-                return None, [*problems, *map(to_problem, details[:_MOST]), _further(len(details) - _MOST)]
+                return None, [*problems, *map(to_problem, details[:_MOST]), _not_shown(len(details) - _MOST)]
             for detail in details:
                 problem, missing = to_problem(detail), detail["type"] == "missing"
                 # Missing only later, or invalid in the file: it was wrong, and was reported as that.
@@ -173,11 +173,11 @@ def _build(values: dict[str, Any], root: Node) -> tuple[RunConfig | None, list[P
 def _first(problems: Iterator[Problem]) -> list[Problem]:
     """At most `_MOST` of them: a file that is no config at all may have thousands, each with its own search."""
     found = list(islice(problems, _MOST + 1))
-    return found if len(found) <= _MOST else [*found[:_MOST], _further(None)]
+    return found if len(found) <= _MOST else [*found[:_MOST], _not_shown(None)]
 
 
-def _further(count: int | None) -> Problem:
-    return Problem((), f"{f'{count} ' if count else ''}further mistakes are not shown", "mend these first")
+def _not_shown(count: int | None) -> Problem:
+    return Problem((), f"{f'{count} ' if count else ''}further mistakes are not shown", "correct these first")
 
 
 def _prune(values: dict[str, Any], path: KeyPath, missing: bool = False) -> None:

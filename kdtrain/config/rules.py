@@ -7,14 +7,11 @@ filled in: `temperature` without generation deserves a warning only where somebo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
-from kdtrain.adapters import adapter_base, is_adapter_folder
-from kdtrain.config.folders import output_folder
+from kdtrain.config.folders import model_folders, output_folder
 from kdtrain.config.loading import loading_arguments
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.tree import KeyPath, Node, Problem, dotted, get
-from kdtrain.errors import PreflightError
 
 _TEACHER_OPTIONS: dict[str, set[str]] = {
     "hf": {"dtype", "device_map", "quantization", "adapter", "revision", "prefix"},
@@ -257,40 +254,6 @@ def training_conflicts(config: RunConfig, written: Written) -> Iterator[Problem]
         idle = steps in training and training.get(strategy, "steps") != "steps"
         if idle and (strategy != "eval_strategy" or config.data.eval is not None):
             yield from _no_effect(("training",), [steps], f"training.{strategy} is {training[strategy]}")
-
-
-def model_folders(config: RunConfig, written: Written) -> Iterator[Problem]:
-    """A local model must be a model folder; only those in use are looked at."""
-    rlhf = config.rlhf
-    used: list[tuple[KeyPath, str, str]] = [(("model", "model"), config.model.model, "config.json")]
-    if config.asks_teacher and rlhf.teacher.backend == "hf" and rlhf.teacher_model:
-        used.append((("rlhf", "teacher_model"), rlhf.teacher_model, "config.json"))
-    if rlhf.teacher.adapter:
-        used.append((("rlhf", "teacher", "adapter"), rlhf.teacher.adapter, "adapter_config.json"))
-    for path, name, file in used:
-        folder = Path(name)
-        if file == "config.json" and is_adapter_folder(name):
-            yield from _adapter_folder(path, name)
-        elif not folder.is_absolute() or (folder / file).is_file():
-            continue
-        elif not folder.exists():
-            yield Problem(path, f"no such folder: {name}", "give a model folder or a hub id")
-        elif not folder.is_dir():
-            yield Problem(path, f"a file, not a model folder: {name}", f"give the folder with its {file}")
-        else:
-            yield Problem(path, f"not a model folder, it has no {file}: {name}", "give a model folder or a hub id")
-
-
-def _adapter_folder(path: KeyPath, name: str) -> Iterator[Problem]:
-    """An adapter where a model is asked for: a teacher is loaded on its base."""
-    try:
-        base = adapter_base(name)
-    except PreflightError as error:
-        yield Problem(path, str(error))
-        return
-    if path == ("model", "model"):
-        message = f"not available yet: going on with an adapter ({name})"
-        yield Problem(path, message, f"name its base, {base}, and train a new adapter, or merge it into its base")
 
 
 _KD_SWITCHES = ("rlhf.llm_kd_weight", "custom.visual_kd.enabled", "custom.visual_kd.weight", "data.train", "data.eval")
