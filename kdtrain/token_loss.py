@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdtrain.errors import NotAvailableError, VocabularyError
+from kdtrain.errors import NotAvailableError
 from kdtrain.experts import load_balancing_loss
 from kdtrain.knobs import Knobs
 from kdtrain.losses.dense import dense_distillation_loss
@@ -23,26 +23,9 @@ from kdtrain.losses.head import Head
 from kdtrain.losses.reduce import FusedLoss, next_token_labels, predicting
 from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.teachers import DenseTargets, Targets
+from kdtrain.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Logit columns of both models when the trainer was built, and how many leading ones they share."""
-
-    student: int
-    teacher: int
-    shared: int
-
-    def check(self, student: int, teacher: int) -> None:
-        """Raise `VocabularyError` unless the models still have the sizes they had."""
-        if (student, teacher) != (self.student, self.teacher):
-            raise VocabularyError(
-                f"Vocabulary sizes differ at this step: the student has {student} logits and the teacher {teacher}. "
-                f"When the trainer was built they had {self.student} and {self.teacher}: do not resize a model after "
-                "that."
-            )
 
 
 @dataclass(frozen=True)

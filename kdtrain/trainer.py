@@ -104,13 +104,13 @@ from kdtrain.rehearsal import readable_beginning, rehearse
 from kdtrain.sampling import EpochSampler, SetEpoch
 from kdtrain.teachers import Targets, Teacher
 from kdtrain.token_ids import check_batch, check_rows, embedding_rows
-from kdtrain.token_loss import TokenLoss, Vocabulary
+from kdtrain.token_loss import TokenLoss
 from kdtrain.tuning import check_trained, fit_student
 from kdtrain.unlogged import RestoreUnlogged, save_unlogged
 from kdtrain.vision.text_only import check_reentrant, keep_a_path, trained_by_images_alone
 from kdtrain.visual_kd import has_images, visual_units
 from kdtrain.visual_term import VisualTerm, first_batch_with_images
-from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
+from kdtrain.vocabulary import Vocabulary, shared_vocabulary, vocabulary_size
 from kdtrain.watch import WatchGradients, WatchRounding, check_weights
 from kdtrain.zero import guard_steps, not_a_norm
 

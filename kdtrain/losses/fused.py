@@ -97,20 +97,52 @@ def fused_distillation_loss(
     the idea of fusing head and loss is Wijmans et al. 2024, https://arxiv.org/abs/2411.09009.
     """
     options = TileOptions(kd_weight, ce_weight, beta, temperature, divergence)
-    _check(student_hidden, student_weight, labels, teacher_hidden, teacher_weight, targets, options)
-    student = Head(student_weight, student_bias, student_logit_scale, student_softcap)
     teacher = None
-    if teacher_weight is not None and teacher_hidden is not None:
-        teacher = Head(teacher_weight.detach(), teacher_bias, teacher_logit_scale, teacher_softcap)
-        teacher_hidden = teacher_hidden.detach()
-    if student.masks_columns() or (teacher is not None and teacher.masks_columns()):
-        return _with_masked_columns(
-            student_hidden, student, labels, teacher_hidden, teacher, targets, options, ce_mask, num_items
-        )
+    if teacher_weight is not None:
+        teacher = Head(teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap)
+    return head_distillation_loss(
+        student_hidden,
+        Head(student_weight, student_bias, student_logit_scale, student_softcap),
+        labels,
+        options,
+        teacher_hidden,
+        teacher,
+        targets=targets,
+        tail=tail,
+        ce_mask=ce_mask,
+        num_items=num_items,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+def head_distillation_loss(
+    student_hidden: torch.Tensor,
+    student: Head,
+    labels: torch.Tensor,
+    options: TileOptions,
+    teacher_hidden: torch.Tensor | None = None,
+    teacher: Head | None = None,
+    *,
+    targets: TopKLogprobs | None = None,
+    tail: Tail = "bucket",
+    ce_mask: torch.Tensor | None = None,
+    num_items: torch.Tensor | int | None = None,
+    chunk_tokens: int | None = None,
+) -> FusedLoss:
+    """`fused_distillation_loss` for heads that are objects already, as a model's forward hands them over.
+
+    Raises:
+        ValueError: as there.
+    """
+    _check(student_hidden, student.weight, labels, teacher_hidden, teacher, targets, options)
+    if teacher is not None and teacher_hidden is not None:
+        teacher, teacher_hidden = replace(teacher, weight=teacher.weight.detach()), teacher_hidden.detach()
     # Inside an autograd function gradients are always off: whether they are wanted is known here only.
     wanted = torch.is_grad_enabled()
     call = _Call(student, teacher, teacher_hidden, targets, tail, options, ce_mask, num_items, chunk_tokens, wanted)
-    loss, *sums = _Fused.apply(student_hidden, student_weight, student_bias, labels, call)
+    if student.masks_columns() or (teacher is not None and teacher.masks_columns()):
+        return _with_masked_columns(student_hidden, labels, call)
+    loss, *sums = _Fused.apply(student_hidden, student.weight, student.bias, labels, call)
     return _to_fused_loss(loss, sums, call)
 
 
@@ -351,34 +383,27 @@ def _to_fused_loss(loss: torch.Tensor, sums: list[torch.Tensor], call: _Call) ->
     )
 
 
-def _with_masked_columns(
-    hidden: torch.Tensor,
-    student: Head,
-    labels: torch.Tensor,
-    teacher_hidden: torch.Tensor | None,
-    teacher: Head | None,
-    targets: TopKLogprobs | None,
-    options: TileOptions,
-    ce_mask: torch.Tensor | None,
-    num_items: torch.Tensor | int | None,
-) -> FusedLoss:
+def _with_masked_columns(hidden: torch.Tensor, labels: torch.Tensor, call: _Call) -> FusedLoss:
     """The same sums from whole logits that autograd knows, for heads that mask columns."""
-    if targets is not None:
+    if call.targets is not None:
         raise ValueError(
             "top-k targets and a head whose bias is −inf for some tokens cannot be combined: slice those tokens off"
         )
+    teacher_logits = None
     with torch.autocast(hidden.device.type, enabled=False):
+        if call.teacher is not None and call.teacher_hidden is not None:
+            teacher_logits = call.teacher.plain_logits(call.teacher_hidden)
         return dense_distillation_loss(
-            student.plain_logits(hidden),
+            call.student.plain_logits(hidden),
             labels,
-            None if teacher is None or teacher_hidden is None else teacher.plain_logits(teacher_hidden),
-            kd_weight=options.kd_weight,
-            ce_weight=options.ce_weight,
-            ce_mask=ce_mask,
-            beta=options.beta,
-            temperature=options.temperature,
-            divergence=options.divergence,
-            num_items=num_items,
+            teacher_logits,
+            kd_weight=call.options.kd_weight,
+            ce_weight=call.options.ce_weight,
+            ce_mask=call.ce_mask,
+            beta=call.options.beta,
+            temperature=call.options.temperature,
+            divergence=call.options.divergence,
+            num_items=call.num_items,
         )
 
 
@@ -387,7 +412,7 @@ def _check(
     weight: torch.Tensor,
     labels: torch.Tensor,
     teacher_hidden: torch.Tensor | None,
-    teacher_weight: torch.Tensor | None,
+    teacher: Head | None,
     targets: TopKLogprobs | None,
     options: TileOptions,
 ) -> None:
@@ -401,7 +426,7 @@ def _check(
             "expected student_hidden [N, H], student_weight [V, H] and labels [N], got "
             f"{tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(labels.shape)}"
         )
-    if (teacher_hidden is None) != (teacher_weight is None):
+    if (teacher_hidden is None) != (teacher is None):
         raise ValueError("teacher_hidden and teacher_weight belong together: pass both or neither")
     if teacher_hidden is not None and targets is not None:
         raise ValueError("pass a teacher's hidden states and head, or its top-k targets, not both")
@@ -410,8 +435,8 @@ def _check(
             f"kd_weight is {options.kd_weight}, but there is no teacher: pass teacher_hidden and teacher_weight, "
             "or targets, or kd_weight=0"
         )
-    if teacher_hidden is not None and teacher_weight is not None:
-        _check_teacher(hidden, weight, teacher_hidden, teacher_weight)
+    if teacher_hidden is not None and teacher is not None:
+        _check_teacher(hidden, weight, teacher_hidden, teacher.weight)
     if targets is not None:
         check_targets(targets, len(labels), weight.shape[0])
     if labels.device.type == "cpu" and labels.numel():  # on a GPU the host would have to wait for the device
