@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import EarlyStoppingCallback
 
 from kdtrain.errors import PreflightError
+from kdtrain.feature_images import first_batch_with_images
 from kdtrain.telemetry import HIGHER_IS_BETTER, TOKEN_METRICS
-from kdtrain.visual_term import first_batch_with_images
 
 if TYPE_CHECKING:
     from kdtrain.trainer import GKDTrainerWithMetrics

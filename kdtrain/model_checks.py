@@ -17,10 +17,10 @@ from accelerate.utils import is_peft_model
 from torch import nn
 
 from kdtrain.data.collate import Collator
+from kdtrain.feature_images import first_row_with_images
 from kdtrain.generation import refuse_marked_answers, who_shares_a_batch
 from kdtrain.positions import Rows, length_findings, rope_findings
 from kdtrain.probe import TextLook, look_at_image, look_at_text, report_findings
-from kdtrain.visual_term import first_row_with_images
 
 logger = logging.getLogger(__name__)
 

@@ -92,6 +92,7 @@ from kdtrain.data.epochs import Epochs
 from kdtrain.data.multimodal import image_token_ids
 from kdtrain.errors import CheckpointError, ConfigError, DataError, NonFiniteError, PreflightError
 from kdtrain.experts import asks_for_router_logits, check_experts, restore_router_settings, router_settings
+from kdtrain.feature_images import first_batch_with_images, has_images, visual_units
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids, student_generates
 from kdtrain.gkd_fields import check_fields, check_supervision
 from kdtrain.knobs import Knobs, LiveOption
@@ -108,8 +109,7 @@ from kdtrain.token_loss import TokenLoss
 from kdtrain.tuning import check_trained, fit_student
 from kdtrain.unlogged import RestoreUnlogged, save_unlogged
 from kdtrain.vision.text_only import check_reentrant, keep_a_path, trained_by_images_alone
-from kdtrain.visual_kd import has_images, visual_units
-from kdtrain.visual_term import VisualTerm, first_batch_with_images
+from kdtrain.visual_term import VisualTerm
 from kdtrain.vocabulary import Vocabulary, shared_vocabulary, vocabulary_size
 from kdtrain.watch import WatchGradients, WatchRounding, check_weights
 from kdtrain.zero import guard_steps, not_a_norm

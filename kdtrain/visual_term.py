@@ -1,40 +1,89 @@
-"""The visual term over a run: what it is compared through, its share of the optimizer window, and its projectors.
-
-Projectors (see `visual_kd.build_projectors`) belong to the run, not to the student: they are trained by the same
-optimizer and saved beside the model, and never become a part of what is exported.
-"""
+"""The visual term of a run: one batch's weighted distances, its share of the optimizer window, and the projectors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kdtrain.batch import model_inputs, teacher_inputs
-from kdtrain.errors import CheckpointError, PreflightError
-from kdtrain.visual_kd import (
-    build_projectors,
-    feature_widths,
-    has_images,
-    image_grids,
-    tapped,
-    visual_terms,
-    visual_units,
-)
+from kdtrain.errors import PreflightError
+from kdtrain.feature_grids import TargetGrids, image_grids
+from kdtrain.feature_images import visual_units
+from kdtrain.feature_projectors import build_projectors, load_projectors, projector_name, save_projectors
+from kdtrain.feature_targets import named
+from kdtrain.losses.visual import feature_distance
+from kdtrain.vision.hooks import Features, tapped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from kdtrain.data.collate import Collator
     from kdtrain.knobs import VisualKnobs
-    from kdtrain.vision.hooks import Features
 
-PROJECTORS = "visual_projectors.safetensors"
+
+def feature_terms(
+    knobs: VisualKnobs,
+    student: Features,
+    teacher: Features,
+    share: torch.Tensor | float,
+    *,
+    projectors: Mapping[str, nn.Module] | nn.ModuleDict | None = None,
+    grids: TargetGrids | None = None,
+) -> dict[str, torch.Tensor]:
+    """weight · weight_t · distance_t per target and their sum, each scaled to the batch's share of the window.
+
+    The distance of a target with several levels (deepstack) is the mean over them.
+
+    Args:
+        student, teacher: what `tapped` captured.
+        share: this batch's part of the window's `visual_units`.
+        projectors: of `build_projectors`, where widths differ.
+        grids: of `image_grids`, where a target is interpolated.
+
+    Returns:
+        `vision_kd_loss_<target>` and `vision_kd_loss`, scalars.
+
+    Raises:
+        PreflightError: nothing captured, features that do not fit, or features of the student that carry no gradient.
+    """
+    found = dict(projectors.items()) if projectors is not None else {}
+    terms = {}
+    for target, options in knobs.targets.items():
+        student_grids, teacher_grids = (None, None) if grids is None else grids.get(target, (None, None))
+        distances = []
+        levels = len(student[target])
+        for level, (s, t) in enumerate(zip(student[target], teacher[target], strict=True)):
+            _check_gradient(target, s)
+            distances.append(
+                feature_distance(
+                    s,
+                    t,
+                    options.distance,
+                    target,
+                    projector=found.get(projector_name(target, level, levels)),
+                    match=options.match,
+                    student_grids=student_grids,
+                    teacher_grids=teacher_grids,
+                )
+            )
+        terms[f"vision_kd_loss_{target}"] = knobs.weight * options.weight * share * torch.stack(distances).mean()
+    terms["vision_kd_loss"] = torch.stack(list(terms.values())).sum()
+    return terms
+
+
+def _check_gradient(target: str, student: list[torch.Tensor]) -> None:
+    """A term without a gradient would be logged, and teach nothing."""
+    if torch.is_grad_enabled() and not all(features.requires_grad for features in student):
+        raise PreflightError(
+            f"{named(target)}: the student's features carry no gradient, so this term cannot teach it. Everything "
+            "before them is frozen (tuner.freeze_vit, tuner.freeze_aligner, or LoRA whose target_modules do not reach "
+            "it): train some of it or remove the target. Or reentrant gradient checkpointing cuts the graph: set "
+            "training.gradient_checkpointing_kwargs: {use_reentrant: false}."
+        )
 
 
 class VisualTerm:
@@ -54,7 +103,6 @@ class VisualTerm:
         self.projectors = nn.ModuleDict()
         self._accelerator, self._seed = accelerator, seed
         self._window_units: torch.Tensor | None = None
-        self._probed = False
 
     # ---- one batch ---------------------------------------------------------------------------------------------------
 
@@ -62,23 +110,24 @@ class VisualTerm:
         """Capture (student's, teacher's) features on the forwards inside."""
         return tapped(self.knobs, self.student, self.teacher)
 
-    def terms(self, ours: Features, theirs: Features, batch: Mapping[str, Any], whole: bool) -> dict[str, torch.Tensor]:
-        """The weighted terms of a batch with images, see `visual_terms`.
+    def terms(
+        self, student: Features, teacher: Features, batch: Mapping[str, Any], whole: bool
+    ) -> dict[str, torch.Tensor]:
+        """The weighted terms of a batch with images, see `feature_terms`.
 
         Args:
+            student, teacher: what `tapped` captured.
             batch: as collated.
             whole: the batch stands for itself (evaluation); else it is a part of the window that was counted.
         """
         share: torch.Tensor | float = 1.0
         if not whole and self._window_units is not None:
             share = visual_units(batch) / self._window_units.clamp(min=1)
-        if not self._probed:
-            self._check_widths(ours, theirs)
         grids = image_grids(self.knobs, self.student, self.teacher, batch, teacher_inputs(batch))
-        return visual_terms(self.knobs, ours, theirs, share, projectors=self.projectors, grids=grids)
+        return feature_terms(self.knobs, student, teacher, share, projectors=self.projectors, grids=grids)
 
     def count(self, batches: Sequence[dict[str, Any]]) -> None:
-        """Take note of the window's image features on all ranks, over which the terms are means; a collective.
+        """Count the window's image features on all ranks, over which the terms are means; a collective.
 
         Each batch keeps its own number.
         """
@@ -98,29 +147,16 @@ class VisualTerm:
         """
         modes = {module: module.training for module in (self.student, self.teacher)}
         try:
-            with torch.random.fork_rng(), self.tapped() as (ours, theirs):
+            with torch.random.fork_rng(), self.tapped() as (student, teacher):
                 with torch.no_grad():
                     self._on_own_device(self.teacher, teacher_inputs(batch))
                 self._on_own_device(self.student, model_inputs(batch))
         finally:
             for module, mode in modes.items():
                 module.train(mode)
-        self._probed = True
-        self.projectors = build_projectors(self.knobs, ours, theirs, self._seed).to(self._accelerator.device)
-        self.terms(ours, theirs, batch, whole=True)
-
-    @staticmethod
-    def _check_widths(ours: Features, theirs: Features) -> None:
-        """Without a probe there are no projectors, which FSDP and DeepSpeed would have to know of."""
-        widths, wanted = feature_widths(ours), feature_widths(theirs)
-        for target in (target for target in widths if widths[target] != wanted[target]):
-            shapes = " and the teacher's ".join(str(tuple(side[target][0][0].shape)) for side in (ours, theirs))
-            raise PreflightError(
-                f"visual_kd target {target!r}: the student's features are {shapes}, and a projector between the widths "
-                "is not available here: either no row of the training data had an image when the trainer was built, or "
-                "the run is in pieces (FSDP, DeepSpeed). Use plain data parallelism, or name modules of one width in "
-                f"custom.visual_kd.targets.{target}.student_module and .teacher_module."
-            )
+        projectors = build_projectors(self.knobs, student, teacher, self._seed)
+        self.projectors = projectors.to(self._accelerator.device)
+        self.terms(student, teacher, batch, whole=True)
 
     @staticmethod
     def _on_own_device(model: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -156,9 +192,7 @@ class VisualTerm:
 
     def save(self, folder: str | Path) -> None:
         """Write the projectors beside a model."""
-        if self.projectors:
-            state = {name: value.detach().cpu().contiguous() for name, value in self.projectors.state_dict().items()}
-            save_file(state, Path(folder) / PROJECTORS)
+        save_projectors(self.projectors, folder)
 
     def load(self, folder: str | Path) -> None:
         """Read the projectors of a checkpoint.
@@ -166,41 +200,4 @@ class VisualTerm:
         Raises:
             CheckpointError: it has none, or others.
         """
-        if not self.projectors:
-            return
-        path = Path(folder) / PROJECTORS
-        try:
-            self.projectors.load_state_dict(load_file(path))
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path} does not hold the projectors of this run's visual targets "
-                f"({', '.join(self.projectors)}): {str(error).splitlines()[0]} Resume with the visual_kd targets that "
-                "the checkpoint was made with, or start anew."
-            ) from error
-
-
-def first_batch_with_images(dataset: Any, collator: Any, tries: int = 32) -> Mapping[str, Any] | None:
-    """A batch of the first row with images; None if there is none.
-
-    Args:
-        dataset: rows with an `images` or `image` column, or with images inside their messages: of those only the first
-            `tries` are looked at.
-    """
-    for row in _candidates(dataset, tries):
-        batch = collator([row])
-        if has_images(batch):
-            return batch
-    return None
-
-
-def first_row_with_images(dataset: Any, collator: Collator, tries: int = 32) -> Any | None:
-    """The row that `first_batch_with_images` collates, as it stands in the data set."""
-    return next((row for row in _candidates(dataset, tries) if collator.has_images(row)), None)
-
-
-def _candidates(dataset: Any, tries: int) -> Iterator[Any]:
-    columns = {"images", "image"} & set(getattr(dataset, "column_names", None) or ())
-    for i in range(len(dataset) if columns else min(tries, len(dataset))):
-        row = dataset[i]
-        if not columns or any(row[name] for name in columns):
-            yield row
+        load_projectors(self.projectors, folder)

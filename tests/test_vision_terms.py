@@ -9,17 +9,13 @@ from transformers.vision_utils import get_vision_position_ids
 
 from kdtrain.config.schema import VisualKdConfig
 from kdtrain.errors import PreflightError
+from kdtrain.feature_grids import _from_rows, image_grids
+from kdtrain.feature_images import visual_units
+from kdtrain.feature_projectors import build_projectors, feature_widths
+from kdtrain.feature_taps import taps_of_both
 from kdtrain.knobs import VisualKnobs, VisualTargetKnobs, _visual_knobs
-from kdtrain.losses.visual import _from_rows
-from kdtrain.visual_kd import (
-    build_projectors,
-    check_visual,
-    feature_widths,
-    image_grids,
-    tapped,
-    visual_terms,
-    visual_units,
-)
+from kdtrain.vision.hooks import tapped
+from kdtrain.visual_term import feature_terms
 from tests.tiny_vision import gradients, make_inputs, make_vlm, reference_features, run_visual, visual_knobs
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -85,13 +81,13 @@ def test_aligner_of_a_half_and_deepstack_of_a_quarter_at_a_tenth_are_0075(weight
     # Distances: aligner 0.5; deepstack the mean of 0.36 and 0.14.
     ours = {"aligner": [constant(0.5**0.5)], "deepstack": [constant(0.6), constant(0.14**0.5)]}
     theirs = {"aligner": [constant(0.0)], "deepstack": [constant(0.0), constant(0.0)]}
-    terms = visual_terms(visual, ours, theirs, 1.0)
+    terms = feature_terms(visual, ours, theirs, 1.0)
     assert {name: round(value.item(), 6) for name, value in terms.items()} == {
         "vision_kd_loss_aligner": 0.05,
         "vision_kd_loss_deepstack": 0.025,
         "vision_kd_loss": 0.075,
     }
-    assert visual_terms(visual, ours, theirs, 0.5)["vision_kd_loss"].item() == pytest.approx(0.0375)
+    assert feature_terms(visual, ours, theirs, 0.5)["vision_kd_loss"].item() == pytest.approx(0.0375)
 
 
 def test_nothing_is_captured_where_visual_kd_is_off():
@@ -104,7 +100,7 @@ def test_a_batch_with_images_that_fires_no_module_is_an_error():
     with tapped(visual_knobs("aligner"), student, teacher) as (ours, theirs):
         pass
     with pytest.raises(PreflightError, match="0 student and 0 teacher activations in a batch with images"):
-        visual_terms(visual_knobs("aligner"), ours, theirs, 1.0)
+        feature_terms(visual_knobs("aligner"), ours, theirs, 1.0)
     with pytest.raises(PreflightError, match="fired no module"):
         build_projectors(visual_knobs("aligner"), ours, theirs, seed=0)
 
@@ -221,9 +217,9 @@ def test_towers_of_other_resolution_are_compared_on_the_students_grid():
         grids = image_grids(visual, student, teacher, ours, theirs)
         if match == "exact":
             with pytest.raises(PreflightError, match=r"\(2, 16, 32\).*\(2, 64, 32\).*32 and 128 tokens"):
-                visual_terms(visual, *features, 1.0, grids=grids)
+                feature_terms(visual, *features, 1.0, grids=grids)
         else:
-            loss = visual_terms(visual, *features, 1.0, grids=grids)["vision_kd_loss"]
+            loss = feature_terms(visual, *features, 1.0, grids=grids)["vision_kd_loss"]
     s, t = reference_features(student, ours)["vit"][0], reference_features(teacher, theirs)["vit"][0]
     # Half the size, bilinear: the mean of 2 × 2 tokens.
     expected = (s - t.view(2, 4, 2, 4, 2, -1).mean((2, 4)).flatten(1, 2)).square().mean()
@@ -242,7 +238,7 @@ def test_qwen_features_of_finer_images_are_compared_on_the_students_grid(target)
             teacher.model.visual(theirs["pixel_values"], grid_thw=theirs["image_grid_thw"])
         student(**ours)
     grids = image_grids(visual, student, teacher, ours, theirs)
-    loss = visual_terms(visual, *features, 1.0, grids=grids)["vision_kd_loss"]
+    loss = feature_terms(visual, *features, 1.0, grids=grids)["vision_kd_loss"]
 
     positions, finer = (
         get_vision_position_ids(grid, 2) if target == "vit" else merged_positions(grid)
@@ -301,7 +297,7 @@ def test_packed_images_of_pixtral_are_compared_image_by_image():
                 model.model.get_image_features(pixels, image_sizes=sizes * factor)
     assert features[0]["vit"][0][0].shape[:2] == (1, 24)
     grids = image_grids(visual, student, teacher, {"image_sizes": sizes}, {"image_sizes": 2 * sizes})
-    loss = visual_terms(visual, *features, 1.0, grids=grids)["vision_kd_loss"]
+    loss = feature_terms(visual, *features, 1.0, grids=grids)["vision_kd_loss"]
     t = features[1]["vit"][0][0][0]
     halved = [
         t[:48].view(2, 2, 6, 2, -1).mean((1, 3)).flatten(0, 1),
@@ -314,10 +310,10 @@ def test_packed_images_of_pixtral_are_compared_image_by_image():
 def test_tokens_that_are_in_no_grid_are_not_interpolated():
     qwen2_5, qwen3 = make_vlm("qwen2_5_vl"), make_vlm("qwen3_vl")
     with pytest.raises(PreflightError, match=r"interpolate.*student.*attention windows.*aligner"):
-        check_visual(visual_knobs("vit", match="interpolate"), qwen2_5, qwen3)
+        taps_of_both(visual_knobs("vit", match="interpolate"), qwen2_5, qwen3)
     own = visual_knobs("vit", match="interpolate", teacher_module="model.visual.blocks.0")
     with pytest.raises(PreflightError, match=r"interpolate.*teacher.*no order that is known"):
-        check_visual(own, qwen3, qwen3)
+        taps_of_both(own, qwen3, qwen3)
 
 
 # ---- what a batch weighs ---------------------------------------------------------------------------------------------
@@ -346,6 +342,6 @@ def test_a_batch_weighs_in_proportion_to_its_tokens(family):
         error = (ours["vit"][0][0] - theirs["vit"][0][0]).square().flatten(0, -2).mean(-1)
         errors.append(error)
         tokens.append(len(error))
-        total += visual_terms(visual, ours, theirs, weight / sum(units))["vision_kd_loss"].item()
+        total += feature_terms(visual, ours, theirs, weight / sum(units))["vision_kd_loss"].item()
     assert units[1] / units[0] == tokens[1] / tokens[0] != 1
     assert total == pytest.approx(torch.cat(errors).mean().item(), rel=1e-5)

@@ -13,7 +13,8 @@ import transformers as hf
 from torch import nn
 
 from kdtrain.knobs import VisualKnobs, VisualTargetKnobs
-from kdtrain.visual_kd import tapped, visual_terms
+from kdtrain.vision.hooks import tapped
+from kdtrain.visual_term import feature_terms
 
 IMAGE, VIDEO, VISION_START = 300, 301, 302
 VOCABULARY = 320
@@ -401,7 +402,7 @@ def run_visual(
         with torch.no_grad():
             teacher(**inputs)
         student(**inputs)
-    return visual_terms(visual, ours, theirs, 1.0, **more)
+    return feature_terms(visual, ours, theirs, 1.0, **more)
 
 
 def gradients(model: nn.Module) -> dict[str, float]:

@@ -15,7 +15,7 @@ from typing import Literal
 from torch import nn
 
 from kdtrain.errors import PreflightError
-from kdtrain.vision.layouts import LAYOUTS, Layout, layout_of, model_type, plain, plain_name
+from kdtrain.vision.layouts import LAYOUTS, Layout, layout_of, model_type, unwrapped, unwrapped_name
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,12 @@ def part_of(model: nn.Module, part: Part) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if part_of_name(plain_name(name, adapters), layout) == part
+        if part_of_name(unwrapped_name(name, adapters), layout) == part
     }
 
 
 def part_of_name(name: str, layout: Layout) -> Part:
-    """The part that a parameter or module of the plain model belongs to."""
+    """The part that a parameter or module of the model without wrappers belongs to."""
     if any(_inside(name, path) for path in layout.aligner):
         return "aligner"
     return "vit" if _inside(name, layout.encoder) else "llm"
@@ -66,7 +66,7 @@ def freeze_parts(model: nn.Module, *, llm: bool = False, vit: bool = False, alig
     if not left.difference(id(p) for p in parameters):
         options = " and ".join(f"tuner.freeze_{part}" for part in frozen)
         raise PreflightError(
-            f"With {options} nothing of {type(plain(model)).__name__} is left to train. Remove one of the options"
+            f"With {options} nothing of {type(unwrapped(model)).__name__} is left to train. Remove one of the options"
             + (", or let tuner.target_modules reach other parts." if _adapters(model) else ".")
         )
     for parameter in parameters:
@@ -162,7 +162,7 @@ def _layout(model: nn.Module) -> Layout:
     layout = layout_of(model)
     if layout is None:
         raise PreflightError(
-            f"{type(plain(model)).__name__} (model type {model_type(model)!r}): which of its parts are the vision "
+            f"{type(unwrapped(model)).__name__} (model type {model_type(model)!r}): which of its parts are the vision "
             f"encoder and the aligner is not known here. Known are {', '.join(LAYOUTS)}. Remove tuner.freeze_llm, "
             "tuner.freeze_vit and tuner.freeze_aligner; with LoRA, say what is trained in tuner.target_modules."
         )
@@ -179,12 +179,12 @@ def _adapters(model: nn.Module) -> tuple[str, ...]:
 
 
 def _is_text_model(model: nn.Module) -> bool:
-    config = getattr(plain(model), "config", None)
+    config = getattr(unwrapped(model), "config", None)
     return layout_of(model) is None and (config is None or config.get_text_config() is config)
 
 
 def _check_text_model(model: nn.Module, frozen: list[Part]) -> None:
-    name = type(plain(model)).__name__
+    name = type(unwrapped(model)).__name__
     if "llm" in frozen:
         raise PreflightError(
             f"tuner.freeze_llm: {name} is a text model: with its language model frozen nothing is left to train. "
