@@ -20,12 +20,15 @@ from kdtrain.errors import ConfigError, DataError
 from kdtrain.failures import readable_construction, readable_failures
 from kdtrain.model_checks import both_sides, check_models
 from kdtrain.model_folder import require_sound
-from kdtrain.models import load_model, load_processing, lora_config, sees_images
+from kdtrain.model_kinds import sees_images
+from kdtrain.models import load_model
 from kdtrain.positions import answered_rows
+from kdtrain.processing import load_processing
 from kdtrain.rehearsal import rehearse
 from kdtrain.status import write_status
 from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
 from kdtrain.trainer import GKDTrainerWithMetrics
+from kdtrain.tuning import lora_config
 from kdtrain.vision.parts import adapter_exclusions, check_named_parts, freeze_parts
 from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
 from kdtrain.zero import prepare_deepspeed_run

@@ -23,7 +23,9 @@ from kdtrain.data.collate import Collator
 from kdtrain.data.rows import RowError
 from kdtrain.errors import ConfigError, DataError, NotAvailableError, PreflightError
 from kdtrain.knobs import Knobs
-from kdtrain.models import load_processing, load_tokenizer, load_with_adapter, sees_images
+from kdtrain.model_kinds import sees_images
+from kdtrain.models import load_with_adapter
+from kdtrain.processing import load_processing, load_tokenizer
 from kdtrain.row_order import refused_loader_options
 from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
 from kdtrain.vision.parts import freeze_parts

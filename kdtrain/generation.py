@@ -29,9 +29,8 @@ from kdtrain.batch import token_level, unknown, visual
 from kdtrain.data.collate import pad_rows
 from kdtrain.errors import DataError, NotAvailableError, PreflightError
 from kdtrain.experts import without_router_logits
-from kdtrain.lm_head import few_tokens
 from kdtrain.losses.reduce import IGNORE_INDEX
-from kdtrain.probe import as_preflight_error, name_of
+from kdtrain.probe import as_preflight_error, few_tokens, name_of
 
 logger = logging.getLogger(__name__)
 

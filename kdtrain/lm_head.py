@@ -9,10 +9,8 @@ in force, and sharded parameters are whole. Calling the backbone by itself skips
 from __future__ import annotations
 
 import functools
-import re
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from kdtrain.experts import without_router_logits
 from kdtrain.losses.head import Head
-from kdtrain.vocabulary import vocabulary_size
+from kdtrain.probe import evaluating, few_tokens
 
 LossHead = Callable[[torch.Tensor, Head, Any], Any]
 """(last hidden state [B, T, H], head, the backbone's outputs) -> what the forward returns, tensors in a tuple."""
@@ -95,32 +93,6 @@ def why_wrapped_head_differs(wrapped: Any) -> str | None:
     differs = torch.tensor([reason is not None], dtype=torch.int32, device=ids.device)
     torch.distributed.all_reduce(differs, torch.distributed.ReduceOp.MAX)
     return reason or ("it does so on another rank" if differs.item() else None)
-
-
-def few_tokens(model: Any, device: torch.device, count: int = 4) -> torch.Tensor:
-    """[1, count] ids of text: the placeholder of an image stands for pixels that are not there."""
-    placeholders = placeholder_ids(model)
-    text = [i for i in range(min(64, vocabulary_size(model))) if i not in placeholders][:count]
-    return torch.tensor([text or [0]], device=device)
-
-
-def placeholder_ids(model: Any) -> set[int]:
-    """Ids that stand for parts of images, videos or sounds, as a model's config names them; empty for a text model."""
-    config = vars(model.config)
-    named = [config[key] for key in config if re.fullmatch(r"(image|video|audio)\w*_token_(id|index)", key)]
-    return {token for token in named if isinstance(token, int)}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients for the time of a look; the mode is put back."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _difference(logits: torch.Tensor, ours: torch.Tensor, dtype: torch.dtype) -> str | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kdtrain.models import count_parameters
 from kdtrain.sampling import planned_steps, steps_of_an_epoch
-from kdtrain.vision.parts import trained_parts
+from kdtrain.vision.parts import count_parameters, trained_parts
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig

@@ -96,17 +96,18 @@ from kdtrain.feature_images import first_batch_with_images, has_images, visual_u
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids, student_generates
 from kdtrain.gkd_fields import check_fields, check_supervision
 from kdtrain.knobs import Knobs, LiveOption
-from kdtrain.lm_head import add_loss_head, placeholder_ids, why_no_loss_head, why_wrapped_head_differs
+from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, count_supervised_in, next_token_labels, world_scale
 from kdtrain.model_checks import both_sides, check_models
-from kdtrain.models import disable_dropout, sees_images
+from kdtrain.model_kinds import sees_images
 from kdtrain.positions import refuse_width, rows_of_a_run
+from kdtrain.probe import placeholder_ids
 from kdtrain.rehearsal import readable_beginning, rehearse
 from kdtrain.sampling import EpochSampler, SetEpoch
 from kdtrain.teachers import Targets, Teacher
 from kdtrain.token_ids import check_batch, check_rows, embedding_rows
 from kdtrain.token_loss import TokenLoss
-from kdtrain.tuning import check_trained, fit_student
+from kdtrain.tuning import check_trained, disable_dropout, fit_student
 from kdtrain.unlogged import RestoreUnlogged, save_unlogged
 from kdtrain.vision.text_only import check_reentrant, keep_a_path, trained_by_images_alone
 from kdtrain.visual_term import VisualTerm

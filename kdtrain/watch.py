@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kdtrain.errors import NonFiniteError
-from kdtrain.models import sees_images
+from kdtrain.model_kinds import sees_images
 from kdtrain.vision.layouts import layout_of
 from kdtrain.vision.parts import part_of
 

@@ -20,8 +20,8 @@ import torch
 import transformers as hf
 from torch import nn
 
-from kdtrain.models import lora_config
 from kdtrain.trainer import GKDTrainerWithMetrics
+from kdtrain.tuning import lora_config
 from tests import tiny, tiny_vision
 from tests.oracle import Loss, Optimizer, Oracle, Row, Window, double
 from tests.test_trainer import make_args

@@ -13,13 +13,16 @@ from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuni
 from trl.experimental.gkd import GKDConfig
 from trl.experimental.utils import DataCollatorForChatML
 
-from kdtrain import generation, probe
+from kdtrain import generation
 from kdtrain.config import ConfigLoader
 from kdtrain.data import Collator
 from kdtrain.errors import DataError, NotAvailableError, PreflightError
 from kdtrain.generation import generate_batch, generation_config, who_shares_a_batch
-from kdtrain.models import load_model, load_processing
-from kdtrain.probe import look_at_text
+from kdtrain.model_checks import CheckedModel, image_findings
+from kdtrain.model_kinds import refuse_other_kinds
+from kdtrain.models import load_model
+from kdtrain.probe import TextLook, look_at_text
+from kdtrain.processing import load_processing
 from kdtrain.run import fit
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
@@ -97,7 +100,7 @@ def build(student, tokenizer, folder, train=None, teacher=None, collator=None, e
 def test_a_model_that_sees_later_tokens_is_found(family):
     (finding,) = look_at_text(make(family), "teacher").findings
     assert finding.level == "error"
-    assert "sees the tokens that it has to predict" in finding.text
+    assert "sees the tokens that it has to predict" in finding.message
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -149,7 +152,7 @@ def test_a_model_whose_predictions_depend_on_the_padding_behind_them_is_found():
 
     model.register_forward_hook(add_padding, with_kwargs=True)
     (finding,) = look_at_text(model, "student").findings
-    assert "does not honour the attention mask: its predictions move by" in finding.text
+    assert "does not honour the attention mask: its predictions move by" in finding.message
 
 
 def test_special_tokens_beyond_the_vocabulary_do_not_disturb_the_look():
@@ -194,11 +197,11 @@ def test_configs_of_causal_and_vision_language_models_are_not_refused():
     for family in CAUSAL:
         model = make(family)
         model.config.architectures = [type(model).__name__]
-        probe.refuse_other_kinds("folder", model.config)
+        refuse_other_kinds("folder", model.config)
     for family in VISION_FAMILIES:
         model = make_vlm(family, seed=1)
         model.config.architectures = [type(model).__name__]
-        probe.refuse_other_kinds("folder", model.config)
+        refuse_other_kinds("folder", model.config)
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------
@@ -586,7 +589,7 @@ def test_no_familys_own_processor_is_suspected(family):
     row = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
                         {"role": "assistant", "content": "a thing"}], "images": [picture()]}  # fmt: skip
     model = make_model(family, processor)
-    assert probe.look_at_image(model, "student", processor, Collator(processor), row) == []
+    assert image_findings(CheckedModel("student", model, TextLook(), processor), Collator(processor), row) == []
 
 
 def test_a_look_at_an_image_reads_raw_rows_of_the_class_as_well(tmp_path):

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from kdtrain.batch import model_inputs
 from kdtrain.errors import NotAvailableError, PreflightError
 from kdtrain.generation import generate_batch, generation_config
-from kdtrain.lm_head import placeholder_ids
-from kdtrain.models import lora_config
+from kdtrain.probe import placeholder_ids
+from kdtrain.tuning import lora_config
 from tests import tiny
 from tests.test_trainer import ROWS, make_trainer
 from tests.test_vision_fit import _fit_rank, models, row, run, write_config  # noqa: F401  (a fixture)

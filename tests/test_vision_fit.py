@@ -18,7 +18,8 @@ from kdtrain.config import ConfigLoader
 from kdtrain.data import Collator, Source, build_dataset
 from kdtrain.errors import DataError, PreflightError
 from kdtrain.generation import generate_batch, generation_config
-from kdtrain.models import load_model, load_processing
+from kdtrain.models import load_model
+from kdtrain.processing import load_processing
 from kdtrain.run import fit
 from tests.tiny import run_ranks
 from tests.tiny_processors import FAMILIES, make_llava, make_model, picture

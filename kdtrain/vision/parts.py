@@ -143,11 +143,18 @@ def trained_parts(model: nn.Module) -> dict[Part, int]:
     if layout_of(model) is None:
         return {}
     parts: tuple[Part, ...] = ("llm", "vit", "aligner")
-    # Under ZeRO-3 a parameter is empty between its uses, and knows its own size.
-    return {
-        part: sum(getattr(p, "ds_numel", p.numel()) for p in part_of(model, part).values() if p.requires_grad)
-        for part in parts
-    }
+    return {part: sum(_size(p) for p in part_of(model, part).values() if p.requires_grad) for part in parts}
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all, trainable) parameters; tied weights count once."""
+    sizes = [(_size(p), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Under ZeRO-3 a parameter is empty between its uses, and knows its own size."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _pattern(*paths: str) -> str:
