@@ -2,11 +2,14 @@
 
 Shapes: N tokens, S of them supervised, C tokens of one chunk, H hidden width (each model has its own), V vocabulary.
 
-Full-vocabulary distillation dies of logits: at 4096 tokens and 152k words those of two models with their gradients take
-over 10 GB. Here, for each chunk of supervised tokens, both models' logits are made once in reused buffers, all terms
-and metrics come from the same tile, the closed-form gradient is written over the student's logits, and from there it
-goes at once into the gradients of the hidden state and the head. The backward pass only scales. Nothing is computed
-twice; memory is O(C·V) beside the gradients themselves.
+The logits are what full-vocabulary distillation runs out of memory for: at 4096 tokens and 152k words those of two
+models with their gradients take over 10 GB. Here, for each chunk of supervised tokens, both models' logits are made
+once in reused buffers, all terms and metrics come from the same tile, the closed-form gradient is written over the
+student's logits, and from there it goes at once into the gradients of the hidden state and the head. The backward pass
+only scales. Nothing is computed twice; memory is O(C·V) beside the gradients themselves.
+
+Three sizes are cut: a call into chunks, whose matrix products are large enough to be fast; a chunk into blocks, whose
+element-wise passes stay in a CPU's cache. A chunk's logits live in one tile, a block is a view of some of its rows.
 """
 
 from __future__ import annotations
@@ -179,6 +182,7 @@ class _Fused(torch.autograd.Function):
         call: _Call,
     ) -> tuple[torch.Tensor, ...]:
         wanted = tuple(needed and call.with_gradient for needed in ctx.needs_input_grad[:3])
+        # Unsupervised tokens are left out from here on. On a GPU the host waits here, once a call, for their number.
         rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         half = None
         if hidden.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
@@ -186,6 +190,7 @@ class _Fused(torch.autograd.Function):
         run = _Run(hidden.index_select(0, rows), labels.index_select(0, rows), rows, call, wanted, half)
         with torch.autocast(hidden.device.type, enabled=False):
             run.all_chunks()
+        # Not by save_for_backward: they are neither inputs nor outputs, and backward scales them in place.
         ctx.run_gradients = [run.grad_hidden, run.grad_weight, run.grad_bias]
         ctx.left_to_scale, ctx.rows, ctx.tokens = run.left_to_scale, rows, len(hidden)
         ctx.wanted, ctx.dtypes = wanted, [None if x is None else x.dtype for x in (hidden, weight, bias)]
@@ -207,9 +212,9 @@ class _Fused(torch.autograd.Function):
         result: list[torch.Tensor | None] = []
         for gradient, wanted, dtype in zip(gradients, ctx.wanted, ctx.dtypes, strict=True):
             result.append(gradient.mul_(scale).to(dtype) if wanted else None)
-        if result[0] is not None and len(ctx.rows) != ctx.tokens:
-            whole = result[0].new_zeros(ctx.tokens, result[0].shape[1])
-            result[0] = whole.index_copy_(0, ctx.rows, result[0])
+        if result[0] is not None and len(ctx.rows) != ctx.tokens:  # zeros for the tokens that were left out
+            all_tokens = result[0].new_zeros(ctx.tokens, result[0].shape[1])
+            result[0] = all_tokens.index_copy_(0, ctx.rows, result[0])
         return (*result, None, None)
 
 
@@ -239,12 +244,15 @@ class _Run:
         self.num_tokens = tokens
         self.inverse_items = 1 / normaliser(call.num_items, tokens).to(self.dtype)
         self.ce_rows = None if call.ce_mask is None else call.ce_mask.to(device)[rows].to(self.dtype)
-        # The gradient is (g · scale) · left_to_scale, with g the tile's, which the options' weights are a factor of.
+        # A gradient is (g · scale) · left_to_scale: g is the tile's, with the terms' weights in it; `scale` is the
+        # head's logit scale, a factor of each product; `left_to_scale`, 1/D, comes last, in backward, as a tensor: so
+        # that D, which may still be on its way on a GPU, need not be waited for.
         self.options, self.left_to_scale = call.options, self.inverse_items
         self.scale = float(call.student.logit_scale)
         self.half = None
         if HalfGradients.fit(hidden_SH, call.student.weight) and len(labels_S):
-            # All factors before the one rounding of each product.
+            # Products that end as bfloat16 are rounded once: all factors, 1/D as well, go in before that. On a CPU
+            # reading D costs nothing. The tile's g is made with weights times `unit`, and `scale` takes it out again.
             factor = self.scale * float(self.inverse_items)
             unit = power_of_two_unit(factor, call.options.ce_weight or call.options.kd_weight)
             self.options, self.scale = call.options.scaled(unit), factor / unit
@@ -271,7 +279,7 @@ class _Run:
         block = max(1, _BLOCK_VALUES // vocabulary) if student.device.type == "cpu" else sizes[0]
         scratch = Buffers.like(student, min(block, sizes[0]))
         start = 0
-        for size in sizes:
+        for size in sizes:  # the last chunks may be a row shorter than the buffers
             chunk = slice(start, start + size)
             self._chunk(chunk, student[:size], None if teacher is None else teacher[:size], block, scratch)
             start += size
@@ -281,11 +289,14 @@ class _Run:
     def _chunk(
         self, chunk: slice, student: torch.Tensor, teacher: torch.Tensor | None, block: int, scratch: Buffers
     ) -> None:
+        """Logits of a chunk into `student` and `teacher`, their gradient over `student`, then the products of that."""
         head, hidden = self.student, self.hidden[chunk]
         head.logits(hidden, student)
         if teacher is not None and self.teacher is not None and self.teacher_hidden is not None:
+            # The teacher's hidden states are of all tokens: gathered a chunk at a time, they are never copied whole.
             self.teacher.logits(self.teacher_hidden.index_select(0, self.rows[chunk]), teacher)
         with_gradient = self.wants_hidden or self.wants_weight or self.wants_bias
+        # After this loop `student` holds d loss/d(hidden · weightᵀ + bias), but for `scale` and `left_to_scale`.
         for first in range(0, len(student), block):
             inside = slice(first, min(first + block, len(student)))
             self._block(
@@ -311,7 +322,8 @@ class _Run:
         """All terms of some rows; their gradient with respect to the raw logits is left in `student`."""
         call = self.call
         softcap = call.student.softcap if with_gradient else None
-        # d softcap·tanh(x/softcap)/dx, from its value, which the gradient is about to overwrite
+        # The derivative of y = softcap·tanh(x/softcap) is 1 − (y/softcap)². It needs y, which the gradient is about to
+        # overwrite.
         slope = None if softcap is None else (student / softcap).square_().neg_().add_(1)
         common = (
             self.labels[rows],
@@ -321,6 +333,7 @@ class _Run:
             with_gradient,
         )
         if call.targets is not None:
+            # Row i of the targets is token i of the call, as with the teacher's hidden states.
             targets = call.targets[self.rows[rows].to(call.targets.indices.device)].to(student.device)
             self.sums.append(topk_tile_terms(student, targets, call.tail, *common))
         else:
