@@ -7,20 +7,23 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _SHOWN = 5
 # Constants that older versions of transformers saved with every layer: causal masks and their filler value, rotary
 # frequencies, positions. They are computed today.
 _CONSTANTS = re.compile(r"(^|\.)((attn|attention)\.bias|masked_bias|inv_freq|position_ids)$")
-# Layers that predict further tokens ahead; the architectures in transformers have none of them.
-_FURTHER_AHEAD = re.compile(r"(^|\.)mtp\.")
+# Layers for multi-token prediction; the architectures in transformers have none of them.
+_MULTI_TOKEN = re.compile(r"(^|\.)mtp\.")
 _NOT_TIED = "so we will NOT tie them"
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _CONVERSION = re.compile(r"^([^|\n]+?)\s*\|\s*CONVERSION\b", re.MULTILINE)
 
 
-def wrong_weights(found: Mapping[str, Any], config: Any) -> list[str]:
+def wrong_weights(found: Mapping[str, Any], config: PreTrainedConfig) -> list[str]:
     """What of a model's weights would be random, or was left lying in the folder: one line for each.
 
     Args:
@@ -42,8 +45,8 @@ def listed(lines: list[str]) -> str:
     return ", ".join(lines[:_SHOWN]) + more
 
 
-def _is_ignored(name: str, config: Any) -> bool:
-    if _CONSTANTS.search(name) or _FURTHER_AHEAD.search(name):
+def _is_ignored(name: str, config: PreTrainedConfig) -> bool:
+    if _CONSTANTS.search(name) or _MULTI_TOKEN.search(name):
         return True
     layer = _LAYER.search(name)
     if layer is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from kdtrain.adapters import adapter_base, is_adapter_folder
+from kdtrain.adapters import adapter_base, has_file, is_adapter_folder
 from kdtrain.errors import KdtrainError, PreflightError
 from kdtrain.load_report import heard_loading, listed, wrong_weights
 from kdtrain.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, require_sound
@@ -93,11 +92,21 @@ def load_model(
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
     kwargs |= {**policy, "use_safetensors": True, **options}
+    model = _with_sound_weights(auto, name, kwargs)
+    if hasattr(config, "quantization_config") and not hasattr(model.config, "quantization_config"):
+        _take_expanded(name, model, config.quantization_config, kwargs["dtype"])
+    return model
+
+
+def _with_sound_weights(
+    auto: type[AutoModelForCausalLM | AutoModelForImageTextToText], name: str, kwargs: Mapping[str, Any]
+) -> PreTrainedModel:
+    """`from_pretrained`, but weights that it would fill with random numbers or leave out are an error."""
     # Sizes that differ are let through to be named below; transformers' own error names none.
-    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    more = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _readable_loading(name), heard_loading() as heard:
         try:
-            model, found = auto.from_pretrained(name, **kwargs)
+            model, found = auto.from_pretrained(name, **kwargs, **more)
         except RuntimeError:
             if not heard.unconverted:
                 raise
@@ -112,13 +121,11 @@ def load_model(
             "that differ. Both are used; write tie_word_embeddings: false into config.json, for others believe it.",
             name,
         )
-    if hasattr(config, "quantization_config") and not hasattr(model.config, "quantization_config"):
-        _take_expanded(name, model, config.quantization_config, kwargs["dtype"])
     return model
 
 
-def _check_quantization(name: str, config: Any) -> None:
-    """Refuse a way of quantising that transformers does not know: it would take the weights for plain ones."""
+def _check_quantization(name: str, config: PreTrainedConfig) -> None:
+    """Refuse a way of quantising that transformers does not know: it would load the weights as if not quantised."""
     for part in (config, config.get_text_config()):
         options = getattr(part, "quantization_config", None)
         method = options.get("quant_method") if isinstance(options, dict) else None
@@ -158,7 +165,7 @@ def _wrong_weights(name: str, wrong: list[str]) -> PreflightError:
 
 @contextmanager
 def _readable_loading(name: str) -> Iterator[None]:
-    """Whatever a library raises while it loads a model, as an error about that model: their types tell nothing."""
+    """Whatever a library raises while it loads a model, as an error about that model. Their types say nothing of it."""
     try:
         yield
     except KdtrainError:
@@ -186,7 +193,7 @@ def add_adapter(base: PreTrainedModel, folder: str, *, trained: bool = False) ->
     from peft import PeftModel
 
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not os.path.isfile(os.path.join(folder, file)):
+        if not has_file(folder, file):
             raise PreflightError(
                 f"{folder} is not the folder of an adapter: it has no {file} (an adapter on the hub has to be "
                 "downloaded first)."

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
-from kdtrain.adapters import adapter_base, is_adapter_folder
+from kdtrain.adapters import adapter_base, has_file, is_adapter_folder
 from kdtrain.errors import PreflightError
 from kdtrain.model_kinds import sees_images
 from kdtrain.models import first_line, load_config, trust_policy
@@ -20,7 +18,7 @@ def load_tokenizer(
     Raises:
         PreflightError: none there.
     """
-    if is_adapter_folder(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json")):
+    if is_adapter_folder(name) and not has_file(name, "tokenizer_config.json"):
         name = adapter_base(name)
     try:
         return AutoTokenizer.from_pretrained(name, **trust_policy(trust_remote_code, revision))
@@ -41,7 +39,7 @@ def load_processing(
     adapter = is_adapter_folder(name)
     if not sees_images(load_config(adapter_base(name) if adapter else name, policy)):
         return load_tokenizer(name, trust_remote_code=trust_remote_code, revision=revision)
-    if adapter and not os.path.isfile(os.path.join(name, "preprocessor_config.json")):
+    if adapter and not has_file(name, "preprocessor_config.json"):
         name = adapter_base(name)
     try:
         processor = AutoProcessor.from_pretrained(name, **policy)

@@ -23,6 +23,7 @@ from kdtrain.data.files import RawRow, is_array, read_array, read_csv, read_line
 from kdtrain.data.parts import VIDEO_COLUMNS
 from kdtrain.data.rows import IMAGE_COLUMNS, KNOWN_COLUMNS, ROW_COLUMNS, show
 from kdtrain.errors import DataError
+from kdtrain.model_folder import is_hub_id
 
 _LINES = (".jsonl", ".ndjson")
 _CSV = {".csv": ",", ".tsv": "\t"}
@@ -32,7 +33,6 @@ _UNSAFE = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".py")
 _FORMATS = ".json, .jsonl (also .gz), .parquet, .csv, .tsv, .arrow, a folder of these, or a saved Arrow data set"
 _MEDIA = (datasets.Image, datasets.Audio, datasets.Video)
 ANSWERS = ("data", "teacher")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _hub(source: Source) -> Iterator[RawRow]:
     path = Path(source.path)
     file_like = path.suffix in (".gz", *_SUFFIXES, *_UNSAFE)
     looks_local = path.is_absolute() or source.path.startswith((".", "~")) or file_like
-    if looks_local or not _HUB_ID.fullmatch(source.path):
+    if looks_local or not is_hub_id(source.path):
         siblings = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"no such file or folder: {show(source.path, 400)}{_suggestion(path.name, siblings)}")
 
