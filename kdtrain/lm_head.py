@@ -74,7 +74,7 @@ def why_no_loss_head(model: Any) -> str | None:
     with evaluating(model), without_router_logits(model):
         logits = model(input_ids=ids, use_cache=False).logits
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        from_head = _head(model, module).plain_logits(hidden)
+        from_head = _head(model, module).differentiable_logits(hidden)
     return _difference(logits, from_head, module.weight.dtype)
 
 
@@ -88,7 +88,7 @@ def why_wrapped_head_differs(wrapped: Any) -> str | None:
     ids = few_tokens(getattr(wrapped, "module", wrapped), next(wrapped.parameters()).device)
 
     def logits_of(hidden: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, torch.dtype]:
-        return head.plain_logits(hidden), head.weight.dtype
+        return head.differentiable_logits(hidden), head.weight.dtype
 
     with evaluating(wrapped):
         logits = wrapped(input_ids=ids, use_cache=False).logits

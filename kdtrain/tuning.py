@@ -22,6 +22,7 @@ from kdtrain.errors import PreflightError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def lora_config(
     )
 
 
-def fit_student(model: Any, peft_config: PeftConfig | None, args: Any) -> PeftConfig | None:
+def fit_student(model: nn.Module, peft_config: PeftConfig | None, args: TrainingArguments) -> PeftConfig | None:
     """What is to be trained, fitted to a loaded student before it is wrapped; its adapter's config comes back.
 
     Raises:
@@ -86,7 +87,7 @@ def check_trained(model: nn.Module, device: torch.device) -> None:
         )
 
 
-def drop_unsupported_checkpointing(model: nn.Module, args: Any) -> None:
+def drop_unsupported_checkpointing(model: nn.Module, args: TrainingArguments) -> None:
     """Switch gradient checkpointing off, and say so, where a class of models has none: trl's default is on."""
     if not args.gradient_checkpointing or getattr(model, "supports_gradient_checkpointing", True):
         return
@@ -97,6 +98,11 @@ def drop_unsupported_checkpointing(model: nn.Module, args: Any) -> None:
         "training.gradient_checkpointing has no effect: %s does not support it. All activations are kept.",
         type(model).__name__,
     )
+
+
+def uses_reentrant_checkpointing(args: TrainingArguments) -> bool:
+    """Whether gradient checkpointing is on, of the kind that makes no graph where a block's input has no gradient."""
+    return bool(args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
 
 
 def fitted_adapter(model: nn.Module, config: PeftConfig) -> PeftConfig:

@@ -405,9 +405,9 @@ def _with_masked_columns(hidden: torch.Tensor, labels: torch.Tensor, call: _Call
     teacher_logits = None
     with torch.autocast(hidden.device.type, enabled=False):
         if call.teacher is not None and call.teacher_hidden is not None:
-            teacher_logits = call.teacher.plain_logits(call.teacher_hidden)
+            teacher_logits = call.teacher.differentiable_logits(call.teacher_hidden)
         return dense_distillation_loss(
-            call.student.plain_logits(hidden),
+            call.student.differentiable_logits(hidden),
             labels,
             teacher_logits,
             kd_weight=call.options.kd_weight,

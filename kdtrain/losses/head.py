@@ -42,8 +42,8 @@ class Head:
             out.div_(self.softcap).tanh_().mul_(self.softcap)
         return out
 
-    def plain_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The same through autograd."""
+    def differentiable_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same for any head, in operations that autograd knows."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         out = hidden.to(dtype) @ self.weight.to(dtype).t()
         out = (out if self.bias is None else out + self.bias) * self.logit_scale

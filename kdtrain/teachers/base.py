@@ -29,7 +29,7 @@ class DenseTargets:
     def logits(self) -> torch.Tensor:
         """[S, V], float32."""
         with torch.no_grad():
-            return self.head.plain_logits(self.hidden)
+            return self.head.differentiable_logits(self.hidden)
 
 
 Targets: TypeAlias = "DenseTargets | TopKLogprobs | torch.Tensor"
