@@ -36,11 +36,16 @@ class Grids:
         block: side of the square blocks that tokens are stored in; 1 is row by row.
     """
 
-    passes: Sequence[torch.Tensor]
+    passes: Sequence[torch.Tensor] = ()
     block: int = 1
 
+    def of_pass(self, number: int) -> torch.Tensor | None:
+        """[n, 3], or None where nothing is known of a pass."""
+        return self.passes[number] if number < len(self.passes) else None
 
-TargetGrids = Mapping[str, tuple[Grids | None, Grids | None]]
+
+NOTHING_KNOWN = Grids()
+TargetGrids = Mapping[str, tuple[Grids, Grids]]
 """Target -> grids of the student's and the teacher's tokens."""
 
 
@@ -52,16 +57,13 @@ def image_grids(
     student: nn.Module,
     teacher: nn.Module,
     inputs: Mapping[str, Any],
-    teacher_inputs: Mapping[str, Any] | None = None,
+    teacher_inputs: Mapping[str, Any],
 ) -> TargetGrids:
     """How packed tokens lie in images, for the targets that are interpolated.
 
     Args:
-        inputs: the student's batch.
-        teacher_inputs: the teacher's, where it has one of its own.
+        inputs, teacher_inputs: what the forward of either model takes.
     """
-    if teacher_inputs is None:
-        teacher_inputs = inputs
     return {
         target: (
             _grids(student, target, options.student_module, inputs),
@@ -72,10 +74,10 @@ def image_grids(
     }
 
 
-def _grids(model: nn.Module, target: str, path: str | None, inputs: Mapping[str, Any]) -> Grids | None:
+def _grids(model: nn.Module, target: str, path: str | None, inputs: Mapping[str, Any]) -> Grids:
     layout = layout_of(model)
     if layout is None or layout.sizes is None:
-        return None
+        return NOTHING_KNOWN
     if layout.sizes == "image_sizes":
         sizes = torch.as_tensor(inputs["image_sizes"])
         return Grids([torch.cat([torch.ones_like(sizes[:, :1]), sizes], dim=1)])
@@ -88,11 +90,11 @@ def _grids(model: nn.Module, target: str, path: str | None, inputs: Mapping[str,
 # ---- resizing --------------------------------------------------------------------------------------------------------
 
 
-def lie_alike(student: Grids | None, teacher: Grids | None, visual_pass: int) -> bool:
+def lie_alike(student: Grids, teacher: Grids, visual_pass: int) -> bool:
     """Whether tokens in equal numbers lie alike: 2 × 6 and 4 × 3 are as many."""
-    if student is None or teacher is None:
-        return _block(student) == _block(teacher)
-    first, second = student.passes[visual_pass], teacher.passes[visual_pass]
+    first, second = student.of_pass(visual_pass), teacher.of_pass(visual_pass)
+    if first is None or second is None:
+        return student.block == teacher.block
     return student.block == teacher.block and torch.equal(first, second.to(first.device))
 
 
@@ -101,8 +103,8 @@ def resized(
     student: torch.Tensor,
     target: str,
     visual_pass: int,
-    teacher_grids: Grids | None,
-    student_grids: Grids | None,
+    teacher_grids: Grids,
+    student_grids: Grids,
 ) -> torch.Tensor:
     """The teacher's features on the student's grid: [N of the student, F of the teacher], in the student's order.
 
@@ -125,21 +127,15 @@ def resized(
     results = []
     for tokens_NF, shape, wanted_shape in zip(images, given, wanted, strict=True):
         # The frames are the batch of the interpolation: bilinear within each, nothing across time.
-        grid_TFHW = _to_rows(tokens_NF, shape, _block(teacher_grids)).movedim(-1, 1)
+        grid_TFHW = _to_rows(tokens_NF, shape, teacher_grids.block).movedim(-1, 1)
         grid_TFHW = nn.functional.interpolate(grid_TFHW, wanted_shape[1:], mode="bilinear", align_corners=False)
-        results.append(_from_rows(grid_TFHW.movedim(1, -1), _block(student_grids)))
+        results.append(_from_rows(grid_TFHW.movedim(1, -1), student_grids.block))
     return torch.cat(results)
 
 
-def _block(grids: Grids | None) -> int:
-    return 1 if grids is None else grids.block
-
-
-def _shapes(
-    features: torch.Tensor, grids: Grids | None, visual_pass: int, found: str, target: str, side: Side
-) -> list[Shape]:
+def _shapes(features: torch.Tensor, grids: Grids, visual_pass: int, found: str, target: str, side: Side) -> list[Shape]:
     """The grid of tokens of every image of a pass."""
-    grid = grids.passes[visual_pass] if grids is not None and visual_pass < len(grids.passes) else None
+    grid = grids.of_pass(visual_pass)
     # One image a row. With a single row [1, N, F] the batch's grid decides: some towers pack all images into it.
     if features.dim() == 3 and (grid is None or len(features) > 1):
         tokens = features.shape[1]

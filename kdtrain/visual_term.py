@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from kdtrain.batch import model_inputs, teacher_inputs
 from kdtrain.errors import PreflightError
-from kdtrain.feature_grids import TargetGrids, image_grids
+from kdtrain.feature_grids import NOTHING_KNOWN, TargetGrids, image_grids
 from kdtrain.feature_images import visual_units
 from kdtrain.feature_projectors import build_projectors, load_projectors, projector_name, save_projectors
 from kdtrain.feature_targets import named
@@ -31,8 +32,8 @@ def feature_terms(
     teacher: Features,
     share: torch.Tensor | float,
     *,
-    projectors: Mapping[str, nn.Module] | nn.ModuleDict | None = None,
-    grids: TargetGrids | None = None,
+    projectors: nn.ModuleDict | None = None,
+    grids: TargetGrids = MappingProxyType({}),
 ) -> dict[str, torch.Tensor]:
     """weight · weight_t · distance_t per target and their sum, each scaled to the batch's share of the window.
 
@@ -50,10 +51,10 @@ def feature_terms(
     Raises:
         PreflightError: nothing captured, features that do not fit, or features of the student that carry no gradient.
     """
-    found = dict(projectors.items()) if projectors is not None else {}
+    found = {} if projectors is None else dict(projectors.items())
     terms = {}
     for target, options in knobs.targets.items():
-        student_grids, teacher_grids = (None, None) if grids is None else grids.get(target, (None, None))
+        student_grids, teacher_grids = grids.get(target, (NOTHING_KNOWN, NOTHING_KNOWN))
         distances = []
         levels = len(student[target])
         for level, (s, t) in enumerate(zip(student[target], teacher[target], strict=True)):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kdtrain.errors import PreflightError
-from kdtrain.feature_grids import Grids, lie_alike, resized
+from kdtrain.feature_grids import NOTHING_KNOWN, Grids, lie_alike, resized
 from kdtrain.feature_targets import named, option
 
 Distance = Literal["mse", "cosine"]
@@ -31,8 +31,8 @@ def feature_distance(
     *,
     projector: nn.Module | None = None,
     match: Match = "exact",
-    student_grids: Grids | None = None,
-    teacher_grids: Grids | None = None,
+    student_grids: Grids = NOTHING_KNOWN,
+    teacher_grids: Grids = NOTHING_KNOWN,
 ) -> torch.Tensor:
     """Scalar distance over all visual passes, in float32 also under autocast.
 

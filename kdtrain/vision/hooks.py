@@ -37,17 +37,12 @@ _keepers: WeakKeyDictionary[nn.Module, list[_Keeper]] = WeakKeyDictionary()
 
 
 @contextmanager
-def tapped(
-    knobs: VisualKnobs | None, student: nn.Module, teacher: nn.Module | None
-) -> Iterator[tuple[Features, Features]]:
-    """Capture both models' features on the forward passes inside; nothing where visual KD is off.
+def tapped(knobs: VisualKnobs, student: nn.Module, teacher: nn.Module) -> Iterator[tuple[Features, Features]]:
+    """Capture (student's, teacher's) features on the forward passes inside.
 
     Raises:
         PreflightError: see `taps_of_both` and `capture`.
     """
-    if knobs is None or teacher is None:
-        yield {}, {}
-        return
     student_taps, teacher_taps = taps_of_both(knobs, student, teacher)
     with (
         capture(student, student_taps, "student") as student_features,
