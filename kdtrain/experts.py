@@ -13,20 +13,20 @@ from kdtrain.errors import NotAvailableError, PreflightError
 from kdtrain.tuning import uses_reentrant_checkpointing
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, TrainingArguments
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 # What trl's constructor writes into a config for good, and so into what is saved.
 _WRITTEN = ("output_router_logits", "router_aux_loss_coef")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def router_settings(model: Any) -> dict[str, Any]:
+def router_settings(model: nn.Module) -> dict[str, Any]:
     """What the config of a model says about router logits."""
     text = _text_config(model)
     return {name: getattr(text, name) for name in _WRITTEN if hasattr(text, name)}
 
 
-def restore_router_settings(model: Any, settings: Mapping[str, Any]) -> None:
+def restore_router_settings(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
     """Write back what `router_settings` read."""
     text = model.config.get_text_config()
     for name, value in settings.items():
@@ -34,7 +34,7 @@ def restore_router_settings(model: Any, settings: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def without_router_logits(model: Any) -> Iterator[None]:
+def without_router_logits(model: nn.Module) -> Iterator[None]:
     """Switch a config's router logits off, for the time of sampling.
 
     With them a model computes its load-balancing loss in every forward: of the one new token, with a mask of all tokens
@@ -85,7 +85,7 @@ def _as_list(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _text_config(model: Any) -> PreTrainedConfig | None:
+def _text_config(model: nn.Module) -> PreTrainedConfig | None:
     config = getattr(model, "config", None)
     return None if config is None else config.get_text_config()
 
@@ -106,7 +106,7 @@ def check_experts(model: nn.Module, args: TrainingArguments) -> None:
         )
 
 
-def load_balancing_loss(model_inputs: Mapping[str, Any], outputs: Any, model: Any) -> torch.Tensor:
+def load_balancing_loss(model_inputs: Mapping[str, Any], outputs: Any, model: nn.Module) -> torch.Tensor:
     """The auxiliary loss that a mixture-of-experts model would have returned beside its logits, a scalar."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 

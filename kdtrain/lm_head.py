@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 from kdtrain.experts import without_router_logits
 from kdtrain.losses.head import Head
 from kdtrain.probe import evaluating, few_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 LossHead = Callable[[torch.Tensor, Head, Any], Any]
 """(last hidden state [B, T, H], head, the backbone's outputs) -> what the forward returns, tensors in a tuple."""
@@ -47,7 +50,7 @@ def add_loss_head(model: nn.Module) -> None:
         module = _head_module(self)
         assert module is not None, "checked when the loss head was added"
         # Under ZeRO-3 each rank holds a piece of the head, since the head's own forward, which would gather it, is not
-        # called. Only the loss needs the whole: gathered once for all its chunks, and let go of behind it.
+        # called. It is gathered once for all chunks of the loss, and let go of behind it.
         with maybe_gather_lm_head_ctx(module.weight, module.bias):
             return loss_head(outputs.last_hidden_state, _head(self, module), outputs)
 
@@ -56,7 +59,7 @@ def add_loss_head(model: nn.Module) -> None:
         _gather_within_model(model)
 
 
-def why_no_loss_head(model: Any) -> str | None:
+def why_no_loss_head(model: PreTrainedModel) -> str | None:
     """Why a model's loss needs its logits; None if hidden state and head give the same.
 
     Runs the model on a few tokens and compares: what a model does to its logits (scales, caps) is known here by the
@@ -113,7 +116,7 @@ def _difference(logits: torch.Tensor, from_head: torch.Tensor, dtype: torch.dtyp
     return None
 
 
-def _head_module(model: Any) -> nn.Linear | None:
+def _head_module(model: PreTrainedModel) -> nn.Linear | None:
     """The linear layer of the head; the trained copy where PEFT keeps one."""
     module = model.get_output_embeddings()
     copies = getattr(module, "modules_to_save", None)
@@ -140,7 +143,7 @@ def _gather_within_model(model: nn.Module) -> None:
         deepspeed.zero.register_external_parameter(model, parameter)
 
 
-def _head(model: Any, module: nn.Linear) -> Head:
+def _head(model: PreTrainedModel, module: nn.Linear) -> Head:
     config = model.config.get_text_config()
     weight, bias = _full(module.weight), None if module.bias is None else _full(module.bias)
     return Head(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
@@ -149,8 +152,8 @@ def _head(model: Any, module: nn.Linear) -> Head:
 def _full(parameter: torch.Tensor) -> torch.Tensor:
     """All rows of a parameter that FSDP2 has sharded.
 
-    Each rank computes a gradient for all rows, from its own tokens. Unless told otherwise `full_tensor` takes these
-    gradients for equal copies: the loss would be right and the head's gradient wrong. FSDP2 averages over ranks, and
+    Each rank computes a gradient for all rows, from its own tokens. By default `full_tensor` takes these gradients
+    for equal copies: the loss would be right and the head's gradient wrong. FSDP2 averages over ranks, and
     `Partial("avg")` asks for the same here.
     """
     from torch.distributed.tensor import DTensor, Partial
@@ -160,7 +163,7 @@ def _full(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
-def _logit_scale(config: Any) -> float:
+def _logit_scale(config: PreTrainedConfig) -> float:
     """What a model multiplies its logits by, under the names that transformers' models have for it."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         value = getattr(config, name, None)

@@ -57,8 +57,8 @@ def _is_ignored(name: str, config: PreTrainedConfig) -> bool:
 
 
 @dataclass
-class Heard:
-    """What transformers says while it loads, and nowhere else."""
+class LoadingLog:
+    """What transformers says in its log while it loads, and nowhere else."""
 
     unconverted: list[str] = field(default_factory=list)
     """Weights that could not be brought into the architecture's form: of the experts that become one tensor, one is
@@ -68,23 +68,23 @@ class Heard:
 
 
 @contextmanager
-def heard_loading() -> Iterator[Heard]:
-    """Listen to transformers' log while it loads. Its table of wrong weights is not shown: they are our error."""
-    heard = Heard()
+def loading_log() -> Iterator[LoadingLog]:
+    """Read transformers' log while it loads. Its table of wrong weights is not shown: they are our error."""
+    found = LoadingLog()
     log = logging.getLogger("transformers.modeling_utils")
     level, shown_from = log.level, log.getEffectiveLevel()
 
-    def hear(record: logging.LogRecord) -> bool:
+    def read(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        heard.unconverted.extend(_CONVERSION.findall(text))
-        heard.not_tied |= _NOT_TIED in text
+        found.unconverted.extend(_CONVERSION.findall(text))
+        found.not_tied |= _NOT_TIED in text
         return record.levelno >= shown_from and "LOAD REPORT" not in text and _NOT_TIED not in text
 
-    log.addFilter(hear)
-    # Just below: transformers takes a level of its own from WARNING on for a wish to see more.
+    log.addFilter(read)
+    # Just below WARNING: a level of its own from there on transformers takes for a wish to see more.
     log.setLevel(min(shown_from, logging.WARNING - 1))
     try:
-        yield heard
+        yield found
     finally:
-        log.removeFilter(hear)
+        log.removeFilter(read)
         log.setLevel(level)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -58,13 +59,15 @@ class CheckedModel:
     virtual: int = 0
 
 
-def both_sides(student: Any, teacher: Any, collator: Any, teacher_model: Any = None) -> list[CheckedModel]:
+def both_sides(
+    student: PreTrainedModel | PeftModel, teacher: Any, collator: Any, teacher_model: Any = None
+) -> list[CheckedModel]:
     """The student, and the teacher where it is a model in this process.
 
     Args:
         student: not wrapped.
         teacher: a `Teacher`, or None.
-        collator: knows the processors, if it is ours.
+        collator: knows the processors, if it is a `Collator` of this package.
         teacher_model: the teacher's module as it was before it was wrapped; None is as it is.
     """
     known = isinstance(collator, Collator)
@@ -80,7 +83,7 @@ def both_sides(student: Any, teacher: Any, collator: Any, teacher_model: Any = N
     return sides
 
 
-def _virtual_tokens(model: Any) -> int:
+def _virtual_tokens(model: PreTrainedModel | PeftModel) -> int:
     config = model.active_peft_config if is_peft_model(model) else None
     return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
 
@@ -161,7 +164,7 @@ def _check_images(
     train: Any,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    """Each model on a row with an image as its own processor prepares it, so that a misfit is told with its side."""
+    """Each model on a row with an image as its own processor prepares it, so that a misfit is named with its side."""
     row = None if train is None or not isinstance(collator, Collator) else first_row_with_images(train, collator)
     if row is None:
         return

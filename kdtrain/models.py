@@ -21,7 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from kdtrain.adapters import adapter_base, has_file, is_adapter_folder
 from kdtrain.errors import KdtrainError, PreflightError
-from kdtrain.load_report import heard_loading, listed, wrong_weights
+from kdtrain.load_report import listed, loading_log, wrong_weights
 from kdtrain.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, require_sound
 from kdtrain.model_kinds import refuse_other_kinds, sees_images
 
@@ -104,18 +104,18 @@ def _with_sound_weights(
     """`from_pretrained`, but weights that it would fill with random numbers or leave out are an error."""
     # Sizes that differ are let through to be named below; transformers' own error names none.
     more = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _readable_loading(name), heard_loading() as heard:
+    with _readable_loading(name), loading_log() as log:
         try:
             model, found = auto.from_pretrained(name, **kwargs, **more)
         except RuntimeError:
-            if not heard.unconverted:
+            if not log.unconverted:
                 raise
-            broken = [f"incomplete or of another shape: {weight}" for weight in heard.unconverted]
+            broken = [f"incomplete or of another shape: {weight}" for weight in log.unconverted]
             raise _wrong_weights(name, broken) from None
     wrong = wrong_weights(found, model.config)
     if wrong:
         raise _wrong_weights(name, wrong)
-    if heard.not_tied:
+    if log.not_tied:
         logger.warning(
             "%s: its config says that embedding and head are one weight (tie_word_embeddings), and its files hold two "
             "that differ. Both are used; write tie_word_embeddings: false into config.json, for others believe it.",
@@ -218,7 +218,9 @@ def add_adapter(base: PreTrainedModel, folder: str, *, trained: bool = False) ->
     return model
 
 
-def load_with_adapter(name: str, *, trained: bool = False, revision: str | None = None, **options: Any) -> Any:
+def load_with_adapter(
+    name: str, *, trained: bool = False, revision: str | None = None, **options: Any
+) -> PreTrainedModel | PeftModel:
     """A model by `load_model`; of an adapter's folder its base, with the adapter on it.
 
     Args:

@@ -1,8 +1,8 @@
 """Whether the rows of a run fit the positions of its models, asked before the first step.
 
 A model with learned positions has no more of them than its table: a longer row ends the run where it comes up. A model
-with rotary positions (RoPE) takes rows of any length, but has only learnt some. And two kinds of RoPE look at the whole
-batch: their frequencies depend on its longest row.
+with rotary positions (RoPE) takes rows of any length, but was trained on some only. And two kinds of RoPE look at the
+whole batch: their frequencies depend on its longest row.
 """
 
 from __future__ import annotations

@@ -153,14 +153,14 @@ class _Lookups(TorchFunctionMode):
 # ---- running a model once --------------------------------------------------------------------------------------------
 
 
-def few_tokens(model: Any, device: torch.device, count: int = 4) -> torch.Tensor:
+def few_tokens(model: PreTrainedModel, device: torch.device, count: int = 4) -> torch.Tensor:
     """[1, count] ids of text: the placeholder of an image stands for pixels that are not there."""
     placeholders = placeholder_ids(model)
     text = [i for i in range(min(64, vocabulary_size(model))) if i not in placeholders][:count]
     return torch.tensor([text or [0]], device=device)
 
 
-def placeholder_ids(model: Any) -> set[int]:
+def placeholder_ids(model: PreTrainedModel) -> set[int]:
     """Ids that stand for parts of images, videos or sounds, as a model's config names them; empty for a text model."""
     config = vars(model.config)
     named = [config[key] for key in config if re.fullmatch(r"(image|video|audio)\w*_token_(id|index)", key)]

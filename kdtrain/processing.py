@@ -22,7 +22,7 @@ def load_tokenizer(
         name = adapter_base(name)
     try:
         return AutoTokenizer.from_pretrained(name, **trust_policy(trust_remote_code, revision))
-    except Exception as error:  # its Rust half raises plain ones
+    except Exception as error:  # the Rust half of tokenizers raises Exception itself
         raise PreflightError(f"No tokenizer could be loaded from {name}: {first_line(error)}") from error
 
 

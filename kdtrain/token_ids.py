@@ -6,7 +6,7 @@ A tokenizer may have more tokens than an embedding has rows, as long as no row u
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -16,8 +16,11 @@ import torch
 from kdtrain.errors import DataError
 from kdtrain.vocabulary import vocabulary_size
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def embedding_rows(model: Any) -> int:
+
+def embedding_rows(model: PreTrainedModel) -> int:
     """Ids that a model can look up: 0 up to, and without, this number."""
     # Under ZeRO-3 the weight is empty between its uses; the module knows its size.
     return int(getattr(model.get_input_embeddings(), "num_embeddings", None) or vocabulary_size(model))
