@@ -9,7 +9,7 @@ import torch
 from kdtrain.losses import TopKLogprobs, dense_distillation_loss, fused_distillation_loss, topk_divergence
 from kdtrain.losses import gemm as gemm_module
 from kdtrain.losses import workspace as workspace_module
-from kdtrain.losses.fused import chunk_sizes, default_chunk
+from kdtrain.losses.chunks import chunk_sizes, default_chunk
 from tests.test_losses import BETAS, DIVERGENCES, reference
 
 INF = float("inf")
@@ -194,7 +194,7 @@ def test_the_generated_kernels_of_a_gpu_compute_the_same(beta, monkeypatch):
     """The way a GPU takes, its generated code for this processor."""
     results = []
     for compiled in (False, True):
-        monkeypatch.setattr("kdtrain.losses.fused._compiles", lambda device, compiled=compiled: compiled)
+        monkeypatch.setattr("kdtrain.losses.chunks._compiles", lambda device, compiled=compiled: compiled)
         problem = make(n=60)
         result = fused_distillation_loss(**problem, ce_weight=0.5, beta=beta, chunk_tokens=13)
         results.append((result, torch.autograd.grad(result.loss, trained(problem))))
@@ -251,7 +251,7 @@ def test_a_frozen_head_gets_no_gradient_and_changes_nothing_else():
 
 
 def test_nothing_is_computed_for_a_gradient_that_nobody_wants(monkeypatch):
-    monkeypatch.setattr("kdtrain.losses.fused.hidden_gradient", lambda *_: pytest.fail("a gradient was computed"))
+    monkeypatch.setattr("kdtrain.losses.chunks.hidden_gradient", lambda *_: pytest.fail("a gradient was computed"))
     problem = make()
     with torch.no_grad():
         fused_distillation_loss(**problem, ce_weight=0.5)

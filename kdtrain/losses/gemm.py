@@ -148,14 +148,10 @@ class HalfGradients:
             self.first = chunk.start if self.filled == 0 else self.first
             self.filled += size
 
-    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both gradients; empty where they were not wanted."""
+    def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Both gradients; None where they were not wanted."""
         self._flush()
-        empty = self.hidden.new_zeros(0)
-        return (
-            empty if self.grad_hidden is None else self.grad_hidden,
-            empty if self.grad_weight is None else self.grad_weight,
-        )
+        return self.grad_hidden, self.grad_weight
 
     def _flush(self) -> None:
         if not self.filled or self.gradient is None:
