@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kdtrain.data import Collator, RowError, encode_row, pad_rows
+from kdtrain.data.template import RowEncoder
 from kdtrain.errors import DataError
 from tests import tiny
 from tests.test_data_template import ROW, tokenizer_with
@@ -42,6 +43,53 @@ def test_raw_rows_are_encoded_like_those_of_a_built_data_set(tokenizer):
         assert torch.equal(built[key], direct[key]), key
     last = Collator(tokenizer, train_on="last")([ROW])
     assert 0 < (last["labels"] != -100).sum() < (direct["labels"][0] != -100).sum()
+
+
+CHANGES = {
+    "template": lambda tokenizer: setattr(tokenizer, "chat_template", tiny.CHATML.replace("<|im_end|>", "</turn>")),
+    "end of sequence": lambda tokenizer: setattr(tokenizer, "eos_token", "<|endoftext|>"),
+    "added token": lambda tokenizer: tokenizer.add_tokens("the"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_trainer_changes_of_the_tokenizer_counts_for_the_next_batch(change):
+    tokenizer = tokenizer_with()
+    collate = Collator(tokenizer)
+    rows = [ROW, {"text": "the path"}]
+    before = collate(rows)["input_ids"].tolist()
+    CHANGES[change](tokenizer)
+    after = collate(rows)
+    assert after["input_ids"].tolist() != before
+    for key, value in Collator(tokenizer)(rows).items():
+        assert value == after[key] if isinstance(value, list) else torch.equal(value, after[key]), key
+
+
+def test_raw_rows_of_a_batch_share_one_encoder_and_go_through_it_together(tokenizer, monkeypatch):
+    made, calls = [], []
+    prepare, encode = RowEncoder.__init__, RowEncoder.encode
+    monkeypatch.setattr(RowEncoder, "__init__", lambda self, *args: made.append(self) or prepare(self, *args))
+    monkeypatch.setattr(RowEncoder, "encode", lambda self, *args: calls.append(len(args[0])) or encode(self, *args))
+    collate = Collator(tokenizer)
+    tokenised = {"input_ids": [1, 2], "labels": [1, 2]}
+    collate([tokenised])
+    assert (len(made), calls) == (0, [])  # which also serves a tokenizer that raw rows cannot have
+    collate([ROW, tokenised, SHORT, PROMPT])
+    collate([ROW])
+    assert (len(made), calls) == (1, [3, 1])
+    collate.train_on = "last"
+    assert (collate([ROW])["labels"] != -100).sum() == (
+        Collator(tokenizer, train_on="last")([ROW])["labels"] != -100
+    ).sum()
+    assert (collate([ROW])["labels"] != -100).sum() < (Collator(tokenizer)([ROW])["labels"] != -100).sum()
+
+
+def test_the_first_row_that_cannot_be_encoded_is_the_one_that_is_named(tokenizer):
+    broken, empty = {"input_ids": [1, 2], "row_id": "3:7"}, {"text": ""}
+    with pytest.raises(DataError, match="3:7"):
+        Collator(tokenizer)([ROW, broken, empty])
+    with pytest.raises(RowError, match="text is empty"):
+        Collator(tokenizer)([ROW, empty, broken])
 
 
 @pytest.mark.parametrize("pad", ["<|im_end|>", None])

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from kdtrain.data import Collator, Source, build_dataset, cut_rows, encode_row
-from kdtrain.data.multimodal import multimodal
+from kdtrain.data.multimodal import Multimodal, multimodal
 from kdtrain.errors import DataError
 from tests import tiny_processors as vision
 from tests.test_data_images import ANSWER, IMAGE, QUESTION, TURNS, row, user
@@ -90,6 +90,17 @@ def test_each_row_owns_its_part_of_the_visual_tensors(family, processor):
     if family == "qwen":
         patches = batch["image_grid_thw"].prod(1).tolist()
         assert batch["visual_sizes"]["pixel_values"] == [sum(patches[:2]), 0, patches[2]]
+
+
+def test_a_batch_of_raw_rows_looks_at_its_processor_once(llava, monkeypatch):
+    looks, look = [], Multimodal.__init__
+    monkeypatch.setattr(Multimodal, "__init__", lambda self, one: looks.append(one) or look(self, one))
+    collate = Collator(llava, vision.make_llava())
+    looks.clear()
+    collate([row(picture(i)) for i in range(4)])
+    assert len(looks) <= 1
+    collate([row(picture(i)) for i in range(4)])
+    assert len(looks) <= 1
 
 
 def test_images_of_fewer_tiles_are_padded_with_zeros():

@@ -9,6 +9,7 @@ row alone, so a row's tensors do not depend on its neighbours.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
@@ -17,10 +18,17 @@ import torch
 
 from kdtrain.data.encoding import Limits
 from kdtrain.data.images import stored_image
-from kdtrain.data.multimodal import Multimodal, Processed, image_content, multimodal, tokenizer_content
+from kdtrain.data.multimodal import (
+    Multimodal,
+    Processed,
+    image_content,
+    multimodal,
+    reads_images,
+    tokenizer_content,
+)
 from kdtrain.data.rows import parse_row
 from kdtrain.data.show import RowError, show
-from kdtrain.data.template import IGNORE, EncodedRow, encode_row, truncate
+from kdtrain.data.template import IGNORE, EncodedRow, RowEncoder, truncate
 from kdtrain.data.visual_batch import cut_rows, pad_token_tensors, stack_visual
 from kdtrain.errors import DataError
 
@@ -106,18 +114,19 @@ class Collator:
         self._pad_id: int = next(choice for choice in choices if choice is not None)
         self._model = multimodal(self.processing_class)
         self._teacher = multimodal(self.teacher_processing_class) if self._teacher_differs() else None
+        self._encoder: RowEncoder | None = None
 
     def _teacher_differs(self) -> bool:
-        teacher = self.teacher_processing_class
-        if self._model is None or multimodal(teacher) is None:
+        """Whether the teacher's processor would make other tensors, or other ids, of the same images."""
+        student, teacher = self.processing_class, self.teacher_processing_class
+        if not (reads_images(student) and reads_images(teacher)):
             return False
-        mine, its = image_content(self.processing_class), image_content(teacher)
-        # Which of its tokens are special is no matter of ids.
-        its_vocabulary = tokenizer_content(teacher.tokenizer)["tokenizer"]
-        return mine != its or tokenizer_content(self._model.tokenizer)["tokenizer"] != its_vocabulary
+        # Which tokens are special changes no ids.
+        vocabularies = [tokenizer_content(one.tokenizer)["tokenizer"] for one in (student, teacher)]
+        return image_content(student) != image_content(teacher) or vocabularies[0] != vocabularies[1]
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        whole = [self._encode(row) for row in rows]
+        whole = self._encode(rows)
         fitted = [(row, self._fit(encoded), len(encoded.input_ids)) for row, encoded in zip(rows, whole, strict=True)]
         truncated = [len(encoded.input_ids) < length for _, encoded, length in fitted if encoded is not None]
         places = [i for i, (_, encoded, _) in enumerate(fitted) if encoded is not None]
@@ -148,7 +157,7 @@ class Collator:
         batch |= inputs
         if sizes:
             batch["visual_sizes"] = sizes
-            if self.teacher_processing_class is not None and multimodal(self.teacher_processing_class) is None:
+            if self.teacher_processing_class is not None and not reads_images(self.teacher_processing_class):
                 raise DataError(
                     f"row {batch['row_ids'][0]!r} or one beside it has images, and the teacher's "
                     f"{type(self.teacher_processing_class).__name__} has no processor for images: take a "
@@ -186,7 +195,7 @@ class Collator:
 
     def has_images(self, row: Mapping[str, Any]) -> bool:
         """Whether a row has images that this collator would read."""
-        return multimodal(self.processing_class) is not None and bool(self._encode(row).images)
+        return self._model is not None and bool(self._encode([row])[0].images)
 
     def prepared_by(self, processing_class: Any, row: Mapping[str, Any]) -> Processed:
         """A row with images as a processor by itself prepares it, whether or not that agrees with what is stored.
@@ -194,7 +203,7 @@ class Collator:
         Raises:
             DataError: the images cannot be read, or the processor refuses them.
         """
-        encoded, model = self._encode(row), multimodal(processing_class)
+        encoded, model = self._encode([row])[0], multimodal(processing_class)
         assert model is not None, "asked for a processor of images only"
         try:
             return model.process(str(encoded.text), self._load(row, encoded))
@@ -235,9 +244,25 @@ class Collator:
             return {**row, "text": row[self.text_column]}
         return row
 
-    def _encode(self, row: Mapping[str, Any]) -> EncodedRow:
-        if "input_ids" not in row:
-            return encode_row(self._with_text(row), self.processing_class, train_on=self.train_on)
+    def _encode(self, rows: Sequence[Mapping[str, Any]]) -> list[EncodedRow]:
+        """Tokenised rows as they are, raw rows through the encoder together, in the order of `rows`."""
+        raw = [self._with_text(row) for row in rows if "input_ids" not in row]
+        encoded = iter(self._raw_encoder().encode(raw, [os.getcwd()] * len(raw)) if raw else ())
+        results = []
+        for row in rows:
+            result = self._tokenised(row) if "input_ids" in row else next(encoded)
+            if isinstance(result, RowError):
+                raise result
+            results.append(result)
+        return results
+
+    def _raw_encoder(self) -> RowEncoder:
+        """Made for the first raw row, since tokenised rows do without a fast tokenizer, and kept."""
+        if self._encoder is None or self._encoder.train_on != self.train_on:
+            self._encoder = RowEncoder(self.processing_class, self.train_on)
+        return self._encoder
+
+    def _tokenised(self, row: Mapping[str, Any]) -> EncodedRow:
         ids, labels = _ints(row["input_ids"]), _labels(row)
         if len(ids) != len(labels) or not ids:
             raise DataError(

@@ -180,11 +180,16 @@ class Multimodal:
         return frozenset(name for name, value in visual.items() if len(value) == 1)
 
 
+def reads_images(processing_class: Any) -> bool:
+    """False for a tokenizer, or a processor without images."""
+    return (
+        isinstance(processing_class, ProcessorMixin) and getattr(processing_class, "image_processor", None) is not None
+    )
+
+
 def multimodal(processing_class: Any) -> Multimodal | None:
-    """None for a tokenizer, or a processor without images."""
-    if not isinstance(processing_class, ProcessorMixin) or getattr(processing_class, "image_processor", None) is None:
-        return None
-    return Multimodal(processing_class)
+    """None for what reads no images."""
+    return Multimodal(processing_class) if reads_images(processing_class) else None
 
 
 def image_token_ids(processing_class: Any) -> list[int]:
@@ -206,7 +211,7 @@ def image_content(processing_class: Any) -> dict[str, Any]:
 
     Its chat template is left out: that is the text's matter.
     """
-    if multimodal(processing_class) is None:
+    if not reads_images(processing_class):
         return {}
     settings = processing_class.to_dict()
     settings["image_processor"] = processing_class.image_processor.to_dict()

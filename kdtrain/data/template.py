@@ -14,12 +14,11 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from kdtrain.data.chat import ChatTemplate, Rendered
 from kdtrain.data.images import Image
-from kdtrain.data.multimodal import Multimodal, image_content, multimodal
+from kdtrain.data.multimodal import Multimodal, multimodal
 from kdtrain.data.parts import texts_of
 from kdtrain.data.rows import Chat, Pair, Plain, RowError, parse_row, prompt_of
 from kdtrain.data.show import show
@@ -64,7 +63,7 @@ def encode_row(
     chat_template: str | None = None,
     folder: str | None = None,
 ) -> EncodedRow:
-    """Encodes one row, of any of the kinds in `kdtrain.data.rows`.
+    """Encodes one row, of any of the kinds in `kdtrain.data.rows`. For many rows keep a `RowEncoder`.
 
     Args:
         row: `messages`, `conversations`, `prompt` (with `completion`) or `text`; conversations also with images.
@@ -79,18 +78,10 @@ def encode_row(
         RowError: the row cannot be trained on.
         DataError: the tokenizer, its chat template or the processor cannot serve any row.
     """
-    own = json.dumps([getattr(processing_class, "chat_template", None), image_content(processing_class)])
-    encoder = _encoder(processing_class, train_on, chat_template, own)
-    encoded = encoder.encode([row], [folder or os.getcwd()])[0]
+    encoded = RowEncoder(processing_class, train_on, chat_template).encode([row], [folder or os.getcwd()])[0]
     if isinstance(encoded, RowError):
         raise encoded
     return encoded
-
-
-@lru_cache(maxsize=4)
-def _encoder(processing_class: Any, train_on: str, chat_template: str | None, own: str) -> RowEncoder:
-    """Preparing an encoder renders a few probes. `own` makes changed settings miss the cache."""
-    return RowEncoder(processing_class, train_on, chat_template)
 
 
 class RowEncoder:
@@ -110,7 +101,20 @@ class RowEncoder:
         self.chat_template = chat_template
         self.multimodal: Multimodal | None = multimodal(processing_class)
         self._templates: dict[bool, ChatTemplate] = {}
-        self._bos = self._default_bos()
+        self._bos: list[int] = []
+        self._settings = ""
+        self._follow_tokenizer()
+
+    def _follow_tokenizer(self) -> None:
+        """Reads the tokenizer again if it was changed: a trainer may set its template, special or added tokens.
+
+        Templates are prepared by rendering probes, which is too slow to be done for every batch.
+        """
+        tokenizer = self.tokenizer
+        templates = [self.processing_class.chat_template, tokenizer.chat_template]
+        settings = json.dumps([templates, tokenizer.special_tokens_map, len(tokenizer)], default=str)
+        if settings != self._settings:
+            self._settings, self._templates, self._bos = settings, {}, self._default_bos()
 
     def template(self, tools: bool = False) -> ChatTemplate:
         """The chat template of rows with or without tools; DataError when the tokenizer has none."""
@@ -130,6 +134,7 @@ class RowEncoder:
             folders: per row, what the paths of its images are relative to.
             teacher_answers: per row, whether its own answer is left out, see `kdtrain.data.rows.prompt_of`.
         """
+        self._follow_tokenizer()
         results: list[EncodedRow | RowError | None] = [None] * len(rows)
         chats: list[tuple[int, ChatTemplate, Rendered]] = []
         for i, row in enumerate(rows):
