@@ -20,7 +20,7 @@ from trl.experimental.gkd import GKDConfig
 from kdtrain.adapters import is_adapter_folder
 from kdtrain.config import TrainArguments
 from kdtrain.data.collate import Collator
-from kdtrain.data.rows import RowError
+from kdtrain.data.errors import RowError
 from kdtrain.errors import ConfigError, DataError, NotAvailableError, PreflightError
 from kdtrain.knobs import Knobs
 from kdtrain.models import load_processing, load_tokenizer, load_with_adapter, sees_images

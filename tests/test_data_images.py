@@ -14,9 +14,9 @@ from transformers import LlavaProcessor
 
 from kdtrain.data import Collator, RowError, Source, build_dataset, encode_row
 from kdtrain.data.alignment import Alignment
+from kdtrain.data.limits import truncate
 from kdtrain.data.parts import count_images
 from kdtrain.data.rows import parse_row
-from kdtrain.data.template import truncate
 from kdtrain.errors import DataError
 from tests import tiny_processors as vision
 from tests.test_data_load import write_lines

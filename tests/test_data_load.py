@@ -9,7 +9,7 @@ import trl.chat_template_utils as trl_templates
 
 from kdtrain.data import Source, build_dataset, encode_row
 from kdtrain.data import encoding as encoding_module
-from kdtrain.data.mixing import _shares
+from kdtrain.data.epochs import _shares
 from kdtrain.data.template import RowEncoder
 from kdtrain.errors import DataError
 from tests.test_data_template import FORGETFUL, LLAMA3, ROW, tokenizer_with

@@ -18,8 +18,10 @@ visual_batch.py  the visual part of a batch
 
 from kdtrain.data.collate import Collator, cut_rows, pad_rows
 from kdtrain.data.epochs import Epochs
-from kdtrain.data.load import BuildReport, Source, build_dataset
-from kdtrain.data.rows import RowError
+from kdtrain.data.errors import RowError
+from kdtrain.data.load import build_dataset
+from kdtrain.data.report import BuildReport
+from kdtrain.data.sources import Source
 from kdtrain.data.template import EncodedRow, encode_row
 
 __all__ = [

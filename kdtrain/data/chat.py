@@ -22,7 +22,9 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from kdtrain.data.rows import Chat, RowError, show
+from kdtrain.data.errors import RowError
+from kdtrain.data.rows import Chat
+from kdtrain.data.show import show
 from kdtrain.errors import DataError
 
 MARKER_HELP = (

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from kdtrain.data.encoding import Limits
+from kdtrain.data.errors import RowError
 from kdtrain.data.images import stored_image
+from kdtrain.data.limits import Limits, truncate
 from kdtrain.data.multimodal import (
     Multimodal,
     Processed,
@@ -27,10 +28,11 @@ from kdtrain.data.multimodal import (
     tokenizer_content,
 )
 from kdtrain.data.rows import parse_row
-from kdtrain.data.show import RowError, show
-from kdtrain.data.template import IGNORE, EncodedRow, RowEncoder, truncate
+from kdtrain.data.show import show
+from kdtrain.data.template import EncodedRow, RowEncoder
 from kdtrain.data.visual_batch import cut_rows, pad_token_tensors, stack_visual
 from kdtrain.errors import DataError
+from kdtrain.losses.reduce import IGNORE_INDEX
 
 __all__ = ["Collator", "cut_rows", "pad_rows"]
 
@@ -56,12 +58,12 @@ def pad_rows(
     width = -(-longest // multiple) * multiple if multiple else longest
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
-    labels = torch.full((len(rows), width), IGNORE, dtype=torch.long)
+    labels = torch.full((len(rows), width), IGNORE_INDEX, dtype=torch.long)
     for i, (ids, row_labels) in enumerate(rows):
         input_ids[i, : len(ids)] = torch.as_tensor(ids)
         attention_mask[i, : len(ids)] = 1
         labels[i, : len(ids)] = torch.as_tensor(row_labels)
-    labels[:, :1] = IGNORE
+    labels[:, :1] = IGNORE_INDEX
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
@@ -292,7 +294,7 @@ class Collator:
         if cut is None and row.images_end <= self.max_length:
             # Dropped, such rows would leave a batch without any: it stays, and supervises nothing.
             ids = row.input_ids[: self.max_length]
-            return replace(row, input_ids=ids, labels=[IGNORE] * len(ids), prompt_length=len(ids))
+            return replace(row, input_ids=ids, labels=[IGNORE_INDEX] * len(ids), prompt_length=len(ids))
         return cut
 
 
@@ -305,7 +307,7 @@ def _labels(row: Mapping[str, Any]) -> list[int]:
     masks = [_ints(row[name]) for name in MASKS if row.get(name) is not None]
     if row.get("labels") is not None or not masks:
         return _ints(row.get("labels"))
-    return [token if all(on) else IGNORE for token, *on in zip(_ints(row["input_ids"]), *masks, strict=True)]
+    return [token if all(on) else IGNORE_INDEX for token, *on in zip(_ints(row["input_ids"]), *masks, strict=True)]
 
 
 def _first(mask: Any, length: int) -> int:

@@ -7,8 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,16 @@ from typing import Any
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from kdtrain.data.errors import RowError
+from kdtrain.data.files import folder_of
+from kdtrain.data.limits import Limits, truncate
 from kdtrain.data.multimodal import image_content, tokenizer_content
-from kdtrain.data.rows import IMAGE_COLUMNS, Chat, parse_row
-from kdtrain.data.show import RowError, show
+from kdtrain.data.rows import Chat, parse_json, parse_row
 from kdtrain.data.sources import Source, rows_at_once
-from kdtrain.data.template import IGNORE, EncodedRow, RowEncoder, truncate
-from kdtrain.errors import DataError
+from kdtrain.data.template import EncodedRow, RowEncoder
 
 # Raise it with every change that makes the same row come out differently.
 VERSION = 3
-ON_OVERLENGTH = ("error", "truncate", "drop")
 
 _FEATURES = datasets.Features(
     {
@@ -45,20 +44,6 @@ _FEATURES = datasets.Features(
         "images": datasets.List({"path": datasets.Value("string"), "bytes": datasets.Value("large_binary")}),
     }
 )
-
-
-@dataclass(frozen=True)
-class Limits:
-    """`max_length` in tokens (None: no limit) and what becomes of longer rows."""
-
-    max_length: int | None
-    on_overlength: str
-
-    def __post_init__(self) -> None:
-        if self.on_overlength not in ON_OVERLENGTH:
-            raise DataError(f"on_overlength must be one of {', '.join(ON_OVERLENGTH)}, not {self.on_overlength!r}")
-        if self.max_length is not None and self.max_length < 2:
-            raise DataError(f"max_length must be at least 2, not {self.max_length}: one token predicts the next")
 
 
 def encode_cached(
@@ -167,13 +152,6 @@ def _image_identities(batch: dict[str, list[Any]], sources: Sequence[Source]) ->
     return identities
 
 
-def folder_of(file: str) -> str | None:
-    """What the paths in a data file are relative to; None for a data set of the hub."""
-    if os.path.isdir(file):
-        return os.path.abspath(file)
-    return os.path.dirname(os.path.abspath(file)) if os.path.exists(file) else None
-
-
 def _workers(rows: int) -> int | None:
     """Starting processes costs about a second: more than 2000 short rows do."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -206,27 +184,6 @@ def _encode_batch(
     return out
 
 
-def parse_json(text: str, columns: Mapping[str, str] | None) -> dict[str, Any]:
-    """A raw row's JSON text as columns under their canonical names; RowError when it is none."""
-    try:
-        row = json.loads(text)
-    except ValueError as error:
-        raise RowError(f"invalid JSON: {show(str(error))}") from None
-    except RecursionError:
-        raise RowError("invalid JSON: nested too deeply") from None
-    if not isinstance(row, dict):
-        raise RowError(f"expected a JSON object with columns, found {show(text, 40)}")
-    if not columns:
-        return row
-    # A mapping is exclusive: the row may well have a column of its own that is called like one of ours.
-    if missing := [name for name in columns.values() if name not in row]:
-        raise RowError(f"no column {', '.join(show(name, 40) for name in missing)}")
-    mapped = {canonical: row[name] for canonical, name in columns.items()}
-    # But for images: without them a row would be trained on all the same, blind.
-    images = {name: row[name] for name in IMAGE_COLUMNS if name in row and columns.keys().isdisjoint(IMAGE_COLUMNS)}
-    return {**mapped, **images}
-
-
 def _bad(problem: str) -> dict[str, Any]:
     empty = EncodedRow([], [], 0)
     return _record(empty, "bad", 0, problem)
@@ -249,7 +206,7 @@ def _record(row: EncodedRow, status: str, length: int, problem: str = "") -> dic
         "status": status,
         "problem": problem,
         "length": length,
-        "supervised": len(row.labels) - row.labels.count(IGNORE),
+        "supervised": row.supervised,
         "kind": row.kind,
         "prompt_only": row.prompt_only,
         "extended": row.extended,

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from kdtrain.data.show import RowError, kind, show
+from kdtrain.data.errors import RowError
+from kdtrain.data.show import show, type_name
 from kdtrain.errors import DataError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -97,7 +98,7 @@ def parse_image(value: Any, folder: str | None) -> Image:
         return Image(None, value)
     if hasattr(value, "convert") and hasattr(value, "save"):
         return Image(None, _png(value))
-    raise RowError(f"an image is {kind(value)}: {_FIELDS} is expected")
+    raise RowError(f"an image is {type_name(value)}: {_FIELDS} is expected")
 
 
 def _located(location: str, folder: str | None) -> Image:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kdtrain.data.errors import RowError
 from kdtrain.data.images import Image, parse_image
-from kdtrain.data.show import RowError, kind, show
+from kdtrain.data.show import show, type_name
 
 # What data sets in the manner of LLaVA write into the text where an image belongs.
 PLACEHOLDER = "<image>"
@@ -84,7 +85,7 @@ def column_images(row: Mapping[str, Any]) -> list[Any]:
     if _empty(many):
         return []
     if not isinstance(many, Sequence) or isinstance(many, (str, bytes)):
-        raise RowError(f"images must be a list, not {kind(many)}: a single image goes into the column image")
+        raise RowError(f"images must be a list, not {type_name(many)}: a single image goes into the column image")
     if any(value is None for value in many):
         raise RowError("images holds a null: every entry must be an image")
     return list(many)

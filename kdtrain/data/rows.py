@@ -11,12 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kdtrain.data.errors import RowError
 from kdtrain.data.images import Image
 from kdtrain.data.parts import column_images, count_images, image_part, merge_parts, place_images
-from kdtrain.data.show import RowError, show
-from kdtrain.data.show import kind as _kind
-
-__all__ = ["KNOWN_COLUMNS", "ROW_COLUMNS", "Chat", "Pair", "Plain", "RowError", "parse_row", "prompt_of", "show"]
+from kdtrain.data.show import show, type_name
 
 # In this order: the first one that is present and not null says what kind of row it is. `messages` goes first because
 # published chat sets (ultrachat_200k) repeat the first user turn in a `prompt` column.
@@ -110,6 +108,27 @@ def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair 
     return _checked(parsed)
 
 
+def parse_json(text: str, columns: Mapping[str, str] | None) -> dict[str, Any]:
+    """A raw row's JSON text as columns under their canonical names; RowError when it is none."""
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise RowError(f"invalid JSON: {show(str(error))}") from None
+    except RecursionError:
+        raise RowError("invalid JSON: nested too deeply") from None
+    if not isinstance(row, dict):
+        raise RowError(f"expected a JSON object with columns, found {show(text, 40)}")
+    if not columns:
+        return row
+    # A mapping is exclusive: the row may well have a column of its own that is called like one of ours.
+    if missing := [name for name in columns.values() if name not in row]:
+        raise RowError(f"no column {', '.join(show(name, 40) for name in missing)}")
+    mapped = {canonical: row[name] for canonical, name in columns.items()}
+    # But for images: without them a row would be trained on all the same, blind.
+    images = {name: row[name] for name in IMAGE_COLUMNS if name in row and columns.keys().isdisjoint(IMAGE_COLUMNS)}
+    return {**mapped, **images}
+
+
 def prompt_of(parsed: Chat | Pair | Plain) -> Chat | Pair:
     """A row without its own answer, for another model to answer.
 
@@ -140,7 +159,9 @@ def _prompt_row(row: Mapping[str, Any]) -> Chat | Pair:
         if completion is None:
             return Pair(_nonempty(prompt, "prompt"))
         if not isinstance(completion, str):
-            raise RowError(f"prompt is text, but completion is {_kind(completion)}: both must be text or both messages")
+            raise RowError(
+                f"prompt is text, but completion is {type_name(completion)}: both must be text or both messages"
+            )
         return Pair(_nonempty(prompt, "prompt"), _nonempty(completion, "completion"))
     messages = _messages(prompt, "prompt")
     if completion is None:
@@ -157,7 +178,7 @@ def _prompt_row(row: Mapping[str, Any]) -> Chat | Pair:
 
 def _messages(value: Any, column: str) -> list[dict[str, Any]]:
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise RowError(f"{column} must be a list of messages, not {_kind(value)}")
+        raise RowError(f"{column} must be a list of messages, not {type_name(value)}")
     if not value:
         raise RowError(f"{column} is empty")
     return [_message(message, f"{column}[{i}]") for i, message in enumerate(value)]
@@ -165,7 +186,7 @@ def _messages(value: Any, column: str) -> list[dict[str, Any]]:
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise RowError(f"{where} must be a message with role and content, not {_kind(message)}")
+        raise RowError(f"{where} must be a message with role and content, not {type_name(message)}")
     # Arrow fills the keys that other rows have with null; templates take a null for a value.
     kept = {key: value for key, value in message.items() if value is not None}
     role = kept.get("role")
@@ -187,7 +208,7 @@ def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return _unicode(content, where)
     if not isinstance(content, Sequence):
-        raise RowError(f"{where}.content must be text or a list of parts, not {_kind(content)}")
+        raise RowError(f"{where}.content must be text or a list of parts, not {type_name(content)}")
     parts = []
     for part in content:
         if (image := image_part(part, where)) is not None:
@@ -195,7 +216,7 @@ def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
             continue
         text = part.get("text") if isinstance(part, Mapping) else part
         if not isinstance(text, str):
-            raise RowError(f"{where}.content has a part that is {_kind(text)}, not text")
+            raise RowError(f"{where}.content has a part that is {type_name(text)}, not text")
         parts.append({"type": "text", "text": _unicode(text, where)})
     return merge_parts(parts)
 
@@ -226,7 +247,7 @@ def _tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     if not tools:
         return None
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowError(f"tools must be a list of JSON schemas, not {_kind(tools)}")
+        raise RowError(f"tools must be a list of JSON schemas, not {type_name(tools)}")
     return [dict(tool) for tool in tools]
 
 
@@ -238,7 +259,7 @@ def _checked(chat: Chat) -> Chat:
 
 def _nonempty(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise RowError(f"{column} must be text, not {_kind(value)}")
+        raise RowError(f"{column} must be text, not {type_name(value)}")
     if not value.strip():
         raise RowError(f"{column} is empty")
     return _unicode(value, column)

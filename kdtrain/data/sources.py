@@ -21,7 +21,8 @@ import datasets
 
 from kdtrain.data.files import RawRow, is_array, read_array, read_csv, read_lines
 from kdtrain.data.parts import VIDEO_COLUMNS
-from kdtrain.data.rows import IMAGE_COLUMNS, KNOWN_COLUMNS, ROW_COLUMNS, show
+from kdtrain.data.rows import IMAGE_COLUMNS, KNOWN_COLUMNS, ROW_COLUMNS
+from kdtrain.data.show import show
 from kdtrain.errors import DataError
 
 _LINES = (".jsonl", ".ndjson")

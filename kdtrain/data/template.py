@@ -17,16 +17,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kdtrain.data.chat import ChatTemplate, Rendered
+from kdtrain.data.errors import RowError
 from kdtrain.data.images import Image
 from kdtrain.data.multimodal import Multimodal, multimodal
 from kdtrain.data.parts import texts_of
-from kdtrain.data.rows import Chat, Pair, Plain, RowError, parse_row, prompt_of
+from kdtrain.data.rows import Chat, Pair, Plain, parse_row, prompt_of
 from kdtrain.data.show import show
 from kdtrain.data.tokens import Tokens
 from kdtrain.errors import DataError
+from kdtrain.losses.reduce import IGNORE_INDEX
 
 TRAIN_ON = ("assistant", "last", "all")
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class EncodedRow:
 
     @property
     def supervised(self) -> int:
-        return len(self.labels) - self.labels.count(IGNORE)
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
 def encode_row(
@@ -183,7 +184,7 @@ class RowEncoder:
             )
         row = self._mask(expanded, tokens, template)
         # An image token is never written by the model, whatever train_on says.
-        labels = [IGNORE if label in model.image_ids else label for label in row.labels]
+        labels = [IGNORE_INDEX if label in model.image_ids else label for label in row.labels]
         end = max(tokens.first_from(behind), model.images_end(ids))
         return replace(row, labels=labels, text=rendered.text, images=chat.images, images_end=end)
 
@@ -214,7 +215,7 @@ class RowEncoder:
 
     def _encode_plain(self, plain: Plain) -> EncodedRow:
         ids = self._with_eos(self._bos + self._ids(plain.text))
-        return EncodedRow(ids, [IGNORE, *ids[1:]], 0, kind="text")
+        return EncodedRow(ids, [IGNORE_INDEX, *ids[1:]], 0, kind="text")
 
     def _encode_pair(self, pair: Pair) -> EncodedRow:
         """Prompt and completion as text. The prompt's ids are those of the prompt alone: what generation starts from.
@@ -226,21 +227,21 @@ class RowEncoder:
         prompt = self._ids(pair.prompt)
         if pair.completion is None:
             ids = self._bos + prompt
-            return EncodedRow(ids, [IGNORE] * len(ids), len(ids), kind="completion", prompt_only=True)
+            return EncodedRow(ids, [IGNORE_INDEX] * len(ids), len(ids), kind="completion", prompt_only=True)
         joint = self._ids(pair.prompt + pair.completion)
         if joint[: len(prompt)] != prompt:
             joint = prompt + self._ids(pair.completion)
         ids, start = self._with_eos(self._bos + joint), len(self._bos) + len(prompt)
         first = 1 if self.train_on == "all" else max(start, 1)
         unterminated = self.tokenizer.eos_token_id is None
-        labels = [IGNORE] * first + ids[first:]
+        labels = [IGNORE_INDEX] * first + ids[first:]
         return EncodedRow(ids, labels, start, "completion", turn_starts=(start,), unterminated=unterminated)
 
     def _mask(self, rendered: Rendered, tokens: Tokens, template: ChatTemplate) -> EncodedRow:
         ids = tokens.ids
         if rendered.prompt_end is None:
-            return EncodedRow(ids, [IGNORE] * len(ids), len(ids), prompt_only=True)
-        labels = [IGNORE] * len(ids)
+            return EncodedRow(ids, [IGNORE_INDEX] * len(ids), len(ids), prompt_only=True)
+        labels = [IGNORE_INDEX] * len(ids)
         starts, extended, unterminated = [], False, False
         for start_char, end_char in rendered.turns:
             start, end = tokens.first_from(start_char), tokens.first_from(end_char)
@@ -250,7 +251,7 @@ class RowEncoder:
             extended, unterminated = extended or grew, unterminated or not stops
         if self.train_on == "all":
             labels, extended = list(ids), False
-        labels[:1] = [IGNORE]
+        labels[:1] = [IGNORE_INDEX]
         prompt_length = tokens.complete_before(rendered.prompt_end)
         return EncodedRow(ids, labels, prompt_length, "chat", False, tuple(starts), extended, unterminated)
 
@@ -262,21 +263,3 @@ class RowEncoder:
         if self.multimodal is not None and not row.images:
             self.multimodal.refuse_ids(row.input_ids)
         return row
-
-
-def truncate(row: EncodedRow, max_length: int) -> EncodedRow | None:
-    """Cuts from the right: the system prompt stays, and no end token is made up for an answer without its end.
-
-    The prompt to generate from becomes that of the last turn whose prompt still fits; there is none (0) if no turn's
-    does. Returns None when nothing is left to train on or generate from, or a part of an image would be cut off.
-    """
-    if len(row.input_ids) <= max_length:
-        return row
-    labels = row.labels[:max_length]
-    if row.prompt_only or labels.count(IGNORE) == max_length or row.images_end > max_length:
-        return None
-    # All images of the row reach the model, so that a prompt to generate from needs all of their tokens.
-    fitting = [start for start in row.turn_starts if row.images_end <= start < max_length]
-    return replace(
-        row, input_ids=row.input_ids[:max_length], labels=labels, prompt_length=fitting[-1] if fitting else 0
-    )

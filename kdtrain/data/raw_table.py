@@ -1,4 +1,4 @@
-"""All sources in one table, and which of its rows make up an epoch."""
+"""The raw rows of all sources in one Arrow file."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from kdtrain.data.sources import RawRow, Source, read_source
+from kdtrain.data.files import RawRow
+from kdtrain.data.sources import Source, read_source
 
 _RAW = pa.schema(
     [
@@ -60,39 +60,3 @@ def _batch(rows: list[RawRow], source: int, first: int) -> pa.RecordBatch:
         "row": list(range(first, first + len(rows))),
     }
     return pa.RecordBatch.from_pydict(columns, schema=_RAW)
-
-
-def mix(sources: Sequence[Source], sizes: Sequence[int], sample_limit: int | None, seed: int) -> np.ndarray:
-    """Row numbers of an epoch in order, where all are the same: per source whole copies, then the random rest.
-
-    Args:
-        sizes: rows of each source.
-        sample_limit: keeps this many, the first of every source's part in proportion to its share of the epoch. (The
-            first n of all would be rows of the first source only.)
-        seed: of the random rest of fractional weights.
-    """
-    random = np.random.default_rng(seed)
-    plans, start = [], 0
-    for source, size in zip(sources, sizes, strict=True):
-        copies = int(source.weight)
-        rest = round((source.weight - copies) * size)
-        rest = max(rest, 1) if copies == 0 else rest  # a source that was asked for is never empty
-        parts = [np.arange(size)] * copies + [np.sort(random.choice(size, rest, replace=False))]
-        plans.append(start + np.concatenate(parts))
-        start += size
-    if sample_limit is not None:
-        shares = _shares([len(plan) for plan in plans], sample_limit)
-        plans = [plan[:share] for plan, share in zip(plans, shares, strict=True)]
-    return np.concatenate(plans)
-
-
-def _shares(sizes: Sequence[int], limit: int) -> list[int]:
-    """Splits `limit` in proportion to `sizes`, by largest remainder."""
-    total = sum(sizes)
-    if limit >= total:
-        return list(sizes)
-    shares = [limit * size // total for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: -(limit * sizes[i] % total))
-    for i in by_remainder[: limit - sum(shares)]:
-        shares[i] += 1
-    return shares
