@@ -28,6 +28,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.batch import for_teacher
 from kdtrain.data.chat import ChatTemplate
+from kdtrain.data.images import stored_image
 from kdtrain.data.multimodal import image_token_ids
 from kdtrain.errors import Interrupted, NotAvailableError
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids
@@ -219,12 +220,5 @@ def _keys(dataset: datasets.Dataset) -> list[str | None]:
 def _key(row: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(row["input_ids"][: row["prompt_length"]]).encode())
     for image in row.get("images") or ():
-        digest.update(_image_key(image))
+        digest.update(stored_image(image).identity)
     return digest.hexdigest()[:32]
-
-
-def _image_key(image: Mapping[str, Any]) -> bytes:
-    if image.get("bytes") is not None:
-        return hashlib.sha256(image["bytes"]).digest()
-    found = os.stat(image["path"])
-    return f"{image['path']}:{found.st_size}:{found.st_mtime_ns}".encode()

@@ -298,20 +298,8 @@ def _datasets(
 
 
 def _sources(sources: Sequence[DataSource], rows: Any) -> list[Source]:
-    return [
-        Source(
-            s.path,
-            name=s.name,
-            split=s.split,
-            columns=s.columns,
-            limit=s.limit,
-            weight=s.weight,
-            ce=s.ce,
-            answers=s.answers,
-            rows=rows,
-        )
-        for s in sources
-    ]
+    # Streaming is not available yet, which the config's own checks say.
+    return [Source(**source.model_dump(exclude={"streaming"}), rows=rows) for source in sources]
 
 
 def _check_supervision(config: RunConfig) -> None:

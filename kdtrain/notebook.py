@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kdtrain.config import ConfigLoader
 from kdtrain.config.diagnose import dotted
 from kdtrain.config.rules import Written
-from kdtrain.config.sources import Composer, Source
+from kdtrain.config.sources import Composer, FileOrMapping
 from kdtrain.config.tree import KeyPath, Node, get, plain
 from kdtrain.errors import ConfigError
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def fit(
-    config: Source,
+    config: FileOrMapping,
     overrides: Sequence[str],
     *,
     callbacks: Sequence[TrainerCallback],

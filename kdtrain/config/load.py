@@ -24,7 +24,7 @@ from kdtrain.config.folders import broken_models
 from kdtrain.config.paths import resolve_paths
 from kdtrain.config.rules import check_rules
 from kdtrain.config.schema import RunConfig
-from kdtrain.config.sources import Composer, Source
+from kdtrain.config.sources import Composer, FileOrMapping
 from kdtrain.config.training_rules import check_training
 from kdtrain.config.translate import to_problem
 from kdtrain.config.tree import (
@@ -60,7 +60,7 @@ class CheckResult:
     warnings: list[Diagnostic] = field(default_factory=list)
 
 
-def check_config(source: Source, overrides: Sequence[str] = (), *, model_files: bool = False) -> CheckResult:
+def check_config(source: FileOrMapping, overrides: Sequence[str] = (), *, model_files: bool = False) -> CheckResult:
     """Checks a whole config without importing torch.
 
     Args:
@@ -94,7 +94,7 @@ class ConfigLoader:
     """The way into kdtrain from Python."""
 
     @staticmethod
-    def load(source: Source, overrides: Sequence[str] = ()) -> RunConfig:
+    def load(source: FileOrMapping, overrides: Sequence[str] = ()) -> RunConfig:
         """The checked config; warnings are logged.
 
         Raises:
@@ -108,7 +108,7 @@ class ConfigLoader:
         return result.config
 
     @classmethod
-    def load_training_config(cls, source: Source, overrides: Sequence[str] = ()) -> TrainArguments:
+    def load_training_config(cls, source: FileOrMapping, overrides: Sequence[str] = ()) -> TrainArguments:
         """The checked config with trl's GKDConfig built from it. Imports torch and trl.
 
         Raises:

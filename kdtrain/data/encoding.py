@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from kdtrain.data.errors import RowError
 from kdtrain.data.files import folder_of
+from kdtrain.data.images import Image
 from kdtrain.data.limits import Limits, truncate
 from kdtrain.data.multimodal import image_content, tokenizer_content
 from kdtrain.data.rows import Chat, parse_json, parse_row
@@ -132,24 +133,25 @@ def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], 
         digest.update(json.dumps(batch).encode())
     if encoder.multimodal is not None:
         for batch in raw.select_columns(["source", "text", "file"]).iter(batch_size=rows_at_once(raw, 1000)):
-            digest.update(json.dumps(_image_identities(batch, sources)).encode())
+            for image in _image_files(batch, sources):
+                digest.update(image.identity)
     return digest.hexdigest()[:40]
 
 
-def _image_identities(batch: dict[str, list[Any]], sources: Sequence[Source]) -> list[Any]:
-    """Of the files only: bytes are in the rows' text."""
-    identities = []
+def _image_files(batch: dict[str, list[Any]], sources: Sequence[Source]) -> Iterator[Image]:
+    """The images that stand in files of their own; the bytes of the others are in the rows' text."""
     for text, file, number in zip(batch["text"], batch["file"], batch["source"], strict=True):
         columns = sources[number].columns
-        if "image" not in text and not columns:  # nearly every way to say so says it
+        # Image columns and parts are all called image, image_url or images; only a mapping can give them other names.
+        # Parsing every row of a text data set twice would take longer.
+        if "image" not in text and not columns:
             continue
         try:
             parsed = parse_row(parse_json(text, columns), folder_of(file))
         except RowError:
             continue  # counted when it is encoded
         if isinstance(parsed, Chat):
-            identities += [image.identity for image in parsed.images if image.data is None]
-    return identities
+            yield from (image for image in parsed.images if image.data is None)
 
 
 def _workers(rows: int) -> int | None:

@@ -38,15 +38,15 @@ class Image:
         return {"path": self.path, "bytes": self.data}
 
     @property
-    def identity(self) -> list[Any]:
+    def identity(self) -> bytes:
         """Changes when the image does: a digest of the bytes, or path, size and modification time of the file."""
         if self.data is not None:
-            return [hashlib.sha256(self.data).hexdigest()]
+            return hashlib.sha256(self.data).digest()
         try:
             status = os.stat(str(self.path))
         except OSError:
-            return [self.path, None]
-        return [self.path, status.st_size, status.st_mtime_ns]
+            return f"{self.path}:missing".encode()
+        return f"{self.path}:{status.st_size}:{status.st_mtime_ns}".encode()
 
     def load(self) -> Any:
         """The image as PIL, upright and in RGB, as transformers loads images for inference.
