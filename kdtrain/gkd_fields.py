@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdtrain.config.training_rules import REFUSED as REFUSED_IN_YAML
-from kdtrain.data.collate import MASKS
+from kdtrain.data.tokenised import MASKS
 from kdtrain.errors import ConfigError, NotAvailableError
 
 logger = logging.getLogger(__name__)

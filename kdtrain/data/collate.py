@@ -10,7 +10,8 @@ row alone, so a row's tensors do not depend on its neighbours.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
@@ -30,14 +31,12 @@ from kdtrain.data.multimodal import (
 from kdtrain.data.rows import parse_row
 from kdtrain.data.show import show
 from kdtrain.data.template import EncodedRow, RowEncoder
+from kdtrain.data.tokenised import tokenised_row
 from kdtrain.data.visual_batch import cut_rows, pad_token_tensors, stack_visual
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
 
 __all__ = ["Collator", "cut_rows", "pad_rows"]
-
-# What trl's tokenised rows have in place of labels: 1 where a token is supervised.
-MASKS = ("completion_mask", "assistant_masks")
 
 
 def pad_rows(
@@ -190,10 +189,8 @@ class Collator:
         return {**tokens, **visual}, sizes
 
     def _load(self, row: Mapping[str, Any], encoded: EncodedRow) -> list[Any]:
-        try:
+        with _naming(row):
             return [image.load() for image in encoded.images]
-        except RowError as error:
-            raise DataError(f"{_named(row)}: {error}") from error
 
     def has_images(self, row: Mapping[str, Any]) -> bool:
         """Whether a row has images that this collator would read."""
@@ -207,16 +204,15 @@ class Collator:
         """
         encoded, model = self._encode([row])[0], multimodal(processing_class)
         assert model is not None, "asked for a processor of images only"
-        try:
+        with _naming(row):
             return model.process(str(encoded.text), self._load(row, encoded))
-        except RowError as error:
-            raise DataError(f"{_named(row)}: {error}") from error
 
     def _process(self, row: Mapping[str, Any], encoded: EncodedRow, images: list[Any], model: Multimodal) -> Processed:
-        try:
+        with _naming(row):
             processed = model.process(str(encoded.text), images)
-        except RowError as error:
-            raise DataError(f"{_named(row)}: {error}") from error
+        # Ids and labels were made when the row was encoded, its pixels are made now: both belong together only if the
+        # processor would still give these ids. They may be fewer than it gives, where the row was cut at max_length,
+        # as long as no part of an image is cut off.
         stored = encoded.input_ids
         if row.get("answers"):  # the text is the prompt; what follows it was generated
             stored = stored[: encoded.prompt_length]
@@ -237,7 +233,7 @@ class Collator:
         )
 
     def check(self, row: Mapping[str, Any]) -> None:
-        """Raise `RowError` for a raw row that has no form that can be encoded; a look at its columns, not at tokens."""
+        """Raises `RowError` for a raw row whose columns have no form that can be encoded; makes no tokens."""
         if "input_ids" not in row:
             parse_row(self._with_text(row))
 
@@ -265,20 +261,14 @@ class Collator:
         return self._encoder
 
     def _tokenised(self, row: Mapping[str, Any]) -> EncodedRow:
-        ids, labels = _ints(row["input_ids"]), _labels(row)
-        if len(ids) != len(labels) or not ids:
-            raise DataError(
-                f"a tokenised row ({show(row.get('row_id', 'no row_id'))}) needs labels as long as its input_ids: "
-                f"{len(ids)} ids, {len(labels)} labels"
-            )
-        start = int(row.get("prompt_length", _first(row.get("completion_mask"), len(ids))))
-        encoded = EncodedRow(ids, labels, start, prompt_only=start == len(ids), turn_starts=(start,))
+        encoded = tokenised_row(row)
         if not row.get("images"):
             return encoded
         if self._model is None:
             raise DataError(f"{_named(row)} has images, and the collator has a tokenizer only: give it the processor")
         images = tuple(stored_image(record) for record in row["images"])
-        return replace(encoded, text=row["text"], images=images, images_end=self._model.images_end(ids))
+        images_end = self._model.images_end(encoded.input_ids)
+        return replace(encoded, text=row["text"], images=images, images_end=images_end)
 
     def _fit(self, row: EncodedRow) -> EncodedRow | None:
         if self.max_length is None or len(row.input_ids) <= self.max_length:
@@ -292,31 +282,21 @@ class Collator:
             return None
         cut = truncate(row, self.max_length)
         if cut is None and row.images_end <= self.max_length:
-            # Dropped, such rows would leave a batch without any: it stays, and supervises nothing.
+            # `build_dataset` drops a row of which no answer is left. Here that could leave a batch without rows: it
+            # stays, and supervises nothing.
             ids = row.input_ids[: self.max_length]
             return replace(row, input_ids=ids, labels=[IGNORE_INDEX] * len(ids), prompt_length=len(ids))
         return cut
 
 
+@contextmanager
+def _naming(row: Mapping[str, Any]) -> Iterator[None]:
+    """Says in an error of a row which one it is."""
+    try:
+        yield
+    except RowError as error:
+        raise DataError(f"{_named(row)}: {error}") from error
+
+
 def _named(row: Mapping[str, Any]) -> str:
     return f"row {show(row['row_id'], 60)}" if row.get("row_id") else "a row"
-
-
-def _labels(row: Mapping[str, Any]) -> list[int]:
-    """Of a tokenised row: its labels, or its ids where all of trl's masks are 1."""
-    masks = [_ints(row[name]) for name in MASKS if row.get(name) is not None]
-    if row.get("labels") is not None or not masks:
-        return _ints(row.get("labels"))
-    return [token if all(on) else IGNORE_INDEX for token, *on in zip(_ints(row["input_ids"]), *masks, strict=True)]
-
-
-def _first(mask: Any, length: int) -> int:
-    """How many tokens come before the completion; 0 where no mask says so."""
-    return 0 if mask is None else next((i for i, on in enumerate(_ints(mask)) if on), length)
-
-
-def _ints(values: Any) -> list[int]:
-    """Data sets with a torch or numpy format give tensors."""
-    if values is None:
-        return []
-    return list(values.tolist()) if hasattr(values, "tolist") else list(values)

@@ -154,7 +154,7 @@ class RowEncoder:
                     chats.append((i, template, template.render(parsed, self.train_on)))
             except RowError as error:
                 results[i] = error
-        # Conversations go to the tokenizer together: one call per row costs more than the tokenising itself.
+        # Conversations go to the tokenizer together: a call per row costs more than the tokenising itself.
         for (i, template, rendered), tokens in zip(chats, self._tokenize([c[2].text for c in chats]), strict=True):
             try:
                 results[i] = self._verified(self._mask(rendered, tokens, template))
@@ -176,6 +176,8 @@ class RowEncoder:
         template = self.template(chat.tools is not None)
         rendered = template.render(chat, self.train_on)
         expanded, ids, behind = model.expand(rendered, chat.images)
+        # The processor gives ids without offsets. The same text tokenised here gives both, and the same ids, unless
+        # the processor does more to the text than it hands to its tokenizer.
         tokens = self._tokenize([expanded.text])[0]
         if tokens.ids != ids:
             raise DataError(
@@ -183,8 +185,10 @@ class RowEncoder:
                 f"gives the same text {len(tokens.ids)} others, so the assistant's tokens cannot be told from the rest"
             )
         row = self._mask(expanded, tokens, template)
-        # An image token is never written by the model, whatever train_on says.
+        # The model never writes an image token, not even where train_on: all supervises the user's turns.
         labels = [IGNORE_INDEX if label in model.image_ids else label for label in row.labels]
+        # Some families end an image with tokens that are no image ids (line breaks, an end marker): what is behind
+        # the image in the text tells where those end.
         end = max(tokens.first_from(behind), model.images_end(ids))
         return replace(row, labels=labels, text=rendered.text, images=chat.images, images_end=end)
 
@@ -247,6 +251,7 @@ class RowEncoder:
             start, end = tokens.first_from(start_char), tokens.first_from(end_char)
             end, grew, stops = tokens.stop_at(start, end, template.stop_ids, template.added_ids)
             labels[start:end] = ids[start:end]
+            # Where a token straddles the edge, generation starts before it and supervision behind it.
             starts.append(tokens.complete_before(start_char))
             extended, unterminated = extended or grew, unterminated or not stops
         if self.train_on == "all":
