@@ -272,6 +272,17 @@ def test_images_are_turned_upright_as_for_inference(llava, tmp_path):
     assert as_object.images[0].load().size == (32, 40)
 
 
+def test_pillow_images_of_a_source_in_memory_are_those_of_a_batch_whatever_their_mode(build, llava, tmp_path):
+    picture(1, 40, 32).convert("CMYK").save(tmp_path / "a.jpg")  # a mode that PNG does not have
+    turned = picture(1, 40, 32)
+    turned.getexif()[0x0112] = 6
+    for image in (Image.open(tmp_path / "a.jpg"), turned):
+        dataset, _ = build(Source("in memory", rows=[row(image)]))
+        expected = encode_row(row(image), llava, train_on="assistant")
+        assert dataset[0]["images"] == [expected.images[0].record]
+        assert dataset[0]["input_ids"] == expected.input_ids
+
+
 # --------------------------------------------------------------------------------------------------- over-length
 
 

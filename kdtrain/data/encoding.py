@@ -58,8 +58,8 @@ def encode_cached(
     """Encodes the rows of `raw` (columns text, problem, source, file), or reads what an earlier call stored.
 
     Args:
-        sources: of whom the column mapping and who answers matter here.
-        cache_dir: entries are folders in it, complete as soon as they are visible; an unreadable one is made again.
+        sources: of each, the column mapping and who answers.
+        cache_dir: entries are folders in it, complete as soon as they are visible; a damaged one is made again.
 
     Returns:
         As many rows in the same order, with the columns of `_FEATURES`; bad rows have a `problem` and no tokens.
@@ -86,7 +86,7 @@ def encode_cached(
             new_fingerprint=entry.name.removeprefix("encoded-")[:32],
             desc="Encoding rows",
         )
-        shutil.rmtree(entry, ignore_errors=True)  # the unreadable one
+        shutil.rmtree(entry, ignore_errors=True)  # a damaged one
         try:
             work.rename(entry)
         except OSError:
@@ -111,10 +111,10 @@ def _stored(entry: Path, rows: int) -> datasets.Dataset | None:
 
 
 def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], limits: Limits) -> str:
-    """A hash of the rows and their images, the content of tokenizer, processor and template, the options and the
-    version of this code.
+    """A hash of all that the encoded rows depend on.
 
-    The place of a row is left out: the same data under another path is the same data. Images are not, see `Image`.
+    The place of a row is left out: the same data under another path is the same data. Images count with theirs, see
+    `Image.identity`.
     """
     tokenizer = encoder.tokenizer
     options = {
@@ -180,15 +180,13 @@ def _encode_batch(
     out: dict[str, list[Any]] = {name: [] for name in _FEATURES}
     for i, problem in enumerate(problems):
         result = encoded.get(i) or RowError(problem)
-        row = _bad(str(result)) if isinstance(result, RowError) else _fitted(result, limits)
+        row = _record(_NOTHING, "bad", 0, str(result)) if isinstance(result, RowError) else _fitted(result, limits)
         for name, value in row.items():
             out[name].append(value)
     return out
 
 
-def _bad(problem: str) -> dict[str, Any]:
-    empty = EncodedRow([], [], 0)
-    return _record(empty, "bad", 0, problem)
+_NOTHING = EncodedRow([], [], 0)
 
 
 def _fitted(row: EncodedRow, limits: Limits) -> dict[str, Any]:
@@ -197,7 +195,7 @@ def _fitted(row: EncodedRow, limits: Limits) -> dict[str, Any]:
         return _record(row, "ok", length)
     if limits.on_overlength == "truncate" and (cut := truncate(row, limits.max_length)):
         return _record(cut, "ok", length)
-    return _record(EncodedRow([], [], 0), "long" if limits.on_overlength == "error" else "dropped", length)
+    return _record(_NOTHING, "long" if limits.on_overlength == "error" else "dropped", length)
 
 
 def _record(row: EncodedRow, status: str, length: int, problem: str = "") -> dict[str, Any]:

@@ -96,8 +96,8 @@ def parse_image(value: Any, folder: str | None) -> Image:
         return _located(value, folder)
     if isinstance(value, bytes):
         return Image(None, value)
-    if hasattr(value, "convert") and hasattr(value, "save"):
-        return Image(None, _png(value))
+    if is_pil(value):
+        return Image(None, png(value))
     raise RowError(f"an image is {type_name(value)}: {_FIELDS} is expected")
 
 
@@ -130,8 +130,17 @@ def _decode(encoded: str) -> bytes:
         raise RowError(f"an image is not valid base64: {show(str(error))}") from None
 
 
-def _png(image: Any) -> bytes:
-    """Lossless, and RGB at once: PNG has no place for some of PIL's modes."""
+def is_pil(value: object) -> bool:
+    """Without importing Pillow, which text alone does not need."""
+    return any(base.__module__.startswith("PIL.") for base in type(value).__mro__)
+
+
+def png(image: Any) -> bytes:
+    """A PIL image as a PNG file: lossless, upright and in RGB at once, since PNG has no place for some of PIL's modes.
+
+    Raises:
+        RowError: its pixels cannot be read.
+    """
     _, ops = _pil()
     buffer = io.BytesIO()
     try:

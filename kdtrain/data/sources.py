@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import difflib
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 import datasets
 
 from kdtrain.data.files import RawRow, is_array, read_array, read_csv, read_lines
+from kdtrain.data.images import is_pil, png
 from kdtrain.data.parts import VIDEO_COLUMNS
 from kdtrain.data.rows import IMAGE_COLUMNS, KNOWN_COLUMNS, ROW_COLUMNS
 from kdtrain.data.show import show
@@ -183,10 +183,8 @@ def _undecoded(feature: Any) -> Any:
 
 def _portable(value: object) -> dict[str, str]:
     """Bytes travel as base64; dates and the like become something that is no text, which is refused with its type."""
-    if type(value).__module__.startswith("PIL."):
-        file = io.BytesIO()
-        value.save(file, "PNG")  # type: ignore[attr-defined]
-        value = file.getvalue()
+    if is_pil(value):
+        value = png(value)
     if isinstance(value, bytes):
         return {"base64": base64.b64encode(value).decode("ascii")}
     return {"unsupported": type(value).__name__}
