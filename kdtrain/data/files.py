@@ -29,10 +29,6 @@ class RawRow:
     text: str = ""
     problem: str = ""
 
-    @property
-    def place(self) -> str:
-        return f"{show(self.file, 400)}:{self.line}"
-
 
 def _open(path: Path) -> Any:
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")

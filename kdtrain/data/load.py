@@ -20,7 +20,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from kdtrain.data.encoding import encode_cached
 from kdtrain.data.epochs import Epochs, mix
 from kdtrain.data.errors import RowError
-from kdtrain.data.files import RawRow, folder_of
+from kdtrain.data.files import folder_of
 from kdtrain.data.limits import Limits
 from kdtrain.data.raw_table import read_all
 from kdtrain.data.report import BuildReport
@@ -169,7 +169,7 @@ def _refuse(
 
 def _place(raw: datasets.Dataset, i: int) -> str:
     row = raw[int(i)]
-    return RawRow(row["file"], row["line"]).place
+    return f"{show(row['file'], 400)}:{row['line']}"
 
 
 def _template_notes(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source]) -> list[str]:

@@ -13,10 +13,12 @@ from kdtrain.data.sources import Source, read_source
 
 _RAW = pa.schema(
     [
+        # The fields of RawRow,
         ("file", pa.string()),
         ("line", pa.int64()),
         ("text", pa.large_string()),
         ("problem", pa.string()),
+        # the number of its source, and its own in that source.
         ("source", pa.int32()),
         ("row", pa.int64()),
     ]
@@ -30,7 +32,8 @@ def read_all(sources: Sequence[Source], path: Path) -> tuple[datasets.Dataset, l
         for index, source in enumerate(sources):
             size = 0
             for batch in _batches(read_source(source)):
-                writer.write_batch(_batch(batch, index, size))
+                numbered = [{**vars(row), "source": index, "row": size + i} for i, row in enumerate(batch)]
+                writer.write_batch(pa.RecordBatch.from_pylist(numbered, schema=_RAW))
                 size += len(batch)
             sizes.append(size)
     return datasets.Dataset.from_file(str(path)), sizes
@@ -48,15 +51,3 @@ def _batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
             batch, length = [], 0
     if batch:
         yield batch
-
-
-def _batch(rows: list[RawRow], source: int, first: int) -> pa.RecordBatch:
-    columns = {
-        "file": [row.file for row in rows],
-        "line": [row.line for row in rows],
-        "text": [row.text for row in rows],
-        "problem": [row.problem for row in rows],
-        "source": [source] * len(rows),
-        "row": list(range(first, first + len(rows))),
-    }
-    return pa.RecordBatch.from_pydict(columns, schema=_RAW)

@@ -1,7 +1,6 @@
 """What a row may look like: turns one raw row into a conversation, a prompt/completion pair or plain text.
 
-Nothing here knows a tokenizer. Everything wrong with a row is a `RowError`, which the loader counts and shows; a
-plain `DataError` means that no row could work (a tokenizer without a chat template), and stops the run at once.
+Nothing here knows a tokenizer.
 """
 
 from __future__ import annotations
@@ -67,13 +66,13 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Plain:
+class PlainText:
     """Text of which every token is supervised."""
 
     text: str
 
 
-def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair | Plain:
+def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair | PlainText:
     """Checks one raw row and brings it into one of three forms.
 
     Args:
@@ -89,13 +88,13 @@ def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair 
     if kind is None:
         found = ", ".join(show(column, 40) for column in row) or "nothing"
         raise RowError(f"none of the columns {', '.join(ROW_COLUMNS)} has a value (found: {found})")
-    parsed: Chat | Pair | Plain
+    parsed: Chat | Pair | PlainText
     if kind == "messages":
         parsed = Chat(_messages(row["messages"], "messages"), _tools(row))
     elif kind == "conversations":
         parsed = Chat(_messages(_from_sharegpt(row["conversations"]), "conversations"), _tools(row))
     elif kind == "text":
-        parsed = Plain(_nonempty(row["text"], "text"))
+        parsed = PlainText(_nonempty(row["text"], "text"))
     else:
         parsed = _prompt_row(row)
     if not isinstance(parsed, Chat):
@@ -120,16 +119,16 @@ def parse_json(text: str, columns: Mapping[str, str] | None) -> dict[str, Any]:
         raise RowError(f"expected a JSON object with columns, found {show(text, 40)}")
     if not columns:
         return row
-    # A mapping is exclusive: the row may well have a column of its own that is called like one of ours.
+    # Columns that are not mapped are not read: one may happen to have a canonical name and mean something else.
     if missing := [name for name in columns.values() if name not in row]:
         raise RowError(f"no column {', '.join(show(name, 40) for name in missing)}")
     mapped = {canonical: row[name] for canonical, name in columns.items()}
-    # But for images: without them a row would be trained on all the same, blind.
+    # Images are the exception: without them the row would be trained on as text that speaks of what is not there.
     images = {name: row[name] for name in IMAGE_COLUMNS if name in row and columns.keys().isdisjoint(IMAGE_COLUMNS)}
     return {**mapped, **images}
 
 
-def prompt_of(parsed: Chat | Pair | Plain) -> Chat | Pair:
+def prompt_of(parsed: Chat | Pair | PlainText) -> Chat | Pair:
     """A row without its own answer, for another model to answer.
 
     A conversation ends before its last assistant message, or before its completion; one that ends with the user stays
@@ -138,7 +137,7 @@ def prompt_of(parsed: Chat | Pair | Plain) -> Chat | Pair:
     Raises:
         RowError: plain text, or nothing is left.
     """
-    if isinstance(parsed, Plain):
+    if isinstance(parsed, PlainText):
         raise RowError("plain text has no prompt that a teacher could answer: give messages, or a prompt column")
     if isinstance(parsed, Pair):
         return Pair(parsed.prompt)
@@ -193,12 +192,12 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if role not in ROLES:
         problem = "no role" if role is None else f"the unknown role {show(role, 40)}"
         raise RowError(f"{where} has {problem} (known: {', '.join(ROLES)})")
-    speaks_otherwise = role == "assistant" and (kept.get("tool_calls") or kept.get("reasoning_content"))
-    if "content" not in kept and not speaks_otherwise:
+    acts = role == "assistant" and (kept.get("tool_calls") or kept.get("reasoning_content"))
+    if "content" not in kept and not acts:
         raise RowError(f"{where} has no content")
     content = _content(kept.get("content", ""), where)
     empty = isinstance(content, str) and not content.strip()
-    if role in ("user", "assistant") and empty and not speaks_otherwise:
+    if role in ("user", "assistant") and empty and not acts:
         raise RowError(f"{where} is an empty {role} message")
     return {**kept, "content": content}
 
@@ -223,7 +222,7 @@ def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
 
 def _from_sharegpt(turns: Any) -> Any:
     if not isinstance(turns, Sequence) or isinstance(turns, (str, bytes)):
-        return turns  # _messages names the type
+        return turns  # refused by _messages, with its type
     messages = []
     for i, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or "from" not in turn:

@@ -21,7 +21,7 @@ from kdtrain.data.errors import RowError
 from kdtrain.data.images import Image
 from kdtrain.data.multimodal import Multimodal, multimodal
 from kdtrain.data.parts import texts_of
-from kdtrain.data.rows import Chat, Pair, Plain, parse_row, prompt_of
+from kdtrain.data.rows import Chat, Pair, PlainText, parse_row, prompt_of
 from kdtrain.data.show import show
 from kdtrain.data.tokens import Tokens
 from kdtrain.errors import DataError
@@ -143,8 +143,8 @@ class RowEncoder:
                 parsed = parse_row(row, folders[i] if folders else None)
                 if teacher_answers and teacher_answers[i]:
                     parsed = prompt_of(parsed)
-                if isinstance(parsed, Plain):
-                    results[i] = self._verified(self._encode_plain(parsed))
+                if isinstance(parsed, PlainText):
+                    results[i] = self._verified(self._encode_text(parsed))
                 elif isinstance(parsed, Pair):
                     results[i] = self._verified(self._encode_pair(parsed))
                 elif parsed.images:
@@ -217,8 +217,8 @@ class RowEncoder:
         eos = self.tokenizer.eos_token_id
         return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
-    def _encode_plain(self, plain: Plain) -> EncodedRow:
-        ids = self._with_eos(self._bos + self._ids(plain.text))
+    def _encode_text(self, parsed: PlainText) -> EncodedRow:
+        ids = self._with_eos(self._bos + self._ids(parsed.text))
         return EncodedRow(ids, [IGNORE_INDEX, *ids[1:]], 0, kind="text")
 
     def _encode_pair(self, pair: Pair) -> EncodedRow:
