@@ -29,6 +29,7 @@ VERSION = 3
 
 _FEATURES = datasets.Features(
     {
+        # Fields of EncodedRow, and what is known of a row beside them.
         "input_ids": datasets.Sequence(datasets.Value("int32")),
         "labels": datasets.Sequence(datasets.Value("int32")),
         "prompt_length": datasets.Value("int32"),
@@ -199,18 +200,8 @@ def _fitted(row: EncodedRow, limits: Limits) -> dict[str, Any]:
 
 
 def _record(row: EncodedRow, status: str, length: int, problem: str = "") -> dict[str, Any]:
-    return {
-        "input_ids": row.input_ids,
-        "labels": row.labels,
-        "prompt_length": row.prompt_length,
-        "status": status,
-        "problem": problem,
-        "length": length,
-        "supervised": row.supervised,
-        "kind": row.kind,
-        "prompt_only": row.prompt_only,
-        "extended": row.extended,
-        "unterminated": row.unterminated,
-        "text": row.text,
-        "images": [image.record for image in row.images],
-    }
+    """A row in the columns of `_FEATURES`."""
+    same = {name: value for name, value in vars(row).items() if name in _FEATURES}
+    images = [image.record for image in row.images]
+    found = {"status": status, "problem": problem, "length": length, "supervised": row.supervised}
+    return {**same, **found, "images": images}

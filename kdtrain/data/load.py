@@ -49,13 +49,11 @@ def build_dataset(
 
     Args:
         sources: concatenated after their `limit` and `weight`.
-        processing_class: a fast tokenizer, or a processor around one; rows with images need a processor.
+        processing_class, train_on: see `encode_row`.
         max_length: in tokens; None for no limit.
         on_overlength: `error` refuses, `truncate` cuts from the right, `drop` leaves out longer rows.
-        train_on: `assistant`, `last` or `all`, see `encode_row`.
         max_bad_rows: more unusable rows than this are an error.
-        sample_limit: n rows of the mixture before encoding, the first of every source in proportion to its share.
-        seed: of the random part of fractional weights.
+        sample_limit, seed: see `mix`.
         num_proc: processes; by default one per core up to 8, and one below 2000 rows.
         cache_dir: where encoded rows are stored; by default a folder in the cache of `datasets`. With several ranks
             let one of them call first: the others then read what it stored.

@@ -6,50 +6,32 @@ from dataclasses import dataclass, field
 
 from kdtrain.data.epochs import Epochs
 
+_NO_STOP = "the student will not learn to stop there"
+
 
 @dataclass
 class BuildReport:
-    """What became of the rows. Rows are counted once; tokens and `rows_per_epoch` as often as the weights repeat them.
+    """Rows are counted once; tokens and `rows_per_epoch` as often as the weights repeat them."""
 
-    Attributes:
-        rows_read: rows looked at, after `limit`, weights below 1 and `sample_limit`.
-        rows_kept: those that can be trained on or generated from.
-        rows_per_epoch: length of an epoch, and of the data set unless `epochs` says otherwise.
-        epochs: which rows of the data set make up each epoch; None: all of them, in every epoch.
-        bad_rows: rows left out as unusable.
-        first_bad: the first three, as `file:line: reason`.
-        truncated: kept rows that were cut at max_length.
-        dropped: rows left out because they are too long, or have nothing to train on once truncated.
-        supervised_tokens, total_tokens: per epoch.
-        prompt_only_rows: kept rows without an answer; they need generation. Those for the teacher are not among them.
-        plain_text_rows: kept rows of plain text; nothing can be generated from them.
-        teacher_answer_rows: kept rows whose answer the teacher writes.
-        image_rows, images: kept rows with images, and their images.
-        longest: tokens of the longest row, before truncation.
-        stop_tokens_added: rows whose template marks the answer but not the token that ends it; it was added.
-        unterminated_rows: rows with a supervised turn that ends without a stop token.
-        notes: other things worth a warning.
-    """
-
-    rows_read: int = 0
-    rows_kept: int = 0
-    rows_per_epoch: int = 0
-    bad_rows: int = 0
-    first_bad: list[str] = field(default_factory=list)
-    truncated: int = 0
-    dropped: int = 0
+    rows_read: int = 0  # after `limit`, weights below 1 and `sample_limit`
+    rows_kept: int = 0  # can be trained on or generated from
+    rows_per_epoch: int = 0  # and of the data set, unless `epochs` says otherwise
+    bad_rows: int = 0  # left out as unusable
+    first_bad: list[str] = field(default_factory=list)  # of three, as `file:line: reason`
+    truncated: int = 0  # kept, and cut at max_length
+    dropped: int = 0  # left out: too long, or with nothing to train on once truncated
     supervised_tokens: int = 0
     total_tokens: int = 0
-    prompt_only_rows: int = 0
-    plain_text_rows: int = 0
-    teacher_answer_rows: int = 0
-    image_rows: int = 0
-    images: int = 0
-    longest: int = 0
-    stop_tokens_added: int = 0
-    unterminated_rows: int = 0
+    prompt_only_rows: int = 0  # kept, without an answer; those that the teacher answers are not among them
+    plain_text_rows: int = 0  # kept; nothing can be generated from them
+    teacher_answer_rows: int = 0  # kept; the teacher writes their answer
+    image_rows: int = 0  # kept, with images
+    images: int = 0  # of them in all
+    longest: int = 0  # tokens of a row before truncation
+    stop_tokens_added: int = 0  # rows whose template marks the answer without the token that ends it
+    unterminated_rows: int = 0  # with a supervised turn that ends without a stop token
     notes: list[str] = field(default_factory=list)
-    epochs: Epochs | None = None
+    epochs: Epochs | None = None  # which rows of the data set make up each epoch; None: all, in every epoch
 
     def summary(self) -> str:
         """Some lines for people; counts of zero are left out, except the bad rows."""
@@ -68,10 +50,7 @@ class BuildReport:
             (self.teacher_answer_rows, "get their answer from the teacher"),
             (self.image_rows, f"with images ({self.images} in all)"),
             (self.stop_tokens_added, "got the end-of-turn token into the mask, which the template's markers leave out"),
-            (
-                self.unterminated_rows,
-                "end a turn without an end-of-turn token: the student will not learn to stop there",
-            ),
+            (self.unterminated_rows, f"end a turn without an end-of-turn token: {_NO_STOP}"),
         )
         lines += [f"  {count} rows {what}" for count, what in counts if count]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])

@@ -42,12 +42,10 @@ class Source:
 
     Attributes:
         path: absolute local path (file or folder), or the id of a data set on the hub.
-        name: configuration name, hub only.
-        split: split name.
+        name, split: configuration (hub only) and split.
         columns: canonical column -> column in the file, such as {"prompt": "question"}; all others are then ignored.
         limit: only the first n rows.
-        weight: how many times each row appears per epoch; 2.5 is twice and a seeded random half once more
-            (see `Epochs`).
+        weight: how many times each row appears per epoch, see `kdtrain.data.epochs`.
         ce: False: the rows contribute no cross-entropy, the teacher alone supervises.
         answers: `data`: the rows' own answers; `teacher`: they are left out, for the teacher to write.
         rows: the rows themselves, a `datasets.Dataset` or a sequence; `path` is then their name in messages.
