@@ -25,8 +25,8 @@ class Alignment:
             if not is_there(edge):
                 raise _lost(edge, expanded)
         self._left = self._lay(expanded, self._pieces)
-        from_behind = self._lay(expanded[::-1], [piece[::-1] for piece in reversed(self._pieces)])
-        ends = [len(expanded) - start for start in reversed(from_behind)]
+        reversed_starts = self._lay(expanded[::-1], [piece[::-1] for piece in reversed(self._pieces)])
+        ends = [len(expanded) - start for start in reversed(reversed_starts)]
         self._right = [end - len(piece) for end, piece in zip(ends, self._pieces, strict=True)]
         self.last_start = self._right[-1]
 

@@ -62,7 +62,7 @@ class ChatTemplate:
     Attributes:
         text: the template that is rendered.
         marked: it has generation markers.
-        stop_ids: tokens that end an assistant turn: what the template puts behind the answer, and the EOS.
+        stop_ids: tokens that end an assistant turn: what the template puts after the answer, and the EOS.
         added_ids: the tokenizer's added vocabulary.
         replaced: the tokenizer's own template, when trl's training version stands in for it; else None.
 
@@ -140,10 +140,10 @@ class ChatTemplate:
 
     def _marked_spans(self, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
         text, marked = self._jinja(chat.messages, chat.tools, spans=True)
-        spans = [(self._behind_header(text, start), end) for start, end in marked]
+        spans = [(self._after_header(text, start), end) for start, end in marked]
         return text, [(start, end) for start, end in spans if start < end]
 
-    def _behind_header(self, text: str, start: int) -> int:
+    def _after_header(self, text: str, start: int) -> int:
         """Some markers (trl's for Qwen2.5, gpt-oss, DeepSeek) start before the end of the generation prompt.
 
         The student never writes the generation prompt itself, so it is neither trained on nor missing from the prompt.

@@ -8,10 +8,10 @@ import numpy as np
 
 
 def mix(sizes: Sequence[int], weights: Sequence[float], sample_limit: int | None, seed: int) -> np.ndarray:
-    """Row numbers of an epoch in order, where all epochs are the same: per source whole copies, then the random rest.
+    """Row numbers of an epoch in order, where all epochs are the same: per source all copies, then the random rest.
 
     Args:
-        sizes: rows of each source, which stand behind each other.
+        sizes: rows of each source; the rows of all are numbered through.
         weights: of each source.
         sample_limit: keeps this many, the first of every source's part in proportion to its share of the epoch. (The
             first n of all would be rows of the first source only.)
@@ -52,7 +52,7 @@ def _shares(sizes: Sequence[int], limit: int) -> list[int]:
 class Epochs:
     """The rows of every epoch where the random rest is another one in each, as numbers of the data set's rows.
 
-    The rests go through the whole source before a row comes again, so that two epochs of weight 0.5 are all its rows
+    The rests go through all of the source before a row comes again, so that two epochs of weight 0.5 are all its rows
     once. Every epoch has as many rows. A function of seed and epoch alone: all ranks draw the same, and so does a
     resumed run.
 

@@ -122,7 +122,7 @@ class Multimodal:
         """The text that the processor tokenises, with the assistant's turns in it.
 
         Returns:
-            The expanded conversation, the processor's ids for it, and the character behind its last image.
+            The expanded conversation, the processor's ids for it, and the character after its last image.
 
         Raises:
             RowError: an image cannot be read or the processor refuses it; the template leaves images out.

@@ -43,7 +43,7 @@ def image_part(part: Any, where: str) -> dict[str, Any] | None:
 
 
 def merge_parts(parts: Sequence[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """Text parts that follow each other become one; without an image the whole is text."""
+    """Text parts that follow each other become one; without an image all of it is text."""
     merged: list[dict[str, Any]] = []
     for part in parts:
         if part["type"] == "text" and merged and merged[-1]["type"] == "text":

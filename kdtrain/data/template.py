@@ -175,7 +175,7 @@ class RowEncoder:
         model.refuse_text([text for message in chat.messages for text in texts_of(message["content"])])
         template = self.template(chat.tools is not None)
         rendered = template.render(chat, self.train_on)
-        expanded, ids, behind = model.expand(rendered, chat.images)
+        expanded, ids, after_images = model.expand(rendered, chat.images)
         # The processor gives ids without offsets. The same text tokenised here gives both, and the same ids, unless
         # the processor does more to the text than it hands to its tokenizer.
         tokens = self._tokenize([expanded.text])[0]
@@ -185,11 +185,11 @@ class RowEncoder:
                 f"gives the same text {len(tokens.ids)} others, so the assistant's tokens cannot be told from the rest"
             )
         row = self._mask(expanded, tokens, template)
-        # The model never writes an image token, not even where train_on: all supervises the user's turns.
+        # `train_on: all` supervises the user's turns, too, but image tokens are never written by the model.
         labels = [IGNORE_INDEX if label in model.image_ids else label for label in row.labels]
-        # Some families end an image with tokens that are no image ids (line breaks, an end marker): what is behind
-        # the image in the text tells where those end.
-        end = max(tokens.first_from(behind), model.images_end(ids))
+        # Some families end an image with tokens that are no image ids (line breaks, an end marker): they reach as far
+        # as the text after the last image.
+        end = max(tokens.first_from(after_images), model.images_end(ids))
         return replace(row, labels=labels, text=rendered.text, images=chat.images, images_end=end)
 
     def _tokenize(self, texts: list[str]) -> list[Tokens]:
@@ -251,7 +251,7 @@ class RowEncoder:
             start, end = tokens.first_from(start_char), tokens.first_from(end_char)
             end, grew, stops = tokens.stop_at(start, end, template.stop_ids, template.added_ids)
             labels[start:end] = ids[start:end]
-            # Where a token straddles the edge, generation starts before it and supervision behind it.
+            # Of a token that straddles the edge: generation starts before it, supervision after it.
             starts.append(tokens.complete_before(start_char))
             extended, unterminated = extended or grew, unterminated or not stops
         if self.train_on == "all":

@@ -14,7 +14,7 @@ import torch
 from kdtrain.data.multimodal import Multimodal, Processed
 from kdtrain.errors import DataError
 
-# Tensors that say which pixels are real: with one of them, images of different sizes may be padded with zeros.
+# Tensors that say which pixels are real: with one of them, images of different sizes can be padded with zeros.
 _SIZES = ("pixel_attention_mask", "image_sizes")
 # Of families whose first axis counts rows: an entry of zeros says in these that a row has no image.
 _TELLING = ("pixel_attention_mask", "batch_num_images")
@@ -54,6 +54,8 @@ def _stack(
     for part in real:
         _check_padding(name, part, shape, names)
     empty = 0
+    # Where axis 0 counts images or patches, a row without images owns none. Where it counts rows, it must have an
+    # entry: zeros, which the model takes for no image only if the pixel mask or the number of images says so.
     if len(real) < len(parts) and name in model.by_row:
         if name not in (*_TELLING, "pixel_values") or not names & set(_TELLING):
             raise DataError(
@@ -66,7 +68,11 @@ def _stack(
 
 
 def _check_padding(name: str, part: torch.Tensor, shape: list[int], names: set[str]) -> None:
-    """Zeros are harmless as further crops of an image (axis 1), and as pixels where another tensor tells them apart."""
+    """Raises DataError where padding a row's tensor to `shape` with zeros would change what the model sees.
+
+    It would not along axis 1 of a tensor of crops, where zeros are one more crop that no token stands for; nor along
+    the two axes of pixels, where another tensor says how many are real.
+    """
     differing = [axis for axis, size in enumerate(shape, start=1) if part.shape[axis] != size]
     crops = part.dim() >= 5 or name == "pixel_attention_mask"
     pixels = part.dim() >= 3 and bool(names & set(_SIZES))
@@ -108,7 +114,7 @@ def pad_token_tensors(
         for i, (length, row) in enumerate(rows):
             if row is not None:
                 own = row.token_tensors[name][0, :length]
-                tensors[name][i, : len(own)] = own  # a generated answer is behind it, which is text
+                tensors[name][i, : len(own)] = own  # a generated answer follows it: text, which has zeros
     return tensors
 
 
