@@ -7,7 +7,13 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
+
+from kdtrain.errors import CheckpointError
+from kdtrain.model_folder import require_sound
 
 _SHOWN = 5
 # Constants that older versions of transformers saved with every layer: causal masks and their filler value, rotary
@@ -85,3 +91,25 @@ def heard_loading() -> Iterator[Heard]:
     finally:
         log.removeFilter(hear)
         log.setLevel(level)
+
+
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Load saved weights into a model, as `from_pretrained` reads them: whatever names they were saved under.
+
+    Raises:
+        CheckpointError: weights are missing, or do not fit.
+    """
+    try:
+        require_sound(Path(folder), "checkpoint")
+        saved, found = type(model).from_pretrained(
+            folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        wrong = wrong_weights(found, saved.config)  # what is missing would be random numbers
+        if wrong:
+            raise ValueError(f"{len(wrong)} weights are wrong: {listed(wrong)}.")
+        model.load_state_dict(saved.state_dict())
+    except Exception as error:
+        raise CheckpointError(
+            f"The weights in {folder} do not fit {type(model).__name__}: {str(error).strip().splitlines()[0]} Resume "
+            "with the model that the run began with, or start anew in another output_dir."
+        ) from error

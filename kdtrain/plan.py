@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kdtrain.models import count_parameters
-from kdtrain.sampling import planned_steps, steps_of_an_epoch
+from kdtrain.sampling import planned_steps, rows_per_batch
 from kdtrain.vision.parts import trained_parts
 
 if TYPE_CHECKING:
@@ -18,14 +18,12 @@ _PARTS = {"llm": "language model", "vit": "vision encoder", "aligner": "aligner"
 
 
 def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport) -> dict[str, str]:
-    """What the config and the device led to, for the table at the start."""
-    args = trainer.args
+    """The table's rows: what a run is, after all defaults, files and devices have had their say."""
+    args, ranks = trainer.args, trainer.accelerator.num_processes
     total, trainable = count_parameters(trainer.model)
-    ranks = trainer.accelerator.num_processes
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
-    epoch_rows = report.rows_per_epoch
-    tokens = report.total_tokens / epoch_rows
-    steps = planned_steps(args, epoch_rows, ranks)
+    rows = rows_per_batch(trainer) * args.gradient_accumulation_steps
+    tokens = report.total_tokens / report.rows_per_epoch
+    steps, per_epoch = planned_steps(trainer, report.rows_per_epoch)
     plan = {
         "student": f"{config.model.model}: {total:,} parameters, {trainable:,} trained, {trainer.model.dtype}",
         "teacher": "none" if trainer.teacher is None else _describe_teacher(trainer, config),
@@ -33,7 +31,7 @@ def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport)
         "answers": _describe_answers(trainer, config),
         "step": f"{rows} rows = {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
         f"{ranks} {'process' if ranks == 1 else 'processes'}, about {rows * tokens:,.0f} tokens",
-        "steps": f"{steps:,}, {steps / steps_of_an_epoch(args, epoch_rows, ranks):.2f} epochs of {epoch_rows:,} rows",
+        "steps": f"{steps:,}, {steps / per_epoch:.2f} epochs of {report.rows_per_epoch:,} rows",
         "device": _describe_device(trainer),
         "output": str(config.training["output_dir"]),
     }

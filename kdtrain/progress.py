@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kdtrain.callbacks import is_record
 from kdtrain.data import BuildReport
+from kdtrain.log import is_record
 
 # In the order in which one reads them; the rest of a record is in logging.jsonl.
 _SHOWN = ("loss", "llm_kd_loss", "sft_loss", "vision_kd_loss", "token_accuracy", "teacher_agreement", "grad_norm")

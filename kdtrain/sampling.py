@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.data import Sampler
@@ -12,25 +12,31 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from kdtrain.data.epochs import Epochs
 
-
-def planned_steps(args: Any, rows: int, ranks: int) -> int:
-    """Optimizer steps of a run, as transformers counts them: every epoch ends with a window of its own.
-
-    Args:
-        args: training arguments.
-        rows: of one epoch.
-        ranks: processes.
-    """
-    if args.max_steps > 0:
-        return int(args.max_steps)
-    return math.ceil(args.num_train_epochs * steps_of_an_epoch(args, rows, ranks))
+if TYPE_CHECKING:
+    from kdtrain.trainer import GKDTrainerWithMetrics
 
 
-def steps_of_an_epoch(args: Any, rows: int, ranks: int) -> int:
-    """Optimizer steps of one epoch; the last of them may have fewer rows."""
-    batches = rows / (args.per_device_train_batch_size * ranks)
-    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+class Plan(NamedTuple):
+    """Optimizer steps."""
+
+    steps: int
+    """Of the whole run."""
+    per_epoch: int
+    """Every epoch ends with a step of its own, which may have fewer rows."""
+
+
+def planned_steps(trainer: GKDTrainerWithMetrics, rows: int) -> Plan:
+    """The steps that `train` takes over epochs of so many rows, as upstream counts them from a loader's length."""
+    args = trainer.args
+    batches = rows / rows_per_batch(trainer)
+    length = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    _, per_epoch, *_, steps = trainer.set_initial_training_values(args, range(length))
+    return Plan(steps, per_epoch)
+
+
+def rows_per_batch(trainer: GKDTrainerWithMetrics) -> int:
+    """Rows of one micro-batch on all ranks together."""
+    return trainer._train_batch_size * (trainer.accelerator.num_processes // trainer.get_tp_size())
 
 
 class EpochSampler(Sampler[int]):
@@ -67,7 +73,5 @@ class SetEpoch(TrainerCallback):
     def __init__(self, sampler: EpochSampler) -> None:
         self._sampler = sampler
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._sampler.set_epoch(math.floor(state.epoch or 0))

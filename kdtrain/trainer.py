@@ -61,7 +61,6 @@ from kdtrain.batch import (
     teacher_inputs,
     token_level,
 )
-from kdtrain.checkpoints import load_weights
 from kdtrain.construction import (
     adapters_on_the_head,
     as_rows,
@@ -96,6 +95,7 @@ from kdtrain.generation import generate_batch, generation_config, stop_token_ids
 from kdtrain.gkd_fields import check_fields, check_supervision
 from kdtrain.knobs import Knobs, LiveOption
 from kdtrain.lm_head import add_loss_head, placeholder_ids, why_no_loss_head, why_wrapped_head_differs
+from kdtrain.load_report import load_weights
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, count_supervised_in, next_token_labels, world_scale
 from kdtrain.model_checks import both_sides, check_models
 from kdtrain.models import disable_dropout, sees_images

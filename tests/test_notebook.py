@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 import kdtrain
 from kdtrain import rehearsal
-from kdtrain.cli import _train
+from kdtrain.cli import _fit_here
 from kdtrain.config import ConfigLoader
 from kdtrain.data import Collator
 from kdtrain.errors import ConfigError, DataError, Interrupted, PreflightError
@@ -33,7 +33,7 @@ def steps(run):
 
 def test_it_does_what_the_command_does(project):
     result = kdtrain.fit(project / "config.yaml", LORA, quiet=True)
-    _train(
+    _fit_here(
         ConfigLoader.load(project / "config.yaml", [*LORA, f"training.output_dir={project}/other"]),
         None,
         False,

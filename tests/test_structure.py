@@ -8,12 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "kdtrain"
 # From top to bottom; a module may import its own layer and those below.
 LAYERS = [
-    {"__main__", "cli", "notebook"},
-    {"progress", "run", "build", "plan", "launch"},
+    {"__main__", "cli", "process", "notebook"},
+    {"progress", "run", "build", "plan", "launch", "callbacks", "checkpoints", "failures", "log"},
     {
         "trainer",
-        "callbacks",
-        "checkpoints",
         "token_loss",
         "visual_kd",
         "visual_term",
@@ -24,7 +22,6 @@ LAYERS = [
         "batch",
         "construction",
         "gkd_fields",
-        "failures",
         "model_checks",
         "zero",
         "best",
@@ -48,7 +45,18 @@ LAYERS = [
         "vocabulary",
         "losses",
     },
-    {"config", "errors", "environment", "status", "model_folder", "row_order", "adapters"},
+    {
+        "config",
+        "errors",
+        "environment",
+        "status",
+        "folder",
+        "signals",
+        "ranks",
+        "model_folder",
+        "row_order",
+        "adapters",
+    },
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))
