@@ -11,10 +11,7 @@ import hashlib
 import json
 import logging
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from kdtrain.batch import for_teacher
 from kdtrain.data.chat import ChatTemplate
 from kdtrain.data.multimodal import image_token_ids
-from kdtrain.errors import Interrupted, NotAvailableError
+from kdtrain.errors import NotAvailableError
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids
 from kdtrain.losses.reduce import IGNORE_INDEX
 
@@ -98,9 +95,6 @@ class TeacherAnswers:
         Returns:
             Rows with new `input_ids` and `labels`: the answer is supervised, its stop token included. An answer that
             reached `max_new_tokens` gets no made-up stop token; such are counted in a warning.
-
-        Raises:
-            Interrupted: a signal; what was answered is kept.
         """
         if "answers" not in dataset.column_names:
             return dataset
@@ -108,8 +102,7 @@ class TeacherAnswers:
         wanted = {key: i for i, key in enumerate(keys) if key is not None}
         # Together, before any rank writes: all have to see the same ones missing.
         known = dict(gather_object(list(self._stored().items())))
-        with self._stoppable():
-            made = self._generate(dataset, keys, [i for key, i in wanted.items() if key not in known], len(wanted))
+        made = self._generate(dataset, keys, [i for key, i in wanted.items() if key not in known], len(wanted))
         known |= dict(gather_object(made))
         cut = sum(self._stops.isdisjoint(known[key].tolist()) for key in wanted)
         if cut and self._state.is_main_process:
@@ -154,27 +147,6 @@ class TeacherAnswers:
             for file in sorted(self._folder.glob("rank*.jsonl"))
             for record in _lines(file)
         }
-
-    @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        """Turn SIGINT and SIGTERM into an error that says what is kept; this may take as long as training."""
-
-        def stop(signum: int, frame: Any) -> None:
-            raise Interrupted(
-                signum,
-                f"Stopped while the teacher was answering. What it has answered is kept in {self._folder.parent}; go "
-                "on with: kdtrain fit CONFIG --resume auto",
-            )
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _with_answers(
         self, dataset: datasets.Dataset, keys: Sequence[str | None], answers: Mapping[str, Answer]

@@ -9,7 +9,19 @@ PACKAGE = Path(__file__).parent.parent / "kdtrain"
 # From top to bottom; a module may import its own layer and those below.
 LAYERS = [
     {"__main__", "cli", "process", "notebook"},
-    {"progress", "run", "build", "plan", "launch", "callbacks", "checkpoints", "failures", "log"},
+    {
+        "progress",
+        "run",
+        "build",
+        "plan",
+        "launch",
+        "callbacks",
+        "checkpoints",
+        "failures",
+        "log",
+        "read_data",
+        "teacher_answers",
+    },
     {
         "trainer",
         "token_loss",
