@@ -1,4 +1,7 @@
-"""Which way the metric that chooses the best step points. Upstream asks whether its name ends in "loss"."""
+"""Whether more or less of the metric that chooses the best step is better.
+
+Upstream asks whether its name ends in "loss": it would keep the step with the largest `vision_kd_loss_aligner`.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,13 @@ from kdtrain.telemetry import HIGHER_IS_BETTER, TOKEN_METRICS
 from kdtrain.visual_term import first_batch_with_images
 
 if TYPE_CHECKING:
+    from trl.experimental.gkd import GKDConfig
+
     from kdtrain.trainer import GKDTrainerWithMetrics
 
-_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+_SCHEDULERS_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 # What every evaluation has and nobody wants to be small or large.
-_OTHERS = {*TOKEN_METRICS, "runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time"}
+_NEITHER = {*TOKEN_METRICS, "runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time"}
 
 
 def set_direction(trainer: GKDTrainerWithMetrics, asked: bool | None = None) -> None:
@@ -35,11 +40,11 @@ def set_direction(trainer: GKDTrainerWithMetrics, asked: bool | None = None) -> 
     if name is None:
         return
     bare = _without_prefix(name, trainer.eval_dataset)
-    if bare not in HIGHER_IS_BETTER and bare not in _OTHERS and trainer.compute_metrics is not None:
+    if bare not in HIGHER_IS_BETTER and bare not in _NEITHER and trainer.compute_metrics is not None:
         return
     present = sorted(_present(trainer, bare))
     if bare not in present:
-        why = "has no better and worse" if bare in _OTHERS else f"no evaluation has {bare!r}"
+        why = "has no better and worse" if bare in _NEITHER else f"no evaluation has {bare!r}"
         raise PreflightError(f"training.metric_for_best_model: {name}: {why}. There are {', '.join(present)}.")
     higher = HIGHER_IS_BETTER[bare]
     if asked is not None and asked is not higher:
@@ -51,8 +56,8 @@ def set_direction(trainer: GKDTrainerWithMetrics, asked: bool | None = None) -> 
     _set_mode(args, bare, "max" if higher else "min")
 
 
-def _set_mode(args: Any, name: str, mode: str) -> None:
-    if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) not in _BY_METRIC:
+def _set_mode(args: GKDConfig, name: str, mode: str) -> None:
+    if args.lr_scheduler_type not in _SCHEDULERS_BY_METRIC:
         return
     options = dict(args.lr_scheduler_kwargs or {})
     if options.setdefault("mode", mode) != mode:
@@ -69,7 +74,7 @@ def _metric(trainer: GKDTrainerWithMetrics) -> str | None:
     stops = any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks)
     if stops and args.metric_for_best_model is None:
         raise PreflightError("EarlyStoppingCallback needs training.metric_for_best_model, such as loss.")
-    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+    evaluates = args.eval_strategy != "no"
     if stops and not evaluates:
         raise PreflightError("EarlyStoppingCallback needs evaluation: set training.eval_strategy: steps.")
     return args.metric_for_best_model if evaluates else None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -76,7 +76,7 @@ class ConsoleReporter:
         if self._quiet:
             return []
         if self._json:
-            return [JsonLines(self)]
+            return [JsonLines(self._line)]
         if not self._console.is_terminal:
             return [PlainLines(self._console)]
         self._bar = ProgressBar(self._console)
@@ -91,56 +91,49 @@ class ConsoleReporter:
         self._console.print(json.dumps(record), markup=False, highlight=False, soft_wrap=True)
 
 
-class JsonLines(TrainerCallback):
-    """One JSON object per record."""
-
-    def __init__(self, reporter: ConsoleReporter) -> None:
-        self._reporter = reporter
+class _Records(TrainerCallback):
+    """Shows each record; what it looks like is up to `show`."""
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
-        if logs and is_record(logs):
-            self._reporter._line({"event": "log", "step": state.global_step, **logs})
+        if is_record(logs):
+            self.show(state, logs)
+
+    def show(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
+        raise NotImplementedError
 
 
-class PlainLines(TrainerCallback):
+class JsonLines(_Records):
+    """One JSON object per record."""
+
+    def __init__(self, line: Callable[[Mapping[str, Any]], None]) -> None:
+        self._line = line
+
+    def show(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
+        self._line({"event": "log", "step": state.global_step, **logs})
+
+
+class PlainLines(_Records):
     """One line per record, with the time left."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._started = (0, 0.0)
+        self._first_step, self._began = 0, 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._started = (state.global_step, time.perf_counter())
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._first_step, self._began = state.global_step, time.perf_counter()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs or not is_record(logs):
-            return
-        first, began = self._started
-        left = ""
-        if "loss" in logs and state.global_step > first:
-            seconds = (time.perf_counter() - began) / (state.global_step - first)
+    def show(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
+        left, done = "", state.global_step - self._first_step
+        if "loss" in logs and done:
+            seconds = (time.perf_counter() - self._began) / done
             left = f"  {_duration(seconds * (state.max_steps - state.global_step))} left"
         line = f"step {state.global_step}/{state.max_steps}  {describe(logs)}{left}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-class ProgressBar(TrainerCallback):
+class ProgressBar(_Records):
     """A live bar with the newest loss terms; evaluations stay as lines above it."""
 
     def __init__(self, console: Console) -> None:
@@ -150,28 +143,15 @@ class ProgressBar(TrainerCallback):
         )
         self._terms = Text(no_wrap=True, overflow="ellipsis")
         self._live = Live(Group(self._progress, self._terms), console=console)
-        self._task: TaskID | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._live.start()
         self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, completed=state.global_step)
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._progress.update(self._task, completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs or not is_record(logs) or self._task is None:
-            return
+    def show(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
         if "loss" in logs:
             self._terms.plain = describe(logs)
         else:
@@ -181,9 +161,7 @@ class ProgressBar(TrainerCallback):
         """Take the bar off the terminal."""
         self._live.stop()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         self.close()
 
 

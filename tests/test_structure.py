@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "kdtrain"
 # From top to bottom; a module may import its own layer and those below.
 LAYERS = [
-    {"__main__", "cli", "process", "notebook"},
+    {"__main__", "cli", "process", "progress"},
     {
-        "progress",
+        "notebook",
         "run",
         "build",
         "plan",
