@@ -29,6 +29,7 @@ from kdtrain.data.multimodal import image_token_ids
 from kdtrain.errors import NotAvailableError
 from kdtrain.generation import generate_batch, generation_config, stop_token_ids
 from kdtrain.losses.reduce import IGNORE_INDEX
+from kdtrain.ranks import is_main
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class TeacherAnswers:
         made = self._generate(dataset, keys, [i for key, i in wanted.items() if key not in known], len(wanted))
         known |= dict(gather_object(made))
         cut = sum(self._stops.isdisjoint(known[key].tolist()) for key in wanted)
-        if cut and self._state.is_main_process:
+        if cut and is_main():
             logger.warning("%d of the teacher's %d answers reached rlhf.max_new_tokens.", cut, len(wanted))
         return self._with_answers(dataset, keys, known)
 
@@ -129,7 +130,7 @@ class TeacherAnswers:
                 file.flush()
                 os.fsync(file.fileno())
             made += answers
-            if state.is_main_process:
+            if is_main():
                 self._progress(min(total - len(missing) + len(made) * state.num_processes, total), total)
         return made
 

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
@@ -32,6 +31,7 @@ from kdtrain.experts import without_router_logits
 from kdtrain.lm_head import few_tokens
 from kdtrain.losses.reduce import IGNORE_INDEX
 from kdtrain.probe import as_preflight_error, name_of
+from kdtrain.ranks import is_main
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ def who_shares_a_batch(model: nn.Module, device: torch.device) -> Share:
             return "all"
         equal = _difference_beside(model, device, longer=False) == 0.0
         _SHARES[model] = "equally long" if equal else "none"
-        if PartialState().is_main_process:
+        if is_main():
             logger.warning(
                 "%s does not honour padding on the left of a prompt (what it writes moves by %.2g): %s, which takes "
                 "longer.",

@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kdtrain.folder import write_atomically
+from kdtrain.ranks import is_main
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class JsonlLogger(TrainerCallback):
         self._path = path
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero and self._path.exists():
+        if is_main() and self._path.exists():
             kept = [record for record in _read(self._path) if record.get("step", 0) <= state.global_step]
             write_atomically(self._path, "".join(_line(record) for record in kept))
 
@@ -39,7 +40,7 @@ class JsonlLogger(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
-        if state.is_world_process_zero and is_record(logs):
+        if is_main() and is_record(logs):
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(_line({"step": state.global_step, **logs}))
 

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from torch import nn
 
@@ -20,6 +19,7 @@ from kdtrain.data.collate import Collator
 from kdtrain.generation import refuse_marked_answers, who_shares_a_batch
 from kdtrain.positions import Rows, length_findings, rope_findings
 from kdtrain.probe import TextLook, look_at_image, look_at_text, report_findings
+from kdtrain.ranks import is_main
 from kdtrain.visual_term import first_row_with_images
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def check_models(
         findings += rope_findings(side.model, side.name, rows)
     report_findings(finding for finding in findings if finding.level == "error" or not only_errors)
     unseen = [side.name for side in sides if not side.look.looked]
-    if unseen and PartialState().is_main_process:
+    if unseen and is_main():
         logger.warning(
             "Not looked at, since ZeRO-3 has the models in pieces: whether %s honour padding, or see the tokens that "
             "they have to predict.",

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -30,6 +29,7 @@ from kdtrain.data.multimodal import Processed, multimodal
 from kdtrain.errors import KdtrainError, PreflightError
 from kdtrain.experts import without_router_logits
 from kdtrain.lm_head import evaluating, few_tokens
+from kdtrain.ranks import is_main
 
 if TYPE_CHECKING:
     from kdtrain.data.collate import Collator
@@ -80,7 +80,7 @@ def report_findings(findings: Iterable[Finding]) -> None:
     """
     findings = list(dict.fromkeys(findings))
     for finding in findings:
-        if finding.level == "warning" and PartialState().is_main_process:
+        if finding.level == "warning" and is_main():
             logger.warning(finding.text)
     errors = [finding.text for finding in findings if finding.level == "error"]
     if errors:

@@ -100,6 +100,7 @@ from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, count_supervised_in, 
 from kdtrain.model_checks import both_sides, check_models
 from kdtrain.models import disable_dropout, sees_images
 from kdtrain.positions import refuse_width, rows_of_a_run
+from kdtrain.ranks import is_main
 from kdtrain.rehearsal import readable_beginning, rehearse
 from kdtrain.sampling import EpochSampler, SetEpoch
 from kdtrain.teachers import Targets, Teacher
@@ -761,7 +762,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             reduced = telemetry.reduce_metrics(self._metrics["train"], self.accelerator, token_weighted=False)
             logs |= telemetry.training_metrics(reduced, self.stopwatch.lap())
             self._metrics["train"].clear()
-            if not reduced.sums["num_tokens"] and self.is_world_process_zero():
+            if not reduced.sums["num_tokens"] and is_main():
                 logger.warning(
                     "Nothing was supervised since the last record (step %d): rows without an answer, or with an answer "
                     "that max_length (%s) cuts off, teach nothing.",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import torch
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.errors import NotAvailableError, PreflightError
+from kdtrain.ranks import under_launcher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,7 +38,7 @@ def prepare_deepspeed_run(args: TrainingArguments) -> None:
     """
     if not args.deepspeed:
         return
-    if "RANK" not in os.environ:
+    if not under_launcher():
         raise PreflightError(
             "training.deepspeed needs a launcher, for one process too: set launch.num_processes above 1, or start with "
             "`torchrun --nproc_per_node 1 -m kdtrain fit CONFIG`."

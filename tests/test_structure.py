@@ -117,3 +117,23 @@ def test_no_setting_of_precision_is_touched():
     for path in MODULES:
         text = path.read_text(encoding="utf-8")
         assert not [name for name in names if name in text], path
+
+
+IN_ONE_PLACE = {
+    "signal.signal(": "signals.py",
+    '"RANK"': "ranks.py",
+    '"WORLD_SIZE"': "ranks.py",
+    "os.replace(": "folder.py",
+    '"run_config.json"': "folder.py",
+    '"status.json"': "folder.py",
+    '"logging.jsonl"': "folder.py",
+    '"teacher_answers"': "folder.py",
+    '"checkpoint-': "folder.py",
+    '"trainer_state.json"': "checkpoints.py",
+    "os._exit(": "process.py",
+}
+
+
+@pytest.mark.parametrize("text", IN_ONE_PLACE)
+def test_what_a_reader_looks_for_by_name_is_in_one_file(text):
+    assert [path.name for path in MODULES if text in path.read_text(encoding="utf-8")] == [IN_ONE_PLACE[text]]
