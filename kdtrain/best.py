@@ -6,7 +6,7 @@ Upstream asks whether its name ends in "loss": it would keep the step with the l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers import EarlyStoppingCallback
 
@@ -25,12 +25,12 @@ _NEITHER = {*TOKEN_METRICS, "runtime", "samples_per_second", "steps_per_second",
 
 
 def set_direction(trainer: GKDTrainerWithMetrics, asked: bool | None = None) -> None:
-    """Set `greater_is_better`, and the mode of a scheduler that follows the metric, from our own table.
+    """Set `greater_is_better`, and the mode of a scheduler that follows the metric, from `HIGHER_IS_BETTER`.
 
     A metric of the caller's own `compute_metrics` keeps upstream's.
 
     Args:
-        asked: `greater_is_better` as a config says it; on the arguments upstream's guess cannot be told from a wish.
+        asked: `greater_is_better` as the config has it; on the arguments it may be upstream's guess.
 
     Raises:
         PreflightError: the metric has no direction, evaluations will not have it, or the other one was asked for.
@@ -80,7 +80,8 @@ def _metric(trainer: GKDTrainerWithMetrics) -> str | None:
     return args.metric_for_best_model if evaluates else None
 
 
-def _without_prefix(name: str, evaluation: Any) -> str:
+def _without_prefix(name: str, evaluation: object) -> str:
+    """`eval_chats_loss` as `loss`, where `chats` is one of several evaluation sets."""
     bare = name.removeprefix("eval_")
     sets = evaluation if isinstance(evaluation, Mapping) else {}
     return next((bare.removeprefix(f"{key}_") for key in sets if bare.startswith(f"{key}_")), bare)

@@ -46,7 +46,7 @@ class Given:
 
 
 class Reporter(Protocol):
-    """Where a run says what it does: a terminal, a log, or nothing at all."""
+    """Shows what a run does: on a terminal, in a log, or nowhere."""
 
     def data(self, name: str, report: BuildReport) -> None:
         """A data set was read."""
@@ -101,7 +101,7 @@ def build_trainer(
     collator = Collator(processing, teacher.processing, pad_to_multiple_of=args.pad_to_multiple_of)
     if config.answers_from_teacher:
         write_answers(config, args, data, student, teacher, collator, reporter, dry_run)
-    # Followed here, or told to have no effect: nothing is left for the trainer to notice.
+    # The trainer refuses what it cannot follow itself. Here both were followed above, or a warning said why not.
     args.tuner = args.teacher_model_init_kwargs = None
     with readable_construction():
         trainer = GKDTrainerWithMetrics(

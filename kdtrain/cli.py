@@ -70,7 +70,7 @@ def fit(
     if log_format not in ("text", "json"):
         raise ConfigError(f"--log-format must be text or json, got {log_format!r}")
     if launch.launched_by_us() or not is_main():
-        logger.setLevel(logging.ERROR)  # another process says the same
+        logger.setLevel(logging.ERROR)  # the launching process, or rank 0, logs the same
     run_config = ConfigLoader.load(config, overrides or [])
     if not no_launch and not under_launcher():
         from kdtrain.environment import visible_gpus

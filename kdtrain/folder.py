@@ -1,4 +1,4 @@
-"""The run folder: the names of its files, whether a run may write into a folder, and writing a file as a whole.
+"""The run folder: the names of its files, whether a run may use a folder, and writing a file atomically.
 
 | file in `training.output_dir` | what | written by |
 |---|---|---|
@@ -65,7 +65,7 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader sees the old text or the new one, never a part."""
+    """Replace a file in one move: a reader sees the old text or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -66,7 +66,7 @@ def launch_command(config: RunConfig, num_processes: int, arguments: Sequence[st
 def run_launcher(command: Sequence[str]) -> int:
     """Run the launcher to its end; return the exit code of the worker that failed first, 0 if none did.
 
-    A launcher says 1 for whatever befell a worker, so workers leave their code in a file that this process names.
+    A launcher exits with 1 whatever befell a worker, so workers leave their code in a file that this process names.
     """
     with tempfile.TemporaryDirectory() as folder:
         exit_code = Path(folder) / "exit_code"

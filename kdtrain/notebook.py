@@ -74,9 +74,9 @@ def prepare(
 
 
 def _names(root: Node, given: Mapping[str, Any]) -> list[str]:
-    """What the config says of that which is handed over: names win over it, objects take a place that it leaves open.
+    """Overrides that name what was handed over. A loaded model's name is needed only where the config gives none.
 
-    Rows always do: a run folder must not name a file that was not read.
+    Rows always replace the config's path: a run folder must not name a file that was not read.
     """
     found = [_rows_in_place(root, name) for name in ("train", "eval") if given[name] is not None]
     for key, path in (("model", ("model", "model")), ("teacher", ("rlhf", "teacher_model"))):

@@ -18,7 +18,7 @@ _PARTS = {"llm": "language model", "vit": "vision encoder", "aligner": "aligner"
 
 
 def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport) -> dict[str, str]:
-    """The table's rows: what a run is, after all defaults, files and devices have had their say."""
+    """The table's rows, name to text: what the config, the files and the device led to."""
     args, ranks = trainer.args, trainer.accelerator.num_processes
     total, trainable = count_parameters(trainer.model)
     rows = rows_per_batch(trainer) * args.gradient_accumulation_steps

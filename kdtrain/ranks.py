@@ -25,5 +25,5 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes the run's files and says what concerns all of them."""
+    """Whether this is the process that writes the run's files and logs what holds for all ranks."""
     return rank() == 0

@@ -26,14 +26,14 @@ def rehearse(trainer: GKDTrainerWithMetrics, greater_is_better: bool | None = No
     """Try what training will begin with.
 
     Args:
-        greater_is_better: as the config says it, see `set_direction`.
+        greater_is_better: as the config has it, see `set_direction`.
 
     Raises:
         PreflightError: naming the option.
     """
     _check_steps(trainer)
     set_direction(trainer, greater_is_better)
-    if not trainer.is_deepspeed_enabled:  # makes its own
+    if not trainer.is_deepspeed_enabled:  # which makes them itself
         _try_optimizer(trainer)
         _try_scheduler(trainer)
     trainer.rehearsed = True

@@ -1,7 +1,7 @@
 """`fit`: the whole flow of a run, from a checked config to a saved model.
 
-Both faces come here, the command (`cli.py`) and `kdtrain.fit` (`notebook.py`). Nothing here prints: what there is to
-say goes to a `Reporter`.
+The command `kdtrain fit` (`cli.py`) and the function `kdtrain.fit` (`notebook.py`) both call it. Nothing here prints:
+a `Reporter` does.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def fit(
         at_the_end.callback(reporter.close)
         if dry_run:
             args.output_dir = at_the_end.enter_context(tempfile.TemporaryDirectory())
-            args.report_to = []  # no tracker hears of it
+            args.report_to = []  # a tracker would take it for a run
         else:
             at_the_end.enter_context(tracked_status(run_dir))
         trainer, report = build_trainer(config, args, reporter, dry_run, given or Given())
@@ -149,7 +149,7 @@ def _one_window(trainer: GKDTrainerWithMetrics) -> dict[str, float]:
 
 
 def _begin_folder(run_dir: Path, config: RunConfig) -> None:
-    """Write config and status, and say which options a resumed run has that its earlier part did not have."""
+    """Write config and status; warn of options that a resumed run changes."""
     if not is_main():
         return
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How many steps a run has, and the order in which the rows of an epoch are read."""
+"""How many optimizer steps a run has, and in which order the rows of an epoch are read."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class EpochSampler(Sampler[int]):
 
 
 class SetEpoch(TrainerCallback):
-    """Tells a sampler which epoch begins, also one that is resumed in its middle."""
+    """Gives a sampler the number of each epoch that begins, also of one that is resumed in its middle."""
 
     def __init__(self, sampler: EpochSampler) -> None:
         self._sampler = sampler

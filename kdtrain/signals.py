@@ -74,7 +74,7 @@ def interrupting(message: str) -> Iterator[None]:
 
 @contextmanager
 def keyboard_interrupts_named() -> Iterator[None]:
-    """Ctrl-C where nothing handles it as an error of ours instead of a traceback."""
+    """Turn Ctrl-C where no handler is set into an error with its exit code, instead of a traceback."""
     try:
         yield
     except KeyboardInterrupt:

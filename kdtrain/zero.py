@@ -1,4 +1,4 @@
-"""DeepSpeed: what it needs beside its config, and what would go wrong without a word.
+"""DeepSpeed: what it needs beside its config, and what would otherwise go wrong silently.
 
 transformers and accelerate hand the config over. What is here: the process group that ZeRO-3 looks for before the first
 model is loaded, settings under which a run would end without its weights, and the optimizer step, which DeepSpeed takes
@@ -96,5 +96,5 @@ def guard_steps(engine: Any, accelerator: Accelerator, refuse: Callable[[Any], B
 
 
 def not_a_norm(norm: Any) -> bool:
-    """Whether a gradient norm says that the gradient is not finite; DeepSpeed says so by −1 in places."""
+    """Whether a norm stands for a gradient that is not finite; some of DeepSpeed's optimizers return −1 for it."""
     return not math.isfinite(float(norm)) or float(norm) < 0
