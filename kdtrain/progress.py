@@ -39,30 +39,19 @@ class ConsoleReporter:
 
     def data(self, name: str, report: BuildReport) -> None:
         """What became of the rows of a data set."""
-        if self._quiet:
-            return
-        if self._json:
-            self._line({"event": "data", "name": name, "summary": report.summary()})
-        else:
-            self._console.print(f"{name}: {report.summary()}", markup=False, highlight=False, soft_wrap=True)
+        self._show(f"{name}: {report.summary()}", event="data", name=name, summary=report.summary())
 
     def answers(self, done: int, total: int) -> None:
         """A line now and then while the teacher writes answers, and one at the end."""
         now = time.perf_counter()
-        if self._quiet or (done < total and now < self._next_line):
-            return
-        self._next_line = now + 10
-        if self._json:
-            self._line({"event": "answers", "done": done, "total": total})
-        else:
-            self._console.print(f"the teacher's answers: {done:,} of {total:,}", markup=False, highlight=False)
+        if done == total or now >= self._next_line:
+            self._next_line = now + 10
+            self._show(f"the teacher's answers: {done:,} of {total:,}", event="answers", done=done, total=total)
 
     def plan(self, rows: Mapping[str, str]) -> None:
         """The table of what was derived."""
-        if self._quiet:
-            return
-        if self._json:
-            self._line({"event": "plan", **rows})
+        if self._quiet or self._json:
+            self._show("", event="plan", **rows)
             return
         table = Table(show_header=False, box=None, pad_edge=False)
         table.add_column(style="bold")
@@ -75,10 +64,8 @@ class ConsoleReporter:
         """What shows the steps."""
         if self._quiet:
             return []
-        if self._json:
-            return [JsonLines(self._line)]
-        if not self._console.is_terminal:
-            return [PlainLines(self._console)]
+        if self._json or not self._console.is_terminal:
+            return [Lines(self._write, self._json)]
         self._bar = ProgressBar(self._console)
         return [self._bar]
 
@@ -87,53 +74,44 @@ class ConsoleReporter:
         if self._bar is not None:
             self._bar.close()
 
-    def _line(self, record: Mapping[str, Any]) -> None:
-        self._console.print(json.dumps(record), markup=False, highlight=False, soft_wrap=True)
+    def _show(self, text: str, **event: Any) -> None:
+        if not self._quiet:
+            self._write(json.dumps(event) if self._json else text)
+
+    def _write(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-class _Records(TrainerCallback):
-    """Shows each record; what it looks like is up to `show`."""
+class Lines(TrainerCallback):
+    """One line per record: an object for programs, or text with the time left.
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
-        if is_record(logs):
-            self.show(state, logs)
+    Args:
+        write: prints a line of text.
+    """
 
-    def show(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
-        raise NotImplementedError
-
-
-class JsonLines(_Records):
-    """One JSON object per record."""
-
-    def __init__(self, line: Callable[[Mapping[str, Any]], None]) -> None:
-        self._line = line
-
-    def show(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
-        self._line({"event": "log", "step": state.global_step, **logs})
-
-
-class PlainLines(_Records):
-    """One line per record, with the time left."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, write: Callable[[str], None], as_json: bool) -> None:
+        self._write, self._json = write, as_json
         self._first_step, self._began = 0, 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._first_step, self._began = state.global_step, time.perf_counter()
 
-    def show(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        if not is_record(logs):
+            return
+        if self._json:
+            self._write(json.dumps({"event": "log", "step": state.global_step, **logs}))
+            return
         left, done = "", state.global_step - self._first_step
         if "loss" in logs and done:
             seconds = (time.perf_counter() - self._began) / done
             left = f"  {_duration(seconds * (state.max_steps - state.global_step))} left"
-        line = f"step {state.global_step}/{state.max_steps}  {describe(logs)}{left}"
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._write(f"step {state.global_step}/{state.max_steps}  {describe(logs)}{left}")
 
 
-class ProgressBar(_Records):
+class ProgressBar(TrainerCallback):
     """A live bar with the newest loss terms; evaluations stay as lines above it."""
 
     def __init__(self, console: Console) -> None:
@@ -151,10 +129,12 @@ class ProgressBar(_Records):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._progress.update(self._task, completed=state.global_step)
 
-    def show(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
         if "loss" in logs:
             self._terms.plain = describe(logs)
-        else:
+        elif is_record(logs):
             self._console.print(f"step {state.global_step}  {describe(logs)}", markup=False, highlight=False)
 
     def close(self) -> None:

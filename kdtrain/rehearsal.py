@@ -93,7 +93,7 @@ def _try_scheduler(trainer: GKDTrainerWithMetrics) -> None:
     args = trainer.args
     if trainer.lr_scheduler is not None:
         return
-    steps = planned_steps(trainer, trainer.rows_per_epoch()).steps
+    steps, _ = planned_steps(trainer, trainer.rows_per_epoch())
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     name = SchedulerType(args.lr_scheduler_type).value
     with naming("lr_scheduler_type", f"{name} with lr_scheduler_kwargs {args.lr_scheduler_kwargs or {}}"):

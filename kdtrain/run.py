@@ -105,7 +105,7 @@ def _train_and_save(trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: P
     trainer.add_callback(JsonlLogger(run_dir / LOG))
     trainer.add_callback(stop)
     done = 0 if checkpoint is None else steps_done(checkpoint)
-    steps = planned_steps(trainer, trainer.rows_per_epoch()).steps
+    steps, _ = planned_steps(trainer, trainer.rows_per_epoch())
     with request.listening():
         if checkpoint is None or done < steps:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Sampler
@@ -16,22 +16,15 @@ if TYPE_CHECKING:
     from kdtrain.trainer import GKDTrainerWithMetrics
 
 
-class Plan(NamedTuple):
-    """Optimizer steps."""
+def planned_steps(trainer: GKDTrainerWithMetrics, rows: int) -> tuple[int, int]:
+    """Optimizer steps that `train` takes in all, and in an epoch of so many rows, whose last step may have fewer.
 
-    steps: int
-    """Of the whole run."""
-    per_epoch: int
-    """Every epoch ends with a step of its own, which may have fewer rows."""
-
-
-def planned_steps(trainer: GKDTrainerWithMetrics, rows: int) -> Plan:
-    """The steps that `train` takes over epochs of so many rows, as upstream counts them from a loader's length."""
-    args = trainer.args
+    Upstream counts them, from the length of a data loader alone: making one would not be free of consequences.
+    """
     batches = rows / rows_per_batch(trainer)
-    length = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    _, per_epoch, *_, steps = trainer.set_initial_training_values(args, range(length))
-    return Plan(steps, per_epoch)
+    length = math.floor(batches) if trainer.args.dataloader_drop_last else math.ceil(batches)
+    _, per_epoch, *_, steps = trainer.set_initial_training_values(trainer.args, range(length))
+    return steps, per_epoch
 
 
 def rows_per_batch(trainer: GKDTrainerWithMetrics) -> int:

@@ -38,11 +38,11 @@ def test_where_waiting_would_take_long_a_signal_is_an_error_that_says_what_is_ke
 
 
 def test_while_a_launcher_runs_sigterm_is_passed_on_and_ctrl_c_waits_for_it():
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
     with signals.passed_on_to(process):
         send(signal.SIGINT)
         send(signal.SIGTERM)
-        assert process.wait(timeout=30) == -signal.SIGTERM
+        assert process.wait(timeout=20) == -signal.SIGTERM
 
 
 def test_in_a_thread_signals_are_left_to_the_main_one():
