@@ -61,7 +61,11 @@ class EpochSampler(Sampler[int]):
 
 
 class SetEpoch(TrainerCallback):
-    """Gives a sampler the number of each epoch that begins, also of one that is resumed in its middle."""
+    """Gives a sampler the number of each epoch that begins.
+
+    Upstream does so too, but on several ranks its call does not reach the sampler where an epoch is resumed in its
+    middle: the run would go on with the rows of the first epoch.
+    """
 
     def __init__(self, sampler: EpochSampler) -> None:
         self._sampler = sampler
