@@ -108,7 +108,7 @@ def _fit_here(config: RunConfig, resume: str | None, dry_run: bool, quiet: bool,
         typer.echo(f"{what} ({result.seconds:.0f} s)")
         if dry_run:
             typer.echo(f"{describe(result.metrics)}  peak_memory_gib {result.metrics['peak_memory_gib']:.2f}")
-    process.succeed()
+    process.end_rank(0)
 
 
 @app.command()
@@ -135,11 +135,9 @@ def validate(
         raise typer.Exit(ConfigError.exit_code)
 
 
-def _verdict(config: Path, errors: int, warned: int) -> str:
-    def count(n: int, noun: str) -> str:
-        return f"{n} {noun}{'' if n == 1 else 's'}"
-
-    found = ", ".join(count(n, noun) for n, noun in ((errors, "error"), (warned, "warning")) if n)
+def _verdict(config: Path, errors: int, warnings: int) -> str:
+    counts = ((errors, "error"), (warnings, "warning"))
+    found = ", ".join(f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in counts if count)
     return f"{config}: {found or 'no problems found'}"
 
 
@@ -170,12 +168,9 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fals
 
 
 def _not_available(name: str, help_text: str) -> None:
+    @app.command(name, help=f"Not available yet: {help_text}", context_settings={"ignore_unknown_options": True})
     def command(arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
         raise NotAvailableError(f"kdtrain {name} is not available yet.")
-
-    app.command(name, help=f"Not available yet: {help_text}", context_settings={"ignore_unknown_options": True})(
-        command
-    )
 
 
 _not_available("init", "copy a recipe out of examples/.")

@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Options without effect: what was handed over, section, options, reason.
+_IDLE: tuple[tuple[str, KeyPath, tuple[str, ...], str], ...] = (
+    ("model", ("model",), ("dtype", "attn_implementation", "init_kwargs"), "the model is loaded already"),
+    ("teacher", ("rlhf",), ("teacher_model_init_kwargs",), "the teacher is loaded already"),
+    ("teacher", ("rlhf", "teacher"), ("dtype", "device_map", "adapter", "revision"), "the teacher is loaded already"),
+    ("train", ("data", "train", 0), ("name", "split"), "the rows were handed over"),
+    ("eval", ("data", "eval", 0), ("name", "split"), "the rows were handed over"),
+)
+
 
 def prepare(
     config: Source,
@@ -48,12 +57,12 @@ def prepare(
     if isinstance(overrides, str | Mapping):
         raise ConfigError('overrides must be a list such as ["rlhf.beta=0.1"].')
     root = Composer().compose(config, overrides)
-    names = _names(root, {"model": model, "teacher": teacher, "train": train_dataset, "eval": eval_dataset})
-    checked = ConfigLoader.load(config, [*overrides, *names])
+    handed_over = {"model": model, "teacher": teacher, "train": train_dataset, "eval": eval_dataset}
+    checked = ConfigLoader.load(config, [*overrides, *_names(root, handed_over)])
     if (checked.launch.num_processes or 1) > 1 and not under_launcher():
         wanted = checked.launch.num_processes
         logger.warning("launch.num_processes: %s has no effect on kdtrain.fit, which stays in its process.", wanted)
-    _warn_of_idle_options(Written(root), rows=(train_dataset, eval_dataset), model=model, teacher=teacher)
+    _warn_of_idle_options(Written(root), handed_over)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from kdtrain.build import Given
     from kdtrain.config.arguments import build_train_arguments
@@ -109,18 +118,11 @@ def _rows_in_place(root: Node, name: str) -> str:
     return f"data.{name}={json.dumps({**options, 'path': f'{name}_dataset'})}"
 
 
-def _warn_of_idle_options(written: Written, rows: tuple[Any, Any], model: Any, teacher: Any) -> None:
-    """Warn of options about reading what was not read, but handed over."""
-    idle: list[tuple[KeyPath, tuple[str, ...], str]] = []
-    if model is not None and not isinstance(model, str):
-        idle.append((("model",), ("dtype", "attn_implementation", "init_kwargs"), "the model is loaded already"))
-    if teacher is not None and not isinstance(teacher, str):
-        options = ("dtype", "device_map", "adapter", "revision")
-        idle.append((("rlhf",), ("teacher_model_init_kwargs",), "the teacher is loaded already"))
-        idle.append((("rlhf", "teacher"), options, "the teacher is loaded already"))
-    for name, given in zip(("train", "eval"), rows, strict=True):
-        if given is not None:
-            idle.append((("data", name, 0), ("name", "split"), "the rows were handed over"))
-    for section, names, reason in idle:
-        for option in (option for option in names if written.has(*section, option)):
-            logger.warning("%s has no effect: %s.", dotted((*section, option)), reason)
+def _warn_of_idle_options(written: Written, given: Mapping[str, Any]) -> None:
+    """Warn of options about loading or reading what was handed over instead."""
+    for key, section, options, reason in _IDLE:
+        if given[key] is None or isinstance(given[key], str):
+            continue
+        for option in options:
+            if written.has(*section, option):
+                logger.warning("%s has no effect: %s.", dotted((*section, option)), reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -63,35 +64,24 @@ def fail_with_a_bug(error: Exception) -> NoReturn:
 
 def _leave(code: int) -> NoReturn:
     report_exit_code(code)
-    _leave_process_group(failed=True)
-    _end_rank(code)
+    end_rank(code)
     sys.exit(code)
 
 
-def succeed() -> None:
-    """End a rank of several after its work; the only process of a run goes on."""
-    _leave_process_group()
-    _end_rank(0)
+def end_rank(code: int) -> None:
+    """Leave the other ranks, and end a rank of several without tearing the interpreter down; a single process goes on.
 
+    gloo's threads may still run, and abort the interpreter as it ends.
+    """
+    if "torch" in sys.modules:
+        import torch.distributed as dist
 
-def _leave_process_group(failed: bool = False) -> None:
-    """Leave together, so that no rank aborts because another took the connection with it."""
-    if "torch" not in sys.modules:
-        return
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        if not failed:  # after a failure the other ranks may never come
-            dist.barrier()
-        dist.destroy_process_group()
-
-
-def _end_rank(code: int) -> None:
-    """End a rank of several without tearing the interpreter down: gloo's threads may still run, and abort it then."""
+        if dist.is_available() and dist.is_initialized():
+            if code == 0:  # together, or one takes the connection from the others; after a failure they may never come
+                dist.barrier()
+            dist.destroy_process_group()
     if world_size() == 1:
         return
-    import atexit
-
     atexit._run_exitfuncs()  # trackers upload what they have
     logging.shutdown()
     sys.stdout.flush()
