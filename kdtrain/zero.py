@@ -43,8 +43,7 @@ def prepare_deepspeed_run(args: TrainingArguments) -> None:
             "training.deepspeed needs a launcher, for one process too: set launch.num_processes above 1, or start with "
             "`torchrun --nproc_per_node 1 -m kdtrain fit CONFIG`."
         )
-    config: Any = getattr(args, "hf_deepspeed_config", None)
-    if is_deepspeed_zero3_enabled() and not config.is_true(f"zero_optimization.{_GATHER}"):
+    if is_deepspeed_zero3_enabled() and not args.hf_deepspeed_config.is_true(f"zero_optimization.{_GATHER}"):
         raise PreflightError(
             "training.deepspeed: ZeRO-3 would save its pieces and no model.safetensors, so that the run would end "
             f'without a model. Set "{_GATHER}": true under "zero_optimization".'
