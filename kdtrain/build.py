@@ -24,6 +24,7 @@ from kdtrain.vocabulary import shared_vocabulary, vocabulary_size
 from kdtrain.zero import prepare_deepspeed_run
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from torch import nn
@@ -147,7 +148,7 @@ def _hub_options(config: RunConfig) -> dict[str, Any]:
     return {"trust_remote_code": config.model.trust_remote_code, "revision": config.model.revision}
 
 
-def _load_student(config: RunConfig, device: Any) -> PreTrainedModel:
+def _load_student(config: RunConfig, device: torch.device) -> PreTrainedModel:
     return load_model(
         config.model.model,
         dtype=config.model.dtype,

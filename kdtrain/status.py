@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kdtrain.errors import KdtrainError
+from kdtrain.errors import Interrupted, KdtrainError
 from kdtrain.folder import STATUS, write_atomically
 from kdtrain.model_folder import read_map
 from kdtrain.ranks import rank
@@ -25,11 +25,12 @@ def tracked_status(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        state = "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         code, message = 130 if isinstance(error, KeyboardInterrupt) else 1, repr(error)
         if isinstance(error, KdtrainError):
             code, message = error.exit_code, str(error)
         if (run_dir / STATUS).exists():
-            write_status(run_dir, "stopped" if code in (130, 143) else "failed", code, message)
+            write_status(run_dir, state, code, message)
         elif not existed:
             with contextlib.suppress(OSError):  # somebody else's files keep it
                 run_dir.rmdir()

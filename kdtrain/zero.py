@@ -94,6 +94,6 @@ def guard_steps(engine: Any, accelerator: Accelerator, refuse: Callable[[Any], B
     engine.basic_optimizer.register_step_pre_hook(before_step)
 
 
-def not_a_norm(norm: Any) -> bool:
+def not_a_norm(norm: torch.Tensor | float) -> bool:
     """Whether a norm stands for a gradient that is not finite; some of DeepSpeed's optimizers return −1 for it."""
     return not math.isfinite(float(norm)) or float(norm) < 0
