@@ -57,17 +57,21 @@ def fit(
         KdtrainError: what the command ends with; `exit_code` is its exit code.
         Interrupted: SIGINT or SIGTERM, after the state was saved.
     """
-    from kdtrain.notebook import fit as run
+    from kdtrain.notebook import prepare
 
-    return run(
+    arguments, given = prepare(
         config,
         overrides,
-        callbacks=callbacks,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         model=model,
         teacher=teacher,
-        resume=resume,
-        dry_run=dry_run,
-        quiet=quiet,
+        callbacks=callbacks,
     )
+    from rich.console import Console
+
+    from kdtrain.progress import ConsoleReporter
+    from kdtrain.run import fit as run
+
+    reporter = ConsoleReporter(Console(stderr=True), quiet=quiet)
+    return run(arguments, reporter, resume=resume, dry_run=dry_run, given=given)

@@ -6,19 +6,19 @@ import json
 import os
 
 from kdtrain.errors import PreflightError
+from kdtrain.model_folder import ADAPTER_CONFIG, INDEX, WEIGHTS
 
-_MODEL_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+_MODEL_WEIGHTS = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def is_adapter_folder(name: str) -> bool:
     """Whether a folder holds an adapter and no weights of a model."""
-    files = (os.path.isfile(os.path.join(name, file)) for file in _MODEL_WEIGHTS)
-    return os.path.isfile(os.path.join(name, "adapter_config.json")) and not any(files)
+    return has_file(name, ADAPTER_CONFIG) and not any(has_file(name, file) for file in _MODEL_WEIGHTS)
+
+
+def has_file(folder: str, name: str) -> bool:
+    """Whether there is a local folder with a file of this name; a hub id has none."""
+    return os.path.isfile(os.path.join(folder, name))
 
 
 def adapter_base(folder: str) -> str:
@@ -27,7 +27,7 @@ def adapter_base(folder: str) -> str:
     Raises:
         PreflightError: it names none, or a folder that is not there.
     """
-    path = os.path.join(folder, "adapter_config.json")
+    path = os.path.join(folder, ADAPTER_CONFIG)
     try:
         with open(path, encoding="utf-8") as file:
             base = json.load(file).get("base_model_name_or_path")

@@ -11,33 +11,31 @@ import hashlib
 import json
 import logging
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import nn
+from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from kdtrain.batch import for_teacher
-from kdtrain.data.chat import ChatTemplate
-from kdtrain.data.multimodal import image_token_ids
-from kdtrain.errors import Interrupted, NotAvailableError
-from kdtrain.generation import generate_batch, generation_config, stop_token_ids
+from kdtrain.batch import Batch
+from kdtrain.data.images import stored_image
+from kdtrain.errors import NotAvailableError
+from kdtrain.generation import generate_batch
+from kdtrain.generation_sampling import generation_config, token_roles
 from kdtrain.losses.reduce import IGNORE_INDEX
+from kdtrain.ranks import is_main
+from kdtrain.vocabulary import vocabulary_size
 
 logger = logging.getLogger(__name__)
 
 Answer = np.ndarray
 """Token ids, int32: as lists they would take ten times the memory."""
-Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
+Collate = Callable[[list[dict[str, Any]]], Batch]
 
 
 class TeacherAnswers:
@@ -57,7 +55,7 @@ class TeacherAnswers:
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: PreTrainedModel,
         processing_class: Any,
         collate: Collate,
         folder: Path,
@@ -73,20 +71,14 @@ class TeacherAnswers:
                 "answers: teacher is not available under DeepSpeed ZeRO-3, which keeps the teacher in pieces until "
                 "training begins: generate them in a run of its own (training.max_steps: 1) without it."
             )
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        stops = stop_token_ids(getattr(teacher, "generation_config", None), tokenizer)
-        if tokenizer.chat_template or getattr(processing_class, "chat_template", None):
-            stops += sorted(ChatTemplate(processing_class).stop_ids - set(stops))
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0] if stops else 0
-        own_size = teacher.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-        forbidden = [*range(vocabulary, own_size), *image_token_ids(processing_class)]
-        self._config = generation_config(stops, pad, None, max_new_tokens, forbidden)
-        self._stops, self._collate, self._batch_size, self._progress = set(stops), collate, batch_size, progress
+        roles = token_roles(processing_class, teacher, range(vocabulary, vocabulary_size(teacher)))
+        self._config = generation_config(roles.stop, roles.pad, None, max_new_tokens, roles.forbidden)
+        self._stops, self._collate, self._batch_size, self._progress = set(roles.stop), collate, batch_size, progress
         self._state = PartialState()
         if getattr(teacher, "hf_device_map", None) is None:
             teacher.to(self._state.device)
         self._teacher = teacher.eval()
-        settings = {**identity, "stops": stops, "max_new_tokens": max_new_tokens, "vocabulary": vocabulary}
+        settings = {**identity, "stops": roles.stop, "max_new_tokens": max_new_tokens, "vocabulary": vocabulary}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
         self._folder = folder / digest[:16]
 
@@ -98,9 +90,6 @@ class TeacherAnswers:
         Returns:
             Rows with new `input_ids` and `labels`: the answer is supervised, its stop token included. An answer that
             reached `max_new_tokens` gets no made-up stop token; such are counted in a warning.
-
-        Raises:
-            Interrupted: a signal; what was answered is kept.
         """
         if "answers" not in dataset.column_names:
             return dataset
@@ -108,11 +97,10 @@ class TeacherAnswers:
         wanted = {key: i for i, key in enumerate(keys) if key is not None}
         # Together, before any rank writes: all have to see the same ones missing.
         known = dict(gather_object(list(self._stored().items())))
-        with self._stoppable():
-            made = self._generate(dataset, keys, [i for key, i in wanted.items() if key not in known], len(wanted))
+        made = self._generate(dataset, keys, [i for key, i in wanted.items() if key not in known], len(wanted))
         known |= dict(gather_object(made))
         cut = sum(self._stops.isdisjoint(known[key].tolist()) for key in wanted)
-        if cut and self._state.is_main_process:
+        if cut and is_main():
             logger.warning("%d of the teacher's %d answers reached rlhf.max_new_tokens.", cut, len(wanted))
         return self._with_answers(dataset, keys, known)
 
@@ -136,15 +124,14 @@ class TeacherAnswers:
                 file.flush()
                 os.fsync(file.fileno())
             made += answers
-            if state.is_main_process:
+            if is_main():
                 self._progress(min(total - len(missing) + len(made) * state.num_processes, total), total)
         return made
 
     def _answers(self, rows: list[dict[str, Any]]) -> list[Answer]:
-        inputs = for_teacher(self._collate(rows))
-        inputs = {k: v.to(self._state.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-        done = generate_batch(self._teacher, inputs, self._config, seed=0)
-        pairs = zip(done["input_ids"].cpu(), done["labels"].cpu(), strict=True)
+        batch = self._collate(rows).as_teacher_sees_it().to(self._state.device)
+        done = generate_batch(self._teacher, batch, self._config, seed=0)
+        pairs = zip(done.model_inputs["input_ids"].cpu(), done.labels.cpu(), strict=True)
         return [ids[labels != IGNORE_INDEX].numpy().astype(np.int32) for ids, labels in pairs]
 
     def _stored(self) -> dict[str, Answer]:
@@ -154,27 +141,6 @@ class TeacherAnswers:
             for file in sorted(self._folder.glob("rank*.jsonl"))
             for record in _lines(file)
         }
-
-    @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        """Turn SIGINT and SIGTERM into an error that says what is kept; this may take as long as training."""
-
-        def stop(signum: int, frame: Any) -> None:
-            raise Interrupted(
-                signum,
-                f"Stopped while the teacher was answering. What it has answered is kept in {self._folder.parent}; go "
-                "on with: kdtrain fit CONFIG --resume auto",
-            )
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _with_answers(
         self, dataset: datasets.Dataset, keys: Sequence[str | None], answers: Mapping[str, Answer]
@@ -219,12 +185,5 @@ def _keys(dataset: datasets.Dataset) -> list[str | None]:
 def _key(row: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(row["input_ids"][: row["prompt_length"]]).encode())
     for image in row.get("images") or ():
-        digest.update(_image_key(image))
+        digest.update(stored_image(image).identity)
     return digest.hexdigest()[:32]
-
-
-def _image_key(image: Mapping[str, Any]) -> bytes:
-    if image.get("bytes") is not None:
-        return hashlib.sha256(image["bytes"]).digest()
-    found = os.stat(image["path"])
-    return f"{image['path']}:{found.st_size}:{found.st_mtime_ns}".encode()

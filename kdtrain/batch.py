@@ -1,17 +1,12 @@
-"""What a batch holds, and which part of it goes where.
+"""What a batch is: what the models' forwards take, what the loss compares with, and what is known of its rows.
 
-Shapes: B rows, T positions.
+Shapes: B rows, T positions, S supervised tokens.
 
-| keys | shape | for |
-|---|---|---|
-| `input_ids`, `attention_mask` | [B, T] | both models |
-| `token_type_ids`, `mm_token_type_ids`, … | [B, T] | both models: what a processor says of every token |
-| `pixel_values`, `image_grid_thw`, … | axis 0: images, patches or rows | both models: a processor's images |
-| `labels` | [B, T] | the loss |
-| `teacher_inputs` | as above | the teacher alone, in place of the same keys: its processor makes other pixels |
-| the others in `NOT_FOR_THE_MODEL` | by row | the trainer |
+Batches are padded on the right. What several places ask of one (which positions predict a supervised token, how many
+there are, how much of it is images) is found once and kept with it; whoever changes a batch makes a new one by
+`dataclasses.replace`, which forgets these.
 
-A user's own collator may give further keys, and pad on the left, as trl's does: `received` brings that into this form.
+A user's own collator may still give a plain dict, padded on either side: `received` makes a batch of it.
 """
 
 from __future__ import annotations
@@ -19,37 +14,249 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
+from kdtrain.errors import DataError
+from kdtrain.losses.reduce import IGNORE_INDEX, next_token_labels
+
 logger = logging.getLogger(__name__)
 
-NOT_FOR_THE_MODEL = frozenset(
-    {
-        "labels",
-        "prompt_lengths",
-        "ce_rows",
-        "row_ids",
-        "prompts",
-        "prompt_attention_mask",
-        "student_generated",
-        "all_repeated",
-        "visual_sizes",
-        "teacher_inputs",
-        "teacher_visual_sizes",
-        "visual_units",
-        "truncated",
-        "places",
-    }
-)
 # Of trl's DataCollatorForChatML: offsets for a teacher with another tokenizer, and the texts behind them.
 _OF_OTHER_TRAINERS = frozenset({"byte_offsets", "original_prompt_text", "original_completion_text"})
 # What a forward hands on to the attention without naming it.
 _FOR_ATTENTION = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 _TEXT = frozenset({"input_ids", "attention_mask"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What is known of the B rows of a batch beside their tokens."""
+
+    ids: Sequence[str] = ()
+    """Their names, for messages and for what is stored by row; empty where the collator gives none."""
+    prompt_lengths: torch.Tensor | None = None
+    """[B] long: leading tokens that are the prompt, which an answer can be generated from."""
+    prompts: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Ids and mask [B, P] of prompts padded on the left, in place of `prompt_lengths`: trl's collator gives them."""
+    ce: torch.Tensor | None = None
+    """[B] bool: rows that contribute cross-entropy; None is all."""
+    truncated: Sequence[bool] = ()
+    """Whether each row was cut at `max_length`; empty where none was."""
+    places: Sequence[int] | None = None
+    """Where each row stood among those that were to be collated, where some were dropped."""
+
+    def name(self, row: int) -> str:
+        """A row's name for a message."""
+        return self.ids[row] if row < len(self.ids) and self.ids[row] else str(row)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherImages:
+    """The images as the teacher's processor makes them, where it makes others than the student's."""
+
+    inputs: Mapping[str, torch.Tensor]
+    sizes: Mapping[str, Sequence[int]]
+    """As `Batch.visual_sizes`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch."""
+
+    model_inputs: Mapping[str, Any]
+    """What the student's forward takes: `input_ids` and `attention_mask` [B, T], what a processor says of every token
+    (`…token_type_ids` [B, T]), and its images, whose first axis counts images, patches or rows."""
+    labels: torch.Tensor
+    """[B, T] long: −100 where nothing is supervised."""
+    rows: Rows = field(default_factory=Rows)
+    visual_sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Per tensor of images: how many entries along its first axis each of the B rows owns."""
+    teacher_images: TeacherImages | None = None
+    generated_by: Literal["student", "teacher"] | None = None
+    """Who wrote the answers; None are those of the data."""
+    all_repeated: bool = False
+    """Whether no row is new: the batch only fills up an epoch, so that all ranks go through the same motions."""
+
+    # ---- the supervised tokens ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def predicts_BT(self) -> torch.Tensor:
+        """[B, T−1] bool: positions whose next token is supervised. Those of student and teacher are selected by it."""
+        return next_token_labels(self.labels) != IGNORE_INDEX
+
+    @cached_property
+    def labels_S(self) -> torch.Tensor:
+        """[S]: the supervised tokens, row by row."""
+        return next_token_labels(self.labels)[self.predicts_BT]
+
+    @cached_property
+    def num_supervised(self) -> torch.Tensor:
+        """S, a scalar int64 tensor: found without waiting for the device."""
+        return self.predicts_BT.sum()
+
+    @property
+    def ce_mask_S(self) -> torch.Tensor | None:
+        """[S] bool: supervised tokens of rows that contribute cross-entropy; None is all."""
+        if self.rows.ce is None:
+            return None
+        return self.rows.ce.to(self.predicts_BT.device)[:, None].expand_as(self.predicts_BT)[self.predicts_BT]
+
+    # ---- tokens and images -------------------------------------------------------------------------------------------
+
+    @property
+    def num_input_tokens(self) -> torch.Tensor:
+        """Tokens that are not padding, a scalar tensor."""
+        mask = self.model_inputs.get("attention_mask")
+        return mask.sum() if mask is not None else torch.tensor(float(self.model_inputs["input_ids"].numel()))
+
+    @property
+    def token_level(self) -> dict[str, torch.Tensor]:
+        """What a processor says of every token, [B, T]: 0 is text."""
+        return _token_level(self.model_inputs)
+
+    @property
+    def visual(self) -> dict[str, Any]:
+        """What describes images rather than tokens: by the collator's account, or by name where it gives none."""
+        return _visual(self.model_inputs, self.visual_sizes)
+
+    @property
+    def unknown_inputs(self) -> list[str]:
+        """Inputs of the model of which nothing is known: neither tokens nor images."""
+        return sorted(self.model_inputs.keys() - _TEXT - self.token_level.keys() - self.visual.keys())
+
+    @property
+    def has_images(self) -> bool:
+        """Whether it carries pixels."""
+        return any(key.startswith("pixel_values") and value is not None for key, value in self.model_inputs.items())
+
+    @cached_property
+    def image_units(self) -> float:
+        """What a mean over image features weighs the batch by, proportional to its image tokens.
+
+        Patches where the batch says how many, the area of images that are packed, crops or frames elsewhere. Crops that
+        only fill up a batch, all zero, do not count: no model encodes them. Nothing where no row is new. On a GPU this
+        waits for the device, once.
+        """
+        if self.all_repeated:
+            return 0.0
+        inputs = self.model_inputs
+        grids = [inputs[key] for key in ("image_grid_thw", "video_grid_thw") if inputs.get(key) is not None]
+        if patches := float(sum(float(grid.prod(-1).sum()) for grid in grids)):
+            return patches
+        images = {key: value for key, value in inputs.items() if key.startswith("pixel_values") and value is not None}
+        return float(sum(_count_images(value, inputs.get("image_sizes")) for value in images.values()))
+
+    # ---- other forms of it -------------------------------------------------------------------------------------------
+
+    @property
+    def teacher_inputs(self) -> Mapping[str, Any]:
+        """What the teacher's forward takes: the student's inputs, but its own images where its processor makes others.
+
+        They replace the student's, which may have tensors that it knows nothing of.
+        """
+        if self.teacher_images is None:
+            return self.model_inputs
+        students = {key: value for key, value in self.model_inputs.items() if key not in self.visual_sizes}
+        return students | dict(self.teacher_images.inputs)
+
+    def as_teacher_sees_it(self) -> Batch:
+        """The batch with the teacher's inputs in place of the student's."""
+        if self.teacher_images is None:
+            return self
+        return replace(
+            self, model_inputs=self.teacher_inputs, visual_sizes=self.teacher_images.sizes, teacher_images=None
+        )
+
+    def without_labels(self) -> Batch:
+        """The batch with nothing supervised."""
+        return replace(self, labels=torch.full_like(self.labels, IGNORE_INDEX))
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Batch:
+        """On a device; accelerate's data loaders call this."""
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """In pinned memory; torch's data loader calls this."""
+        return self.map_tensors(lambda tensor: tensor.pin_memory())
+
+    def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The batch with every tensor changed; the same object, and what is known of it, where none is another."""
+        changes: list[bool] = []
+
+        def noted(tensor: torch.Tensor) -> torch.Tensor:
+            changed = change(tensor)
+            changes.append(changed is not tensor)
+            return changed
+
+        rows, images = self.rows, self.teacher_images
+        mapped = replace(
+            self,
+            model_inputs=_mapped(self.model_inputs, noted),
+            labels=noted(self.labels),
+            rows=replace(
+                rows,
+                prompt_lengths=_mapped(rows.prompt_lengths, noted),
+                prompts=_mapped(rows.prompts, noted),
+                ce=_mapped(rows.ce, noted),
+            ),
+            teacher_images=None if images is None else replace(images, inputs=_mapped(images.inputs, noted)),
+        )
+        return mapped if any(changes) else self
+
+    # What transformers' Trainer asks of a batch by itself: whether there is one, its tokens to count them, its inputs
+    # for a user's `compute_metrics`.
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __contains__(self, name: object) -> bool:
+        return name == "labels" or name in self.model_inputs
+
+    def __getitem__(self, name: str) -> Any:
+        return self.labels if name == "labels" else self.model_inputs[name]
+
+
+_Value = TypeVar("_Value")
+
+
+def _mapped(value: _Value, change: Callable[[torch.Tensor], torch.Tensor]) -> _Value:
+    """A tensor changed, or the tensors of a mapping or tuple; anything else as it is."""
+    mapped: Any = value
+    if isinstance(value, torch.Tensor):
+        mapped = change(value)
+    elif isinstance(value, Mapping):
+        mapped = {key: _mapped(item, change) for key, item in value.items()}
+    elif isinstance(value, tuple | list):
+        mapped = type(value)(_mapped(item, change) for item in value)
+    return mapped
+
+
+def _token_level(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in inputs.items() if key.endswith("token_type_ids")}
+
+
+def _visual(inputs: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    by_name = ("pixel_", "image_", "video_")
+    return {key: value for key, value in inputs.items() if key in sizes or key.startswith(by_name)}
+
+
+def _count_images(pixels: Any, sizes: Any) -> float:
+    if not isinstance(pixels, torch.Tensor):
+        return len(pixels)
+    if pixels.dim() == 5:  # [rows, crops, channels, height, width]
+        return float(pixels.flatten(2).any(-1).sum())
+    if pixels.dim() == 4 and sizes is not None and len(sizes) == len(pixels):
+        return float(torch.as_tensor(sizes).prod(-1).sum())
+    return len(pixels)
+
+
+# ---- batches of other collators --------------------------------------------------------------------------------------
 
 
 def forward_names(model: nn.Module) -> frozenset[str] | None:
@@ -59,98 +266,80 @@ def forward_names(model: nn.Module) -> frozenset[str] | None:
     return frozenset(names) if len(names) > 1 else None  # self alone: a wrapper
 
 
-def received(batch: Mapping[str, Any], accepted: frozenset[str] | None) -> dict[str, Any]:
-    """A batch of any collator without what the student's forward does not take, which is said once.
+def received(batch: Batch | Mapping[str, Any], accepted: frozenset[str] | None) -> Batch:
+    """A batch of any collator, without what the student's forward does not take, which is said once.
 
     Args:
-        batch: as collated.
+        batch: as collated: a `Batch`, or a mapping with `input_ids`, `attention_mask`, `labels` and whatever else the
+            model takes; optionally `prompt_lengths` [B] (or trl's `prompts`), `ce_rows` [B], `row_ids`, `visual_sizes`,
+            `teacher_inputs` and `teacher_visual_sizes`.
         accepted: of `forward_names`.
+
+    Raises:
+        DataError: no labels.
     """
-    known = {"input_ids", "attention_mask"} | NOT_FOR_THE_MODEL | _FOR_ATTENTION | token_level(batch).keys()
-    known |= visual(batch).keys()
-    strange = [key for key in batch if key in _OF_OTHER_TRAINERS or not (accepted is None or key in accepted | known)]
-    if told := tuple(key for key in strange if key not in _OF_OTHER_TRAINERS):
-        _say_left_out(told)
-    return {key: value for key, value in batch.items() if key not in strange}
+    found = batch if isinstance(batch, Batch) else _from_mapping(batch)
+    inputs = found.model_inputs
+    known = _TEXT | _FOR_ATTENTION | found.token_level.keys() | found.visual.keys()
+    left_out = [key for key in inputs if not (accepted is None or key in accepted | known)]
+    if not left_out:
+        return found
+    _warn_left_out(tuple(left_out))
+    return replace(found, model_inputs={key: value for key, value in inputs.items() if key not in left_out})
+
+
+def _from_mapping(batch: Mapping[str, Any]) -> Batch:
+    rest = {key: value for key, value in batch.items() if key not in _OF_OTHER_TRAINERS}
+    labels = rest.pop("labels", None)
+    if labels is None:
+        raise DataError(
+            f"The collator's batches have no labels (they have {', '.join(batch)}): give `labels` [B, T], with -100 "
+            "where nothing is supervised."
+        )
+    prompts, mask = rest.pop("prompts", None), rest.pop("prompt_attention_mask", None)
+    rows = Rows(
+        ids=rest.pop("row_ids", ()),
+        prompt_lengths=rest.pop("prompt_lengths", None),
+        prompts=None if prompts is None or mask is None else (prompts, mask),
+        ce=rest.pop("ce_rows", None),
+        truncated=rest.pop("truncated", ()),
+        places=rest.pop("places", None),
+    )
+    images, sizes = rest.pop("teacher_inputs", None), rest.pop("teacher_visual_sizes", {})
+    return Batch(
+        labels=labels,
+        rows=rows,
+        visual_sizes=rest.pop("visual_sizes", {}),
+        teacher_images=None if images is None else TeacherImages(inputs=images, sizes=sizes),
+        model_inputs=rest,
+    )
 
 
 @functools.cache
-def _say_left_out(keys: tuple[str, ...]) -> None:
+def _warn_left_out(keys: tuple[str, ...]) -> None:
     logger.warning("Batches carry %s, which the student's forward does not take: left out.", ", ".join(keys))
 
 
-def right_padded(batch: dict[str, Any]) -> dict[str, Any]:
+def right_padded(batch: Batch) -> Batch:
     """The batch with its padding moved behind the rows, where all its [B, T] tensors have it.
 
     On the left it shifts the positions of models that count them from the first column, and stands between the virtual
     tokens of prompt tuning and the row.
     """
-    mask = batch.get("attention_mask")
+    mask = batch.model_inputs.get("attention_mask")
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or bool(mask[:, 0].all()):
         return batch
     columns = torch.arange(mask.shape[1], device=mask.device)
     empty = (mask.cumsum(1) == 0).sum(1, keepdim=True)
     moved = (columns + empty) % mask.shape[1]
-    keys = {"input_ids", "attention_mask", "labels", "position_ids"} | token_level(batch).keys()
-    tensors = {key: batch[key] for key in keys if isinstance(batch.get(key), torch.Tensor)}
-    return batch | {key: value.gather(1, moved) for key, value in tensors.items() if value.shape == mask.shape}
 
+    def shifted(name: str, value: Any) -> Any:
+        per_token = name in ("input_ids", "attention_mask", "position_ids", "labels") or name in batch.token_level
+        fits = isinstance(value, torch.Tensor) and value.shape == mask.shape
+        return value.gather(1, moved) if per_token and fits else value
 
-class TruncatedRows:
-    """Rows that were cut at `max_length`: the first is told, and all are counted."""
-
-    def __init__(self, max_length: int | None) -> None:
-        self._max_length, self._rows, self._truncated = max_length, 0, 0
-
-    def count(self, batches: Sequence[Mapping[str, Any]]) -> None:
-        """Take account of the batches of a window."""
-        self._rows += sum(len(batch["input_ids"]) for batch in batches)
-        truncated = sum(sum(batch.get("truncated", ())) for batch in batches)
-        if truncated and not self._truncated:
-            logger.warning("Rows longer than max_length (%s tokens) are cut from the right.", self._max_length)
-        self._truncated += truncated
-
-    def say_total(self, accelerator: Any) -> None:
-        """Say how many there were on all ranks; a collective."""
-        own = torch.tensor([self._truncated, self._rows], device=accelerator.device)
-        truncated, rows = accelerator.reduce(own).tolist()
-        if truncated and accelerator.is_main_process:
-            logger.warning("%d of %d rows were cut at max_length (%s tokens).", truncated, rows, self._max_length)
-
-
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What the student's forward takes."""
-    return {key: value for key, value in batch.items() if key not in NOT_FOR_THE_MODEL}
-
-
-def teacher_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What the teacher's forward takes: the student's inputs, but its own pixels where its processor makes others."""
-    inputs = model_inputs(batch)
-    if "teacher_inputs" in batch:
-        students = batch.get("visual_sizes", {})
-        inputs = {key: value for key, value in inputs.items() if key not in students} | batch["teacher_inputs"]
-    return inputs
-
-
-def for_teacher(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch as the teacher sees it, with what the trainer needs of it."""
-    return {key: value for key, value in batch.items() if key in NOT_FOR_THE_MODEL} | teacher_inputs(batch)
-
-
-def token_level(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """What a processor says of every token, [B, T]: 0 is text."""
-    return {key: value for key, value in batch.items() if key.endswith("token_type_ids")}
-
-
-def visual(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What describes images rather than tokens: by the collator's account, or by name where it gives none."""
-    known = batch.get("visual_sizes", {})
-    return {
-        key: value for key, value in batch.items() if key in known or key.startswith(("pixel_", "image_", "video_"))
-    }
-
-
-def unknown(batch: Mapping[str, Any]) -> list[str]:
-    """Inputs of the model of which nothing is known: neither tokens nor images."""
-    known = _TEXT | token_level(batch).keys() | visual(batch).keys()
-    return sorted(model_inputs(batch).keys() - known)
+    return replace(
+        batch,
+        model_inputs={name: shifted(name, value) for name, value in batch.model_inputs.items()},
+        labels=shifted("labels", batch.labels),
+    )

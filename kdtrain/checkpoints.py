@@ -1,18 +1,59 @@
-"""Which checkpoints of a run can be resumed from, and reading their weights."""
+"""Checkpoints of a run: which can be resumed from, and which one `--resume` means.
+
+A checkpoint holds what transformers saves (weights or an adapter, optimizer, scheduler, random numbers,
+`trainer_state.json`, which is written last), and beside it, one file per rank, the sums that no record has covered yet
+(`unlogged_<rank>.safetensors`) and what visual KD trains (`visual_projectors.safetensors`).
+"""
 
 from __future__ import annotations
 
-import re
+import json
+import logging
 from pathlib import Path
-from typing import Any
 
 from kdtrain.errors import CheckpointError
-from kdtrain.load_report import listed, wrong_weights
-from kdtrain.model_folder import require_sound
+from kdtrain.folder import CHECKPOINT
+from kdtrain.model_folder import ADAPTER_WEIGHTS, INDEX, WEIGHTS
 
-_NAME = re.compile(r"checkpoint-(\d+)")
-_STATE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+logger = logging.getLogger(__name__)
+
+_TRAINER_STATE = "trainer_state.json"
+
+
+def checkpoint_to_resume(run_dir: Path, resume: str | None) -> Path | None:
+    """The checkpoint to go on from, None for a clean start.
+
+    Args:
+        resume: "auto" (the newest complete checkpoint of the run, if it has any), a checkpoint's path, or None.
+
+    Raises:
+        CheckpointError: it is incomplete or missing, or the run has checkpoints and none is complete.
+    """
+    if resume is None:
+        return None
+    if resume != "auto":
+        checkpoint = Path(resume).resolve()
+        if not checkpoint.exists():
+            raise CheckpointError(f"--resume {resume}: there is no such checkpoint. Give its path, or auto.")
+        if missing := missing_files(checkpoint):
+            raise CheckpointError(f"{checkpoint} cannot be resumed from: it lacks {', '.join(missing)}.")
+        return checkpoint
+    newest, skipped = _newest_complete(run_dir)
+    if newest is None and skipped:
+        lacks = "; ".join(f"{name} lacks {', '.join(missing)}" for name, missing in skipped.items())
+        raise CheckpointError(
+            f"--resume auto: no checkpoint in {run_dir} is complete: {lacks}. Restore what is missing, or begin anew "
+            "in another folder (training.output_dir=… on the command line)."
+        )
+    for name, missing in skipped.items():
+        logger.warning("%s is skipped: it lacks %s.", name, ", ".join(missing))
+    logger.warning("Resuming from %s." if newest else "No checkpoint in %s yet: clean start.", newest or run_dir)
+    return newest
+
+
+def steps_done(checkpoint: Path) -> int:
+    """Optimizer steps that were taken when a checkpoint was saved."""
+    return int(json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])
 
 
 def missing_files(checkpoint: Path) -> list[str]:
@@ -23,22 +64,20 @@ def missing_files(checkpoint: Path) -> list[str]:
     if not checkpoint.is_dir():
         return ["the folder itself"]
     sharded = any(checkpoint.glob("global_step*")) or any(checkpoint.glob("pytorch_model_fsdp*"))
-    wanted = ("trainer_state.json",) if sharded else _STATE
+    wanted = (_TRAINER_STATE,) if sharded else (_TRAINER_STATE, "optimizer.pt", "scheduler.pt")
     missing = [name for name in wanted if not _holds_something(checkpoint / name)]
-    if not sharded and not any(_holds_something(checkpoint / name) for name in _WEIGHTS):
-        missing.append(" or ".join(_WEIGHTS))
+    weights = (WEIGHTS, INDEX, ADAPTER_WEIGHTS)
+    if not sharded and not any(_holds_something(checkpoint / name) for name in weights):
+        missing.append(" or ".join(weights))
     return missing
 
 
-def newest_complete(run_dir: Path) -> tuple[Path | None, dict[str, list[str]]]:
+def _newest_complete(run_dir: Path) -> tuple[Path | None, dict[str, list[str]]]:
     """The newest complete checkpoint of a run, and what was skipped: name -> missing files."""
-    found = sorted(
-        (int(match[1]), path)
-        for path in (run_dir.iterdir() if run_dir.is_dir() else ())
-        if (match := _NAME.fullmatch(path.name))
-    )
+    steps = {path: path.name.removeprefix(CHECKPOINT) for path in run_dir.glob(f"{CHECKPOINT}*")}
+    found = sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
     skipped: dict[str, list[str]] = {}
-    for _, path in reversed(found):
+    for path in reversed(found):
         missing = missing_files(path)
         if not missing:
             return path, skipped
@@ -46,39 +85,5 @@ def newest_complete(run_dir: Path) -> tuple[Path | None, dict[str, list[str]]]:
     return None, skipped
 
 
-def require_complete(checkpoint: Path) -> Path:
-    """The checkpoint, if it can be resumed from.
-
-    Raises:
-        CheckpointError: files are missing.
-    """
-    missing = missing_files(checkpoint)
-    if missing:
-        raise CheckpointError(f"{checkpoint} cannot be resumed from: it lacks {', '.join(missing)}.")
-    return checkpoint
-
-
 def _holds_something(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
-
-
-def load_weights(model: Any, folder: str | Path) -> None:
-    """Load saved weights into a model, as `from_pretrained` reads them: whatever names they were saved under.
-
-    Raises:
-        CheckpointError: weights are missing, or do not fit.
-    """
-    try:
-        require_sound(Path(folder), "checkpoint")
-        saved, found = type(model).from_pretrained(
-            folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        wrong = wrong_weights(found, saved.config)  # what is missing would be random numbers
-        if wrong:
-            raise ValueError(f"{len(wrong)} weights are wrong: {listed(wrong)}.")
-        model.load_state_dict(saved.state_dict())
-    except Exception as error:
-        raise CheckpointError(
-            f"The weights in {folder} do not fit {type(model).__name__}: {str(error).strip().splitlines()[0]} Resume "
-            "with the model that the run began with, or start anew in another output_dir."
-        ) from error

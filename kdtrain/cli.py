@@ -1,4 +1,4 @@
-"""The command line: parse, call, print, exit. The only module that prints a result or ends the process.
+"""The commands: parse, call, print a result. How a process logs, fails and ends is in `process.py`.
 
 Results go to stdout, everything else to stderr. Nothing here imports torch before a command needs it: help and static
 validation answer at once.
@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
 import sys
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdtrain import __version__
-from kdtrain.errors import ConfigError, Interrupted, KdtrainError, NotAvailableError
+from kdtrain import __version__, process
+from kdtrain.errors import ConfigError, KdtrainError, NotAvailableError
+from kdtrain.ranks import is_main, under_launcher
+from kdtrain.signals import keyboard_interrupts_named
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig
@@ -67,13 +66,13 @@ def fit(
     from kdtrain import launch
     from kdtrain.config import ConfigLoader
 
-    _set_up_logging(log_format, debug)
+    process.set_up_logging(log_format, debug)
     if log_format not in ("text", "json"):
         raise ConfigError(f"--log-format must be text or json, got {log_format!r}")
-    if launch.launched_by_us() or int(os.environ.get("RANK", "0")) > 0:
-        logger.setLevel(logging.ERROR)  # another process says the same
+    if launch.launched_by_us() or not is_main():
+        logger.setLevel(logging.ERROR)  # the launching process, or rank 0, logs the same
     run_config = ConfigLoader.load(config, overrides or [])
-    if not no_launch and not launch.under_launcher():
+    if not no_launch and not under_launcher():
         from kdtrain.environment import visible_gpus
 
         devices = visible_gpus()
@@ -83,14 +82,12 @@ def fit(
             if not quiet:
                 logger.info(launch.shown(command))
             sys.exit(launch.run_launcher(command))
-    try:
-        _train(run_config, resume, dry_run, quiet, log_format)
-    except KeyboardInterrupt:
-        message = "Interrupted outside of training: nothing more was saved."
-        raise Interrupted(signal.SIGINT, message) from None
+    with keyboard_interrupts_named():
+        _fit_here(run_config, resume, dry_run, quiet, log_format)
 
 
-def _train(config: RunConfig, resume: str | None, dry_run: bool, quiet: bool, log_format: str) -> None:
+def _fit_here(config: RunConfig, resume: str | None, dry_run: bool, quiet: bool, log_format: str) -> None:
+    """Train in this process, and print what came out."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -100,19 +97,18 @@ def _train(config: RunConfig, resume: str | None, dry_run: bool, quiet: bool, lo
     from kdtrain.progress import ConsoleReporter, describe
     from kdtrain.run import fit as run_fit
 
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main():
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
     arguments = build_train_arguments(config)
-    _quiet_libraries(keep_bars=console.is_terminal and not quiet)
+    process.quiet_libraries(keep_bars=console.is_terminal and not quiet)
     reporter = ConsoleReporter(console, log_format, quiet)
     result = run_fit(arguments, reporter, resume=resume, dry_run=dry_run)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main():
         what = "dry run passed" if dry_run else f"{result.steps} steps, model in {result.run_dir}"
         typer.echo(f"{what} ({result.seconds:.0f} s)")
         if dry_run:
             typer.echo(f"{describe(result.metrics)}  peak_memory_gib {result.metrics['peak_memory_gib']:.2f}")
-    _leave_process_group()
-    _end_rank(0)
+    process.end_rank(0)
 
 
 @app.command()
@@ -139,11 +135,9 @@ def validate(
         raise typer.Exit(ConfigError.exit_code)
 
 
-def _verdict(config: Path, errors: int, warned: int) -> str:
-    def count(n: int, noun: str) -> str:
-        return f"{n} {noun}{'' if n == 1 else 's'}"
-
-    found = ", ".join(count(n, noun) for n, noun in ((errors, "error"), (warned, "warning")) if n)
+def _verdict(config: Path, errors: int, warnings: int) -> str:
+    counts = ((errors, "error"), (warnings, "warning"))
+    found = ", ".join(f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in counts if count)
     return f"{config}: {found or 'no problems found'}"
 
 
@@ -174,12 +168,9 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fals
 
 
 def _not_available(name: str, help_text: str) -> None:
+    @app.command(name, help=f"Not available yet: {help_text}", context_settings={"ignore_unknown_options": True})
     def command(arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
         raise NotAvailableError(f"kdtrain {name} is not available yet.")
-
-    app.command(name, help=f"Not available yet: {help_text}", context_settings={"ignore_unknown_options": True})(
-        command
-    )
 
 
 _not_available("init", "copy a recipe out of examples/.")
@@ -207,96 +198,10 @@ def main() -> None:
     try:
         code = app(args=arguments, standalone_mode=False)
     except KdtrainError as error:
-        _fail(str(error), error.exit_code, error)
+        process.fail(error)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of the command line
             error.show()
             sys.exit(error.exit_code)
-        _bug(error)
+        process.fail_with_a_bug(error)
     sys.exit(code or 0)
-
-
-def _fail(message: str, code: int, error: Exception | None = None) -> NoReturn:
-    """Say what went wrong in one message and end; the traceback only for those who asked for it."""
-    if "--debug" in sys.argv and error is not None:
-        logger.error("traceback", exc_info=error)
-    if any(isinstance(handler.formatter, _JsonFormatter) for handler in logger.handlers):
-        logger.critical(message)
-    else:
-        typer.echo(message if isinstance(error, ConfigError) and "\n" in message else f"kdtrain: {message}", err=True)
-    _leave(code)
-
-
-def _bug(error: Exception) -> NoReturn:
-    import traceback
-
-    traceback.print_exception(error)
-    typer.echo("kdtrain: this is a bug; please report it with the traceback above and `kdtrain env`.", err=True)
-    _leave(KdtrainError.exit_code)
-
-
-def _leave(code: int) -> NoReturn:
-    from kdtrain.launch import report_exit_code
-
-    report_exit_code(code)
-    _leave_process_group(failed=True)
-    _end_rank(code)
-    sys.exit(code)
-
-
-def _leave_process_group(failed: bool = False) -> None:
-    """Leave together, so that no rank aborts because another took the connection with it."""
-    if "torch" not in sys.modules:
-        return
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        if not failed:  # after a failure the other ranks may never come
-            dist.barrier()
-        dist.destroy_process_group()
-
-
-def _end_rank(code: int) -> None:
-    """End a rank of several without tearing the interpreter down: gloo's threads may still run, and abort it then."""
-    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
-        return
-    import atexit
-
-    atexit._run_exitfuncs()  # trackers upload what they have
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _set_up_logging(log_format: str, debug: bool) -> None:
-    """Our messages on stderr; the libraries' warnings only for --debug."""
-    handler = logging.StreamHandler()
-    if log_format == "json":
-        handler.setFormatter(_JsonFormatter())
-    else:
-        handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    if debug:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info")
-    else:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("DATASETS_VERBOSITY", "error")
-        warnings.simplefilter("ignore")
-
-
-def _quiet_libraries(keep_bars: bool) -> None:
-    """No progress bars of other libraries: they are noise in a log, and loading small files is not progress."""
-    import datasets
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    if not keep_bars:
-        datasets.disable_progress_bars()
-
-
-class _JsonFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return json.dumps({"event": "message", "level": record.levelname, "message": record.getMessage()})

@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
 
 
 def gpus() -> list[str]:
-    """Name, memory and number types of each NVIDIA device, as its driver's own tool tells them."""
+    """Name, memory and number types of each NVIDIA device, as `nvidia-smi` lists them."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from kdtrain.errors import NotAvailableError, PreflightError
+from kdtrain.tuning import uses_reentrant_checkpointing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 # What trl's constructor writes into a config for good, and so into what is saved.
 _WRITTEN = ("output_router_logits", "router_aux_loss_coef")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def router_settings(model: Any) -> dict[str, Any]:
+def router_settings(model: nn.Module) -> dict[str, Any]:
     """What the config of a model says about router logits."""
     text = _text_config(model)
     return {name: getattr(text, name) for name in _WRITTEN if hasattr(text, name)}
 
 
-def restore_router_settings(model: Any, settings: Mapping[str, Any]) -> None:
+def restore_router_settings(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
     """Write back what `router_settings` read."""
     text = model.config.get_text_config()
     for name, value in settings.items():
@@ -30,17 +34,16 @@ def restore_router_settings(model: Any, settings: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def without_router_logits(model: Any) -> Iterator[None]:
+def without_router_logits(model: nn.Module) -> Iterator[None]:
     """Switch a config's router logits off, for the time of sampling.
 
-    With them a model computes its load-balancing loss in every forward, of the one new token under the mask of all.
+    With them a model computes its load-balancing loss in every forward: of the one new token, with a mask of all tokens
+    that does not fit it.
     """
-    config = getattr(model, "config", None)
-    text = None if config is None else config.get_text_config()
-    if not getattr(text, "output_router_logits", False):
+    text = _text_config(model)
+    if text is None or not getattr(text, "output_router_logits", False):
         yield
         return
-    assert text is not None
     text.output_router_logits = False
     try:
         yield
@@ -63,8 +66,8 @@ def asks_for_router_logits(model: nn.Module, wanted: bool) -> bool | None:
 def has_experts(model: nn.Module) -> bool:
     """Whether any layer of a mixture class routes at all: Granite 4.0 dense, and the smallest Jamba, have no router.
 
-    Asked of the modules that transformers records router logits from, since configs say it in many ways (no experts,
-    layers that are all dense). A class that records none by itself is taken to have them.
+    Configs say so in many ways (no experts, layers that are all dense). So this looks for modules of the classes that
+    transformers takes router logits from. A class of models that names none is taken to have experts.
     """
     recorded = [
         target
@@ -82,12 +85,12 @@ def _as_list(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _text_config(model: Any) -> Any:
+def _text_config(model: nn.Module) -> PreTrainedConfig | None:
     config = getattr(model, "config", None)
     return None if config is None else config.get_text_config()
 
 
-def check_experts(model: nn.Module, args: Any) -> None:
+def check_experts(model: nn.Module, args: TrainingArguments) -> None:
     """Refuse a load-balancing loss that could not be computed, or would be logged and teach nothing.
 
     Raises:
@@ -95,7 +98,7 @@ def check_experts(model: nn.Module, args: Any) -> None:
         PreflightError: reentrant checkpointing, which computes the router logits without a graph.
     """
     _counts(_text_config(model))
-    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    if uses_reentrant_checkpointing(args):
         raise PreflightError(
             "training.gradient_checkpointing_kwargs: {use_reentrant: true} cuts the router logits off from the graph: "
             "the load-balancing loss of the experts would be logged and teach nothing. Set use_reentrant: false, "
@@ -103,7 +106,7 @@ def check_experts(model: nn.Module, args: Any) -> None:
         )
 
 
-def load_balancing_loss(model_inputs: Mapping[str, Any], outputs: Any, model: Any) -> torch.Tensor:
+def load_balancing_loss(model_inputs: Mapping[str, Any], outputs: Any, model: nn.Module) -> torch.Tensor:
     """The auxiliary loss that a mixture-of-experts model would have returned beside its logits, a scalar."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -118,8 +121,9 @@ def load_balancing_loss(model_inputs: Mapping[str, Any], outputs: Any, model: An
     return value
 
 
-def _counts(config: Any) -> tuple[int, int]:
+def _counts(config: PreTrainedConfig | None) -> tuple[int, int]:
     """Experts of a layer, and how many of them a token takes."""
+    assert config is not None, "only models with a config have experts"
     experts = next((getattr(config, name) for name in _COUNTS if hasattr(config, name)), None)
     per_token = getattr(config, "num_experts_per_tok", None)
     if experts is None or per_token is None:

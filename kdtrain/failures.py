@@ -1,19 +1,22 @@
-"""What libraries, devices and disks say when something goes wrong, as errors that name a way out."""
+"""Errors of libraries, devices and disks, turned into `kdtrain.errors` with a way out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from kdtrain.errors import CheckpointError, KdtrainError, PreflightError
 
+if TYPE_CHECKING:
+    from trl.experimental.gkd import GKDConfig
+
 
 @contextmanager
 def readable_construction() -> Iterator[None]:
-    """What libraries say when an option of theirs cannot be had, as an error of the set-up and not of kdtrain."""
+    """Turn what a library raises while the trainer is built into an error of the options, not of kdtrain."""
     try:
         yield
     except KdtrainError:
@@ -31,8 +34,8 @@ def readable_construction() -> Iterator[None]:
 
 
 @contextmanager
-def readable_failures(args: Any) -> Iterator[None]:
-    """Errors of the device and the disk, said in words that name a way out."""
+def readable_failures(args: GKDConfig) -> Iterator[None]:
+    """Turn errors of the device's memory and the disk into errors that name a way out."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -7,48 +7,36 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from kdtrain.config.training_rules import REFUSED as REFUSED_IN_YAML
-from kdtrain.data.collate import MASKS
+from kdtrain.config.training_rules import Refused
+from kdtrain.data.tokenised import MASKS
 from kdtrain.errors import ConfigError, NotAvailableError
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Refused:
-    """Why a field may not be set, and what does instead."""
-
-    reason: str
-    instead: str
-    harmless: tuple[Any, ...] = (None, False)
-    """Values that change nothing."""
-    later: bool = False
-    """Whether a later version will honour it."""
-
-
-_LOSS = "the loss is llm_kd_weight · divergence + sft_alpha · cross-entropy"
-_PACKING = Refused("packing and padding-free training are not available yet", "remove it", later=True)
-
+_NO_PACKING = Refused("packing and padding-free training are not available yet", harmless=(None, False), later=True)
+_SAME_IN_YAML = (
+    "loss_type",
+    "label_smoothing_factor",
+    "use_liger_kernel",
+    "liger_kernel_config",
+    "truncation_mode",
+    "shuffle_dataset",
+    "average_tokens_across_devices",
+    "auto_find_batch_size",
+    "label_names",
+    "use_cache",
+)
 REFUSED: dict[str, Refused] = {
-    "packing": _PACKING,
-    "eval_packing": _PACKING,
-    "padding_free": _PACKING,
-    "packing_strategy": Refused("packing is not available yet", "remove it", (None, "bfd"), later=True),
-    "loss_type": Refused(_LOSS, "set args.llm_kd_weight = 0 for plain cross-entropy", (None, "nll")),
-    "label_smoothing_factor": Refused("the loss does not smooth labels", "remove it", (None, 0)),
-    "use_liger_kernel": Refused("Liger kernels replace parts of the model's forward that the loss uses", "remove it"),
-    "liger_kernel_config": Refused("Liger kernels replace parts of the model's forward", "remove it", (None,)),
-    "truncation_mode": Refused("rows are cut from the right", "remove it, or raise max_length", (None, "keep_start")),
-    "shuffle_dataset": Refused("rows are shuffled in every epoch anyway", "remove it"),
-    "average_tokens_across_devices": Refused("the loss would depend on the number of processes", "remove it", (True,)),
-    "auto_find_batch_size": Refused("the batch would change during the run", "set per_device_train_batch_size"),
+    "packing": _NO_PACKING,
+    "eval_packing": _NO_PACKING,
+    "padding_free": _NO_PACKING,
+    "packing_strategy": replace(_NO_PACKING, harmless=(None, "bfd")),
+    **{name: REFUSED_IN_YAML[name] for name in _SAME_IN_YAML},
 }
-for _name in ("label_names", "use_cache"):  # for the reasons that a config is told
-    _refused = REFUSED_IN_YAML[_name]
-    REFUSED[_name] = Refused(_refused.reason, _refused.instead, _refused.harmless)
 
 _WITHOUT_EFFECT = {
     "dataset_num_proc": "rows are encoded when they are needed; dataloader_num_workers does that in parallel",
@@ -66,7 +54,7 @@ def check_fields(args: Any, *, own_collator: bool) -> None:
         NotAvailableError: packing and its kin.
         ConfigError: the others; one error names them all.
     """
-    wrong = {name: refused for name, refused in REFUSED.items() if not _harmless(refused, getattr(args, name, None))}
+    wrong = {name: refused for name, refused in REFUSED.items() if not refused.allows(getattr(args, name, None))}
     lines = [f"{name}={getattr(args, name)!r}: {r.reason}; {r.instead}." for name, r in wrong.items()]
     if lines:
         error = NotAvailableError if all(refused.later for refused in wrong.values()) else ConfigError
@@ -75,11 +63,6 @@ def check_fields(args: Any, *, own_collator: bool) -> None:
     for name, reason in _WITHOUT_EFFECT.items():
         if own_collator and getattr(args, name, None) is not None:
             logger.warning("%s has no effect: %s.", name, reason)
-
-
-def _harmless(refused: Refused, value: Any) -> bool:
-    # `True == 1` and `False == 0`: a boolean is harmless only where a boolean is listed.
-    return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in refused.harmless)
 
 
 def _check_dataset_kwargs(given: Mapping[str, Any] | None) -> None:

@@ -1,4 +1,4 @@
-"""When and how `fit` hands itself to `accelerate launch`, and whether the world it got is the one that was asked for.
+"""When and how `fit` hands itself to `accelerate launch`, and whether the processes it got are those asked for.
 
 Most ways of asking accelerate for two processes on a CPU silently give one: `--cpu` and `distributed_type: MULTI_CPU`
 do. `--multi_gpu` with `use_cpu` in the training arguments works, and is what is used here.
@@ -9,28 +9,24 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from kdtrain.errors import PreflightError
+from kdtrain.ranks import under_launcher, world_size
+from kdtrain.signals import passed_on_to
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from kdtrain.config import RunConfig
+    from kdtrain.trainer import GKDTrainerWithMetrics
 
 _EXIT_CODE_FILE = "KDTRAIN_EXIT_CODE_FILE"
-
-
-def under_launcher() -> bool:
-    """Whether a launcher started this process as one rank of several."""
-    return "RANK" in os.environ
 
 
 def launched_by_us() -> bool:
@@ -70,12 +66,13 @@ def launch_command(config: RunConfig, num_processes: int, arguments: Sequence[st
 def run_launcher(command: Sequence[str]) -> int:
     """Run the launcher to its end; return the exit code of the worker that failed first, 0 if none did.
 
-    A launcher says 1 for whatever befell a worker, so workers leave their code in a file that this process names.
-    SIGTERM is passed on. Ctrl-C reaches the whole process group by itself: here it only must not end the parent first.
+    A launcher exits with 1 whatever befell a worker, so workers leave their code in a file that this process names.
     """
     with tempfile.TemporaryDirectory() as folder:
         exit_code = Path(folder) / "exit_code"
-        status = _wait_for(subprocess.Popen(command, env={**os.environ, _EXIT_CODE_FILE: str(exit_code)}))
+        process = subprocess.Popen(command, env={**os.environ, _EXIT_CODE_FILE: str(exit_code)})
+        with passed_on_to(process):
+            status = process.wait()
         return int(exit_code.read_text()) if status and exit_code.exists() else status
 
 
@@ -85,20 +82,6 @@ def report_exit_code(code: int) -> None:
     if path and code:
         with contextlib.suppress(FileExistsError, FileNotFoundError), open(path, "x") as file:
             file.write(str(code))
-
-
-def _wait_for(process: subprocess.Popen[bytes]) -> int:
-
-    def pass_on(signum: int, frame: FrameType | None) -> None:
-        process.send_signal(signum)
-
-    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on)}
-    previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda signum, frame: None)
-    try:
-        return process.wait()
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 def shown(command: Sequence[str]) -> str:
@@ -114,7 +97,7 @@ def check_world(accelerator: Accelerator, config: RunConfig) -> None:
         PreflightError: fewer or more processes than the launcher or the config said.
     """
     got = accelerator.num_processes
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    asked = world_size()
     if got != asked:
         raise PreflightError(
             f"The launcher started {asked} processes, but each of them is alone (world size {got}): they would train "
@@ -125,4 +108,30 @@ def check_world(accelerator: Accelerator, config: RunConfig) -> None:
         raise PreflightError(
             f"launch.num_processes is {wanted}, but the launcher started {got}. Change one of them, or start with "
             "`kdtrain fit`, which launches by itself."
+        )
+
+
+def check_wrapped(trainer: GKDTrainerWithMetrics) -> None:
+    """Refuse to train several ranks that would never average their gradients, or without the DeepSpeed asked for.
+
+    Some ways of launching give a world of two without the wrapper that reduces gradients, and exit with 0.
+
+    Raises:
+        PreflightError: naming the wrapper that there is.
+    """
+    import torch  # the process that starts a launcher does without it
+
+    if trainer.args.deepspeed and not trainer.is_deepspeed_enabled:
+        # accelerate takes ACCELERATE_USE_CPU, which some launchers set, for a wish to go without.
+        raise PreflightError(
+            "training.deepspeed is set, but this run is without DeepSpeed (its distributed type is "
+            f"{trainer.accelerator.distributed_type.value}). Unset ACCELERATE_USE_CPU, or remove the option."
+        )
+    if trainer.accelerator.num_processes == 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return
+    if not isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel):
+        raise PreflightError(
+            f"{trainer.accelerator.num_processes} processes, but the model is wrapped in "
+            f"{type(trainer.model_wrapped).__name__} (distributed type {trainer.accelerator.distributed_type}): "
+            "gradients would not be averaged. Launch with `kdtrain fit` and launch.num_processes, or with torchrun."
         )

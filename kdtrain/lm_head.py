@@ -3,17 +3,16 @@
 Shapes: B rows, T positions, H hidden width, V vocabulary.
 
 The loss has to run inside the forward of whatever wraps the model: there DDP arms its gradient reduction, autocast is
-in force, and sharded parameters are whole. Calling the backbone by itself skips all of that, silently under DDP.
+in force, and sharded parameters are whole. Calling the backbone by itself skips all of that; under DDP nothing would
+say so, and every rank would train a model of its own.
 """
 
 from __future__ import annotations
 
 import functools
-import re
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,7 +21,10 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from kdtrain.experts import without_router_logits
 from kdtrain.losses.head import Head
-from kdtrain.vocabulary import vocabulary_size
+from kdtrain.probe import evaluating, few_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 LossHead = Callable[[torch.Tensor, Head, Any], Any]
 """(last hidden state [B, T, H], head, the backbone's outputs) -> what the forward returns, tensors in a tuple."""
@@ -38,6 +40,8 @@ def add_loss_head(model: nn.Module) -> None:
     """
     original = model.forward
 
+    # The model's own forward is replaced, and no module put around it: parameters keep their names, and whatever wraps
+    # the model later (DDP, FSDP, DeepSpeed, torch.compile) has the backbone and the head in one forward.
     @functools.wraps(original)  # `generate` looks at the signature
     def forward(self: Any, *args: Any, loss_head: LossHead | None = None, **kwargs: Any) -> Any:
         if loss_head is None:
@@ -45,20 +49,22 @@ def add_loss_head(model: nn.Module) -> None:
         outputs = self.base_model(*args, **kwargs)
         module = _head_module(self)
         assert module is not None, "checked when the loss head was added"
+        # Under ZeRO-3 each rank holds a piece of the head, and the head's own forward, which would gather it, is not
+        # called. It is gathered once for all chunks of the loss, and let go of behind it.
         with maybe_gather_lm_head_ctx(module.weight, module.bias):
             return loss_head(outputs.last_hidden_state, _head(self, module), outputs)
 
     model.forward = types.MethodType(forward, model)
     if is_deepspeed_zero3_enabled():
-        _gather_for_the_whole_model(model)
+        _gather_within_model(model)
 
 
-def why_no_loss_head(model: Any) -> str | None:
+def why_no_loss_head(model: PreTrainedModel) -> str | None:
     """Why a model's loss needs its logits; None if hidden state and head give the same.
 
-    Runs the model on a few tokens and compares: what a model does to its logits (scales, caps, adapters) is known here
-    by the names in its config only, and a name that is not known must not become a wrong loss. Under ZeRO-3 weights are
-    in pieces until the model is wrapped: there ask `why_wrapped_head_differs` as well, before the first loss.
+    Runs the model on a few tokens and compares: what a model does to its logits (scales, caps) is known here by the
+    names in its config only, and a name that is not known must not become a wrong loss. Under ZeRO-3 weights are in
+    pieces until the model is wrapped: there ask `why_wrapped_head_differs` as well, before the first loss.
     """
     if getattr(model, "base_model", model) is model:
         return "it has no backbone apart from its head"
@@ -71,8 +77,8 @@ def why_no_loss_head(model: Any) -> str | None:
     with evaluating(model), without_router_logits(model):
         logits = model(input_ids=ids, use_cache=False).logits
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        ours = _head(model, module).plain_logits(hidden)
-    return _difference(logits, ours, module.weight.dtype)
+        from_head = _head(model, module).differentiable_logits(hidden)
+    return _difference(logits, from_head, module.weight.dtype)
 
 
 def why_wrapped_head_differs(wrapped: Any) -> str | None:
@@ -85,74 +91,49 @@ def why_wrapped_head_differs(wrapped: Any) -> str | None:
     ids = few_tokens(getattr(wrapped, "module", wrapped), next(wrapped.parameters()).device)
 
     def logits_of(hidden: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, torch.dtype]:
-        return head.plain_logits(hidden), head.weight.dtype
+        return head.differentiable_logits(hidden), head.weight.dtype
 
     with evaluating(wrapped):
         logits = wrapped(input_ids=ids, use_cache=False).logits
-        ours, dtype = wrapped(input_ids=ids, use_cache=False, loss_head=logits_of)
-    reason = _difference(logits, ours, dtype)
+        from_head, dtype = wrapped(input_ids=ids, use_cache=False, loss_head=logits_of)
+    reason = _difference(logits, from_head, dtype)
     # Ranks that went different ways would wait for each other's weights for ever.
     differs = torch.tensor([reason is not None], dtype=torch.int32, device=ids.device)
     torch.distributed.all_reduce(differs, torch.distributed.ReduceOp.MAX)
     return reason or ("it does so on another rank" if differs.item() else None)
 
 
-def few_tokens(model: Any, device: torch.device, count: int = 4) -> torch.Tensor:
-    """[1, count] ids of text: the placeholder of an image stands for pixels that are not there."""
-    placeholders = placeholder_ids(model)
-    text = [i for i in range(min(64, vocabulary_size(model))) if i not in placeholders][:count]
-    return torch.tensor([text or [0]], device=device)
-
-
-def placeholder_ids(model: Any) -> set[int]:
-    """Ids that stand for parts of images, videos or sounds, as a model's config names them; empty for a text model."""
-    config = vars(model.config)
-    named = [config[key] for key in config if re.fullmatch(r"(image|video|audio)\w*_token_(id|index)", key)]
-    return {token for token in named if isinstance(token, int)}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients for the time of a look; the mode is put back."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
-def _difference(logits: torch.Tensor, ours: torch.Tensor, dtype: torch.dtype) -> str | None:
+def _difference(logits: torch.Tensor, from_head: torch.Tensor, dtype: torch.dtype) -> str | None:
     """Why a model's own logits are not those of its hidden state and head, computed in `dtype`."""
     logits = logits.float()
-    if logits.shape != ours.shape:
+    if logits.shape != from_head.shape:
         return "its logits have another shape than its head gives"
     if not logits.isfinite().all():
         return "its logits are not finite"
-    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
-    if not (logits - ours).norm() <= tolerance * logits.norm():
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2  # the model makes half-precision logits, and rounds them
+    if not (logits - from_head).norm() <= tolerance * logits.norm():
         return "it does more to its logits than its config says"
     return None
 
 
-def _head_module(model: Any) -> nn.Linear | None:
+def _head_module(model: PreTrainedModel) -> nn.Linear | None:
     """The linear layer of the head; the trained copy where PEFT keeps one."""
     module = model.get_output_embeddings()
     copies = getattr(module, "modules_to_save", None)
     if copies is not None:
         module = copies[module.active_adapters[0]]
     # Quantised layers are subclasses from elsewhere, and adapters wrap the layer: reading `weight` would miss them.
-    plain = isinstance(module, nn.Linear) and type(module).__module__.startswith("torch.")
-    return module if plain else None
+    unmodified = isinstance(module, nn.Linear) and type(module).__module__.startswith("torch.")
+    return module if unmodified else None
 
 
-def _gather_for_the_whole_model(model: nn.Module) -> None:
+def _gather_within_model(model: nn.Module) -> None:
     """Have ZeRO-3 put the head's weights together for forward and backward of the model itself.
 
-    They are used there, and not by their own module. DeepSpeed notices that by itself only where they are in pieces at
-    that moment: after a forward that made logits they are not, and their gradient would find a parameter without rows.
-    To be said before the first forward, since DeepSpeed expects all later ones to need the same parameters.
+    The loss uses them there, and not the head's own module. DeepSpeed notices that by itself only where they are in
+    pieces at that moment: after a forward that made logits they are whole, and in backward their gradient would find a
+    parameter without rows. Registered before the first forward, since DeepSpeed records which parameters a forward
+    needs and expects the same of all later ones.
     """
     import deepspeed
 
@@ -162,17 +143,18 @@ def _gather_for_the_whole_model(model: nn.Module) -> None:
         deepspeed.zero.register_external_parameter(model, parameter)
 
 
-def _head(model: Any, module: nn.Linear) -> Head:
+def _head(model: PreTrainedModel, module: nn.Linear) -> Head:
     config = model.config.get_text_config()
-    weight, bias = _whole(module.weight), None if module.bias is None else _whole(module.bias)
+    weight, bias = _full(module.weight), None if module.bias is None else _full(module.bias)
     return Head(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
 
 
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    """The whole of a parameter that FSDP2 has sharded.
+def _full(parameter: torch.Tensor) -> torch.Tensor:
+    """All rows of a parameter that FSDP2 has sharded.
 
-    FSDP2 averages gradients over ranks. Gathered without saying so, the loss would be right and the head's gradient a
-    multiple of what it should be.
+    Each rank computes a gradient for all rows, from its own tokens. By default `full_tensor` takes these gradients
+    for equal copies: the loss would be right and the head's gradient wrong. FSDP2 averages over ranks, and
+    `Partial("avg")` asks for the same here.
     """
     from torch.distributed.tensor import DTensor, Partial
 
@@ -181,7 +163,7 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
-def _logit_scale(config: Any) -> float:
+def _logit_scale(config: PreTrainedConfig) -> float:
     """What a model multiplies its logits by, under the names that transformers' models have for it."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         value = getattr(config, name, None)

@@ -7,20 +7,26 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kdtrain.errors import CheckpointError
+from kdtrain.model_folder import require_sound
 
 _SHOWN = 5
 # Constants that older versions of transformers saved with every layer: causal masks and their filler value, rotary
 # frequencies, positions. They are computed today.
 _CONSTANTS = re.compile(r"(^|\.)((attn|attention)\.bias|masked_bias|inv_freq|position_ids)$")
-# Layers that predict further tokens ahead; the architectures in transformers have none of them.
-_FURTHER_AHEAD = re.compile(r"(^|\.)mtp\.")
+# Layers for multi-token prediction; the architectures in transformers have none of them.
+_MULTI_TOKEN = re.compile(r"(^|\.)mtp\.")
 _NOT_TIED = "so we will NOT tie them"
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _CONVERSION = re.compile(r"^([^|\n]+?)\s*\|\s*CONVERSION\b", re.MULTILINE)
 
 
-def wrong_weights(found: Mapping[str, Any], config: Any) -> list[str]:
+def wrong_weights(found: Mapping[str, Any], config: PreTrainedConfig) -> list[str]:
     """What of a model's weights would be random, or was left lying in the folder: one line for each.
 
     Args:
@@ -42,8 +48,8 @@ def listed(lines: list[str]) -> str:
     return ", ".join(lines[:_SHOWN]) + more
 
 
-def _is_ignored(name: str, config: Any) -> bool:
-    if _CONSTANTS.search(name) or _FURTHER_AHEAD.search(name):
+def _is_ignored(name: str, config: PreTrainedConfig) -> bool:
+    if _CONSTANTS.search(name) or _MULTI_TOKEN.search(name):
         return True
     layer = _LAYER.search(name)
     if layer is None:
@@ -54,8 +60,8 @@ def _is_ignored(name: str, config: Any) -> bool:
 
 
 @dataclass
-class Heard:
-    """What transformers says while it loads, and nowhere else."""
+class LoadingLog:
+    """What transformers says in its log while it loads, and nowhere else."""
 
     unconverted: list[str] = field(default_factory=list)
     """Weights that could not be brought into the architecture's form: of the experts that become one tensor, one is
@@ -65,23 +71,45 @@ class Heard:
 
 
 @contextmanager
-def heard_loading() -> Iterator[Heard]:
-    """Listen to transformers' log while it loads. Its table of wrong weights is not shown: they are our error."""
-    heard = Heard()
+def loading_log() -> Iterator[LoadingLog]:
+    """Read transformers' log while it loads. Its table of wrong weights is not shown: they are our error."""
+    found = LoadingLog()
     log = logging.getLogger("transformers.modeling_utils")
     level, shown_from = log.level, log.getEffectiveLevel()
 
-    def hear(record: logging.LogRecord) -> bool:
+    def read(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        heard.unconverted.extend(_CONVERSION.findall(text))
-        heard.not_tied |= _NOT_TIED in text
+        found.unconverted.extend(_CONVERSION.findall(text))
+        found.not_tied |= _NOT_TIED in text
         return record.levelno >= shown_from and "LOAD REPORT" not in text and _NOT_TIED not in text
 
-    log.addFilter(hear)
-    # Just below: transformers takes a level of its own from WARNING on for a wish to see more.
+    log.addFilter(read)
+    # Just below WARNING: a level of its own from there on transformers takes for a wish to see more.
     log.setLevel(min(shown_from, logging.WARNING - 1))
     try:
-        yield heard
+        yield found
     finally:
-        log.removeFilter(hear)
+        log.removeFilter(read)
         log.setLevel(level)
+
+
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Load saved weights into a model, as `from_pretrained` reads them: whatever names they were saved under.
+
+    Raises:
+        CheckpointError: weights are missing, or do not fit.
+    """
+    try:
+        require_sound(Path(folder), "checkpoint")
+        saved, found = type(model).from_pretrained(
+            folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        wrong = wrong_weights(found, saved.config)  # what is missing would be random numbers
+        if wrong:
+            raise ValueError(f"{len(wrong)} weights are wrong: {listed(wrong)}.")
+        model.load_state_dict(saved.state_dict())
+    except Exception as error:
+        raise CheckpointError(
+            f"The weights in {folder} do not fit {type(model).__name__}: {str(error).strip().splitlines()[0]} Resume "
+            "with the model that the run began with, or start anew in another output_dir."
+        ) from error

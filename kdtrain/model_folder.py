@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,14 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
     "torchao": ("torchao",),
     "vptq": ("vptq",),
 }
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a model or data set on the hub: `name` or `organisation/name`."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 class Finding(NamedTuple):

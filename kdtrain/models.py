@@ -1,11 +1,10 @@
-"""Loading the student and a local teacher: dtype, trust policy, LoRA, freezing."""
+"""Loading the student and a local teacher: trust policy, dtype, what is wrong with their weights, adapters."""
 
 from __future__ import annotations
 
 import logging
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,29 +14,21 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from kdtrain.adapters import adapter_base, is_adapter_folder
-from kdtrain.errors import KdtrainError, NotAvailableError, PreflightError
-from kdtrain.load_report import heard_loading, listed, wrong_weights
-from kdtrain.model_folder import require_sound
-from kdtrain.probe import refuse_other_kinds
+from kdtrain.adapters import adapter_base, has_file, is_adapter_folder
+from kdtrain.errors import KdtrainError, PreflightError
+from kdtrain.load_report import listed, loading_log, wrong_weights
+from kdtrain.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, require_sound
+from kdtrain.model_kinds import refuse_other_kinds, sees_images
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
-
-# Attributes of transformers' modules that functional dropout reads.
-_DROPOUT_NUMBERS = ("attention_dropout", "attn_dropout", "dropout", "activation_dropout", "hidden_dropout", "dropout_p")
-
 
 _UNKNOWN_ARGUMENT = re.compile(r"unexpected keyword argument ('\w+')")
 
@@ -51,71 +42,12 @@ def trust_policy(trust_remote_code: bool = False, revision: str | None = None) -
     return {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
 
 
-def load_tokenizer(
-    name: str, *, trust_remote_code: bool = False, revision: str | None = None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a model.
+def load_config(name: str, policy: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config of a model that predicts the next token.
 
     Raises:
-        PreflightError: none there.
+        PreflightError: none there, or of another kind of model.
     """
-    if is_adapter_folder(name) and not os.path.isfile(os.path.join(name, "tokenizer_config.json")):
-        name = adapter_base(name)
-    try:
-        return AutoTokenizer.from_pretrained(name, **trust_policy(trust_remote_code, revision))
-    except Exception as error:  # its Rust half raises plain ones
-        raise PreflightError(f"No tokenizer could be loaded from {name}: {_first_line(error)}") from error
-
-
-def load_processing(
-    name: str, *, trust_remote_code: bool = False, revision: str | None = None
-) -> PreTrainedTokenizerBase | ProcessorMixin:
-    """What turns rows into inputs: a vision-language model's processor, a text model's tokenizer.
-
-    Raises:
-        PreflightError: none there, or a package that it needs is missing.
-        NotAvailableError: a model of other modalities.
-    """
-    policy = trust_policy(trust_remote_code, revision)
-    adapter = is_adapter_folder(name)
-    if not sees_images(_config(adapter_base(name) if adapter else name, policy)):
-        return load_tokenizer(name, trust_remote_code=trust_remote_code, revision=revision)
-    if adapter and not os.path.isfile(os.path.join(name, "preprocessor_config.json")):
-        name = adapter_base(name)
-    try:
-        processor = AutoProcessor.from_pretrained(name, **policy)
-    except ImportError as error:
-        raise PreflightError(
-            f"The processor of {name} needs a package that is not installed: {_first_line(error)} "
-            "Install kdtrain[vision], and kdtrain[torchvision] in the version that fits your torch."
-        ) from error
-    except Exception as error:
-        raise PreflightError(f"No processor could be loaded from {name}: {_first_line(error)}") from error
-    if not isinstance(processor, ProcessorMixin):
-        raise PreflightError(
-            f"{name} is a vision-language model without a processor: its folder lacks processor_config.json or "
-            "preprocessor_config.json. Save the processor of the model it came from into it."
-        )
-    return processor
-
-
-def sees_images(config: Any) -> bool:
-    """Whether a config is that of a vision-language model, which reads images beside text.
-
-    Raises:
-        NotAvailableError: a model with other modalities.
-    """
-    if config.get_text_config() is config:
-        return False
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return True
-    raise NotAvailableError(
-        f"A {config.model_type} model is neither a text model nor a vision-language model that transformers loads as "
-        "AutoModelForImageTextToText: not available yet."
-    )
-
-
-def _config(name: str, policy: Mapping[str, Any]) -> Any:
     with _readable_loading(name):
         config = AutoConfig.from_pretrained(name, **policy)
     refuse_other_kinds(name, config)
@@ -150,7 +82,7 @@ def load_model(
     if is_adapter_folder(name):
         raise PreflightError(f"{name} is an adapter and no model: it goes on top of {adapter_base(name)}.")
     policy = trust_policy(trust_remote_code, revision)
-    config = _config(name, policy)
+    config = load_config(name, policy)
     _check_quantization(name, config)
     auto = AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
     checkpoint = config.dtype or config.get_text_config().dtype
@@ -160,32 +92,40 @@ def load_model(
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
     kwargs |= {**policy, "use_safetensors": True, **options}
-    # Sizes that differ are let through to be named below; transformers' own error names none.
-    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _readable_loading(name), heard_loading() as heard:
-        try:
-            model, found = auto.from_pretrained(name, **kwargs)
-        except RuntimeError:
-            if not heard.unconverted:
-                raise
-            broken = [f"incomplete or of another shape: {weight}" for weight in heard.unconverted]
-            raise _wrong_weights(name, broken) from None
-    wrong = wrong_weights(found, model.config)
-    if wrong:
-        raise _wrong_weights(name, wrong)
-    if heard.not_tied:
-        logger.warning(
-            "%s: its config says that embedding and head are one weight (tie_word_embeddings), and its files hold two "
-            "that differ. Both are used; write tie_word_embeddings: false into config.json, for others believe it.",
-            name,
-        )
+    model = _with_sound_weights(auto, name, kwargs)
     if hasattr(config, "quantization_config") and not hasattr(model.config, "quantization_config"):
         _take_expanded(name, model, config.quantization_config, kwargs["dtype"])
     return model
 
 
-def _check_quantization(name: str, config: Any) -> None:
-    """Refuse a way of quantising that transformers does not know: it would take the weights for plain ones."""
+def _with_sound_weights(
+    auto: type[AutoModelForCausalLM | AutoModelForImageTextToText], name: str, kwargs: Mapping[str, Any]
+) -> PreTrainedModel:
+    """`from_pretrained`, but weights that it would fill with random numbers or leave out are an error."""
+    # Sizes that differ are let through to be named below; transformers' own error names none.
+    more = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _readable_loading(name), loading_log() as log:
+        try:
+            model, found = auto.from_pretrained(name, **kwargs, **more)
+        except RuntimeError:
+            if not log.unconverted:
+                raise
+            broken = [f"incomplete or of another shape: {weight}" for weight in log.unconverted]
+            raise _wrong_weights(name, broken) from None
+    wrong = wrong_weights(found, model.config)
+    if wrong:
+        raise _wrong_weights(name, wrong)
+    if log.not_tied:
+        logger.warning(
+            "%s: its config says that embedding and head are one weight (tie_word_embeddings), and its files hold two "
+            "that differ. Both are used; write tie_word_embeddings: false into config.json, for others believe it.",
+            name,
+        )
+    return model
+
+
+def _check_quantization(name: str, config: PreTrainedConfig) -> None:
+    """Refuse a way of quantising that transformers does not know: it would load the weights as if not quantised."""
     for part in (config, config.get_text_config()):
         options = getattr(part, "quantization_config", None)
         method = options.get("quant_method") if isinstance(options, dict) else None
@@ -225,7 +165,7 @@ def _wrong_weights(name: str, wrong: list[str]) -> PreflightError:
 
 @contextmanager
 def _readable_loading(name: str) -> Iterator[None]:
-    """Whatever a library raises while it loads a model, as an error about that model: their types tell nothing."""
+    """Whatever a library raises while it loads a model, as an error about that model. Their types say nothing of it."""
     try:
         yield
     except KdtrainError:
@@ -236,7 +176,7 @@ def _readable_loading(name: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         unknown = _UNKNOWN_ARGUMENT.search(str(error)) if isinstance(error, TypeError) else None
-        reason = f"neither its class nor its config takes the argument {unknown[1]}" if unknown else _first_line(error)
+        reason = f"neither its class nor its config takes the argument {unknown[1]}" if unknown else first_line(error)
         raise PreflightError(f"The model {name} could not be loaded: {reason}") from error
 
 
@@ -252,8 +192,8 @@ def add_adapter(base: PreTrainedModel, folder: str, *, trained: bool = False) ->
     """
     from peft import PeftModel
 
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not os.path.isfile(os.path.join(folder, file)):
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not has_file(folder, file):
             raise PreflightError(
                 f"{folder} is not the folder of an adapter: it has no {file} (an adapter on the hub has to be "
                 "downloaded first)."
@@ -263,7 +203,7 @@ def add_adapter(base: PreTrainedModel, folder: str, *, trained: bool = False) ->
         # Once more, for what PEFT says of it: the names in the file may be older than the model's, and it knows some.
         found = model.load_adapter(folder, model.active_adapter, is_trainable=trained)
     except Exception as error:  # safetensors and each kind of adapter have errors of their own
-        raise PreflightError(f"The adapter {folder} could not be loaded: {_first_line(error)}") from error
+        raise PreflightError(f"The adapter {folder} could not be loaded: {first_line(error)}") from error
     if missing := found.missing_keys:
         raise PreflightError(
             f"The adapter {folder} lacks {len(missing)} of its weights, which would be random or zero: "
@@ -278,7 +218,9 @@ def add_adapter(base: PreTrainedModel, folder: str, *, trained: bool = False) ->
     return model
 
 
-def load_with_adapter(name: str, *, trained: bool = False, revision: str | None = None, **options: Any) -> Any:
+def load_with_adapter(
+    name: str, *, trained: bool = False, revision: str | None = None, **options: Any
+) -> PreTrainedModel | PeftModel:
     """A model by `load_model`; of an adapter's folder its base, with the adapter on it.
 
     Args:
@@ -320,57 +262,8 @@ def _computes_in_half(dtype: torch.dtype, device: torch.device | None) -> bool:
     return dtype == torch.float16 or kind != "cuda" or torch.cuda.is_bf16_supported()
 
 
-def lora_config(
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    target_modules: str | Sequence[str],
-    modules_to_save: Sequence[str] | None,
-    use_dora: bool,
-    exclude_modules: str | None = None,
-) -> LoraConfig:
-    """PEFT's config for a causal language model.
-
-    Args:
-        exclude_modules: a regular expression of module names that get no adapter, whatever `target_modules` says.
-    """
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # PEFT says int, and divides it by the rank
-        lora_dropout=dropout,
-        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-        modules_to_save=None if modules_to_save is None else list(modules_to_save),
-        exclude_modules=exclude_modules,
-        use_dora=use_dora,
-        task_type="CAUSAL_LM",
-    )
-
-
-def disable_dropout(model: torch.nn.Module) -> None:
-    """Switch off every dropout, also those that are numbers handed to a function (attention), not modules."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in _DROPOUT_NUMBERS:
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
-def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """(all, trainable) parameters; tied weights count once."""
-    # Under ZeRO-3 a parameter is empty between its uses, and knows its own size.
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library's error says first, with its type where the text alone says little: a KeyError's is a name."""
     text = str(error).strip().split("\n", 1)[0]
-    # A KeyError says a name and nothing else.
-    return (
-        text
-        if isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
-        else f"{type(error).__name__}: {text}"
-    )
+    says_enough = isinstance(error, (OSError, ValueError, ImportError, RuntimeError))
+    return text if says_enough else f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""`kdtrain.fit`: the command `kdtrain fit` as a function."""
+"""What `kdtrain.fit` does before a run: models and rows that were handed over take the place of names in a config."""
 
 from __future__ import annotations
 
@@ -12,32 +12,44 @@ from typing import TYPE_CHECKING, Any
 from kdtrain.config import ConfigLoader
 from kdtrain.config.diagnose import dotted
 from kdtrain.config.rules import Written
-from kdtrain.config.sources import Composer, Source
+from kdtrain.config.sources import Composer, FileOrMapping
 from kdtrain.config.tree import KeyPath, Node, get, plain
 from kdtrain.errors import ConfigError
+from kdtrain.ranks import under_launcher
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from kdtrain.run import RunResult
+    from kdtrain.build import Given
+    from kdtrain.config import TrainArguments
 
 logger = logging.getLogger(__name__)
 
+# Options without effect: what was handed over, section, options, reason.
+_IDLE: tuple[tuple[str, KeyPath, tuple[str, ...], str], ...] = (
+    ("model", ("model",), ("dtype", "attn_implementation", "init_kwargs"), "the model is loaded already"),
+    ("teacher", ("rlhf",), ("teacher_model_init_kwargs",), "the teacher is loaded already"),
+    ("teacher", ("rlhf", "teacher"), ("dtype", "device_map", "adapter", "revision"), "the teacher is loaded already"),
+    ("train", ("data", "train", 0), ("name", "split"), "the rows were handed over"),
+    ("eval", ("data", "eval", 0), ("name", "split"), "the rows were handed over"),
+)
 
-def fit(
-    config: Source,
+
+def prepare(
+    config: FileOrMapping,
     overrides: Sequence[str],
     *,
-    callbacks: Sequence[TrainerCallback],
     train_dataset: Any,
     eval_dataset: Any,
     model: Any,
     teacher: Any,
-    resume: str | None,
-    dry_run: bool,
-    quiet: bool,
-) -> RunResult:
-    """See `kdtrain.fit`."""
+    callbacks: Sequence[TrainerCallback],
+) -> tuple[TrainArguments, Given]:
+    """The config with the names of what is handed over in its place, and what is handed over, checked.
+
+    Raises:
+        ConfigError: of the config, or an argument of a wrong kind.
+    """
     if not isinstance(config, str | Path | Mapping):
         raise ConfigError(
             f"config must be the path of a YAML file or a mapping of the same form; it is a {type(config).__name__}."
@@ -45,44 +57,36 @@ def fit(
     if isinstance(overrides, str | Mapping):
         raise ConfigError('overrides must be a list such as ["rlhf.beta=0.1"].')
     root = Composer().compose(config, overrides)
-    names = _names(root, {"model": model, "teacher": teacher, "train": train_dataset, "eval": eval_dataset})
-    checked = ConfigLoader.load(config, [*overrides, *names])
-    if (checked.launch.num_processes or 1) > 1 and "RANK" not in os.environ:
-        logger.warning("launch.num_processes: %s has no effect on kdtrain.fit, which stays in its process.",
-                       checked.launch.num_processes)  # fmt: skip
-    _tell_idle(Written(root), rows=(train_dataset, eval_dataset), model=model, teacher=teacher)
+    handed_over = {"model": model, "teacher": teacher, "train": train_dataset, "eval": eval_dataset}
+    checked = ConfigLoader.load(config, [*overrides, *_names(root, handed_over)])
+    if (checked.launch.num_processes or 1) > 1 and not under_launcher():
+        wanted = checked.launch.num_processes
+        logger.warning("launch.num_processes: %s has no effect on kdtrain.fit, which stays in its process.", wanted)
+    _warn_of_idle_options(Written(root), handed_over)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    from rich.console import Console
-
+    from kdtrain.argument_checks import check_callbacks, check_model
     from kdtrain.build import Given
     from kdtrain.config.arguments import build_train_arguments
-    from kdtrain.construction import as_rows, check_callbacks, check_model
-    from kdtrain.progress import ConsoleReporter
-    from kdtrain.run import fit as run
+    from kdtrain.given_rows import as_rows
+    from kdtrain.teachers import Teacher
 
     check_callbacks(callbacks)
     given = Given(
         train_dataset=None if train_dataset is None else as_rows("train_dataset", train_dataset),
         eval_dataset=None if eval_dataset is None else as_rows("eval_dataset", eval_dataset),
         model=None if isinstance(model, str) else check_model("model", model),
-        teacher=None if isinstance(teacher, str) else _checked_teacher(teacher),
+        teacher=None if isinstance(teacher, str) else teacher,
         callbacks=callbacks,
     )
-    reporter = ConsoleReporter(Console(stderr=True), quiet=quiet)
-    return run(build_train_arguments(checked), reporter, resume=resume, dry_run=dry_run, given=given)
-
-
-def _checked_teacher(teacher: Any) -> Any:
-    from kdtrain.construction import check_model
-    from kdtrain.teachers import Teacher
-
-    return teacher if isinstance(teacher, Teacher) else check_model("teacher", teacher)
+    if not isinstance(given.teacher, Teacher):
+        check_model("teacher", given.teacher)
+    return build_train_arguments(checked), given
 
 
 def _names(root: Node, given: Mapping[str, Any]) -> list[str]:
-    """What the config says of that which is handed over: names win over it, objects take a place that it leaves open.
+    """Overrides that name what was handed over. A loaded model's name is needed only where the config gives none.
 
-    Rows always do: a run folder must not name a file that was not read.
+    Rows always replace the config's path: a run folder must not name a file that was not read.
     """
     found = [_rows_in_place(root, name) for name in ("train", "eval") if given[name] is not None]
     for key, path in (("model", ("model", "model")), ("teacher", ("rlhf", "teacher_model"))):
@@ -115,18 +119,11 @@ def _rows_in_place(root: Node, name: str) -> str:
     return f"data.{name}={json.dumps({**options, 'path': f'{name}_dataset'})}"
 
 
-def _tell_idle(written: Written, rows: tuple[Any, Any], model: Any, teacher: Any) -> None:
-    """Warn of options about reading what was not read, but handed over."""
-    idle: list[tuple[KeyPath, tuple[str, ...], str]] = []
-    if model is not None and not isinstance(model, str):
-        idle.append((("model",), ("dtype", "attn_implementation", "init_kwargs"), "the model is loaded already"))
-    if teacher is not None and not isinstance(teacher, str):
-        options = ("dtype", "device_map", "adapter", "revision")
-        idle.append((("rlhf",), ("teacher_model_init_kwargs",), "the teacher is loaded already"))
-        idle.append((("rlhf", "teacher"), options, "the teacher is loaded already"))
-    for name, given in zip(("train", "eval"), rows, strict=True):
-        if given is not None:
-            idle.append((("data", name, 0), ("name", "split"), "the rows were handed over"))
-    for section, names, reason in idle:
-        for option in (option for option in names if written.has(*section, option)):
-            logger.warning("%s has no effect: %s.", dotted((*section, option)), reason)
+def _warn_of_idle_options(written: Written, given: Mapping[str, Any]) -> None:
+    """Warn of options about loading or reading what was handed over instead."""
+    for key, section, options, reason in _IDLE:
+        if given[key] is None or isinstance(given[key], str):
+            continue
+        for option in options:
+            if written.has(*section, option):
+                logger.warning("%s has no effect: %s.", dotted((*section, option)), reason)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kdtrain.models import count_parameters
-from kdtrain.sampling import planned_steps, steps_of_an_epoch
-from kdtrain.vision.parts import trained_parts
+from kdtrain.sampling import planned_steps, rows_per_batch
+from kdtrain.vision.parts import count_parameters, trained_parts
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig
@@ -18,14 +17,12 @@ _PARTS = {"llm": "language model", "vit": "vision encoder", "aligner": "aligner"
 
 
 def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport) -> dict[str, str]:
-    """What the config and the device led to, for the table at the start."""
-    args = trainer.args
+    """The table's rows, name to text: what the config, the files and the device led to."""
+    args, ranks = trainer.args, trainer.accelerator.num_processes
     total, trainable = count_parameters(trainer.model)
-    ranks = trainer.accelerator.num_processes
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
-    epoch_rows = report.rows_per_epoch
-    tokens = report.total_tokens / epoch_rows
-    steps = planned_steps(args, epoch_rows, ranks)
+    rows = rows_per_batch(trainer) * args.gradient_accumulation_steps
+    tokens = report.total_tokens / report.rows_per_epoch
+    steps, per_epoch = planned_steps(trainer, report.rows_per_epoch)
     plan = {
         "student": f"{config.model.model}: {total:,} parameters, {trainable:,} trained, {trainer.model.dtype}",
         "teacher": "none" if trainer.teacher is None else _describe_teacher(trainer, config),
@@ -33,7 +30,7 @@ def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport)
         "answers": _describe_answers(trainer, config),
         "step": f"{rows} rows = {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
         f"{ranks} {'process' if ranks == 1 else 'processes'}, about {rows * tokens:,.0f} tokens",
-        "steps": f"{steps:,}, {steps / steps_of_an_epoch(args, epoch_rows, ranks):.2f} epochs of {epoch_rows:,} rows",
+        "steps": f"{steps:,}, {steps / per_epoch:.2f} epochs of {report.rows_per_epoch:,} rows",
         "device": _describe_device(trainer),
         "output": str(config.training["output_dir"]),
     }
@@ -54,21 +51,21 @@ def _describe_teacher(trainer: GKDTrainerWithMetrics, config: RunConfig) -> str:
 
 
 def _describe_loss(trainer: GKDTrainerWithMetrics) -> str:
-    knobs = trainer.knobs
+    options = trainer.options
     terms = []
-    if knobs.lm_kd_active:
-        options = f"beta {trainer.beta:g}, temperature {knobs.kd_temperature:g}"
-        terms.append(f"{knobs.llm_kd_weight:g} x {knobs.divergence} ({options})")
-    if knobs.ce_weight > 0:
-        terms.append(f"{knobs.ce_weight:g} x cross-entropy")
-    if knobs.visual_kd is not None:
-        terms.append(f"{knobs.visual_kd.weight:g} x visual ({', '.join(knobs.visual_kd.targets)})")
+    if options.lm_kd_active:
+        numbers = f"beta {options.beta:g}, temperature {options.kd_temperature:g}"
+        terms.append(f"{options.llm_kd_weight:g} x {options.divergence} ({numbers})")
+    if options.ce_weight > 0:
+        terms.append(f"{options.ce_weight:g} x cross-entropy")
+    if options.visual_kd is not None:
+        terms.append(f"{options.visual_kd.weight:g} x visual ({', '.join(options.visual_kd.targets)})")
     return " + ".join(terms)
 
 
 def _describe_answers(trainer: GKDTrainerWithMetrics, config: RunConfig) -> str:
     data = "the data, and the teacher's where a source says so" if config.answers_from_teacher else "the data"
-    if not trainer.knobs.lm_kd_active:
+    if not trainer.options.lm_kd_active:
         return f"from {data}"
     rest = "the teacher" if trainer.seq_kd else data
     if trainer.lmbda == 0:

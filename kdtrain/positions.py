@@ -1,24 +1,28 @@
 """Whether the rows of a run fit the positions of its models, asked before the first step.
 
 A model with learned positions has no more of them than its table: a longer row ends the run where it comes up. A model
-with rotary positions (RoPE) takes rows of any length, but has only learnt some. And two kinds of RoPE look at the whole
-batch: their frequencies depend on its longest row.
+with rotary positions (RoPE) takes rows of any length, but was trained on some only. And two kinds of RoPE look at the
+whole batch: their frequencies depend on its longest row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
 
+from kdtrain.batch import Batch
+from kdtrain.config.tree import Problem
 from kdtrain.data.collate import Collator
 from kdtrain.errors import DataError
-from kdtrain.lm_head import evaluating, few_tokens
-from kdtrain.probe import Finding, TextLook
+from kdtrain.probe import OPTION_OF, Side, TextLook, evaluating, few_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What configs call the number of positions that a model was made for.
 _DECLARED = ("max_position_embeddings", "max_seq_len")
@@ -32,7 +36,7 @@ class Rows:
         what: in words, for messages.
         lengths: tokens of each row.
         batch_size: rows that share a forward.
-        way_out: how they are made shorter.
+        way_out: how they are made shorter, in words.
     """
 
     what: str
@@ -63,33 +67,34 @@ def rows_of_a_run(train: Any, evaluation: Any, args: Any, collator: Any, generat
     """
     if not isinstance(collator, Collator):
         return []
-    # A config is told by its own keys.
+    # Arguments read from a config carry its tuner section: then the options are named as they stand in the config.
     in_data, in_rlhf = ("data.", "rlhf.") if hasattr(args, "tuner") else ("args.", "args.")
     shorter = f"lower {in_data}max_length"
     if hasattr(args, "tuner"):
         shorter += " (with data.on_overlength: truncate or drop)"
     evaluations = evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]
-    sets = [("training rows", train, args.train_batch_size)]
-    sets += [("evaluation rows", data, args.eval_batch_size) for data in evaluations]
+    train_lengths = _lengths(train)
+    sets = [("training rows", train_lengths, args.train_batch_size)]
+    sets += [("evaluation rows", _lengths(data), args.eval_batch_size) for data in evaluations]
     found = [
         Rows(what, _collated(lengths, lengths, collator), size, shorter)
-        for what, data, size in sets
-        if (lengths := _lengths(data)) is not None
+        for what, lengths, size in sets
+        if lengths is not None
     ]
-    if generates and "prompt_length" in (getattr(train, "column_names", None) or ()):
-        prompts = _collated(np.asarray(train["prompt_length"][:]), _lengths(train), collator)
+    if generates and train_lengths is not None and "prompt_length" in train.column_names:
+        prompts = _collated(np.asarray(train["prompt_length"][:]), train_lengths, collator)
         what = f"prompts with an answer of {in_rlhf}max_new_tokens ({args.max_new_tokens})"
         way_out = f"lower {in_rlhf}max_new_tokens or {in_data}max_length"
         found.append(Rows(what, prompts + args.max_new_tokens, args.train_batch_size, way_out))
     return [rows for rows in found if len(rows.lengths)]
 
 
-def _collated(lengths: np.ndarray, whole: Any, collator: Collator) -> np.ndarray:
+def _collated(lengths: np.ndarray, row_lengths: np.ndarray, collator: Collator) -> np.ndarray:
     """Lengths, of rows or of their prompts, as they come out of the collator: cut, or without rows that are dropped."""
     if collator.max_length is None or collator.on_overlength == "error":
         return lengths
     if collator.on_overlength == "drop":
-        return lengths[whole <= collator.max_length]
+        return lengths[row_lengths <= collator.max_length]
     return np.minimum(lengths, collator.max_length)
 
 
@@ -116,8 +121,8 @@ def _lengths(data: Any) -> np.ndarray | None:
 
 
 def length_findings(
-    model: Any, side: str, look: TextLook, rows: Sequence[Rows], multiple: int | None, virtual: int = 0
-) -> list[Finding]:
+    model: PreTrainedModel, side: Side, look: TextLook, rows: Sequence[Rows], multiple: int | None, virtual: int = 0
+) -> list[Problem]:
     """An error for rows that a model cannot take, a warning for those beyond what it was made for.
 
     Args:
@@ -125,39 +130,40 @@ def length_findings(
         multiple: batches are padded to a multiple of this length.
         virtual: tokens of prompt learning that stand before each row; the look's positions are those behind them.
     """
-    has = f"The {side} has {{}} positions{f' behind its {virtual} virtual tokens' if virtual else ''}"
+    behind = f" behind its {virtual} virtual tokens" if virtual else ""
     if look.positions is not None:
         wide = [some for some in rows if some.width(multiple) > look.positions]
-        return [Finding("error", _too_long(side, has, look.positions, wide, multiple))] if wide else []
+        return [_too_long(side, behind, look.positions, wide, multiple)] if wide else []
     declared = _declared(model)
-    declared = None if declared is None else declared - virtual
-    long = [some for some in rows if declared is not None and some.longest > declared]
-    if declared is None or not long or "dynamic" in _rope_kinds(model):
+    if declared is None or "dynamic" in _rope_kinds(model):
+        return []
+    declared -= virtual
+    long = [some for some in rows if some.longest > declared]
+    if not long:
         return []
     longest = max(some.width(multiple) for some in long)
     refusal = _refusal(model, longest + virtual) if look.looked and not _is_rotary(model) else None
     if refusal is not None:
-        said = f"{_too_long(side, has, declared, long, multiple)} The model says: {refusal}"
-        return [Finding("error", said)]
-    return [
-        Finding(
-            "warning",
-            f"The {side} was made for {declared} positions (its config.json), and {_counts(long, declared)}: what it "
-            f"predicts there may be poor. If that is not meant, {_ways_out(long)}.",
-        )
-    ]
+        found = _too_long(side, behind, declared, long, multiple)
+        return [replace(found, hint=f"{found.hint} The model says: {refusal}")]
+    message = (
+        f"The {side} was made for {declared} positions (its config.json), and {_counts(long, declared)}: what it "
+        "predicts there may be poor."
+    )
+    return [Problem(OPTION_OF[side], message, f"If that is not meant, {_ways_out(long)}.", "warning")]
 
 
-def _too_long(side: str, has: str, positions: int, rows: Sequence[Rows], multiple: int | None) -> str:
+def _too_long(side: Side, behind: str, positions: int, rows: Sequence[Rows], multiple: int | None) -> Problem:
     padded = max(some.width(multiple) for some in rows)
     what = (
         _counts(rows, positions)
         if any(some.longest > positions for some in rows)
         else f"batches are padded to {padded} (training.pad_to_multiple_of)"
     )
-    return (
-        f"{has.format(positions)}, and {what}: the run would end where such a row comes up. To keep "
-        f"within {positions} tokens, {_ways_out(rows)}; or take a {side} with more positions."
+    return Problem(
+        OPTION_OF[side],
+        f"The {side} has {positions} positions{behind}, and {what}: the run would end where such a row comes up.",
+        f"To keep within {positions} tokens, {_ways_out(rows)}; or take a {side} with more positions.",
     )
 
 
@@ -173,17 +179,17 @@ def _ways_out(rows: Sequence[Rows]) -> str:
     return " and ".join(dict.fromkeys(some.way_out for some in rows))
 
 
-def _declared(model: Any) -> int | None:
+def _declared(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config()
     found = [getattr(config, name, None) for name in _DECLARED]
     return min((number for number in found if isinstance(number, int) and number > 0), default=None)  # XLNet says -1
 
 
-def _is_rotary(model: Any) -> bool:
+def _is_rotary(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config.get_text_config(), "rope_parameters", None))
 
 
-def _refusal(model: Any, width: int) -> str | None:
+def _refusal(model: PreTrainedModel, width: int) -> str | None:
     """What a model without a table of positions (ALiBi, sines) says to a row as long as this; None if it takes it."""
     ids = few_tokens(model, next(model.parameters()).device)
     row = ids.repeat(1, -(-width // ids.shape[1]))[:, :width]
@@ -198,7 +204,7 @@ def _refusal(model: Any, width: int) -> str | None:
     return None
 
 
-def refuse_width(limits: Mapping[str, int], batch: Mapping[str, Any]) -> None:
+def refuse_width(limits: Mapping[str, int], batch: Batch) -> None:
     """Refuse a batch that is wider than a model has positions: rows whose lengths nobody knew before.
 
     Args:
@@ -207,7 +213,7 @@ def refuse_width(limits: Mapping[str, int], batch: Mapping[str, Any]) -> None:
     Raises:
         DataError: before a forward, which on a GPU would leave an error that names nothing.
     """
-    width = batch["input_ids"].shape[1]
+    width = batch.labels.shape[1]
     for side, positions in limits.items():
         if width > positions:
             raise DataError(
@@ -220,7 +226,7 @@ def refuse_width(limits: Mapping[str, int], batch: Mapping[str, Any]) -> None:
 # ---- RoPE that looks at the batch ------------------------------------------------------------------------------------
 
 
-def rope_findings(model: Any, side: str, rows: Sequence[Rows]) -> list[Finding]:
+def rope_findings(model: PreTrainedModel, side: Side, rows: Sequence[Rows]) -> list[Problem]:
     """A warning where the numbers of a row depend on the rows beside it (longrope) or before it (dynamic)."""
     findings = []
     for kind, original in _rope_kinds(model).items():
@@ -229,7 +235,8 @@ def rope_findings(model: Any, side: str, rows: Sequence[Rows]) -> list[Finding]:
             long = [some for some in long if some.batch_size > 1 and some.lengths.min() <= original]
         if long:
             how = _HOW_ROPE_DEPENDS[kind].format(side=side, original=original, counts=_counts(long, original))
-            findings.append(Finding("warning", f"{how} To keep within {original} tokens, {_ways_out(long)}."))
+            way_out = f"To keep within {original} tokens, {_ways_out(long)}."
+            findings.append(Problem(OPTION_OF[side], how, way_out, "warning"))
     return findings
 
 
@@ -243,7 +250,7 @@ _HOW_ROPE_DEPENDS = {
 }
 
 
-def _rope_kinds(model: Any) -> dict[str, int]:
+def _rope_kinds(model: PreTrainedModel) -> dict[str, int]:
     """The kinds of RoPE that look at the batch, each with the length up to which it does nothing."""
     config = model.config.get_text_config()
     parameters = getattr(config, "rope_parameters", None) or {}

@@ -1,60 +1,39 @@
-"""What one look at a model finds before the first step: a wrong kind, a view of the future, images that do not fit.
+"""What one forward of a model shows before the first step: whether it sees the future, and how many positions it has.
 
 Shapes: B rows, T positions, V vocabulary.
 
 A model that attends to later tokens trains and teaches without a word, and its numbers are far too good: each label
 stands in the input one position later. So one forward on a few tokens compares what must be equal, and notes how many
-positions the model has (what is asked of them: `positions.py`).
+learned positions the model has.
 """
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-)
 
-from kdtrain.data.multimodal import Processed, multimodal
+from kdtrain.config.tree import KeyPath, Problem
 from kdtrain.errors import KdtrainError, PreflightError
 from kdtrain.experts import without_router_logits
-from kdtrain.lm_head import evaluating, few_tokens
+from kdtrain.model_kinds import WHAT_IS_NEEDED
+from kdtrain.vocabulary import vocabulary_size
 
 if TYPE_CHECKING:
-    from kdtrain.data.collate import Collator
+    from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
+Side = Literal["student", "teacher"]
+OPTION_OF: Mapping[Side, KeyPath] = {"student": ("model", "model"), "teacher": ("rlhf", "teacher_model")}
+"""The option of a config that names the model of a side: where a finding about it belongs."""
 
 _TOKENS, _CHANGED = 8, 3
-# Heads that predict something else than the next token. Masked ones are found by their forward where a config says that
-# the model was made a decoder since.
-_OTHER_HEAD = re.compile(
-    r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|NextSentencePrediction"
-    r"|ImageClassification|MaskedLM|PreTraining)$|RewardModel$"
-)
-_WHAT_IS_NEEDED = (
-    "Student and teacher have to predict the next token from those before it: a class that ends in ForCausalLM, or a "
-    "vision-language model of that kind."
-)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that a look at a model has found."""
-
-    level: Literal["error", "warning"]
-    text: str
 
 
 @dataclass(frozen=True)
@@ -67,69 +46,17 @@ class TextLook:
         looked: False where the model's weights are in pieces, and nothing could be seen.
     """
 
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[Problem, ...] = ()
     positions: int | None = None
     looked: bool = True
 
 
-def report_findings(findings: Iterable[Finding]) -> None:
-    """Log the warnings, on the main process, and raise the errors, all in one.
-
-    Raises:
-        PreflightError: there is an error among them.
-    """
-    findings = list(dict.fromkeys(findings))
-    for finding in findings:
-        if finding.level == "warning" and PartialState().is_main_process:
-            logger.warning(finding.text)
-    errors = [finding.text for finding in findings if finding.level == "error"]
-    if errors:
-        raise PreflightError("\n".join(errors))
-
-
-# ---- the config ------------------------------------------------------------------------------------------------------
-
-
-def refuse_other_kinds(name: str, config: Any) -> None:
-    """Refuse a folder whose config says that its model predicts something else than the next token.
-
-    transformers would load a classifier without its head, and with a random one for the vocabulary.
-
-    Raises:
-        PreflightError: naming the kind.
-    """
-    kind = _other_kind(config)
-    if kind is not None:
-        raise PreflightError(f"{name} is {kind}. {_WHAT_IS_NEEDED}")
-
-
-def _other_kind(config: Any) -> str | None:
-    architecture = next(iter(getattr(config, "architectures", None) or ()), type(config).__name__)
-    try:
-        text = config.get_text_config()
-    except ValueError:  # it has several
-        return f"a {config.model_type} model, which is neither one of text nor one of text and images"
-    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
-        return f"an encoder-decoder model ({architecture})"
-    head = _OTHER_HEAD.search(architecture)
-    if head and not (head[1] in ("MaskedLM", "PreTraining") and getattr(config, "is_decoder", False)):
-        return f"a model with another head than that of a language model ({architecture})"
-    has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if not known and not has_own_code and text is config:
-        return f"a {config.model_type} model, of which transformers has no causal language model"
-    return None
-
-
-# ---- text ------------------------------------------------------------------------------------------------------------
-
-
-def look_at_text(model: Any, side: str) -> TextLook:
+def look_at_text(model: PreTrainedModel, side: Side) -> TextLook:
     """One forward on a few tokens: does an earlier position see later ones, or the padding behind it?
 
     Args:
         model: a transformers model that is not wrapped; of a PEFT model its base. Its mode is left as it was.
-        side: "student" or "teacher", for the findings.
+        side: for the findings.
 
     Raises:
         PreflightError: it cannot be run at all.
@@ -137,15 +64,15 @@ def look_at_text(model: Any, side: str) -> TextLook:
     if is_deepspeed_zero3_enabled():
         return TextLook(looked=False)
     texts = _texts(model)
-    moved, positions = _look(model, side, texts[0])
-    # Experts that are chosen in other groups round differently, and a tie may break the other way: but not for every
-    # text.
-    if moved is not None and all(_look(model, side, text)[0] for text in texts[1:]):
-        return TextLook((Finding("error", _describe(moved, model, side)),), positions)
+    moved, positions = _compare(model, side, texts[0])
+    # In another group of rows an expert's products round differently, and a tie between two experts may break the other
+    # way: with one text, not with three.
+    if moved is not None and all(_compare(model, side, text)[0] for text in texts[1:]):
+        return TextLook((_sees_what_it_must_not(moved, model, side),), positions)
     return TextLook((), positions)
 
 
-def _texts(model: Any) -> list[torch.Tensor]:
+def _texts(model: PreTrainedModel) -> list[torch.Tensor]:
     """Three texts [T] without special tokens. In falling order: they must not look like a row of positions."""
     config = vars(model.config.get_text_config())
     named = [config.get(f"{name}_token_id") for name in ("pad", "bos", "eos")]
@@ -155,7 +82,7 @@ def _texts(model: Any) -> list[torch.Tensor]:
     return list(ids.split(_TOKENS)[:3])
 
 
-def _look(model: Any, side: str, text: torch.Tensor) -> tuple[str | None, int | None]:
+def _compare(model: PreTrainedModel, side: Side, text: torch.Tensor) -> tuple[str | None, int | None]:
     """What moves a prediction that must not, and by how much; and the number of positions.
 
     Rows: the text, the same with other last tokens, and these once more, as padding on the right.
@@ -165,10 +92,9 @@ def _look(model: Any, side: str, text: torch.Tensor) -> tuple[str | None, int | 
     mask = torch.ones(3, len(text), dtype=torch.long, device=text.device)
     mask[2, kept:] = 0
     cannot = as_preflight_error(f"The {side} ({name_of(model)}) cannot be run on a few tokens")
-    with evaluating(model), _own_random_state(text.device), without_router_logits(model), _Lookups() as lookups, cannot:
+    with evaluating(model), own_random_state(text.device), without_router_logits(model), _Lookups() as lookups, cannot:
         logits = model(input_ids=torch.stack([text, other, other]), attention_mask=mask, use_cache=False).logits
-    full = torch.float32
-    tolerance = 1e-4 if logits.dtype == full and model.dtype == full else 3e-2
+    tolerance = 1e-4 if logits.dtype == model.dtype == torch.float32 else 3e-2
     rows = logits[:, :kept].float()
     return _what_moves(rows, tolerance), lookups.positions(len(text))
 
@@ -176,7 +102,7 @@ def _look(model: Any, side: str, text: torch.Tensor) -> tuple[str | None, int | 
 def _what_moves(rows: torch.Tensor, tolerance: float) -> str | None:
     text, changed, padded = rows
     if not text.isfinite().all():
-        return None  # that is told by the loss
+        return None  # the loss says so
     cases = (
         (changed, "sees the tokens that it has to predict", "the tokens behind them are changed"),
         (padded, "does not honour the attention mask", "padding stands behind them"),
@@ -188,13 +114,14 @@ def _what_moves(rows: torch.Tensor, tolerance: float) -> str | None:
     return None
 
 
-def _describe(moved: str, model: Any, side: str) -> str:
+def _sees_what_it_must_not(moved: str, model: PreTrainedModel, side: Side) -> Problem:
     config = model.config.get_text_config()
     switch = " Its config.json has is_decoder: false." if getattr(config, "is_decoder", None) is False else ""
-    return (
+    message = (
         f"The {side} ({name_of(model)}, {type(model).__name__}) {moved}{switch} Its losses and accuracies would mean "
-        f"nothing. {_WHAT_IS_NEEDED}"
+        "nothing."
     )
+    return Problem(OPTION_OF[side], message, WHAT_IS_NEEDED)
 
 
 class _Lookups(TorchFunctionMode):
@@ -223,59 +150,41 @@ class _Lookups(TorchFunctionMode):
         return min(found, default=None)
 
 
-# ---- images ----------------------------------------------------------------------------------------------------------
+# ---- running a model once --------------------------------------------------------------------------------------------
 
 
-def look_at_image(model: Any, side: str, processing: Any, collator: Collator, row: Mapping[str, Any]) -> list[Finding]:
-    """One image through a model, as its own processor prepares it: what does not fit is named with its side.
+def few_tokens(model: PreTrainedModel, device: torch.device, count: int = 4) -> torch.Tensor:
+    """[1, count] ids of text: the placeholder of an image stands for pixels that are not there."""
+    placeholders = placeholder_ids(model)
+    text = [i for i in range(min(64, vocabulary_size(model))) if i not in placeholders][:count]
+    return torch.tensor([text or [0]], device=device)
 
-    Args:
-        model: a vision-language model; not wrapped.
-        processing: its own processor; nothing is looked at with a tokenizer.
-        collator: reads the images.
-        row: of the data, with an image.
-    """
-    if multimodal(processing) is None:
-        return []
+
+def placeholder_ids(model: PreTrainedModel) -> set[int]:
+    """Ids that stand for parts of images, videos or sounds, as a model's config names them; empty for a text model."""
+    config = vars(model.config)
+    named = [config[key] for key in config if re.fullmatch(r"(image|video|audio)\w*_token_(id|index)", key)]
+    return {token for token in named if isinstance(token, int)}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients for the time of a look; the mode is put back."""
+    was_training = model.training
+    model.eval()
     try:
-        inputs = collator.prepared_by(processing, row)
-    except PreflightError as error:
-        return [Finding("error", f"The {side}'s processor ({name_of(model)}) cannot prepare an image: {error}")]
-    device = next(model.parameters()).device
-    ids = torch.tensor([inputs.ids])
-    tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs.token_tensors, **inputs.visual}
-    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
-    try:
-        with evaluating(model), _own_random_state(device), as_preflight_error("the model says"):
-            model(**moved, use_cache=False)
-    except PreflightError as error:
-        return [Finding("error", _describe_misfit(model, side, inputs, processing, str(error)))]
-    return []
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
-def _describe_misfit(model: Any, side: str, inputs: Processed, processing: Any, said: str) -> str:
-    image_ids = multimodal(processing).image_ids  # type: ignore[union-attr]
-    tokens = sum(i in image_ids for i in inputs.ids)
-    made = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.visual.items())
-    vision = getattr(model.config, "vision_config", None)
-    sizes = {name: getattr(vision, name, None) for name in ("image_size", "patch_size", "spatial_merge_size")}
-    expected = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None)
-    return (
-        f"The {side}'s processor does not fit the {side} ({name_of(model)}): for a row with an image the processor "
-        f"makes {made} and {tokens} image tokens, and {said} Its sizes: {expected or 'unknown'}. Put the processor "
-        "files (preprocessor_config.json, processor_config.json) of the model that the folder came from into it."
-    )
-
-
-# ---- helpers ---------------------------------------------------------------------------------------------------------
-
-
-def _own_random_state(device: torch.device) -> Any:
-    """Some models draw in their forward (Reformer's hashes): the run's own draws must not depend on the look."""
+def own_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Some models draw in their forward (Reformer's hashes): the run's own draws must not depend on a look at them."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-def name_of(model: Any) -> str:
+def name_of(model: PreTrainedModel) -> str:
     """The folder or hub id that a model came from, or else its class."""
     return getattr(model.config, "_name_or_path", "") or type(model).__name__
 
@@ -289,7 +198,7 @@ def as_preflight_error(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (KdtrainError, torch.OutOfMemoryError):  # a signal, or what training has better words for
+    except (KdtrainError, torch.OutOfMemoryError):  # a signal; and training says itself what to do about memory
         raise
     except Exception as error:
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kdtrain.callbacks import is_record
 from kdtrain.data import BuildReport
+from kdtrain.log import is_record
 
 # In the order in which one reads them; the rest of a record is in logging.jsonl.
 _SHOWN = ("loss", "llm_kd_loss", "sft_loss", "vision_kd_loss", "token_accuracy", "teacher_agreement", "grad_norm")
@@ -39,30 +39,19 @@ class ConsoleReporter:
 
     def data(self, name: str, report: BuildReport) -> None:
         """What became of the rows of a data set."""
-        if self._quiet:
-            return
-        if self._json:
-            self._line({"event": "data", "name": name, "summary": report.summary()})
-        else:
-            self._console.print(f"{name}: {report.summary()}", markup=False, highlight=False, soft_wrap=True)
+        self._show(f"{name}: {report.summary()}", event="data", name=name, summary=report.summary())
 
     def answers(self, done: int, total: int) -> None:
         """A line now and then while the teacher writes answers, and one at the end."""
         now = time.perf_counter()
-        if self._quiet or (done < total and now < self._next_line):
-            return
-        self._next_line = now + 10
-        if self._json:
-            self._line({"event": "answers", "done": done, "total": total})
-        else:
-            self._console.print(f"the teacher's answers: {done:,} of {total:,}", markup=False, highlight=False)
+        if done == total or now >= self._next_line:
+            self._next_line = now + 10
+            self._show(f"the teacher's answers: {done:,} of {total:,}", event="answers", done=done, total=total)
 
     def plan(self, rows: Mapping[str, str]) -> None:
         """The table of what was derived."""
-        if self._quiet:
-            return
-        if self._json:
-            self._line({"event": "plan", **rows})
+        if self._quiet or self._json:
+            self._show("", event="plan", **rows)
             return
         table = Table(show_header=False, box=None, pad_edge=False)
         table.add_column(style="bold")
@@ -75,10 +64,8 @@ class ConsoleReporter:
         """What shows the steps."""
         if self._quiet:
             return []
-        if self._json:
-            return [JsonLines(self)]
-        if not self._console.is_terminal:
-            return [PlainLines(self._console)]
+        if self._json or not self._console.is_terminal:
+            return [Lines(self._write, self._json)]
         self._bar = ProgressBar(self._console)
         return [self._bar]
 
@@ -87,57 +74,41 @@ class ConsoleReporter:
         if self._bar is not None:
             self._bar.close()
 
-    def _line(self, record: Mapping[str, Any]) -> None:
-        self._console.print(json.dumps(record), markup=False, highlight=False, soft_wrap=True)
+    def _show(self, text: str, **event: Any) -> None:
+        if not self._quiet:
+            self._write(json.dumps(event) if self._json else text)
 
-
-class JsonLines(TrainerCallback):
-    """One JSON object per record."""
-
-    def __init__(self, reporter: ConsoleReporter) -> None:
-        self._reporter = reporter
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs and is_record(logs):
-            self._reporter._line({"event": "log", "step": state.global_step, **logs})
-
-
-class PlainLines(TrainerCallback):
-    """One line per record, with the time left."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._started = (0, 0.0)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._started = (state.global_step, time.perf_counter())
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs or not is_record(logs):
-            return
-        first, began = self._started
-        left = ""
-        if "loss" in logs and state.global_step > first:
-            seconds = (time.perf_counter() - began) / (state.global_step - first)
-            left = f"  {_duration(seconds * (state.max_steps - state.global_step))} left"
-        line = f"step {state.global_step}/{state.max_steps}  {describe(logs)}{left}"
+    def _write(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class Lines(TrainerCallback):
+    """One line per record: an object for programs, or text with the time left.
+
+    Args:
+        write: prints a line of text.
+    """
+
+    def __init__(self, write: Callable[[str], None], as_json: bool) -> None:
+        self._write, self._json = write, as_json
+        self._first_step, self._began = 0, 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._first_step, self._began = state.global_step, time.perf_counter()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        if not is_record(logs):
+            return
+        if self._json:
+            self._write(json.dumps({"event": "log", "step": state.global_step, **logs}))
+            return
+        left, done = "", state.global_step - self._first_step
+        if "loss" in logs and done:
+            seconds = (time.perf_counter() - self._began) / done
+            left = f"  {_duration(seconds * (state.max_steps - state.global_step))} left"
+        self._write(f"step {state.global_step}/{state.max_steps}  {describe(logs)}{left}")
 
 
 class ProgressBar(TrainerCallback):
@@ -150,40 +121,27 @@ class ProgressBar(TrainerCallback):
         )
         self._terms = Text(no_wrap=True, overflow="ellipsis")
         self._live = Live(Group(self._progress, self._terms), console=console)
-        self._task: TaskID | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._live.start()
         self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, completed=state.global_step)
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._progress.update(self._task, completed=state.global_step)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
-        if not logs or not is_record(logs) or self._task is None:
-            return
         if "loss" in logs:
             self._terms.plain = describe(logs)
-        else:
+        elif is_record(logs):
             self._console.print(f"step {state.global_step}  {describe(logs)}", markup=False, highlight=False)
 
     def close(self) -> None:
         """Take the bar off the terminal."""
         self._live.stop()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         self.close()
 
 

@@ -1,6 +1,6 @@
-"""What upstream finds out only while training begins, found out before: steps, optimizer, scheduler, the best metric.
+"""What upstream finds out only while training begins, tried before: steps, optimizer, scheduler, the best metric.
 
-Nothing here touches the model, and nothing is kept.
+Optimizer and scheduler are built over a weight of their own and thrown away: the model and the run stay as they were.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 from transformers.trainer_optimizer import is_optimizer_factory
+from transformers.training_args import OptimizerNames
 
 from kdtrain.best import set_direction
 from kdtrain.errors import KdtrainError, PreflightError
-from kdtrain.sampling import planned_steps
+from kdtrain.sampling import planned_steps, rows_per_batch
 
 if TYPE_CHECKING:
     from kdtrain.trainer import GKDTrainerWithMetrics
@@ -25,14 +26,14 @@ def rehearse(trainer: GKDTrainerWithMetrics, greater_is_better: bool | None = No
     """Try what training will begin with.
 
     Args:
-        greater_is_better: as the config says it, see `set_direction`.
+        greater_is_better: as the config has it, see `set_direction`.
 
     Raises:
         PreflightError: naming the option.
     """
     _check_steps(trainer)
     set_direction(trainer, greater_is_better)
-    if not trainer.is_deepspeed_enabled:  # makes its own
+    if not trainer.is_deepspeed_enabled:  # which makes them itself
         _try_optimizer(trainer)
         _try_scheduler(trainer)
     trainer.rehearsed = True
@@ -40,7 +41,7 @@ def rehearse(trainer: GKDTrainerWithMetrics, greater_is_better: bool | None = No
 
 @contextmanager
 def naming(option: str, value: Any) -> Iterator[None]:
-    """Say which option an error of a library comes from."""
+    """Turn an error of a library into one that names the option that led to it."""
     try:
         yield
     except (KdtrainError, torch.OutOfMemoryError):
@@ -68,20 +69,18 @@ def readable_beginning(trainer: GKDTrainerWithMetrics) -> Iterator[None]:
 
 
 def _check_steps(trainer: GKDTrainerWithMetrics) -> None:
-    args, rows = trainer.args, trainer.rows_per_epoch()
-    ranks = trainer.accelerator.num_processes // trainer.get_tp_size()
-    step = trainer._train_batch_size * ranks
-    if args.dataloader_drop_last and rows < step:
+    rows, batch, own = trainer.rows_per_epoch(), rows_per_batch(trainer), trainer._train_batch_size
+    if trainer.args.dataloader_drop_last and rows < batch:
         raise PreflightError(
-            f"An epoch has {rows} rows, and a batch takes {step} ({trainer._train_batch_size} x {ranks} processes): "
-            "with training.dataloader_drop_last not one is left, and nothing would be trained. Lower "
+            f"An epoch has {rows} rows, and a batch takes {batch} ({own} x {batch // own} processes): with "
+            "training.dataloader_drop_last not one is left, and nothing would be trained. Lower "
             "training.per_device_train_batch_size, or remove dataloader_drop_last."
         )
 
 
 def _try_optimizer(trainer: GKDTrainerWithMetrics) -> None:
     args = trainer.args
-    name = str(getattr(args.optim, "value", args.optim))
+    name = OptimizerNames(args.optim).value
     if trainer.optimizer is not None or "layerwise" in name:  # to ask for a layer-wise one puts hooks on the model
         return
     with naming("optim", name if not args.optim_args else f"{name} with optim_args {args.optim_args}"):
@@ -94,18 +93,13 @@ def _try_scheduler(trainer: GKDTrainerWithMetrics) -> None:
     args = trainer.args
     if trainer.lr_scheduler is not None:
         return
-    steps = planned_steps(args, trainer.rows_per_epoch(), trainer.accelerator.num_processes)
+    steps, _ = planned_steps(trainer, trainer.rows_per_epoch())
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    name = SchedulerType(args.lr_scheduler_type).value
     with naming("lr_scheduler_type", f"{name} with lr_scheduler_kwargs {args.lr_scheduler_kwargs or {}}"):
         warmup = args.get_warmup_steps(steps)
-        scheduler = get_scheduler(
-            name,
-            optimizer=optimizer,
-            num_warmup_steps=warmup,
-            num_training_steps=steps,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-        )
+        scheduler = get_scheduler(name, optimizer, warmup, steps, args.lr_scheduler_kwargs)
+        # Some options are used only when a step asks for its rate: ask at the ends, the middle and around the warmup.
         for factor in getattr(scheduler, "lr_lambdas", []):
             for step in {0, 1, warmup, warmup + 1, (warmup + steps) // 2, steps - 1, steps}:
                 float(factor(step))

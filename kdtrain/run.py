@@ -1,38 +1,41 @@
-"""`fit`: the whole data flow of a run on one screen. Prints nothing: what there is to say goes to a `Reporter`."""
+"""`fit`: the whole flow of a run, from a checked config to a saved model.
+
+The command `kdtrain fit` (`cli.py`) and the function `kdtrain.fit` (`notebook.py`) both call it. Nothing here prints:
+a `Reporter` does.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import tempfile
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from kdtrain.build import Given, Reporter, build_trainer
-from kdtrain.callbacks import CheckWrapped, JsonlLogger, LogLastStep, StopOnSignal
-from kdtrain.checkpoints import newest_complete, require_complete
-from kdtrain.errors import CheckpointError, Interrupted, PreflightError
+from kdtrain.callbacks import CheckWrapped, StopOnSignal
+from kdtrain.checkpoints import checkpoint_to_resume, steps_done
+from kdtrain.errors import Interrupted
 from kdtrain.failures import readable_failures
+from kdtrain.folder import CONFIG, LOG, require_usable, write_atomically
 from kdtrain.launch import check_world
-from kdtrain.model_folder import read_map
+from kdtrain.log import JsonlLogger
 from kdtrain.plan import plan
+from kdtrain.ranks import is_main
 from kdtrain.sampling import planned_steps
-from kdtrain.status import STATUS, tracked_status, write_atomically, write_status
+from kdtrain.signals import StopRequest
+from kdtrain.status import tracked_status, write_status
 from kdtrain.trainer import GKDTrainerWithMetrics
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig, TrainArguments
 
 logger = logging.getLogger(__name__)
-
-LOG = "logging.jsonl"
-CONFIG = "run_config.json"  # not config.json, which is the saved model's
 
 
 @dataclass(frozen=True)
@@ -66,190 +69,107 @@ def fit(
         KdtrainError: with the exit code that says what went wrong.
         Interrupted: a signal; the state was saved.
     """
-    run_dir = Path(arguments.training_args.output_dir)
-    checkpoint = _checkpoint(run_dir, resume)
-    try:
-        return _begin(arguments, reporter, run_dir, checkpoint, dry_run, given or Given())
-    finally:
-        reporter.close()
-
-
-def _begin(
-    arguments: TrainArguments, reporter: Reporter, run_dir: Path, checkpoint: Path | None, dry_run: bool, given: Given
-) -> RunResult:
-    if dry_run:
-        with tempfile.TemporaryDirectory() as scratch:
-            arguments.training_args.output_dir = scratch
-            arguments.training_args.report_to = []  # no tracker hears of it
-            return _fit(arguments, reporter, None, given, dry_run=True)
-    with tracked_status(run_dir):
-        return _fit(arguments, reporter, checkpoint, given, dry_run=False)
-
-
-def _fit(
-    arguments: TrainArguments, reporter: Reporter, checkpoint: Path | None, given: Given, *, dry_run: bool
-) -> RunResult:
-    config, args = arguments.config, arguments.training_args
     started = time.perf_counter()
-    trainer, report = build_trainer(config, args, reporter, dry_run, given)
-    check_world(trainer.accelerator, config)
-    main = trainer.is_world_process_zero()
-    if main:
-        reporter.plan(plan(trainer, config, report))
-        for callback in reporter.callbacks():
-            trainer.add_callback(callback)
-    trainer.remove_callback(PrinterCallback)  # it prints dicts to stdout, which is for results
-    trainer.add_callback(CheckWrapped(trainer))
-    if dry_run:
-        metrics = _one_window(trainer)
-        return RunResult(Path(args.output_dir), 0, time.perf_counter() - started, metrics)
-
+    config, args = arguments.config, arguments.training_args
     run_dir = Path(args.output_dir)
-    with readable_failures(args):
-        if main:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            _tell_changes(run_dir / CONFIG, config)
-            write_atomically(run_dir / CONFIG, config.model_dump_json(indent=2))
-            write_status(run_dir, "running", None, "")
-        trainer.add_callback(JsonlLogger(run_dir / LOG))
-        trainer.add_callback(LogLastStep())
-        stop = StopOnSignal(trainer.accelerator)
-        trainer.add_callback(stop)
-        with stop.installed():
-            _train(trainer, checkpoint, planned_steps(args, report.rows_per_epoch, trainer.accelerator.num_processes))
-            if stop.signum:
-                raise Interrupted(
-                    stop.signum,
-                    f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the state is saved in "
-                    f"{run_dir}. Go on with the same command and --resume auto.",
-                )
-            trainer.save_model()
+    require_usable(run_dir, resuming=resume is not None)
+    checkpoint = checkpoint_to_resume(run_dir, resume)
+    with ExitStack() as at_the_end:
+        at_the_end.callback(reporter.close)
+        if dry_run:
+            args.output_dir = at_the_end.enter_context(tempfile.TemporaryDirectory())
+            args.report_to = []  # a tracker would take it for a run
+        else:
+            at_the_end.enter_context(tracked_status(run_dir))
+        trainer, report = build_trainer(config, args, reporter, dry_run, given or Given())
+        check_world(trainer.accelerator, config)
+        if is_main():
+            reporter.plan(plan(trainer, config, report))
+            for callback in reporter.callbacks():
+                trainer.add_callback(callback)
+        trainer.remove_callback(PrinterCallback)  # it prints dicts to stdout, which is for results
+        trainer.add_callback(CheckWrapped(trainer))
+        with readable_failures(args):
+            if dry_run:
+                metrics = _one_window(trainer)
+            else:
+                _begin_folder(run_dir, config)
+                metrics = _train_and_save(trainer, run_dir, checkpoint)
+    return RunResult(Path(args.output_dir), trainer.state.global_step, time.perf_counter() - started, metrics)
+
+
+def _train_and_save(trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: Path | None) -> dict[str, float]:
+    """Train to the end, or to a signal, which saves a checkpoint and no model; the last metrics."""
+    request = StopRequest()
+    stop = StopOnSignal(trainer.accelerator, request)
+    trainer.add_callback(JsonlLogger(run_dir / LOG))
+    trainer.add_callback(stop)
+    done = 0 if checkpoint is None else steps_done(checkpoint)
+    steps, _ = planned_steps(trainer, trainer.rows_per_epoch())
+    with request.listening():
+        if checkpoint is None or done < steps:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        else:  # transformers looks at max_steps after a step only, and would take one more
+            logger.warning("%s is at step %d of %d: nothing is left to train.", checkpoint.name, done, steps)
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state.global_step = done
+        if stop.signum:
+            raise Interrupted(
+                stop.signum,
+                f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the state is saved in "
+                f"{run_dir}. Go on with the same command and --resume auto.",
+            )
+        trainer.save_model()
     trainer.accelerator.wait_for_everyone()
-    return RunResult(run_dir, trainer.state.global_step, time.perf_counter() - started, _last_metrics(trainer))
-
-
-def _tell_changes(path: Path, config: RunConfig) -> None:
-    """Say which options a resumed run has that its earlier part did not have."""
-    if not path.exists():
-        return
-    before, now = (_flat(text) for text in (json.loads(path.read_text("utf-8")), config.model_dump(mode="json")))
-    changed = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())
-               if before.get(key) != now.get(key)]  # fmt: skip
-    if changed:
-        logger.warning("Going on with other options than the run began with: %s.", "; ".join(changed))
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"rlhf": {"beta": 0.5}} as {"rlhf.beta": 0.5}."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {key: leaf for name, child in value.items()
-            for key, leaf in _flat(child, f"{prefix}.{name}" if prefix else name).items()}  # fmt: skip
-
-
-def _train(trainer: GKDTrainerWithMetrics, checkpoint: Path | None, steps: int) -> None:
-    """Train to the end, from a checkpoint if there is one; a run that has reached its end takes no further step."""
-    if checkpoint is None:
-        trainer.train()
-        return
-    done = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    if done < steps:
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-        return
-    # transformers looks at max_steps after a step only, and would take one more.
-    logger.warning("%s is at step %d of %d: nothing is left to train.", checkpoint.name, done, steps)
-    trainer._load_from_checkpoint(str(checkpoint))
-    trainer.state.global_step = done
-
-
-# ---- before and after ------------------------------------------------------------------------------------------------
+    return _last_metrics(trainer)
 
 
 def _last_metrics(trainer: GKDTrainerWithMetrics) -> dict[str, float]:
-    history = trainer.state.log_history
-    last_training: dict[str, float] = next((record for record in reversed(history) if "loss" in record), {})
-    last_evaluation: dict[str, float] = next((record for record in reversed(history) if "eval_loss" in record), {})
-    return {**last_training, **last_evaluation}
+    metrics: dict[str, float] = {}
+    for key in ("loss", "eval_loss"):
+        metrics |= next((record for record in reversed(trainer.state.log_history) if key in record), {})
+    return metrics
 
 
 class _WindowDone(Exception):
     """Ends a dry run where the optimizer step would be."""
 
 
+class _EndBeforeTheStep(TrainerCallback):
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        raise _WindowDone
+
+
 def _one_window(trainer: GKDTrainerWithMetrics) -> dict[str, float]:
     """One optimizer window forward and backward through everything a real run uses, without the step; its metrics."""
-    from transformers import TrainerCallback
-
-    class Stop(TrainerCallback):
-        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            raise _WindowDone
-
-    trainer.add_callback(Stop())
-    with readable_failures(trainer.args), contextlib.suppress(_WindowDone):
+    trainer.add_callback(_EndBeforeTheStep())
+    with suppress(_WindowDone):
         trainer.train()
     return trainer.window_metrics()
 
 
-# ---- the run folder --------------------------------------------------------------------------------------------------
-
-
-def _checkpoint(run_dir: Path, resume: str | None) -> Path | None:
-    """The checkpoint to go on from, None for a clean start.
-
-    Raises:
-        PreflightError: the folder cannot be used as it is.
-        CheckpointError: the named checkpoint is incomplete.
-    """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise PreflightError(f"training.output_dir {run_dir} is a file. Name a folder.")
-    existing = next((parent for parent in (run_dir, *run_dir.parents) if parent.exists()), Path("/"))
-    if not os.access(existing, os.W_OK):
-        raise PreflightError(f"training.output_dir {run_dir} cannot be written: {existing} is read-only.")
-    _check_ours(run_dir, resume)
-    if resume is None:
-        return None
-    if resume != "auto":
-        if not Path(resume).exists():
-            raise CheckpointError(f"--resume {resume}: there is no such checkpoint. Give its path, or auto.")
-        return require_complete(Path(resume).resolve())
-    newest, skipped = newest_complete(run_dir)
-    if newest is None and skipped:
-        lacks = "; ".join(f"{name} lacks {', '.join(missing)}" for name, missing in skipped.items())
-        raise CheckpointError(
-            f"--resume auto: no checkpoint in {run_dir} is complete: {lacks}. Restore what is missing, or begin anew "
-            "in another folder (training.output_dir=… on the command line)."
-        )
-    for name, missing in skipped.items():
-        logger.warning("%s is skipped: it lacks %s.", name, ", ".join(missing))
-    logger.warning("Resuming from %s." if newest else "No checkpoint in %s yet: clean start.", newest or run_dir)
-    return newest
-
-
-def _check_ours(run_dir: Path, resume: str | None) -> None:
-    """Refuse to write into a folder of somebody else's, and into a run's that is not to be resumed.
-
-    Raises:
-        PreflightError: naming the way out.
-    """
-    # Ranks that start later find what rank 0 has written meanwhile.
-    if int(os.environ.get("RANK", "0")) > 0 or not run_dir.is_dir() or not any(run_dir.iterdir()):
+def _begin_folder(run_dir: Path, config: RunConfig) -> None:
+    """Write config and status; warn of options that a resumed run changes."""
+    if not is_main():
         return
-    another = "another folder (training.output_dir=… on the command line)"
-    if not is_run_folder(run_dir):
-        raise PreflightError(
-            f"training.output_dir {run_dir} is not empty, and holds no run of kdtrain. Name {another}."
-        )
-    if resume is None:
-        raise PreflightError(
-            f"training.output_dir {run_dir} holds a run already. Go on with it by --resume auto, or name {another}."
-        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = run_dir / CONFIG
+    if file.exists():
+        before, now = _flat(json.loads(file.read_text("utf-8"))), _flat(config.model_dump(mode="json"))
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        if changed:
+            changes = "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
+            logger.warning("Going on with other options than the run began with: %s.", changes)
+    write_atomically(file, config.model_dump_json(indent=2))
+    write_status(run_dir, "running")
 
 
-def is_run_folder(folder: Path) -> bool:
-    """Whether a run of `fit` has written into a folder: its config, or its status, which is there a little earlier.
-
-    Or nothing but checkpoints, as they are moved to another machine.
-    """
-    if all(path.is_dir() and path.name.startswith("checkpoint-") for path in folder.iterdir()):
-        return True
-    return "rlhf" in read_map(folder / CONFIG) or {"state", "exit_code", "rank"} <= read_map(folder / STATUS).keys()
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"rlhf": {"beta": 0.5}} as {"rlhf.beta": 0.5}."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, child in value.items()
+        for key, leaf in _flat(child, f"{prefix}.{name}" if prefix else name).items()
+    }

@@ -1,10 +1,10 @@
-"""How many steps a run has, and the order in which the rows of an epoch are read."""
+"""How many optimizer steps a run has, and in which order the rows of an epoch are read."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Sampler
@@ -12,25 +12,24 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from kdtrain.data.epochs import Epochs
 
+if TYPE_CHECKING:
+    from kdtrain.trainer import GKDTrainerWithMetrics
 
-def planned_steps(args: Any, rows: int, ranks: int) -> int:
-    """Optimizer steps of a run, as transformers counts them: every epoch ends with a window of its own.
 
-    Args:
-        args: training arguments.
-        rows: of one epoch.
-        ranks: processes.
+def planned_steps(trainer: GKDTrainerWithMetrics, rows: int) -> tuple[int, int]:
+    """Optimizer steps that `train` takes in all, and in an epoch of so many rows, whose last step may have fewer.
+
+    Upstream counts them, from the length of a data loader alone: making one would not be free of consequences.
     """
-    if args.max_steps > 0:
-        return int(args.max_steps)
-    return math.ceil(args.num_train_epochs * steps_of_an_epoch(args, rows, ranks))
+    batches = rows / rows_per_batch(trainer)
+    length = math.floor(batches) if trainer.args.dataloader_drop_last else math.ceil(batches)
+    _, per_epoch, *_, steps = trainer.set_initial_training_values(trainer.args, range(length))
+    return steps, per_epoch
 
 
-def steps_of_an_epoch(args: Any, rows: int, ranks: int) -> int:
-    """Optimizer steps of one epoch; the last of them may have fewer rows."""
-    batches = rows / (args.per_device_train_batch_size * ranks)
-    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+def rows_per_batch(trainer: GKDTrainerWithMetrics) -> int:
+    """Rows of one micro-batch on all ranks together."""
+    return trainer._train_batch_size * (trainer.accelerator.num_processes // trainer.get_tp_size())
 
 
 class EpochSampler(Sampler[int]):
@@ -62,12 +61,14 @@ class EpochSampler(Sampler[int]):
 
 
 class SetEpoch(TrainerCallback):
-    """Tells a sampler which epoch begins, also one that is resumed in its middle."""
+    """Gives a sampler the number of each epoch that begins.
+
+    Upstream does so too, but on several ranks its call does not reach the sampler where an epoch is resumed in its
+    middle: the run would go on with the rows of the first epoch.
+    """
 
     def __init__(self, sampler: EpochSampler) -> None:
         self._sampler = sampler
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._sampler.set_epoch(math.floor(state.epoch or 0))

@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kdtrain.losses.kinds import VISUAL_TARGETS
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-VISUAL_TARGETS = ("vit", "aligner", "deepstack")
+    from kdtrain.batch import Batch
+    from kdtrain.objective import Terms
 
 # Terms of the loss, already weighted. Training: each entry is the micro-batch's share of its window's loss, so that the
 # sum over micro-batches and ranks is the window's value. Evaluation: each entry is the batch's mean.
@@ -44,6 +47,8 @@ TOKEN_SUMS = (
 )
 # What is made of them.
 TOKEN_METRICS = ("token_accuracy", "teacher_agreement", "student_entropy", "teacher_entropy")
+# Terms whose sum is the loss; the others are parts of one of these.
+TOTAL_TERMS = ("llm_kd_loss", "sft_loss", "vision_kd_loss", "aux_loss")
 # Which way an evaluation's metrics get better; entropies are neither good nor bad.
 HIGHER_IS_BETTER = {
     "loss": False,
@@ -55,6 +60,23 @@ WINDOW_COUNTS = ("windows", "on_policy_windows")
 _KEYS = (*LOSS_TERMS, *TOKEN_SUMS, *WINDOW_COUNTS)
 
 Metrics = Mapping[str, Sequence[torch.Tensor]]
+
+
+def record(metrics: Mapping[str, list[torch.Tensor]], terms: Terms, batch: Batch) -> None:
+    """Append what one micro-batch says to the lists of `metrics`, a defaultdict."""
+    tokens = terms.tokens
+    for key, value in terms.named.items():
+        metrics[key].append(value)
+        if key.startswith("vision_kd_loss"):
+            metrics[f"{key}_weight"].append(torch.tensor(batch.image_units))
+    metrics["num_tokens"].append(tokens.num_tokens)
+    metrics["num_correct"].append(tokens.num_correct)
+    metrics["student_entropy_sum"].append(tokens.student_entropy_sum)
+    if tokens.num_agree is not None and tokens.teacher_entropy_sum is not None:
+        metrics["num_teacher_tokens"].append(terms.num_teacher_tokens)
+        metrics["num_agree"].append(tokens.num_agree)
+        metrics["teacher_entropy_sum"].append(tokens.teacher_entropy_sum)
+    metrics["input_tokens"].append(batch.num_input_tokens)
 
 
 @dataclass(frozen=True)
@@ -127,7 +149,7 @@ def evaluation_metrics(reduced: Reduced) -> dict[str, float]:
     Visual terms are means over its images.
     """
     terms = {key: reduced.sums[key] / reduced.counts[key] for key in LOSS_TERMS if reduced.counts[key]}
-    total = sum(terms[key] for key in ("llm_kd_loss", "sft_loss", "vision_kd_loss", "aux_loss") if key in terms)
+    total = sum(terms[key] for key in TOTAL_TERMS if key in terms)
     return {"loss": total, **terms, **_token_metrics(reduced)}
 
 

@@ -6,18 +6,22 @@ A tokenizer may have more tokens than an embedding has rows, as long as no row u
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
 
+from kdtrain.batch import Batch
 from kdtrain.errors import DataError
 from kdtrain.vocabulary import vocabulary_size
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def embedding_rows(model: Any) -> int:
+
+def embedding_rows(model: PreTrainedModel) -> int:
     """Ids that a model can look up: 0 up to, and without, this number."""
     # Under ZeRO-3 the weight is empty between its uses; the module knows its size.
     return int(getattr(model.get_input_embeddings(), "num_embeddings", None) or vocabulary_size(model))
@@ -56,16 +60,16 @@ def check_rows(data: Any, name: str, sizes: Mapping[str, int]) -> bool:
     return True
 
 
-def check_batch(batch: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+def check_batch(batch: Batch, sizes: Mapping[str, int]) -> None:
     """The same of a batch, for rows that are tokenised while training; waits for the device.
 
     Raises:
         DataError: naming its rows.
     """
-    ids: torch.Tensor = batch["input_ids"]
+    ids: torch.Tensor = batch.model_inputs["input_ids"]
     largest = int(ids.max()) if ids.numel() else 0
     if largest >= min(sizes.values()):
-        _refuse(largest, f"a batch (rows {', '.join(batch.get('row_ids', ['?']))})", sizes)
+        _refuse(largest, f"a batch (rows {', '.join(batch.rows.ids) or '?'})", sizes)
 
 
 def _refuse(largest: int, where: str, sizes: Mapping[str, int]) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What of the student is trained, and whether it can be: before PEFT wraps it, and after.
+"""What of the student is trained, and whether it can be: LoRA, and dropout; before PEFT wraps it, and after.
 
 PEFT ignores most of the names in its config that do not fit the model, and warns where it should refuse.
 """
@@ -9,11 +9,12 @@ import copy
 import difflib
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
+from peft import LoraConfig
 from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
@@ -21,6 +22,7 @@ from kdtrain.errors import PreflightError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,34 @@ _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _READ_PAST = ("dt_proj", "out_proj")
 
 
-def fit_student(model: Any, peft_config: PeftConfig | None, args: Any) -> PeftConfig | None:
+def lora_config(
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: str | Sequence[str],
+    modules_to_save: Sequence[str] | None,
+    use_dora: bool,
+    exclude_modules: str | None = None,
+) -> LoraConfig:
+    """PEFT's config for a causal language model.
+
+    Args:
+        exclude_modules: a regular expression of module names that get no adapter, whatever `target_modules` says.
+    """
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # PEFT says int, and divides it by the rank
+        lora_dropout=dropout,
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        modules_to_save=None if modules_to_save is None else list(modules_to_save),
+        exclude_modules=exclude_modules,
+        use_dora=use_dora,
+        task_type="CAUSAL_LM",
+    )
+
+
+def fit_student(model: nn.Module, peft_config: PeftConfig | None, args: TrainingArguments) -> PeftConfig | None:
     """What is to be trained, fitted to a loaded student before it is wrapped; its adapter's config comes back.
 
     Raises:
@@ -58,7 +87,7 @@ def check_trained(model: nn.Module, device: torch.device) -> None:
         )
 
 
-def drop_unsupported_checkpointing(model: nn.Module, args: Any) -> None:
+def drop_unsupported_checkpointing(model: nn.Module, args: TrainingArguments) -> None:
     """Switch gradient checkpointing off, and say so, where a class of models has none: trl's default is on."""
     if not args.gradient_checkpointing or getattr(model, "supports_gradient_checkpointing", True):
         return
@@ -69,6 +98,11 @@ def drop_unsupported_checkpointing(model: nn.Module, args: Any) -> None:
         "training.gradient_checkpointing has no effect: %s does not support it. All activations are kept.",
         type(model).__name__,
     )
+
+
+def uses_reentrant_checkpointing(args: TrainingArguments) -> bool:
+    """Whether gradient checkpointing is on, of the kind that makes no graph where a block's input has no gradient."""
+    return bool(args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
 
 
 def fitted_adapter(model: nn.Module, config: PeftConfig) -> PeftConfig:
@@ -223,3 +257,19 @@ def _tied_targets(model: nn.Module, config: PeftConfig) -> Iterator[tuple[list[s
 def _targeted(modules: Collection[str], config: PeftConfig) -> list[str]:
     found = {module: check_target_module_exists(config, module) for module in sorted(modules)}
     return [module for module, match in found.items() if match and not isinstance(match, _ExcludedModule)]
+
+
+# ---- dropout --------------------------------------------------------------------------------------------------------
+
+# Attributes of transformers' modules that functional dropout reads.
+_DROPOUT_NUMBERS = ("attention_dropout", "attn_dropout", "dropout", "activation_dropout", "hidden_dropout", "dropout_p")
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Switch off every dropout, also those that are numbers handed to a function (attention), not modules."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in _DROPOUT_NUMBERS:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

@@ -1,6 +1,7 @@
-"""What a record will be made of that a checkpoint falls in the middle of: sums that were not logged yet.
+"""Sums of the steps since the last record, kept in a checkpoint: `unlogged_<rank>.safetensors`.
 
-Kept beside the checkpoint, one file per rank: the record of a resumed run would cover a part of its steps only.
+A checkpoint may fall between two records. Without these sums the next record of a resumed run would cover only the
+steps after it.
 """
 
 from __future__ import annotations
@@ -54,9 +55,7 @@ class RestoreUnlogged(TrainerCallback):
         self.checkpoint: str | None = None
         """The checkpoint that training is about to resume from."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder, self.checkpoint = self.checkpoint, None
         if folder is None:
             return

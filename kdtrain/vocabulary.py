@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdtrain.errors import VocabularyError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Logit columns of both models when the trainer was built, and how many leading ones they share."""
+
+    student: int
+    teacher: int
+    shared: int
+
+    def check(self, student: int, teacher: int) -> None:
+        """Refuse models whose sizes are no longer what they were.
+
+        Raises:
+            VocabularyError: naming both.
+        """
+        if (student, teacher) != (self.student, self.teacher):
+            raise VocabularyError(
+                f"Vocabulary sizes differ at this step: the student has {student} logits and the teacher {teacher}. "
+                f"When the trainer was built they had {self.student} and {self.teacher}: do not resize a model after "
+                "that."
+            )
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kdtrain.errors import NonFiniteError
-from kdtrain.models import sees_images
+from kdtrain.model_kinds import sees_images
+from kdtrain.ranks import is_main
 from kdtrain.vision.layouts import layout_of
 from kdtrain.vision.parts import part_of
 
@@ -22,67 +23,61 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WINDOWS = 3
-_SAMPLE = 4096
-_ROUNDED_AWAY = 0.1
+_SAMPLE = 4096  # numbers of a tensor that are looked at
+_ROUNDED_AWAY = 0.1  # share of updates that is worth a warning
 
 
 class WatchGradients(TrainerCallback):
-    """Says once which trained tensors have had no gradient in the first windows: they stay what they were.
+    """Warns once of trained tensors that had no gradient in the first windows: they stay what they were.
 
-    Tensors of a vision encoder or aligner have a gradient in windows with images only, and those of an expert where a
-    token was sent to it.
+    Tensors of a vision encoder or aligner have a gradient in windows with images only: those are counted for them. An
+    expert has one where a token was sent to it, and is left out.
     """
 
     def __init__(self, trainer: GKDTrainerWithMetrics) -> None:
         self._trainer = trainer
-        self._left: dict[bool, dict[str, nn.Parameter]] = {}
-        self._windows = {False: 0, True: 0}
+        # By whether they are visual: tensors that had no gradient so far, and windows that should have given them one.
+        self._without: dict[bool, dict[str, nn.Parameter]] = {}
+        self._windows: dict[bool, int] = {}
         self._trained = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._left, self._windows = {}, {False: 0, True: 0}
+    def on_train_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        self._without, self._windows = {}, {False: 0, True: 0}
         if self._trainer.is_deepspeed_enabled:  # it takes gradients out of the parameters
             return
-        model = kwargs["model"]
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        visual = {id(p) for p in _visual_parameters(model)}
+        visual_ids = {id(p) for p in _visual_parameters(model)}
         self._trained = len(trained)
-        for sees in (False, True):
-            self._left[sees] = {
-                name: p for name, p in trained.items() if (id(p) in visual) is sees and ".experts." not in name
+        for visual in (False, True):
+            self._without[visual] = {
+                name: p for name, p in trained.items() if (id(p) in visual_ids) is visual and ".experts." not in name
             }
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for sees in [key for key in self._left if not key or self._trainer.window_has_images]:
-            self._windows[sees] += 1
-            self._left[sees] = {name: p for name, p in self._left[sees].items() if p.grad is None}
-            if self._windows[sees] == _WINDOWS or not self._left[sees]:
-                self._tell(sees)
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        for visual in [key for key in self._without if not key or self._trainer.window_has_images]:
+            self._windows[visual] += 1
+            self._without[visual] = {name: p for name, p in self._without[visual].items() if p.grad is None}
+            if self._windows[visual] == _WINDOWS or not self._without[visual]:
+                self._warn(visual)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for sees in [key for key in self._left if self._windows[key]]:
-            self._tell(sees)
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        for visual in [key for key in self._without if self._windows[key]]:
+            self._warn(visual)
 
-    def _tell(self, sees: bool) -> None:
-        names = list(self._left.pop(sees))
-        if names and self._trainer.is_world_process_zero():
+    def _warn(self, visual: bool) -> None:
+        names = list(self._without.pop(visual))
+        if names and is_main():
             logger.warning(
                 "%d of %d trained tensors had no gradient in the first %d windows%s, and are not trained: %s%s. Leave "
                 "them out (%s), or look for what cuts them off (reentrant gradient checkpointing, a layer whose output "
                 "is not used).",
                 len(names),
                 self._trained,
-                self._windows[sees],
-                " with images" if sees else "",
+                self._windows[visual],
+                " with images" if visual else "",
                 ", ".join(names[:4]),
                 ", …" if len(names) > 4 else "",
-                "tuner.target_modules, tuner.freeze_vit" if sees else "tuner.target_modules",
+                "tuner.target_modules, tuner.freeze_vit" if visual else "tuner.target_modules",
             )
 
 
@@ -94,8 +89,16 @@ def _visual_parameters(model: Any) -> Iterator[nn.Parameter]:
         yield from model.parameters()  # which are the visual ones is not known
 
 
+class _Watched(NamedTuple):
+    """Some numbers of a trained tensor, around one optimizer step."""
+
+    now: torch.Tensor
+    before: torch.Tensor
+    has_gradient: torch.Tensor
+
+
 class WatchRounding(TrainerCallback):
-    """Says which share of the first step's updates is too small for weights in half precision to take.
+    """Warns of the share of the first step's updates that is too small for weights in half precision to take.
 
     bfloat16 has 8 bits: an update below 1/512 of a weight changes nothing, and AdamW's are of the size of the learning
     rate. Measured on a sample, at the first step whose learning rate is not 0.
@@ -104,35 +107,29 @@ class WatchRounding(TrainerCallback):
     def __init__(self, trainer: GKDTrainerWithMetrics) -> None:
         self._trainer = trainer
         self._done = False
-        self._before: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._watched: list[_Watched] = []
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
+    def on_pre_optimizer_step(self, *_: Any, model: nn.Module, optimizer: torch.optim.Optimizer, **__: Any) -> None:
+        rates = [group["lr"] for group in optimizer.param_groups]
         if self._done or self._trainer.is_deepspeed_enabled or not any(rates):
             return
         self._done = True
-        for parameter in kwargs["model"].parameters():
+        for parameter in model.parameters():
             if parameter.dtype in (torch.bfloat16, torch.float16) and parameter.grad is not None:
                 now = _sample(parameter)
-                self._before.append((now, now.clone(), _sample(parameter.grad) != 0))
+                self._watched.append(_Watched(now, now.clone(), _sample(parameter.grad) != 0))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._trainer.accelerator.optimizer_step_was_skipped:  # a gradient scaler's doing
-            self._before.clear()
-            self._done = False
-        if not self._before:
+        watched, self._watched = self._watched, []
+        if self._trainer.accelerator.optimizer_step_was_skipped:  # a gradient scaler's doing: watch the next
+            self._done, watched = False, []
+        if not watched:
             return
-        counts = torch.stack(
-            [torch.stack([moved.sum(), ((now == then) & moved).sum()]) for now, then, moved in self._before]
-        ).sum(0)
-        dtype = str(self._before[0][0].dtype).removeprefix("torch.")
-        self._before.clear()
-        updates, lost = (int(n) for n in counts)
-        if updates and lost / updates >= _ROUNDED_AWAY and self._trainer.is_world_process_zero():
+        updates = sum(int(one.has_gradient.sum()) for one in watched)
+        lost = sum(int(((one.now == one.before) & one.has_gradient).sum()) for one in watched)
+        if updates and lost / updates >= _ROUNDED_AWAY and is_main():
             logger.warning(
                 "%.0f%% of the updates of step %d (learning rate %.1e) rounded away: the trained weights are %s, whose "
                 "steps are larger. Set model.dtype: auto, which trains float32 weights; with training.bf16: true the "
@@ -140,7 +137,7 @@ class WatchRounding(TrainerCallback):
                 100 * lost / updates,
                 state.global_step + 1,
                 max(group["lr"] for group in kwargs["optimizer"].param_groups),
-                dtype,
+                str(watched[0].now.dtype).removeprefix("torch."),
             )
 
 

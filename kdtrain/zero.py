@@ -1,4 +1,4 @@
-"""DeepSpeed: what it needs beside its config, and what would go wrong without a word.
+"""DeepSpeed: what it needs beside its config, and what would otherwise go wrong silently.
 
 transformers and accelerate hand the config over. What is here: the process group that ZeRO-3 looks for before the first
 model is loaded, settings under which a run would end without its weights, and the optimizer step, which DeepSpeed takes
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import torch
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.errors import NotAvailableError, PreflightError
+from kdtrain.ranks import under_launcher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,13 +38,12 @@ def prepare_deepspeed_run(args: TrainingArguments) -> None:
     """
     if not args.deepspeed:
         return
-    if "RANK" not in os.environ:
+    if not under_launcher():
         raise PreflightError(
             "training.deepspeed needs a launcher, for one process too: set launch.num_processes above 1, or start with "
             "`torchrun --nproc_per_node 1 -m kdtrain fit CONFIG`."
         )
-    config: Any = getattr(args, "hf_deepspeed_config", None)
-    if is_deepspeed_zero3_enabled() and not config.is_true(f"zero_optimization.{_GATHER}"):
+    if is_deepspeed_zero3_enabled() and not args.hf_deepspeed_config.is_true(f"zero_optimization.{_GATHER}"):
         raise PreflightError(
             "training.deepspeed: ZeRO-3 would save its pieces and no model.safetensors, so that the run would end "
             f'without a model. Set "{_GATHER}": true under "zero_optimization".'
@@ -95,6 +94,6 @@ def guard_steps(engine: Any, accelerator: Accelerator, refuse: Callable[[Any], B
     engine.basic_optimizer.register_step_pre_hook(before_step)
 
 
-def not_a_norm(norm: Any) -> bool:
-    """Whether a gradient norm says that the gradient is not finite; DeepSpeed says so by −1 in places."""
+def not_a_norm(norm: torch.Tensor | float) -> bool:
+    """Whether a norm stands for a gradient that is not finite; some of DeepSpeed's optimizers return −1 for it."""
     return not math.isfinite(float(norm)) or float(norm) < 0

@@ -23,7 +23,8 @@ def test_a_teacher_never_writes_a_token_that_stands_for_an_image(tmp_path):
 
     collate = Collator(llava)
     batch = collate([data[0]])
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    inputs = batch.model_inputs
+    assert inputs.keys() == {"input_ids", "attention_mask", "pixel_values"}
     with torch.no_grad():
         logits = teacher(**inputs).logits[0, -1]
         assert logits.max() > 0
@@ -46,4 +47,4 @@ def test_a_teacher_never_writes_a_token_that_stands_for_an_image(tmp_path):
     assert image not in written
     assert written[0] == logits.argmax()
     with torch.no_grad():
-        teacher(**{name: value for name, value in collate([filled[0]]).items() if name in inputs})
+        teacher(**collate([filled[0]]).model_inputs)

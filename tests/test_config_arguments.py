@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from kdtrain.config import ConfigError, ConfigLoader, arguments
-from kdtrain.config.arguments import KNOBS, Hardware, build_train_arguments
+from kdtrain.config.arguments import Hardware, build_train_arguments
+from kdtrain.config.options import DistillationOptions
 from kdtrain.config.training import training_fields
 
 CPU = Hardware(None, bf16=False, fp16=False, tf32=False)
@@ -66,10 +67,12 @@ def test_scenario_positive_weight_supplied(tmp_path: Any) -> None:
 @pytest.mark.usefixtures("recorded")
 def test_scenario_the_constructor_never_sees_our_knobs(tmp_path: Any) -> None:
     rlhf = {"llm_kd_weight": 0.25, "sft_alpha": 0.3, "divergence": "mixed_kl", "kd_temperature": 2, "eval_kd": False}
-    args = build_train_arguments(ConfigLoader.load(source(tmp_path, rlhf)), CPU)
+    args = build_train_arguments(ConfigLoader.load(source(tmp_path, {**rlhf, "teacher": {"tail": "renormalize"}})), CPU)
     kwargs = args.training_args.given  # type: ignore[attr-defined]
-    assert not set(KNOBS) & set(kwargs)
-    assert {name: getattr(args.training_args, name) for name in KNOBS} == {**rlhf, "visual_kd": None}
+    ours = {**rlhf, "tail": "renormalize", "visual_kd": None}
+    assert not set(ours) & set(kwargs)
+    assert {name: getattr(args.training_args, name) for name in ours} == ours
+    assert set(kwargs) & set(DistillationOptions.model_fields) == set(DistillationOptions.model_fields) - set(ours)
 
 
 def test_the_defaults_reach_the_real_class_on_this_machine(tmp_path: Any) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kdtrain.data import Collator, RowError, encode_row, pad_rows
+from kdtrain.data.template import RowEncoder
 from kdtrain.errors import DataError
 from tests import tiny
 from tests.test_data_template import ROW, tokenizer_with
@@ -26,33 +27,77 @@ def test_a_batch_has_what_the_trainer_needs(tokenizer):
     rows = [encoded(ROW, tokenizer, ce=False, row_id="1:4"), encoded(SHORT, tokenizer, ce=True, row_id="0:2")]
     batch = Collator(tokenizer)(rows)
     width = len(rows[0]["input_ids"])
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["labels"].shape == (2, width)
-    assert batch["input_ids"].dtype == batch["labels"].dtype == batch["prompt_lengths"].dtype == torch.long
-    assert batch["attention_mask"].sum(1).tolist() == [len(row["input_ids"]) for row in rows]
-    assert batch["prompt_lengths"].tolist() == [row["prompt_length"] for row in rows]
-    assert batch["ce_rows"].tolist() == [False, True]
-    assert batch["row_ids"] == ["1:4", "0:2"]
+    ids, mask = batch.model_inputs["input_ids"], batch.model_inputs["attention_mask"]
+    assert ids.shape == mask.shape == batch.labels.shape == (2, width)
+    assert ids.dtype == batch.labels.dtype == batch.rows.prompt_lengths.dtype == torch.long
+    assert batch.model_inputs["attention_mask"].sum(1).tolist() == [len(row["input_ids"]) for row in rows]
+    assert batch.rows.prompt_lengths.tolist() == [row["prompt_length"] for row in rows]
+    assert batch.rows.ce.tolist() == [False, True]
+    assert batch.rows.ids == ["1:4", "0:2"]
 
 
 def test_raw_rows_are_encoded_like_those_of_a_built_data_set(tokenizer):
     raw = [ROW, SHORT, PROMPT, {"text": "zero"}]
     built = Collator(tokenizer)([encoded(row, tokenizer) for row in raw])
     direct = Collator(tokenizer)(raw)
-    for key in ("input_ids", "attention_mask", "labels", "prompt_lengths", "ce_rows"):
-        assert torch.equal(built[key], direct[key]), key
+    tiny.assert_same_batch(built, direct)
     last = Collator(tokenizer, train_on="last")([ROW])
-    assert 0 < (last["labels"] != -100).sum() < (direct["labels"][0] != -100).sum()
+    assert 0 < (last.labels != -100).sum() < (direct.labels[0] != -100).sum()
+
+
+CHANGES = {
+    "template": lambda tokenizer: setattr(tokenizer, "chat_template", tiny.CHATML.replace("<|im_end|>", "</turn>")),
+    "end of sequence": lambda tokenizer: setattr(tokenizer, "eos_token", "<|endoftext|>"),
+    "added token": lambda tokenizer: tokenizer.add_tokens("the"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_trainer_changes_of_the_tokenizer_counts_for_the_next_batch(change):
+    tokenizer = tokenizer_with()
+    collate = Collator(tokenizer)
+    rows = [ROW, {"text": "the path"}]
+    before = collate(rows).model_inputs["input_ids"].tolist()
+    CHANGES[change](tokenizer)
+    after = collate(rows)
+    assert after.model_inputs["input_ids"].tolist() != before
+    tiny.assert_same_batch(Collator(tokenizer)(rows), after)
+
+
+def test_raw_rows_of_a_batch_share_one_encoder_and_go_through_it_together(tokenizer, monkeypatch):
+    made, calls = [], []
+    prepare, encode = RowEncoder.__init__, RowEncoder.encode
+    monkeypatch.setattr(RowEncoder, "__init__", lambda self, *args: made.append(self) or prepare(self, *args))
+    monkeypatch.setattr(RowEncoder, "encode", lambda self, *args: calls.append(len(args[0])) or encode(self, *args))
+    collate = Collator(tokenizer)
+    tokenised = {"input_ids": [1, 2], "labels": [1, 2]}
+    collate([tokenised])
+    assert (len(made), calls) == (0, [])  # which also serves a tokenizer that raw rows cannot have
+    collate([ROW, tokenised, SHORT, PROMPT])
+    collate([ROW])
+    assert (len(made), calls) == (1, [3, 1])
+    collate.train_on = "last"
+    assert (collate([ROW]).labels != -100).sum() == (Collator(tokenizer, train_on="last")([ROW]).labels != -100).sum()
+    assert (collate([ROW]).labels != -100).sum() < (Collator(tokenizer)([ROW]).labels != -100).sum()
+
+
+def test_the_first_row_that_cannot_be_encoded_is_the_one_that_is_named(tokenizer):
+    broken, empty = {"input_ids": [1, 2], "row_id": "3:7"}, {"text": ""}
+    with pytest.raises(DataError, match="3:7"):
+        Collator(tokenizer)([ROW, broken, empty])
+    with pytest.raises(RowError, match="text is empty"):
+        Collator(tokenizer)([ROW, empty, broken])
 
 
 @pytest.mark.parametrize("pad", ["<|im_end|>", None])
 def test_an_eos_that_is_also_the_padding_stays_visible_and_supervised(pad):
     tokenizer = tokenizer_with(pad=pad)
     batch = Collator(tokenizer)([ROW, SHORT])
-    eos, real = tokenizer.eos_token_id, batch["attention_mask"].bool()
-    assert batch["input_ids"][1][real[1]][-1] == eos
-    assert batch["labels"][1][real[1]][-1] == eos
-    assert (batch["input_ids"][1][~real[1]] == eos).all()
-    assert (batch["labels"][1][~real[1]] == -100).all()
+    eos, real = tokenizer.eos_token_id, batch.model_inputs["attention_mask"].bool()
+    assert batch.model_inputs["input_ids"][1][real[1]][-1] == eos
+    assert batch.labels[1][real[1]][-1] == eos
+    assert (batch.model_inputs["input_ids"][1][~real[1]] == eos).all()
+    assert (batch.labels[1][~real[1]] == -100).all()
     assert tokenizer.pad_token == pad  # the tokenizer is the caller's
 
 
@@ -60,12 +105,16 @@ def test_padding_does_not_change_what_the_model_computes(tokenizer):
     model = tiny.make_qwen3(seed=3).eval()
     alone = Collator(tokenizer)([SHORT])
     padded = Collator(tokenizer, pad_to_multiple_of=64)([ROW, SHORT])
-    assert padded["input_ids"].shape[1] % 64 == 0
-    n = alone["input_ids"].shape[1]
-    assert torch.equal(alone["labels"][0], padded["labels"][1, :n])
+    assert padded.model_inputs["input_ids"].shape[1] % 64 == 0
+    n = alone.model_inputs["input_ids"].shape[1]
+    assert torch.equal(alone.labels[0], padded.labels[1, :n])
     with torch.no_grad():
-        one = model(input_ids=alone["input_ids"], attention_mask=alone["attention_mask"]).logits
-        two = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
+        one = model(
+            input_ids=alone.model_inputs["input_ids"], attention_mask=alone.model_inputs["attention_mask"]
+        ).logits
+        two = model(
+            input_ids=padded.model_inputs["input_ids"], attention_mask=padded.model_inputs["attention_mask"]
+        ).logits
     torch.testing.assert_close(one[0], two[1, :n], atol=1e-5, rtol=1e-4)
 
 
@@ -84,9 +133,9 @@ def test_a_row_over_max_length_is_refused_cut_from_the_right_or_left_out(tokeniz
     with pytest.raises(DataError, match=rf"{len(whole.input_ids)} tokens, max_length is {limit}"):
         Collator(tokenizer, max_length=limit)([ROW])
     cut = Collator(tokenizer, max_length=limit, on_overlength="truncate")([ROW])
-    assert cut["input_ids"][0].tolist() == whole.input_ids[:limit]
-    assert cut["labels"][0].tolist() == whole.labels[:limit]
-    assert len(Collator(tokenizer, max_length=limit, on_overlength="drop")([ROW, SHORT])["row_ids"]) == 1
+    assert cut.model_inputs["input_ids"][0].tolist() == whole.input_ids[:limit]
+    assert cut.labels[0].tolist() == whole.labels[:limit]
+    assert len(Collator(tokenizer, max_length=limit, on_overlength="drop")([ROW, SHORT]).rows.ids) == 1
     with pytest.raises(DataError, match="every row of a batch of 1"):
         Collator(tokenizer, max_length=limit, on_overlength="drop")([ROW])
 
@@ -103,4 +152,4 @@ def test_rows_that_cannot_be_collated_are_named(tokenizer):
 def test_rows_of_a_data_set_in_torch_format_are_accepted(tokenizer):
     row = encoded(ROW, tokenizer, ce=True, row_id="0:0")
     tensors = {**row, "input_ids": torch.tensor(row["input_ids"]), "labels": torch.tensor(row["labels"])}
-    assert torch.equal(Collator(tokenizer)([tensors])["labels"], Collator(tokenizer)([row])["labels"])
+    assert torch.equal(Collator(tokenizer)([tensors]).labels, Collator(tokenizer)([row]).labels)

@@ -8,15 +8,16 @@ import re
 
 import datasets
 import pytest
+import torch
 from PIL import Image
 from tokenizers import processors
 from transformers import LlavaProcessor
 
 from kdtrain.data import Collator, RowError, Source, build_dataset, encode_row
 from kdtrain.data.alignment import Alignment
+from kdtrain.data.limits import truncate
 from kdtrain.data.parts import count_images
 from kdtrain.data.rows import parse_row
-from kdtrain.data.template import truncate
 from kdtrain.errors import DataError
 from tests import tiny_processors as vision
 from tests.test_data_load import write_lines
@@ -120,7 +121,7 @@ def test_special_tokens_are_left_to_the_chat_template():
     llava = with_bos(vision.make_llava())
     encoded = encode_row(row(picture()), llava, train_on="assistant")
     assert llava.tokenizer.bos_token_id not in encoded.input_ids
-    assert Collator(llava)([row(picture())])["input_ids"][0].tolist() == encoded.input_ids
+    assert Collator(llava)([row(picture())]).model_inputs["input_ids"][0].tolist() == encoded.input_ids
 
 
 def test_a_processor_that_tokenises_otherwise_than_its_tokenizer_is_an_error_not_a_shifted_mask():
@@ -272,6 +273,17 @@ def test_images_are_turned_upright_as_for_inference(llava, tmp_path):
     assert as_object.images[0].load().size == (32, 40)
 
 
+def test_pillow_images_of_a_source_in_memory_are_those_of_a_batch_whatever_their_mode(build, llava, tmp_path):
+    picture(1, 40, 32).convert("CMYK").save(tmp_path / "a.jpg")  # a mode that PNG does not have
+    turned = picture(1, 40, 32)
+    turned.getexif()[0x0112] = 6
+    for image in (Image.open(tmp_path / "a.jpg"), turned):
+        dataset, _ = build(Source("in memory", rows=[row(image)]))
+        expected = encode_row(row(image), llava, train_on="assistant")
+        assert dataset[0]["images"] == [expected.images[0].record]
+        assert dataset[0]["input_ids"] == expected.input_ids
+
+
 # --------------------------------------------------------------------------------------------------- over-length
 
 
@@ -316,13 +328,13 @@ def test_rows_that_would_lose_image_tokens_or_their_answer_are_dropped_and_count
     with pytest.raises(DataError, match=f"longer than max_length \\({limit} tokens\\)"):
         build(path, max_length=limit)
     batch = Collator(llava)(list(dataset))
-    assert batch["input_ids"].shape == (2, limit)
+    assert batch.model_inputs["input_ids"].shape == (2, limit)
     full, _ = build(path)
     late = [QUESTION, ANSWER, user(IMAGE, "and then?"), ANSWER]
     stored, _ = build(write_lines(tmp_path / "b.jsonl", [row("a.png", messages=late), row("a.png", messages=late)]))
     for short, kept in ((-1, 0), (0, 2)):
         collate = Collator(llava, max_length=ends_of(stored, llava) + short, on_overlength="truncate")
-        assert len(collate([*stored, full[2]])["row_ids"]) == kept + 1
+        assert len(collate([*stored, full[2]]).rows.ids) == kept + 1
 
 
 def test_of_a_batch_rows_that_lose_image_tokens_are_left_out_and_those_that_lose_answers_stay(build, llava, tmp_path):
@@ -330,15 +342,15 @@ def test_of_a_batch_rows_that_lose_image_tokens_are_left_out_and_those_that_lose
     full, _ = build(write_lines(tmp_path / "a.jsonl", [row("a.png", "a.png"), row("a.png")]))
     ends = ends_of(full, llava)
     cut = Collator(llava, max_length=ends, on_overlength="truncate")(list(full))
-    assert cut["visual_sizes"] == {"pixel_values": [2, 1]}
-    assert (cut["input_ids"] == llava.image_token_id).sum(1).tolist() == [
+    assert cut.visual_sizes == {"pixel_values": [2, 1]}
+    assert (cut.model_inputs["input_ids"] == llava.image_token_id).sum(1).tolist() == [
         row["input_ids"].count(llava.image_token_id) for row in full
     ]
-    assert (cut["labels"] == -100).all(1).tolist() == [True, True]
-    assert cut["truncated"] == [True, True]
-    assert "places" not in cut
+    assert (cut.labels == -100).all(1).tolist() == [True, True]
+    assert cut.rows.truncated == [True, True]
+    assert cut.rows.places is None
     cut = Collator(llava, max_length=ends - 1, on_overlength="truncate")(list(full))
-    assert (cut["row_ids"], cut["places"], cut["visual_sizes"]) == (["0:1"], [1], {"pixel_values": [1]})
+    assert (cut.rows.ids, cut.rows.places, cut.visual_sizes) == (["0:1"], [1], {"pixel_values": [1]})
     with pytest.raises(DataError, match="images that do not fit"):
         Collator(llava, max_length=ends - 1, on_overlength="truncate")([full[0]])
 
@@ -361,9 +373,10 @@ def test_a_data_set_with_images_keeps_text_and_paths_and_counts_them(build, llav
     assert dataset[1]["text"] is None
     direct = Collator(llava)([row(picture(0), picture(1)), {"messages": TURNS}, row(picture(2))])
     built = Collator(llava)(list(dataset))
-    assert built["visual_sizes"] == direct["visual_sizes"] == {"pixel_values": [2, 0, 1]}
-    for key in ("input_ids", "labels", "pixel_values"):
-        assert (built[key] == direct[key]).all(), key
+    assert built.visual_sizes == direct.visual_sizes == {"pixel_values": [2, 0, 1]}
+    assert torch.equal(built.labels, direct.labels)
+    for key in ("input_ids", "pixel_values"):
+        assert torch.equal(built.model_inputs[key], direct.model_inputs[key]), key
 
 
 def test_a_data_set_without_images_has_no_columns_for_them(build, tmp_path):
@@ -415,7 +428,7 @@ def test_images_inside_tables_are_read(build, llava, tmp_path, kind, stored):
     assert (report.image_rows, report.bad_rows) == (2, 0)
     batch = Collator(llava)(list(dataset))
     expected = Collator(llava)([row(picture(i)) for i in range(2)])
-    assert (batch["pixel_values"] == expected["pixel_values"]).all()
+    assert (batch.model_inputs["pixel_values"] == expected.model_inputs["pixel_values"]).all()
 
 
 def test_a_missing_file_is_a_bad_row_with_its_place(build, tmp_path):

@@ -1,5 +1,6 @@
 """From files to a data set: reading, mixing, bad rows, lengths, the cache."""
 
+import dataclasses
 import gzip
 import json
 
@@ -7,9 +8,10 @@ import datasets
 import pytest
 import trl.chat_template_utils as trl_templates
 
+from kdtrain.config.schema import DataSource
 from kdtrain.data import Source, build_dataset, encode_row
 from kdtrain.data import encoding as encoding_module
-from kdtrain.data.mixing import _shares
+from kdtrain.data.epochs import _shares
 from kdtrain.data.template import RowEncoder
 from kdtrain.errors import DataError
 from tests.test_data_template import FORGETFUL, LLAMA3, ROW, tokenizer_with
@@ -248,6 +250,13 @@ def test_repeated_rows_survive_dropped_ones(build, tmp_path, tokenizer):
     assert prompts(dataset, tokenizer) == ["the 0", "the 2"] * 2
     assert (report.dropped, report.rows_kept) == (1, 2)
     assert report.total_tokens == sum(len(ids) for ids in dataset["input_ids"])
+
+
+def test_a_source_of_the_config_is_one_of_the_data_with_the_same_fields_and_defaults():
+    configured = {name: field.default for name, field in DataSource.model_fields.items()}
+    ours = {field.name: field.default for field in dataclasses.fields(Source)}
+    del configured["streaming"], configured["path"], ours["rows"], ours["path"]
+    assert configured == ours
 
 
 @pytest.mark.parametrize("source", [{"weight": 0}, {"weight": -1}, {"weight": float("nan")}, {"limit": 0}])

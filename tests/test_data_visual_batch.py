@@ -1,20 +1,22 @@
 """Batches with images: what the model gets, for every family, and the teacher's own tensors."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
+from kdtrain.batch import received
 from kdtrain.data import Collator, Source, build_dataset, cut_rows, encode_row
-from kdtrain.data.multimodal import multimodal
+from kdtrain.data.multimodal import Multimodal, multimodal
 from kdtrain.errors import DataError
+from tests import tiny
 from tests import tiny_processors as vision
 from tests.test_data_images import ANSWER, IMAGE, QUESTION, TURNS, row, user
 from tests.test_data_load import write_lines
 from tests.tiny_processors import picture, png
 
-NOT_FOR_MODELS = ("prompt_lengths", "ce_rows", "row_ids", "visual_sizes", "teacher_inputs", "teacher_visual_sizes")
 TWO = row(picture(0), picture(1, 90, 60), messages=[user(IMAGE, "What", IMAGE), ANSWER])
 NONE = {"messages": TURNS}
 ONE = row(picture(2, 33, 64), messages=[QUESTION, ANSWER])
@@ -38,7 +40,7 @@ def llava():
 
 def logits(model, batch):
     with torch.no_grad():
-        return model(**{key: value for key, value in batch.items() if key not in NOT_FOR_MODELS}).logits
+        return model(**batch.model_inputs).logits
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -50,7 +52,7 @@ def test_a_row_in_a_mixed_batch_is_computed_as_on_its_own(family, processor, mod
         together = logits(model, collate(rows))
         for i, data in enumerate(rows):
             alone = collate([data])
-            length = int(alone["attention_mask"].sum())
+            length = int(alone.model_inputs["attention_mask"].sum())
             expected = logits(model, alone)[0, :length]
             torch.testing.assert_close(together[i, :length], expected, atol=2e-5, rtol=1e-4)
 
@@ -68,9 +70,9 @@ def test_what_the_processor_makes_of_a_row_is_what_the_batch_holds(processor):
     batch = Collator(processor)([ONE])
     text = encode_row(ONE, processor, train_on="assistant").text
     expected = processor(text=[text], images=ONE["images"], add_special_tokens=False, return_tensors="pt")
-    assert set(expected) <= set(batch)
+    assert set(expected) == set(batch.model_inputs)
     for name, value in expected.items():
-        assert torch.equal(batch[name], value), name
+        assert torch.equal(batch.model_inputs[name], value), name
 
 
 SIZES = {
@@ -84,22 +86,33 @@ SIZES = {
 
 def test_each_row_owns_its_part_of_the_visual_tensors(family, processor):
     batch = Collator(processor)(ROWS)
-    assert batch["visual_sizes"] == SIZES[family]
-    for name, owned in batch["visual_sizes"].items():
-        assert len(batch[name]) == sum(owned)
+    assert batch.visual_sizes == SIZES[family]
+    for name, owned in batch.visual_sizes.items():
+        assert len(batch.model_inputs[name]) == sum(owned)
     if family == "qwen":
-        patches = batch["image_grid_thw"].prod(1).tolist()
-        assert batch["visual_sizes"]["pixel_values"] == [sum(patches[:2]), 0, patches[2]]
+        patches = batch.model_inputs["image_grid_thw"].prod(1).tolist()
+        assert batch.visual_sizes["pixel_values"] == [sum(patches[:2]), 0, patches[2]]
+
+
+def test_a_batch_of_raw_rows_looks_at_its_processor_once(llava, monkeypatch):
+    looks, look = [], Multimodal.__init__
+    monkeypatch.setattr(Multimodal, "__init__", lambda self, one: looks.append(one) or look(self, one))
+    collate = Collator(llava, vision.make_llava())
+    looks.clear()
+    collate([row(picture(i)) for i in range(4)])
+    assert len(looks) <= 1
+    collate([row(picture(i)) for i in range(4)])
+    assert len(looks) <= 1
 
 
 def test_images_of_fewer_tiles_are_padded_with_zeros():
     processor = vision.make_idefics3()
     batch = Collator(processor)(ROWS)
     tiles = [5 * 2, 0, 5]
-    assert batch["pixel_values"].shape == (3, 10, 3, 32, 32)
+    assert batch.model_inputs["pixel_values"].shape == (3, 10, 3, 32, 32)
     for i, count in enumerate(tiles):
-        assert (batch["pixel_values"][i].abs().flatten(1).sum(1) > 0).sum() == count
-        assert (batch["pixel_attention_mask"][i].flatten(1).sum(1) > 0).sum() == count
+        assert (batch.model_inputs["pixel_values"][i].abs().flatten(1).sum(1) > 0).sum() == count
+        assert (batch.model_inputs["pixel_attention_mask"][i].flatten(1).sum(1) > 0).sum() == count
 
 
 def test_a_batch_without_images_has_no_visual_tensors(family, processor):
@@ -107,10 +120,11 @@ def test_a_batch_without_images_has_no_visual_tensors(family, processor):
     batch = Collator(processor)([NONE, {"text": "zero"}])
     per_token = {"qwen": {"mm_token_type_ids"}, "gemma3": {"token_type_ids"}}.get(family, set())
     text_only = Collator(processor.tokenizer)([NONE, {"text": "zero"}])
-    assert set(batch) == set(text_only) | per_token
+    assert set(batch.model_inputs) == set(text_only.model_inputs) | per_token
+    assert not batch.visual_sizes
     for name in per_token:
-        assert batch[name].shape == batch["input_ids"].shape
-        assert not batch[name].any()
+        assert batch.model_inputs[name].shape == batch.model_inputs["input_ids"].shape
+        assert not batch.model_inputs[name].any()
     assert logits(model, batch).isfinite().all()
 
 
@@ -118,8 +132,8 @@ def test_token_types_are_zero_in_the_padding_and_for_rows_without_images():
     for name, key in (("qwen", "mm_token_type_ids"), ("gemma3", "token_type_ids")):
         processor = vision.FAMILIES[name]()
         batch = Collator(processor, pad_to_multiple_of=64)(ROWS)
-        types = batch[key].bool()
-        assert torch.equal(types, torch.isin(batch["input_ids"], torch.tensor(processor.image_token_ids)))
+        types = batch.model_inputs[key].bool()
+        assert torch.equal(types, torch.isin(batch.model_inputs["input_ids"], torch.tensor(processor.image_token_ids)))
         assert types.sum(1).tolist()[1] == 0
 
 
@@ -143,23 +157,18 @@ def test_a_black_image_is_an_image():
         black = row(Image.new("RGB", (32, 32)), messages=[QUESTION, ANSWER])
         for rows in ([black, ONE], [black, NONE, ONE]):
             batch = collate(rows)
-            assert not batch["pixel_values"][:1].any()
-            assert len(cut_rows(batch, 1)["pixel_values"]) == 1
+            assert not batch.model_inputs["pixel_values"][:1].any()
+            assert len(cut_rows(batch, 1).model_inputs["pixel_values"]) == 1
 
 
 def assert_same_batch(cut, alone):
-    assert cut.keys() == alone.keys()
-    for name, value in cut.items():
-        if isinstance(value, dict) and name == "teacher_inputs":
-            assert_same_batch(value, alone[name])
-        elif isinstance(value, torch.Tensor):
-            shared = alone[name].shape
-            if len(shared) > 3:  # rows that are gone may have had more tiles, which padding stands for here
-                assert not value[:, shared[1] :].any()
-                value = value[:, : shared[1]]
-            assert torch.equal(value, alone[name]), name
-        else:
-            assert value == alone[name], name
+    images = {}
+    for name, value in cut.model_inputs.items():
+        shared = alone.model_inputs[name].shape
+        if len(shared) > 3:  # rows that are gone may have had more tiles, which padding stands for here
+            assert not value[:, shared[1] :].any()
+            images[name] = value[:, : shared[1]]
+    tiny.assert_same_batch(replace(cut, model_inputs={**cut.model_inputs, **images}), alone)
 
 
 def test_images_of_different_sizes_are_refused_where_padding_would_show():
@@ -167,7 +176,7 @@ def test_images_of_different_sizes_are_refused_where_padding_would_show():
     collate = Collator(processor)
     same = row(picture(0, 32, 32), messages=[QUESTION, ANSWER])
     wide = row(picture(1, 64, 32), messages=[QUESTION, ANSWER])
-    assert len(collate([wide])["pixel_values"]) == 1
+    assert len(collate([wide]).model_inputs["pixel_values"]) == 1
     with pytest.raises(DataError, match=r"pixel_values of the shapes .* cannot share a batch"):
         collate([same, wide])
 
@@ -179,7 +188,7 @@ def test_an_image_that_changed_after_encoding_is_noticed(tmp_path):
     options = {"max_length": None, "on_overlength": "error", "train_on": "assistant", "cache_dir": str(tmp_path)}
     dataset, _ = build_dataset([source], processor, **options)
     collate = Collator(processor)
-    assert collate(list(dataset))["row_ids"] == ["0:0"]
+    assert collate(list(dataset)).rows.ids == ["0:0"]
     (tmp_path / "a.png").write_bytes(png(0, 90, 60))
     with pytest.raises(DataError, match=r"row 0:0: the processor gives it other tokens than when it was encoded"):
         collate(list(dataset))
@@ -194,36 +203,36 @@ def test_an_image_that_changed_after_encoding_is_noticed(tmp_path):
 
 
 def test_an_equal_processor_for_the_teacher_changes_nothing(llava):
-    assert "teacher_inputs" not in Collator(llava, vision.make_llava())(ROWS)
+    assert Collator(llava, vision.make_llava())(ROWS).teacher_images is None
     other_template = vision.make_llava(markers=False)
     other_template.tokenizer.pad_token = "<|endoftext|>"
-    assert "teacher_inputs" not in Collator(llava, other_template)(ROWS)
+    assert Collator(llava, other_template)(ROWS).teacher_images is None
 
 
 def test_a_teacher_with_another_normalisation_gets_its_own_pixels(llava):
     teacher = vision.make_llava(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.5, 0.5])
     batch = Collator(llava, teacher)(ROWS)
     alone = Collator(teacher)(ROWS)
-    assert batch["teacher_inputs"].keys() == {"pixel_values"}
-    assert batch["teacher_visual_sizes"] == batch["visual_sizes"] == {"pixel_values": [2, 0, 1]}
-    assert torch.equal(batch["teacher_inputs"]["pixel_values"], alone["pixel_values"])
-    assert not torch.equal(batch["teacher_inputs"]["pixel_values"], batch["pixel_values"])
-    assert torch.equal(batch["input_ids"], alone["input_ids"])
-    assert "teacher_inputs" not in Collator(llava, teacher)([NONE])
+    assert batch.teacher_images.inputs.keys() == {"pixel_values"}
+    assert batch.teacher_images.sizes == batch.visual_sizes == {"pixel_values": [2, 0, 1]}
+    assert torch.equal(batch.teacher_images.inputs["pixel_values"], alone.model_inputs["pixel_values"])
+    assert not torch.equal(batch.teacher_images.inputs["pixel_values"], batch.model_inputs["pixel_values"])
+    assert torch.equal(batch.model_inputs["input_ids"], alone.model_inputs["input_ids"])
+    assert Collator(llava, teacher)([NONE]).teacher_images is None
 
 
 def test_a_teacher_that_takes_other_numbers_of_image_tokens_is_refused(llava):
     collate = Collator(llava, vision.make_llava(size=48))
     with pytest.raises(DataError, match=re.escape("row 3:1: its images take 16 tokens for the student and 36 for")):
         collate([NONE, {**ONE, "row_id": "3:1"}])
-    assert collate([NONE])["input_ids"].shape[0] == 1
+    assert len(collate([NONE])) == 1
     with pytest.raises(DataError, match=r"row 3:1: .*(refuses the row|other tokens than)"):
         Collator(llava, vision.make_qwen())([{**ONE, "row_id": "3:1"}])
 
 
 def test_a_teacher_without_images_serves_text_only(llava, tokenizer):
     collate = Collator(llava, tokenizer)
-    assert "teacher_inputs" not in collate([NONE])
+    assert collate([NONE]).teacher_images is None
     with pytest.raises(DataError, match="has no processor for images"):
         collate([NONE, ONE])
 
@@ -234,8 +243,11 @@ def test_a_tokenizer_has_no_images_and_a_processor_does(llava, tokenizer):
 
 
 def test_rows_of_another_collator_are_cut_only_where_it_is_known_what_they_own():
-    batch = {"input_ids": torch.ones(3, 4), "pixel_values": torch.ones(3, 2), "row_ids": ["a", "b", "c"], "flag": True}
-    cut = cut_rows(batch, 2)
-    assert (len(cut["input_ids"]), len(cut["pixel_values"]), cut["row_ids"], cut["flag"]) == (2, 2, ["a", "b"], True)
+    tensors = {"input_ids": torch.ones(3, 4), "labels": torch.ones(3, 4), "pixel_values": torch.ones(3, 2)}
+    given = {**tensors, "row_ids": ["a", "b", "c"], "flag": True}
+    cut = cut_rows(received(given, None), 2)
+    assert cut.model_inputs.keys() == {"input_ids", "pixel_values", "flag"}
+    assert len(cut) == len(cut.model_inputs["input_ids"]) == len(cut.model_inputs["pixel_values"]) == 2
+    assert (cut.rows.ids, cut.model_inputs["flag"]) == (["a", "b"], True)
     with pytest.raises(DataError, match="dataloader_drop_last"):
-        cut_rows({**batch, "pixel_values": torch.ones(7, 2)}, 2)
+        cut_rows(received({**given, "pixel_values": torch.ones(7, 2)}, None), 2)

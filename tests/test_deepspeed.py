@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from kdtrain.config import ConfigLoader
 from kdtrain.errors import NonFiniteError, NotAvailableError, PreflightError
-from kdtrain.models import count_parameters, lora_config
 from kdtrain.run import fit
 from kdtrain.trainer import GKDTrainerWithMetrics
+from kdtrain.tuning import lora_config
+from kdtrain.vision.parts import count_parameters
 from tests import tiny
 from tests.test_trainer import ROWS, make_args
 
@@ -169,7 +170,7 @@ def train_half_supervised(*args, **kwargs):
 
     def collated(rows):
         batch = collate(rows)
-        batch["labels"][[not row["supervised"] for row in rows]] = -100
+        batch.labels[[not row["supervised"] for row in rows]] = -100
         return batch
 
     trainer.data_collator = collated
@@ -241,7 +242,7 @@ def double_logits(student):
 def train_doubled(*args, **kwargs):
     trainer = build(*args, prepare=double_logits, **kwargs)
     trainer.train()
-    assert not trainer._token_loss.fused
+    assert not trainer._objective.fused
     return outcome(trainer)
 
 

@@ -90,11 +90,10 @@ def test_an_on_policy_run_with_experts_trains_and_what_it_saves_generates(tmp_pa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_load_balancing_loss_is_the_models_own(tmp_path, family):
     trainer = make_trainer(tmp_path, make(family), tiny.make_qwen3(seed=2), router_aux_loss_coef=0.5)
-    assert trainer._token_loss.fused
+    assert trainer._objective.fused
     batch = trainer.data_collator(tiny.CHATS[:3])
     trainer.compute_loss(trainer.model.eval(), batch)
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    own = trainer.model(**inputs, output_router_logits=True).aux_loss
+    own = trainer.model(**batch.model_inputs, output_router_logits=True).aux_loss
     assert trainer._metrics["eval"]["aux_loss"][-1].item() == pytest.approx(0.5 * own.item(), rel=1e-5)
 
 
@@ -127,7 +126,7 @@ def test_a_mixture_class_without_experts_has_no_load_balancing_loss(tmp_path, fa
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_reentrant_checkpointing_of_experts_is_refused(tmp_path, lora):
-    from kdtrain.models import lora_config
+    from kdtrain.tuning import lora_config
 
     peft = lora_config(rank=2, alpha=4, dropout=0, target_modules=["q_proj"], modules_to_save=None, use_dora=False)
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}

@@ -13,11 +13,11 @@ import datasets
 import pytest
 from trl.experimental.gkd import GKDConfig
 
+from kdtrain.argument_checks import check_parallelism
 from kdtrain.config import check_config
 from kdtrain.config.suggest import known_keys
 from kdtrain.config.training import training_fields
 from kdtrain.config.training_rules import REFUSED as REFUSED_IN_YAML
-from kdtrain.construction import check_parallelism
 from kdtrain.errors import ConfigError, NotAvailableError
 from kdtrain.gkd_fields import REFUSED
 from tests import tiny
@@ -158,8 +158,8 @@ def test_fields_of_the_data_reach_the_default_collator(tmp_path, student, teache
     trainer = make_trainer(tmp_path, student, teacher, rows=rows, tokenizer=tokenizer.__class__.from_pretrained(
         tokenizer.save_pretrained(tmp_path / "tokenizer") and tmp_path / "tokenizer"), **options)  # fmt: skip
     batch = make_batch_of(trainer, rows)
-    assert batch["input_ids"].shape[1] % 32 == 0
-    assert set(batch["input_ids"][batch["attention_mask"] == 0].tolist()) == {0}
+    assert batch.model_inputs["input_ids"].shape[1] % 32 == 0
+    assert set(batch.model_inputs["input_ids"][batch.model_inputs["attention_mask"] == 0].tolist()) == {0}
     trainer.train()
 
 
@@ -171,7 +171,7 @@ def test_a_formatting_function_makes_the_text_of_a_row(tmp_path, student, teache
     rows = [{"question": "What?", "answer": "zero"}, {"question": "Where?", "answer": "the path"}]
     extra = {"formatting_func": lambda row: f"{row['question']} {row['answer']}"}
     trainer = make_trainer(tmp_path, student, teacher, rows=rows, extra=extra)
-    labels = make_batch_of(trainer, rows)["labels"][0]
+    labels = make_batch_of(trainer, rows).labels[0]
     assert trainer.processing_class.decode(labels[labels != -100]).endswith("at? zero<|im_end|>")
     trainer.train()
     with pytest.raises(ConfigError, match="formatting_func and data_collator"):
@@ -181,14 +181,14 @@ def test_a_formatting_function_makes_the_text_of_a_row(tmp_path, student, teache
 def test_a_chat_template_by_path_is_that_of_the_batches(tmp_path, student, teacher):
     (tmp_path / "template.jinja").write_text(tiny.CHATML.replace("m.role +", "'the ' + m.role +"))
     trainer = make_trainer(tmp_path, student, teacher, chat_template_path=str(tmp_path / "template.jinja"))
-    ids = make_batch_of(trainer, tiny.CHATS)["input_ids"][0]
+    ids = make_batch_of(trainer, tiny.CHATS).model_inputs["input_ids"][0]
     assert trainer.processing_class.decode(ids).startswith("<|im_start|>the user")
 
 
 def test_an_eos_token_ends_texts_and_generation(tmp_path, student, teacher):
     trainer = make_trainer(tmp_path, student, teacher, rows=TEXTS, eos_token="<|endoftext|>")
     batch = make_batch_of(trainer, TEXTS)
-    assert batch["labels"][0][batch["attention_mask"][0] == 1][-1] == 0
+    assert batch.labels[0][batch.model_inputs["attention_mask"][0] == 1][-1] == 0
     assert 0 in trainer.model.generation_config.eos_token_id
 
 
@@ -217,6 +217,6 @@ def test_the_masks_of_trls_tokenised_rows_are_labels(tmp_path, student, teacher)
     ]
     trainer = make_trainer(tmp_path, student, teacher, rows=rows, lmbda=1.0)
     batch = make_batch_of(trainer, rows)
-    assert batch["labels"].tolist() == [[-100, -100, -100, 7, 8], [-100, -100, 10, -100, -100]]
-    assert batch["prompt_lengths"].tolist() == [2, 2]
+    assert batch.labels.tolist() == [[-100, -100, -100, 7, 8], [-100, -100, 10, -100, -100]]
+    assert batch.rows.prompt_lengths.tolist() == [2, 2]
     trainer.train()

@@ -8,8 +8,8 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from kdtrain.checkpoints import load_weights
 from kdtrain.errors import CheckpointError, PreflightError
+from kdtrain.load_report import load_weights
 from kdtrain.models import load_model
 from kdtrain.teachers import build_teacher
 from tests import tiny, tiny_vision

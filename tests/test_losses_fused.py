@@ -9,7 +9,7 @@ import torch
 from kdtrain.losses import TopKLogprobs, dense_distillation_loss, fused_distillation_loss, topk_divergence
 from kdtrain.losses import gemm as gemm_module
 from kdtrain.losses import workspace as workspace_module
-from kdtrain.losses.fused import chunk_sizes, default_chunk
+from kdtrain.losses.chunks import chunk_sizes, default_chunk
 from tests.test_losses import BETAS, DIVERGENCES, reference
 
 INF = float("inf")
@@ -194,7 +194,7 @@ def test_the_generated_kernels_of_a_gpu_compute_the_same(beta, monkeypatch):
     """The way a GPU takes, its generated code for this processor."""
     results = []
     for compiled in (False, True):
-        monkeypatch.setattr("kdtrain.losses.fused._compiles", lambda device, compiled=compiled: compiled)
+        monkeypatch.setattr("kdtrain.losses.chunks._compiles", lambda device, compiled=compiled: compiled)
         problem = make(n=60)
         result = fused_distillation_loss(**problem, ce_weight=0.5, beta=beta, chunk_tokens=13)
         results.append((result, torch.autograd.grad(result.loss, trained(problem))))
@@ -251,7 +251,7 @@ def test_a_frozen_head_gets_no_gradient_and_changes_nothing_else():
 
 
 def test_nothing_is_computed_for_a_gradient_that_nobody_wants(monkeypatch):
-    monkeypatch.setattr("kdtrain.losses.fused.hidden_gradient", lambda *_: pytest.fail("a gradient was computed"))
+    monkeypatch.setattr("kdtrain.losses.chunks.hidden_gradient", lambda *_: pytest.fail("a gradient was computed"))
     problem = make()
     with torch.no_grad():
         fused_distillation_loss(**problem, ce_weight=0.5)
@@ -667,3 +667,12 @@ def test_a_tail_that_the_student_finds_impossible_keeps_its_gradient(gap, beta):
     result.loss.backward()
     assert result.kd_sum.item() == pytest.approx(expected.item(), rel=1e-5)
     assert (logits.grad - double.grad).norm() <= 1e-5 * double.grad.norm()
+
+
+def test_an_unknown_tail_is_refused_by_the_fused_loss_too():
+    targets = topk_of(torch.randn(4, 30), 5)
+    hidden, weight, labels = torch.randn(4, 8), torch.randn(30, 8), torch.arange(4)
+    with pytest.raises(ValueError, match="tail must be bucket or renormalize, got 'renormalise'"):
+        topk_divergence(hidden @ weight.T, targets, tail="renormalise")
+    with pytest.raises(ValueError, match="tail must be bucket or renormalize, got 'renormalise'"):
+        fused_distillation_loss(hidden, weight, labels, targets=targets, tail="renormalise")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kdtrain.errors import PreflightError
-from kdtrain.losses.visual import Grids, feature_distance
+from kdtrain.feature_grids import Grids
+from kdtrain.losses.visual import feature_distance
 
 
 def mse(student, teacher):

@@ -16,10 +16,11 @@ from transformers import TrainerCallback
 
 import kdtrain
 from kdtrain import rehearsal
-from kdtrain.cli import _train
+from kdtrain.cli import _fit_here
 from kdtrain.config import ConfigLoader
 from kdtrain.data import Collator
 from kdtrain.errors import ConfigError, DataError, Interrupted, PreflightError
+from kdtrain.teachers import Teacher
 from tests import tiny
 from tests.test_python_class import with_lora
 from tests.test_trainer import expected_terms
@@ -33,7 +34,7 @@ def steps(run):
 
 def test_it_does_what_the_command_does(project):
     result = kdtrain.fit(project / "config.yaml", LORA, quiet=True)
-    _train(
+    _fit_here(
         ConfigLoader.load(project / "config.yaml", [*LORA, f"training.output_dir={project}/other"]),
         None,
         False,
@@ -125,10 +126,10 @@ def test_options_of_loading_have_no_effect_on_what_is_loaded_already(project, st
 
 
 def test_a_teacher_that_only_gives_targets_is_refused_where_it_has_to_write(project):
-    class Targets:
-        module, vocab_size = None, 320
+    class Targets(Teacher):
+        vocab_size = 320
 
-        def targets(self, inputs, predicts_BT):
+        def targets(self, batch):
             raise AssertionError
 
     answers = [f"data.train={{path: {project}/train.jsonl, answers: teacher}}"]

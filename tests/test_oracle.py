@@ -20,8 +20,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from kdtrain.models import lora_config
+from kdtrain.batch import Batch
 from kdtrain.trainer import GKDTrainerWithMetrics
+from kdtrain.tuning import lora_config
 from tests import tiny, tiny_vision
 from tests.oracle import Loss, Optimizer, Oracle, Row, Window, double
 from tests.test_trainer import make_args
@@ -248,7 +249,7 @@ def _shape_of(family: str) -> nn.Module:
 
 
 def collate_images(rows: Sequence[Row]) -> dict[str, Any]:
-    """A batch with images, right-padded; the product's own collator wants a processor."""
+    """A batch with images as a user's own collator gives it: a dict, right-padded."""
     width = max(len(row["input_ids"]) for row in rows)
     batch: dict[str, Any] = {
         "input_ids": torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows]),
@@ -324,15 +325,15 @@ def remember_windows(trainer: Any) -> list[Any]:
 
     def remember(*args: Any) -> Any:
         batches, items = collect(*args)
-        seen.append([(batch["student_generated"], tokens_of(batch)) for batch in batches])
+        seen.append([(batch.generated_by == "student", tokens_of(batch)) for batch in batches])
         return batches, items
 
     trainer.get_batch_samples = remember
     return seen
 
 
-def tokens_of(batch: dict[str, Any]) -> list[list[int]]:
-    rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+def tokens_of(batch: Batch) -> list[list[int]]:
+    rows = zip(batch.model_inputs["input_ids"], batch.model_inputs["attention_mask"].bool(), strict=True)
     return [ids[mask].tolist() for ids, mask in rows]
 
 

@@ -13,13 +13,19 @@ from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuni
 from trl.experimental.gkd import GKDConfig
 from trl.experimental.utils import DataCollatorForChatML
 
-from kdtrain import generation, probe
+from kdtrain import generation, generation_call, generation_padding
+from kdtrain.batch import Batch, Rows
 from kdtrain.config import ConfigLoader
 from kdtrain.data import Collator
 from kdtrain.errors import DataError, NotAvailableError, PreflightError
-from kdtrain.generation import generate_batch, generation_config, who_shares_a_batch
-from kdtrain.models import load_model, load_processing
-from kdtrain.probe import look_at_text
+from kdtrain.generation import generate_batch
+from kdtrain.generation_padding import who_shares_a_batch
+from kdtrain.generation_sampling import generation_config
+from kdtrain.model_checks import CheckedModel, image_findings
+from kdtrain.model_kinds import refuse_other_kinds
+from kdtrain.models import load_model
+from kdtrain.probe import TextLook, look_at_text
+from kdtrain.processing import load_processing
 from kdtrain.run import fit
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
@@ -97,7 +103,7 @@ def build(student, tokenizer, folder, train=None, teacher=None, collator=None, e
 def test_a_model_that_sees_later_tokens_is_found(family):
     (finding,) = look_at_text(make(family), "teacher").findings
     assert finding.level == "error"
-    assert "sees the tokens that it has to predict" in finding.text
+    assert "sees the tokens that it has to predict" in finding.message
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -149,7 +155,7 @@ def test_a_model_whose_predictions_depend_on_the_padding_behind_them_is_found():
 
     model.register_forward_hook(add_padding, with_kwargs=True)
     (finding,) = look_at_text(model, "student").findings
-    assert "does not honour the attention mask: its predictions move by" in finding.text
+    assert "does not honour the attention mask: its predictions move by" in finding.message
 
 
 def test_special_tokens_beyond_the_vocabulary_do_not_disturb_the_look():
@@ -194,11 +200,11 @@ def test_configs_of_causal_and_vision_language_models_are_not_refused():
     for family in CAUSAL:
         model = make(family)
         model.config.architectures = [type(model).__name__]
-        probe.refuse_other_kinds("folder", model.config)
+        refuse_other_kinds("folder", model.config)
     for family in VISION_FAMILIES:
         model = make_vlm(family, seed=1)
         model.config.architectures = [type(model).__name__]
-        probe.refuse_other_kinds("folder", model.config)
+        refuse_other_kinds("folder", model.config)
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------
@@ -314,7 +320,7 @@ def test_virtual_tokens_take_positions_from_the_rows(tmp_path, tokenizer, kind, 
         build(make("qwen3"), tokenizer, tmp_path, rows(40, 57), tuned())
     chats = [{"messages": [{"role": role, "content": "word " * 4} for role in ("user", "assistant")]}] * 2
     trainer = build(tuned(), tokenizer, tmp_path, chats, **short)
-    assert 56 < trainer.data_collator(chats)["input_ids"].shape[1] <= 64
+    assert 56 < trainer.data_collator(chats).labels.shape[1] <= 64
     if trainer._positions:
         with pytest.raises(DataError, match="and the student has 56 positions"):
             trainer.train()
@@ -382,13 +388,14 @@ def test_layers_with_a_rope_of_their_own_are_read_as_well(tmp_path, tokenizer, c
 def calls(monkeypatch):
     """The prompts of each call of `generate`."""
     made = []
-    original = generation._generate
+    original = generation_call.call_generate
 
     def counted(model, prompts, *args, **kwargs):
         made.append([len(prompt) for prompt in prompts])
         return original(model, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(generation, "_generate", counted)
+    for module in (generation, generation_padding):
+        monkeypatch.setattr(module, "call_generate", counted)
     return made
 
 
@@ -396,11 +403,16 @@ def prompts(*lengths):
     ids = torch.full((len(lengths), max(lengths)), 3)
     for row, length in zip(ids, lengths, strict=True):
         row[:length] = torch.arange(20, 20 + length)
-    return {"input_ids": ids, "attention_mask": (ids != 3).long(), "prompt_lengths": torch.tensor(lengths)}
+    return Batch(
+        model_inputs={"input_ids": ids, "attention_mask": (ids != 3).long()},
+        labels=torch.full_like(ids, -100),
+        rows=Rows(prompt_lengths=torch.tensor(lengths)),
+    )
 
 
 def answers(batch):
-    return [ids[labels != -100].tolist() for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)]
+    pairs = zip(batch.model_inputs["input_ids"], batch.labels, strict=True)
+    return [ids[labels != -100].tolist() for ids, labels in pairs]
 
 
 @pytest.mark.parametrize("family", ["rwkv", "minimax", "bart_decoder", "recurrent_gemma"])
@@ -442,7 +454,7 @@ def test_padding_that_is_read_is_found_even_where_its_embedding_is_still_zero():
     config.output_logits = config.return_dict_in_generate = True
 
     def first_logits(*rows):
-        return generation._generate(model, rows, config, CPU)[0].logits[0][0]
+        return generation_call.call_generate(model, rows, config, CPU)[0].logits[0][0]
 
     assert torch.allclose(first_logits(short), first_logits(short, long), atol=1e-5)
     torch.nn.init.normal_(model.get_input_embeddings().weight.data[3])
@@ -480,7 +492,7 @@ def test_rounding_is_that_of_the_type_that_a_model_computes_in():
 
 def test_a_tie_between_experts_in_one_text_is_no_sign(monkeypatch, caplog):
     moved = iter([(0.5, 1e-4), (0.0, 1e-4)])
-    monkeypatch.setattr(generation, "_difference_of_text", lambda *_: next(moved))
+    monkeypatch.setattr(generation_padding, "_difference_of_text", lambda *_: next(moved))
     assert who_shares_a_batch(make("mixtral"), CPU) == "all"
     assert "does not honour" not in caplog.text
 
@@ -488,13 +500,13 @@ def test_a_tie_between_experts_in_one_text_is_no_sign(monkeypatch, caplog):
 def test_prompts_that_cannot_be_generated_apart_are_refused(monkeypatch):
     model = make("rwkv")
     assert who_shares_a_batch(model, CPU) == "none"
-    monkeypatch.setattr(generation, "_in_pieces", lambda model: True)
+    monkeypatch.setattr(generation_padding, "in_pieces", lambda model: True)
     with pytest.raises(PreflightError, match="under FSDP and ZeRO-3 prompts cannot be generated apart"):
-        generation._groups(model, [[5], [5, 6]], CPU, False)
-    monkeypatch.setattr(generation, "_in_pieces", lambda model: False)
+        generation_padding.answered_together(model, [[5], [5, 6]], CPU, False)
+    monkeypatch.setattr(generation_padding, "in_pieces", lambda model: False)
     with pytest.raises(PreflightError, match="prompts with images cannot be generated apart"):
-        generation._groups(model, [[5], [5, 6]], CPU, True)
-    assert generation._groups(model, [[5]], CPU, True) == [[0]]
+        generation_padding.answered_together(model, [[5], [5, 6]], CPU, True)
+    assert generation_padding.answered_together(model, [[5]], CPU, True) == [[0]]
 
 
 @pytest.mark.parametrize("changes", [{"rlhf__lmbda": 1.0}, {"rlhf__seq_kd": True}])
@@ -586,7 +598,7 @@ def test_no_familys_own_processor_is_suspected(family):
     row = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
                         {"role": "assistant", "content": "a thing"}], "images": [picture()]}  # fmt: skip
     model = make_model(family, processor)
-    assert probe.look_at_image(model, "student", processor, Collator(processor), row) == []
+    assert image_findings(CheckedModel("student", model, TextLook(), processor), Collator(processor), row) == []
 
 
 def test_a_look_at_an_image_reads_raw_rows_of_the_class_as_well(tmp_path):

@@ -251,9 +251,8 @@ VIRTUAL = {
 def test_virtual_tokens_are_no_positions_of_a_row(tmp_path, student, teacher, kind):
     trainer = make_trainer(tmp_path, student, teacher, sft_alpha=0.5, extra={"peft_config": VIRTUAL[kind]()})
     batch = make_batch(trainer)
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        own = trainer.model.eval()(**inputs, use_cache=False).logits[:, -batch["input_ids"].shape[1] :]
+        own = trainer.model.eval()(**batch.model_inputs, use_cache=False).logits[:, -batch.labels.shape[1] :]
     answer = type("Answer", (), {"logits": own})
     jsd, ce, _ = expected_terms(lambda **_: answer, teacher, batch)
     loss = trainer.compute_loss(trainer.model.train(), batch)
@@ -294,10 +293,14 @@ def test_a_batch_padded_on_the_left_has_the_loss_of_one_padded_on_the_right(tmp_
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2, n_positions=128, initializer_range=0.2)
     student = GPT2LMHeadModel(config)  # its positions count from the first column
-    plain = make_trainer(tmp_path, student, teacher).data_collator
+    own = make_trainer(tmp_path, student, teacher).data_collator
+
+    def on_the_right(rows):
+        batch = own(rows)
+        return {**batch.model_inputs, "labels": batch.labels}
 
     def on_the_left(rows):
-        batch = plain(rows)
+        batch = on_the_right(rows)
         for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
             for key in ("input_ids", "attention_mask", "labels"):
                 batch[key][row] = batch[key][row].roll(batch["input_ids"].shape[1] - length)
@@ -305,21 +308,44 @@ def test_a_batch_padded_on_the_left_has_the_loss_of_one_padded_on_the_right(tmp_
 
     assert 0 in on_the_left(tiny.CHATS[2:4])["attention_mask"][:, 0]
     losses = []
-    for collator in (plain, on_the_left):
+    for collator in (own, on_the_right, on_the_left):
         trainer = make_trainer(
             tmp_path, student, teacher, rows=tiny.CHATS[2:4], learning_rate=0.0, extra={"data_collator": collator}
         )
         trainer.train()
         losses.append(trainer.state.log_history[0]["llm_kd_loss"])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_a_collator_that_is_set_later_may_pad_on_the_left_too(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher)
+    own = trainer.data_collator
+
+    def on_the_left(rows):
+        batch = own(rows)
+        tensors = {**batch.model_inputs, "labels": batch.labels}
+        width, lengths = batch.labels.shape[1], batch.model_inputs["attention_mask"].sum(1).tolist()
+        return {
+            name: torch.stack([row.roll(width - length) for row, length in zip(value, lengths, strict=True)])
+            for name, value in tensors.items()
+        }
+
+    trainer.data_collator = on_the_left
+    expected, given = own(tiny.CHATS[2:4]), on_the_left(tiny.CHATS[2:4])
+    assert not torch.equal(given["labels"], expected.labels)
+    ((batch,), _) = trainer.get_batch_samples(iter([given]), 1, torch.device("cpu"))
+    assert torch.equal(batch.labels, expected.labels)
+    assert torch.equal(batch.model_inputs["input_ids"][batch.labels != -100], batch.labels_S)
 
 
 def test_keys_that_no_forward_takes_are_left_out_and_told_once(tmp_path, student, teacher, caplog):
     def collate(rows):
-        return plain(rows) | {"difficulty": torch.ones(len(rows)), "source": ["a"] * len(rows)}
+        batch = own(rows)
+        tensors = {**batch.model_inputs, "labels": batch.labels, "prompt_lengths": batch.rows.prompt_lengths}
+        return tensors | {"difficulty": torch.ones(len(rows)), "source": ["a"] * len(rows)}
 
     trainer = make_trainer(tmp_path, student, teacher, max_steps=2, lmbda=1.0, extra={"data_collator": collate})
-    plain = make_trainer(tmp_path, student, teacher).data_collator
+    own = make_trainer(tmp_path, student, teacher).data_collator
     with caplog.at_level(logging.WARNING):
         trainer.train()
     told = [record.message for record in caplog.records if "difficulty" in record.message]
@@ -339,7 +365,7 @@ def test_rows_longer_than_max_length_are_cut_told_once_and_counted(tmp_path, stu
         "Rows longer than max_length (64 tokens) are cut from the right.",
         "2 of 8 rows were cut at max_length (64 tokens).",
     ]
-    assert trainer.data_collator([*long])["input_ids"].shape == (1, 64)
+    assert trainer.data_collator([*long]).labels.shape == (1, 64)
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])

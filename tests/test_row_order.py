@@ -49,8 +49,8 @@ def read_rows(folder, world, resume=None, strategy="random", save_steps=7):
 
     def collect(*args):
         batches, items = original(*args)
-        supervised = [b["input_ids"][i, 1].item() - 6 for b in batches for i in range(len(b["labels"]))
-                      if (b["labels"][i] != -100).any()]  # fmt: skip
+        supervised = [b.model_inputs["input_ids"][i, 1].item() - 6 for b in batches for i in range(len(b))
+                      if (b.labels[i] != -100).any()]  # fmt: skip
         seen.append(supervised)
         return batches, items
 

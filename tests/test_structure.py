@@ -8,24 +8,32 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "kdtrain"
 # From top to bottom; a module may import its own layer and those below.
 LAYERS = [
-    {"__main__", "cli", "notebook"},
-    {"progress", "run", "build", "plan", "launch"},
+    {"__main__", "cli", "process", "progress"},
     {
-        "trainer",
+        "notebook",
+        "run",
+        "build",
+        "plan",
+        "launch",
         "callbacks",
         "checkpoints",
+        "failures",
+        "log",
+        "read_data",
+        "teacher_answers",
+    },
+    {
+        "trainer",
         "token_loss",
-        "visual_kd",
         "visual_term",
         "telemetry",
         "generation",
-        "knobs",
         "answers",
         "batch",
         "construction",
         "gkd_fields",
-        "failures",
         "model_checks",
+        "positions",
         "zero",
         "best",
         "rehearsal",
@@ -42,14 +50,32 @@ LAYERS = [
         "lm_head",
         "experts",
         "probe",
-        "positions",
+        "model_kinds",
+        "processing",
         "data",
         "vision",
+        "feature_grids",
+        "feature_images",
+        "feature_projectors",
+        "feature_taps",
+        "feature_targets",
         "vocabulary",
-        "losses",
     },
-    {"config", "errors", "environment", "status", "model_folder", "row_order", "adapters"},
+    {
+        "config",
+        "environment",
+        "status",
+        "folder",
+        "signals",
+        "ranks",
+        "model_folder",
+        "row_order",
+        "adapters",
+    },
+    {"losses"},
+    {"errors"},
 ]
+WITHOUT_TORCH = LAYERS[-3] | LAYERS[-1]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -83,7 +109,7 @@ def test_imports_point_downwards(path):
 
 
 def test_leaves_do_not_import_torch():
-    for name in LAYERS[-1]:
+    for name in WITHOUT_TORCH:
         for path in MODULES:
             if path.relative_to(PACKAGE).parts[0].removesuffix(".py") == name:
                 tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -97,3 +123,23 @@ def test_no_setting_of_precision_is_touched():
     for path in MODULES:
         text = path.read_text(encoding="utf-8")
         assert not [name for name in names if name in text], path
+
+
+IN_ONE_PLACE = {
+    "signal.signal(": "signals.py",
+    '"RANK"': "ranks.py",
+    '"WORLD_SIZE"': "ranks.py",
+    "os.replace(": "folder.py",
+    '"run_config.json"': "folder.py",
+    '"status.json"': "folder.py",
+    '"logging.jsonl"': "folder.py",
+    '"teacher_answers"': "folder.py",
+    '"checkpoint-': "folder.py",
+    '"trainer_state.json"': "checkpoints.py",
+    "os._exit(": "process.py",
+}
+
+
+@pytest.mark.parametrize("text", IN_ONE_PLACE)
+def test_what_a_reader_looks_for_by_name_is_in_one_file(text):
+    assert [path.name for path in MODULES if text in path.read_text(encoding="utf-8")] == [IN_ONE_PLACE[text]]

@@ -10,14 +10,16 @@ import torch
 from peft import LoraConfig
 from trl.experimental.gkd import GKDConfig
 
+from kdtrain import objective
 from kdtrain.data import Collator
 from kdtrain.errors import NonFiniteError, PreflightError, VocabularyError
 from kdtrain.losses import TopKLogprobs
+from kdtrain.teachers import Targets, Teacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
 from tests.test_losses import reference
 
-KNOBS = ("llm_kd_weight", "sft_alpha", "divergence", "kd_temperature", "eval_kd", "visual_kd")
+KNOBS = ("llm_kd_weight", "sft_alpha", "divergence", "kd_temperature", "eval_kd", "tail", "visual_kd")
 
 
 def make_args(folder, **kwargs):
@@ -53,19 +55,28 @@ def make_trainer(folder, student=None, teacher=None, rows=None, tokenizer=None, 
     )
 
 
-def make_batch(trainer, rows=None):
-    return trainer.data_collator(rows or tiny.CHATS[:3])
+def make_batch(trainer, rows=None, **inputs):
+    batch = trainer.data_collator(rows or tiny.CHATS[:3])
+    return dataclasses.replace(batch, model_inputs={**batch.model_inputs, **inputs})
+
+
+def with_positions(batch):
+    """A batch with an input of the model that nothing is known of."""
+    ids = batch.model_inputs["input_ids"]
+    return dataclasses.replace(
+        batch, model_inputs={**batch.model_inputs, "position_ids": torch.arange(ids.shape[1]).expand_as(ids)}
+    )
 
 
 def expected_terms(student, teacher, batch, beta=0.5, temperature=1.0):
     """jsd and ce per supervised token, in float64, aligned by an explicit loop over positions."""
     with torch.no_grad():
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        inputs = dict(batch.model_inputs)
         student_logits, teacher_logits = student(**inputs).logits, teacher(**inputs).logits
     jsd, ce = [], []
-    for row in range(batch["labels"].shape[0]):
-        for t in range(batch["labels"].shape[1] - 1):
-            label = batch["labels"][row, t + 1]
+    for row in range(batch.labels.shape[0]):
+        for t in range(batch.labels.shape[1] - 1):
+            label = batch.labels[row, t + 1]
             if label == -100:
                 continue
             jsd.append(reference(student_logits[row, t], teacher_logits[row, t], beta, temperature))
@@ -172,10 +183,10 @@ def visual_trainer(folder, **kwargs):
 
 def test_visual_kd_remains_active_when_lm_kd_is_disabled(tmp_path):
     trainer = visual_trainer(tmp_path, llm_kd_weight=0.0, sft_alpha=0.3)
-    batch = make_batch(trainer) | {"pixel_values": torch.randn(3, 5, 4)}
+    batch = make_batch(trainer, pixel_values=torch.randn(3, 5, 4))
     loss = trainer.compute_loss(trainer.model, batch)
     _, ce, _ = expected_terms(trainer.model, trainer.teacher_model, batch)
-    features = [model.aligner(batch["pixel_values"]) for model in (trainer.model, trainer.teacher_model)]
+    features = [model.aligner(batch.model_inputs["pixel_values"]) for model in (trainer.model, trainer.teacher_model)]
     visual = 0.1 * (features[0] - features[1]).square().mean().item()
     assert visual > 0.01
     assert loss.item() == pytest.approx(ce + visual, rel=1e-5)
@@ -199,7 +210,7 @@ def test_hooks_are_gone_after_a_failing_forward(tmp_path, monkeypatch):
     trainer = visual_trainer(tmp_path, llm_kd_weight=0.0)
     monkeypatch.setattr(trainer, "_run_teacher_forward", refuse_teacher)
     with pytest.raises(AssertionError):
-        trainer.compute_loss(trainer.model, make_batch(trainer) | {"pixel_values": torch.randn(3, 5, 4)})
+        trainer.compute_loss(trainer.model, make_batch(trainer, pixel_values=torch.randn(3, 5, 4)))
     assert not trainer.model.aligner._forward_hooks
     assert not trainer.teacher_model.aligner._forward_hooks
 
@@ -208,11 +219,11 @@ def test_an_unknown_module_and_unequal_features_are_errors_that_name_the_target(
     wrong = VISUAL | {"targets": {"aligner": {"student_module": "nowhere", "teacher_module": "aligner"}}}
     trainer = visual_trainer(tmp_path, llm_kd_weight=0.0, visual_kd=wrong)
     with pytest.raises(PreflightError, match=r"aligner.*student has no module 'nowhere'"):
-        trainer.compute_loss(trainer.model, make_batch(trainer) | {"pixel_values": torch.randn(3, 5, 4)})
+        trainer.compute_loss(trainer.model, make_batch(trainer, pixel_values=torch.randn(3, 5, 4)))
     trainer = visual_trainer(tmp_path, llm_kd_weight=0.0)
     trainer.teacher_model.aligner = torch.nn.Linear(4, 9)
     with pytest.raises(PreflightError, match=r"aligner.*\(3, 5, 8\).*\(3, 5, 9\)"):
-        trainer.compute_loss(trainer.model, make_batch(trainer) | {"pixel_values": torch.randn(3, 5, 4)})
+        trainer.compute_loss(trainer.model, make_batch(trainer, pixel_values=torch.randn(3, 5, 4)))
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -249,8 +260,7 @@ def test_everything_a_forward_takes_reaches_both_models_and_our_own_keys_reach_n
 
     for name, model in (("student", student.model), ("teacher", teacher.model)):
         model.forward = types.MethodType(recorder(name, model.forward), model)
-    batch = make_batch(trainer)
-    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    batch = with_positions(make_batch(trainer))
     trainer.compute_loss(trainer.model, batch)
     assert seen["student"] == seen["teacher"] == {"input_ids", "attention_mask", "position_ids", "use_cache"}
 
@@ -270,8 +280,9 @@ def test_padding_does_not_change_loss_or_gradient(tmp_path, student, teacher):
     batch = make_batch(trainer)
     results = []
     for extra in (0, 9):
+        tensors = {**batch.model_inputs, "labels": batch.labels}
         padded = {
-            key: torch.nn.functional.pad(batch[key], (0, extra), value=fill)
+            key: torch.nn.functional.pad(tensors[key], (0, extra), value=fill)
             for key, fill in (("input_ids", 3), ("attention_mask", 0), ("labels", -100))
         }
         trainer.model.zero_grad()
@@ -284,8 +295,7 @@ def test_padding_does_not_change_loss_or_gradient(tmp_path, student, teacher):
 
 def test_a_batch_without_supervised_tokens_is_zero_with_a_gradient_path(tmp_path, student, teacher):
     trainer = make_trainer(tmp_path, student, teacher, sft_alpha=0.5)
-    batch = make_batch(trainer)
-    batch["labels"] = torch.full_like(batch["labels"], -100)
+    batch = make_batch(trainer).without_labels()
     loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(7))
     loss.backward()
     assert loss.item() == 0
@@ -295,12 +305,12 @@ def test_a_batch_without_supervised_tokens_is_zero_with_a_gradient_path(tmp_path
 
 def test_rows_without_ce_are_supervised_by_the_teacher_alone(tmp_path, student, teacher):
     trainer = make_trainer(tmp_path, student, teacher, sft_alpha=1.0)
-    batch = make_batch(trainer)
-    batch["ce_rows"] = torch.tensor([True, False, True])
+    rows = [{**row, "ce": i != 1} for i, row in enumerate(tiny.CHATS[:3])]
+    batch = make_batch(trainer, rows)
+    assert batch.rows.ce.tolist() == [True, False, True]
     loss = trainer.compute_loss(trainer.model, batch)
     jsd, _, n = expected_terms(student, teacher, batch)
-    kept = {key: batch[key][[0, 2]] for key in ("input_ids", "attention_mask", "labels")}
-    _, ce, m = expected_terms(student, teacher, kept)
+    _, ce, m = expected_terms(student, teacher, make_batch(trainer, [rows[0], rows[2]]))
     assert loss.item() == pytest.approx(jsd + ce * m / n, rel=1e-5)
 
 
@@ -354,18 +364,17 @@ def test_equal_sizes_do_not_pass_for_equal_vocabularies(tmp_path, student, token
         make_trainer(tmp_path / "run", student, folder, tokenizer=tokenizer)
 
 
-class TopKTeacher:
+class TopKTeacher(Teacher):
     """What a served teacher will be: no module here, the most likely tokens only."""
 
     def __init__(self, model, k):
-        self.model, self.k = model.eval(), k
-        self.module, self.vocab_size = None, model.config.vocab_size
+        self.model, self.k, self.vocab_size = model.eval(), k, model.config.vocab_size
 
-    def targets(self, inputs, predicts_BT):
+    def targets(self, batch):
         with torch.no_grad():
-            logits = self.model(**inputs).logits[:, :-1][predicts_BT]
+            logits = self.model(**batch.teacher_inputs).logits[:, :-1][batch.predicts_BT]
         logprobs, indices = torch.log_softmax(logits, -1).topk(self.k)
-        return TopKLogprobs(indices, logprobs)
+        return Targets(TopKLogprobs(indices, logprobs))
 
 
 def test_a_teacher_that_names_its_most_likely_tokens_works_through_the_trainer(tmp_path, student, teacher):
@@ -375,11 +384,7 @@ def test_a_teacher_that_names_its_most_likely_tokens_works_through_the_trainer(t
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(jsd + 0.3 * ce, rel=1e-4)
     values = {}
     for tail in ("bucket", "renormalize"):
-        trainer = make_trainer(tmp_path, student, None, extra={"teacher": TopKTeacher(teacher, 5)})
-        trainer._token_loss = dataclasses.replace(
-            trainer._token_loss, knobs=dataclasses.replace(trainer.knobs, tail=tail)
-        )
-        trainer.knobs = trainer._token_loss.knobs
+        trainer = make_trainer(tmp_path, student, None, tail=tail, extra={"teacher": TopKTeacher(teacher, 5)})
         values[tail] = trainer.compute_loss(trainer.model, batch).item()
     assert values["bucket"] != values["renormalize"]
     with pytest.raises(ValueError, match="seq_kd"):
@@ -408,17 +413,17 @@ def windows(trainer, count):
 
 
 def test_lmbda_one_generates_every_window_and_zero_none(tmp_path, student, teacher):
-    for lmbda, expected in ((0.0, False), (1.0, True)):
+    for lmbda, expected in ((0.0, None), (1.0, "student")):
         trainer = make_trainer(tmp_path, student, teacher, lmbda=lmbda, rows=tiny.CHATS * 4)
-        assert [batches[0]["student_generated"] for batches, _ in windows(trainer, 10)] == [expected] * 10
+        assert [batches[0].generated_by for batches, _ in windows(trainer, 10)] == [expected] * 10
 
 
 def test_the_denominator_counts_the_generated_tokens(tmp_path, student, teacher):
     trainer = make_trainer(tmp_path, student, teacher, lmbda=1.0)
     ((batches, num_items),) = windows(trainer, 1)
-    assert num_items == sum((batch["labels"] != -100).sum() for batch in batches)
+    assert num_items == sum((batch.labels != -100).sum() for batch in batches)
     original = make_batch(trainer, tiny.CHATS[:2])
-    assert not torch.equal(batches[0]["labels"], original["labels"])
+    assert not torch.equal(batches[0].labels, original.labels)
 
 
 def test_generated_rows_keep_their_prompt_and_supervise_the_completion_only(tmp_path, student, teacher):
@@ -427,12 +432,12 @@ def test_generated_rows_keep_their_prompt_and_supervise_the_completion_only(tmp_
     original = make_batch(trainer, tiny.CHATS[:2])
     batch = batches[0]
     for row in range(2):
-        n = original["prompt_lengths"][row]
-        length = batch["attention_mask"][row].sum()
-        assert torch.equal(batch["input_ids"][row, :n], original["input_ids"][row, :n])
-        assert (batch["labels"][row, :n] == -100).all()
-        assert torch.equal(batch["labels"][row, n:length], batch["input_ids"][row, n:length])
-        assert (batch["labels"][row, length:] == -100).all()
+        n = original.rows.prompt_lengths[row]
+        length = batch.model_inputs["attention_mask"][row].sum()
+        assert torch.equal(batch.model_inputs["input_ids"][row, :n], original.model_inputs["input_ids"][row, :n])
+        assert (batch.labels[row, :n] == -100).all()
+        assert torch.equal(batch.labels[row, n:length], batch.model_inputs["input_ids"][row, n:length])
+        assert (batch.labels[row, length:] == -100).all()
         assert 1 <= length - n <= 6
 
 
@@ -459,9 +464,9 @@ def test_seq_kd_trains_on_what_the_teacher_says(tmp_path, student, teacher):
         teacher.lm_head.weight[70] = 10
     trainer = make_trainer(tmp_path, student, teacher, lmbda=0.0, seq_kd=True)
     ((batches, _),) = windows(trainer, 1)
-    said = batches[0]["labels"][batches[0]["labels"] != -100]
+    said = batches[0].labels[batches[0].labels != -100]
     assert (said == 70).all()
-    assert not batches[0]["student_generated"]
+    assert batches[0].generated_by == "teacher"
 
 
 def test_generation_is_the_same_when_it_is_repeated_and_differs_between_steps(tmp_path, student, teacher):
@@ -470,10 +475,10 @@ def test_generation_is_the_same_when_it_is_repeated_and_differs_between_steps(tm
         for _ in range(2)
     )
     for (a, _), (b, _) in zip(first, again, strict=True):
-        assert torch.equal(a[0]["input_ids"], b[0]["input_ids"])
+        assert torch.equal(a[0].model_inputs["input_ids"], b[0].model_inputs["input_ids"])
     trainer = make_trainer(tmp_path, student, teacher, lmbda=1.0, rows=tiny.CHATS[:1] * 4)
     (a, _), (b, _) = windows(trainer, 2)
-    assert a[0]["input_ids"].tolist() != b[0]["input_ids"].tolist()
+    assert a[0].model_inputs["input_ids"].tolist() != b[0].model_inputs["input_ids"].tolist()
 
 
 def test_generation_leaves_the_global_random_state_and_the_mode_alone(tmp_path, student, teacher):
@@ -494,7 +499,7 @@ def test_samples_are_not_bent_by_the_models_own_generation_config(tmp_path, stud
     bent.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, min_p=0.9, do_sample=True)
     trainer = make_trainer(tmp_path, bent, teacher, lmbda=1.0, train_sampling_strategy="sequential")
     ((batches, _),) = windows(trainer, 1)
-    assert torch.equal(batches[0]["input_ids"], expected[0]["input_ids"])
+    assert torch.equal(batches[0].model_inputs["input_ids"], expected[0].model_inputs["input_ids"])
     assert bent.generation_config.repetition_penalty == 5.0  # the model keeps its own
 
 
@@ -510,7 +515,7 @@ def test_samples_stop_where_the_chat_template_ends_a_turn(tmp_path, teacher):
         student.lm_head.bias.zero_()
         student.lm_head.bias[2] = 100
     ((batches, _),) = windows(trainer, 1)
-    assert batches[0]["labels"][batches[0]["labels"] != -100].tolist() == [2, 2]
+    assert batches[0].labels[batches[0].labels != -100].tolist() == [2, 2]
 
 
 def test_padding_of_the_embedding_is_never_sampled(tmp_path, tokenizer):
@@ -518,14 +523,13 @@ def test_padding_of_the_embedding_is_never_sampled(tmp_path, tokenizer):
     folder = tiny.save_model(tiny.make_qwen3(seed=2), tokenizer, tmp_path / "teacher")
     trainer = make_trainer(tmp_path / "run", wide, folder, lmbda=1.0, tokenizer=tokenizer)
     ((batches, _),) = windows(trainer, 1)
-    assert batches[0]["input_ids"].max() < 320
+    assert batches[0].model_inputs["input_ids"].max() < 320
     trainer.train()
 
 
 def test_batches_that_generation_cannot_continue_are_refused(tmp_path, student, teacher):
     trainer = make_trainer(tmp_path, student, teacher, lmbda=1.0)
-    batch = make_batch(trainer)
-    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    batch = with_positions(make_batch(trainer))
     with pytest.raises(PreflightError, match="position_ids"):
         trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
 
@@ -547,9 +551,9 @@ def test_metrics_are_token_sums_over_the_window(tmp_path, student, teacher):
     batch = make_batch(trainer, rows)
     jsd, ce, _n = expected_terms(student, teacher, batch)
     with torch.no_grad():
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        s, t = (m(**inputs).logits[:, :-1][batch["labels"][:, 1:] != -100].double() for m in (student, teacher))
-    labels = batch["labels"][:, 1:][batch["labels"][:, 1:] != -100]
+        inputs = dict(batch.model_inputs)
+        s, t = (m(**inputs).logits[:, :-1][batch.labels[:, 1:] != -100].double() for m in (student, teacher))
+    labels = batch.labels[:, 1:][batch.labels[:, 1:] != -100]
     trainer.train()
     record = trainer.state.log_history[0]
     entropy = [-(x.softmax(-1) * x.log_softmax(-1)).sum(-1).mean().item() for x in (s, t)]
@@ -597,6 +601,18 @@ def test_evaluation_is_a_mean_over_tokens_whatever_the_batch_size(tmp_path, stud
         assert "eval_teacher_agreement" in result
 
 
+@pytest.mark.parametrize("as_a_user", [False, True])
+def test_a_stream_of_rows_is_evaluated_as_the_rows_are(tmp_path, as_a_user):
+    trainer = make_trainer(tmp_path, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2), per_device_eval_batch_size=4)
+    rows, own = datasets.Dataset.from_list(tiny.CHATS), trainer.data_collator
+    expected = trainer.evaluate(rows)
+    if as_a_user:
+        trainer.data_collator = lambda rows: {**own(rows).model_inputs, "labels": own(rows).labels}
+    result = trainer.evaluate(rows.to_iterable_dataset())
+    assert result["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
+    assert result["eval_samples_per_second"] > result["eval_steps_per_second"] > 0
+
+
 def test_eval_kd_false_reports_ce_only_without_the_teacher(tmp_path, monkeypatch):
     monkeypatch.setattr(GKDTrainerWithMetrics, "_run_teacher_forward", refuse_teacher)
     result = evaluate(tmp_path, 4, tiny.CHATS, eval_kd=False)
@@ -619,10 +635,14 @@ def test_a_nan_stops_the_run_before_the_optimizer_step(tmp_path, student, teache
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
 
 
+def make_terms_infinite(monkeypatch):
+    original = objective._token_terms
+    monkeypatch.setattr(objective, "_token_terms", lambda *args: {k: v / 0 for k, v in original(*args).items()})
+
+
 def test_an_infinite_loss_with_a_finite_gradient_stops_the_run_too(tmp_path, student, teacher, monkeypatch):
     trainer = make_trainer(tmp_path, student, teacher, max_steps=3)
-    original = trainer._weighted_terms
-    monkeypatch.setattr(trainer, "_weighted_terms", lambda *args: {k: v / 0 for k, v in original(*args).items()})
+    make_terms_infinite(monkeypatch)
     with pytest.raises(NonFiniteError, match="llm_kd_loss is not finite"):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -631,8 +651,7 @@ def test_an_infinite_loss_with_a_finite_gradient_stops_the_run_too(tmp_path, stu
 def infinite_on_one_rank(folder):
     trainer = make_trainer(folder, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2), rows=tiny.CHATS * 2, max_steps=3)
     if torch.distributed.get_rank() == 1:
-        original = trainer._weighted_terms
-        trainer._weighted_terms = lambda *args: {k: v / 0 for k, v in original(*args).items()}
+        make_terms_infinite(pytest.MonkeyPatch())
     try:
         trainer.train()
     except NonFiniteError as error:
@@ -650,8 +669,8 @@ def test_evaluation_weighs_images_by_images_and_tokens_by_tokens(tmp_path):
     trainer = visual_trainer(tmp_path, llm_kd_weight=0.0, per_device_eval_batch_size=2)
     rows = trainer.data_collator
     pixels = torch.randn(3, 5, 4)
-    batches = [make_batch(trainer, tiny.CHATS[i : i + 2]) for i in (0, 2, 4)]
-    batches[0]["pixel_values"], batches[2]["pixel_values"] = pixels[:2], pixels[2:]
+    inputs = [{"pixel_values": pixels[:2]}, {}, {"pixel_values": pixels[2:]}]
+    batches = [make_batch(trainer, tiny.CHATS[i : i + 2], **inputs[i // 2]) for i in (0, 2, 4)]
     trainer.model.eval()
     trainer._metrics["eval"].clear()
     for batch in batches:
@@ -698,7 +717,7 @@ def test_autocast_surrounds_the_teacher_only_where_deepspeed_allows(
     trainer = make_trainer(tmp_path, student, teacher)
     monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", "bf16")
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", deepspeed)
-    plugin = types.SimpleNamespace(deepspeed_config=config)
+    plugin = types.SimpleNamespace(deepspeed_config=config) if deepspeed else None
     monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin)
     seen = []
     teacher.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
@@ -757,7 +776,7 @@ def test_what_would_count_rows_wrongly_is_refused(tmp_path, student, teacher):
 @pytest.mark.parametrize("make", [tiny.make_qwen3, tiny.make_llama, tiny.make_gemma2])
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_loss_without_logits_is_the_loss_with_them(tmp_path, make, lora):
-    from kdtrain.models import lora_config
+    from kdtrain.tuning import lora_config
 
     peft = lora_config(rank=4, alpha=8, dropout=0.0, target_modules="all-linear", modules_to_save=None, use_dora=False)
     results = []
@@ -765,8 +784,8 @@ def test_the_loss_without_logits_is_the_loss_with_them(tmp_path, make, lora):
         trainer = make_trainer(
             tmp_path, make(seed=1), make(seed=2), sft_alpha=0.3, beta=0.1, extra={"peft_config": peft} if lora else None
         )
-        assert trainer._token_loss.fused
-        trainer._token_loss = dataclasses.replace(trainer._token_loss, fused=fused)
+        assert trainer._objective.fused
+        trainer._objective = dataclasses.replace(trainer._objective, fused=fused)
         loss = trainer.compute_loss(trainer.model, make_batch(trainer))
         loss.backward()
         gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
@@ -785,7 +804,7 @@ def test_a_head_that_does_more_than_its_config_says_keeps_its_logits(tmp_path, t
     torch.manual_seed(1)
     student = Odd(teacher.config)
     trainer = make_trainer(tmp_path, student, teacher, sft_alpha=0.3)
-    assert not trainer._token_loss.fused
+    assert not trainer._objective.fused
     batch = make_batch(trainer)
     loss = trainer.compute_loss(trainer.model, batch)
     jsd, ce, _ = expected_terms(student, teacher, batch)
@@ -793,13 +812,13 @@ def test_a_head_that_does_more_than_its_config_says_keeps_its_logits(tmp_path, t
 
 
 def test_a_trained_copy_of_the_head_is_the_one_that_is_used(tmp_path, student, teacher):
-    from kdtrain.models import lora_config
+    from kdtrain.tuning import lora_config
 
     peft = lora_config(
         rank=4, alpha=8, dropout=0.0, target_modules=["q_proj"], modules_to_save=["lm_head"], use_dora=False
     )
     trainer = make_trainer(tmp_path, student, teacher, extra={"peft_config": peft}, learning_rate=0.1, max_steps=2)
-    assert trainer._token_loss.fused
+    assert trainer._objective.fused
     trainer.train()
     batch = make_batch(trainer)
     jsd, _, _ = expected_terms(trainer.model, teacher, batch)
@@ -807,7 +826,7 @@ def test_a_trained_copy_of_the_head_is_the_one_that_is_used(tmp_path, student, t
 
 
 def test_an_adapter_on_the_head_is_trained_through_the_head(tmp_path, teacher, caplog):
-    from kdtrain.models import lora_config
+    from kdtrain.tuning import lora_config
 
     student = tiny.make_qwen3(seed=1, tie_word_embeddings=False)
     peft = lora_config(
@@ -830,8 +849,8 @@ def test_an_adapter_on_the_head_is_trained_through_the_head(tmp_path, teacher, c
     loss.backward()
     found = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad()
-    ids = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    keep = batch["labels"][:, 1:] != -100
+    ids = dict(batch.model_inputs)
+    keep = batch.labels[:, 1:] != -100
     ours, theirs = (model(**ids).logits[:, :-1][keep].double() for model in (trainer.model, teacher))
     (reference(ours, theirs.detach(), 0.5, 1.0, "jsd").sum() / keep.sum()).backward()
     for name, parameter in trainer.model.named_parameters():
@@ -1063,7 +1082,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, lmbda):
 def test_lora_trains_only_its_adapter_and_loads_again(tmp_path, student, teacher, tokenizer):
     from peft import AutoPeftModelForCausalLM
 
-    from kdtrain.models import lora_config
+    from kdtrain.tuning import lora_config
 
     base = tiny.save_model(student, tokenizer, tmp_path / "base")
     peft_config = lora_config(

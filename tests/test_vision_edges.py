@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdtrain.batch import model_inputs
+from kdtrain.batch import Batch, Rows
 from kdtrain.errors import NotAvailableError, PreflightError
-from kdtrain.generation import generate_batch, generation_config
-from kdtrain.lm_head import placeholder_ids
-from kdtrain.models import lora_config
+from kdtrain.generation import generate_batch
+from kdtrain.generation_sampling import generation_config
+from kdtrain.probe import placeholder_ids
+from kdtrain.tuning import lora_config
 from tests import tiny
 from tests.test_trainer import ROWS, make_trainer
 from tests.test_vision_fit import _fit_rank, models, row, run, write_config  # noqa: F401  (a fixture)
@@ -97,7 +98,7 @@ def train_frozen(folder, family, pattern, world, fused=True, **kwargs):
     if not fused:
         import dataclasses
 
-        trainer._token_loss = dataclasses.replace(trainer._token_loss, fused=False)
+        trainer._objective = dataclasses.replace(trainer._objective, fused=False)
     trainer.train()
     records = [[r["loss"], r["grad_norm"], r["token_accuracy"]] for r in trainer.state.log_history if "loss" in r]
     trained = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
@@ -117,17 +118,16 @@ def by_hand(family, pattern):
     rows, losses = image_rows(pattern), []
     for i in range(0, len(rows), 2):
         batches = [collate([one]) for one in rows[i : i + 2]]
-        count = sum((b["labels"][:, 1:] != -100).sum() for b in batches)
+        count = sum((b.labels[:, 1:] != -100).sum() for b in batches)
         loss = 0
         for batch in batches:
-            keep = batch["labels"][:, 1:] != -100
-            inputs = model_inputs(batch)
-            inputs |= {k: v.double() for k, v in inputs.items() if v.is_floating_point()}
+            keep = batch.labels[:, 1:] != -100
+            inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch.model_inputs.items()}
             s = student(**inputs).logits[:, :-1][keep].log_softmax(-1)
             t = teacher(**inputs).logits[:, :-1][keep].log_softmax(-1).detach()
             m = torch.logsumexp(torch.stack([s, t]), 0) - torch.tensor(2.0).double().log()
             jsd = 0.5 * (t.exp() * (t - m) + s.exp() * (s - m)).sum()
-            ce = -s.gather(-1, batch["labels"][:, 1:][keep][:, None]).sum()
+            ce = -s.gather(-1, batch.labels[:, 1:][keep][:, None]).sum()
             loss = loss + (jsd + 0.3 * ce) / count
         losses.append(loss.item())
         optimizer.zero_grad()
@@ -261,7 +261,9 @@ def test_the_placeholders_of_images_are_known_from_the_model_alone(family):
 def test_a_model_that_is_told_what_is_prompt_does_not_generate():
     """Answers marked as prompt would see their own later tokens."""
     model = make_vlm("paligemma")
-    batch = make_inputs(model) | {"prompt_lengths": torch.tensor([2, 2])}
+    inputs = make_inputs(model)
+    rows = Rows(prompt_lengths=torch.tensor([2, 2]))
+    batch = Batch(model_inputs=inputs, labels=torch.full_like(inputs["input_ids"], -100), rows=rows)
     with pytest.raises(NotAvailableError, match=r"rlhf\.lmbda: 0"):
         generate_batch(model, batch, generation_config([2], 0, None, 3), seed=0)
 

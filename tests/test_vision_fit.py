@@ -17,8 +17,10 @@ from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaCon
 from kdtrain.config import ConfigLoader
 from kdtrain.data import Collator, Source, build_dataset
 from kdtrain.errors import DataError, PreflightError
-from kdtrain.generation import generate_batch, generation_config
-from kdtrain.models import load_model, load_processing
+from kdtrain.generation import generate_batch
+from kdtrain.generation_sampling import generation_config
+from kdtrain.models import load_model
+from kdtrain.processing import load_processing
 from kdtrain.run import fit
 from tests.tiny import run_ranks
 from tests.tiny_processors import FAMILIES, make_llava, make_model, picture
@@ -278,16 +280,14 @@ def test_a_batch_generates_what_each_of_its_rows_does(family):
     answers = []
     for i, one in enumerate(rows):
         alone = generate_batch(model, collate([one]), config, seed=0)
-        supervised = together["labels"][i] != -100
-        answers.append(alone["input_ids"][0][alone["labels"][0] != -100].tolist())
-        assert together["input_ids"][i][supervised].tolist() == answers[-1]
+        supervised = together.labels[i] != -100
+        answers.append(alone.model_inputs["input_ids"][0][alone.labels[0] != -100].tolist())
+        assert together.model_inputs["input_ids"][i][supervised].tolist() == answers[-1]
     # And the continuation is what a forward over the grown batch predicts, with the grown per-token inputs.
-    inputs = {k: v for k, v in together.items() if k not in ("labels", "prompt_lengths", "ce_rows", "row_ids")}
-    inputs.pop("visual_sizes", None)
     with torch.no_grad():
-        predicted = model(**inputs, use_cache=False).logits.argmax(-1)
+        predicted = model(**together.model_inputs, use_cache=False).logits.argmax(-1)
     for i, answer in enumerate(answers):
-        places = (together["labels"][i] != -100).nonzero().squeeze(1)
+        places = (together.labels[i] != -100).nonzero().squeeze(1)
         assert predicted[i][places - 1].tolist() == answer
 
 
@@ -443,8 +443,8 @@ def test_a_prepared_row_with_an_answer_is_collated_with_its_image(models, prompt
     prompt = rows[0]["input_ids"]
     answered = {**rows[0], "input_ids": [*prompt, 7, 2], "labels": [-100] * len(prompt) + [7, 2]}
     batch = Collator(processor)([answered])
-    assert batch["pixel_values"].shape[0] == 1
-    assert batch["labels"][0][-2:].tolist() == [7, 2]
+    assert batch.model_inputs["pixel_values"].shape[0] == 1
+    assert batch.labels[0][-2:].tolist() == [7, 2]
 
 
 # ---- rows that fill up an epoch --------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kdtrain.errors import PreflightError
-from kdtrain.vision.hooks import _keepers, capture
+from kdtrain.vision.hooks import _keepers, capture, tapped
 from kdtrain.vision.layouts import Tap
-from kdtrain.visual_kd import tapped, visual_terms
+from kdtrain.visual_term import feature_terms
 from tests.tiny import run_ranks
 from tests.tiny_vision import gradients, make_inputs, make_vlm, reference_features, run_visual, visual_knobs
 
@@ -91,7 +91,7 @@ def test_gradient_checkpointing_changes_nothing(family, reentrant):
             with torch.no_grad():
                 teacher(**inputs)
             ce = student(**inputs, use_cache=False).loss
-            terms = visual_terms(visual, ours, theirs, 1.0)
+            terms = feature_terms(visual, ours, theirs, 1.0)
             (ce + terms["vision_kd_loss"]).backward()
             assert [len(passes) for levels in ours.values() for passes in levels] == [1, 1]
         found.append((terms["vision_kd_loss"].item(), gradients(student)))
@@ -252,7 +252,7 @@ def _rank_gradients(family):
         with torch.no_grad():
             teacher(**inputs)
         loss = wrapped(**inputs).loss
-    (0 * loss + visual_terms(visual, ours, theirs, 1.0)["vision_kd_loss"]).backward()
+    (0 * loss + feature_terms(visual, ours, theirs, 1.0)["vision_kd_loss"]).backward()
     return gradients(student)
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from kdtrain.errors import PreflightError
-from kdtrain.vision.layouts import LAYOUTS, Tap, plain, plain_name, taps, token_order
-from kdtrain.visual_kd import check_visual, tapped
+from kdtrain.feature_taps import taps, taps_of_both, token_order
+from kdtrain.vision.hooks import tapped
+from kdtrain.vision.layouts import LAYOUTS, Tap, unwrapped, unwrapped_name
 from tests import gradient_table, tiny
 from tests.tiny_vision import FAMILIES, gradients, make_inputs, make_vlm, reference_features, run_visual, visual_knobs
 
@@ -94,7 +95,7 @@ def test_the_gradient_table_has_a_row_with_a_gradient_for_every_target():
 def test_a_family_that_is_not_known_is_named_with_those_that_are_and_what_to_set():
     student = make_vlm("qwen2_vl")
     with pytest.raises(PreflightError) as caught:
-        check_visual(visual_knobs("aligner"), student, tiny.make_qwen3())
+        taps_of_both(visual_knobs("aligner"), student, tiny.make_qwen3())
     message = str(caught.value)
     for part in (
         "'aligner'",
@@ -109,26 +110,26 @@ def test_a_family_that_is_not_known_is_named_with_those_that_are_and_what_to_set
 def test_deepstack_of_a_family_without_it_is_an_error():
     llava = make_vlm("llava")
     with pytest.raises(PreflightError, match=r"'deepstack': the student .*'llava'.*with 'deepstack': qwen3_vl"):
-        check_visual(visual_knobs("deepstack"), llava, make_vlm("llava"))
+        taps_of_both(visual_knobs("deepstack"), llava, make_vlm("llava"))
 
 
 def test_unequal_numbers_of_deepstack_levels_are_an_error():
     teacher = make_vlm("qwen3_vl", deepstack_visual_indexes=[1])
     with pytest.raises(PreflightError, match=r"deepstack.*student has 2 levels and the teacher 1"):
-        check_visual(visual_knobs("deepstack"), make_vlm("qwen3_vl"), teacher)
+        taps_of_both(visual_knobs("deepstack"), make_vlm("qwen3_vl"), teacher)
 
 
 def test_window_order_is_compared_only_between_equal_windows():
     student, teacher = make_vlm("qwen2_5_vl"), make_vlm("qwen2_5_vl", window_size=16)
     with pytest.raises(PreflightError, match=r"'vit'.*window_size 32.*window_size 16.*aligner"):
-        check_visual(visual_knobs("vit"), student, teacher)
-    check_visual(visual_knobs("aligner"), student, teacher)
-    check_visual(visual_knobs("vit"), student, make_vlm("qwen2_5_vl", depth=3))
+        taps_of_both(visual_knobs("vit"), student, teacher)
+    taps_of_both(visual_knobs("aligner"), student, teacher)
+    taps_of_both(visual_knobs("vit"), student, make_vlm("qwen2_5_vl", depth=3))
 
 
 def test_windows_and_blocks_are_two_orders():
     with pytest.raises(PreflightError, match=r"attention windows.*blocks of 2 x 2"):
-        check_visual(visual_knobs("vit"), make_vlm("qwen2_5_vl"), make_vlm("qwen3_vl"))
+        taps_of_both(visual_knobs("vit"), make_vlm("qwen2_5_vl"), make_vlm("qwen3_vl"))
     assert token_order(make_vlm("qwen2_vl"), "vit", None) == token_order(make_vlm("qwen3_vl"), "vit", None)
 
 
@@ -211,7 +212,7 @@ def test_the_layout_is_found_through_wrappers(wrap):
     model = make_vlm("qwen3_vl")
     wrapped = wrap(model)
     assert taps(wrapped, "vit", None, "student") == [Tap("model.visual.merger", "input")]
-    assert plain(wrapped) is model
+    assert unwrapped(wrapped) is model
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "llava", "idefics3"])
@@ -248,5 +249,5 @@ def test_names_of_wrapped_parameters_are_those_of_the_plain_model():
     model = make_vlm("llava", seed=1)
     names = {name for name, _ in model.named_parameters()}
     wrapped = torch.compile(Wrapped(with_lora(model, modules_to_save=["multi_modal_projector"])))
-    found = {plain_name(name, ("default",)).replace(".base_layer", "") for name, _ in wrapped.named_parameters()}
+    found = {unwrapped_name(name, ("default",)).replace(".base_layer", "") for name, _ in wrapped.named_parameters()}
     assert {name for name in found if "lora_" not in name} == names

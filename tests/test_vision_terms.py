@@ -1,74 +1,82 @@
 """The visual terms as the trainer uses them: options, weights, projectors, grids and what a batch weighs."""
 
 import random
+import types
 
 import pytest
 import torch
 import transformers
 from transformers.vision_utils import get_vision_position_ids
 
-from kdtrain.config.schema import VisualKdConfig
-from kdtrain.errors import PreflightError
-from kdtrain.knobs import VisualKnobs, VisualTargetKnobs, _visual_knobs
-from kdtrain.losses.visual import _from_rows
-from kdtrain.visual_kd import (
-    build_projectors,
-    check_visual,
-    feature_widths,
-    image_grids,
-    tapped,
-    visual_terms,
-    visual_units,
-)
+from kdtrain.batch import Batch
+from kdtrain.config.options import DistillationOptions, VisualKdConfig, VisualTarget
+from kdtrain.errors import ConfigError, PreflightError
+from kdtrain.feature_grids import _from_rows, image_grids
+from kdtrain.feature_projectors import build_projectors, feature_widths
+from kdtrain.feature_taps import taps_of_both
+from kdtrain.vision.hooks import tapped
+from kdtrain.visual_term import feature_terms
 from tests.tiny_vision import gradients, make_inputs, make_vlm, reference_features, run_visual, visual_knobs
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
+def read(visual):
+    """What the trainer makes of `args.visual_kd`."""
+    return DistillationOptions.from_args(types.SimpleNamespace(visual_kd=visual)).visual_kd
+
+
 def test_targets_need_no_module_and_take_the_common_distance():
-    visual = _visual_knobs({"weight": 0.5, "distance": "cosine", "targets": {"vit": {}, "aligner": {"weight": 2.0}}})
-    assert visual == VisualKnobs(
-        0.5, {"vit": VisualTargetKnobs(distance="cosine"), "aligner": VisualTargetKnobs(2.0, "cosine")}
-    )
-    assert _visual_knobs({"targets": ["vit", "deepstack"]}).targets.keys() == {"vit", "deepstack"}
-    assert _visual_knobs({}).targets.keys() == {"aligner"}
+    visual = read({"weight": 0.5, "distance": "cosine", "targets": {"vit": {}, "aligner": {"weight": 2.0}}})
+    found = {name: (target.weight, target.distance, target.student_module) for name, target in visual.targets.items()}
+    assert visual.weight == 0.5
+    assert found == {"vit": (1.0, "cosine", None), "aligner": (2.0, "cosine", None)}
+    assert read({"targets": ["vit", "deepstack"]}).targets.keys() == {"vit", "deepstack"}
+    assert read({}).targets.keys() == {"aligner"}
+    assert read(types.SimpleNamespace(targets=["vit"])).targets.keys() == {"vit"}
 
 
 def test_a_module_stands_for_both_models_and_one_of_a_side_wins():
     both = {"module": "a", "teacher_module": "b", "match": "interpolate"}
-    target = _visual_knobs({"targets": {"vit": both}}).targets["vit"]
+    target = read({"targets": {"vit": both}}).targets["vit"]
     assert (target.student_module, target.teacher_module, target.match) == ("a", "b", "interpolate")
 
 
 def test_the_options_of_a_config_file_arrive():
     source = {"enabled": True, "targets": {"vit": {"module": "a", "match": "interpolate"}}}
-    visual = _visual_knobs(VisualKdConfig.model_validate(source))
-    assert visual == VisualKnobs(1.0, {"vit": VisualTargetKnobs(1.0, "mse", "a", "a", "interpolate")})
+    visual = read(VisualKdConfig.model_validate(source))
+    assert visual == read(source)
+    target = visual.targets["vit"]
+    assert (target.weight, target.distance, target.match) == (1.0, "mse", "interpolate")
+    assert target.student_module == target.teacher_module == "a"
+    assert read(visual) == visual
+    assert read(VisualKdConfig()) is None
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"wieght": 1.0}, r"visual_kd: unknown wieght; the options are enabled, weight"),
-        ({"targets": {"vit": {"mach": "exact"}}}, r"target 'vit': unknown mach; the options are .*match"),
-        ({"targets": ["projector"]}, r"target 'projector': the targets are vit, aligner, deepstack"),
-        ({"targets": {"vit": {"match": "crop"}}}, r"match must be one of .*got 'crop'"),
+        ({"targets": {"vit": {"mach": "exact"}}}, r"targets\.vit: unknown mach; the options are .*match"),
+        ({"targets": ["projector"]}, r"visual_kd\.targets: .*the targets are vit, aligner, deepstack"),
+        ({"targets": {"vit": {"match": "crop"}}}, r"visual_kd\.targets\.vit\.match must be one of .*got 'crop'"),
         ({"targets": {"vit": {"distance": "l1"}}}, r"distance must be one of .*got 'l1'"),
-        ({"targets": {"vit": {"weight": -1}}}, r"target 'vit': weight must be non-negative"),
-        ({"weight": float("nan")}, r"visual_kd: weight must be non-negative and finite"),
-        ({"targets": []}, r"no targets"),
+        ({"targets": {"vit": {"weight": -1}}}, r"targets\.vit\.weight must be non-negative"),
+        ({"weight": float("nan")}, r"visual_kd\.weight must be non-negative and finite"),
+        ({"targets": []}, r"no target to compare"),
+        (True, r"visual_kd must be a mapping"),
     ],
 )
 def test_an_option_that_is_not_known_or_out_of_range_is_an_error(options, message):
-    with pytest.raises(ValueError, match=message):
-        _visual_knobs(options)
+    with pytest.raises(ConfigError, match=message):
+        read(options)
 
 
 def test_a_weight_of_zero_switches_a_target_or_everything_off():
-    assert _visual_knobs({"targets": {"vit": {"weight": 0}, "aligner": {}}}).targets.keys() == {"aligner"}
-    assert _visual_knobs({"targets": {"vit": {"weight": 0}}}) is None
-    assert _visual_knobs({"weight": 0}) is None
-    assert _visual_knobs({"enabled": False}) is None
+    assert read({"targets": {"vit": {"weight": 0}, "aligner": {}}}).targets.keys() == {"aligner"}
+    assert read({"targets": {"vit": {"weight": 0}}}) is None
+    assert read({"weight": 0}) is None
+    assert read({"enabled": False}) is None
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -80,23 +88,18 @@ def constant(value):
 
 @pytest.mark.parametrize(("weight", "of_target"), [(0.1, 1.0), (1.0, 0.1)])
 def test_aligner_of_a_half_and_deepstack_of_a_quarter_at_a_tenth_are_0075(weight, of_target):
-    visual = visual_knobs("aligner", "deepstack", weight=weight)
-    visual = VisualKnobs(weight, {name: VisualTargetKnobs(of_target) for name in visual.targets})
+    target = VisualTarget(weight=of_target, distance="mse")
+    visual = VisualKdConfig(enabled=True, weight=weight, targets={"aligner": target, "deepstack": target})
     # Distances: aligner 0.5; deepstack the mean of 0.36 and 0.14.
     ours = {"aligner": [constant(0.5**0.5)], "deepstack": [constant(0.6), constant(0.14**0.5)]}
     theirs = {"aligner": [constant(0.0)], "deepstack": [constant(0.0), constant(0.0)]}
-    terms = visual_terms(visual, ours, theirs, 1.0)
+    terms = feature_terms(visual, ours, theirs, 1.0)
     assert {name: round(value.item(), 6) for name, value in terms.items()} == {
         "vision_kd_loss_aligner": 0.05,
         "vision_kd_loss_deepstack": 0.025,
         "vision_kd_loss": 0.075,
     }
-    assert visual_terms(visual, ours, theirs, 0.5)["vision_kd_loss"].item() == pytest.approx(0.0375)
-
-
-def test_nothing_is_captured_where_visual_kd_is_off():
-    with tapped(None, make_vlm("llava"), None) as (ours, theirs):
-        assert ours == theirs == {}
+    assert feature_terms(visual, ours, theirs, 0.5)["vision_kd_loss"].item() == pytest.approx(0.0375)
 
 
 def test_a_batch_with_images_that_fires_no_module_is_an_error():
@@ -104,7 +107,7 @@ def test_a_batch_with_images_that_fires_no_module_is_an_error():
     with tapped(visual_knobs("aligner"), student, teacher) as (ours, theirs):
         pass
     with pytest.raises(PreflightError, match="0 student and 0 teacher activations in a batch with images"):
-        visual_terms(visual_knobs("aligner"), ours, theirs, 1.0)
+        feature_terms(visual_knobs("aligner"), ours, theirs, 1.0)
     with pytest.raises(PreflightError, match="fired no module"):
         build_projectors(visual_knobs("aligner"), ours, theirs, seed=0)
 
@@ -125,8 +128,12 @@ def test_models_of_other_widths_are_compared_through_projectors(family):
     inputs = make_inputs(student)
     targets = ("vit", "aligner", *(("deepstack",) if family == "qwen3_vl" else ()))
     visual = visual_knobs(*targets)
-    with pytest.raises(PreflightError, match=r"'vit': student features are .*teacher features .*widths \d+ and \d+"):
+    with pytest.raises(
+        PreflightError, match=r"'vit': student features are .*teacher features .*widths \d+ and \d+"
+    ) as caught:
         run_visual(visual, student, teacher, inputs)
+    for way_out in ("no row of the training data had an image", "FSDP", "custom.visual_kd.targets.vit.student_module"):
+        assert way_out in str(caught.value)
     projectors = build_projectors(visual, *probe(visual, student, teacher, inputs), seed=7)
     names = {"vit", "aligner", *(("deepstack_0", "deepstack_1") if family == "qwen3_vl" else ())}
     assert set(projectors) == names
@@ -193,7 +200,7 @@ def test_patches_of_qwen_lie_in_the_blocks_that_are_merged(family):
     model = make_vlm(family)
     inputs = make_inputs(model)
     visual = visual_knobs("vit", "aligner", match="interpolate")
-    grids = image_grids(visual, model, model, inputs)
+    grids = image_grids(visual, model, model, inputs, inputs)
     assert [grids[t][0].block for t in ("vit", "aligner")] == [2, 1]
     positions = get_vision_position_ids(inputs["image_grid_thw"], 2)
     expected = []
@@ -221,9 +228,9 @@ def test_towers_of_other_resolution_are_compared_on_the_students_grid():
         grids = image_grids(visual, student, teacher, ours, theirs)
         if match == "exact":
             with pytest.raises(PreflightError, match=r"\(2, 16, 32\).*\(2, 64, 32\).*32 and 128 tokens"):
-                visual_terms(visual, *features, 1.0, grids=grids)
+                feature_terms(visual, *features, 1.0, grids=grids)
         else:
-            loss = visual_terms(visual, *features, 1.0, grids=grids)["vision_kd_loss"]
+            loss = feature_terms(visual, *features, 1.0, grids=grids)["vision_kd_loss"]
     s, t = reference_features(student, ours)["vit"][0], reference_features(teacher, theirs)["vit"][0]
     # Half the size, bilinear: the mean of 2 × 2 tokens.
     expected = (s - t.view(2, 4, 2, 4, 2, -1).mean((2, 4)).flatten(1, 2)).square().mean()
@@ -242,7 +249,7 @@ def test_qwen_features_of_finer_images_are_compared_on_the_students_grid(target)
             teacher.model.visual(theirs["pixel_values"], grid_thw=theirs["image_grid_thw"])
         student(**ours)
     grids = image_grids(visual, student, teacher, ours, theirs)
-    loss = visual_terms(visual, *features, 1.0, grids=grids)["vision_kd_loss"]
+    loss = feature_terms(visual, *features, 1.0, grids=grids)["vision_kd_loss"]
 
     positions, finer = (
         get_vision_position_ids(grid, 2) if target == "vit" else merged_positions(grid)
@@ -270,7 +277,7 @@ def merged_positions(grid):
 def test_packed_images_of_mistral_are_resized_by_their_sizes():
     model = make_vlm("mistral3")
     inputs = make_inputs(model)
-    grids = image_grids(visual_knobs("vit", match="interpolate"), model, model, inputs)
+    grids = image_grids(visual_knobs("vit", match="interpolate"), model, model, inputs, inputs)
     assert grids["vit"][0].passes[0].tolist() == [[1, 32, 32], [1, 32, 32]]
 
 
@@ -301,7 +308,7 @@ def test_packed_images_of_pixtral_are_compared_image_by_image():
                 model.model.get_image_features(pixels, image_sizes=sizes * factor)
     assert features[0]["vit"][0][0].shape[:2] == (1, 24)
     grids = image_grids(visual, student, teacher, {"image_sizes": sizes}, {"image_sizes": 2 * sizes})
-    loss = visual_terms(visual, *features, 1.0, grids=grids)["vision_kd_loss"]
+    loss = feature_terms(visual, *features, 1.0, grids=grids)["vision_kd_loss"]
     t = features[1]["vit"][0][0][0]
     halved = [
         t[:48].view(2, 2, 6, 2, -1).mean((1, 3)).flatten(0, 1),
@@ -314,10 +321,10 @@ def test_packed_images_of_pixtral_are_compared_image_by_image():
 def test_tokens_that_are_in_no_grid_are_not_interpolated():
     qwen2_5, qwen3 = make_vlm("qwen2_5_vl"), make_vlm("qwen3_vl")
     with pytest.raises(PreflightError, match=r"interpolate.*student.*attention windows.*aligner"):
-        check_visual(visual_knobs("vit", match="interpolate"), qwen2_5, qwen3)
+        taps_of_both(visual_knobs("vit", match="interpolate"), qwen2_5, qwen3)
     own = visual_knobs("vit", match="interpolate", teacher_module="model.visual.blocks.0")
     with pytest.raises(PreflightError, match=r"interpolate.*teacher.*no order that is known"):
-        check_visual(own, qwen3, qwen3)
+        taps_of_both(own, qwen3, qwen3)
 
 
 # ---- what a batch weighs ---------------------------------------------------------------------------------------------
@@ -336,7 +343,7 @@ def test_a_batch_weighs_in_proportion_to_its_tokens(family):
         row = batches[1]["input_ids"][0].tolist()
         images = [row[:2] + row[2:6] * (1 if i == 1 else 2) + row[6:] + [0] * (4 * (i == 1)) for i in range(3)]
         batches[1] = {"input_ids": torch.tensor(images), "pixel_values": pixels}
-    units = [visual_units(batch) for batch in batches]
+    units = [Batch(model_inputs=batch, labels=batch["input_ids"]).image_units for batch in batches]
     visual = visual_knobs("vit")
     errors, tokens, total = [], [], 0.0
     for batch, weight in zip(batches, units, strict=True):
@@ -346,6 +353,6 @@ def test_a_batch_weighs_in_proportion_to_its_tokens(family):
         error = (ours["vit"][0][0] - theirs["vit"][0][0]).square().flatten(0, -2).mean(-1)
         errors.append(error)
         tokens.append(len(error))
-        total += visual_terms(visual, ours, theirs, weight / sum(units))["vision_kd_loss"].item()
+        total += feature_terms(visual, ours, theirs, weight / sum(units))["vision_kd_loss"].item()
     assert units[1] / units[0] == tokens[1] / tokens[0] != 1
     assert total == pytest.approx(torch.cat(errors).mean().item(), rel=1e-5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kdtrain.errors import NonFiniteError
-from kdtrain.models import lora_config
+from kdtrain.tuning import lora_config
 from tests import tiny
 from tests.test_trainer import make_trainer
 

@@ -161,15 +161,20 @@ def make_gemma3(markers: bool = True) -> Gemma3Processor:
 FAMILIES = {"llava": make_llava, "qwen": make_qwen, "idefics3": make_idefics3, "gemma3": make_gemma3}
 
 
-def make_llava_model(vocab_size: int, seed: int = 0) -> LlavaForConditionalGeneration:
-    """Fits `make_llava()`: 32 × 32 pixels in patches of 8."""
+def make_llava_model(vocab_size: int, seed: int = 0, vision: int = 32, text: int = 32) -> LlavaForConditionalGeneration:
+    """Fits `make_llava()`: 32 × 32 pixels in patches of 8; `vision` and `text` are the widths of its two parts."""
     torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    vision_config = CLIPVisionConfig(
+        hidden_size=vision,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
     )
-    text = LlamaConfig(
+    text_config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
+        hidden_size=text,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -179,7 +184,9 @@ def make_llava_model(vocab_size: int, seed: int = 0) -> LlavaForConditionalGener
         pad_token_id=3,
         bos_token_id=None,
     )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=320, image_token_id=320)
+    config = LlavaConfig(
+        vision_config=vision_config, text_config=text_config, image_token_index=320, image_token_id=320
+    )
     return LlavaForConditionalGeneration(config)
 
 

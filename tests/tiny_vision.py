@@ -12,8 +12,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from kdtrain.knobs import VisualKnobs, VisualTargetKnobs
-from kdtrain.visual_kd import tapped, visual_terms
+from kdtrain.config.options import VisualKdConfig, VisualTarget
+from kdtrain.vision.hooks import tapped
+from kdtrain.visual_term import feature_terms
 
 IMAGE, VIDEO, VISION_START = 300, 301, 302
 VOCABULARY = 320
@@ -389,19 +390,22 @@ def reference_features(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str,
     return {"vit": [vit], "aligner": [core.multi_modal_projector(vit)]}
 
 
-def visual_knobs(*targets: str, weight: float = 1.0, **options: Any) -> VisualKnobs:
-    return VisualKnobs(weight, {target: VisualTargetKnobs(**options) for target in targets})
+def visual_knobs(*targets: str, weight: float = 1.0, **options: Any) -> VisualKdConfig:
+    given = {target: VisualTarget(**options) for target in targets}
+    visual = VisualKdConfig(enabled=True, weight=weight, targets=given).in_force()
+    assert visual is not None
+    return visual
 
 
 def run_visual(
-    visual: VisualKnobs, student: nn.Module, teacher: nn.Module, inputs: dict[str, torch.Tensor], **more: Any
+    visual: VisualKdConfig, student: nn.Module, teacher: nn.Module, inputs: dict[str, torch.Tensor], **more: Any
 ) -> dict[str, torch.Tensor]:
     """The visual terms of whole forwards of both models."""
     with tapped(visual, student, teacher) as (ours, theirs):
         with torch.no_grad():
             teacher(**inputs)
         student(**inputs)
-    return visual_terms(visual, ours, theirs, 1.0, **more)
+    return feature_terms(visual, ours, theirs, 1.0, **more)
 
 
 def gradients(model: nn.Module) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""From a checked config to what the trainer takes: trl's GKDConfig with our knobs attached. Imports torch and trl,
+"""From a checked config to what the trainer takes: trl's GKDConfig with our options attached. Imports torch and trl,
 but only when something is built."""
 
 from __future__ import annotations
@@ -10,18 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from kdtrain.config.diagnose import clean
 from kdtrain.config.schema import RunConfig
+from kdtrain.config.training import training_fields
 from kdtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from trl.experimental.gkd import GKDConfig
 
 logger = logging.getLogger("kdtrain")
-
-# Options of `rlhf` that are fields of GKDConfig under the same name.
-_GKD_OPTIONS = ("beta", "lmbda", "temperature", "max_new_tokens", "disable_dropout", "seq_kd")
-
-# Ours: attached after construction, because GKDConfig's constructor does not know them.
-KNOBS = ("llm_kd_weight", "sft_alpha", "divergence", "kd_temperature", "eval_kd", "visual_kd")
 
 # What the loss, the data and the guarantees of a run rest on; the config refuses anything else.
 _ALWAYS: dict[str, Any] = {
@@ -39,14 +34,17 @@ class TrainArguments:
 
     Attributes:
         config: the checked config.
-        training_args: the GKDConfig, which also carries the knobs of `KNOBS`. They do not survive
-            `dataclasses.replace` or `to_dict`, which see its fields only.
-        llm_kd_weight: weight of the divergence, as on `training_args`.
+        training_args: the GKDConfig, which also carries the fields of `DistillationOptions` that it has none for. They
+            do not survive `dataclasses.replace` or `to_dict`, which see its own fields only.
     """
 
     config: RunConfig
     training_args: GKDConfig
-    llm_kd_weight: float
+
+    @property
+    def llm_kd_weight(self) -> float:
+        """Weight of the divergence, as on `training_args`."""
+        return self.training_args.llm_kd_weight
 
 
 @dataclass(frozen=True)
@@ -96,18 +94,17 @@ def build_train_arguments(config: RunConfig, hardware: Hardware | None = None) -
     _fit_to_device(kwargs, hardware or detect_hardware())
     try:
         with warnings.catch_warnings():
-            # trl's own defaults use names that transformers has deprecated; nothing a user could change.
+            # trl's own defaults use names that transformers has deprecated; no user can change that.
             warnings.simplefilter("ignore", FutureWarning)
             training_args = _gkd_config_class()(**kwargs)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise ConfigError(f"training: {clean(str(error))}") from error
-    knobs: dict[str, Any] = {name: getattr(config.rlhf, name) for name in KNOBS if name != "visual_kd"}
+    attached = {name: value for name, value in config.options if name not in training_fields()}
     # What the trainer's constructor cannot do by itself, so that it notices, and what its own collator does.
-    knobs |= {"tuner": config.tuner, "train_on": config.data.train_on, "on_overlength": config.data.on_overlength}
-    knobs["visual_kd"] = config.custom.visual_kd if config.visual_kd_weight > 0 else None
-    for name, value in knobs.items():
+    attached |= {"tuner": config.tuner, "train_on": config.data.train_on, "on_overlength": config.data.on_overlength}
+    for name, value in attached.items():
         setattr(training_args, name, value)
-    return TrainArguments(config, training_args, config.rlhf.llm_kd_weight)
+    return TrainArguments(config, training_args)
 
 
 def _gkd_config_class() -> type[GKDConfig]:
@@ -121,7 +118,7 @@ def _gkd_config_class() -> type[GKDConfig]:
 def _from_sections(config: RunConfig) -> dict[str, Any]:
     """GKDConfig's fields that a config sets outside `training`."""
     rlhf = config.rlhf
-    kwargs: dict[str, Any] = {name: getattr(rlhf, name) for name in _GKD_OPTIONS}
+    kwargs = {name: value for name, value in config.options if name in training_fields()}
     loading = dict(rlhf.teacher_model_init_kwargs or {})  # a copy: the caller's dict stays as it is
     loading.setdefault("dtype", loading.pop("torch_dtype", rlhf.teacher.dtype))
     kwargs["teacher_model_init_kwargs"] = loading

@@ -167,4 +167,4 @@ class InvalidConfigError(ConfigError):
         self.diagnostics = list(diagnostics)
 
     def __reduce__(self) -> tuple[type[InvalidConfigError], tuple[list[Diagnostic]]]:
-        return type(self), (self.diagnostics,)  # an exception is rebuilt from its text unless told otherwise
+        return type(self), (self.diagnostics,)  # by default an exception is rebuilt from its text

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kdtrain.adapters import adapter_base, is_adapter_folder
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.tree import KeyPath, Problem, dotted
+from kdtrain.errors import PreflightError
 from kdtrain.model_folder import INDEX, WEIGHTS, findings, has_weights
 
 if TYPE_CHECKING:
@@ -18,15 +20,17 @@ if TYPE_CHECKING:
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
+def _models(config: RunConfig) -> Iterator[tuple[KeyPath, str, Mapping[str, Any]]]:
+    """The models in use: option, name, and other arguments of `from_pretrained`."""
+    rlhf = config.rlhf
+    yield ("model", "model"), config.model.model, config.model.init_kwargs
+    if config.asks_teacher and rlhf.teacher.backend == "hf" and rlhf.teacher_model:
+        yield ("rlhf", "teacher_model"), rlhf.teacher_model, rlhf.teacher_model_init_kwargs or {}
+
+
 def broken_models(config: RunConfig) -> Iterator[Problem]:
     """What keeps the local models in use from being loaded, as far as their files tell it."""
-    rlhf = config.rlhf
-    used: list[tuple[KeyPath, str, Mapping[str, Any]]] = [
-        (("model", "model"), config.model.model, config.model.init_kwargs)
-    ]
-    if config.asks_teacher and rlhf.teacher.backend == "hf" and rlhf.teacher_model:
-        used.append((("rlhf", "teacher_model"), rlhf.teacher_model, rlhf.teacher_model_init_kwargs or {}))
-    for path, name, loading in used:
+    for path, name, loading in _models(config):
         folder = Path(name)
         if not folder.is_absolute() or not (folder / "config.json").is_file():
             continue  # a hub id, or found by another rule
@@ -37,6 +41,37 @@ def broken_models(config: RunConfig) -> Iterator[Problem]:
             yield Problem(path, f"{message}: {name}", hint)
         if not any((folder / file).exists() for file in _TOKENIZERS):
             yield Problem(path, f"has no tokenizer: {name}", "save the tokenizer that it was trained with beside it")
+
+
+def model_folders(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """A local model must be a model folder; only those in use are looked at."""
+    used = [(path, name, "config.json") for path, name, _ in _models(config)]
+    if config.rlhf.teacher.adapter:
+        used.append((("rlhf", "teacher", "adapter"), config.rlhf.teacher.adapter, "adapter_config.json"))
+    for path, name, file in used:
+        folder = Path(name)
+        if file == "config.json" and is_adapter_folder(name):
+            yield from _adapter_folder(path, name)
+        elif not folder.is_absolute() or (folder / file).is_file():
+            continue
+        elif not folder.exists():
+            yield Problem(path, f"no such folder: {name}", "give a model folder or a hub id")
+        elif not folder.is_dir():
+            yield Problem(path, f"a file, not a model folder: {name}", f"give the folder with its {file}")
+        else:
+            yield Problem(path, f"not a model folder, it has no {file}: {name}", "give a model folder or a hub id")
+
+
+def _adapter_folder(path: KeyPath, name: str) -> Iterator[Problem]:
+    """An adapter where a model is asked for: a teacher is loaded on its base."""
+    try:
+        base = adapter_base(name)
+    except PreflightError as error:
+        yield Problem(path, str(error))
+        return
+    if path == ("model", "model"):
+        message = f"not available yet: going on with an adapter ({name})"
+        yield Problem(path, message, f"name its base, {base}, and train a new adapter, or merge it into its base")
 
 
 class _Read(NamedTuple):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdtrain.config.schema import VISUAL_TARGETS, RunConfig
+from kdtrain.config.schema import RunConfig
 from kdtrain.config.suggest import known_keys
 from kdtrain.config.training import TrainingField, training_fields
 from kdtrain.config.training_rules import REFUSED
+from kdtrain.losses.kinds import VISUAL_TARGETS
 
 _TYPES = {
     "int": "integer",

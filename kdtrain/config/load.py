@@ -24,7 +24,7 @@ from kdtrain.config.folders import broken_models
 from kdtrain.config.paths import resolve_paths
 from kdtrain.config.rules import check_rules
 from kdtrain.config.schema import RunConfig
-from kdtrain.config.sources import Composer, Source
+from kdtrain.config.sources import Composer, FileOrMapping
 from kdtrain.config.training_rules import check_training
 from kdtrain.config.translate import to_problem
 from kdtrain.config.tree import (
@@ -60,7 +60,7 @@ class CheckResult:
     warnings: list[Diagnostic] = field(default_factory=list)
 
 
-def check_config(source: Source, overrides: Sequence[str] = (), *, model_files: bool = False) -> CheckResult:
+def check_config(source: FileOrMapping, overrides: Sequence[str] = (), *, model_files: bool = False) -> CheckResult:
     """Checks a whole config without importing torch.
 
     Args:
@@ -94,7 +94,7 @@ class ConfigLoader:
     """The way into kdtrain from Python."""
 
     @staticmethod
-    def load(source: Source, overrides: Sequence[str] = ()) -> RunConfig:
+    def load(source: FileOrMapping, overrides: Sequence[str] = ()) -> RunConfig:
         """The checked config; warnings are logged.
 
         Raises:
@@ -108,7 +108,7 @@ class ConfigLoader:
         return result.config
 
     @classmethod
-    def load_training_config(cls, source: Source, overrides: Sequence[str] = ()) -> TrainArguments:
+    def load_training_config(cls, source: FileOrMapping, overrides: Sequence[str] = ()) -> TrainArguments:
         """The checked config with trl's GKDConfig built from it. Imports torch and trl.
 
         Raises:
@@ -159,7 +159,7 @@ def _build(values: dict[str, Any], root: Node) -> tuple[RunConfig | None, list[P
         except ValidationError as error:
             details = error.errors(include_url=False)
             if len(details) > _MOST:
-                return None, [*problems, *map(to_problem, details[:_MOST]), _further(len(details) - _MOST)]
+                return None, [*problems, *map(to_problem, details[:_MOST]), _not_shown(len(details) - _MOST)]
             for detail in details:
                 problem, missing = to_problem(detail), detail["type"] == "missing"
                 # Missing only later, or invalid in the file: it was wrong, and was reported as that.
@@ -173,11 +173,11 @@ def _build(values: dict[str, Any], root: Node) -> tuple[RunConfig | None, list[P
 def _first(problems: Iterator[Problem]) -> list[Problem]:
     """At most `_MOST` of them: a file that is no config at all may have thousands, each with its own search."""
     found = list(islice(problems, _MOST + 1))
-    return found if len(found) <= _MOST else [*found[:_MOST], _further(None)]
+    return found if len(found) <= _MOST else [*found[:_MOST], _not_shown(None)]
 
 
-def _further(count: int | None) -> Problem:
-    return Problem((), f"{f'{count} ' if count else ''}further mistakes are not shown", "mend these first")
+def _not_shown(count: int | None) -> Problem:
+    return Problem((), f"{f'{count} ' if count else ''}further mistakes are not shown", "correct these first")
 
 
 def _prune(values: dict[str, Any], path: KeyPath, missing: bool = False) -> None:

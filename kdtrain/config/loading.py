@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from kdtrain.config.training import choice
+from kdtrain.config.schema import Dtype
+from kdtrain.config.training import choice, source_folder
 from kdtrain.config.tree import KeyPath, Problem
 from kdtrain.model_folder import read_map
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _TOKEN = ("secrets do not belong in a config", "set the environment variable HF_TOKEN")
 _NAMED = ("the model is named in its own option", "remove it")
 # What would go round the one decision about custom code, pickles, tokens and random weights.
@@ -54,8 +53,8 @@ def loading_arguments(path: KeyPath, kwargs: Mapping[str, Any], model: str | Non
             if value != _HARMLESS.get(name, ...):
                 yield Problem((*path, name), f"cannot be set: {reason}", instead, on_key=True)
         elif name in ("dtype", "torch_dtype"):
-            if not isinstance(value, str) or value.removeprefix("torch.") not in _DTYPES:
-                yield Problem((*path, name), *choice(value, _DTYPES, name))
+            if not isinstance(value, str) or value.removeprefix("torch.") not in get_args(Dtype):
+                yield Problem((*path, name), *choice(value, get_args(Dtype), name))
         elif not _known(name, model):
             near = difflib.get_close_matches(name, _USUAL, n=1)
             hint = f"did you mean '{near[0]}'?" if near else "see from_pretrained in transformers"
@@ -81,9 +80,8 @@ def _known(name: str, model: str | None) -> bool:
 
 def _sources(model_type: str) -> list[Path]:
     """The files of transformers that read a model's arguments; none where the family's are not found."""
-    spec = importlib.util.find_spec("transformers")  # finds a top-level package without importing it
-    if spec is None or spec.origin is None or not model_type:
+    if not model_type:
         return []
-    root = Path(spec.origin).parent
+    root = source_folder("transformers")
     family = sorted((root / "models" / model_type.replace("-", "_").removesuffix("_text")).glob("*.py"))
     return [*family, root / "modeling_utils.py", root / "configuration_utils.py"] if family else []

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from kdtrain.config.diagnose import describe
 from kdtrain.config.tree import KeyPath, Node, Problem, get, replace
+from kdtrain.model_folder import is_hub_id
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".csv", ".arrow"}
 
@@ -84,7 +84,7 @@ def _model(node: Node) -> str | None:
     text = str(node.value)
     if _looks_local(node):
         return _absolute(node)
-    return text if _HUB_ID.fullmatch(text) else None
+    return text if is_hub_id(text) else None
 
 
 def _neither(node: Node) -> tuple[str, str]:
@@ -95,5 +95,5 @@ def _neither(node: Node) -> tuple[str, str]:
 def _data(node: Node) -> str:
     """Existence is left to the preflight: data is often made after the config is written."""
     text = str(node.value)
-    local = _looks_local(node) or Path(text).suffix in _DATA_SUFFIXES or not _HUB_ID.fullmatch(text)
+    local = _looks_local(node) or Path(text).suffix in _DATA_SUFFIXES or not is_hub_id(text)
     return _absolute(node) if local else text

@@ -7,14 +7,11 @@ filled in: `temperature` without generation deserves a warning only where somebo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
-from kdtrain.adapters import adapter_base, is_adapter_folder
-from kdtrain.config.folders import output_folder
+from kdtrain.config.folders import model_folders, output_folder
 from kdtrain.config.loading import loading_arguments
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.tree import KeyPath, Node, Problem, dotted, get
-from kdtrain.errors import PreflightError
 
 _TEACHER_OPTIONS: dict[str, set[str]] = {
     "hf": {"dtype", "device_map", "quantization", "adapter", "revision", "prefix"},
@@ -136,16 +133,14 @@ def always_on_policy(config: RunConfig, written: Written) -> Iterator[Problem]:
 
 def frozen_parts(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Freezing that leaves nothing to train, or nothing for a visual target to teach."""
-    tuner = config.tuner
-    frozen = {part for part in ("llm", "vit", "aligner") if getattr(tuner, f"freeze_{part}")}
+    frozen = {part for part, is_frozen in config.tuner.frozen.items() if is_frozen}
     if len(frozen) == 3:
         yield Problem(("tuner", "freeze_llm"), "nothing is left to train: all three parts are frozen", on_key=True)
         return
-    if config.visual_kd_weight == 0:
-        return
-    for name, target in config.custom.visual_kd.targets.items():
+    visual = config.options.visual_kd
+    for name, target in {} if visual is None else visual.targets.items():
         before = {"vit"} if name == "vit" else {"vit", "aligner"}
-        if before <= frozen and target.weight > 0 and not (target.module or target.student_module):
+        if before <= frozen and target.student_module is None:
             options = " and ".join(f"tuner.freeze_{part}" for part in sorted(before, reverse=True))
             yield Problem(
                 ("custom", "visual_kd", "targets", name),
@@ -212,8 +207,6 @@ def visual_options(config: RunConfig, written: Written) -> Iterator[Problem]:
         return
     if visual.weight == 0:
         yield from _no_effect(path, ["enabled"], "custom.visual_kd.weight is 0")
-    if not visual.targets:
-        yield Problem((*path, "targets"), "no target to compare", "for example targets: [aligner]")
     for name, target in visual.targets.items():
         if target.module and (target.student_module or target.teacher_module):
             message = "given together with student_module or teacher_module"
@@ -261,40 +254,6 @@ def training_conflicts(config: RunConfig, written: Written) -> Iterator[Problem]
         idle = steps in training and training.get(strategy, "steps") != "steps"
         if idle and (strategy != "eval_strategy" or config.data.eval is not None):
             yield from _no_effect(("training",), [steps], f"training.{strategy} is {training[strategy]}")
-
-
-def model_folders(config: RunConfig, written: Written) -> Iterator[Problem]:
-    """A local model must be a model folder; only those in use are looked at."""
-    rlhf = config.rlhf
-    used: list[tuple[KeyPath, str, str]] = [(("model", "model"), config.model.model, "config.json")]
-    if config.asks_teacher and rlhf.teacher.backend == "hf" and rlhf.teacher_model:
-        used.append((("rlhf", "teacher_model"), rlhf.teacher_model, "config.json"))
-    if rlhf.teacher.adapter:
-        used.append((("rlhf", "teacher", "adapter"), rlhf.teacher.adapter, "adapter_config.json"))
-    for path, name, file in used:
-        folder = Path(name)
-        if file == "config.json" and is_adapter_folder(name):
-            yield from _adapter_folder(path, name)
-        elif not folder.is_absolute() or (folder / file).is_file():
-            continue
-        elif not folder.exists():
-            yield Problem(path, f"no such folder: {name}", "give a model folder or a hub id")
-        elif not folder.is_dir():
-            yield Problem(path, f"a file, not a model folder: {name}", f"give the folder with its {file}")
-        else:
-            yield Problem(path, f"not a model folder, it has no {file}: {name}", "give a model folder or a hub id")
-
-
-def _adapter_folder(path: KeyPath, name: str) -> Iterator[Problem]:
-    """An adapter where a model is asked for: a teacher is loaded on its base."""
-    try:
-        base = adapter_base(name)
-    except PreflightError as error:
-        yield Problem(path, str(error))
-        return
-    if path == ("model", "model"):
-        message = f"not available yet: going on with an adapter ({name})"
-        yield Problem(path, message, f"name its base, {base}, and train a new adapter, or merge it into its base")
 
 
 _KD_SWITCHES = ("rlhf.llm_kd_weight", "custom.visual_kd.enabled", "custom.visual_kd.weight", "data.train", "data.eval")

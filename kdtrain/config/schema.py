@@ -1,5 +1,7 @@
 """The whole config file as Pydantic models: this module is the reference of every option.
 
+Options of the loss and of the sampling are in `options.py`, which the trainer reads too.
+
 The models check one value at a time (type, range, choice). What needs two values is in `rules.py`, what needs the
 fields of another package (`training`) in `training.py`, and what needs the file (places, paths) in `load.py`: use
 `ConfigLoader` or `check_config` rather than `RunConfig(...)`.
@@ -15,34 +17,14 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-Text = Annotated[str, Strict(), Field(min_length=1)]
-Flag = Annotated[bool, Strict()]
-Whole = Annotated[int, Strict()]
-Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
-Positive = Annotated[Number, Field(gt=0)]
-NonNegative = Annotated[Number, Field(ge=0)]
-Share = Annotated[Number, Field(ge=0, le=1)]
-Count = Annotated[Whole, Field(ge=1)]
+from kdtrain.config.options import DEFAULT_TAIL, DistillationOptions, LossAndSampling, VisualKdConfig
+from kdtrain.config.section import Count, Flag, Number, Positive, Section, Text, Whole, wrong
+from kdtrain.losses.kinds import Tail
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-VISUAL_TARGETS = ("vit", "aligner", "deepstack")
-
-
-def wrong(message: str) -> PydanticCustomError:
-    """An error whose text is shown as it is; it must not repeat the input, which may be a secret."""
-    return PydanticCustomError("kdtrain", "{text}", {"text": message})
 
 
 def _names(value: Any) -> Any:
@@ -64,18 +46,6 @@ Names = Annotated[Any, BeforeValidator(_names), Field(json_schema_extra={"type":
 NameList = Annotated[tuple[str, ...], BeforeValidator(_name_list)]
 
 
-class Section(BaseModel):
-    """Base of all parts of the file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_is_default(cls, value: Any) -> Any:
-        # `rlhf:` with nothing below it is null in YAML; a section that was emptied means its defaults.
-        return {} if value is None else value
-
-
 class ModelConfig(Section):
     """The student."""
 
@@ -83,7 +53,7 @@ class ModelConfig(Section):
     """Model folder (relative to the file that names it) or hub id of the student."""
     revision: Text | None = None
     """Branch, tag or commit on the hub; null takes the default branch. No effect on a local folder."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Type of the weights in memory; `auto` fits the device."""
     attn_implementation: Text | None = None
     """Attention kernel by its transformers name, such as `sdpa` or `flash_attention_2`; null takes its default."""
@@ -120,6 +90,11 @@ class TunerConfig(Section):
     """Keep the vision encoder's weights as they are. Vision-language models only."""
     freeze_aligner: Flag = False
     """Keep the projector between vision encoder and language model as it is. Vision-language models only."""
+
+    @property
+    def frozen(self) -> dict[str, bool]:
+        """For each part of a model, whether it is kept as it is."""
+        return {"llm": self.freeze_llm, "vit": self.freeze_vit, "aligner": self.freeze_aligner}
 
 
 class DataSource(Section):
@@ -168,16 +143,12 @@ def _sources(value: Any) -> Any:
 Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_sources)]
 
 
-def _sources_or_null(value: Any) -> Any:
-    return None if value is None else _sources(value)
-
-
 class DataConfig(Section):
     """What is trained on."""
 
     train: Sources
     """Path, hub id, source, or a list of these to be mixed."""
-    eval: Annotated[tuple[DataSource, ...] | None, BeforeValidator(_sources_or_null)] = None
+    eval: Sources | None = None
     """Held-out data in the same forms; null: no evaluation."""
     max_length: Annotated[Whole, Field(ge=2)] = 1024
     """Longest row of the data in tokens, prompt and completion together. A generated row may be longer: its prompt
@@ -201,7 +172,7 @@ class TeacherConfig(Section):
     backend: Literal["hf", "self", "vllm", "openai", "cache"] = "hf"
     """`hf`: a model in this process; `self` (alias `local-toggle`): the student without its adapter; `vllm`, `openai`:
     a server; `cache`: targets written by `kdtrain cache`."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """hf: type of the weights in memory."""
     device_map: Annotated[Any, Field(json_schema_extra={"type": ["string", "object", "null"]})] = None
     """hf: placement over devices, as in `from_pretrained`; null puts it beside the student."""
@@ -221,7 +192,7 @@ class TeacherConfig(Section):
     """vllm, openai: name of the environment variable that holds the API key; never the key itself."""
     top_k: Count = 64
     """vllm, openai: most likely tokens asked for per position."""
-    tail: Literal["bucket", "renormalize"] = "bucket"
+    tail: Tail = DEFAULT_TAIL
     """vllm, openai, cache: probability outside the top k as one bucket, or dropped by renormalising both sides."""
     timeout_s: Positive = 60.0
     """vllm, openai: seconds to wait for one reply."""
@@ -259,9 +230,7 @@ class TeacherConfig(Section):
         return value
 
 
-class RlhfConfig(Section):
-    """The distillation: which teacher, which loss, whose answers."""
-
+class _Teacher(Section):
     rlhf_type: Literal["gkd"] = "gkd"
     """Generalised knowledge distillation, the only method."""
     teacher_model: Text | None = None
@@ -270,88 +239,10 @@ class RlhfConfig(Section):
     """Further keyword arguments of the teacher's `from_pretrained`; `dtype` is filled in when missing."""
     teacher: TeacherConfig = TeacherConfig()
     """How the teacher answers."""
-    llm_kd_weight: NonNegative = 1.0
-    """Weight of the divergence from the teacher's token distribution. 0 trains on cross-entropy alone."""
-    sft_alpha: NonNegative = 0.0
-    """Weight of the cross-entropy beside the divergence. Ignored (1.0) when llm_kd_weight is 0."""
-    beta: Share = 0.5
-    """Interpolation between forward KL (0) and reverse KL (1)."""
-    divergence: Literal["jsd", "jsd_scaled", "mixed_kl"] = "jsd"
-    """`jsd`: generalised Jensen-Shannon; `jsd_scaled`: divided by beta(1-beta), so that it does not vanish near the
-    ends; `mixed_kl`: (1-beta) forward + beta reverse KL."""
-    kd_temperature: Positive = 1.0
-    """Softens both distributions in the loss."""
-    lmbda: Share = 0.5
-    """Share of batches whose completions the student generates itself."""
-    seq_kd: Flag = False
-    """Where the student does not generate, the teacher does instead of the data."""
-    temperature: Annotated[Number, Field(gt=0, le=1)] = 0.9
-    """Sampling temperature of those generations."""
-    max_new_tokens: Count = 128
-    """Longest generation in tokens."""
-    disable_dropout: Flag = True
-    """Switch dropout of the student off."""
-    eval_kd: Flag = True
-    """Whether evaluation runs the teacher too; false reports cross-entropy only, as `eval_sft_loss` with
-    weight 1, where training's `sft_loss` has weight `sft_alpha`."""
 
 
-class VisualTarget(Section):
-    """One pair of features that the student's vision path is pulled towards."""
-
-    weight: NonNegative = 1.0
-    """Weight of this target within the visual term."""
-    distance: Literal["mse", "cosine"] | None = None
-    """Mean squared error, or 1 - cosine; null takes `visual_kd.distance`."""
-    module: Text | None = None
-    """Module path on both models, where the layout table does not know the family."""
-    student_module: Text | None = None
-    """Module path on the student, where the two differ."""
-    teacher_module: Text | None = None
-    """Module path on the teacher, where the two differ."""
-    match: Literal["exact", "interpolate"] = "exact"
-    """What happens to feature grids of different size: an error, or the teacher's is resized. An image takes as many
-    tokens of the language model in both models all the same: what may differ is the grid inside the vision path."""
-
-
-def _targets(value: Any) -> Any:
-    """`[vit, aligner]` as `{vit: {}, aligner: {}}`."""
-    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-        if len(set(value)) != len(value):
-            raise wrong("the same target is listed twice")
-        value = {item: {} for item in value}
-    if not isinstance(value, Mapping):
-        raise wrong(f"expected a list of targets, or a map of them, out of {', '.join(VISUAL_TARGETS)}")
-    unknown = [name for name in value if name not in VISUAL_TARGETS]
-    if unknown:
-        raise wrong(f"unknown target; the targets are {', '.join(VISUAL_TARGETS)}")
-    return {name: {} if target is None else target for name, target in value.items()}
-
-
-class VisualKdConfig(Section):
-    """Feature distillation of the vision path. Vision-language models only."""
-
-    enabled: Flag = False
-    """Whether the visual term is computed at all."""
-    weight: NonNegative = 1.0
-    """Multiplies the sum over the targets."""
-    distance: Literal["mse", "cosine"] = "mse"
-    """Distance of every target that names none."""
-    targets: Annotated[dict[str, VisualTarget], BeforeValidator(_targets)] = {"aligner": VisualTarget(distance="mse")}
-    """Features to compare: `vit` (before the aligner), `aligner` (after it), `deepstack`."""
-
-    @field_validator("targets", mode="after")
-    @classmethod
-    def _fill_distance(cls, value: dict[str, VisualTarget], info: ValidationInfo) -> dict[str, VisualTarget]:
-        default = info.data.get("distance", "mse")
-        return {k: t if t.distance else t.model_copy(update={"distance": default}) for k, t in value.items()}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_target_follows_distance(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and "distance" in value and "targets" not in value:
-            return {**value, "targets": ["aligner"]}
-        return value
+class RlhfConfig(LossAndSampling, _Teacher):  # Pydantic lists the fields of the last base first
+    """The distillation: which teacher, which loss, whose answers."""
 
 
 class CustomConfig(Section):
@@ -401,19 +292,27 @@ class RunConfig(Section):
         return value
 
     @property
+    def options(self) -> DistillationOptions:
+        """The options of loss and sampling, each from the section that has a field of its name."""
+        sections = (self.rlhf, self.rlhf.teacher, self.custom)
+        names = DistillationOptions.model_fields
+        return DistillationOptions(**{n: next(getattr(s, n) for s in sections if hasattr(s, n)) for n in names})
+
+    @property
     def lm_kd_active(self) -> bool:
         """Whether the divergence from the teacher is part of the loss."""
-        return self.rlhf.llm_kd_weight > 0
+        return self.options.lm_kd_active
 
     @property
     def visual_kd_weight(self) -> float:
-        """The visual weight in force: 0 unless it is enabled."""
-        return self.custom.visual_kd.weight if self.custom.visual_kd.enabled else 0.0
+        """The visual weight in force: 0 where nothing of it is computed."""
+        visual = self.options.visual_kd
+        return 0.0 if visual is None else visual.weight
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether anything asks the teacher; if not, none is loaded even where one is configured."""
-        return self.lm_kd_active or self.visual_kd_weight > 0
+        """Whether the loss asks the teacher."""
+        return self.options.needs_teacher
 
     @property
     def answers_from_teacher(self) -> bool:
@@ -427,5 +326,5 @@ class RunConfig(Section):
 
     @property
     def ce_weight(self) -> float:
-        """Weight of the cross-entropy in force: sft_alpha beside language-model KD, 1.0 without it."""
-        return self.rlhf.sft_alpha if self.lm_kd_active else 1.0
+        """Weight of the cross-entropy in force."""
+        return self.options.ce_weight

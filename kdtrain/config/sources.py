@@ -11,7 +11,7 @@ from typing import Any
 from kdtrain.config.tree import COMMAND_LINE, Entry, Invalid, KeyPath, Node, Place, Problem, SourceFile, merge
 from kdtrain.config.yaml_reader import MAX_BYTES, MAX_DEPTH, MAX_NODES, UnreadableError, check_number, read_yaml
 
-Source = str | Path | Mapping[str, Any]
+FileOrMapping = str | Path | Mapping[str, Any]
 _MAX_FILES = 64
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
 
@@ -29,7 +29,7 @@ class Composer:
         self.incomplete = False
         self._files_read = 0
 
-    def compose(self, source: Source, overrides: Sequence[str] = ()) -> Node:
+    def compose(self, source: FileOrMapping, overrides: Sequence[str] = ()) -> Node:
         """The merged tree of `source`; an empty map where it cannot be read at all."""
         if isinstance(source, Mapping):
             here = SourceFile(None, Path.cwd())

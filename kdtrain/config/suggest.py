@@ -3,38 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any, get_args
 
-from pydantic import BaseModel
-
-from kdtrain.config.schema import (
-    CustomConfig,
-    DataConfig,
-    DataSource,
-    LaunchConfig,
-    ModelConfig,
-    RlhfConfig,
-    RunConfig,
-    TeacherConfig,
-    TunerConfig,
-    VisualKdConfig,
-    VisualTarget,
-)
+from kdtrain.config.schema import RunConfig
+from kdtrain.config.section import Section
 from kdtrain.config.training import training_fields
 
-_MODELS: dict[str, type[BaseModel]] = {
-    "model": ModelConfig,
-    "tuner": TunerConfig,
-    "data": DataConfig,
-    "data.train": DataSource,
-    "data.eval": DataSource,
-    "rlhf": RlhfConfig,
-    "rlhf.teacher": TeacherConfig,
-    "custom": CustomConfig,
-    "custom.visual_kd": VisualKdConfig,
-    "custom.visual_kd.targets": VisualTarget,
-    "launch": LaunchConfig,
-}
 # Fields of GKDConfig that this schema has under another name.
 _RENAMED_FIELDS = {"teacher_model_name_or_path": "rlhf.teacher_model", "model_init_kwargs": "model.init_kwargs"}
 # What other trainers, or earlier versions of the same ones, call it. The value is shown as it is.
@@ -66,11 +42,26 @@ _LONGEST_KEY = 60
 @lru_cache(maxsize=1)
 def known_keys() -> dict[str, tuple[str, ...]]:
     """The keys of every section, sections by their dotted name, the top level as an empty name."""
-    keys = {section: tuple(model.model_fields) for section, model in _MODELS.items()}
+    keys = {section: tuple(model.model_fields) for section, model in _sections(RunConfig)}
     ours = {key for section in ("model", "tuner", "data", "rlhf", "custom") for key in keys[section]}
     keys["training"] = tuple(name for name in training_fields() if name not in ours and name not in _RENAMED_FIELDS)
     keys[""] = ("extends", *RunConfig.model_fields)
     return keys
+
+
+def _sections(model: type[Section], path: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Dotted name and model of everything below `model`, in lists and maps as well."""
+    for name, field in model.model_fields.items():
+        for inner in _models_in(field.annotation):
+            yield f"{path}{name}", inner
+            yield from _sections(inner, f"{path}{name}.")
+
+
+def _models_in(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
 
 
 def unknown_key(section: str, key: str) -> tuple[str, str]:

@@ -7,13 +7,17 @@ classes takes some ten milliseconds and carries the same names, types and help t
 from __future__ import annotations
 
 import ast
+import builtins
+import contextlib
 import difflib
 import importlib.util
+import types
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from kdtrain.config.diagnose import describe
 
@@ -102,56 +106,78 @@ def choice(value: Any, choices: Sequence[str], name: object) -> tuple[str, str]:
 @lru_cache(maxsize=1)
 def training_fields() -> dict[str, TrainingField]:
     """Every field of GKDConfig by name."""
-    enums = _enums()
+    known = _Known({name: Literal[values] for name, values in _enums()})
     fields: dict[str, TrainingField] = {}
     for package, file, class_name in _CLASSES:
-        for statement in _class_body(_tree(package, file), class_name):
+        body = next(node.body for node in _tree(package, file).body if _is_class(node, class_name))
+        for statement in body:
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 name = statement.target.id
                 if not name.startswith("_"):
-                    fields[name] = _field(name, statement, enums)
+                    fields[name] = _field(name, statement, known)
     assert {"learning_rate", "lmbda"} <= set(fields), "the sources of transformers and trl are laid out differently"
     return fields
 
 
 @lru_cache(maxsize=8)
 def _tree(package: str, file: str) -> ast.Module:
-    spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"{package} is not installed")
-    return ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
+    return ast.parse((source_folder(package) / file).read_text(encoding="utf-8"))
 
 
-def _class_body(tree: ast.Module, name: str) -> list[ast.stmt]:
-    return next((node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), [])
+def source_folder(package: str) -> Path:
+    """Where a dependency is installed, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None, f"{package} is not installed"
+    assert spec.origin is not None
+    return Path(spec.origin).parent
 
 
-def _enums() -> dict[str, tuple[str, ...]]:
-    """The values of the text enums that fields are annotated with, such as SchedulerType."""
-    found: dict[str, tuple[str, ...]] = {}
+def _is_class(node: ast.stmt, name: str) -> TypeGuard[ast.ClassDef]:
+    return isinstance(node, ast.ClassDef) and node.name == name
+
+
+def _enums() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Name and values of the text enums that fields are annotated with, such as SchedulerType."""
     for package, file in _ENUM_FILES:
         for node in _tree(package, file).body:
-            if isinstance(node, ast.ClassDef) and any(
-                isinstance(b, ast.Name) and b.id == "ExplicitEnum" for b in node.bases
-            ):
-                values = [s.value for s in node.body if isinstance(s, ast.Assign)]
-                found[node.name] = tuple(
-                    v.value for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)
-                )
-    return found
+            if isinstance(node, ast.ClassDef) and "ExplicitEnum" in map(ast.unparse, node.bases):
+                values = (getattr(s.value, "value", None) for s in node.body if isinstance(s, ast.Assign))
+                yield node.name, tuple(value for value in values if isinstance(value, str))
 
 
-def _field(name: str, statement: ast.AnnAssign, enums: dict[str, tuple[str, ...]]) -> TrainingField:
+class _Known(dict[str, Any]):
+    """The names in annotations; a class that is not known here may hold anything."""
+
+    def __missing__(self, name: str) -> Any:
+        return getattr(builtins, name, getattr(typing, name, Any))
+
+
+def _field(name: str, statement: ast.AnnAssign, known: _Known) -> TrainingField:
     metadata = _metadata(statement.value)
-    choices = tuple(metadata.get("choices") or ())
     kinds: list[str] = []
-    for member in _union(statement.annotation):
-        kind, values = _kind(member, enums)
-        if not kind:
-            return TrainingField(name, (), str(metadata.get("help", "")), choices)
-        kinds.append(kind)
-        choices += values
+    choices = tuple(metadata.get("choices") or ())
+    for member in _members(_evaluated(ast.unparse(statement.annotation), known)):
+        origin, values = get_origin(member) or member, get_args(member)
+        if origin is Literal:
+            origin, choices = type(values[0]), choices + tuple(value for value in values if isinstance(value, str))
+        kinds.append("None" if origin is types.NoneType else getattr(origin, "__name__", ""))
+    if not set(kinds) <= set(_KINDS):
+        kinds, choices = [], tuple(metadata.get("choices") or ())
     return TrainingField(name, tuple(dict.fromkeys(kinds)), str(metadata.get("help", "")), choices)
+
+
+def _evaluated(annotation: str, known: _Known) -> Any:
+    value = eval(annotation, {"__builtins__": {}}, known)
+    return _evaluated(value, known) if isinstance(value, str) else value  # quoted, for the class is not imported
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    """The members of a union, those of unions inside it as well."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        for member in get_args(annotation):
+            yield from _members(member)
+    else:
+        yield annotation
 
 
 def _metadata(call: ast.expr | None) -> dict[str, Any]:
@@ -161,45 +187,6 @@ def _metadata(call: ast.expr | None) -> dict[str, Any]:
     for keyword in keywords:
         if keyword.arg == "metadata" and isinstance(keyword.value, ast.Dict):
             for key, value in zip(keyword.value.keys, keyword.value.values, strict=True):
-                try:
+                with contextlib.suppress(ValueError, TypeError):  # help put together from an expression
                     entries[ast.literal_eval(key)] = ast.literal_eval(value)  # type: ignore[arg-type]
-                except (ValueError, TypeError):
-                    continue  # help put together from an expression
     return entries
-
-
-def _union(node: ast.expr) -> Iterator[ast.expr]:
-    """The members of `A | B`, `Union[A, B]`, `Optional[A]` and of a quoted annotation."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        yield from _union(node.left)
-        yield from _union(node.right)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-        yield from _union(ast.parse(node.value, mode="eval").body)
-    elif (
-        isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in ("Union", "Optional")
-    ):
-        members = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        for member in members:
-            yield from _union(member)
-        if node.value.id == "Optional":
-            yield ast.Constant(None)
-    else:
-        yield node
-
-
-def _kind(node: ast.expr, enums: dict[str, tuple[str, ...]]) -> tuple[str, tuple[str, ...]]:
-    """The kind of one member of a union and the texts it is limited to; no kind where the type is not known."""
-    if isinstance(node, ast.Constant) and node.value is None:
-        return "None", ()
-    if isinstance(node, ast.Subscript):
-        head = node.value.id if isinstance(node.value, ast.Name) else ""
-        if head == "Literal":
-            values = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-            literals = [v.value for v in values if isinstance(v, ast.Constant)]
-            kind = type(literals[0]).__name__ if literals else ""
-            return (kind if kind in _KINDS else ""), tuple(v for v in literals if isinstance(v, str))
-        return (head.lower() if head.lower() in _KINDS else ""), ()
-    name = node.id if isinstance(node, ast.Name) else ""
-    if name in enums:
-        return "str", enums[name]
-    return (name if name in _KINDS else ""), ()

@@ -25,11 +25,20 @@ class Refused:
     instead: str = "remove it"
     harmless: tuple[Any, ...] = (None,)
     """Values that change nothing, and so may stand in a config that was written for another trainer."""
+    later: bool = False
+    """Whether a later version will honour it."""
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value is harmless."""
+        # `True == 1` and `False == 0`: a boolean is harmless only where a boolean is listed.
+        return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in self.harmless)
 
 
 _MASKS = Refused("the supervised tokens are chosen in `data`", "use data.train_on", (None,))
 _OWN_DATA = Refused("kdtrain prepares the data itself, so this would be ignored")
 _METRICS = Refused("evaluation reports its own metrics, so this would be ignored", harmless=(None, False, []))
+_LIGER = "Liger kernels replace parts of the model's forward that the loss uses"
+_LOSS = "the loss is llm_kd_weight · divergence + sft_alpha · cross-entropy"
 _LAUNCHER = Refused("the launcher sets it", "see `launch`", (None, -1))
 
 REFUSED: dict[str, Refused] = {
@@ -40,18 +49,22 @@ REFUSED: dict[str, Refused] = {
     "chat_template_path": Refused("the template of the student's tokenizer is used"),
     "eos_token": Refused("the student's tokenizer decides"),
     "pad_token": Refused("the student's tokenizer decides"),
-    "truncation_mode": Refused("long rows are handled in `data`", "use data.on_overlength", (None, "keep_start")),
+    "truncation_mode": Refused(
+        "rows are cut from the right", "set on_overlength, or raise max_length", (None, "keep_start")
+    ),
     "packing_strategy": Refused(_OWN_DATA.reason, "use data.packing"),
     "eval_packing": Refused(_OWN_DATA.reason, "use data.packing", (None, False)),
     "completion_only_loss": _MASKS,
     "assistant_only_loss": Refused(_MASKS.reason, _MASKS.instead, (None, False)),
-    "loss_type": Refused("the loss is set in `rlhf`", "use rlhf.divergence and rlhf.sft_alpha", (None, "nll")),
+    "loss_type": Refused(_LOSS, "set llm_kd_weight to 0 for plain cross-entropy", (None, "nll")),
     "label_smoothing_factor": Refused("the loss does not smooth labels", harmless=(None, 0)),
     "average_tokens_across_devices": Refused("the loss would depend on the number of processes", harmless=(True,)),
     "logging_nan_inf_filter": Refused("a run with NaN would be shown as loss 0", harmless=(False,)),
-    "auto_find_batch_size": Refused("the batch would change during the run", "set the batch size", (None, False)),
-    "use_liger_kernel": Refused("it replaces the loss", harmless=(None, False)),
-    "liger_kernel_config": Refused("Liger kernels replace the loss"),
+    "auto_find_batch_size": Refused(
+        "the batch would change during the run", "set per_device_train_batch_size", (None, False)
+    ),
+    "use_liger_kernel": Refused(_LIGER, harmless=(None, False)),
+    "liger_kernel_config": Refused(_LIGER),
     "hub_token": Refused("secrets do not belong in a config", "set the environment variable HF_TOKEN"),
     "enable_jit_checkpoint": Refused(
         "kdtrain saves on SIGTERM itself, with the right exit code", harmless=(None, False)
@@ -112,8 +125,7 @@ def _check_key(key: str, value: Any) -> Problem | None:
     path = ("training", key)
     if key in REFUSED:
         refused = REFUSED[key]
-        # `True == 1` and `False == 0`: a boolean is harmless only where a boolean is listed.
-        if any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in refused.harmless):
+        if refused.allows(value):
             return None
         return Problem(path, f"cannot be set: {refused.reason}", refused.instead, on_key=True)
     if key not in known_keys()["training"]:

@@ -1,25 +1,32 @@
-"""Data: rows of many kinds to padded batches with labels. Takes plain arguments and knows neither config nor trainer.
+"""Data: rows of many kinds to padded batches with labels. Knows neither config nor models nor trainer.
 
-sources.py       files and hub data sets -> raw rows with their place
-images.py        one image: path or bytes, and its pixels
+sources.py       files and hub data sets -> raw rows with their place (files.py: text files)
+raw_table.py     the raw rows of all sources in one Arrow file
+rows.py          raw row -> conversation, prompt and completion, or text
 parts.py         which image stands where in a conversation
-rows.py          raw row -> conversation, prompt/completion or text; what a bad row is
+images.py        one image: path or bytes, and its pixels
 chat.py          chat template -> text and the spans the assistant writes
 tokens.py        spans of characters -> spans of tokens
 template.py      row -> input_ids, labels, prompt_length
 multimodal.py    what a processor makes of text and images
-alignment.py     where the text between the images has gone
+alignment.py     where the text between the images is in what a processor makes of it
+limits.py        the longest row, and what becomes of longer ones
+encoding.py      all rows encoded, in parallel, cached by content
 epochs.py        which rows make up an epoch
-encoding.py      all rows, in parallel, cached by content
-load.py          sources -> data set and report
+load.py          sources -> data set and report (report.py)
+tokenised.py     rows that are tokens already
 collate.py       rows -> batch
 visual_batch.py  the visual part of a batch
+errors.py        the error of a single row
+show.py          values of rows as messages show them
 """
 
 from kdtrain.data.collate import Collator, cut_rows, pad_rows
 from kdtrain.data.epochs import Epochs
-from kdtrain.data.load import BuildReport, Source, build_dataset
-from kdtrain.data.rows import RowError
+from kdtrain.data.errors import RowError
+from kdtrain.data.load import build_dataset
+from kdtrain.data.report import BuildReport
+from kdtrain.data.sources import Source
 from kdtrain.data.template import EncodedRow, encode_row
 
 __all__ = [

@@ -7,9 +7,11 @@ from kdtrain.errors import DataError
 
 
 class Alignment:
-    """Where the pieces between the placeholders of `text` are in `expanded`.
+    """Where the pieces of text between the placeholders of `text` are in `expanded`.
 
-    Both the leftmost and the rightmost way to lay them out is kept: where they agree there is no other.
+    What a processor writes for an image may look like text that follows it (row numbers, line breaks), so a search for
+    a piece may hit inside an image. The pieces are therefore laid out twice, as far left and as far right as they go:
+    every other way lies between the two, so where they agree there is no other, and elsewhere it is an error.
     """
 
     def __init__(self, text: str, expanded: str, placeholder: str) -> None:
@@ -23,15 +25,15 @@ class Alignment:
             if not is_there(edge):
                 raise _lost(edge, expanded)
         self._left = self._lay(expanded, self._pieces)
-        from_behind = self._lay(expanded[::-1], [piece[::-1] for piece in reversed(self._pieces)])
-        ends = [len(expanded) - start for start in reversed(from_behind)]
+        reversed_starts = self._lay(expanded[::-1], [piece[::-1] for piece in reversed(self._pieces)])
+        ends = [len(expanded) - start for start in reversed(reversed_starts)]
         self._right = [end - len(piece) for end, piece in zip(ends, self._pieces, strict=True)]
         self.last_start = self._right[-1]
 
     def _lay(self, expanded: str, pieces: list[str]) -> list[int]:
         starts, at = [0], len(pieces[0])
         for piece in pieces[1:]:
-            start = expanded.find(piece, at + 1)  # an image takes at least one character
+            start = expanded.find(piece, at + 1)  # + 1: an image takes at least one character
             if start < 0:
                 raise _lost(piece, expanded)
             starts.append(start)
@@ -39,18 +41,18 @@ class Alignment:
         return starts
 
     def char(self, at: int) -> int:
-        """The place in `expanded` of a character of `text` between two placeholders."""
+        """The place in `expanded` of a character of `text` that is in no placeholder."""
         for number, (start, piece) in enumerate(zip(self._starts, self._pieces, strict=True)):
             if start <= at <= start + len(piece):
-                # The first and the last piece are fixed by the ends of the text.
-                fixed = 0 if number == 0 else self._right[number]
-                last = number in (0, len(self._pieces) - 1)
+                if number == 0:  # fixed by the beginning of the text, as the last one is by its end
+                    return at
+                last = number == len(self._pieces) - 1
                 if not last and self._left[number] != self._right[number]:
                     raise DataError(
                         f"the text {show(piece, 60)} between two images is found more than once in what the processor "
                         "makes of them, so the assistant's tokens cannot be told from the rest"
                     )
-                return fixed + at - start
+                return self._right[number] + at - start
         raise DataError("an assistant turn begins or ends inside an image placeholder")
 
 

@@ -5,9 +5,9 @@ Two ways, in this order:
 1. **Markers.** The template has `{% generation %}` blocks, its own or those that trl adds to templates it recognises.
    One rendering gives text and spans.
 2. **Prefixes.** The assistant turn `i` is what lies between the rendering of `messages[:i]` with a generation prompt
-   and that of `messages[:i + 1]`. Both have to be prefixes of the whole text: a template that renders a turn
+   and that of `messages[:i + 1]`. Both have to be prefixes of the full text: a template that renders a turn
    differently once another follows (dropped thinking, an end token on the last turn only) cannot be masked this way,
-   and guessing would shift the mask without a word.
+   and guessing would shift the mask silently.
 
 Templates differ in where they put the end-of-turn token, so the tokens that end a turn are found by rendering a probe.
 """
@@ -22,22 +22,28 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from kdtrain.data.rows import Chat, RowError, show
+from kdtrain.data.errors import RowError
+from kdtrain.data.rows import Chat
+from kdtrain.data.show import show
 from kdtrain.errors import DataError
 
 MARKER_HELP = (
     "Put {% generation %} and {% endgeneration %} around what the assistant writes, end-of-turn token included, in "
     "the tokenizer's chat template"
 )
+# What a template is probed with: words that no template says by itself.
 _USER, _ANSWER, _NEXT = "kdprobeuser", "kdprobeanswer", "kdprobenext"
+_QUESTION = [{"role": "user", "content": _USER}]
+
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text; `turns` are the half-open character spans the model writes, in order.
+    """A conversation as text.
 
-    `turns` holds the supervised turns only. `prompt_end` is where the last assistant turn starts; None when the whole
-    text is a prompt.
+    `turns` are the half-open character spans of the supervised turns, in order. `prompt_end` is where the last
+    assistant turn starts; None when all of the text is a prompt.
     """
 
     text: str
@@ -56,7 +62,7 @@ class ChatTemplate:
     Attributes:
         text: the template that is rendered.
         marked: it has generation markers.
-        stop_ids: tokens that end an assistant turn.
+        stop_ids: tokens that end an assistant turn: what the template puts after the answer, and the EOS.
         added_ids: the tokenizer's added vocabulary.
         replaced: the tokenizer's own template, when trl's training version stands in for it; else None.
 
@@ -73,7 +79,7 @@ class ChatTemplate:
         self.replaced = own if training else None
         self.marked = has_generation_markers(self.text)
         self._as_parts = False
-        self._as_parts = self._wants_parts()
+        self._as_parts = not self._renders_question() and self._renders_question(as_parts=True)
         self.added_ids = frozenset(self._tokenizer.get_added_vocab().values())
         self.stop_ids = self._find_stop_ids()
         self._headers = self._find_generation_prompts() if self.marked else []
@@ -89,7 +95,7 @@ class ChatTemplate:
             return Rendered(self._text(chat.messages, chat.tools, generation_prompt=True), [], None)
         wanted = chat.trained if train_on == "assistant" else chat.trained[-1:]
         if self.marked:
-            text, spans = self._marked_spans(chat.messages, chat.tools)
+            text, spans = self._marked_spans(chat)
             turns = self._spans_from(chat, text, spans, wanted[0])
             last = self._spans_from(chat, text, spans, wanted[-1])
             return Rendered(text, turns, last[0][0] if last else len(text))
@@ -108,18 +114,20 @@ class ChatTemplate:
             return spans[assistants.index(first) :]
         if first == assistants[0]:
             return spans
-        # A turn of several marked blocks (thinking, then the answer): what was rendered before it decides.
-        boundary = self._prefix_end(chat, text, chat.messages[:first], generation_prompt=False)
+        # Turns of several marked blocks (thinking, then the answer), or of none: which block belongs to which turn is
+        # seen from how far the text reaches without the turns from `first` on.
+        boundary = self._prefix_end(chat, text, chat.messages[:first])
         return [span for span in spans if span[0] >= boundary]
 
     def _prefix_span(self, chat: Chat, text: str, i: int) -> tuple[int, int]:
         start = self._prefix_end(chat, text, chat.messages[:i], generation_prompt=True)
         if i == len(chat.messages) - 1:
             return start, len(text)
-        return start, self._prefix_end(chat, text, chat.messages[: i + 1], generation_prompt=False)
+        return start, self._prefix_end(chat, text, chat.messages[: i + 1])
 
-    def _prefix_end(self, chat: Chat, text: str, messages: list[dict[str, Any]], generation_prompt: bool) -> int:
-        prefix = self._text(messages, chat.tools, generation_prompt)
+    def _prefix_end(self, chat: Chat, text: str, messages: list[Message], generation_prompt: bool = False) -> int:
+        """How far the rendering of the first messages alone reaches into the full text."""
+        prefix = self._text(messages, chat.tools, generation_prompt=generation_prompt)
         if text.startswith(prefix):
             return len(prefix)
         at = next(i for i, c in enumerate(prefix) if text[i : i + 1] != c)
@@ -130,25 +138,12 @@ class ChatTemplate:
             f"…{show(text[max(0, at - 20) : at + 40])}…. {MARKER_HELP}, or train on the last turn only (train_on: last)"
         )
 
-    def _text(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None,
-        generation_prompt: bool = False,
-        template: str | None = None,
-    ) -> str:
-        rendered, _ = self._jinja(messages, tools, generation_prompt, spans=False, template=template)
-        return rendered
+    def _marked_spans(self, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
+        text, marked = self._jinja(chat.messages, chat.tools, spans=True)
+        spans = [(self._after_header(text, start), end) for start, end in marked]
+        return text, [(start, end) for start, end in spans if start < end]
 
-    def _marked_spans(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
-    ) -> tuple[str, list[tuple[int, int]]]:
-        text, spans = self._jinja(messages, tools, generation_prompt=False, spans=True)
-        return text, [
-            (start, end) for start, end in ((self._behind_header(text, s), e) for s, e in spans) if start < end
-        ]
-
-    def _behind_header(self, text: str, start: int) -> int:
+    def _after_header(self, text: str, start: int) -> int:
         """Some markers (trl's for Qwen2.5, gpt-oss, DeepSeek) start before the end of the generation prompt.
 
         The student never writes the generation prompt itself, so it is neither trained on nor missing from the prompt.
@@ -159,14 +154,19 @@ class ChatTemplate:
                 return at + len(header)
         return start
 
+    def _text(self, messages: list[Message], tools: list[Message] | None = None, **options: Any) -> str:
+        return self._jinja(messages, tools, **options)[0]
+
     def _jinja(
         self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None,
-        generation_prompt: bool,
-        spans: bool,
+        messages: list[Message],
+        tools: list[Message] | None,
+        *,
+        generation_prompt: bool = False,
+        spans: bool = False,
         template: str | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and with `spans` those of its generation markers."""
         if self._as_parts:
             messages = [
                 {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
@@ -186,16 +186,13 @@ class ChatTemplate:
             raise RowError(f"the chat template refuses the conversation: {show(str(error))}") from error
         return texts[0], indices[0] if spans else []
 
-    def _wants_parts(self) -> bool:
-        """Templates of vision models that walk over content parts render nothing at all for a plain string."""
-        probe = [{"role": "user", "content": _USER}]
-        for self._as_parts in (False, True):
-            try:
-                if _USER in self._text(probe, None):
-                    return self._as_parts
-            except RowError:
-                continue
-        return False
+    def _renders_question(self, as_parts: bool = False) -> bool:
+        """Templates of vision models that walk over content parts render nothing at all for a string."""
+        self._as_parts = as_parts
+        try:
+            return _USER in self._text(_QUESTION)
+        except RowError:
+            return False
 
     def _find_generation_prompts(self) -> list[str]:
         """The generation prompt and its beginnings up to an added token, longest first.
@@ -203,9 +200,8 @@ class ChatTemplate:
         Thinking models open the thinking block in it (`<|Assistant|><think>`), which an answer without one does not
         have: then the shorter one matches.
         """
-        probe = [{"role": "user", "content": _USER}]
         try:
-            without, full = self._text(probe, None), self._text(probe, None, generation_prompt=True)
+            without, full = self._text(_QUESTION), self._text(_QUESTION, generation_prompt=True)
         except RowError:
             return []
         header = full[len(without) :] if full.startswith(without) else ""
@@ -215,13 +211,12 @@ class ChatTemplate:
         return [header[:end] for end in sorted(ends - {0}, reverse=True)]
 
     def _find_stop_ids(self) -> frozenset[int]:
-        """Ids of the tokens that end an assistant turn: what the template puts behind the answer, and the EOS."""
         found = {self._tokenizer.eos_token_id} - {None}
         roles = (("user", _USER), ("assistant", _ANSWER), ("user", _NEXT))
         chat = [{"role": role, "content": content} for role, content in roles]
         try:
-            tail = self._text(chat[:2], None).partition(_ANSWER)[2]
-            gap = self._text(chat, None).partition(_ANSWER)[2].partition(_NEXT)[0]
+            tail = self._text(chat[:2]).partition(_ANSWER)[2]
+            gap = self._text(chat).partition(_ANSWER)[2].partition(_NEXT)[0]
         except RowError:
             return frozenset(found)
         if at_end := self._leading_markers(tail):

@@ -9,25 +9,35 @@ row alone, so a row's tensors do not depend on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
 
-from kdtrain.data.encoding import Limits
+from kdtrain.batch import Batch, Rows, TeacherImages
+from kdtrain.data.errors import RowError
 from kdtrain.data.images import stored_image
-from kdtrain.data.multimodal import Multimodal, Processed, image_content, multimodal, tokenizer_content
+from kdtrain.data.limits import Limits, truncate
+from kdtrain.data.multimodal import (
+    Multimodal,
+    Processed,
+    image_content,
+    multimodal,
+    reads_images,
+    tokenizer_content,
+)
 from kdtrain.data.rows import parse_row
-from kdtrain.data.show import RowError, show
-from kdtrain.data.template import IGNORE, EncodedRow, encode_row, truncate
+from kdtrain.data.show import show
+from kdtrain.data.template import EncodedRow, RowEncoder
+from kdtrain.data.tokenised import tokenised_row
 from kdtrain.data.visual_batch import cut_rows, pad_token_tensors, stack_visual
 from kdtrain.errors import DataError
+from kdtrain.losses.reduce import IGNORE_INDEX
 
 __all__ = ["Collator", "cut_rows", "pad_rows"]
-
-# What trl's tokenised rows have in place of labels: 1 where a token is supervised.
-MASKS = ("completion_mask", "assistant_masks")
 
 
 def pad_rows(
@@ -48,12 +58,12 @@ def pad_rows(
     width = -(-longest // multiple) * multiple if multiple else longest
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
-    labels = torch.full((len(rows), width), IGNORE, dtype=torch.long)
+    labels = torch.full((len(rows), width), IGNORE_INDEX, dtype=torch.long)
     for i, (ids, row_labels) in enumerate(rows):
         input_ids[i, : len(ids)] = torch.as_tensor(ids)
         attention_mask[i, : len(ids)] = 1
         labels[i, : len(ids)] = torch.as_tensor(row_labels)
-    labels[:, :1] = IGNORE
+    labels[:, :1] = IGNORE_INDEX
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
@@ -74,16 +84,9 @@ class Collator:
             nothing.
         text_column: for raw rows, the column that holds plain text.
 
-    Calling it returns `input_ids`, `attention_mask`, `labels` (each [B, T] long), `prompt_lengths` ([B] long),
-    `ce_rows` ([B] bool) and `row_ids` (B strings, empty for raw rows without one). With a processor also the further
-    tensors that it makes per token ([B, T], zero for rows without images and in the padding). In batches with rows that
-    were cut at `max_length`, `truncated` (B booleans); in those that rows were dropped from, `places` (B numbers: where
-    each row stood among those given). Only in batches with images also
-
-    - its visual tensors, rows behind each other along axis 0;
-    - `visual_sizes`: per visual tensor a list of B numbers, how many entries along axis 0 each row owns;
-    - with another processor for the teacher, `teacher_inputs`: its visual tensors, which replace the student's; and
-      `teacher_visual_sizes`, as above.
+    Calling it returns a `Batch`: tokens [B, T] padded on the right, and what is known of the rows. With a processor its
+    inputs also have the further tensors that it makes per token ([B, T], zero for rows without images and in the
+    padding), and in batches with images its visual tensors, rows behind each other along axis 0.
 
     Raises DataError for a row that cannot be encoded or is too long, whose images cannot be read or no longer give
     the tokens that are stored, or whose images take another number of tokens for the teacher; and for a batch of which
@@ -106,18 +109,19 @@ class Collator:
         self._pad_id: int = next(choice for choice in choices if choice is not None)
         self._model = multimodal(self.processing_class)
         self._teacher = multimodal(self.teacher_processing_class) if self._teacher_differs() else None
+        self._encoder: RowEncoder | None = None
 
     def _teacher_differs(self) -> bool:
-        teacher = self.teacher_processing_class
-        if self._model is None or multimodal(teacher) is None:
+        """Whether the teacher's processor would make other tensors, or other ids, of the same images."""
+        student, teacher = self.processing_class, self.teacher_processing_class
+        if not (reads_images(student) and reads_images(teacher)):
             return False
-        mine, its = image_content(self.processing_class), image_content(teacher)
-        # Which of its tokens are special is no matter of ids.
-        its_vocabulary = tokenizer_content(teacher.tokenizer)["tokenizer"]
-        return mine != its or tokenizer_content(self._model.tokenizer)["tokenizer"] != its_vocabulary
+        # Which tokens are special changes no ids.
+        vocabularies = [tokenizer_content(one.tokenizer)["tokenizer"] for one in (student, teacher)]
+        return image_content(student) != image_content(teacher) or vocabularies[0] != vocabularies[1]
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        whole = [self._encode(row) for row in rows]
+    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+        whole = self._encode(rows)
         fitted = [(row, self._fit(encoded), len(encoded.input_ids)) for row, encoded in zip(rows, whole, strict=True)]
         truncated = [len(encoded.input_ids) < length for _, encoded, length in fitted if encoded is not None]
         places = [i for i, (_, encoded, _) in enumerate(fitted) if encoded is not None]
@@ -127,43 +131,44 @@ class Collator:
                 f"every row of a batch of {len(rows)} is longer than max_length ({self.max_length} tokens), or has "
                 "images that do not fit into it"
             )
-        pairs = [(encoded.input_ids, encoded.labels) for _, encoded in kept]
-        batch: dict[str, Any] = {
-            **pad_rows(pairs, self._pad_id, self.pad_to_multiple_of),
-            "prompt_lengths": torch.tensor([encoded.prompt_length for _, encoded in kept], dtype=torch.long),
-            "ce_rows": torch.tensor([bool(row.get("ce", True)) for row, _ in kept]),
-            "row_ids": [str(row.get("row_id", "")) for row, _ in kept],
-        }
-        if any(truncated):
-            batch["truncated"] = truncated
-        if len(kept) < len(rows):
-            batch["places"] = places
+        tokens = pad_rows([(encoded.input_ids, encoded.labels) for _, encoded in kept], self._pad_id,
+                          self.pad_to_multiple_of)  # fmt: skip
+        batch = Batch(
+            labels=tokens.pop("labels"),
+            model_inputs=tokens,
+            rows=Rows(
+                ids=[str(row.get("row_id", "")) for row, _ in kept],
+                prompt_lengths=torch.tensor([encoded.prompt_length for _, encoded in kept], dtype=torch.long),
+                ce=torch.tensor([bool(row.get("ce", True)) for row, _ in kept]),
+                truncated=truncated if any(truncated) else (),
+                places=places if len(kept) < len(rows) else None,
+            ),
+        )
         return batch if self._model is None else self._with_images(batch, kept, self._model)
 
-    def _with_images(
-        self, batch: dict[str, Any], rows: list[tuple[dict[str, Any], EncodedRow]], model: Multimodal
-    ) -> dict[str, Any]:
+    def _with_images(self, batch: Batch, rows: list[tuple[dict[str, Any], EncodedRow]], model: Multimodal) -> Batch:
         images = [self._load(row, encoded) for row, encoded in rows]
-        inputs, sizes = self._inputs(batch, rows, images, model)
-        batch |= inputs
-        if sizes:
-            batch["visual_sizes"] = sizes
-            if self.teacher_processing_class is not None and multimodal(self.teacher_processing_class) is None:
-                raise DataError(
-                    f"row {batch['row_ids'][0]!r} or one beside it has images, and the teacher's "
-                    f"{type(self.teacher_processing_class).__name__} has no processor for images: take a "
-                    "vision-language teacher, or a text-only data set"
-                )
-            if self._teacher is not None:
-                its_inputs, its_sizes = self._inputs(batch, rows, images, self._teacher)
-                # What it says of the tokens, which are the same, is known.
-                pixels = {name: its_inputs[name] for name in its_sizes}
-                batch |= {"teacher_inputs": pixels, "teacher_visual_sizes": its_sizes}
-        return batch
+        width = batch.labels.shape[1]
+        inputs, sizes = self._inputs(width, rows, images, model)
+        batch = replace(batch, model_inputs={**batch.model_inputs, **inputs}, visual_sizes=sizes)
+        if not sizes:
+            return batch
+        if self.teacher_processing_class is not None and not reads_images(self.teacher_processing_class):
+            raise DataError(
+                f"row {batch.rows.ids[0]!r} or one beside it has images, and the teacher's "
+                f"{type(self.teacher_processing_class).__name__} has no processor for images: take a "
+                "vision-language teacher, or a text-only data set"
+            )
+        if self._teacher is None:
+            return batch
+        its_inputs, its_sizes = self._inputs(width, rows, images, self._teacher)
+        # What it says of the tokens, which are the same, is known.
+        pixels = {name: its_inputs[name] for name in its_sizes}
+        return replace(batch, teacher_images=TeacherImages(inputs=pixels, sizes=its_sizes))
 
     def _inputs(
         self,
-        batch: dict[str, Any],
+        width: int,
         rows: list[tuple[dict[str, Any], EncodedRow]],
         images: list[list[Any]],
         model: Multimodal,
@@ -174,19 +179,16 @@ class Collator:
         ]
         visual, sizes = stack_visual(processed, model)
         lengths = [len(encoded.input_ids) for _, encoded in rows]
-        width = batch["input_ids"].shape[1]
         tokens = pad_token_tensors(list(zip(lengths, processed, strict=True)), width, model.text_tensors)
         return {**tokens, **visual}, sizes
 
     def _load(self, row: Mapping[str, Any], encoded: EncodedRow) -> list[Any]:
-        try:
+        with _naming(row):
             return [image.load() for image in encoded.images]
-        except RowError as error:
-            raise DataError(f"{_named(row)}: {error}") from error
 
     def has_images(self, row: Mapping[str, Any]) -> bool:
         """Whether a row has images that this collator would read."""
-        return multimodal(self.processing_class) is not None and bool(self._encode(row).images)
+        return self._model is not None and bool(self._encode([row])[0].images)
 
     def prepared_by(self, processing_class: Any, row: Mapping[str, Any]) -> Processed:
         """A row with images as a processor by itself prepares it, whether or not that agrees with what is stored.
@@ -194,18 +196,17 @@ class Collator:
         Raises:
             DataError: the images cannot be read, or the processor refuses them.
         """
-        encoded, model = self._encode(row), multimodal(processing_class)
+        encoded, model = self._encode([row])[0], multimodal(processing_class)
         assert model is not None, "asked for a processor of images only"
-        try:
+        with _naming(row):
             return model.process(str(encoded.text), self._load(row, encoded))
-        except RowError as error:
-            raise DataError(f"{_named(row)}: {error}") from error
 
     def _process(self, row: Mapping[str, Any], encoded: EncodedRow, images: list[Any], model: Multimodal) -> Processed:
-        try:
+        with _naming(row):
             processed = model.process(str(encoded.text), images)
-        except RowError as error:
-            raise DataError(f"{_named(row)}: {error}") from error
+        # Ids and labels were made when the row was encoded, its pixels are made now: both belong together only if the
+        # processor would still give these ids. They may be fewer than it gives, where the row was cut at max_length,
+        # as long as no part of an image is cut off.
         stored = encoded.input_ids
         if row.get("answers"):  # the text is the prompt; what follows it was generated
             stored = stored[: encoded.prompt_length]
@@ -226,7 +227,7 @@ class Collator:
         )
 
     def check(self, row: Mapping[str, Any]) -> None:
-        """Raise `RowError` for a raw row that has no form that can be encoded; a look at its columns, not at tokens."""
+        """Raises `RowError` for a raw row whose columns have no form that can be encoded; makes no tokens."""
         if "input_ids" not in row:
             parse_row(self._with_text(row))
 
@@ -235,23 +236,33 @@ class Collator:
             return {**row, "text": row[self.text_column]}
         return row
 
-    def _encode(self, row: Mapping[str, Any]) -> EncodedRow:
-        if "input_ids" not in row:
-            return encode_row(self._with_text(row), self.processing_class, train_on=self.train_on)
-        ids, labels = _ints(row["input_ids"]), _labels(row)
-        if len(ids) != len(labels) or not ids:
-            raise DataError(
-                f"a tokenised row ({show(row.get('row_id', 'no row_id'))}) needs labels as long as its input_ids: "
-                f"{len(ids)} ids, {len(labels)} labels"
-            )
-        start = int(row.get("prompt_length", _first(row.get("completion_mask"), len(ids))))
-        encoded = EncodedRow(ids, labels, start, prompt_only=start == len(ids), turn_starts=(start,))
+    def _encode(self, rows: Sequence[Mapping[str, Any]]) -> list[EncodedRow]:
+        """Tokenised rows as they are, raw rows through the encoder together, in the order of `rows`."""
+        raw = [self._with_text(row) for row in rows if "input_ids" not in row]
+        encoded = iter(self._raw_encoder().encode(raw, [os.getcwd()] * len(raw)) if raw else ())
+        results = []
+        for row in rows:
+            result = self._tokenised(row) if "input_ids" in row else next(encoded)
+            if isinstance(result, RowError):
+                raise result
+            results.append(result)
+        return results
+
+    def _raw_encoder(self) -> RowEncoder:
+        """Made for the first raw row, since tokenised rows do without a fast tokenizer, and kept."""
+        if self._encoder is None or self._encoder.train_on != self.train_on:
+            self._encoder = RowEncoder(self.processing_class, self.train_on)
+        return self._encoder
+
+    def _tokenised(self, row: Mapping[str, Any]) -> EncodedRow:
+        encoded = tokenised_row(row)
         if not row.get("images"):
             return encoded
         if self._model is None:
             raise DataError(f"{_named(row)} has images, and the collator has a tokenizer only: give it the processor")
         images = tuple(stored_image(record) for record in row["images"])
-        return replace(encoded, text=row["text"], images=images, images_end=self._model.images_end(ids))
+        images_end = self._model.images_end(encoded.input_ids)
+        return replace(encoded, text=row["text"], images=images, images_end=images_end)
 
     def _fit(self, row: EncodedRow) -> EncodedRow | None:
         if self.max_length is None or len(row.input_ids) <= self.max_length:
@@ -265,31 +276,21 @@ class Collator:
             return None
         cut = truncate(row, self.max_length)
         if cut is None and row.images_end <= self.max_length:
-            # Dropped, such rows would leave a batch without any: it stays, and supervises nothing.
+            # `build_dataset` drops a row of which no answer is left. Here that could leave a batch without rows: it
+            # stays, and supervises nothing.
             ids = row.input_ids[: self.max_length]
-            return replace(row, input_ids=ids, labels=[IGNORE] * len(ids), prompt_length=len(ids))
+            return replace(row, input_ids=ids, labels=[IGNORE_INDEX] * len(ids), prompt_length=len(ids))
         return cut
+
+
+@contextmanager
+def _naming(row: Mapping[str, Any]) -> Iterator[None]:
+    """Says in an error of a row which one it is."""
+    try:
+        yield
+    except RowError as error:
+        raise DataError(f"{_named(row)}: {error}") from error
 
 
 def _named(row: Mapping[str, Any]) -> str:
     return f"row {show(row['row_id'], 60)}" if row.get("row_id") else "a row"
-
-
-def _labels(row: Mapping[str, Any]) -> list[int]:
-    """Of a tokenised row: its labels, or its ids where all of trl's masks are 1."""
-    masks = [_ints(row[name]) for name in MASKS if row.get(name) is not None]
-    if row.get("labels") is not None or not masks:
-        return _ints(row.get("labels"))
-    return [token if all(on) else IGNORE for token, *on in zip(_ints(row["input_ids"]), *masks, strict=True)]
-
-
-def _first(mask: Any, length: int) -> int:
-    """How many tokens come before the completion; 0 where no mask says so."""
-    return 0 if mask is None else next((i for i, on in enumerate(_ints(mask)) if on), length)
-
-
-def _ints(values: Any) -> list[int]:
-    """Data sets with a torch or numpy format give tensors."""
-    if values is None:
-        return []
-    return list(values.tolist()) if hasattr(values, "tolist") else list(values)

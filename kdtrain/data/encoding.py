@@ -7,8 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,21 @@ from typing import Any
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from kdtrain.data.errors import RowError
+from kdtrain.data.files import folder_of
+from kdtrain.data.images import Image
+from kdtrain.data.limits import Limits, truncate
 from kdtrain.data.multimodal import image_content, tokenizer_content
-from kdtrain.data.rows import IMAGE_COLUMNS, Chat, parse_row
-from kdtrain.data.show import RowError, show
+from kdtrain.data.rows import Chat, parse_json, parse_row
 from kdtrain.data.sources import Source, rows_at_once
-from kdtrain.data.template import IGNORE, EncodedRow, RowEncoder, truncate
-from kdtrain.errors import DataError
+from kdtrain.data.template import EncodedRow, RowEncoder
 
 # Raise it with every change that makes the same row come out differently.
 VERSION = 3
-ON_OVERLENGTH = ("error", "truncate", "drop")
 
 _FEATURES = datasets.Features(
     {
+        # Fields of EncodedRow, and what is known of a row beside them.
         "input_ids": datasets.Sequence(datasets.Value("int32")),
         "labels": datasets.Sequence(datasets.Value("int32")),
         "prompt_length": datasets.Value("int32"),
@@ -47,20 +48,6 @@ _FEATURES = datasets.Features(
 )
 
 
-@dataclass(frozen=True)
-class Limits:
-    """`max_length` in tokens (None: no limit) and what becomes of longer rows."""
-
-    max_length: int | None
-    on_overlength: str
-
-    def __post_init__(self) -> None:
-        if self.on_overlength not in ON_OVERLENGTH:
-            raise DataError(f"on_overlength must be one of {', '.join(ON_OVERLENGTH)}, not {self.on_overlength!r}")
-        if self.max_length is not None and self.max_length < 2:
-            raise DataError(f"max_length must be at least 2, not {self.max_length}: one token predicts the next")
-
-
 def encode_cached(
     raw: datasets.Dataset,
     encoder: RowEncoder,
@@ -72,8 +59,8 @@ def encode_cached(
     """Encodes the rows of `raw` (columns text, problem, source, file), or reads what an earlier call stored.
 
     Args:
-        sources: of whom the column mapping and who answers matter here.
-        cache_dir: entries are folders in it, complete as soon as they are visible; an unreadable one is made again.
+        sources: of each, the column mapping and who answers.
+        cache_dir: entries are folders in it, complete as soon as they are visible; a damaged one is made again.
 
     Returns:
         As many rows in the same order, with the columns of `_FEATURES`; bad rows have a `problem` and no tokens.
@@ -100,7 +87,7 @@ def encode_cached(
             new_fingerprint=entry.name.removeprefix("encoded-")[:32],
             desc="Encoding rows",
         )
-        shutil.rmtree(entry, ignore_errors=True)  # the unreadable one
+        shutil.rmtree(entry, ignore_errors=True)  # a damaged one
         try:
             work.rename(entry)
         except OSError:
@@ -125,10 +112,10 @@ def _stored(entry: Path, rows: int) -> datasets.Dataset | None:
 
 
 def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], limits: Limits) -> str:
-    """A hash of the rows and their images, the content of tokenizer, processor and template, the options and the
-    version of this code.
+    """A hash of all that the encoded rows depend on.
 
-    The place of a row is left out: the same data under another path is the same data. Images are not, see `Image`.
+    The place of a row is left out: the same data under another path is the same data. Images count with theirs, see
+    `Image.identity`.
     """
     tokenizer = encoder.tokenizer
     options = {
@@ -147,31 +134,25 @@ def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], 
         digest.update(json.dumps(batch).encode())
     if encoder.multimodal is not None:
         for batch in raw.select_columns(["source", "text", "file"]).iter(batch_size=rows_at_once(raw, 1000)):
-            digest.update(json.dumps(_image_identities(batch, sources)).encode())
+            for image in _image_files(batch, sources):
+                digest.update(image.identity)
     return digest.hexdigest()[:40]
 
 
-def _image_identities(batch: dict[str, list[Any]], sources: Sequence[Source]) -> list[Any]:
-    """Of the files only: bytes are in the rows' text."""
-    identities = []
+def _image_files(batch: dict[str, list[Any]], sources: Sequence[Source]) -> Iterator[Image]:
+    """The images that stand in files of their own; the bytes of the others are in the rows' text."""
     for text, file, number in zip(batch["text"], batch["file"], batch["source"], strict=True):
         columns = sources[number].columns
-        if "image" not in text and not columns:  # nearly every way to say so says it
+        # Image columns and parts are all called image, image_url or images; only a mapping can give them other names.
+        # Parsing every row of a text data set twice would take longer.
+        if "image" not in text and not columns:
             continue
         try:
             parsed = parse_row(parse_json(text, columns), folder_of(file))
         except RowError:
             continue  # counted when it is encoded
         if isinstance(parsed, Chat):
-            identities += [image.identity for image in parsed.images if image.data is None]
-    return identities
-
-
-def folder_of(file: str) -> str | None:
-    """What the paths in a data file are relative to; None for a data set of the hub."""
-    if os.path.isdir(file):
-        return os.path.abspath(file)
-    return os.path.dirname(os.path.abspath(file)) if os.path.exists(file) else None
+            yield from (image for image in parsed.images if image.data is None)
 
 
 def _workers(rows: int) -> int | None:
@@ -200,36 +181,13 @@ def _encode_batch(
     out: dict[str, list[Any]] = {name: [] for name in _FEATURES}
     for i, problem in enumerate(problems):
         result = encoded.get(i) or RowError(problem)
-        row = _bad(str(result)) if isinstance(result, RowError) else _fitted(result, limits)
+        row = _record(_NOTHING, "bad", 0, str(result)) if isinstance(result, RowError) else _fitted(result, limits)
         for name, value in row.items():
             out[name].append(value)
     return out
 
 
-def parse_json(text: str, columns: Mapping[str, str] | None) -> dict[str, Any]:
-    """A raw row's JSON text as columns under their canonical names; RowError when it is none."""
-    try:
-        row = json.loads(text)
-    except ValueError as error:
-        raise RowError(f"invalid JSON: {show(str(error))}") from None
-    except RecursionError:
-        raise RowError("invalid JSON: nested too deeply") from None
-    if not isinstance(row, dict):
-        raise RowError(f"expected a JSON object with columns, found {show(text, 40)}")
-    if not columns:
-        return row
-    # A mapping is exclusive: the row may well have a column of its own that is called like one of ours.
-    if missing := [name for name in columns.values() if name not in row]:
-        raise RowError(f"no column {', '.join(show(name, 40) for name in missing)}")
-    mapped = {canonical: row[name] for canonical, name in columns.items()}
-    # But for images: without them a row would be trained on all the same, blind.
-    images = {name: row[name] for name in IMAGE_COLUMNS if name in row and columns.keys().isdisjoint(IMAGE_COLUMNS)}
-    return {**mapped, **images}
-
-
-def _bad(problem: str) -> dict[str, Any]:
-    empty = EncodedRow([], [], 0)
-    return _record(empty, "bad", 0, problem)
+_NOTHING = EncodedRow([], [], 0)
 
 
 def _fitted(row: EncodedRow, limits: Limits) -> dict[str, Any]:
@@ -238,22 +196,12 @@ def _fitted(row: EncodedRow, limits: Limits) -> dict[str, Any]:
         return _record(row, "ok", length)
     if limits.on_overlength == "truncate" and (cut := truncate(row, limits.max_length)):
         return _record(cut, "ok", length)
-    return _record(EncodedRow([], [], 0), "long" if limits.on_overlength == "error" else "dropped", length)
+    return _record(_NOTHING, "long" if limits.on_overlength == "error" else "dropped", length)
 
 
 def _record(row: EncodedRow, status: str, length: int, problem: str = "") -> dict[str, Any]:
-    return {
-        "input_ids": row.input_ids,
-        "labels": row.labels,
-        "prompt_length": row.prompt_length,
-        "status": status,
-        "problem": problem,
-        "length": length,
-        "supervised": len(row.labels) - row.labels.count(IGNORE),
-        "kind": row.kind,
-        "prompt_only": row.prompt_only,
-        "extended": row.extended,
-        "unterminated": row.unterminated,
-        "text": row.text,
-        "images": [image.record for image in row.images],
-    }
+    """A row in the columns of `_FEATURES`."""
+    same = {name: value for name, value in vars(row).items() if name in _FEATURES}
+    images = [image.record for image in row.images]
+    found = {"status": status, "problem": problem, "length": length, "supervised": row.supervised}
+    return {**same, **found, "images": images}

@@ -1,4 +1,4 @@
-"""Which rows make up each epoch where a source's weight is no whole number: other rows in every epoch."""
+"""Which rows make up an epoch. A weight of 2.5 gives all rows of a source twice, and a random half once more."""
 
 from __future__ import annotations
 
@@ -7,47 +7,89 @@ from collections.abc import Sequence
 import numpy as np
 
 
-class Epochs:
-    """The rows of every epoch, as numbers of the data set's rows, in the order of the sources.
-
-    A source of weight 2.5 gives all its rows twice and a random half once more. The halves go through the whole source
-    before a row comes again, so that two epochs of weight 0.5 are all its rows once. Every epoch has as many rows. A
-    function of seed and epoch: all ranks draw the same, and so does a resumed run.
+def mix(sizes: Sequence[int], weights: Sequence[float], sample_limit: int | None, seed: int) -> np.ndarray:
+    """Row numbers of an epoch in order, where all epochs are the same: per source all copies, then the random rest.
 
     Args:
-        sizes: rows of each source in the data set, which has them behind each other.
+        sizes: rows of each source; the rows of all are numbered through.
         weights: of each source.
-        seed: of the random parts.
+        sample_limit: keeps this many, the first of every source's part in proportion to its share of the epoch. (The
+            first n of all would be rows of the first source only.)
+        seed: of the random rest of fractional weights.
+    """
+    random = np.random.default_rng(seed)
+    plans, start = [], 0
+    for size, weight in zip(sizes, weights, strict=True):
+        copies, rest = _copies_and_rest(size, weight)
+        parts = [np.arange(size)] * copies + [np.sort(random.choice(size, rest, replace=False))]
+        plans.append(start + np.concatenate(parts))
+        start += size
+    if sample_limit is not None:
+        shares = _shares([len(plan) for plan in plans], sample_limit)
+        plans = [plan[:share] for plan, share in zip(plans, shares, strict=True)]
+    return np.concatenate(plans)
+
+
+def _copies_and_rest(size: int, weight: float) -> tuple[int, int]:
+    copies = int(weight)
+    rest = round((weight - copies) * size)
+    # A source that was asked for gives at least one row.
+    return copies, max(rest, 1) if copies == 0 and size else rest
+
+
+def _shares(sizes: Sequence[int], limit: int) -> list[int]:
+    """Splits `limit` in proportion to `sizes`, by largest remainder."""
+    total = sum(sizes)
+    if limit >= total:
+        return list(sizes)
+    shares = [limit * size // total for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: -(limit * sizes[i] % total))
+    for i in by_remainder[: limit - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+class Epochs:
+    """The rows of every epoch where the random rest is another one in each, as numbers of the data set's rows.
+
+    The rests go through all of the source before a row comes again, so that two epochs of weight 0.5 are all its rows
+    once. Every epoch has as many rows. A function of seed and epoch alone: all ranks draw the same, and so does a
+    resumed run.
+
+    Args:
+        sizes, weights: as of `mix`.
+        seed: of the random rests.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
         self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self._sizes, self._copies = list(sizes), [int(weight) for weight in weights]
-        self._parts = []
-        for source, (size, weight, copies) in enumerate(zip(sizes, weights, self._copies, strict=True)):
-            rest = round((weight - copies) * size)
-            # A source that was asked for is never empty.
-            self._parts.append(_Part(size, max(rest, 1) if copies == 0 and size else rest, [seed, source]))
+        self._sizes = list(sizes)
+        self._copies, self._rests = [], []
+        for source, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+            copies, rest = _copies_and_rest(size, weight)
+            self._copies.append(copies)
+            self._rests.append(_Rest(size, rest, [seed, source]))
 
     def __len__(self) -> int:
         """Rows of an epoch."""
-        return sum(c * size + part.rows for c, size, part in zip(self._copies, self._sizes, self._parts, strict=True))
+        return sum(c * size + rest.rows for c, size, rest in zip(self._copies, self._sizes, self._rests, strict=True))
 
     def rows(self, epoch: int) -> np.ndarray:
-        """Row numbers of an epoch, counted from 0; each source's copies first, then its part."""
+        """Row numbers of an epoch, counted from 0; each source's copies first, then its rest."""
         found = [
-            start + np.concatenate([np.tile(np.arange(size), copies), np.sort(part.of(epoch))])
-            for start, size, copies, part in zip(self._starts, self._sizes, self._copies, self._parts, strict=True)
+            start + np.concatenate([np.tile(np.arange(size), copies), np.sort(rest.of(epoch))])
+            for start, size, copies, rest in zip(self._starts, self._sizes, self._copies, self._rests, strict=True)
         ]
         return np.concatenate(found).astype(np.int64)
 
 
-class _Part:
+class _Rest:
     """`rows` of `size` rows for each epoch: consecutive pieces of one shuffled pass after the other."""
 
     def __init__(self, size: int, rows: int, seed: Sequence[int]) -> None:
         self.rows = rows
         self._size, self._seed = size, list(seed)
+        # A pass depends on the one before it (see `_pass_of`), so the one last asked for is kept.
         self._number, self._pass = 0, self._shuffled(0)
 
     def of(self, epoch: int) -> np.ndarray:
@@ -63,7 +105,8 @@ class _Part:
             self._number, self._pass = 0, self._shuffled(0)
         while self._number < number:
             self._number += 1
-            # The epoch that the last pass ends in goes on here, and must not meet its rows again.
+            # The epoch in which the last pass ends takes its first rows from this one: rows that the end of the last
+            # pass gave it already go to the back, or it would have them twice.
             begun = self._number * self._size % self.rows
             last, fresh = self._pass[self._size - begun :], self._shuffled(self._number)
             again = np.isin(fresh, last)

@@ -10,12 +10,13 @@ import csv
 import gzip
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdtrain.data.rows import show
+from kdtrain.data.show import show
 from kdtrain.errors import DataError
 
 
@@ -27,10 +28,6 @@ class RawRow:
     line: int
     text: str = ""
     problem: str = ""
-
-    @property
-    def place(self) -> str:
-        return f"{show(self.file, 400)}:{self.line}"
 
 
 def _open(path: Path) -> Any:
@@ -81,3 +78,10 @@ def read_csv(path: Path, delimiter: str) -> Iterator[RawRow]:
                 yield RawRow(str(path), reader.line_num, json.dumps(cells))
     except (OSError, EOFError, ValueError, csv.Error) as error:
         raise DataError(f"cannot read {show(str(path), 400)}: {show(str(error))}") from error
+
+
+def folder_of(file: str) -> str | None:
+    """What the paths in a data file are relative to; None for a data set of the hub."""
+    if os.path.isdir(file):
+        return os.path.abspath(file)
+    return os.path.dirname(os.path.abspath(file)) if os.path.exists(file) else None

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from kdtrain.data.show import RowError, kind, show
+from kdtrain.data.errors import RowError
+from kdtrain.data.show import show, type_name
 from kdtrain.errors import DataError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -37,15 +38,15 @@ class Image:
         return {"path": self.path, "bytes": self.data}
 
     @property
-    def identity(self) -> list[Any]:
+    def identity(self) -> bytes:
         """Changes when the image does: a digest of the bytes, or path, size and modification time of the file."""
         if self.data is not None:
-            return [hashlib.sha256(self.data).hexdigest()]
+            return hashlib.sha256(self.data).digest()
         try:
             status = os.stat(str(self.path))
         except OSError:
-            return [self.path, None]
-        return [self.path, status.st_size, status.st_mtime_ns]
+            return f"{self.path}:missing".encode()
+        return f"{self.path}:{status.st_size}:{status.st_mtime_ns}".encode()
 
     def load(self) -> Any:
         """The image as PIL, upright and in RGB, as transformers loads images for inference.
@@ -95,9 +96,9 @@ def parse_image(value: Any, folder: str | None) -> Image:
         return _located(value, folder)
     if isinstance(value, bytes):
         return Image(None, value)
-    if hasattr(value, "convert") and hasattr(value, "save"):
-        return Image(None, _png(value))
-    raise RowError(f"an image is {kind(value)}: {_FIELDS} is expected")
+    if is_pil(value):
+        return Image(None, png(value))
+    raise RowError(f"an image is {type_name(value)}: {_FIELDS} is expected")
 
 
 def _located(location: str, folder: str | None) -> Image:
@@ -129,8 +130,17 @@ def _decode(encoded: str) -> bytes:
         raise RowError(f"an image is not valid base64: {show(str(error))}") from None
 
 
-def _png(image: Any) -> bytes:
-    """Lossless, and RGB at once: PNG has no place for some of PIL's modes."""
+def is_pil(value: object) -> bool:
+    """Without importing Pillow, which text alone does not need."""
+    return any(base.__module__.startswith("PIL.") for base in type(value).__mro__)
+
+
+def png(image: Any) -> bytes:
+    """A PIL image as a PNG file: lossless, upright and in RGB at once, since PNG has no place for some of PIL's modes.
+
+    Raises:
+        RowError: its pixels cannot be read.
+    """
     _, ops = _pil()
     buffer = io.BytesIO()
     try:

@@ -3,7 +3,7 @@
 A processor replaces each image placeholder of the rendered conversation by as many tokens as the image takes, and
 tokenises the result. Families differ in everything about it (row and column tokens, line breaks that merge with their
 neighbours, one token for text and another for ids), so nothing is rebuilt here: the processor runs, the text that it
-hands to its tokenizer is recorded, and what was between the placeholders is found again in it.
+hands to its tokenizer is recorded, and the turns are found again in it (alignment.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from transformers import ProcessorMixin
 
 from kdtrain.data.alignment import Alignment
 from kdtrain.data.chat import Rendered
+from kdtrain.data.errors import RowError
 from kdtrain.data.images import Image
-from kdtrain.data.show import RowError, show
+from kdtrain.data.show import show
 from kdtrain.errors import DataError, KdtrainError
 
 _TEXT_TENSORS = ("input_ids", "attention_mask")
@@ -64,14 +65,14 @@ class Multimodal:
         for holder in (self.processor, self.tokenizer):
             for name in (f"{modality}_token_id{s}" for modality in ("image", "video", "audio") for s in ("", "s")):
                 ids = getattr(holder, name, None)
-                # A tokenizer that names its image token answers to both names with a number.
+                # Lists and single ids: a tokenizer with an image token answers to the plural name with a number, too.
                 found |= set(ids) if isinstance(ids, list | tuple | set | frozenset) else {ids}
         if self.placeholder:
             found.add(self.tokenizer.convert_tokens_to_ids(self.placeholder))
         return frozenset(i for i in found if isinstance(i, int) and i != self.tokenizer.unk_token_id)
 
     def refuse_text(self, texts: Sequence[str]) -> None:
-        """RowError for text that literally says what stands for an image: the model would look for one there."""
+        """Raises RowError for text that literally says what stands for an image: the model would look for one there."""
         for text in texts:
             if name := next((name for name in self._reserved if name in text), None):
                 raise RowError(
@@ -80,7 +81,7 @@ class Multimodal:
                 )
 
     def refuse_ids(self, ids: Sequence[int]) -> None:
-        """The same for the ids of a row without images."""
+        """Raises the same for the ids of a row without images."""
         if not self.image_ids.isdisjoint(ids):
             wrong = next(i for i in ids if i in self.image_ids)
             self.refuse_text([str(self.tokenizer.convert_ids_to_tokens(wrong))])
@@ -104,7 +105,7 @@ class Multimodal:
         try:
             # The chat template has written the special tokens already.
             out = processor(text=[text], add_special_tokens=False, return_tensors="pt", **arguments)
-        except KdtrainError:  # a signal, turned into an error of ours
+        except KdtrainError:  # raised by a signal's handler
             raise
         except Exception as error:  # each processor has its own ways to refuse an image
             raise RowError(
@@ -121,7 +122,7 @@ class Multimodal:
         """The text that the processor tokenises, with the assistant's turns in it.
 
         Returns:
-            The expanded conversation, the processor's ids for it, and the character behind its last image.
+            The expanded conversation, the processor's ids for it, and the character after its last image.
 
         Raises:
             RowError: an image cannot be read or the processor refuses it; the template leaves images out.
@@ -133,12 +134,13 @@ class Multimodal:
                 f"{type(self.processor).__name__} does not say which token stands for an image (image_token), so rows "
                 "with images cannot be encoded"
             )
-        places = rendered.text.count(self.placeholder)
-        if places != len(images):
+        placeholders = rendered.text.count(self.placeholder)
+        if placeholders != len(images):
             raise RowError(
-                f"the chat template renders {places} image placeholders ({show(self.placeholder, 60)}) for "
+                f"the chat template renders {placeholders} image placeholders ({show(self.placeholder, 60)}) for "
                 f"{len(images)} images: use the template of the vision model"
             )
+        # The ids alone do not say which characters they stand for; the recorded text can be tokenised with offsets.
         recorder = Recorder(self.tokenizer)
         ids = self.process(rendered.text, [image.load() for image in images], recorder).ids
         if len(recorder.texts) != 1:
@@ -147,10 +149,10 @@ class Multimodal:
                 "tokens cannot be told from the rest"
             )
         expanded = recorder.texts[0]
-        places_in = Alignment(rendered.text, expanded, self.placeholder)
-        turns = [(places_in.char(start), places_in.char(end)) for start, end in rendered.turns]
-        prompt_end = None if rendered.prompt_end is None else places_in.char(rendered.prompt_end)
-        return Rendered(expanded, turns, prompt_end), ids, places_in.last_start
+        alignment = Alignment(rendered.text, expanded, self.placeholder)
+        turns = [(alignment.char(start), alignment.char(end)) for start, end in rendered.turns]
+        prompt_end = None if rendered.prompt_end is None else alignment.char(rendered.prompt_end)
+        return Rendered(expanded, turns, prompt_end), ids, alignment.last_start
 
     def images_end(self, ids: Sequence[int]) -> int:
         """How many leading tokens reach up to and including the last one that stands for a part of an image."""
@@ -180,11 +182,16 @@ class Multimodal:
         return frozenset(name for name, value in visual.items() if len(value) == 1)
 
 
+def reads_images(processing_class: Any) -> bool:
+    """False for a tokenizer, or a processor without images."""
+    return (
+        isinstance(processing_class, ProcessorMixin) and getattr(processing_class, "image_processor", None) is not None
+    )
+
+
 def multimodal(processing_class: Any) -> Multimodal | None:
-    """None for a tokenizer, or a processor without images."""
-    if not isinstance(processing_class, ProcessorMixin) or getattr(processing_class, "image_processor", None) is None:
-        return None
-    return Multimodal(processing_class)
+    """None for what reads no images."""
+    return Multimodal(processing_class) if reads_images(processing_class) else None
 
 
 def image_token_ids(processing_class: Any) -> list[int]:
@@ -202,11 +209,11 @@ def tokenizer_content(tokenizer: Any) -> dict[str, Any]:
 
 
 def image_content(processing_class: Any) -> dict[str, Any]:
-    """Everything about a processor that changes ids or tensors of images, besides its tokenizer; empty without images.
+    """Everything about a processor that changes ids or tensors of images; empty without images.
 
-    Its chat template is left out: that is the text's matter.
+    Its tokenizer and its chat template are left out: they change the text.
     """
-    if multimodal(processing_class) is None:
+    if not reads_images(processing_class):
         return {}
     settings = processing_class.to_dict()
     settings["image_processor"] = processing_class.image_processor.to_dict()
@@ -216,7 +223,7 @@ def image_content(processing_class: Any) -> dict[str, Any]:
 
 
 class Recorder:
-    """Stands in for a processor's tokenizer and keeps the texts it is given."""
+    """Stands in for a processor's tokenizer and keeps the texts that it is given."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kdtrain.data.errors import RowError
 from kdtrain.data.images import Image, parse_image
-from kdtrain.data.show import RowError, kind, show
+from kdtrain.data.show import show, type_name
 
 # What data sets in the manner of LLaVA write into the text where an image belongs.
 PLACEHOLDER = "<image>"
@@ -42,7 +43,7 @@ def image_part(part: Any, where: str) -> dict[str, Any] | None:
 
 
 def merge_parts(parts: Sequence[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """Text parts that follow each other become one; without an image the whole is text."""
+    """Text parts that follow each other become one; without an image all of it is text."""
     merged: list[dict[str, Any]] = []
     for part in parts:
         if part["type"] == "text" and merged and merged[-1]["type"] == "text":
@@ -84,7 +85,7 @@ def column_images(row: Mapping[str, Any]) -> list[Any]:
     if _empty(many):
         return []
     if not isinstance(many, Sequence) or isinstance(many, (str, bytes)):
-        raise RowError(f"images must be a list, not {kind(many)}: a single image goes into the column image")
+        raise RowError(f"images must be a list, not {type_name(many)}: a single image goes into the column image")
     if any(value is None for value in many):
         raise RowError("images holds a null: every entry must be an image")
     return list(many)

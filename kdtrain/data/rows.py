@@ -1,7 +1,6 @@
 """What a row may look like: turns one raw row into a conversation, a prompt/completion pair or plain text.
 
-Nothing here knows a tokenizer. Everything wrong with a row is a `RowError`, which the loader counts and shows; a
-plain `DataError` means that no row could work (a tokenizer without a chat template), and stops the run at once.
+Nothing here knows a tokenizer.
 """
 
 from __future__ import annotations
@@ -11,12 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kdtrain.data.errors import RowError
 from kdtrain.data.images import Image
 from kdtrain.data.parts import column_images, count_images, image_part, merge_parts, place_images
-from kdtrain.data.show import RowError, show
-from kdtrain.data.show import kind as _kind
-
-__all__ = ["KNOWN_COLUMNS", "ROW_COLUMNS", "Chat", "Pair", "Plain", "RowError", "parse_row", "prompt_of", "show"]
+from kdtrain.data.show import show, type_name
 
 # In this order: the first one that is present and not null says what kind of row it is. `messages` goes first because
 # published chat sets (ultrachat_200k) repeat the first user turn in a `prompt` column.
@@ -69,13 +66,13 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Plain:
+class PlainText:
     """Text of which every token is supervised."""
 
     text: str
 
 
-def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair | Plain:
+def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair | PlainText:
     """Checks one raw row and brings it into one of three forms.
 
     Args:
@@ -91,13 +88,13 @@ def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair 
     if kind is None:
         found = ", ".join(show(column, 40) for column in row) or "nothing"
         raise RowError(f"none of the columns {', '.join(ROW_COLUMNS)} has a value (found: {found})")
-    parsed: Chat | Pair | Plain
+    parsed: Chat | Pair | PlainText
     if kind == "messages":
         parsed = Chat(_messages(row["messages"], "messages"), _tools(row))
     elif kind == "conversations":
         parsed = Chat(_messages(_from_sharegpt(row["conversations"]), "conversations"), _tools(row))
     elif kind == "text":
-        parsed = Plain(_nonempty(row["text"], "text"))
+        parsed = PlainText(_nonempty(row["text"], "text"))
     else:
         parsed = _prompt_row(row)
     if not isinstance(parsed, Chat):
@@ -110,7 +107,28 @@ def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair 
     return _checked(parsed)
 
 
-def prompt_of(parsed: Chat | Pair | Plain) -> Chat | Pair:
+def parse_json(text: str, columns: Mapping[str, str] | None) -> dict[str, Any]:
+    """A raw row's JSON text as columns under their canonical names; RowError when it is none."""
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise RowError(f"invalid JSON: {show(str(error))}") from None
+    except RecursionError:
+        raise RowError("invalid JSON: nested too deeply") from None
+    if not isinstance(row, dict):
+        raise RowError(f"expected a JSON object with columns, found {show(text, 40)}")
+    if not columns:
+        return row
+    # Columns that are not mapped are not read: one may happen to have a canonical name and mean something else.
+    if missing := [name for name in columns.values() if name not in row]:
+        raise RowError(f"no column {', '.join(show(name, 40) for name in missing)}")
+    mapped = {canonical: row[name] for canonical, name in columns.items()}
+    # Images are the exception: without them the row would be trained on as text that speaks of what is not there.
+    images = {name: row[name] for name in IMAGE_COLUMNS if name in row and columns.keys().isdisjoint(IMAGE_COLUMNS)}
+    return {**mapped, **images}
+
+
+def prompt_of(parsed: Chat | Pair | PlainText) -> Chat | Pair:
     """A row without its own answer, for another model to answer.
 
     A conversation ends before its last assistant message, or before its completion; one that ends with the user stays
@@ -119,7 +137,7 @@ def prompt_of(parsed: Chat | Pair | Plain) -> Chat | Pair:
     Raises:
         RowError: plain text, or nothing is left.
     """
-    if isinstance(parsed, Plain):
+    if isinstance(parsed, PlainText):
         raise RowError("plain text has no prompt that a teacher could answer: give messages, or a prompt column")
     if isinstance(parsed, Pair):
         return Pair(parsed.prompt)
@@ -140,7 +158,9 @@ def _prompt_row(row: Mapping[str, Any]) -> Chat | Pair:
         if completion is None:
             return Pair(_nonempty(prompt, "prompt"))
         if not isinstance(completion, str):
-            raise RowError(f"prompt is text, but completion is {_kind(completion)}: both must be text or both messages")
+            raise RowError(
+                f"prompt is text, but completion is {type_name(completion)}: both must be text or both messages"
+            )
         return Pair(_nonempty(prompt, "prompt"), _nonempty(completion, "completion"))
     messages = _messages(prompt, "prompt")
     if completion is None:
@@ -157,7 +177,7 @@ def _prompt_row(row: Mapping[str, Any]) -> Chat | Pair:
 
 def _messages(value: Any, column: str) -> list[dict[str, Any]]:
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise RowError(f"{column} must be a list of messages, not {_kind(value)}")
+        raise RowError(f"{column} must be a list of messages, not {type_name(value)}")
     if not value:
         raise RowError(f"{column} is empty")
     return [_message(message, f"{column}[{i}]") for i, message in enumerate(value)]
@@ -165,19 +185,19 @@ def _messages(value: Any, column: str) -> list[dict[str, Any]]:
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise RowError(f"{where} must be a message with role and content, not {_kind(message)}")
+        raise RowError(f"{where} must be a message with role and content, not {type_name(message)}")
     # Arrow fills the keys that other rows have with null; templates take a null for a value.
     kept = {key: value for key, value in message.items() if value is not None}
     role = kept.get("role")
     if role not in ROLES:
         problem = "no role" if role is None else f"the unknown role {show(role, 40)}"
         raise RowError(f"{where} has {problem} (known: {', '.join(ROLES)})")
-    speaks_otherwise = role == "assistant" and (kept.get("tool_calls") or kept.get("reasoning_content"))
-    if "content" not in kept and not speaks_otherwise:
+    acts = role == "assistant" and (kept.get("tool_calls") or kept.get("reasoning_content"))
+    if "content" not in kept and not acts:
         raise RowError(f"{where} has no content")
     content = _content(kept.get("content", ""), where)
     empty = isinstance(content, str) and not content.strip()
-    if role in ("user", "assistant") and empty and not speaks_otherwise:
+    if role in ("user", "assistant") and empty and not acts:
         raise RowError(f"{where} is an empty {role} message")
     return {**kept, "content": content}
 
@@ -187,7 +207,7 @@ def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return _unicode(content, where)
     if not isinstance(content, Sequence):
-        raise RowError(f"{where}.content must be text or a list of parts, not {_kind(content)}")
+        raise RowError(f"{where}.content must be text or a list of parts, not {type_name(content)}")
     parts = []
     for part in content:
         if (image := image_part(part, where)) is not None:
@@ -195,14 +215,14 @@ def _content(content: Any, where: str) -> str | list[dict[str, Any]]:
             continue
         text = part.get("text") if isinstance(part, Mapping) else part
         if not isinstance(text, str):
-            raise RowError(f"{where}.content has a part that is {_kind(text)}, not text")
+            raise RowError(f"{where}.content has a part that is {type_name(text)}, not text")
         parts.append({"type": "text", "text": _unicode(text, where)})
     return merge_parts(parts)
 
 
 def _from_sharegpt(turns: Any) -> Any:
     if not isinstance(turns, Sequence) or isinstance(turns, (str, bytes)):
-        return turns  # _messages names the type
+        return turns  # refused by _messages, with its type
     messages = []
     for i, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or "from" not in turn:
@@ -226,7 +246,7 @@ def _tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     if not tools:
         return None
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowError(f"tools must be a list of JSON schemas, not {_kind(tools)}")
+        raise RowError(f"tools must be a list of JSON schemas, not {type_name(tools)}")
     return [dict(tool) for tool in tools]
 
 
@@ -238,7 +258,7 @@ def _checked(chat: Chat) -> Chat:
 
 def _nonempty(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise RowError(f"{column} must be text, not {_kind(value)}")
+        raise RowError(f"{column} must be text, not {type_name(value)}")
     if not value.strip():
         raise RowError(f"{column} is empty")
     return _unicode(value, column)

@@ -1,14 +1,8 @@
-"""What all of `data` says about rows: the error of a row, and words for its values."""
+"""Values of rows as messages show them."""
 
 from __future__ import annotations
 
 from typing import Any
-
-from kdtrain.errors import DataError
-
-
-class RowError(DataError):
-    """One row that cannot be trained on; the message is the reason, without the place."""
 
 
 def show(value: object, limit: int = 160) -> str:
@@ -19,7 +13,7 @@ def show(value: object, limit: int = 160) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def kind(value: Any) -> str:
+def type_name(value: Any) -> str:
     """The type of a value, in the words of someone who writes JSON."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", dict: "a mapping"}
     return names.get(type(value), "a list" if isinstance(value, (list, tuple)) else type(value).__name__)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import difflib
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -20,9 +19,12 @@ from typing import Any
 import datasets
 
 from kdtrain.data.files import RawRow, is_array, read_array, read_csv, read_lines
+from kdtrain.data.images import is_pil, png
 from kdtrain.data.parts import VIDEO_COLUMNS
-from kdtrain.data.rows import IMAGE_COLUMNS, KNOWN_COLUMNS, ROW_COLUMNS, show
+from kdtrain.data.rows import IMAGE_COLUMNS, KNOWN_COLUMNS, ROW_COLUMNS
+from kdtrain.data.show import show
 from kdtrain.errors import DataError
+from kdtrain.model_folder import is_hub_id
 
 _LINES = (".jsonl", ".ndjson")
 _CSV = {".csv": ",", ".tsv": "\t"}
@@ -32,7 +34,6 @@ _UNSAFE = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".py")
 _FORMATS = ".json, .jsonl (also .gz), .parquet, .csv, .tsv, .arrow, a folder of these, or a saved Arrow data set"
 _MEDIA = (datasets.Image, datasets.Audio, datasets.Video)
 ANSWERS = ("data", "teacher")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,10 @@ class Source:
 
     Attributes:
         path: absolute local path (file or folder), or the id of a data set on the hub.
-        name: configuration name, hub only.
-        split: split name.
+        name, split: configuration (hub only) and split.
         columns: canonical column -> column in the file, such as {"prompt": "question"}; all others are then ignored.
         limit: only the first n rows.
-        weight: how many times each row appears per epoch; 2.5 is twice and a seeded random half once more
-            (see `Epochs`).
+        weight: how many times each row appears per epoch, see `kdtrain.data.epochs`.
         ce: False: the rows contribute no cross-entropy, the teacher alone supervises.
         answers: `data`: the rows' own answers; `teacher`: they are left out, for the teacher to write.
         rows: the rows themselves, a `datasets.Dataset` or a sequence; `path` is then their name in messages.
@@ -182,10 +181,8 @@ def _undecoded(feature: Any) -> Any:
 
 def _portable(value: object) -> dict[str, str]:
     """Bytes travel as base64; dates and the like become something that is no text, which is refused with its type."""
-    if type(value).__module__.startswith("PIL."):
-        file = io.BytesIO()
-        value.save(file, "PNG")  # type: ignore[attr-defined]
-        value = file.getvalue()
+    if is_pil(value):
+        value = png(value)
     if isinstance(value, bytes):
         return {"base64": base64.b64encode(value).decode("ascii")}
     return {"unsupported": type(value).__name__}
@@ -212,7 +209,7 @@ def _hub(source: Source) -> Iterator[RawRow]:
     path = Path(source.path)
     file_like = path.suffix in (".gz", *_SUFFIXES, *_UNSAFE)
     looks_local = path.is_absolute() or source.path.startswith((".", "~")) or file_like
-    if looks_local or not _HUB_ID.fullmatch(source.path):
+    if looks_local or not is_hub_id(source.path):
         siblings = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"no such file or folder: {show(source.path, 400)}{_suggestion(path.name, siblings)}")
 

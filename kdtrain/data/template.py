@@ -14,20 +14,20 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from kdtrain.data.chat import ChatTemplate, Rendered
+from kdtrain.data.errors import RowError
 from kdtrain.data.images import Image
-from kdtrain.data.multimodal import Multimodal, image_content, multimodal
+from kdtrain.data.multimodal import Multimodal, multimodal
 from kdtrain.data.parts import texts_of
-from kdtrain.data.rows import Chat, Pair, Plain, RowError, parse_row, prompt_of
+from kdtrain.data.rows import Chat, Pair, PlainText, parse_row, prompt_of
 from kdtrain.data.show import show
 from kdtrain.data.tokens import Tokens
 from kdtrain.errors import DataError
+from kdtrain.losses.reduce import IGNORE_INDEX
 
 TRAIN_ON = ("assistant", "last", "all")
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class EncodedRow:
 
     @property
     def supervised(self) -> int:
-        return len(self.labels) - self.labels.count(IGNORE)
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
 def encode_row(
@@ -64,7 +64,7 @@ def encode_row(
     chat_template: str | None = None,
     folder: str | None = None,
 ) -> EncodedRow:
-    """Encodes one row, of any of the kinds in `kdtrain.data.rows`.
+    """Encodes one row, of any of the kinds in `kdtrain.data.rows`. For many rows keep a `RowEncoder`.
 
     Args:
         row: `messages`, `conversations`, `prompt` (with `completion`) or `text`; conversations also with images.
@@ -79,18 +79,10 @@ def encode_row(
         RowError: the row cannot be trained on.
         DataError: the tokenizer, its chat template or the processor cannot serve any row.
     """
-    own = json.dumps([getattr(processing_class, "chat_template", None), image_content(processing_class)])
-    encoder = _encoder(processing_class, train_on, chat_template, own)
-    encoded = encoder.encode([row], [folder or os.getcwd()])[0]
+    encoded = RowEncoder(processing_class, train_on, chat_template).encode([row], [folder or os.getcwd()])[0]
     if isinstance(encoded, RowError):
         raise encoded
     return encoded
-
-
-@lru_cache(maxsize=4)
-def _encoder(processing_class: Any, train_on: str, chat_template: str | None, own: str) -> RowEncoder:
-    """Preparing an encoder renders a few probes. `own` makes changed settings miss the cache."""
-    return RowEncoder(processing_class, train_on, chat_template)
 
 
 class RowEncoder:
@@ -110,7 +102,20 @@ class RowEncoder:
         self.chat_template = chat_template
         self.multimodal: Multimodal | None = multimodal(processing_class)
         self._templates: dict[bool, ChatTemplate] = {}
-        self._bos = self._default_bos()
+        self._bos: list[int] = []
+        self._settings = ""
+        self._follow_tokenizer()
+
+    def _follow_tokenizer(self) -> None:
+        """Reads the tokenizer again if it was changed: a trainer may set its template, special or added tokens.
+
+        Templates are prepared by rendering probes, which is too slow to be done for every batch.
+        """
+        tokenizer = self.tokenizer
+        templates = [self.processing_class.chat_template, tokenizer.chat_template]
+        settings = json.dumps([templates, tokenizer.special_tokens_map, len(tokenizer)], default=str)
+        if settings != self._settings:
+            self._settings, self._templates, self._bos = settings, {}, self._default_bos()
 
     def template(self, tools: bool = False) -> ChatTemplate:
         """The chat template of rows with or without tools; DataError when the tokenizer has none."""
@@ -130,6 +135,7 @@ class RowEncoder:
             folders: per row, what the paths of its images are relative to.
             teacher_answers: per row, whether its own answer is left out, see `kdtrain.data.rows.prompt_of`.
         """
+        self._follow_tokenizer()
         results: list[EncodedRow | RowError | None] = [None] * len(rows)
         chats: list[tuple[int, ChatTemplate, Rendered]] = []
         for i, row in enumerate(rows):
@@ -137,8 +143,8 @@ class RowEncoder:
                 parsed = parse_row(row, folders[i] if folders else None)
                 if teacher_answers and teacher_answers[i]:
                     parsed = prompt_of(parsed)
-                if isinstance(parsed, Plain):
-                    results[i] = self._verified(self._encode_plain(parsed))
+                if isinstance(parsed, PlainText):
+                    results[i] = self._verified(self._encode_text(parsed))
                 elif isinstance(parsed, Pair):
                     results[i] = self._verified(self._encode_pair(parsed))
                 elif parsed.images:
@@ -148,7 +154,7 @@ class RowEncoder:
                     chats.append((i, template, template.render(parsed, self.train_on)))
             except RowError as error:
                 results[i] = error
-        # Conversations go to the tokenizer together: one call per row costs more than the tokenising itself.
+        # Conversations go to the tokenizer together: a call per row costs more than the tokenising itself.
         for (i, template, rendered), tokens in zip(chats, self._tokenize([c[2].text for c in chats]), strict=True):
             try:
                 results[i] = self._verified(self._mask(rendered, tokens, template))
@@ -169,7 +175,9 @@ class RowEncoder:
         model.refuse_text([text for message in chat.messages for text in texts_of(message["content"])])
         template = self.template(chat.tools is not None)
         rendered = template.render(chat, self.train_on)
-        expanded, ids, behind = model.expand(rendered, chat.images)
+        expanded, ids, after_images = model.expand(rendered, chat.images)
+        # The processor gives ids without offsets. The same text tokenised here gives both, and the same ids, unless
+        # the processor does more to the text than it hands to its tokenizer.
         tokens = self._tokenize([expanded.text])[0]
         if tokens.ids != ids:
             raise DataError(
@@ -177,9 +185,11 @@ class RowEncoder:
                 f"gives the same text {len(tokens.ids)} others, so the assistant's tokens cannot be told from the rest"
             )
         row = self._mask(expanded, tokens, template)
-        # An image token is never written by the model, whatever train_on says.
-        labels = [IGNORE if label in model.image_ids else label for label in row.labels]
-        end = max(tokens.first_from(behind), model.images_end(ids))
+        # `train_on: all` supervises the user's turns, too, but image tokens are never written by the model.
+        labels = [IGNORE_INDEX if label in model.image_ids else label for label in row.labels]
+        # Some families end an image with tokens that are no image ids (line breaks, an end marker): they reach as far
+        # as the text after the last image.
+        end = max(tokens.first_from(after_images), model.images_end(ids))
         return replace(row, labels=labels, text=rendered.text, images=chat.images, images_end=end)
 
     def _tokenize(self, texts: list[str]) -> list[Tokens]:
@@ -207,9 +217,9 @@ class RowEncoder:
         eos = self.tokenizer.eos_token_id
         return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
-    def _encode_plain(self, plain: Plain) -> EncodedRow:
-        ids = self._with_eos(self._bos + self._ids(plain.text))
-        return EncodedRow(ids, [IGNORE, *ids[1:]], 0, kind="text")
+    def _encode_text(self, parsed: PlainText) -> EncodedRow:
+        ids = self._with_eos(self._bos + self._ids(parsed.text))
+        return EncodedRow(ids, [IGNORE_INDEX, *ids[1:]], 0, kind="text")
 
     def _encode_pair(self, pair: Pair) -> EncodedRow:
         """Prompt and completion as text. The prompt's ids are those of the prompt alone: what generation starts from.
@@ -221,31 +231,32 @@ class RowEncoder:
         prompt = self._ids(pair.prompt)
         if pair.completion is None:
             ids = self._bos + prompt
-            return EncodedRow(ids, [IGNORE] * len(ids), len(ids), kind="completion", prompt_only=True)
+            return EncodedRow(ids, [IGNORE_INDEX] * len(ids), len(ids), kind="completion", prompt_only=True)
         joint = self._ids(pair.prompt + pair.completion)
         if joint[: len(prompt)] != prompt:
             joint = prompt + self._ids(pair.completion)
         ids, start = self._with_eos(self._bos + joint), len(self._bos) + len(prompt)
         first = 1 if self.train_on == "all" else max(start, 1)
         unterminated = self.tokenizer.eos_token_id is None
-        labels = [IGNORE] * first + ids[first:]
+        labels = [IGNORE_INDEX] * first + ids[first:]
         return EncodedRow(ids, labels, start, "completion", turn_starts=(start,), unterminated=unterminated)
 
     def _mask(self, rendered: Rendered, tokens: Tokens, template: ChatTemplate) -> EncodedRow:
         ids = tokens.ids
         if rendered.prompt_end is None:
-            return EncodedRow(ids, [IGNORE] * len(ids), len(ids), prompt_only=True)
-        labels = [IGNORE] * len(ids)
+            return EncodedRow(ids, [IGNORE_INDEX] * len(ids), len(ids), prompt_only=True)
+        labels = [IGNORE_INDEX] * len(ids)
         starts, extended, unterminated = [], False, False
         for start_char, end_char in rendered.turns:
             start, end = tokens.first_from(start_char), tokens.first_from(end_char)
             end, grew, stops = tokens.stop_at(start, end, template.stop_ids, template.added_ids)
             labels[start:end] = ids[start:end]
+            # Of a token that straddles the edge: generation starts before it, supervision after it.
             starts.append(tokens.complete_before(start_char))
             extended, unterminated = extended or grew, unterminated or not stops
         if self.train_on == "all":
             labels, extended = list(ids), False
-        labels[:1] = [IGNORE]
+        labels[:1] = [IGNORE_INDEX]
         prompt_length = tokens.complete_before(rendered.prompt_end)
         return EncodedRow(ids, labels, prompt_length, "chat", False, tuple(starts), extended, unterminated)
 
@@ -257,21 +268,3 @@ class RowEncoder:
         if self.multimodal is not None and not row.images:
             self.multimodal.refuse_ids(row.input_ids)
         return row
-
-
-def truncate(row: EncodedRow, max_length: int) -> EncodedRow | None:
-    """Cuts from the right: the system prompt stays, and no end token is made up for an answer without its end.
-
-    The prompt to generate from becomes that of the last turn whose prompt still fits; there is none (0) if no turn's
-    does. Returns None when nothing is left to train on or generate from, or a part of an image would be cut off.
-    """
-    if len(row.input_ids) <= max_length:
-        return row
-    labels = row.labels[:max_length]
-    if row.prompt_only or labels.count(IGNORE) == max_length or row.images_end > max_length:
-        return None
-    # All images of the row reach the model, so that a prompt to generate from needs all of their tokens.
-    fitting = [start for start in row.turn_starts if row.images_end <= start < max_length]
-    return replace(
-        row, input_ids=row.input_ids[:max_length], labels=labels, prompt_length=fitting[-1] if fitting else 0
-    )

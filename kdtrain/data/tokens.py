@@ -34,7 +34,7 @@ class Tokens:
     def stop_at(
         self, start: int, end: int, stop_ids: frozenset[int], added_ids: frozenset[int]
     ) -> tuple[int, bool, bool]:
-        """Where supervision of the tokens `start:end` ends: right behind the one that ends the turn.
+        """Where supervision of the tokens `start:end` ends: right after the one that ends the turn.
 
         Args:
             start, end: the assistant's turn as the template marks it.
@@ -42,7 +42,7 @@ class Tokens:
             added_ids: the added vocabulary, which every stop token of a chat template belongs to.
 
         Returns:
-            The end, whether a stop token behind the span was added, whether there is a stop token at all. White space
+            The end, whether a stop token after the span was added, whether there is a stop token at all. White space
             after the stop token is left out: the model has stopped by then. Without one, the span stays as it is.
         """
         last = end - 1

@@ -6,15 +6,17 @@ What the first axis counts is the family's choice: images (LLaVA, Gemma3), crops
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from kdtrain.batch import Batch, TeacherImages
 from kdtrain.data.multimodal import Multimodal, Processed
 from kdtrain.errors import DataError
 
-# Tensors that say which pixels are real: with one of them, images of different sizes may be padded with zeros.
+# Tensors that say which pixels are real: with one of them, images of different sizes can be padded with zeros.
 _SIZES = ("pixel_attention_mask", "image_sizes")
 # Of families whose first axis counts rows: an entry of zeros says in these that a row has no image.
 _TELLING = ("pixel_attention_mask", "batch_num_images")
@@ -54,6 +56,8 @@ def _stack(
     for part in real:
         _check_padding(name, part, shape, names)
     empty = 0
+    # Where axis 0 counts images or patches, a row without images owns none. Where it counts rows, it must have an
+    # entry: zeros, which the model takes for no image only if the pixel mask or the number of images says so.
     if len(real) < len(parts) and name in model.by_row:
         if name not in (*_TELLING, "pixel_values") or not names & set(_TELLING):
             raise DataError(
@@ -66,7 +70,11 @@ def _stack(
 
 
 def _check_padding(name: str, part: torch.Tensor, shape: list[int], names: set[str]) -> None:
-    """Zeros are harmless as further crops of an image (axis 1), and as pixels where another tensor tells them apart."""
+    """Raises DataError where padding a row's tensor to `shape` with zeros would change what the model sees.
+
+    It would not along axis 1 of a tensor of crops, where zeros are one more crop that no token stands for; nor along
+    the two axes of pixels, where another tensor says how many are real.
+    """
     differing = [axis for axis, size in enumerate(shape, start=1) if part.shape[axis] != size]
     crops = part.dim() >= 5 or name == "pixel_attention_mask"
     pixels = part.dim() >= 3 and bool(names & set(_SIZES))
@@ -108,50 +116,61 @@ def pad_token_tensors(
         for i, (length, row) in enumerate(rows):
             if row is not None:
                 own = row.token_tensors[name][0, :length]
-                tensors[name][i, : len(own)] = own  # a generated answer is behind it, which is text
+                tensors[name][i, : len(own)] = own  # a generated answer follows it: text, which has zeros
     return tensors
 
 
-def cut_rows(batch: dict[str, Any], kept: int) -> dict[str, Any]:
-    """The first `kept` of the B rows of a collated batch: tensors, lists, and what the rows own of visual tensors.
+def cut_rows(batch: Batch, kept: int) -> Batch:
+    """The first `kept` of the B rows of a batch: tensors, lists, and what the rows own of visual tensors.
 
     A batch whose remaining rows have no image has no visual tensors.
 
     Raises:
         DataError: a tensor of another collator, without `visual_sizes`, whose first axis is not the rows.
     """
-    rows = len(batch["input_ids"])
-    if kept >= rows:
+    count = len(batch)
+    if kept >= count:
         return batch
-    owned = batch.get("visual_sizes", {})
-    cut = {}
-    for key, value in batch.items():
-        if key in owned or isinstance(value, dict):
-            continue
-        if isinstance(value, torch.Tensor) and value.dim() and len(value) != rows:
+
+    def cut(name: str, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.dim() and len(value) != count:
             raise DataError(
                 f"the last batch of an epoch has repeated rows to leave out, and it is not known which entries of "
-                f"{key} {tuple(value.shape)} belong to them. Let the collator say so in `visual_sizes` (see Collator), "
+                f"{name} {tuple(value.shape)} belong to them. Let the collator say so in `visual_sizes` (see Batch), "
                 "or set training.dataloader_drop_last: true"
             )
-        cut[key] = value[:kept] if isinstance(value, torch.Tensor | list) and len(value) == rows else value
-    visual, sizes = _cut_visual(batch, owned, kept)
-    if not visual:
-        return cut
-    cut |= {**visual, "visual_sizes": sizes}
-    if "teacher_inputs" in batch:
-        inputs = batch["teacher_inputs"]
-        owned = batch["teacher_visual_sizes"]
-        teacher, sizes = _cut_visual(inputs, owned, kept)
-        teacher |= {name: value[:kept] for name, value in inputs.items() if name not in owned}
-        cut |= {"teacher_inputs": teacher, "teacher_visual_sizes": sizes}
-    return cut
+        return value[:kept] if isinstance(value, torch.Tensor | list) and len(value) == count else value
+
+    visual, sizes = _cut_visual(batch.model_inputs, batch.visual_sizes, kept)
+    by_row = {name: cut(name, value) for name, value in batch.model_inputs.items() if name not in batch.visual_sizes}
+    teacher = batch.teacher_images
+    if teacher is not None:
+        inputs, teacher_sizes = _cut_visual(teacher.inputs, teacher.sizes, kept)
+        inputs |= {name: cut(name, value) for name, value in teacher.inputs.items() if name not in teacher.sizes}
+        teacher = TeacherImages(inputs=inputs, sizes=teacher_sizes) if visual else None
+    rows = batch.rows
+    return replace(
+        batch,
+        model_inputs=by_row | visual,
+        labels=batch.labels[:kept],
+        rows=replace(
+            rows,
+            ids=rows.ids[:kept],
+            prompt_lengths=None if rows.prompt_lengths is None else rows.prompt_lengths[:kept],
+            prompts=None if rows.prompts is None else (rows.prompts[0][:kept], rows.prompts[1][:kept]),
+            ce=None if rows.ce is None else rows.ce[:kept],
+            truncated=rows.truncated[:kept],
+            places=None if rows.places is None else rows.places[:kept],
+        ),
+        visual_sizes=sizes,
+        teacher_images=teacher,
+    )
 
 
 def _cut_visual(
-    batch: dict[str, Any], owned: dict[str, list[int]], kept: int
-) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
-    visual = {name: batch[name][: sum(sizes[:kept])] for name, sizes in owned.items()}
+    inputs: Mapping[str, torch.Tensor], owned: Mapping[str, Sequence[int]], kept: int
+) -> tuple[dict[str, torch.Tensor], dict[str, Sequence[int]]]:
+    visual = {name: inputs[name][: sum(sizes[:kept])] for name, sizes in owned.items()}
     by_image = [sizes for sizes in owned.values() if 0 in sizes]
     telling = [name for name in owned if name in _TELLING]
     if any(not sum(sizes[:kept]) for sizes in by_image) or (telling and not visual[telling[0]].any()):

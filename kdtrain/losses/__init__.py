@@ -1,10 +1,21 @@
-"""Distillation losses. Each takes plain tensors and can be used without the trainer."""
+"""Distillation losses. Each takes plain tensors and can be used without the trainer.
 
-from kdtrain.losses.dense import dense_distillation_loss
-from kdtrain.losses.divergence import Divergence, generalized_jsd
-from kdtrain.losses.fused import fused_distillation_loss
-from kdtrain.losses.reduce import FusedLoss
-from kdtrain.losses.topk import TopKLogprobs, topk_divergence
+They are imported when they are first asked for, so that `kinds` can be read without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from kdtrain.losses.kinds import Divergence
+
+if TYPE_CHECKING:
+    from kdtrain.losses.dense import dense_distillation_loss
+    from kdtrain.losses.divergence import generalized_jsd
+    from kdtrain.losses.fused import fused_distillation_loss
+    from kdtrain.losses.reduce import FusedLoss
+    from kdtrain.losses.topk import TopKLogprobs, topk_divergence
 
 __all__ = [
     "Divergence",
@@ -15,3 +26,18 @@ __all__ = [
     "generalized_jsd",
     "topk_divergence",
 ]
+
+_MODULES = {
+    "FusedLoss": "reduce",
+    "TopKLogprobs": "topk",
+    "dense_distillation_loss": "dense",
+    "fused_distillation_loss": "fused",
+    "generalized_jsd": "divergence",
+    "topk_divergence": "topk",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from kdtrain.losses.divergence import Divergence, entropy, generalized_jsd
+from kdtrain.losses.divergence import entropy, generalized_jsd
+from kdtrain.losses.kinds import Divergence
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, normaliser
 
 

@@ -9,11 +9,11 @@ the definition; `tile.py` has the same values with their gradients in closed for
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 
-Divergence = Literal["jsd", "jsd_scaled", "mixed_kl"]
+from kdtrain.losses.kinds import Divergence
 
 # Below this |log p − log q| the closed form p·d − p + q loses digits to cancellation and a series takes over, which at
 # the edge leaves out less than 1e-7 of the value.

@@ -142,26 +142,22 @@ class HalfGradients:
             self.gradient = workspace.take("gradient", *shape, self.weight.dtype, self.weight.device)
         narrow = self.gradient[self.filled : self.filled + size].copy_(gradient_CV)
         if self.grad_hidden is not None:
-            out = self.grad_hidden[chunk]  # its numbers do not matter: beta is 0
+            out = self.grad_hidden[chunk]  # a view of uninitialised memory; with beta = 0 it is written and not read
             torch.addmm(out, narrow, self.weight, beta=0, alpha=self.scale, out=out)
         if self.wants_weight:
             self.first = chunk.start if self.filled == 0 else self.first
             self.filled += size
 
-    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both gradients; empty where they were not wanted."""
+    def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Both gradients; None where they were not wanted."""
         self._flush()
-        empty = self.hidden.new_zeros(0)
-        return (
-            empty if self.grad_hidden is None else self.grad_hidden,
-            empty if self.grad_weight is None else self.grad_weight,
-        )
+        return self.grad_hidden, self.grad_weight
 
     def _flush(self) -> None:
         if not self.filled or self.gradient is None:
             return
         tokens = slice(self.first, self.first + self.filled)
-        product = torch.empty_like(self.weight)
+        product = torch.empty_like(self.weight)  # written and not read, as above
         gradient = self.gradient[: self.filled].t()
         torch.addmm(product, gradient, self.hidden[tokens], beta=0, alpha=self.scale, out=product)
         self.filled = 0

@@ -5,7 +5,7 @@ Shapes: C tokens, H hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,6 +20,12 @@ class Head:
     bias: torch.Tensor | None
     logit_scale: float
     softcap: float | None
+
+    def first_columns(self, count: int) -> Head:
+        """The head over the first tokens of the vocabulary only; the same object where that is all of them."""
+        if count == len(self.weight):
+            return self
+        return replace(self, weight=self.weight[:count], bias=None if self.bias is None else self.bias[:count])
 
     def masks_columns(self) -> bool:
         """Whether some logits are always −inf, which the tile's arithmetic does not know."""
@@ -36,8 +42,8 @@ class Head:
             out.div_(self.softcap).tanh_().mul_(self.softcap)
         return out
 
-    def plain_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The same through autograd."""
+    def differentiable_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same for any head, in operations that autograd knows."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         out = hidden.to(dtype) @ self.weight.to(dtype).t()
         out = (out if self.bias is None else out + self.bias) * self.logit_scale

@@ -8,7 +8,6 @@ means would: https://github.com/huggingface/trl/issues/4719.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,19 +55,6 @@ def next_token_labels(labels_BT: torch.Tensor) -> torch.Tensor:
     By slicing, not by rolling: a roll would let the last position predict the first token.
     """
     return labels_BT[:, 1:]
-
-
-def count_supervised(labels_BT: torch.Tensor) -> torch.Tensor:
-    """Number of supervised tokens, a scalar int64 tensor: labels other than −100, without the first of each row."""
-    return (next_token_labels(labels_BT) != IGNORE_INDEX).sum()
-
-
-def count_supervised_in(batches: Iterable[Mapping[str, torch.Tensor]], device: torch.device) -> torch.Tensor:
-    """Supervised tokens over several micro-batches of one rank, a scalar int64 tensor on `device`."""
-    total = torch.zeros((), dtype=torch.int64, device=device)
-    for batch in batches:
-        total += count_supervised(batch["labels"]).to(device)
-    return total
 
 
 def normaliser(num_items: torch.Tensor | int | None, local_tokens: torch.Tensor) -> torch.Tensor:

@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kdtrain.losses.divergence import Divergence, entropy, generalized_jsd
-from kdtrain.losses.topk import Tail, TopKLogprobs, known_columns, teacher_tail
+from kdtrain.losses.divergence import entropy, generalized_jsd
+from kdtrain.losses.kinds import Divergence, Tail
+from kdtrain.losses.topk import TopKLogprobs, known_columns, teacher_tail
 from kdtrain.losses.workspace import workspace
 
 # Below the smallest normal float32 a probability is taken for this one where it is divided by.
@@ -43,6 +44,7 @@ class TileOptions:
     beta: float
     temperature: float
     divergence: Divergence
+    tail: Tail
 
     def scaled(self, factor: float) -> TileOptions:
         """With both weights, and so the gradient, times a factor; the sums do not know the weights."""
@@ -119,16 +121,17 @@ def tile_terms(
     p, q, work = scratch.p, scratch.q, scratch.work
     largest = student.amax(-1, keepdim=True)
     torch.softmax(student, -1, out=p)
+    # The largest probability is exp(max z − log Z): so log Z without a second pass of exponentials.
     p_largest = p.amax(-1, keepdim=True)
     log_z = largest - p_largest.log()
-    at_label = student.gather(1, labels[:, None])
+    at_label = student.gather(1, labels[:, None])  # read before the gradient is written over the logits
     ce = log_z - at_label
     sums = TileSums(
         kd=None,
         ce=ce.sum() if ce_rows is None else (ce * ce_rows[:, None]).sum(),
         correct=(at_label == largest).sum(),
         agree=None,
-        student_entropy=(log_z - _dot(p, student, work)).sum(),
+        student_entropy=(log_z - _dot(p, student, work)).sum(),  # −Σ p·(z − log Z)
         teacher_entropy=None,
     )
     coefficient = _ce_coefficient(ce_rows, options)
@@ -165,6 +168,7 @@ def _tempered(
     """The divergence at another temperature, where the cross-entropy has probabilities and a gradient of its own."""
     p, q = scratch.p, scratch.q
     inverse = 1 / options.temperature
+    # Of the probabilities at temperature 1, which are about to be overwritten: a block of its own, added at the end.
     ce_gradient = None
     if with_gradient and options.ce_weight > 0:
         ce_gradient = torch.empty_like(p)
@@ -175,6 +179,7 @@ def _tempered(
     torch.softmax(teacher, -1, out=q)
     largest = [block.amax(-1, keepdim=True) for block in (teacher, student, q, p)]
     ratio = _log_z_ratio(*largest)
+    # The divergence gives its gradient with respect to z/temperature; with respect to z it is 1/temperature of that.
     softened = replace(options, kd_weight=options.kd_weight * inverse, ce_weight=0.0, temperature=1.0)
     kd = _divergence(student, teacher, ratio, labels, 0.0, softened, scratch, with_gradient)
     if ce_gradient is not None:
@@ -194,11 +199,12 @@ def _divergence(
 ) -> torch.Tensor:
     """Σ divergence of a block; the gradient of divergence and cross-entropy over `student`. p and q are in scratch."""
     p, q, work = scratch.p, scratch.q, scratch.work
-    # log(q/p), logits subtracted from logits first: exact where the models nearly agree.
+    # log(q/p), logits subtracted from logits first: exact where the models nearly agree. It takes the place of the
+    # student's logits, which nobody needs any more, and the gradient will take its place.
     log_qp = torch.sub(teacher, student, out=student).sub_(log_z_ratio)
     if options.mixture_weight:
         return _mixture(p, q, log_qp, work, labels, ce_coefficient, options, with_gradient)
-    value = torch.zeros_like(log_z_ratio)
+    value = torch.zeros_like(log_z_ratio)  # [R, 1]
     reverse_kl = None
     if options.forward_weight:
         value += options.forward_weight * _dot(q, log_qp, work)
@@ -240,7 +246,7 @@ def _mixture(
     if a is p:
         log_mp = log_ma
         log_qm = log_qp.sub_(log_ma).clamp_(max=-math.log(weight))
-        teacher_kl = _dot(q, log_qm, q)
+        teacher_kl = _dot(q, log_qm, q)  # q is not needed any more, and takes the product
     else:
         log_mp = log_qp.add_(log_ma).clamp_(min=math.log(weight))
         teacher_kl = -_dot(q, log_ma, q)
@@ -305,7 +311,6 @@ def _not_negative(value: torch.Tensor) -> torch.Tensor:
 def topk_tile_terms(
     student: torch.Tensor,
     targets: TopKLogprobs,
-    tail: Tail,
     labels: torch.Tensor,
     ce_rows: torch.Tensor | None,
     options: TileOptions,
@@ -319,16 +324,17 @@ def topk_tile_terms(
     the common shift of the log-probabilities, so that Σ a = 0.
     """
     p, work = scratch.p, scratch.work
+    # Without a teacher: p is left in scratch, and the student's logits stay what they are.
     sums = tile_terms(student, None, labels, ce_rows, options, scratch, with_gradient=False)
     log_z = student.amax(-1, keepdim=True) + _log_sum(p)
-    missing = targets.indices < 0
+    missing = targets.indices < 0  # a row may name fewer than K tokens: the rest of it is −1, and takes no part
     ids = targets.indices.clamp(min=0)
     known = (student.gather(1, ids) - log_z).masked_fill(missing, -torch.inf)
     teacher = targets.logprobs.to(student.dtype)
     named = known_columns(targets, student.shape[1], student.device)
     # From the logits: the probabilities of a tail that the student finds impossible are 0 in float32.
     others = work.copy_(student).masked_fill_(named, -torch.inf)
-    if tail == "bucket":
+    if options.tail == "bucket":
         everything = named.all(-1, keepdim=True)
         known = torch.cat([known, others.logsumexp(-1, keepdim=True) - log_z], 1)
         teacher = torch.cat([teacher, teacher_tail(teacher, everything)], 1)
@@ -346,7 +352,8 @@ def topk_tile_terms(
         gradient = gradient * options.kd_weight
         count = ids.shape[1]
         at_known = torch.where(missing, 0.0, gradient[:, :count])
-        if tail == "bucket":
+        # Over the student's logits: first the tail, in its shares of p, then the known tokens, then the cross-entropy.
+        if options.tail == "bucket":
             in_tail = gradient[:, count:].masked_fill(everything, 0.0)
             torch.softmax(others, -1, out=student).masked_fill_(named, 0.0).mul_(in_tail)
         else:

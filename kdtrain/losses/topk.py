@@ -9,19 +9,16 @@ temperature, then compared by `generalized_jsd`: at K = V this is the divergence
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import torch
 
-from kdtrain.losses.divergence import Divergence, generalized_jsd
-
-Tail = Literal["bucket", "renormalize"]
+from kdtrain.losses.divergence import generalized_jsd
+from kdtrain.losses.kinds import Divergence, Tail
 
 # The tail of a teacher whose known probabilities add up to 1 within float32: a bucket of exactly 0 would make the
 # reverse KL infinite, although all that is known is that the tail is small.
 _SMALLEST_TAIL = 1e-8
-
-
 # Probabilities of one position may add up to this much more than 1 (rounding of whoever computed them); they are then
 # divided by their sum. In half precision the logarithms themselves are rounded by more.
 _EXCESS_MASS = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -149,9 +146,7 @@ def coarse_grain(student_logits: torch.Tensor, targets: TopKLogprobs, tail: Tail
     Returns:
         Two tensors [N, K] or [N, K + 1], float32; a missing entry is −inf on both sides.
     """
-    check_targets(targets, *student_logits.shape)
-    if tail not in ("bucket", "renormalize"):
-        raise ValueError(f"tail must be bucket or renormalize, got {tail!r}")
+    check_targets(targets, len(student_logits), student_logits.shape[-1], tail)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     logits = student_logits.to(dtype)
     teacher = targets.logprobs.to(device=logits.device, dtype=dtype)
@@ -186,8 +181,13 @@ def teacher_tail(logprobs: torch.Tensor, everything: torch.Tensor) -> torch.Tens
     return left.log().masked_fill(everything, -torch.inf)
 
 
-def check_targets(targets: TopKLogprobs, tokens: int, vocabulary: int) -> None:
-    """Raise `ValueError` for a wrong number of rows, or ids outside the vocabulary (looked at on a CPU only)."""
+def check_targets(targets: TopKLogprobs, tokens: int, vocabulary: int, tail: str) -> None:
+    """Raise `ValueError` for an unknown tail, a wrong number of rows, or ids outside the vocabulary.
+
+    Ids are looked at on a CPU only.
+    """
+    if tail not in get_args(Tail):
+        raise ValueError(f"tail must be {' or '.join(get_args(Tail))}, got {tail!r}")
     if len(targets.indices) != tokens:
         raise ValueError(f"{len(targets.indices)} rows of top-k targets for {tokens} supervised tokens")
     if targets.indices.device.type != "cpu":  # reading them would make the host wait for the device

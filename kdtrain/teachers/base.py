@@ -1,21 +1,27 @@
 """What the trainer expects of a teacher.
 
 Shapes: B rows, T positions, S supervised tokens, H hidden width, V vocabulary, K known tokens. Row i of a target is the
-distribution that predicts supervised token i: positions are selected by the mask that selects the student's, so both
-sides use identical indices.
+distribution that predicts supervised token i of the batch, in the order of `Batch.labels_S`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from kdtrain.losses.head import Head
 from kdtrain.losses.topk import TopKLogprobs
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from kdtrain.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -29,35 +35,66 @@ class DenseTargets:
     def logits(self) -> torch.Tensor:
         """[S, V], float32."""
         with torch.no_grad():
-            return self.head.plain_logits(self.hidden)
+            return self.head.differentiable_logits(self.hidden)
 
 
-Targets: TypeAlias = "DenseTargets | TopKLogprobs | torch.Tensor"
-"""A teacher's answer for S tokens; a plain tensor is logits [S, V]."""
+@dataclass(frozen=True)
+class Targets:
+    """A teacher's answer for a batch."""
+
+    scores: DenseTargets | TopKLogprobs | torch.Tensor
+    """One distribution at temperature 1 for each token that is covered; a plain tensor is logits [S, V]."""
+    covered_S: torch.Tensor | None = None
+    """[S] bool: the batch's supervised tokens that the distributions are for; None is all of them. The others have
+    cross-entropy only, and count in D like all."""
 
 
-@runtime_checkable
-class Teacher(Protocol):
-    """Turns a batch into targets for its supervised positions.
+class Teacher(ABC):
+    """Turns batches into targets for their supervised tokens.
 
-    A protocol and not a base class: a teacher may be a module in this process, a server or a file, and shares no state
-    with the others.
+    A teacher of your own implements `targets` and sets `vocab_size`; the rest has defaults.
     """
-
-    module: nn.Module | None
-    """The model, where there is one in this process: the trainer places it, and hooks and generation use it."""
 
     vocab_size: int
     """Logit columns, padding included."""
+    module: nn.Module | None = None
+    """The transformers model, where there is one in this process: it is what writes answers and has features."""
 
-    def targets(self, inputs: Mapping[str, Any], predicts_BT: torch.Tensor) -> Targets:
-        """Targets at temperature 1 for the positions where `predicts_BT` is true.
+    @property
+    def can_generate(self) -> bool:
+        """Whether it can write answers (`seq_kd`, `answers: teacher`)."""
+        return self.module is not None
+
+    @property
+    def has_features(self) -> bool:
+        """Whether `targets` runs a model whose features can be captured (visual KD)."""
+        return self.module is not None
+
+    def place(self, accelerator: Accelerator) -> None:  # noqa: B027 - not every teacher has to
+        """Go where it will run; called once, when the trainer is built."""
+
+    def prepare(self, window: Sequence[Batch]) -> None:  # noqa: B027
+        """Called once per optimizer window, before its first batch: the time to send requests or to read ahead.
 
         Args:
-            inputs: what the student's forward takes.
-            predicts_BT: [B, T−1] bool, true at positions that predict a supervised token.
+            window: this rank's batches, with the answers that will be trained on.
+        """
+
+    @abstractmethod
+    def targets(self, batch: Batch) -> Targets:
+        """Targets at temperature 1 for the supervised tokens of a batch.
+
+        A teacher that looks answers up finds the rows' names in `batch.rows.ids`, one in this process what its forward
+        takes in `batch.teacher_inputs`.
 
         Raises:
             TeacherError: no usable answer.
         """
-        ...
+
+
+def teacher_autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """Autocast as for the student's forward, which accelerate wraps; not under DeepSpeed, unless it asks for it."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    asked = plugin is None or plugin.deepspeed_config.get("torch_autocast", {}).get("enabled", False)
+    return torch.autocast(accelerator.device.type, dtype=dtype) if dtype is not None and asked else nullcontext()

@@ -1,8 +1,8 @@
-"""Where each family of vision-language models keeps the features that visual KD compares.
+"""Where each family of vision-language models keeps its vision encoder, its aligner and their features.
 
     vit        the vision encoder's tokens as the aligner receives them
     aligner    the projector's, connector's or merger's output: what the language model sees of an image
-    deepstack  the outputs of the further mergers of Qwen3-VL, one per tapped layer
+    deepstack  the outputs of the other mergers of Qwen3-VL, one per tapped layer
 
 One rule fits nearly all families: the aligner is called with a tensor, which is `vit`, and returns a tensor, which is
 `aligner`. These are the layer and the tokens that the language model really uses: LLaVA and InternVL drop the class
@@ -14,25 +14,30 @@ last. What does not fit:
 - Qwen2-VL, Qwen3-VL and Qwen3.5 keep the patches that will be merged together: their `vit` is in block order.
 - Idefics2 has no `vit` here: its encoder computes tokens of padding beside those of smaller images.
 
-Paths are those of the plain model. `submodule` finds them through PEFT, DDP, FSDP and torch.compile.
+Paths are those of the model without wrappers. `find_module` finds them through PEFT, DDP, FSDP and torch.compile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from kdtrain.errors import PreflightError
-
-What = Literal["input", "output", "pooler_output", "last_hidden_state"]
+What = Literal["input", "output", "pooler_output"]
 # How the tokens of an image follow each other: row by row, in blocks that are merged, or in attention windows.
 Order = Literal["rows", "blocks", "windows"]
 Sizes = Literal["grid_thw", "image_sizes"]
-Side = Literal["student", "teacher"]
+
+
+class TokenOrder(NamedTuple):
+    """What fixes the order of an image's tokens: equal for two models whose tokens can be compared one by one."""
+
+    kind: Order
+    sizes: tuple[int, ...] = ()
+    """Of blocks: merge size. Of windows: window size, patch size, merge size."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,10 @@ class Tap:
     """One place to read features from.
 
     Args:
-        path: of the module, in the plain model.
+        path: of the module, in the model without wrappers.
         what: "input", its first positional argument; "output", the tensor it returns; or that attribute of the object
             it returns.
-        explicit: named in the config rather than found in the table. Its "output" may also be an object with a
+        explicit: chosen by its path rather than found in the table. Its "output" may also be an object with a
             `last_hidden_state`, or a tuple, of which the first element is taken.
     """
 
@@ -132,7 +137,7 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 def model_type(model: nn.Module) -> str:
     """`config.model_type` of a model, wrapped or not; "unknown" without a config."""
-    return str(getattr(getattr(plain(model), "config", None), "model_type", "unknown"))
+    return str(getattr(getattr(unwrapped(model), "config", None), "model_type", "unknown"))
 
 
 def layout_of(model: nn.Module) -> Layout | None:
@@ -143,69 +148,29 @@ def layout_of(model: nn.Module) -> Layout | None:
     return layout
 
 
-def taps(model: nn.Module, target: str, path: str | None, side: Side) -> list[Tap]:
-    """Where a target is read from: one tap, or one per level of a target that has several.
-
-    Args:
-        path: a module path that replaces the table; its output is the target.
-
-    Raises:
-        PreflightError: a family that is not in the table or does not have the target.
-    """
-    if path is not None:
-        return [Tap(path, "output", explicit=True)]
-    layout, option = layout_of(model), f"custom.visual_kd.targets.{target}.{side}_module"
-    kind = f"the {side} is a {type(plain(model)).__name__} of model type {model_type(model)!r}"
-    if layout is None:
-        raise PreflightError(
-            f"visual_kd target {target!r}: {kind}, whose features are not known here. Known are {', '.join(LAYOUTS)}. "
-            f"Set {option} to the module whose output is to be compared."
-        )
-    tap = layout.taps.get(target)
-    if tap is None:
-        have = ", ".join(name for name, other in LAYOUTS.items() if target in other.taps) or "none"
-        raise PreflightError(
-            f"visual_kd target {target!r}: {kind}, which does not have it (it has {', '.join(layout.taps)}). Families "
-            f"with {target!r}: {have}. Remove the target, or set {option} to the module whose output is to be compared."
-        )
-    if "{i}" not in tap.path:
-        return [tap]
-    levels = submodule(model, tap.path.removesuffix(".{i}"), target, side)
-    count = len(list(levels.children()))
-    if not count:
-        raise PreflightError(f"visual_kd target {target!r}: {kind}, built without any. Remove the target.")
-    return [Tap(tap.path.format(i=i), tap.what) for i in range(count)]
-
-
-def token_order(model: nn.Module, target: str, path: str | None) -> tuple[Any, ...] | None:
-    """What fixes the order of a target's tokens: equal for two models whose tokens can be compared one by one.
-
-    ("rows",) · ("blocks", merge size) · ("windows", window size, patch size, merge size) · None where it is not known,
-    at a module of one's own inside an encoder that has an order of its own.
-    """
-    layout = layout_of(model)
-    if layout is None or layout.vit_order == "rows" or (path is None and target != "vit"):
-        return ("rows",)
-    if path is not None:
-        return None
+def vit_order(model: nn.Module, layout: Layout) -> TokenOrder:
+    """The order of the tokens of `vit` in a model of this layout."""
+    if layout.vit_order == "rows":
+        return TokenOrder("rows")
     vision = _vision_config(model)
     if layout.vit_order == "windows":
-        return ("windows", vision.window_size, vision.patch_size, vision.spatial_merge_size)
-    return ("blocks", vision.spatial_merge_size) if vision.spatial_merge_size > 1 else ("rows",)
+        return TokenOrder("windows", (vision.window_size, vision.patch_size, vision.spatial_merge_size))
+    merge = vision.spatial_merge_size
+    return TokenOrder("blocks", (merge,)) if merge > 1 else TokenOrder("rows")
 
 
 def _vision_config(model: nn.Module) -> Any:
-    return getattr(getattr(plain(model), "config", None), "vision_config", None)
+    return getattr(getattr(unwrapped(model), "config", None), "vision_config", None)
 
 
 # ---- finding modules -------------------------------------------------------------------------------------------------
 
 
-def plain(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model without DDP, FSDP, torch.compile, DeepSpeed and PEFT around it. PEFT's adapter layers stay inside."""
     inner: Any
     while True:
-        inner = _unwrapped(model)
+        inner = _without_wrappers(model)
         if hasattr(inner, "get_base_model"):  # a PeftModel
             inner = inner.get_base_model()
         elif not isinstance(inner, PreTrainedModel) and isinstance(getattr(inner, "module", None), nn.Module):
@@ -215,32 +180,25 @@ def plain(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def submodule(model: nn.Module, path: str, target: str, side: Side) -> nn.Module:
-    """The module at a path of the plain model, or of the model as it is given.
-
-    Raises:
-        PreflightError: there is none.
-    """
-    module: nn.Module | None = plain(model)
+def find_module(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path of the model without wrappers, or of the model as it is given; None if there is none."""
+    module: nn.Module | None = unwrapped(model)
     for part in path.split("."):
         child = getattr(_active(module), part, None) if module is not None else None
-        module = _unwrapped(child) if isinstance(child, nn.Module) else None
+        module = _without_wrappers(child) if isinstance(child, nn.Module) else None
     if module is not None:
         return module
     try:
         return model.get_submodule(path)
     except AttributeError:
-        raise PreflightError(
-            f"visual_kd target {target!r}: the {side} has no module {path!r}. "
-            f"Set custom.visual_kd.targets.{target}.{side}_module to one of its named_modules()."
-        ) from None
+        return None
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def _without_wrappers(module: nn.Module) -> nn.Module:
     for name in _WRAPPERS:
         inner = getattr(module, name, None)
         if isinstance(inner, nn.Module):
-            return _unwrapped(inner)
+            return _without_wrappers(inner)
     return module
 
 
@@ -251,11 +209,11 @@ def _active(module: nn.Module) -> nn.Module:
         return module
     wrapper: Any = module
     active = [name for name in wrapper.active_adapters if name in copies]
-    return _unwrapped(copies[active[0]] if active else wrapper.original_module)
+    return _without_wrappers(copies[active[0]] if active else wrapper.original_module)
 
 
-def plain_name(name: str, adapters: Sequence[str] = ()) -> str:
-    """A parameter's or module's name as the plain model has it: without the wrappers' parts.
+def unwrapped_name(name: str, adapters: Sequence[str] = ()) -> str:
+    """A parameter's or module's name in the model without wrappers.
 
     Args:
         adapters: names of PEFT's adapters, which follow `modules_to_save` in names.

@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection
-from typing import Literal
+from collections.abc import Collection, Iterable, Mapping
+from typing import Literal, get_args
 
 from torch import nn
 
 from kdtrain.errors import PreflightError
-from kdtrain.vision.layouts import LAYOUTS, Layout, layout_of, model_type, plain, plain_name
+from kdtrain.vision.layouts import LAYOUTS, Layout, layout_of, model_type, unwrapped, unwrapped_name
 
 logger = logging.getLogger(__name__)
 
 Part = Literal["llm", "vit", "aligner"]
+PARTS: tuple[Part, ...] = get_args(Part)
+_OPTIONS: Mapping[Part, str] = {
+    "llm": "tuner.freeze_llm",
+    "vit": "tuner.freeze_vit",
+    "aligner": "tuner.freeze_aligner",
+}
 
 
 def part_of(model: nn.Module, part: Part) -> dict[str, nn.Parameter]:
-    """The parameters of a part, by their name in `model.named_parameters()`, adapters included; tied ones once.
+    """The parameters of a part by their names in the model as it is given, adapters included; tied ones once.
 
     Args:
         model: a vision-language model of a family in the table, wrapped or not.
@@ -35,12 +41,12 @@ def part_of(model: nn.Module, part: Part) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if part_of_name(plain_name(name, adapters), layout) == part
+        if part_of_name(unwrapped_name(name, adapters), layout) == part
     }
 
 
 def part_of_name(name: str, layout: Layout) -> Part:
-    """The part that a parameter or module of the plain model belongs to."""
+    """The part that a parameter or module of the model without wrappers belongs to."""
     if any(_inside(name, path) for path in layout.aligner):
         return "aligner"
     return "vit" if _inside(name, layout.encoder) else "llm"
@@ -54,8 +60,7 @@ def freeze_parts(model: nn.Module, *, llm: bool = False, vit: bool = False, alig
     Raises:
         PreflightError: nothing would be left to train, or the family is not in the table.
     """
-    wanted: dict[Part, bool] = {"llm": llm, "vit": vit, "aligner": aligner}
-    frozen = [part for part, is_wanted in wanted.items() if is_wanted]
+    frozen = _frozen(llm, vit, aligner)
     if _is_text_model(model):
         _check_text_model(model, frozen)
         return
@@ -64,10 +69,10 @@ def freeze_parts(model: nn.Module, *, llm: bool = False, vit: bool = False, alig
     left = {id(p) for p in model.parameters() if p.requires_grad}
     parameters = [p for part in frozen for p in part_of(model, part).values()]
     if not left.difference(id(p) for p in parameters):
-        options = " and ".join(f"tuner.freeze_{part}" for part in frozen)
+        more = ", or let tuner.target_modules reach other parts" if _adapters(model) else ""
         raise PreflightError(
-            f"With {options} nothing of {type(plain(model)).__name__} is left to train. Remove one of the options"
-            + (", or let tuner.target_modules reach other parts." if _adapters(model) else ".")
+            f"With {_options(frozen)} nothing of {type(unwrapped(model)).__name__} is left to train. Remove one of the "
+            f"options{more}."
         )
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -112,8 +117,7 @@ def check_named_parts(
     Raises:
         PreflightError: naming both options, or a family that is not in the table.
     """
-    wanted: dict[Part, bool] = {"llm": llm, "vit": vit, "aligner": aligner}
-    frozen = {part for part, is_wanted in wanted.items() if is_wanted}
+    frozen = set(_frozen(llm, vit, aligner))
     if not frozen or _is_text_model(model):
         return
     layout = _layout(model)
@@ -122,10 +126,9 @@ def check_named_parts(
             parts = _parts_below(model, name, layout)
             wrong = parts & frozen if option == "modules_to_save" or parts <= frozen else set()
             if wrong:
-                options = " and ".join(f"tuner.freeze_{part}" for part in sorted(wrong))
                 raise PreflightError(
-                    f"tuner.{option}: {name!r} is to be trained, and {options} keeps it as it is. Remove one of "
-                    "the two."
+                    f"tuner.{option}: {name!r} is to be trained, and {_options(sorted(wrong))} keeps it as it is. "
+                    "Remove one of the two."
                 )
 
 
@@ -142,12 +145,26 @@ def trained_parts(model: nn.Module) -> dict[Part, int]:
     """
     if layout_of(model) is None:
         return {}
-    parts: tuple[Part, ...] = ("llm", "vit", "aligner")
-    # Under ZeRO-3 a parameter is empty between its uses, and knows its own size.
-    return {
-        part: sum(getattr(p, "ds_numel", p.numel()) for p in part_of(model, part).values() if p.requires_grad)
-        for part in parts
-    }
+    return {part: sum(_size(p) for p in part_of(model, part).values() if p.requires_grad) for part in PARTS}
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all, trainable) parameters; tied weights count once."""
+    sizes = [(_size(p), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Under ZeRO-3 a parameter is empty between its uses, and knows its own size."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _frozen(llm: bool, vit: bool, aligner: bool) -> list[Part]:
+    return [part for part, is_frozen in zip(PARTS, (llm, vit, aligner), strict=True) if is_frozen]
+
+
+def _options(parts: Iterable[Part]) -> str:
+    return " and ".join(_OPTIONS[part] for part in parts)
 
 
 def _pattern(*paths: str) -> str:
@@ -162,7 +179,7 @@ def _layout(model: nn.Module) -> Layout:
     layout = layout_of(model)
     if layout is None:
         raise PreflightError(
-            f"{type(plain(model)).__name__} (model type {model_type(model)!r}): which of its parts are the vision "
+            f"{type(unwrapped(model)).__name__} (model type {model_type(model)!r}): which of its parts are the vision "
             f"encoder and the aligner is not known here. Known are {', '.join(LAYOUTS)}. Remove tuner.freeze_llm, "
             "tuner.freeze_vit and tuner.freeze_aligner; with LoRA, say what is trained in tuner.target_modules."
         )
@@ -179,16 +196,16 @@ def _adapters(model: nn.Module) -> tuple[str, ...]:
 
 
 def _is_text_model(model: nn.Module) -> bool:
-    config = getattr(plain(model), "config", None)
+    config = getattr(unwrapped(model), "config", None)
     return layout_of(model) is None and (config is None or config.get_text_config() is config)
 
 
 def _check_text_model(model: nn.Module, frozen: list[Part]) -> None:
-    name = type(plain(model)).__name__
+    name = type(unwrapped(model)).__name__
     if "llm" in frozen:
         raise PreflightError(
             f"tuner.freeze_llm: {name} is a text model: with its language model frozen nothing is left to train. "
             "Remove the option."
         )
     for part in frozen:
-        logger.warning("tuner.freeze_%s has no effect: %s is a text model.", part, name)
+        logger.warning("%s has no effect: %s is a text model.", _OPTIONS[part], name)

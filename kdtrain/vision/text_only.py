@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from kdtrain.errors import PreflightError
+from kdtrain.tuning import uses_reentrant_checkpointing
 from kdtrain.vision.layouts import layout_of
 from kdtrain.vision.parts import part_of
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def trained_by_images_alone(model: nn.Module) -> bool:
@@ -23,8 +27,9 @@ def trained_by_images_alone(model: nn.Module) -> bool:
 def keep_a_path(model: nn.Module) -> None:
     """Give the model's output a gradient path of zeros, for batches without images.
 
-    Within the forward, since DDP waits for the gradients it finds from a forward's outputs. The model's output is a
-    tuple of tensors (a loss head's), or has `logits`.
+    Without one `backward` fails on a rank that has no image, while the others wait for it. The path is made within the
+    forward, since DDP looks for the gradients to wait for from a forward's outputs. The model's output is a tuple of
+    tensors (a loss head's), or has `logits`.
     """
     first = next(p for p in model.parameters() if p.requires_grad)
 
@@ -40,7 +45,7 @@ def keep_a_path(model: nn.Module) -> None:
     model.register_forward_hook(add_zero)
 
 
-def check_reentrant(model: nn.Module, args: Any) -> None:
+def check_reentrant(model: nn.Module, args: TrainingArguments) -> None:
     """Refuse reentrant checkpointing of a vision encoder that is trained in parts (LoRA): most would not be.
 
     Its first layers' input needs no gradient, and the reentrant kind then makes no graph inside them.
@@ -48,8 +53,7 @@ def check_reentrant(model: nn.Module, args: Any) -> None:
     Raises:
         PreflightError: naming the way out.
     """
-    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-    if not reentrant or layout_of(model) is None:
+    if not uses_reentrant_checkpointing(args) or layout_of(model) is None:
         return
     trained = [p.requires_grad for p in part_of(model, "vit").values()]
     if any(trained) and not all(trained):

@@ -1,0 +1,101 @@
+"""Rows as they were handed to the trainer, in a form that can be indexed, counted and checked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from datasets import Dataset
+
+from kdtrain.data.collate import Collator
+from kdtrain.data.errors import RowError
+from kdtrain.errors import ConfigError, DataError, NotAvailableError
+
+if TYPE_CHECKING:
+    pass
+
+logger = logging.getLogger(__name__)
+
+
+class Rows(torch.utils.data.Dataset[dict[str, Any]]):
+    """Rows as they were given: an Arrow table would want one type for all contents, and could not hold a PIL image."""
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the rows are there, and not made when they are asked for."""
+        return isinstance(self._rows, list | tuple)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self._rows[index])
+
+
+def as_rows(name: str, data: Any) -> Any:
+    """A data set in a form that can be indexed.
+
+    Raises:
+        ConfigError: it is none, or of another kind.
+        DataError: it has no rows, or they are no mappings.
+        NotAvailableError: it cannot be counted.
+    """
+    if data is None and name == "train_dataset":
+        raise ConfigError("`train_dataset` is required: a datasets.Dataset, or a list of rows.")
+    if name != "train_dataset" and (data is None or isinstance(data, datasets.IterableDataset)):
+        return data
+    if isinstance(data, dict) and name != "train_dataset":
+        return {key: as_rows(f"{name}[{key!r}]", rows) for key, rows in data.items()}
+    if isinstance(data, dict):
+        raise ConfigError(f"{name} is a dict with the keys {', '.join(map(str, data))}: pass one of its data sets.")
+    if isinstance(data, torch.utils.data.IterableDataset | datasets.IterableDataset):
+        raise NotAvailableError(
+            "An IterableDataset (streaming) is not available yet: pass a datasets.Dataset, whose rows can be counted."
+        )
+    if not isinstance(data, list | tuple | Dataset | torch.utils.data.Dataset) or not hasattr(data, "__len__"):
+        raise ConfigError(
+            f"{name} must be a datasets.Dataset, a list of rows or a torch Dataset with a length; it is a "
+            f"{type(data).__name__}. Files are read by kdtrain.fit (data.train)."
+        )
+    if len(data) == 0:
+        raise DataError(f"{name} has no rows.")
+    if not isinstance(data[0], Mapping):
+        raise DataError(
+            f"{name}: a row must be a mapping such as {{'messages': […]}}; the first is a {type(data[0]).__name__}."
+        )
+    return data if isinstance(data, Dataset) else Rows(data)
+
+
+def check_raw_rows(collator: Any, name: str, data: Any) -> None:
+    """Refuse raw rows that no batch can be made of, before one of them ends a run in its middle.
+
+    Rows that are made when they are asked for, and pictures that would be decoded, are left to their batch.
+
+    Raises:
+        DataError: naming the first such row.
+    """
+    if isinstance(data, dict):
+        for key, rows in data.items():
+            check_raw_rows(collator, f"{name}[{key!r}]", rows)
+    in_memory = data.in_memory if isinstance(data, Rows) else isinstance(data, Dataset)
+    pictures = isinstance(data, Dataset) and {"image", "images"} & set(data.column_names)
+    if not isinstance(collator, Collator) or not in_memory or pictures or "input_ids" in data[0]:
+        return
+    for number, row in enumerate(data):
+        try:
+            collator.check(row)
+        except RowError as error:
+            raise DataError(f"{name}: row {number}: {error}.") from error
+
+
+def placeholder(data: Any) -> Any:
+    """Upstream's constructor looks at the type and the length, and wants an Arrow table."""
+    if isinstance(data, dict):
+        return {key: placeholder(rows) for key, rows in data.items()}
+    return Dataset.from_dict({"row": range(len(data))}) if isinstance(data, Rows) else data

@@ -1,0 +1,29 @@
+"""Which of a run's processes this one is, as its launcher wrote into the environment.
+
+Known before torch is imported and before the processes have found each other. Where MPI is the launcher, accelerate
+sets the same variables.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def under_launcher() -> bool:
+    """Whether a launcher started this process as one of several, or as the only one."""
+    return "RANK" in os.environ
+
+
+def rank() -> int:
+    """Number of this process among those of all machines, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Processes that the launcher has started, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes the run's files and logs what holds for all ranks."""
+    return rank() == 0

@@ -1,0 +1,104 @@
+"""What SIGTERM and SIGINT (Ctrl-C) do. Every handler is set here; none of this needs torch.
+
+| when the signal comes | what happens |
+|---|---|
+| `kdtrain fit` waits for a launcher | SIGTERM goes on to the launcher, which sends it to the ranks: `passed_on_to` |
+| while the run is built, and after training | SIGINT is an error (130), SIGTERM ends the process |
+| the teacher writes answers | an error at once; what it has written is kept: `interrupting` |
+| while training | the step is finished, a checkpoint saved, the run ends: `StopRequest`, which `callbacks.py` asks |
+| training, a second one 1 s later or more | an error at once |
+
+Every error of these is `Interrupted`, with exit code 130 or 143.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from kdtrain.errors import Interrupted
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[int, FrameType | None], None]
+
+# A terminal sends Ctrl-C to every process of the group, and a launcher passes its own copy on to the workers: signals
+# this close together are one request.
+_SAME_REQUEST_S = 1.0
+
+
+@contextmanager
+def _handled_by(sigterm: Handler, sigint: Handler) -> Iterator[None]:
+    """Handle both signals inside; the previous handlers come back on every way out.
+
+    Only the main thread of a process may: in another one signals are left to it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    wanted = {signal.SIGTERM: sigterm, signal.SIGINT: sigint}
+    previous = {signum: signal.signal(signum, handler) for signum, handler in wanted.items()}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def passed_on_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Let a process that was started end first.
+
+    A terminal sends Ctrl-C to the whole process group: the process has it already, and this one only must not end.
+    """
+    with _handled_by(lambda signum, frame: process.send_signal(signum), lambda signum, frame: None):
+        yield
+
+
+@contextmanager
+def interrupting(message: str) -> Iterator[None]:
+    """Turn a signal into `Interrupted(message)` at once."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum, message)
+
+    with _handled_by(stop, stop):
+        yield
+
+
+@contextmanager
+def keyboard_interrupts_named() -> Iterator[None]:
+    """Turn Ctrl-C where no handler is set into an error with its exit code, instead of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        message = "Interrupted outside of training: nothing more was saved."
+        raise Interrupted(signal.SIGINT, message) from None
+
+
+class StopRequest:
+    """Notes that a signal came, for the end of the step; a second one is `Interrupted` at once."""
+
+    def __init__(self) -> None:
+        self.noted = 0
+        """The signal that came to this process; 0 if none."""
+        self._noted_at = 0.0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note signals inside."""
+        with _handled_by(self._note, self._note):
+            yield
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.noted and time.monotonic() - self._noted_at > _SAME_REQUEST_S:
+            raise Interrupted(signum, "Second signal: stopped at once; what was saved before it is intact.")
+        if not self.noted:
+            self.noted, self._noted_at = signum, time.monotonic()
+            logger.warning("%s: finishing this step, then saving.", signal.Signals(signum).name)

@@ -1,0 +1,356 @@
+"""Every option of the schema does something: changed alone, it changes an argument, a loss, a batch or a message.
+
+The walk is the schema's own, so that a new option fails here until the table says where its effect is seen.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin
+from unittest import mock
+
+import datasets
+import pytest
+import torch
+from pydantic import BaseModel
+
+from kdtrain import build, read_data
+from kdtrain.build import Given, build_trainer
+from kdtrain.config import ConfigLoader, RunConfig, TrainArguments, check_config
+from kdtrain.config.arguments import Hardware, build_train_arguments
+from kdtrain.config.options import DistillationOptions
+from kdtrain.data import BuildReport
+from kdtrain.errors import PreflightError
+from kdtrain.feature_grids import image_grids
+from kdtrain.launch import launch_command, wanted_processes
+from kdtrain.trainer import GKDTrainerWithMetrics
+from kdtrain.vision.hooks import tapped
+from kdtrain.visual_term import feature_terms
+from tests import tiny
+from tests.test_trainer import TopKTeacher
+from tests.test_vision_terms import enlarged
+from tests.tiny_vision import make_inputs, make_vlm
+
+GOOD: dict[str, Any] = {
+    "model": {"model": "org/student"},
+    "data": {"train": [{"path": "org/rows"}], "eval": [{"path": "org/held_out"}]},
+    "rlhf": {"teacher_model": "org/teacher", "lmbda": 0.0, "max_new_tokens": 5},
+    "training": {"output_dir": "runs/x", "eval_strategy": "steps"},
+}
+Outcome = Any
+
+
+# ---- the schema's own walk -------------------------------------------------------------------------------------------
+
+
+def options(model: type[BaseModel] = RunConfig, path: str = "") -> Iterator[str]:
+    """Every field by its path; `[]` stands for a place in a list, `*` for a name in a map.
+
+    Left out: fields with one allowed value, and sections, which are walked. Lists and maps of sections are both.
+    """
+    for name, info in model.model_fields.items():
+        here = f"{path}{name}"
+        inner = sections(info.annotation)
+        if not inner and not (get_origin(info.annotation) is Literal and len(get_args(info.annotation)) == 1):
+            yield here
+        for kind, section in inner:
+            if kind:
+                yield here
+            yield from options(section, f"{here}{kind}.")
+
+
+def sections(annotation: Any) -> list[tuple[str, type[BaseModel]]]:
+    """The models inside an annotation, and whether they stand in a list or in a map."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [("", annotation)]
+    kind = {tuple: "[]", list: "[]", dict: ".*"}.get(get_origin(annotation), "")
+    return [(kind + deeper, model) for part in get_args(annotation) for deeper, model in sections(part)]
+
+
+# ---- where effects are seen ------------------------------------------------------------------------------------------
+
+
+def findings(config: dict[str, Any]) -> Outcome:
+    """What the static check says: places, errors ("not available yet"), warnings."""
+    result = check_config(config)
+    return [(found.level, found.path, found.message) for found in (*result.errors, *result.warnings)]
+
+
+def arguments(config: dict[str, Any]) -> TrainArguments:
+    return build_train_arguments(ConfigLoader.load(config), Hardware(None, bf16=False, fp16=False, tf32=False))
+
+
+def argument(name: str) -> Callable[[dict[str, Any]], Outcome]:
+    """A field of GKDConfig."""
+    return lambda config: getattr(arguments(config).training_args, name)
+
+
+def built(name: str) -> Callable[[dict[str, Any]], Outcome]:
+    """What building a run passes to a function that loads or reads."""
+
+    def observe(config: dict[str, Any]) -> Outcome:
+        calls = getattr(_build(arguments(config)), name).call_args_list
+        assert calls, f"nothing calls {name}"
+        return [(call.args, call.kwargs) for call in calls]
+
+    return observe
+
+
+def frozen(config: dict[str, Any]) -> Outcome:
+    """The parts that are frozen."""
+    return _build(arguments(config)).freeze_parts.call_args.kwargs
+
+
+def adapter(config: dict[str, Any]) -> Outcome:
+    """The adapter that the trainer is told to train."""
+    return _build(arguments(config)).GKDTrainerWithMetrics.call_args.kwargs["peft_config"]
+
+
+def _build(arguments: TrainArguments) -> mock.Mock:
+    """`build_trainer` with a stand-in for everything that takes time."""
+    rows = datasets.Dataset.from_list([{"input_ids": [1, 5, 6], "labels": [-100, 5, 6]}])
+    calls = mock.Mock()
+    calls.load_model.return_value, teacher = _models()
+    calls.load_processing.return_value = _tokenizer()
+    calls.build_dataset.return_value = rows, BuildReport(images=1)
+    calls.build_teacher.return_value = mock.Mock(vocab_size=320, module=teacher)
+    names = ("load_model", "load_processing", "build_teacher", "write_answers", "freeze_parts", "check_named_parts")
+    names += ("Collator", "check_images_fit_teacher", "GKDTrainerWithMetrics", "rehearse")
+    with (
+        mock.patch.multiple(build, **{name: getattr(calls, name) for name in names}),
+        mock.patch.object(read_data, "build_dataset", calls.build_dataset),
+    ):
+        build_trainer(arguments.config, arguments.training_args, mock.Mock(), True, Given())
+    return calls
+
+
+def launched(config: dict[str, Any]) -> Outcome:
+    run = ConfigLoader.load(config)
+    return launch_command(run, wanted_processes(run, 1), ["fit"], on_cpu=False)
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    return tiny.make_tokenizer()
+
+
+def _models() -> tuple[Any, Any]:
+    return tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2, hidden=48)
+
+
+def trainer(config: dict[str, Any], top_k: int | None = None) -> GKDTrainerWithMetrics:
+    """The Python class, given the arguments of a config."""
+    student, teacher = _models()
+    student.model.layers[0].self_attn.attention_dropout = 0.5
+    return GKDTrainerWithMetrics(
+        student,
+        args=arguments(config).training_args,
+        train_dataset=tiny.CHATS,
+        eval_dataset=tiny.CHATS,
+        processing_class=_tokenizer(),
+        **({"teacher_model": teacher} if top_k is None else {"teacher": TopKTeacher(teacher, top_k)}),
+    )
+
+
+def loss(config: dict[str, Any]) -> Outcome:
+    """The loss of a batch."""
+    return _loss(trainer(config), train=True)
+
+
+def loss_of_top_k(config: dict[str, Any]) -> Outcome:
+    """The loss of a batch whose teacher names five tokens."""
+    return _loss(trainer(config, top_k=5), train=True)
+
+
+def evaluation_loss(config: dict[str, Any]) -> Outcome:
+    """The loss of a batch in evaluation."""
+    return _loss(trainer(config), train=False)
+
+
+def _loss(trainer: GKDTrainerWithMetrics, train: bool) -> float:
+    trainer.model.train(train)
+    return trainer.compute_loss(trainer.model, trainer.data_collator(tiny.CHATS)).item()
+
+
+def window(config: dict[str, Any]) -> Outcome:
+    """The rows of an optimizer window as they are trained on."""
+    built = trainer(config)
+    batches, _ = built.get_batch_samples(iter([built.data_collator(tiny.CHATS)]), 1, torch.device("cpu"))
+    return batches[0].model_inputs["input_ids"].tolist()
+
+
+def dropout(config: dict[str, Any]) -> Outcome:
+    """The probability of dropout in the student's attention."""
+    return trainer(config).model.model.layers[0].self_attn.attention_dropout
+
+
+@functools.cache
+def _qwen3_vl() -> tuple[Any, Any, Any]:
+    student, teacher = make_vlm("qwen3_vl", seed=1), make_vlm("qwen3_vl", seed=2)
+    return student, teacher, make_inputs(student)
+
+
+@functools.cache
+def _gemma3() -> tuple[Any, Any, Any]:
+    student, teacher = make_vlm("gemma3", seed=1), make_vlm("gemma3", seed=2, image_size=64)
+    return student, teacher, make_inputs(student)
+
+
+def visual(config: dict[str, Any]) -> Outcome:
+    """The visual terms of a batch with images."""
+    student, teacher, inputs = _qwen3_vl()
+    return _visual(config, student, teacher, inputs, inputs)
+
+
+def visual_on_a_finer_grid(config: dict[str, Any]) -> Outcome:
+    """The same where the teacher's vision encoder sees twice as many pixels a side, or why they cannot be compared."""
+    student, teacher, inputs = _gemma3()
+    try:
+        return _visual(config, student, teacher, inputs, enlarged(inputs, 2))
+    except PreflightError as error:
+        return str(error)
+
+
+def _visual(config: dict[str, Any], student: Any, teacher: Any, ours: Any, theirs: Any) -> Outcome:
+    options = DistillationOptions.from_args(arguments(config).training_args).visual_kd
+    if options is None:
+        return None
+    with tapped(options, student, teacher) as features, torch.no_grad():
+        teacher(**theirs)
+        student(**ours)
+        terms = feature_terms(options, *features, 1.0, grids=image_grids(options, student, teacher, ours, theirs))
+    return {name: term.item() for name, term in terms.items()}
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another value of an option, and where it is seen."""
+
+    value: Any
+    seen: Callable[[dict[str, Any]], Outcome]
+    beside: dict[str, Any] = field(default_factory=dict)
+    """What else is set, before and after."""
+
+
+LORA = {"tuner.train_type": "lora"}
+VISUAL = {"custom.visual_kd.enabled": True}
+VIT = {**VISUAL, "custom.visual_kd.targets": {"vit": {}, "aligner": {}}}
+
+CHANGES: dict[str, Change] = {
+    "model.model": Change("org/other", built("load_model")),
+    "model.revision": Change("v2", built("load_model")),
+    "model.dtype": Change("bfloat16", built("load_model")),
+    "model.attn_implementation": Change("sdpa", built("load_model")),
+    "model.trust_remote_code": Change(True, built("load_model")),
+    "model.quantization": Change("4bit", findings),
+    "model.init_kwargs": Change({"subfolder": "best"}, built("load_model")),
+    "model.adapter": Change("org/adapter", findings),
+    "tuner.train_type": Change("lora", adapter),
+    "tuner.lora_rank": Change(4, adapter, LORA),
+    "tuner.lora_alpha": Change(8.0, adapter, LORA),
+    "tuner.lora_dropout": Change(0.5, adapter, LORA),
+    "tuner.target_modules": Change(["q_proj"], adapter, LORA),
+    "tuner.modules_to_save": Change(["lm_head"], adapter, LORA),
+    "tuner.use_dora": Change(True, adapter, LORA),
+    "tuner.freeze_llm": Change(True, frozen),
+    "tuner.freeze_vit": Change(True, frozen),
+    "tuner.freeze_aligner": Change(True, frozen),
+    "data.train": Change("org/other", built("build_dataset")),
+    "data.eval": Change(None, built("build_dataset"), {"training.eval_strategy": "no"}),
+    "data.max_length": Change(77, argument("max_length")),
+    "data.on_overlength": Change("drop", built("build_dataset")),
+    "data.train_on": Change("last", built("build_dataset")),
+    "data.max_bad_rows": Change(3, built("build_dataset")),
+    "data.packing": Change(True, findings),
+    "data.padding_free": Change(True, findings),
+    "rlhf.teacher_model": Change("org/other", built("build_teacher")),
+    "rlhf.teacher_model_init_kwargs": Change({"subfolder": "best"}, built("build_teacher")),
+    "rlhf.teacher.backend": Change("self", findings, LORA),
+    "rlhf.teacher.dtype": Change("float32", built("build_teacher")),
+    "rlhf.teacher.device_map": Change("auto", built("build_teacher")),
+    "rlhf.teacher.quantization": Change("8bit", findings),
+    "rlhf.teacher.adapter": Change("org/adapter", built("build_teacher")),
+    "rlhf.teacher.revision": Change("v2", built("build_teacher")),
+    "rlhf.teacher.prefix": Change("Think.", findings),
+    "rlhf.teacher.base_url": Change("http://127.0.0.1:1/v1", findings),
+    "rlhf.teacher.model": Change("teacher", findings),
+    "rlhf.teacher.api_key_env": Change("KEY", findings),
+    "rlhf.teacher.top_k": Change(5, findings),
+    "rlhf.teacher.tail": Change("renormalize", loss_of_top_k),
+    "rlhf.teacher.timeout_s": Change(5.0, findings),
+    "rlhf.teacher.max_retries": Change(1, findings),
+    "rlhf.teacher.concurrency": Change(2, findings),
+    "rlhf.teacher.path": Change("targets", findings),
+    "rlhf.llm_kd_weight": Change(0.5, loss),
+    "rlhf.sft_alpha": Change(0.5, loss),
+    "rlhf.beta": Change(0.1, loss),
+    "rlhf.divergence": Change("mixed_kl", loss),
+    "rlhf.kd_temperature": Change(2.0, loss),
+    "rlhf.lmbda": Change(1.0, window),
+    "rlhf.seq_kd": Change(True, window),
+    "rlhf.temperature": Change(0.1, window, {"rlhf.lmbda": 1.0}),
+    "rlhf.max_new_tokens": Change(3, window, {"rlhf.lmbda": 1.0}),
+    "rlhf.disable_dropout": Change(False, dropout),
+    "rlhf.eval_kd": Change(False, evaluation_loss),
+    "custom.sample_limit": Change(3, built("build_dataset")),
+    "custom.visual_kd.enabled": Change(True, visual),
+    "custom.visual_kd.weight": Change(0.5, visual, VISUAL),
+    "custom.visual_kd.distance": Change("cosine", visual, VISUAL),
+    "custom.visual_kd.targets": Change(["vit"], visual, VISUAL),
+    "custom.visual_kd.targets.*.weight": Change(0.5, visual, VIT),
+    "custom.visual_kd.targets.*.distance": Change("cosine", visual, VIT),
+    "custom.visual_kd.targets.*.module": Change("model.visual.blocks.0", visual, VIT),
+    "custom.visual_kd.targets.*.student_module": Change("model.visual.blocks.0", visual, VIT),
+    "custom.visual_kd.targets.*.teacher_module": Change("model.visual.blocks.0", visual, VIT),
+    "custom.visual_kd.targets.*.match": Change("interpolate", visual_on_a_finer_grid, VIT),
+    "training": Change({"output_dir": "runs/x", "max_steps": 7}, argument("max_steps")),
+    "launch.num_processes": Change(2, launched),
+    "launch.config_file": Change("fsdp.yaml", launched),
+}
+SOURCE = {
+    "path": Change("org/other", built("build_dataset")),
+    "name": Change("subset", built("build_dataset")),
+    "split": Change("test", built("build_dataset")),
+    "columns": Change({"prompt": "question"}, built("build_dataset")),
+    "streaming": Change(True, findings),
+    "limit": Change(3, built("build_dataset")),
+    "weight": Change(2.0, built("build_dataset")),
+    "ce": Change(False, built("build_dataset")),
+    "answers": Change("teacher", built("build_dataset")),
+}
+for _part in ("train", "eval"):
+    CHANGES |= {f"data.{_part}[].{name}": change for name, change in SOURCE.items()}
+
+
+def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy with options set by their paths."""
+    result = copy.deepcopy(config)
+    for path, value in changes.items():
+        *parents, last = path.replace("[]", ".0").replace("*", "vit").split(".")
+        holder = result
+        for parent in parents:
+            holder = holder[0] if isinstance(holder, list) else holder.setdefault(parent, {})
+        holder[last] = copy.deepcopy(value)
+    return result
+
+
+def test_the_table_has_every_option_of_the_schema() -> None:
+    walked = list(options())
+    print(f"\n{len(walked)} options")
+    assert sorted(CHANGES) == sorted(walked)
+
+
+@pytest.mark.parametrize("option", sorted(CHANGES))
+def test_an_option_does_something(option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    change = CHANGES[option]
+    before = changed(GOOD, change.beside)
+    found = change.seen(before)
+    assert found == change.seen(before), "what is looked at changes by itself"
+    assert found != change.seen(changed(before, {option: change.value}))

@@ -1,0 +1,203 @@
+"""A teacher of one's own: what it is asked, when, and that tokens it does not answer for are trained on data alone."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kdtrain.argument_checks import check_teacher_can
+from kdtrain.losses import TopKLogprobs
+from kdtrain.losses.head import Head
+from kdtrain.teachers import DenseTargets, Targets, Teacher
+from tests import tiny
+from tests.test_losses import reference
+from tests.test_trainer import make_batch, make_trainer
+
+K = 5
+KINDS = ("logits", "hidden states", "top-k")
+
+
+class OwnTeacher(Teacher):
+    """Answers for every token, or for those whose number in the batch's rows is no multiple of `skip`."""
+
+    def __init__(self, model, kind="top-k", skip=None):
+        self.model, self.kind, self.skip, self.vocab_size = model.eval(), kind, skip, model.config.vocab_size
+        self.calls = []
+
+    def place(self, accelerator):
+        self.calls.append(("place", accelerator.device.type))
+
+    def prepare(self, window):
+        self.calls.append(("prepare", [batch.labels.clone() for batch in window]))
+
+    def targets(self, batch):
+        self.calls.append(("targets", batch.labels.clone()))
+        covered_S = self.covered(batch)
+        with torch.no_grad():
+            hidden_SH = self.model.model(**batch.teacher_inputs).last_hidden_state[:, :-1][batch.predicts_BT]
+            scores = DenseTargets(
+                hidden_SH if covered_S is None else hidden_SH[covered_S],
+                Head(self.model.lm_head.weight, None, 1.0, None),
+            )
+            if self.kind == "logits":
+                scores = scores.logits()
+            if self.kind == "top-k":
+                logprobs, indices = torch.log_softmax(scores.logits(), -1).topk(K)
+                scores = TopKLogprobs(indices, logprobs)
+        return Targets(scores, covered_S)
+
+    def covered(self, batch):
+        if self.skip is None:
+            return None
+        return batch.labels_S % self.skip != 0
+
+
+class StoredTeacher(Teacher):
+    """Looks its answers up by the rows' names, as a file of them is read."""
+
+    def __init__(self, stored, vocab_size):
+        self.stored, self.vocab_size, self.asked = stored, vocab_size, []
+
+    def targets(self, batch):
+        self.asked += batch.rows.ids
+        logprobs, indices = zip(*(self.stored[name] for name in batch.rows.ids), strict=True)
+        return Targets(TopKLogprobs(torch.cat(indices), torch.cat(logprobs)))
+
+
+def test_a_teacher_that_looks_its_answers_up_by_row_trains_as_the_model_that_gave_them(tmp_path, teacher):
+    rows = [{**row, "row_id": f"0:{i}"} for i, row in enumerate(tiny.CHATS)]
+    own = OwnTeacher(teacher)
+    collate = make_trainer(tmp_path, None, None, rows=rows, extra={"teacher": own}).data_collator
+    stored = {}
+    for row in rows:
+        scores = own.targets(collate([row])).scores
+        stored[row["row_id"]] = (scores.logprobs, scores.indices)
+    results = []
+    for one in (own, StoredTeacher(stored, 320)):
+        trainer = make_trainer(tmp_path, None, None, rows=rows, max_steps=3, extra={"teacher": one})
+        trainer.train()
+        results.append([record["loss"] for record in trainer.state.log_history if "loss" in record])
+    assert sorted(one.asked) == sorted(stored)
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+    assert results[0][0] > 0
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_a_teacher_is_placed_once_and_told_of_each_window_before_it_is_asked(tmp_path, teacher, lmbda):
+    own = OwnTeacher(teacher)
+    trainer = make_trainer(
+        tmp_path, None, None, lmbda=lmbda, max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=3,
+        extra={"teacher": own},
+    )  # fmt: skip
+    assert own.calls == [("place", "cpu")]
+    trainer.train()
+    assert [name for name, _ in own.calls] == ["place", *["prepare", *["targets"] * 3] * 2]
+    for i in (1, 5):
+        window, asked = own.calls[i][1], [labels for _, labels in own.calls[i + 1 : i + 4]]
+        for told, labels in zip(window, asked, strict=True):
+            assert torch.equal(told, labels)  # with the answers that are trained on
+    longest = max(int((labels != -100).sum()) for name, labels in own.calls if name == "targets")
+    assert (longest <= 6) == (lmbda == 1.0)  # max_new_tokens; those of the data are longer
+
+
+# ---- tokens that the teacher does not answer for ---------------------------------------------------------------------
+
+
+def by_hand(student, own, batches, count, beta=0.5):
+    """JSD over the covered tokens and CE over all, both divided by all; in float64 and with autograd."""
+    total, agree, entropy, covered = 0.0, [], [], 0
+    for batch in batches:
+        keep = batch.predicts_BT
+        inputs = dict(batch.model_inputs)
+        s = student(**inputs).logits[:, :-1][keep].double()
+        with torch.no_grad():
+            t = own.model(**inputs).logits[:, :-1][keep].double()
+        rows = own.covered(batch)
+        covered += int(rows.sum())
+        total = total - torch.log_softmax(s, -1).gather(1, batch.labels_S[:, None]).sum() * 0.3 / count
+        for i in rows.nonzero().flatten().tolist():
+            if own.kind == "top-k":
+                q, p = torch.log_softmax(t[i], -1), torch.log_softmax(s[i], -1)
+                top = q.topk(K)
+                bucket = torch.cat([top.values, (1 - top.values.exp().sum()).log()[None]])
+                mine = torch.cat([p[top.indices], (1 - p[top.indices].exp().sum()).log()[None]])
+                total = total + reference(mine, bucket, beta, 1.0) / count
+            else:
+                total = total + reference(s[i], t[i], beta, 1.0) / count
+            agree.append(float(s[i].argmax() == t[i].argmax()))
+            q = torch.log_softmax(t[i], -1)
+            entropy.append(-(q.exp() * q).sum().item())
+    return total, sum(agree) / max(covered, 1), sum(entropy) / max(covered, 1), covered
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("kind", "fused"), [(kind, True) for kind in KINDS] + [("hidden states", False)])
+def test_tokens_without_an_answer_have_cross_entropy_alone_and_count_in_the_mean(
+    tmp_path, teacher, kind, fused, accumulation
+):
+    student = tiny.make_qwen3(seed=1)
+    own = OwnTeacher(teacher, kind, skip=3)
+    trainer = make_trainer(tmp_path, student, None, sft_alpha=0.3, extra={"teacher": own})
+    trainer._objective = dataclasses.replace(trainer._objective, fused=fused)
+    rows = tiny.CHATS[:4]
+    batches = [make_batch(trainer, rows[i::accumulation]) for i in range(accumulation)]
+    count = sum(int(batch.num_supervised) for batch in batches)
+    student.train()
+    loss = sum(trainer.compute_loss(student, batch, num_items_in_batch=torch.tensor(count)) for batch in batches)
+    loss.backward()
+    found = torch.cat([p.grad.flatten().double() for p in student.parameters()])
+    student.zero_grad()
+    expected, agree, entropy, covered = by_hand(student, own, batches, count)
+    assert 0 < covered < count
+    expected.backward()
+    wanted = torch.cat([p.grad.flatten().double() for p in student.parameters()])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    record = trainer.window_metrics()
+    assert record["teacher_agreement"] == pytest.approx(agree)
+    if kind != "top-k":  # of which only the bucketed distribution is known
+        assert record["teacher_entropy"] == pytest.approx(entropy, rel=1e-5)
+    assert sum(v.item() for v in trainer._metrics["train"]["num_teacher_tokens"]) == covered
+    assert sum(v.item() for v in trainer._metrics["train"]["num_tokens"]) == count
+
+
+@pytest.mark.parametrize(("skip", "covers"), [(1, "nothing"), (10**6, "everything")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_without_a_single_answer_and_one_with_all_are_edges_of_the_same(tmp_path, teacher, skip, covers, kind):
+    student = tiny.make_qwen3(seed=1)
+    trainer = make_trainer(tmp_path, student, None, sft_alpha=0.3, extra={"teacher": OwnTeacher(teacher, kind, skip)})
+    batch = make_batch(trainer)
+    loss = trainer.compute_loss(student, batch)
+    loss.backward()
+    found = torch.cat([p.grad.flatten() for p in student.parameters()])
+    student.zero_grad()
+    kwargs = {"llm_kd_weight": 0.0, "sft_alpha": 0.0} if covers == "nothing" else {"sft_alpha": 0.3}
+    extra = {} if covers == "nothing" else {"extra": {"teacher": OwnTeacher(teacher, kind)}}
+    plain = make_trainer(tmp_path, student, None, **kwargs, **extra).compute_loss(student, batch)
+    plain.backward()
+    wanted = torch.cat([p.grad.flatten() for p in student.parameters()])
+    factor = 0.3 if covers == "nothing" else 1.0
+    assert loss.item() == pytest.approx(factor * plain.item(), rel=1e-5)
+    assert (found - factor * wanted).norm() <= 1e-5 * found.norm()
+    assert ("teacher_agreement" in trainer.window_metrics()) == (covers == "everything")
+
+
+# ---- what a teacher cannot do ----------------------------------------------------------------------------------------
+
+VISUAL = {"enabled": True, "weight": 0.1, "targets": {"aligner": {"module": "aligner"}}}
+
+
+@pytest.mark.parametrize("options", [{"seq_kd": True}, {"visual_kd": VISUAL}])
+def test_a_teacher_that_is_no_model_cannot_write_answers_nor_show_features(tmp_path, teacher, options):
+    with pytest.raises(ValueError, match="need a teacher that is a model in this process"):
+        make_trainer(tmp_path, None, None, extra={"teacher": OwnTeacher(teacher)}, **options)
+
+
+def test_what_a_teacher_says_it_can_do_is_what_it_is_asked_for(teacher):
+    options = SimpleNamespace(needs_teacher=True, seq_kd=True, visual_kd=None, llm_kd_weight=1.0)
+    writes = type("Writes", (OwnTeacher,), {"can_generate": True})(teacher)
+    check_teacher_can(writes, options)
+    options.visual_kd = VISUAL
+    with pytest.raises(ValueError, match="need a teacher"):
+        check_teacher_can(writes, options)
