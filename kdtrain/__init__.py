@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from transformers import TrainerCallback
 
-    from kdtrain.run import RunResult
+    from kdtrain.runs.fit import RunResult
 
 try:
     __version__ = version("kdtrain")
@@ -57,7 +57,7 @@ def fit(
         KdtrainError: what the command ends with; `exit_code` is its exit code.
         Interrupted: SIGINT or SIGTERM, after the state was saved.
     """
-    from kdtrain.notebook import prepare
+    from kdtrain.runs.notebook import prepare
 
     arguments, given = prepare(
         config,
@@ -70,8 +70,8 @@ def fit(
     )
     from rich.console import Console
 
-    from kdtrain.progress import ConsoleReporter
-    from kdtrain.run import fit as run
+    from kdtrain.cli.progress import ConsoleReporter
+    from kdtrain.runs.fit import fit as run
 
     reporter = ConsoleReporter(Console(stderr=True), quiet=quiet)
     return run(arguments, reporter, resume=resume, dry_run=dry_run, given=given)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kdtrain.vision.layouts import LAYOUTS
-from kdtrain.vision.parts import part_of
+from kdtrain.models.layouts import LAYOUTS
+from kdtrain.models.parts import part_of
 from tests import tiny_vision
 
 PARTS = ("vit", "aligner", "llm")

@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from kdtrain import batch as module
-from kdtrain.batch import Batch, Rows, TeacherImages, received
 from kdtrain.data import Collator, cut_rows
+from kdtrain.data import batch as module
+from kdtrain.data.batch import Batch, Rows, TeacherImages, received
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
 from tests import tiny

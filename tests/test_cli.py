@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdtrain import cli
+from kdtrain.cli import app as cli
 from kdtrain.errors import KdtrainError
 from tests import tiny
 
@@ -102,7 +102,7 @@ def test_a_dry_run_builds_everything_and_writes_nothing(project, kdtrain):
 
 
 def test_without_kd_it_is_plain_supervised_training_and_no_teacher_is_loaded(project, kdtrain, monkeypatch):
-    monkeypatch.setattr("kdtrain.build.build_teacher", lambda *args, **kwargs: pytest.fail("a teacher was loaded"))
+    monkeypatch.setattr("kdtrain.runs.build.build_teacher", lambda *args, **kwargs: pytest.fail("a teacher was loaded"))
     code, _, err = kdtrain("fit", "config.yaml", "rlhf.llm_kd_weight=0")
     assert code == 0, err
     assert "teacher_model: has no effect" in err or "rlhf.teacher_model" in err
@@ -539,14 +539,14 @@ def test_an_interruption_before_training_says_that_nothing_was_saved(project, kd
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kdtrain.build.load_processing", interrupt)
+    monkeypatch.setattr("kdtrain.runs.build.load_processing", interrupt)
     code, _, err = kdtrain("fit", "config.yaml")
     assert code == 130
     assert "nothing more was saved" in err
 
 
 def test_a_bug_is_exit_code_1_with_a_traceback(project, kdtrain, monkeypatch):
-    monkeypatch.setattr("kdtrain.run.fit", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("kdtrain.runs.fit.fit", lambda *args, **kwargs: 1 / 0)
     code, _, err = kdtrain("fit", "config.yaml")
     assert code == 1
     assert "ZeroDivisionError" in err
@@ -627,7 +627,7 @@ def test_every_error_class_has_a_documented_exit_code():
         for child in base.__subclasses__():
             yield from classes(child)
 
-    documented = (Path(cli.__file__).parent / "errors.py").read_text()
+    documented = (Path(cli.__file__).parents[1] / "errors.py").read_text()
     for cls in classes(KdtrainError):
         if cls.__module__ == "kdtrain.errors":
             assert f"{cls.__name__} " in documented

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from kdtrain.data import Collator, RowError, encode_row, pad_rows
-from kdtrain.data.template import RowEncoder
+from kdtrain.data.encoder import RowEncoder
 from kdtrain.errors import DataError
 from tests import tiny
-from tests.test_data_template import ROW, tokenizer_with
+from tests.test_data_encoder import ROW, tokenizer_with
 
 SHORT = {"prompt": "the", "completion": " path"}
 PROMPT = {"prompt": "the file it returns"}

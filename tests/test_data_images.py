@@ -20,7 +20,7 @@ from kdtrain.data.parts import count_images
 from kdtrain.data.rows import parse_row
 from kdtrain.errors import DataError
 from tests import tiny_processors as vision
-from tests.test_data_load import write_lines
+from tests.test_data_dataset import write_lines
 from tests.tiny_processors import picture, png
 
 datasets.disable_progress_bars()

@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from kdtrain.batch import received
 from kdtrain.data import Collator, Source, build_dataset, cut_rows, encode_row
+from kdtrain.data.batch import received
 from kdtrain.data.multimodal import Multimodal, multimodal
 from kdtrain.errors import DataError
 from tests import tiny
 from tests import tiny_processors as vision
+from tests.test_data_dataset import write_lines
 from tests.test_data_images import ANSWER, IMAGE, QUESTION, TURNS, row, user
-from tests.test_data_load import write_lines
 from tests.tiny_processors import picture, png
 
 TWO = row(picture(0), picture(1, 90, 60), messages=[user(IMAGE, "What", IMAGE), ANSWER])

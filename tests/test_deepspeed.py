@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from kdtrain.config import ConfigLoader
 from kdtrain.errors import NonFiniteError, NotAvailableError, PreflightError
-from kdtrain.run import fit
+from kdtrain.models.parts import count_parameters
+from kdtrain.models.tuning import lora_config
+from kdtrain.runs.fit import fit
 from kdtrain.trainer import GKDTrainerWithMetrics
-from kdtrain.tuning import lora_config
-from kdtrain.vision.parts import count_parameters
 from tests import tiny
 from tests.test_trainer import ROWS, make_args
 

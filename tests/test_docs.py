@@ -50,7 +50,7 @@ def test_what_an_example_builds_is_never_looked_for_on_the_hub(path):
 def test_every_command_of_the_readme_exists():
     from typer.main import get_command
 
-    from kdtrain.cli import app
+    from kdtrain.cli.app import app
 
     commands = set(get_command(app).commands)
     mentioned = set(re.findall(r"kdtrain (\w+)", "\n".join(readme_blocks("sh"))))
@@ -58,7 +58,7 @@ def test_every_command_of_the_readme_exists():
 
 
 def test_every_metric_of_the_readme_is_one_that_is_logged():
-    from kdtrain import telemetry
+    from kdtrain.trainer import metrics as telemetry
 
     table = (ROOT / "README.md").read_text(encoding="utf-8").split("## What is logged")[1].split("## ")[0]
     named = set(re.findall(r"`(\w+)`", table)) - {"eval_", "logging", "training"}

@@ -17,21 +17,21 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from kdtrain import build, read_data
-from kdtrain.build import Given, build_trainer
 from kdtrain.config import ConfigLoader, RunConfig, TrainArguments, check_config
 from kdtrain.config.arguments import Hardware, build_train_arguments
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data import BuildReport
 from kdtrain.errors import PreflightError
-from kdtrain.feature_grids import image_grids
-from kdtrain.launch import launch_command, wanted_processes
+from kdtrain.feature_kd.grids import image_grids
+from kdtrain.feature_kd.hooks import tapped
+from kdtrain.feature_kd.term import feature_terms
+from kdtrain.runs import build, read_data
+from kdtrain.runs.build import Given, build_trainer
+from kdtrain.runs.launch import launch_command, wanted_processes
 from kdtrain.trainer import GKDTrainerWithMetrics
-from kdtrain.vision.hooks import tapped
-from kdtrain.visual_term import feature_terms
 from tests import tiny
+from tests.test_feature_kd_term import enlarged
 from tests.test_trainer import TopKTeacher
-from tests.test_vision_terms import enlarged
 from tests.tiny_vision import make_inputs, make_vlm
 
 GOOD: dict[str, Any] = {

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from kdtrain import cli
+from kdtrain.cli import app as cli
 from kdtrain.config import ConfigLoader
 from tests.tiny_processors import make_qwen3, png
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from kdtrain import cli
+from kdtrain.cli import app as cli
 from kdtrain.data import Source, build_dataset
 
 FOLDER = Path(__file__).parent.parent / "examples" / "visual_digits"

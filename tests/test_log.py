@@ -5,7 +5,7 @@ import json
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from kdtrain.log import JsonlLogger
+from kdtrain.runs.log import JsonlLogger
 
 
 def test_records_after_the_step_resumed_from_and_a_torn_line_are_dropped(tmp_path):

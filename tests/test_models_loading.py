@@ -9,8 +9,8 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from safetensors.torch import load_file, save_file
 
 from kdtrain.errors import PreflightError
-from kdtrain.models import add_adapter, load_model
-from kdtrain.processing import load_tokenizer
+from kdtrain.models.loading import add_adapter, load_model
+from kdtrain.models.processing import load_tokenizer
 from kdtrain.teachers import build_teacher
 from tests import tiny
 from tests.tiny_vision import make_vlm

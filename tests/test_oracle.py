@@ -20,9 +20,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from kdtrain.batch import Batch
+from kdtrain.data.batch import Batch
+from kdtrain.models.tuning import lora_config
 from kdtrain.trainer import GKDTrainerWithMetrics
-from kdtrain.tuning import lora_config
 from tests import tiny, tiny_vision
 from tests.oracle import Loss, Optimizer, Oracle, Row, Window, double
 from tests.test_trainer import make_args

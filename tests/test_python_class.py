@@ -12,11 +12,11 @@ from trl.experimental.utils import DataCollatorForChatML
 
 from kdtrain.config import ConfigLoader
 from kdtrain.errors import ConfigError, DataError, NotAvailableError, PreflightError
-from kdtrain.run import fit
+from kdtrain.runs.fit import fit
 from kdtrain.teachers import LocalTeacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
-from tests.test_probe import Silent
+from tests.test_models_probe import Silent
 from tests.test_trainer import expected_terms, make_args, make_batch, make_trainer
 from tests.tiny_vision import make_vlm
 
@@ -82,7 +82,7 @@ def test_a_value_set_in_the_middle_of_a_window_does_not_split_it(tmp_path, stude
 
 def test_lmbda_and_the_temperature_of_sampling_are_live(tmp_path, student, teacher, monkeypatch):
     seen = []
-    from kdtrain import trainer as module
+    from kdtrain.trainer import trainer as module
 
     original = module.generation_config
     monkeypatch.setattr(module, "generation_config", lambda *args: seen.append(args[2]) or original(*args))

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from kdtrain import signals
 from kdtrain.errors import Interrupted
+from kdtrain.runs import signals
 
 
 def send(signum):

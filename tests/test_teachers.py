@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kdtrain.argument_checks import check_teacher_can
 from kdtrain.losses import TopKLogprobs
 from kdtrain.losses.head import Head
 from kdtrain.teachers import DenseTargets, Targets, Teacher
+from kdtrain.trainer.argument_checks import check_teacher_can
 from tests import tiny
 from tests.test_losses import reference
 from tests.test_trainer import make_batch, make_trainer

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from kdtrain.losses import fused_distillation_loss
+from kdtrain.models.tuning import lora_config
 from kdtrain.trainer import GKDTrainerWithMetrics
-from kdtrain.tuning import lora_config
 from tests import tiny
 from tests.test_trainer import make_args
 

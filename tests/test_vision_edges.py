@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdtrain.batch import Batch, Rows
+from kdtrain.data.batch import Batch, Rows
 from kdtrain.errors import NotAvailableError, PreflightError
-from kdtrain.generation import generate_batch
-from kdtrain.generation_sampling import generation_config
-from kdtrain.probe import placeholder_ids
-from kdtrain.tuning import lora_config
+from kdtrain.generation.generate import generate_batch
+from kdtrain.generation.sampling import generation_config
+from kdtrain.models.probe import placeholder_ids
+from kdtrain.models.tuning import lora_config
 from tests import tiny
 from tests.test_trainer import ROWS, make_trainer
 from tests.test_vision_fit import _fit_rank, models, row, run, write_config  # noqa: F401  (a fixture)
@@ -45,8 +45,8 @@ def test_projectors_stand_still_in_windows_without_images(models, tmp_path, worl
 
 
 def test_biases_of_projectors_do_not_decay(models, tmp_path):  # noqa: F811
-    from kdtrain.build import Given, build_trainer
     from kdtrain.config import ConfigLoader
+    from kdtrain.runs.build import Given, build_trainer
     from tests.test_vision_fit import Silent
 
     file = write_config(models, tmp_path, training__weight_decay=0.5, training__optim="adamw_torch")
@@ -74,7 +74,7 @@ def image_rows(pattern):
 
 
 def frozen_student(family):
-    from kdtrain.vision.parts import freeze_parts
+    from kdtrain.models.parts import freeze_parts
 
     processor = FAMILIES[family]()
     student = make_model(family, processor, 1)
@@ -269,7 +269,7 @@ def test_a_model_that_is_told_what_is_prompt_does_not_generate():
 
 
 def test_a_students_samples_hold_no_placeholder_that_its_config_names(tmp_path):
-    from kdtrain import trainer as module
+    from kdtrain.trainer import trainer as module
 
     student, forbidden = tiny.make_qwen3(seed=1), []
     student.config.image_token_id = 17

@@ -17,11 +17,11 @@ from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaCon
 from kdtrain.config import ConfigLoader
 from kdtrain.data import Collator, Source, build_dataset
 from kdtrain.errors import DataError, PreflightError
-from kdtrain.generation import generate_batch
-from kdtrain.generation_sampling import generation_config
-from kdtrain.models import load_model
-from kdtrain.processing import load_processing
-from kdtrain.run import fit
+from kdtrain.generation.generate import generate_batch
+from kdtrain.generation.sampling import generation_config
+from kdtrain.models.loading import load_model
+from kdtrain.models.processing import load_processing
+from kdtrain.runs.fit import fit
 from tests.tiny import run_ranks
 from tests.tiny_processors import FAMILIES, make_llava, make_model, picture
 

@@ -13,8 +13,8 @@ import transformers as hf
 from torch import nn
 
 from kdtrain.config.options import VisualKdConfig, VisualTarget
-from kdtrain.vision.hooks import tapped
-from kdtrain.visual_term import feature_terms
+from kdtrain.feature_kd.hooks import tapped
+from kdtrain.feature_kd.term import feature_terms
 
 IMAGE, VIDEO, VISION_START = 300, 301, 302
 VOCABULARY = 320

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kdtrain.adapters import adapter_base, is_adapter_folder
+from kdtrain.config.adapters import adapter_base, is_adapter_folder
+from kdtrain.config.model_folder import INDEX, WEIGHTS, findings, has_weights
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.tree import KeyPath, Problem, dotted
 from kdtrain.errors import PreflightError
-from kdtrain.model_folder import INDEX, WEIGHTS, findings, has_weights
 
 if TYPE_CHECKING:
     from kdtrain.config.rules import Written

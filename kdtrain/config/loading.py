@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from kdtrain.config.model_folder import read_map
 from kdtrain.config.schema import Dtype
 from kdtrain.config.training import choice, source_folder
 from kdtrain.config.tree import KeyPath, Problem
-from kdtrain.model_folder import read_map
 
 _TOKEN = ("secrets do not belong in a config", "set the environment variable HF_TOKEN")
 _NAMED = ("the model is named in its own option", "remove it")

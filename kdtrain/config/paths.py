@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from kdtrain.config.diagnose import describe
+from kdtrain.config.model_folder import is_hub_id
 from kdtrain.config.tree import KeyPath, Node, Problem, get, replace
-from kdtrain.model_folder import is_hub_id
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".csv", ".arrow"}

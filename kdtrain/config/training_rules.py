@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdtrain.config.diagnose import describe
+from kdtrain.config.row_order import refused_loader_options
 from kdtrain.config.suggest import known_keys, unknown_key
 from kdtrain.config.training import training_fields
 from kdtrain.config.tree import Problem
-from kdtrain.row_order import refused_loader_options
 
 
 @dataclass(frozen=True)

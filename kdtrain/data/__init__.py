@@ -5,15 +5,15 @@ raw_table.py     the raw rows of all sources in one Arrow file
 rows.py          raw row -> conversation, prompt and completion, or text
 parts.py         which image stands where in a conversation
 images.py        one image: path or bytes, and its pixels
-chat.py          chat template -> text and the spans the assistant writes
+chat_template.py chat template -> text and the spans the assistant writes
 tokens.py        spans of characters -> spans of tokens
-template.py      row -> input_ids, labels, prompt_length
+encoder.py       row -> input_ids, labels, prompt_length
 multimodal.py    what a processor makes of text and images
 alignment.py     where the text between the images is in what a processor makes of it
 limits.py        the longest row, and what becomes of longer ones
-encoding.py      all rows encoded, in parallel, cached by content
+cache.py         all rows encoded, in parallel, cached by content
 epochs.py        which rows make up an epoch
-load.py          sources -> data set and report (report.py)
+dataset.py       sources -> data set and report (report.py)
 tokenised.py     rows that are tokens already
 collate.py       rows -> batch
 visual_batch.py  the visual part of a batch
@@ -22,12 +22,12 @@ show.py          values of rows as messages show them
 """
 
 from kdtrain.data.collate import Collator, cut_rows, pad_rows
+from kdtrain.data.dataset import build_dataset
+from kdtrain.data.encoder import EncodedRow, encode_row
 from kdtrain.data.epochs import Epochs
 from kdtrain.data.errors import RowError
-from kdtrain.data.load import build_dataset
 from kdtrain.data.report import BuildReport
 from kdtrain.data.sources import Source
-from kdtrain.data.template import EncodedRow, encode_row
 
 __all__ = [
     "BuildReport",

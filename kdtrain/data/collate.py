@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from kdtrain.batch import Batch, Rows, TeacherImages
+from kdtrain.data.batch import Batch, Rows, TeacherImages
+from kdtrain.data.encoder import EncodedRow, RowEncoder
 from kdtrain.data.errors import RowError
 from kdtrain.data.images import stored_image
 from kdtrain.data.limits import Limits, truncate
@@ -31,7 +32,6 @@ from kdtrain.data.multimodal import (
 )
 from kdtrain.data.rows import parse_row
 from kdtrain.data.show import show
-from kdtrain.data.template import EncodedRow, RowEncoder
 from kdtrain.data.tokenised import tokenised_row
 from kdtrain.data.visual_batch import cut_rows, pad_token_tensors, stack_visual
 from kdtrain.errors import DataError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kdtrain.data.template import EncodedRow
+from kdtrain.data.encoder import EncodedRow
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
 

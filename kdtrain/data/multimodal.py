@@ -19,7 +19,7 @@ import torch
 from transformers import ProcessorMixin
 
 from kdtrain.data.alignment import Alignment
-from kdtrain.data.chat import Rendered
+from kdtrain.data.chat_template import Rendered
 from kdtrain.data.errors import RowError
 from kdtrain.data.images import Image
 from kdtrain.data.show import show

@@ -18,13 +18,13 @@ from typing import Any
 
 import datasets
 
+from kdtrain.config.model_folder import is_hub_id
 from kdtrain.data.files import RawRow, is_array, read_array, read_csv, read_lines
 from kdtrain.data.images import is_pil, png
 from kdtrain.data.parts import VIDEO_COLUMNS
 from kdtrain.data.rows import IMAGE_COLUMNS, KNOWN_COLUMNS, ROW_COLUMNS
 from kdtrain.data.show import show
 from kdtrain.errors import DataError
-from kdtrain.model_folder import is_hub_id
 
 _LINES = (".jsonl", ".ndjson")
 _CSV = {".csv": ",", ".tsv": "\t"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kdtrain.data.encoder import EncodedRow
 from kdtrain.data.show import show
-from kdtrain.data.template import EncodedRow
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kdtrain.batch import Batch, TeacherImages
+from kdtrain.data.batch import Batch, TeacherImages
 from kdtrain.data.multimodal import Multimodal, Processed
 from kdtrain.errors import DataError
 

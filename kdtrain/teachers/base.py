@@ -21,7 +21,7 @@ from kdtrain.losses.topk import TopKLogprobs
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from kdtrain.batch import Batch
+    from kdtrain.data.batch import Batch
 
 
 @dataclass(frozen=True)

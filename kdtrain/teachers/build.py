@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kdtrain.errors import NotAvailableError
-from kdtrain.models import add_adapter, load_with_adapter
+from kdtrain.models.loading import add_adapter, load_with_adapter
 from kdtrain.teachers.base import Teacher
 from kdtrain.teachers.local import LocalTeacher
 

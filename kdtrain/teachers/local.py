@@ -14,18 +14,18 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed
 from trl.models.utils import prepare_fsdp
 
-from kdtrain.experts import without_router_logits
-from kdtrain.lm_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.losses.head import Head
 from kdtrain.losses.reduce import predicting
-from kdtrain.probe import look_at_text
+from kdtrain.models.experts import without_router_logits
+from kdtrain.models.loss_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
+from kdtrain.models.probe import look_at_text
+from kdtrain.models.vocabulary import vocabulary_size
 from kdtrain.teachers.base import DenseTargets, Targets, Teacher
-from kdtrain.vocabulary import vocabulary_size
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from kdtrain.batch import Batch
+    from kdtrain.data.batch import Batch
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,5 @@
+"""The command `kdtrain`."""
+
+from kdtrain.cli.app import main
+
+__all__ = ["main"]

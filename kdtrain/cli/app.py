@@ -1,0 +1,208 @@
+"""The commands: parse, call, print a result. How a process logs, fails and ends is in `process.py`.
+
+Results go to stdout, everything else to stderr. Nothing here imports torch before a command needs it: help and static
+validation answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kdtrain import __version__
+from kdtrain.cli import process
+from kdtrain.errors import ConfigError, KdtrainError, NotAvailableError
+from kdtrain.ranks import is_main, under_launcher
+from kdtrain.runs.signals import keyboard_interrupts_named
+
+if TYPE_CHECKING:
+    from kdtrain.config import RunConfig
+
+logger = logging.getLogger("kdtrain")
+
+app = typer.Typer(
+    help="Distil a large language model into a small one from one YAML file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file that is the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Options that win over the file, such as rlhf.beta=0.1."),
+]
+LogFormat = Annotated[str, typer.Option(help="text, or json for one object per line.")]
+
+
+@app.command()
+def fit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(help="auto: the newest complete checkpoint, or a clean start. Or a checkpoint's path.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build everything, one window forward and backward, no step, no file.")
+    ] = False,
+    no_launch: Annotated[
+        bool, typer.Option("--no-launch", help="Stay in this process, whatever launch.num_processes says.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")] = False,
+    log_format: LogFormat = "text",
+    debug: Annotated[bool, typer.Option("--debug", help="Tracebacks and the libraries' own messages.")] = False,
+) -> None:
+    """Train.
+
+    Under a launcher this runs in the process it is in. Otherwise, with several GPUs or launch.num_processes above 1, it
+    prints and runs the `accelerate launch` line that does the same. The final model and tokenizer, logging.jsonl and
+    status.json are in training.output_dir.
+    """
+    from kdtrain.config import ConfigLoader
+    from kdtrain.runs import launch
+
+    process.set_up_logging(log_format, debug)
+    if log_format not in ("text", "json"):
+        raise ConfigError(f"--log-format must be text or json, got {log_format!r}")
+    if launch.launched_by_us() or not is_main():
+        logger.setLevel(logging.ERROR)  # the launching process, or rank 0, logs the same
+    run_config = ConfigLoader.load(config, overrides or [])
+    if not no_launch and not under_launcher():
+        from kdtrain.cli.environment import visible_gpus
+
+        devices = visible_gpus()
+        processes = launch.wanted_processes(run_config, devices)
+        if processes > 1 or run_config.launch.config_file:
+            command = launch.launch_command(run_config, processes, sys.argv[1:], on_cpu=devices == 0)
+            if not quiet:
+                logger.info(launch.shown(command))
+            sys.exit(launch.run_launcher(command))
+    with keyboard_interrupts_named():
+        _fit_here(run_config, resume, dry_run, quiet, log_format)
+
+
+def _fit_here(config: RunConfig, resume: str | None, dry_run: bool, quiet: bool, log_format: str) -> None:
+    """Train in this process, and print what came out."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not quiet and log_format == "text" and console.is_terminal:
+        console.print("loading torch and trl …", style="dim")  # some seconds without a sign otherwise
+    from kdtrain.cli.progress import ConsoleReporter, describe
+    from kdtrain.config.arguments import build_train_arguments
+    from kdtrain.runs.fit import fit as run_fit
+
+    if is_main():
+        logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    arguments = build_train_arguments(config)
+    process.quiet_libraries(keep_bars=console.is_terminal and not quiet)
+    reporter = ConsoleReporter(console, log_format, quiet)
+    result = run_fit(arguments, reporter, resume=resume, dry_run=dry_run)
+    if is_main():
+        what = "dry run passed" if dry_run else f"{result.steps} steps, model in {result.run_dir}"
+        typer.echo(f"{what} ({result.seconds:.0f} s)")
+        if dry_run:
+            typer.echo(f"{describe(result.metrics)}  peak_memory_gib {result.metrics['peak_memory_gib']:.2f}")
+    process.end_rank(0)
+
+
+@app.command()
+def validate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Not available yet: look at files, models, devices.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Findings as JSON on stdout.")] = False,
+) -> None:
+    """Check a config file: every problem at once, each with its place. Does not import torch; under a second."""
+    from kdtrain.config import check_config
+
+    if deep:
+        raise NotAvailableError("validate --deep is not available yet; kdtrain fit CONFIG --dry-run builds everything.")
+    result = check_config(config, overrides or [], model_files=True)
+    findings = [*result.errors, *result.warnings]
+    if as_json:
+        typer.echo(json.dumps([finding.to_dict() for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            typer.echo(finding.render() + "\n", err=finding.level != "error")
+        typer.echo(_verdict(config, len(result.errors), len(result.warnings)))
+    if result.errors:
+        raise typer.Exit(ConfigError.exit_code)
+
+
+def _verdict(config: Path, errors: int, warnings: int) -> str:
+    counts = ((errors, "error"), (warnings, "warning"))
+    found = ", ".join(f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in counts if count)
+    return f"{config}: {found or 'no problems found'}"
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the config, for editors."""
+    from kdtrain.config import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Versions, devices, optional parts; secrets as set or unset only."""
+    from kdtrain.cli.environment import environment
+
+    facts = environment()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            typer.echo(f"{key}:")
+            for name, fact in value.items():
+                typer.echo(f"  {name}: {fact}")
+        else:
+            typer.echo(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+
+
+def _not_available(name: str, help_text: str) -> None:
+    @app.command(name, help=f"Not available yet: {help_text}", context_settings={"ignore_unknown_options": True})
+    def command(arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
+        raise NotAvailableError(f"kdtrain {name} is not available yet.")
+
+
+_not_available("init", "copy a recipe out of examples/.")
+_not_available("cache", "write the teacher's targets for a data set to disk.")
+_not_available("evaluate", "compare student and teacher on the evaluation set.")
+_not_available("report", "one HTML page of a run.")
+_not_available("export", "merge adapters and write a plain model folder.")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: run a command and end the process with the exit code that says what happened."""
+    arguments = sys.argv[1:]
+    # `accelerate launch -m kdtrain CONFIG`: people forget the command, and it can only be one.
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        sys.argv[1:] = arguments = ["fit", *arguments]
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except KdtrainError as error:
+        process.fail(error)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of the command line
+            error.show()
+            sys.exit(error.exit_code)
+        process.fail_with_a_bug(error)
+    sys.exit(code or 0)

@@ -1,0 +1,94 @@
+"""A process of the command line: its log, how it fails, how a rank of several ends. Imports no torch by itself."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from typing import NoReturn
+
+import typer
+
+from kdtrain.errors import ConfigError, KdtrainError
+from kdtrain.ranks import world_size
+from kdtrain.runs.launch import report_exit_code
+
+logger = logging.getLogger("kdtrain")
+
+
+def set_up_logging(log_format: str, debug: bool) -> None:
+    """Our messages on stderr; the libraries' own only for --debug."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonFormatter() if log_format == "json" else logging.Formatter("%(message)s"))
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if debug else "error")
+    if not debug:
+        os.environ.setdefault("DATASETS_VERBOSITY", "error")
+        warnings.simplefilter("ignore")
+
+
+def quiet_libraries(keep_bars: bool) -> None:
+    """No progress bars of other libraries: they are noise in a log, and loading small files is not progress."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    if not keep_bars:
+        datasets.disable_progress_bars()
+
+
+def fail(error: KdtrainError) -> NoReturn:
+    """Say what went wrong in one message and end; the traceback only for those who asked for it."""
+    message = str(error)
+    if "--debug" in sys.argv:
+        logger.error("traceback", exc_info=error)
+    if any(isinstance(handler.formatter, _JsonFormatter) for handler in logger.handlers):
+        logger.critical(message)
+    else:  # the problems of a config file bring their own headings
+        typer.echo(message if isinstance(error, ConfigError) and "\n" in message else f"kdtrain: {message}", err=True)
+    _leave(error.exit_code)
+
+
+def fail_with_a_bug(error: Exception) -> NoReturn:
+    """End on an error that nobody has foreseen."""
+    traceback.print_exception(error)
+    typer.echo("kdtrain: this is a bug; please report it with the traceback above and `kdtrain env`.", err=True)
+    _leave(KdtrainError.exit_code)
+
+
+def _leave(code: int) -> NoReturn:
+    report_exit_code(code)
+    end_rank(code)
+    sys.exit(code)
+
+
+def end_rank(code: int) -> None:
+    """Leave the other ranks, and end a rank of several without tearing the interpreter down; a single process goes on.
+
+    gloo's threads may still run, and abort the interpreter as it ends.
+    """
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            if code == 0:  # together, or one takes the connection from the others; after a failure they may never come
+                dist.barrier()
+            dist.destroy_process_group()
+    if world_size() == 1:
+        return
+    atexit._run_exitfuncs()  # trackers upload what they have
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps({"event": "message", "level": record.levelname, "message": record.getMessage()})

@@ -1,0 +1,207 @@
+"""Encodes raw rows in parallel, once: the result is stored under a key made of everything that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from kdtrain.data.encoder import EncodedRow, RowEncoder
+from kdtrain.data.errors import RowError
+from kdtrain.data.files import folder_of
+from kdtrain.data.images import Image
+from kdtrain.data.limits import Limits, truncate
+from kdtrain.data.multimodal import image_content, tokenizer_content
+from kdtrain.data.rows import Chat, parse_json, parse_row
+from kdtrain.data.sources import Source, rows_at_once
+
+# Raise it with every change that makes the same row come out differently.
+VERSION = 3
+
+_FEATURES = datasets.Features(
+    {
+        # Fields of EncodedRow, and what is known of a row beside them.
+        "input_ids": datasets.Sequence(datasets.Value("int32")),
+        "labels": datasets.Sequence(datasets.Value("int32")),
+        "prompt_length": datasets.Value("int32"),
+        "status": datasets.Value("string"),  # ok | bad | long (over max_length, an error) | dropped
+        "problem": datasets.Value("string"),
+        "length": datasets.Value("int32"),  # before truncation
+        "supervised": datasets.Value("int32"),
+        "kind": datasets.Value("string"),
+        "prompt_only": datasets.Value("bool"),
+        "extended": datasets.Value("bool"),
+        "unterminated": datasets.Value("bool"),
+        # Of rows with images: the conversation before its images are expanded, and where the images are.
+        "text": datasets.Value("large_string"),
+        "images": datasets.List({"path": datasets.Value("string"), "bytes": datasets.Value("large_binary")}),
+    }
+)
+
+
+def encode_cached(
+    raw: datasets.Dataset,
+    encoder: RowEncoder,
+    sources: Sequence[Source],
+    limits: Limits,
+    num_proc: int | None,
+    cache_dir: Path,
+) -> datasets.Dataset:
+    """Encodes the rows of `raw` (columns text, problem, source, file), or reads what an earlier call stored.
+
+    Args:
+        sources: of each, the column mapping and who answers.
+        cache_dir: entries are folders in it, complete as soon as they are visible; a damaged one is made again.
+
+    Returns:
+        As many rows in the same order, with the columns of `_FEATURES`; bad rows have a `problem` and no tokens.
+
+    Raises:
+        DataError: the tokenizer or its template cannot serve the rows; the folder cannot be written.
+    """
+    entry = cache_dir / f"encoded-{_key(raw, encoder, sources, limits)}"
+    if (stored := _stored(entry, len(raw))) is not None:
+        return stored
+    work = Path(tempfile.mkdtemp(prefix="encoding-", dir=cache_dir))
+    at_once = rows_at_once(raw, 500)
+    try:
+        raw.map(
+            _encode_batch,
+            batched=True,
+            batch_size=at_once,
+            writer_batch_size=at_once,
+            remove_columns=raw.column_names,
+            features=_FEATURES,
+            fn_kwargs={"encoder": encoder, "sources": sources, "limits": limits},
+            num_proc=_workers(len(raw)) if num_proc is None else (num_proc if num_proc > 1 else None),
+            cache_file_name=str(work / "rows.arrow"),
+            new_fingerprint=entry.name.removeprefix("encoded-")[:32],
+            desc="Encoding rows",
+        )
+        shutil.rmtree(entry, ignore_errors=True)  # a damaged one
+        try:
+            work.rename(entry)
+        except OSError:
+            if not entry.is_dir():  # else another process has just stored the same rows
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    stored = _stored(entry, len(raw))
+    assert stored is not None
+    return stored
+
+
+def _stored(entry: Path, rows: int) -> datasets.Dataset | None:
+    files = sorted(entry.glob("*.arrow"))
+    try:
+        parts = [datasets.Dataset.from_file(str(file)) for file in files]
+    except (OSError, pa.ArrowException):
+        return None
+    if sum(map(len, parts)) != rows or not parts:
+        return None
+    return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+
+
+def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], limits: Limits) -> str:
+    """A hash of all that the encoded rows depend on.
+
+    The place of a row is left out: the same data under another path is the same data. Images count with theirs, see
+    `Image.identity`.
+    """
+    tokenizer = encoder.tokenizer
+    options = {
+        "version": VERSION,
+        **tokenizer_content(tokenizer),
+        "images": image_content(encoder.processing_class),
+        "own_template": encoder.chat_template or encoder.processing_class.chat_template or tokenizer.chat_template,
+        "train_on": encoder.train_on,
+        "limits": [limits.max_length, limits.on_overlength],
+        "columns": [dict(source.columns) if source.columns else None for source in sources],
+        "answers": [source.answers for source in sources],
+        "libraries": [datasets.__version__, version("transformers"), version("trl")],  # trl: the training templates
+    }
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    for batch in raw.select_columns(["source", "problem", "text"]).iter(batch_size=rows_at_once(raw, 1000)):
+        digest.update(json.dumps(batch).encode())
+    if encoder.multimodal is not None:
+        for batch in raw.select_columns(["source", "text", "file"]).iter(batch_size=rows_at_once(raw, 1000)):
+            for image in _image_files(batch, sources):
+                digest.update(image.identity)
+    return digest.hexdigest()[:40]
+
+
+def _image_files(batch: dict[str, list[Any]], sources: Sequence[Source]) -> Iterator[Image]:
+    """The images that stand in files of their own; the bytes of the others are in the rows' text."""
+    for text, file, number in zip(batch["text"], batch["file"], batch["source"], strict=True):
+        columns = sources[number].columns
+        # Image columns and parts are all called image, image_url or images; only a mapping can give them other names.
+        # Parsing every row of a text data set twice would take longer.
+        if "image" not in text and not columns:
+            continue
+        try:
+            parsed = parse_row(parse_json(text, columns), folder_of(file))
+        except RowError:
+            continue  # counted when it is encoded
+        if isinstance(parsed, Chat):
+            yield from (image for image in parsed.images if image.data is None)
+
+
+def _workers(rows: int) -> int | None:
+    """Starting processes costs about a second: more than 2000 short rows do."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8) if rows > 2000 and cores > 1 else None
+
+
+def _encode_batch(
+    batch: dict[str, list[Any]], encoder: RowEncoder, sources: Sequence[Source], limits: Limits
+) -> dict[str, list[Any]]:
+    problems, parsed = list(batch["problem"]), {}
+    for i, text in enumerate(batch["text"]):
+        if not problems[i]:
+            try:
+                parsed[i] = parse_json(text, sources[batch["source"][i]].columns)
+            except RowError as error:
+                problems[i] = str(error)
+    folders = {file: folder_of(file) for file in set(batch["file"])}
+    results = encoder.encode(
+        list(parsed.values()),
+        [folders[batch["file"][i]] for i in parsed],
+        [sources[batch["source"][i]].answers == "teacher" for i in parsed],
+    )
+    encoded = dict(zip(parsed, results, strict=True))
+    out: dict[str, list[Any]] = {name: [] for name in _FEATURES}
+    for i, problem in enumerate(problems):
+        result = encoded.get(i) or RowError(problem)
+        row = _record(_NOTHING, "bad", 0, str(result)) if isinstance(result, RowError) else _fitted(result, limits)
+        for name, value in row.items():
+            out[name].append(value)
+    return out
+
+
+_NOTHING = EncodedRow([], [], 0)
+
+
+def _fitted(row: EncodedRow, limits: Limits) -> dict[str, Any]:
+    length = len(row.input_ids)
+    if limits.max_length is None or length <= limits.max_length:
+        return _record(row, "ok", length)
+    if limits.on_overlength == "truncate" and (cut := truncate(row, limits.max_length)):
+        return _record(cut, "ok", length)
+    return _record(_NOTHING, "long" if limits.on_overlength == "error" else "dropped", length)
+
+
+def _record(row: EncodedRow, status: str, length: int, problem: str = "") -> dict[str, Any]:
+    """A row in the columns of `_FEATURES`."""
+    same = {name: value for name, value in vars(row).items() if name in _FEATURES}
+    images = [image.record for image in row.images]
+    found = {"status": status, "problem": problem, "length": length, "supervised": row.supervised}
+    return {**same, **found, "images": images}

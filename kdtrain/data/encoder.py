@@ -1,0 +1,270 @@
+"""Rows to tokens: `input_ids` and the `labels` that say which of them the student is trained on.
+
+Position t predicts label t + 1, so `labels[0]` is always -100. A conversation is rendered once as a whole and
+tokenised once; spans of characters become spans of tokens through the offsets of that one tokenisation. Tokenising the
+turns apart and gluing them would give ids that the model never sees at inference.
+
+A token that straddles the edge of a span counts as supervised only if it begins inside. A conversation with images is
+expanded by its processor first (multimodal.py), and must come out with the very ids that the processor gives it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kdtrain.data.chat_template import ChatTemplate, Rendered
+from kdtrain.data.errors import RowError
+from kdtrain.data.images import Image
+from kdtrain.data.multimodal import Multimodal, multimodal
+from kdtrain.data.parts import texts_of
+from kdtrain.data.rows import Chat, Pair, PlainText, parse_row, prompt_of
+from kdtrain.data.show import show
+from kdtrain.data.tokens import Tokens
+from kdtrain.errors import DataError
+from kdtrain.losses.reduce import IGNORE_INDEX
+
+TRAIN_ON = ("assistant", "last", "all")
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One row as tokens.
+
+    `labels` has the length of `input_ids`, -100 where nothing is supervised. `prompt_length` leading tokens are the
+    prompt to generate from, up to and including the generation prompt of the last assistant turn: all of them in a
+    prompt-only row, 0 in plain text.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_length: int
+    kind: str = "chat"  # chat | completion | text
+    prompt_only: bool = False
+    turn_starts: tuple[int, ...] = ()  # prompt lengths of the supervised turns, for truncated rows
+    extended: bool = False  # the stop token was outside the template's markers and was added to the mask
+    unterminated: bool = False  # a supervised turn ends without a token that would make the model stop
+    text: str | None = None  # of a row with images: the rendered conversation, one placeholder per image
+    images: tuple[Image, ...] = ()
+    images_end: int = 0  # leading tokens that must stay, or the model would miss a part of an image
+
+    @property
+    def supervised(self) -> int:
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
+
+
+def encode_row(
+    row: Mapping[str, Any],
+    processing_class: Any,
+    *,
+    train_on: str,
+    chat_template: str | None = None,
+    folder: str | None = None,
+) -> EncodedRow:
+    """Encodes one row, of any of the kinds in `kdtrain.data.rows`. For many rows keep a `RowEncoder`.
+
+    Args:
+        row: `messages`, `conversations`, `prompt` (with `completion`) or `text`; conversations also with images.
+        processing_class: a fast tokenizer, or a processor around one; rows with images need a processor.
+        train_on: `assistant` supervises every assistant turn, `last` the last one, `all` every token but the first
+            and those that stand for images. A completion is always supervised and never the messages of its prompt;
+            text is supervised as a whole.
+        chat_template: used in place of the tokenizer's own.
+        folder: what the paths of images are relative to; by default the current directory.
+
+    Raises:
+        RowError: the row cannot be trained on.
+        DataError: the tokenizer, its chat template or the processor cannot serve any row.
+    """
+    encoded = RowEncoder(processing_class, train_on, chat_template).encode([row], [folder or os.getcwd()])[0]
+    if isinstance(encoded, RowError):
+        raise encoded
+    return encoded
+
+
+class RowEncoder:
+    """Encodes batches of rows with one tokenizer or processor; see `encode_row` for the arguments and errors."""
+
+    def __init__(self, processing_class: Any, train_on: str, chat_template: str | None = None) -> None:
+        if train_on not in TRAIN_ON:
+            raise DataError(f"train_on must be one of {', '.join(TRAIN_ON)}, not {train_on!r}")
+        self.processing_class = processing_class
+        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise DataError(
+                f"{type(self.tokenizer).__name__} is no fast tokenizer, so its tokens cannot be mapped to characters: "
+                "load it with AutoTokenizer and a tokenizer.json"
+            )
+        self.train_on = train_on
+        self.chat_template = chat_template
+        self.multimodal: Multimodal | None = multimodal(processing_class)
+        self._templates: dict[bool, ChatTemplate] = {}
+        self._bos: list[int] = []
+        self._settings = ""
+        self._follow_tokenizer()
+
+    def _follow_tokenizer(self) -> None:
+        """Reads the tokenizer again if it was changed: a trainer may set its template, special or added tokens.
+
+        Templates are prepared by rendering probes, which is too slow to be done for every batch.
+        """
+        tokenizer = self.tokenizer
+        templates = [self.processing_class.chat_template, tokenizer.chat_template]
+        settings = json.dumps([templates, tokenizer.special_tokens_map, len(tokenizer)], default=str)
+        if settings != self._settings:
+            self._settings, self._templates, self._bos = settings, {}, self._default_bos()
+
+    def template(self, tools: bool = False) -> ChatTemplate:
+        """The chat template of rows with or without tools; DataError when the tokenizer has none."""
+        if tools not in self._templates:
+            self._templates[tools] = ChatTemplate(self.processing_class, self.chat_template, tools)
+        return self._templates[tools]
+
+    def encode(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        folders: Sequence[str | None] | None = None,
+        teacher_answers: Sequence[bool] | None = None,
+    ) -> list[EncodedRow | RowError]:
+        """One result per row, in order: the tokens, or what is wrong with the row.
+
+        Args:
+            folders: per row, what the paths of its images are relative to.
+            teacher_answers: per row, whether its own answer is left out, see `kdtrain.data.rows.prompt_of`.
+        """
+        self._follow_tokenizer()
+        results: list[EncodedRow | RowError | None] = [None] * len(rows)
+        chats: list[tuple[int, ChatTemplate, Rendered]] = []
+        for i, row in enumerate(rows):
+            try:
+                parsed = parse_row(row, folders[i] if folders else None)
+                if teacher_answers and teacher_answers[i]:
+                    parsed = prompt_of(parsed)
+                if isinstance(parsed, PlainText):
+                    results[i] = self._verified(self._encode_text(parsed))
+                elif isinstance(parsed, Pair):
+                    results[i] = self._verified(self._encode_pair(parsed))
+                elif parsed.images:
+                    results[i] = self._verified(self._encode_images(parsed, self._with_processor()))
+                else:
+                    template = self.template(parsed.tools is not None)
+                    chats.append((i, template, template.render(parsed, self.train_on)))
+            except RowError as error:
+                results[i] = error
+        # Conversations go to the tokenizer together: a call per row costs more than the tokenising itself.
+        for (i, template, rendered), tokens in zip(chats, self._tokenize([c[2].text for c in chats]), strict=True):
+            try:
+                results[i] = self._verified(self._mask(rendered, tokens, template))
+            except RowError as error:
+                results[i] = error
+        return [result for result in results if result is not None]
+
+    def _with_processor(self) -> Multimodal:
+        if self.multimodal is None:
+            name = show(str(self.tokenizer.name_or_path or type(self.tokenizer).__name__))
+            raise RowError(
+                f"the row has images and the model {name} has no processor for images: take a vision-language model, "
+                "or a text-only data set"
+            )
+        return self.multimodal
+
+    def _encode_images(self, chat: Chat, model: Multimodal) -> EncodedRow:
+        model.refuse_text([text for message in chat.messages for text in texts_of(message["content"])])
+        template = self.template(chat.tools is not None)
+        rendered = template.render(chat, self.train_on)
+        expanded, ids, after_images = model.expand(rendered, chat.images)
+        # The processor gives ids without offsets. The same text tokenised here gives both, and the same ids, unless
+        # the processor does more to the text than it hands to its tokenizer.
+        tokens = self._tokenize([expanded.text])[0]
+        if tokens.ids != ids:
+            raise DataError(
+                f"{type(self.processing_class).__name__} gives a row with images {len(ids)} tokens, and its tokenizer "
+                f"gives the same text {len(tokens.ids)} others, so the assistant's tokens cannot be told from the rest"
+            )
+        row = self._mask(expanded, tokens, template)
+        # `train_on: all` supervises the user's turns, too, but image tokens are never written by the model.
+        labels = [IGNORE_INDEX if label in model.image_ids else label for label in row.labels]
+        # Some families end an image with tokens that are no image ids (line breaks, an end marker): they reach as far
+        # as the text after the last image.
+        end = max(tokens.first_from(after_images), model.images_end(ids))
+        return replace(row, labels=labels, text=rendered.text, images=chat.images, images_end=end)
+
+    def _tokenize(self, texts: list[str]) -> list[Tokens]:
+        if not texts:
+            return []
+        batch = self.tokenizer(
+            texts,
+            add_special_tokens=False,  # the chat template writes them itself
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+            verbose=False,  # lengths are checked and reported here
+        )
+        pairs = zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True)
+        return [Tokens(self.tokenizer, text, ids, offsets) for text, ids, offsets in pairs]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _default_bos(self) -> list[int]:
+        """What the tokenizer puts in front of plain text on its own (Llama: BOS; Qwen: nothing)."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tokenizer("a", verbose=False)["input_ids"][:1] == [bos] else []
+
+    def _with_eos(self, ids: list[int]) -> list[int]:
+        eos = self.tokenizer.eos_token_id
+        return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+
+    def _encode_text(self, parsed: PlainText) -> EncodedRow:
+        ids = self._with_eos(self._bos + self._ids(parsed.text))
+        return EncodedRow(ids, [IGNORE_INDEX, *ids[1:]], 0, kind="text")
+
+    def _encode_pair(self, pair: Pair) -> EncodedRow:
+        """Prompt and completion as text. The prompt's ids are those of the prompt alone: what generation starts from.
+
+        The joint tokenisation is taken where it begins with them, because a SentencePiece tokenizer puts a space in
+        front of a completion tokenised alone; otherwise (a prompt that ends in the middle of a token) the two are
+        tokenised apart.
+        """
+        prompt = self._ids(pair.prompt)
+        if pair.completion is None:
+            ids = self._bos + prompt
+            return EncodedRow(ids, [IGNORE_INDEX] * len(ids), len(ids), kind="completion", prompt_only=True)
+        joint = self._ids(pair.prompt + pair.completion)
+        if joint[: len(prompt)] != prompt:
+            joint = prompt + self._ids(pair.completion)
+        ids, start = self._with_eos(self._bos + joint), len(self._bos) + len(prompt)
+        first = 1 if self.train_on == "all" else max(start, 1)
+        unterminated = self.tokenizer.eos_token_id is None
+        labels = [IGNORE_INDEX] * first + ids[first:]
+        return EncodedRow(ids, labels, start, "completion", turn_starts=(start,), unterminated=unterminated)
+
+    def _mask(self, rendered: Rendered, tokens: Tokens, template: ChatTemplate) -> EncodedRow:
+        ids = tokens.ids
+        if rendered.prompt_end is None:
+            return EncodedRow(ids, [IGNORE_INDEX] * len(ids), len(ids), prompt_only=True)
+        labels = [IGNORE_INDEX] * len(ids)
+        starts, extended, unterminated = [], False, False
+        for start_char, end_char in rendered.turns:
+            start, end = tokens.first_from(start_char), tokens.first_from(end_char)
+            end, grew, stops = tokens.stop_at(start, end, template.stop_ids, template.added_ids)
+            labels[start:end] = ids[start:end]
+            # Of a token that straddles the edge: generation starts before it, supervision after it.
+            starts.append(tokens.complete_before(start_char))
+            extended, unterminated = extended or grew, unterminated or not stops
+        if self.train_on == "all":
+            labels, extended = list(ids), False
+        labels[:1] = [IGNORE_INDEX]
+        prompt_length = tokens.complete_before(rendered.prompt_end)
+        return EncodedRow(ids, labels, prompt_length, "chat", False, tuple(starts), extended, unterminated)
+
+    def _verified(self, row: EncodedRow) -> EncodedRow:
+        if not row.input_ids:
+            raise RowError("the row has no tokens")
+        if not row.supervised and not row.prompt_only:
+            raise RowError("no token is supervised: the answer is empty or the template leaves it out")
+        if self.multimodal is not None and not row.images:
+            self.multimodal.refuse_ids(row.input_ids)
+        return row

@@ -1,0 +1,1 @@
+"""Features inside both models, and their distance."""

@@ -1,0 +1,35 @@
+"""The rows with images that a run is tried on before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from kdtrain.data.batch import Batch, received
+
+if TYPE_CHECKING:
+    from kdtrain.data.collate import Collator
+
+
+def first_batch_with_images(dataset: Any, collator: Any, tries: int = 32) -> Batch | None:
+    """A batch of the first row with images; None if there is none.
+
+    Args:
+        dataset: rows with an `images` or `image` column, or with images inside their messages: of those only the first
+            `tries` are looked at.
+    """
+    batches = (received(collator([row]), None) for row in _candidates(dataset, tries))
+    return next((batch for batch in batches if batch.has_images), None)
+
+
+def first_row_with_images(dataset: Any, collator: Collator, tries: int = 32) -> Any | None:
+    """The row that `first_batch_with_images` collates, as it stands in the data set."""
+    return next((row for row in _candidates(dataset, tries) if collator.has_images(row)), None)
+
+
+def _candidates(dataset: Any, tries: int) -> Iterator[Any]:
+    columns = {"images", "image"} & set(getattr(dataset, "column_names", None) or ())
+    for i in range(len(dataset) if columns else min(tries, len(dataset))):
+        row = dataset[i]
+        if not columns or any(row[name] for name in columns):
+            yield row

@@ -1,0 +1,107 @@
+"""Learned linear layers from the student's feature width to the teacher's.
+
+They belong to the run and not to the student: its optimizer trains them and they are saved beside the model, but they
+never become a part of what is exported.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kdtrain.errors import CheckpointError, PreflightError
+from kdtrain.feature_kd.targets import SECTION, named
+
+if TYPE_CHECKING:
+    from kdtrain.config.options import VisualKdConfig
+    from kdtrain.feature_kd.hooks import Features
+
+PROJECTORS = "visual_projectors.safetensors"
+
+
+def build_projectors(wanted: VisualKdConfig, student: Features, teacher: Features, seed: int) -> nn.ModuleDict:
+    """A linear layer for every target and level whose widths differ, in float32.
+
+    The weights depend on the seed and the name only, so all ranks have the same ones, and the global random state is
+    left as it is.
+
+    Args:
+        student, teacher: captured on a forward with images.
+
+    Raises:
+        PreflightError: nothing was captured.
+    """
+    student_widths, teacher_widths = feature_widths(student), feature_widths(teacher)
+    projectors = nn.ModuleDict()
+    for target in wanted.targets:
+        pairs = list(zip(student_widths[target], teacher_widths[target], strict=True))
+        for level, (width, teacher_width) in enumerate(pairs):
+            if width != teacher_width:
+                name = projector_name(target, level, len(pairs))
+                projectors[name] = _linear(width, teacher_width, seed, name).to(student[target][level][0].device)
+    return projectors
+
+
+def feature_widths(features: Features) -> dict[str, list[int]]:
+    """Target -> width of every level, as a forward produced them: configs do not say it for every family.
+
+    Raises:
+        PreflightError: nothing was captured.
+    """
+    for target, levels in features.items():
+        if not all(levels):
+            raise PreflightError(
+                f"{named(target)}: a batch with images fired no module of this target, so the width of its features is "
+                f"not known. Check the modules set in {SECTION}.targets."
+            )
+    return {target: [passes[0].shape[-1] for passes in levels] for target, levels in features.items()}
+
+
+def projector_name(target: str, level: int, levels: int) -> str:
+    """The target's name, with the level behind it where there are several."""
+    return target if levels == 1 else f"{target}_{level}"
+
+
+def _linear(width: int, wanted: int, seed: int, name: str) -> nn.Linear:
+    linear: nn.Linear = torch.nn.utils.skip_init(nn.Linear, width, wanted, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+    bound = 1 / math.sqrt(width)  # as nn.Linear's own
+    with torch.no_grad():
+        linear.weight.uniform_(-bound, bound, generator=generator)
+        linear.bias.uniform_(-bound, bound, generator=generator)
+    return linear
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def save_projectors(projectors: nn.ModuleDict, folder: str | Path) -> None:
+    """Write them beside a model; nothing where there are none."""
+    if projectors:
+        state = {name: value.detach().cpu().contiguous() for name, value in projectors.state_dict().items()}
+        save_file(state, Path(folder) / PROJECTORS)
+
+
+def load_projectors(projectors: nn.ModuleDict, folder: str | Path) -> None:
+    """Read those of a checkpoint.
+
+    Raises:
+        CheckpointError: it has none, or others.
+    """
+    if not projectors:
+        return
+    path = Path(folder) / PROJECTORS
+    try:
+        projectors.load_state_dict(load_file(path))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} does not hold the projectors of this run's visual targets ({', '.join(projectors)}): "
+            f"{str(error).splitlines()[0]} Resume with the visual_kd targets that the checkpoint was made with, or "
+            "start anew."
+        ) from error

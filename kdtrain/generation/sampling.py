@@ -1,0 +1,118 @@
+"""What is drawn and how: whether a window is on-policy, and the tokens that end, fill up or never enter an answer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
+
+from kdtrain.data.chat_template import ChatTemplate
+from kdtrain.data.multimodal import image_token_ids
+from kdtrain.models.probe import placeholder_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def student_generates(seed: int, step: int, lmbda: float) -> bool:
+    """Whether the optimizer window that begins at `step` is on-policy: one draw, the same on every rank.
+
+    A function of seed and step alone, so that a resumed run draws what the uninterrupted one did. Never true at
+    lmbda 0, always at 1.
+    """
+    return random.Random(f"on-policy:{seed}:{step}").random() < lmbda
+
+
+@dataclass(frozen=True)
+class TokenRoles:
+    """Ids that mean something to a generation.
+
+    Attributes:
+        stop: end an answer.
+        pad: fills up the rows that stopped earlier.
+        forbidden: never written.
+    """
+
+    stop: list[int]
+    pad: int
+    forbidden: list[int]
+
+
+def token_roles(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    model: PreTrainedModel,
+    padding_ids: Iterable[int],
+    *more_configs: GenerationConfig | None,
+) -> TokenRoles:
+    """The roles of token ids where a model writes answers.
+
+    Args:
+        processing_class: of the rows; its chat template says what ends a turn.
+        model: the one that writes, unwrapped.
+        padding_ids: padding of the embedding, which is no token of both models.
+        more_configs: further configs whose stop tokens count.
+    """
+    tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
+    stops = turn_ends(processing_class, getattr(model, "generation_config", None), *more_configs)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0] if stops else 0
+    # Of a token that stands for an image its reader would look for the image.
+    images = {*image_token_ids(processing_class), *placeholder_ids(model)}
+    return TokenRoles(stops, pad, sorted({*padding_ids, *images}))
+
+
+def turn_ends(processing_class: Any, *configs: GenerationConfig | None) -> list[int]:
+    """Ids that end an answer: those of the configs and the tokenizer, and what the chat template ends a turn with.
+
+    A base model's own config names its end of text only: its answers would run on behind the end of the turn.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    stops = stop_token_ids(*configs, tokenizer)
+    if tokenizer.chat_template or getattr(processing_class, "chat_template", None):
+        stops += sorted(ChatTemplate(processing_class).stop_ids - set(stops))
+    return stops
+
+
+def stop_token_ids(*sources: Any) -> list[int]:
+    """Ids that end a generation, without repetitions: the union over generation configs and tokenizers.
+
+    A list in a config is kept whole (Llama 3 stops at two tokens), and a tokenizer's eos counts even where the model's
+    generation config names another.
+    """
+    ids: dict[int, None] = {}
+    for source in sources:
+        found = getattr(source, "eos_token_id", None)
+        for token in found if isinstance(found, list | tuple) else [found]:
+            if token is not None:
+                ids[int(token)] = None
+    return list(ids)
+
+
+def generation_config(
+    stop_ids: Sequence[int],
+    pad_id: int,
+    temperature: float | None,
+    max_new_tokens: int,
+    forbidden: Sequence[int] = (),
+) -> GenerationConfig:
+    """Plain sampling at `temperature` from the whole vocabulary: top-k or top-p would bias the samples.
+
+    Args:
+        stop_ids: of `stop_token_ids`.
+        pad_id: fills up the rows that stopped earlier.
+        temperature: of the sampling; None takes the most likely token each time instead.
+        forbidden: ids that are never written: padding of the embedding, which is no token of both models, and tokens
+            that stand for images, since a model that reads one looks for its image.
+    """
+    sampling = {} if temperature is None else {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    return GenerationConfig(
+        suppress_tokens=list(forbidden) or None,
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature is not None,
+        **sampling,
+        use_cache=True,
+        pad_token_id=pad_id,
+        eos_token_id=list(stop_ids) or None,
+    )

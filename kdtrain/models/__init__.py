@@ -1,0 +1,1 @@
+"""Loading, wrapping and inspecting models."""

@@ -1,0 +1,265 @@
+"""Whether the rows of a run fit the positions of its models, asked before the first step.
+
+A model with learned positions has no more of them than its table: a longer row ends the run where it comes up. A model
+with rotary positions (RoPE) takes rows of any length, but was trained on some only. And two kinds of RoPE look at the
+whole batch: their frequencies depend on its longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+import torch
+
+from kdtrain.config.tree import Problem
+from kdtrain.data.batch import Batch
+from kdtrain.data.collate import Collator
+from kdtrain.errors import DataError
+from kdtrain.models.probe import OPTION_OF, Side, TextLook, evaluating, few_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What configs call the number of positions that a model was made for.
+_DECLARED = ("max_position_embeddings", "max_seq_len")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a run, as far as their lengths are known.
+
+    Attributes:
+        what: in words, for messages.
+        lengths: tokens of each row.
+        batch_size: rows that share a forward.
+        way_out: how they are made shorter, in words.
+    """
+
+    what: str
+    lengths: np.ndarray
+    batch_size: int
+    way_out: str
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
+    def width(self, multiple: int | None) -> int:
+        """Of the batch that holds the longest row."""
+        return -(-self.longest // multiple) * multiple if multiple else self.longest
+
+
+def rows_of_a_run(train: Any, evaluation: Any, args: Any, collator: Any, generates: bool) -> list[Rows]:
+    """The rows that both models will see, where their lengths can be known without encoding them.
+
+    Args:
+        train: a data set with a column `input_ids`, and `prompt_length` where answers are generated; others are left
+            out. So is a data set whose rows are encoded batch by batch: see `refuse_width`.
+        evaluation: the same, a dict of such, or None.
+        args: training arguments.
+        collator: what makes batches of them. Rows count as long as it leaves them; what a user's own does to them is
+            not known, and nothing is counted.
+        generates: answers of up to `max_new_tokens` take the place of those in the training rows.
+    """
+    if not isinstance(collator, Collator):
+        return []
+    # Arguments read from a config carry its tuner section: then the options are named as they stand in the config.
+    in_data, in_rlhf = ("data.", "rlhf.") if hasattr(args, "tuner") else ("args.", "args.")
+    shorter = f"lower {in_data}max_length"
+    if hasattr(args, "tuner"):
+        shorter += " (with data.on_overlength: truncate or drop)"
+    evaluations = evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]
+    train_lengths = _lengths(train)
+    sets = [("training rows", train_lengths, args.train_batch_size)]
+    sets += [("evaluation rows", _lengths(data), args.eval_batch_size) for data in evaluations]
+    found = [
+        Rows(what, _collated(lengths, lengths, collator), size, shorter)
+        for what, lengths, size in sets
+        if lengths is not None
+    ]
+    if generates and train_lengths is not None and "prompt_length" in train.column_names:
+        prompts = _collated(np.asarray(train["prompt_length"][:]), train_lengths, collator)
+        what = f"prompts with an answer of {in_rlhf}max_new_tokens ({args.max_new_tokens})"
+        way_out = f"lower {in_rlhf}max_new_tokens or {in_data}max_length"
+        found.append(Rows(what, prompts + args.max_new_tokens, args.train_batch_size, way_out))
+    return [rows for rows in found if len(rows.lengths)]
+
+
+def _collated(lengths: np.ndarray, row_lengths: np.ndarray, collator: Collator) -> np.ndarray:
+    """Lengths, of rows or of their prompts, as they come out of the collator: cut, or without rows that are dropped."""
+    if collator.max_length is None or collator.on_overlength == "error":
+        return lengths
+    if collator.on_overlength == "drop":
+        return lengths[row_lengths <= collator.max_length]
+    return np.minimum(lengths, collator.max_length)
+
+
+def answered_rows(data: Any, args: Any) -> list[Rows]:
+    """Rows whose answers a teacher is about to write (`answers: teacher`), with the longest that it may write."""
+    if data is None or "answers" not in data.column_names:
+        return []
+    chosen = np.asarray(data["prompt_length"][:])[np.asarray(data["answers"][:], dtype=bool)]
+    what = f"prompts with the teacher's answer of rlhf.max_new_tokens ({args.max_new_tokens})"
+    rows = Rows(what, chosen + args.max_new_tokens, args.eval_batch_size, "lower rlhf.max_new_tokens")
+    return [rows] if len(chosen) else []
+
+
+def _lengths(data: Any) -> np.ndarray | None:
+    """Counted in Arrow: as Python lists the tokens of a large data set would fill the memory."""
+    if "input_ids" not in (getattr(data, "column_names", None) or ()) or not hasattr(data, "with_format"):
+        return None
+    tables = data.select_columns("input_ids").with_format("arrow").iter(batch_size=4096)
+    counts = [np.asarray(pc.list_value_length(table.column("input_ids"))) for table in tables]
+    return np.concatenate(counts) if counts else None
+
+
+# ---- how many positions there are ------------------------------------------------------------------------------------
+
+
+def length_findings(
+    model: PreTrainedModel, side: Side, look: TextLook, rows: Sequence[Rows], multiple: int | None, virtual: int = 0
+) -> list[Problem]:
+    """An error for rows that a model cannot take, a warning for those beyond what it was made for.
+
+    Args:
+        model: not wrapped; of a PEFT model its base.
+        multiple: batches are padded to a multiple of this length.
+        virtual: tokens of prompt learning that stand before each row; the look's positions are those behind them.
+    """
+    behind = f" behind its {virtual} virtual tokens" if virtual else ""
+    if look.positions is not None:
+        wide = [some for some in rows if some.width(multiple) > look.positions]
+        return [_too_long(side, behind, look.positions, wide, multiple)] if wide else []
+    declared = _declared(model)
+    if declared is None or "dynamic" in _rope_kinds(model):
+        return []
+    declared -= virtual
+    long = [some for some in rows if some.longest > declared]
+    if not long:
+        return []
+    longest = max(some.width(multiple) for some in long)
+    refusal = _refusal(model, longest + virtual) if look.looked and not _is_rotary(model) else None
+    if refusal is not None:
+        found = _too_long(side, behind, declared, long, multiple)
+        return [replace(found, hint=f"{found.hint} The model says: {refusal}")]
+    message = (
+        f"The {side} was made for {declared} positions (its config.json), and {_counts(long, declared)}: what it "
+        "predicts there may be poor."
+    )
+    return [Problem(OPTION_OF[side], message, f"If that is not meant, {_ways_out(long)}.", "warning")]
+
+
+def _too_long(side: Side, behind: str, positions: int, rows: Sequence[Rows], multiple: int | None) -> Problem:
+    padded = max(some.width(multiple) for some in rows)
+    what = (
+        _counts(rows, positions)
+        if any(some.longest > positions for some in rows)
+        else f"batches are padded to {padded} (training.pad_to_multiple_of)"
+    )
+    return Problem(
+        OPTION_OF[side],
+        f"The {side} has {positions} positions{behind}, and {what}: the run would end where such a row comes up.",
+        f"To keep within {positions} tokens, {_ways_out(rows)}; or take a {side} with more positions.",
+    )
+
+
+def _counts(rows: Sequence[Rows], limit: int) -> str:
+    """How many rows of each set are longer than a limit, and how long they get."""
+    counts = [
+        f"{more} of {len(some.lengths)} {some.what}" for some in rows if (more := int((some.lengths > limit).sum()))
+    ]
+    return f"{' and '.join(counts)} have more tokens (up to {max(some.longest for some in rows)})"
+
+
+def _ways_out(rows: Sequence[Rows]) -> str:
+    return " and ".join(dict.fromkeys(some.way_out for some in rows))
+
+
+def _declared(model: PreTrainedModel) -> int | None:
+    config = model.config.get_text_config()
+    found = [getattr(config, name, None) for name in _DECLARED]
+    return min((number for number in found if isinstance(number, int) and number > 0), default=None)  # XLNet says -1
+
+
+def _is_rotary(model: PreTrainedModel) -> bool:
+    return bool(getattr(model.config.get_text_config(), "rope_parameters", None))
+
+
+def _refusal(model: PreTrainedModel, width: int) -> str | None:
+    """What a model without a table of positions (ALiBi, sines) says to a row as long as this; None if it takes it."""
+    ids = few_tokens(model, next(model.parameters()).device)
+    row = ids.repeat(1, -(-width // ids.shape[1]))[:, :width]
+    backbone = getattr(model, "base_model", model)  # without logits, which would take the most memory
+    try:
+        with evaluating(model):
+            backbone(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False)
+    except torch.OutOfMemoryError:
+        return None  # training says so in better words
+    except (IndexError, RuntimeError, ValueError) as error:
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def refuse_width(limits: Mapping[str, int], batch: Batch) -> None:
+    """Refuse a batch that is wider than a model has positions: rows whose lengths nobody knew before.
+
+    Args:
+        limits: positions of each side that has a table of them.
+
+    Raises:
+        DataError: before a forward, which on a GPU would leave an error that names nothing.
+    """
+    width = batch.labels.shape[1]
+    for side, positions in limits.items():
+        if width > positions:
+            raise DataError(
+                f"A batch is {width} tokens long, and the {side} has {positions} positions. Lower max_length (of a "
+                "config data.max_length, with data.on_overlength: truncate or drop; of the trainer's class that of "
+                f"args, or of its collator), or take a {side} with more positions."
+            )
+
+
+# ---- RoPE that looks at the batch ------------------------------------------------------------------------------------
+
+
+def rope_findings(model: PreTrainedModel, side: Side, rows: Sequence[Rows]) -> list[Problem]:
+    """A warning where the numbers of a row depend on the rows beside it (longrope) or before it (dynamic)."""
+    findings = []
+    for kind, original in _rope_kinds(model).items():
+        long = [some for some in rows if some.longest > original]
+        if kind == "longrope":
+            long = [some for some in long if some.batch_size > 1 and some.lengths.min() <= original]
+        if long:
+            how = _HOW_ROPE_DEPENDS[kind].format(side=side, original=original, counts=_counts(long, original))
+            way_out = f"To keep within {original} tokens, {_ways_out(long)}."
+            findings.append(Problem(OPTION_OF[side], how, way_out, "warning"))
+    return findings
+
+
+_HOW_ROPE_DEPENDS = {
+    "longrope": "The {side}'s positions look at the batch: rope_type longrope has other frequencies for all rows of a "
+    "batch once one has more than {original} tokens, and {counts}. The numbers of the shorter rows depend on whether "
+    "such a row stands beside them, and loss and gradient on the batch size; not so at a batch size of 1.",
+    "dynamic": "The {side}'s positions look at other rows: the frequencies of rope_type dynamic grow with every row of "
+    "more than {original} tokens, for the rows beside and after it, and {counts}. The numbers of a row depend on the "
+    "order of the data and the batch size, and a resumed run may differ.",
+}
+
+
+def _rope_kinds(model: PreTrainedModel) -> dict[str, int]:
+    """The kinds of RoPE that look at the batch, each with the length up to which it does nothing."""
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    layers = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, Mapping)]
+    kinds = {}
+    for one in layers:
+        kind = one.get("rope_type", "default")
+        if kind == "longrope":
+            kinds[kind] = int(one["original_max_position_embeddings"])
+        elif "dynamic" in kind:
+            kinds["dynamic"] = int(config.max_position_embeddings)
+    return kinds

@@ -1,0 +1,216 @@
+"""From a config to a trainer: rows, student, teacher, and the checks that need them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from kdtrain.config.model_folder import require_sound
+from kdtrain.data import BuildReport, Collator
+from kdtrain.errors import ConfigError
+from kdtrain.models.kinds import sees_images
+from kdtrain.models.loading import load_model
+from kdtrain.models.parts import adapter_exclusions, check_named_parts, freeze_parts
+from kdtrain.models.processing import load_processing
+from kdtrain.models.tuning import lora_config
+from kdtrain.models.vocabulary import shared_vocabulary, vocabulary_size
+from kdtrain.runs.failures import readable_construction
+from kdtrain.runs.read_data import read_data
+from kdtrain.runs.teacher_answers import check_images_fit_teacher, write_answers
+from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
+from kdtrain.trainer import GKDTrainerWithMetrics
+from kdtrain.trainer.argument_checks import check_teacher_is_another_model
+from kdtrain.trainer.deepspeed import prepare_deepspeed_run
+from kdtrain.trainer.rehearsal import rehearse
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+    from trl.experimental.gkd import GKDConfig
+
+    from kdtrain.config import RunConfig
+    from kdtrain.trainer.given_rows import Rows
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a caller hands over instead of naming it in the config; None is what the config names."""
+
+    train_dataset: Dataset | Rows | None = None
+    eval_dataset: Dataset | Rows | None = None
+    model: PreTrainedModel | None = None
+    teacher: nn.Module | Teacher | None = None
+    callbacks: Sequence[TrainerCallback] = ()
+
+
+class Reporter(Protocol):
+    """Shows what a run does: on a terminal, in a log, or nowhere."""
+
+    def data(self, name: str, report: BuildReport) -> None:
+        """A data set was read."""
+
+    def answers(self, done: int, total: int) -> None:
+        """The teacher has answered some of the rows that it has to."""
+
+    def plan(self, rows: Mapping[str, str]) -> None:
+        """What was derived from config and device, before training begins."""
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Callbacks that show progress; asked for on rank 0 only."""
+
+    def close(self) -> None:
+        """The run is over, one way or another."""
+
+
+class TeacherSide(NamedTuple):
+    """The teacher, what it processes rows with, and the leading token ids that it shares with the student."""
+
+    teacher: Teacher | None
+    processing: PreTrainedTokenizerBase | ProcessorMixin | None
+    shared_vocabulary: int
+
+    @property
+    def model(self) -> Any:
+        """The teacher's model, where it is in this process."""
+        return None if self.teacher is None else self.teacher.module
+
+
+def build_trainer(
+    config: RunConfig, args: GKDConfig, reporter: Reporter, dry_run: bool, given: Given
+) -> tuple[GKDTrainerWithMetrics, BuildReport]:
+    """Rows, student, teacher and trainer; what costs little comes first.
+
+    Raises:
+        KdtrainError: what does not fit.
+    """
+    device = args.device  # also joins the process group
+    prepare_deepspeed_run(args)
+    _check_folders(config, given)
+    processing = load_processing(config.model.model, **_hub_options(config))
+    data = read_data(config, args.seed, processing, reporter, given)
+    student = given.model if given.model is not None else _load_student(config, device)
+    check_teacher_is_another_model(student, given.teacher)
+    freeze_parts(student, **config.tuner.frozen)
+    dense_text = not sees_images(student.config) and not hasattr(student.config, "output_router_logits")
+    if args.ddp_find_unused_parameters is None and dense_text:
+        # It uses all its weights in every step; only experts and vision encoders may go without a gradient.
+        args.ddp_find_unused_parameters = False
+    teacher = _teacher(config, args, processing, vocabulary_size(student), given.teacher)
+    collator = Collator(processing, teacher.processing, pad_to_multiple_of=args.pad_to_multiple_of)
+    if config.answers_from_teacher:
+        write_answers(config, args, data, student, teacher, collator, reporter, dry_run)
+    # The trainer refuses what it cannot follow itself. Here both were followed above, or a warning said why not.
+    args.tuner = args.teacher_model_init_kwargs = None
+    with readable_construction():
+        trainer = GKDTrainerWithMetrics(
+            student,
+            args=args,
+            data_collator=collator,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            processing_class=processing,
+            peft_config=_peft_config(config, student),
+            callbacks=list(given.callbacks),
+            teacher=teacher.teacher if config.needs_teacher else None,
+            shared_vocab_size=teacher.shared_vocabulary,
+        )
+        if data.report.epochs is not None:
+            trainer.read_epochs(data.report.epochs)
+    if teacher.teacher is not None:
+        check_images_fit_teacher(data.train, collator)
+    rehearse(trainer, config.training.get("greater_is_better"))
+    return trainer, data.report
+
+
+def _check_folders(config: RunConfig, given: Given) -> None:
+    """What can be seen of the models before anything is loaded.
+
+    Raises:
+        ConfigError: a teacher that only gives targets is to write answers.
+        PreflightError: a model folder that cannot be loaded.
+    """
+    if config.answers_from_teacher and isinstance(given.teacher, Teacher) and given.teacher.module is None:
+        raise ConfigError(
+            "answers: teacher needs a teacher that can write: a model in this process. The "
+            f"{type(given.teacher).__name__} handed over has none (its module is None). Hand over a model, or remove "
+            "answers: teacher."
+        )
+    if given.model is None:
+        require_sound(Path(config.model.model), "student")
+    if given.teacher is None and config.asks_teacher and config.rlhf.teacher_model:
+        require_sound(Path(config.rlhf.teacher_model), "teacher")
+
+
+def _hub_options(config: RunConfig) -> dict[str, Any]:
+    return {"trust_remote_code": config.model.trust_remote_code, "revision": config.model.revision}
+
+
+def _load_student(config: RunConfig, device: torch.device) -> PreTrainedModel:
+    return load_model(
+        config.model.model,
+        dtype=config.model.dtype,
+        trained_in_full=config.tuner.train_type == "full",
+        device=device,
+        attn_implementation=config.model.attn_implementation,
+        init_kwargs=config.model.init_kwargs,
+        **_hub_options(config),
+    )
+
+
+def _peft_config(config: RunConfig, student: PreTrainedModel) -> LoraConfig | None:
+    tuner = config.tuner
+    if tuner.train_type != "lora":
+        return None
+    targets = () if isinstance(tuner.target_modules, str) else tuner.target_modules
+    check_named_parts(student, targets, tuner.modules_to_save or (), **tuner.frozen)
+    return lora_config(
+        rank=tuner.lora_rank,
+        alpha=tuner.lora_alpha,
+        dropout=tuner.lora_dropout,
+        target_modules=tuner.target_modules,
+        modules_to_save=tuner.modules_to_save,
+        use_dora=tuner.use_dora,
+        exclude_modules=adapter_exclusions(student, **tuner.frozen),
+    )
+
+
+def _teacher(
+    config: RunConfig,
+    args: GKDConfig,
+    processing: PreTrainedTokenizerBase | ProcessorMixin,
+    student_size: int,
+    given: nn.Module | Teacher | None,
+) -> TeacherSide:
+    """The teacher, and the ids it shares with the student; without one, where nothing asks for it, all of them."""
+    if not config.asks_teacher:
+        return TeacherSide(None, None, student_size)
+    if given is None:
+        teacher, own_processing = _load_teacher(config, args)
+    else:
+        teacher = given if isinstance(given, Teacher) else LocalTeacher(given)
+        name = getattr(getattr(teacher.module, "config", None), "_name_or_path", "")
+        known = os.path.isdir(name)  # of one built in memory, the tokens are taken for the student's
+        own_processing = load_processing(name, trust_remote_code=args.trust_remote_code) if known else None
+    tokenizers = (getattr(one, "tokenizer", one) for one in (processing, own_processing))
+    shared = shared_vocabulary(student_size, teacher.vocab_size, *tokenizers)
+    return TeacherSide(teacher, own_processing or processing, shared)
+
+
+def _load_teacher(config: RunConfig, args: GKDConfig) -> tuple[Teacher, PreTrainedTokenizerBase | ProcessorMixin]:
+    name, options = config.rlhf.teacher_model, config.rlhf.teacher
+    assert name is not None, "the config is checked for it"
+    kwargs = dict(args.teacher_model_init_kwargs)
+    if options.device_map is not None:
+        kwargs["device_map"] = options.device_map
+    hub = {**_hub_options(config), "revision": kwargs.pop("revision", None) or options.revision}
+    own_processing = load_processing(name, **hub)
+    teacher = build_teacher(
+        name, backend=options.backend, init_kwargs=kwargs, device=args.device, adapter=options.adapter, **hub
+    )
+    return teacher, own_processing

@@ -1,0 +1,72 @@
+"""`logging.jsonl`: one strict JSON object per logging step and per evaluation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kdtrain.ranks import is_main
+from kdtrain.runs.folder import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+class JsonlLogger(TrainerCallback):
+    """Writes the records on rank 0, the last step's always: a run shorter than `logging_steps` would leave none.
+
+    Args:
+        path: the file. On resume, records of steps after the one resumed from are dropped, and so is a torn last line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if is_main() and self._path.exists():
+            kept = [record for record in _read(self._path) if record.get("step", 0) <= state.global_step]
+            write_atomically(self._path, "".join(_line(record) for record in kept))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        if is_main() and is_record(logs):
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_line({"step": state.global_step, **logs}))
+
+
+def is_record(logs: Mapping[str, Any]) -> bool:
+    """Whether logs belong to a step or an evaluation, and not to the summary at the end."""
+    return "loss" in logs or any(key.startswith("eval_") for key in logs)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The records of a `logging.jsonl`; a torn line, as a killed process leaves it, is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            logger.warning("%s: a torn line was left out.", path)
+    return records
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps({key: _strict(value) for key, value in record.items()}, allow_nan=False) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null says that there is no number."""
+    if isinstance(value, torch.Tensor):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

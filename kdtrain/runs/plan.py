@@ -1,0 +1,84 @@
+"""What config and device led to: the table at the start of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kdtrain.models.parts import count_parameters, trained_parts
+from kdtrain.trainer.sampling import planned_steps, rows_per_batch
+
+if TYPE_CHECKING:
+    from kdtrain.config import RunConfig
+    from kdtrain.data import BuildReport
+    from kdtrain.trainer import GKDTrainerWithMetrics
+
+
+_PARTS = {"llm": "language model", "vit": "vision encoder", "aligner": "aligner"}
+
+
+def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport) -> dict[str, str]:
+    """The table's rows, name to text: what the config, the files and the device led to."""
+    args, ranks = trainer.args, trainer.accelerator.num_processes
+    total, trainable = count_parameters(trainer.model)
+    rows = rows_per_batch(trainer) * args.gradient_accumulation_steps
+    tokens = report.total_tokens / report.rows_per_epoch
+    steps, per_epoch = planned_steps(trainer, report.rows_per_epoch)
+    plan = {
+        "student": f"{config.model.model}: {total:,} parameters, {trainable:,} trained, {trainer.model.dtype}",
+        "teacher": "none" if trainer.teacher is None else _describe_teacher(trainer, config),
+        "loss": _describe_loss(trainer),
+        "answers": _describe_answers(trainer, config),
+        "step": f"{rows} rows = {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
+        f"{ranks} {'process' if ranks == 1 else 'processes'}, about {rows * tokens:,.0f} tokens",
+        "steps": f"{steps:,}, {steps / per_epoch:.2f} epochs of {report.rows_per_epoch:,} rows",
+        "device": _describe_device(trainer),
+        "output": str(config.training["output_dir"]),
+    }
+    trained = trained_parts(trainer.model)
+    if trained:
+        plan["trained"] = ", ".join(f"{_PARTS[part]} {count:,}" for part, count in trained.items())
+    vocabulary = trainer.vocabulary
+    if vocabulary is not None and vocabulary.student != vocabulary.teacher:
+        plan["vocabulary"] = f"{vocabulary.shared:,} shared, padding beyond it left out"
+    return plan
+
+
+def _describe_teacher(trainer: GKDTrainerWithMetrics, config: RunConfig) -> str:
+    if trainer.teacher_model is None:
+        return type(trainer.teacher).__name__
+    parameters, _ = count_parameters(trainer.teacher_model)
+    return f"{config.rlhf.teacher_model}: {parameters:,} parameters, {trainer.teacher_model.dtype}"
+
+
+def _describe_loss(trainer: GKDTrainerWithMetrics) -> str:
+    options = trainer.options
+    terms = []
+    if options.lm_kd_active:
+        numbers = f"beta {options.beta:g}, temperature {options.kd_temperature:g}"
+        terms.append(f"{options.llm_kd_weight:g} x {options.divergence} ({numbers})")
+    if options.ce_weight > 0:
+        terms.append(f"{options.ce_weight:g} x cross-entropy")
+    if options.visual_kd is not None:
+        terms.append(f"{options.visual_kd.weight:g} x visual ({', '.join(options.visual_kd.targets)})")
+    return " + ".join(terms)
+
+
+def _describe_answers(trainer: GKDTrainerWithMetrics, config: RunConfig) -> str:
+    data = "the data, and the teacher's where a source says so" if config.answers_from_teacher else "the data"
+    if not trainer.options.lm_kd_active:
+        return f"from {data}"
+    rest = "the teacher" if trainer.seq_kd else data
+    if trainer.lmbda == 0:
+        return f"from {rest}"
+    return (
+        f"{trainer.lmbda:.0%} of steps from the student, the others from {rest}"
+        if trainer.lmbda < 1
+        else "from the student"
+    )
+
+
+def _describe_device(trainer: GKDTrainerWithMetrics) -> str:
+    accelerator = trainer.accelerator
+    kind = f" ({accelerator.distributed_type.value.lower()})" if accelerator.num_processes > 1 else ""
+    precision = accelerator.mixed_precision
+    return f"{accelerator.device}{kind}, " + ("no mixed precision" if precision == "no" else f"mixed {precision}")

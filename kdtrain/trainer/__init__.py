@@ -1,0 +1,5 @@
+"""The trainer: windows of rows to terms, gradients and metrics."""
+
+from kdtrain.trainer.trainer import GKDTrainerWithMetrics
+
+__all__ = ["GKDTrainerWithMetrics"]

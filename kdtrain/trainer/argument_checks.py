@@ -1,0 +1,245 @@
+"""What a trainer is given, checked: kinds of arguments, and what does not go together."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from trl.experimental.gkd import GKDConfig
+
+from kdtrain.config import TrainArguments
+from kdtrain.config.adapters import is_adapter_folder
+from kdtrain.config.options import DistillationOptions
+from kdtrain.config.row_order import refused_loader_options
+from kdtrain.config.schema import TunerConfig
+from kdtrain.errors import ConfigError, NotAvailableError, PreflightError
+from kdtrain.models.kinds import sees_images
+from kdtrain.models.parts import freeze_parts
+from kdtrain.teachers import Teacher
+
+if TYPE_CHECKING:
+    pass
+
+logger = logging.getLogger(__name__)
+
+_FILLED_IN = {"dtype": "auto"}  # by the config's loader, where nothing was said
+_WHOLE_CONFIG = "train the whole config with kdtrain.fit(config)"
+
+
+def check_teacher_arguments(
+    teacher_model: Any, teacher: Teacher | None, args: GKDConfig, options: DistillationOptions
+) -> None:
+    """Raise ValueError where a teacher is needed and missing, given twice, or to be loaded and loaded already."""
+    if teacher_model is not None and teacher is not None:
+        raise ValueError("Pass either teacher_model or teacher, not both.")
+    is_loaded = teacher is not None or isinstance(teacher_model, nn.Module)
+    if is_loaded and (args.teacher_model_init_kwargs or _FILLED_IN) != _FILLED_IN:
+        raise ConfigError("teacher_model_init_kwargs would be ignored: the teacher is loaded already. Remove them.")
+    if options.needs_teacher and teacher_model is None and teacher is None:
+        raise ValueError(
+            f"llm_kd_weight is {options.llm_kd_weight} and visual KD is {'on' if options.visual_kd else 'off'}: this "
+            "needs a teacher. Pass teacher_model (rlhf.teacher_model), or set llm_kd_weight to 0 for supervised "
+            "training."
+        )
+    if not options.needs_teacher and (teacher_model is not None or teacher is not None):
+        logger.warning("No KD is active (llm_kd_weight is 0, visual KD is off): the teacher is not used.")
+
+
+def check_teacher_can(teacher: Teacher | None, options: DistillationOptions) -> None:
+    """Raise ValueError where the options ask a teacher for what there is not."""
+    if options.needs_teacher and teacher is None:
+        raise ValueError(
+            f"llm_kd_weight is now {options.llm_kd_weight:g}, and this trainer was built without a teacher: build it "
+            "with args.llm_kd_weight above 0 and a teacher_model."
+        )
+    if teacher is None:
+        return
+    if (options.seq_kd and not teacher.can_generate) or (options.visual_kd is not None and not teacher.has_features):
+        raise ValueError("seq_kd and visual KD need a teacher that is a model in this process.")
+
+
+def check_same_on_all_ranks(options: DistillationOptions, accelerator: Any) -> None:
+    """Raise ValueError where a callback has set an option on some ranks only: each would train on another loss."""
+    if accelerator.num_processes == 1:
+        return
+    numbers = {name: float(value) for name, value in options if isinstance(value, (int, float))}
+    own = torch.tensor(list(numbers.values()), device=accelerator.device)
+    ranks = accelerator.gather(own[None])
+    differ = [name for name, same in zip(numbers, (ranks == ranks[0]).all(0).tolist(), strict=True) if not same]
+    if differ:
+        raise ValueError(
+            f"{', '.join(differ)} of the trainer: not the same on all ranks. Let a callback set them on all, not "
+            "only where state.is_world_process_zero."
+        )
+
+
+def check_arguments(
+    args: Any, model: Any, teacher_model: Any, teacher: Any, processing_class: Any = None, callbacks: Any = None
+) -> None:
+    """Refuse what is of a wrong kind, in words that say what was meant.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    if isinstance(args, TrainArguments):
+        raise ConfigError(
+            "args is what load_training_config returns: pass its .training_args, and model, tuner and data yourself "
+            "(it knows nothing of them), or train the whole config with kdtrain.fit(config)."
+        )
+    if not isinstance(args, GKDConfig):
+        what = "missing: its output_dir has no default" if args is None else f"a {type(args).__name__}"
+        raise ConfigError(f"args must be a trl GKDConfig; it is {what}.")
+    check_model("model", model, optional=False)
+    check_model("teacher_model", teacher_model)
+    if not isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin | None):
+        raise ConfigError(
+            f"processing_class must be a tokenizer or a processor; it is a {type(processing_class).__name__}. "
+            "None takes the model's own."
+        )
+    check_callbacks(callbacks)
+    if teacher is not None and not isinstance(teacher, Teacher):
+        raise ConfigError(
+            f"teacher must be a kdtrain.teachers.Teacher; it is a {type(teacher).__name__}. A model is a teacher_model."
+        )
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Raise `ConfigError` unless it is a list of transformers' callbacks, as objects or classes, or None."""
+    if callbacks is None:
+        return
+    if not isinstance(callbacks, list | tuple):
+        raise ConfigError(f"callbacks must be a list; it is a {type(callbacks).__name__}.")
+    for callback in callbacks:
+        kind = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise ConfigError(f"callbacks must be transformers.TrainerCallbacks; one is a {kind.__name__}.")
+
+
+def check_model(name: str, value: Any, *, optional: bool = True) -> Any:
+    """The value, unless it is neither a model nor a name.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    fits = isinstance(value, str) or (isinstance(value, nn.Module) and hasattr(value, "config"))
+    if fits or (value is None and optional):
+        return value
+    raise ConfigError(
+        f"{name} must be a transformers or PEFT model, or the name of one; it is a {type(value).__name__}."
+    )
+
+
+def check_config_is_followed(args: GKDConfig, model: Any, peft_config: Any) -> None:
+    """Refuse to train in full where the config that `args` was read from asks for LoRA.
+
+    Args:
+        model: the student or its name.
+
+    Raises:
+        ConfigError: neither a peft_config nor an adapter here.
+    """
+    tuner = getattr(args, "tuner", None)
+    has_adapter = is_adapter_folder(model) if isinstance(model, str) else is_peft_model(model)
+    if tuner is not None and tuner.train_type == "lora" and peft_config is None and not has_adapter:
+        raise ConfigError(
+            "The config of these training_args has tuner.train_type: lora, and this trainer got neither a peft_config "
+            f"nor a PeftModel: pass one, or {_WHOLE_CONFIG}."
+        )
+
+
+def check_parts_are_frozen(args: GKDConfig, model: nn.Module) -> None:
+    """Refuse to train what the config that `args` was read from freezes; the trainer freezes nothing itself.
+
+    Args:
+        model: the student as it was given, or loaded by its name.
+
+    Raises:
+        ConfigError: parts are to be frozen, and not a weight is.
+        PreflightError: of a text model, whose only part is to be frozen.
+    """
+    tuner: TunerConfig | None = getattr(args, "tuner", None)
+    wanted = {} if tuner is None else tuner.frozen
+    if not any(wanted.values()) or not all(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if not sees_images(model.config):
+        freeze_parts(model, **wanted)  # which has no effect, and says so
+        return
+    option = next(part for part in wanted if wanted[part])
+    raise ConfigError(
+        f"The config of these training_args has tuner.freeze_{option}: true, and no weight of the model is frozen: "
+        f"load it, freeze it and pass the model itself (not its name), or {_WHOLE_CONFIG}."
+    )
+
+
+def check_teacher_is_another_model(model: Any, teacher: Any) -> None:
+    """Refuse a teacher that is the student: it would be frozen with it, and their divergence is 0.
+
+    Raises:
+        ConfigError: they are one object, or share weights.
+    """
+    if not isinstance(model, nn.Module) or not isinstance(teacher, nn.Module):
+        return
+    own = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) in own for parameter in teacher.parameters()):
+        raise ConfigError(
+            "teacher_model is the student itself or shares weights with it: the teacher would change with the student, "
+            "and their divergence be 0. Pass a model of its own (load it a second time). The student without its "
+            "adapter as teacher is rlhf.teacher.backend: self (`teacher: self`), which is not available yet."
+        )
+
+
+def check_prompt_learning(model: Any, side: str, generates: bool, experts: bool = False) -> None:
+    """Refuse kinds of prompt learning whose virtual tokens cannot be told from the row's.
+
+    Raises:
+        NotAvailableError: naming the side and the reason.
+    """
+    config = model.active_peft_config if is_peft_model(model) else None
+    if config is None or not config.is_prompt_learning:
+        return
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    reason = None
+    if kind not in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
+        reason = "its inputs are not those of other models"
+    elif sees_images(model.get_base_model().config):
+        reason = "a vision-language model looks for its images among the tokens, which virtual ones push aside"
+    elif experts:
+        reason = "the load-balancing loss of its experts would count the virtual tokens"
+    if reason is not None:
+        raise NotAvailableError(f"{kind} on the {side} is not available yet: {reason}. Use LoRA.")
+    if generates:
+        raise NotAvailableError(
+            f"{kind} on the {side} is not available yet where it generates answers: virtual tokens come before the "
+            "padding of shorter prompts, which changes what they say. Set lmbda=0 and seq_kd=False, or use LoRA."
+        )
+
+
+def check_parallelism(accelerator: Any) -> None:
+    """Refuse to train on pieces of rows: a label at the edge of a piece is predicted on another rank.
+
+    Raises:
+        NotAvailableError: context or sequence parallelism, from `parallelism_config` or from accelerate.
+    """
+    config = accelerator.parallelism_config
+    if config is not None and (config.cp_enabled or config.sp_enabled):
+        raise NotAvailableError("parallelism_config: context and sequence parallelism are not available yet.")
+
+
+def check_data_options(args: GKDConfig) -> None:
+    """Refuse what would count rows twice, lose some, or train ranks on different things."""
+    if args.activation_offloading and args.device.type == "cpu":
+        raise PreflightError(
+            "training.activation_offloading moves activations from the accelerator to the CPU, and this run is on a "
+            "CPU: remove it."
+        )
+    for name, reason, instead in refused_loader_options(args.accelerator_config.to_dict()):
+        raise NotAvailableError(f"training.accelerator_config: {name} cannot be had: {reason}. To do: {instead}.")
+    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        raise NotAvailableError(
+            f"training.train_sampling_strategy: {args.train_sampling_strategy} is not available yet: its order depends "
+            "on the state of each rank, so that ranks would skip rows and a resumed run would see others."
+        )

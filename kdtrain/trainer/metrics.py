@@ -1,0 +1,216 @@
+"""Metrics that mean what their names say, reduced over micro-batches and ranks without a rank ever waiting for another.
+
+The trainer appends one detached scalar tensor per micro-batch to lists under fixed names, with no device
+synchronisation. When a log is due every rank packs all names, present or not, as (sum, count) into one vector, and one
+gather brings the ranks together: a rank that never saw an image or a teacher sends zeros instead of skipping a
+collective.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kdtrain.losses.kinds import VISUAL_TARGETS
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from kdtrain.data.batch import Batch
+    from kdtrain.trainer.objective import Terms
+
+# Terms of the loss, already weighted. Training: each entry is the micro-batch's share of its window's loss, so that the
+# sum over micro-batches and ranks is the window's value. Evaluation: each entry is the batch's mean.
+LOSS_TERMS = (
+    "llm_kd_loss",
+    "sft_loss",
+    "vision_kd_loss",
+    *(f"vision_kd_loss_{target}" for target in VISUAL_TARGETS),
+    "aux_loss",
+)
+# Plain sums over supervised tokens (`input_tokens`: over all tokens that are not padding).
+TOKEN_SUMS = (
+    "num_tokens",
+    "num_correct",
+    "num_teacher_tokens",
+    "num_agree",
+    "student_entropy_sum",
+    "teacher_entropy_sum",
+    "input_tokens",
+)
+# What is made of them.
+TOKEN_METRICS = ("token_accuracy", "teacher_agreement", "student_entropy", "teacher_entropy")
+# Terms whose sum is the loss; the others are parts of one of these.
+TOTAL_TERMS = ("llm_kd_loss", "sft_loss", "vision_kd_loss", "aux_loss")
+# Which way an evaluation's metrics get better; entropies are neither good nor bad.
+HIGHER_IS_BETTER = {
+    "loss": False,
+    **dict.fromkeys(LOSS_TERMS, False),
+    "token_accuracy": True,
+    "teacher_agreement": True,
+}
+WINDOW_COUNTS = ("windows", "on_policy_windows")
+_KEYS = (*LOSS_TERMS, *TOKEN_SUMS, *WINDOW_COUNTS)
+
+Metrics = Mapping[str, Sequence[torch.Tensor]]
+
+
+def record(metrics: Mapping[str, list[torch.Tensor]], terms: Terms, batch: Batch) -> None:
+    """Append what one micro-batch says to the lists of `metrics`, a defaultdict."""
+    tokens = terms.tokens
+    for key, value in terms.named.items():
+        metrics[key].append(value)
+        if key.startswith("vision_kd_loss"):
+            metrics[f"{key}_weight"].append(torch.tensor(batch.image_units))
+    metrics["num_tokens"].append(tokens.num_tokens)
+    metrics["num_correct"].append(tokens.num_correct)
+    metrics["student_entropy_sum"].append(tokens.student_entropy_sum)
+    if tokens.num_agree is not None and tokens.teacher_entropy_sum is not None:
+        metrics["num_teacher_tokens"].append(terms.num_teacher_tokens)
+        metrics["num_agree"].append(tokens.num_agree)
+        metrics["teacher_entropy_sum"].append(tokens.teacher_entropy_sum)
+    metrics["input_tokens"].append(batch.num_input_tokens)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """Sums and counts over all ranks."""
+
+    sums: dict[str, float]
+    counts: dict[str, float]
+    num_processes: int
+    peak_memory_gib: float
+    """Largest over the ranks."""
+
+
+def reduce_metrics(metrics: Metrics, accelerator: Accelerator, *, token_weighted: bool) -> Reduced:
+    """Gather the packed metrics of every rank; a collective, to be called by all of them.
+
+    Args:
+        metrics: name -> scalar tensors, one per micro-batch; names outside the fixed list are ignored.
+        token_weighted: weight the loss terms by the batch's supervised tokens (evaluation: batch means become a sum).
+            A term that not every batch has, a visual one, needs its own weights under `<term>_weight`.
+    """
+    device = accelerator.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    packed = torch.zeros(2 * len(_KEYS) + 1, dtype=dtype, device=device)
+    weights = _stack(metrics.get("num_tokens", ()), dtype, device)
+    for i, key in enumerate(_KEYS):
+        values = _stack(metrics.get(key, ()), dtype, device)
+        count: float | torch.Tensor = len(values)
+        if token_weighted and key in LOSS_TERMS and len(values):
+            own = metrics.get(f"{key}_weight")
+            weight = weights if own is None else _stack(own, dtype, device)
+            values, count = values * weight, weight.sum()
+        packed[2 * i] = values.sum()
+        packed[2 * i + 1] = count
+    packed[-1] = peak_memory_gib(device)
+    ranks = accelerator.gather(packed[None])
+    total = ranks[:, :-1].sum(0).tolist()
+    return Reduced(
+        sums={key: total[2 * i] for i, key in enumerate(_KEYS)},
+        counts={key: total[2 * i + 1] for i, key in enumerate(_KEYS)},
+        num_processes=accelerator.num_processes,
+        peak_memory_gib=ranks[:, -1].max().item(),
+    )
+
+
+def _stack(values: Sequence[torch.Tensor], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if not values:
+        return torch.zeros(0, dtype=dtype, device=device)
+    return torch.stack([value.to(device=device, dtype=dtype) for value in values])
+
+
+def training_metrics(reduced: Reduced, seconds: float) -> dict[str, float]:
+    """One training record: loss terms averaged over the optimizer steps since the last one, token metrics over tokens.
+
+    The terms add up to `loss`, which is averaged over the same steps.
+    """
+    steps = max(reduced.sums["windows"] / reduced.num_processes, 1)
+    record = {key: reduced.sums[key] / steps for key in LOSS_TERMS if reduced.counts[key]}
+    record |= _token_metrics(reduced)
+    record["on_policy_fraction"] = reduced.sums["on_policy_windows"] / max(reduced.sums["windows"], 1)
+    if seconds > 0:
+        record["tokens_per_second"] = reduced.sums["input_tokens"] / seconds
+    record["peak_memory_gib"] = reduced.peak_memory_gib
+    return record
+
+
+def evaluation_metrics(reduced: Reduced) -> dict[str, float]:
+    """One evaluation record: token terms are means over the supervised tokens of the whole set, `loss` the total.
+
+    Visual terms are means over its images.
+    """
+    terms = {key: reduced.sums[key] / reduced.counts[key] for key in LOSS_TERMS if reduced.counts[key]}
+    total = sum(terms[key] for key in TOTAL_TERMS if key in terms)
+    return {"loss": total, **terms, **_token_metrics(reduced)}
+
+
+def _token_metrics(reduced: Reduced) -> dict[str, float]:
+    record: dict[str, float] = {}
+    tokens = reduced.sums["num_tokens"]
+    if tokens:
+        record["token_accuracy"] = reduced.sums["num_correct"] / tokens
+        record["student_entropy"] = reduced.sums["student_entropy_sum"] / tokens
+    teacher_tokens = reduced.sums["num_teacher_tokens"]
+    if teacher_tokens:
+        record["teacher_agreement"] = reduced.sums["num_agree"] / teacher_tokens
+        record["teacher_entropy"] = reduced.sums["teacher_entropy_sum"] / teacher_tokens
+    return record
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """GiB at the peak so far: allocated on the device for CUDA, the resident size of this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB on Linux
+
+
+class Stopwatch:
+    """Seconds spent training since the last `lap`, without evaluation and saving."""
+
+    def __init__(self) -> None:
+        self._started: float | None = None
+        self._paused = 0.0
+        self._pause_began: float | None = None
+
+    def start(self) -> None:
+        """Begin a lap, unless one is running."""
+        if self._started is None:
+            self._started, self._paused = time.perf_counter(), 0.0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave out what runs inside."""
+        began = self._pause_began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - began
+            self._pause_began = None
+
+    def seconds(self) -> float:
+        """Of the running lap so far, also from within a pause; 0 when none is running."""
+        if self._started is None:
+            return 0.0
+        now = time.perf_counter() if self._pause_began is None else self._pause_began
+        return now - self._started - self._paused
+
+    def resume(self, seconds: float) -> None:
+        """Begin a lap that an earlier process had run for some seconds; none for 0, which is none."""
+        if seconds:
+            self._started, self._paused = time.perf_counter() - seconds, 0.0
+
+    def lap(self) -> float:
+        """End the lap and return its seconds; 0 when none was running."""
+        seconds = self.seconds()
+        self._started = None
+        return seconds

@@ -1,0 +1,87 @@
+"""Sums of the steps since the last record, kept in a checkpoint: `unlogged_<rank>.safetensors`.
+
+A checkpoint may fall between two records. Without these sums the next record of a resumed run would cover only the
+steps after it.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kdtrain.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from kdtrain.trainer.trainer import GKDTrainerWithMetrics
+
+logger = logging.getLogger(__name__)
+
+_METRIC = "metric."
+
+
+def _file(folder: str | Path, rank: int) -> Path:
+    return Path(folder) / f"unlogged_{rank}.safetensors"
+
+
+def save_unlogged(trainer: GKDTrainerWithMetrics, folder: str | Path) -> None:
+    """Write this rank's sums since the last record, in full precision; a collective.
+
+    Before trainer_state.json, which is written last: with it a checkpoint is complete.
+    """
+    state = {
+        "loss": trainer._tr_loss.detach().cpu(),
+        "logged_loss": torch.tensor(trainer._total_loss_scalar, dtype=torch.float64),
+        "logged_step": torch.tensor(trainer._globalstep_last_logged),
+        "seconds": torch.tensor(trainer.stopwatch.seconds(), dtype=torch.float64),
+    }
+    for name, values in trainer._metrics["train"].items():
+        if values:  # float64 holds every float32 and count exactly
+            state[_METRIC + name] = torch.stack([value.detach().cpu().double() for value in values])
+    save_file(state, _file(folder, trainer.args.process_index))
+    trainer.accelerator.wait_for_everyone()
+
+
+class RestoreUnlogged(TrainerCallback):
+    """Puts the sums of a checkpoint back where they were, before the first step of a resumed run."""
+
+    def __init__(self, trainer: GKDTrainerWithMetrics) -> None:
+        self._trainer = trainer
+        self.checkpoint: str | None = None
+        """The checkpoint that training is about to resume from."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder, self.checkpoint = self.checkpoint, None
+        if folder is None:
+            return
+        found = len(list(Path(folder).glob("unlogged_*.safetensors")))
+        if found != args.world_size:
+            # 0: an earlier version wrote it.
+            logger.warning(
+                "%s holds the unlogged sums of %d processes, and there are %d: the first record covers the steps from "
+                "here on only.",
+                folder,
+                found,
+                args.world_size,
+            )
+            return
+        self._restore(_file(folder, args.process_index))
+
+    def _restore(self, path: Path) -> None:
+        trainer = self._trainer
+        try:
+            state = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}): resume from another checkpoint.") from error
+        trainer._tr_loss = state.pop("loss").to(trainer.args.device)
+        trainer._total_loss_scalar = state.pop("logged_loss").item()
+        trainer._globalstep_last_logged = int(state.pop("logged_step"))
+        trainer.summed_from = 0
+        trainer.stopwatch.resume(state.pop("seconds").item())
+        for name, values in state.items():
+            trainer._metrics["train"][name.removeprefix(_METRIC)].extend(values.to(trainer.args.device).unbind())

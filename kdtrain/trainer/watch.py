@@ -1,0 +1,179 @@
+"""What the first steps do to the weights, and whether all of them are numbers before they are saved."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kdtrain.errors import NonFiniteError
+from kdtrain.models.kinds import sees_images
+from kdtrain.models.layouts import layout_of
+from kdtrain.models.parts import part_of
+from kdtrain.ranks import is_main
+
+if TYPE_CHECKING:
+    from kdtrain.trainer.trainer import GKDTrainerWithMetrics
+
+logger = logging.getLogger(__name__)
+
+_WINDOWS = 3
+_SAMPLE = 4096  # numbers of a tensor that are looked at
+_ROUNDED_AWAY = 0.1  # share of updates that is worth a warning
+
+
+class WatchGradients(TrainerCallback):
+    """Warns once of trained tensors that had no gradient in the first windows: they stay what they were.
+
+    Tensors of a vision encoder or aligner have a gradient in windows with images only: those are counted for them. An
+    expert has one where a token was sent to it, and is left out.
+    """
+
+    def __init__(self, trainer: GKDTrainerWithMetrics) -> None:
+        self._trainer = trainer
+        # By whether they are visual: tensors that had no gradient so far, and windows that should have given them one.
+        self._without: dict[bool, dict[str, nn.Parameter]] = {}
+        self._windows: dict[bool, int] = {}
+        self._trained = 0
+
+    def on_train_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        self._without, self._windows = {}, {False: 0, True: 0}
+        if self._trainer.is_deepspeed_enabled:  # it takes gradients out of the parameters
+            return
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        visual_ids = {id(p) for p in _visual_parameters(model)}
+        self._trained = len(trained)
+        for visual in (False, True):
+            self._without[visual] = {
+                name: p for name, p in trained.items() if (id(p) in visual_ids) is visual and ".experts." not in name
+            }
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        for visual in [key for key in self._without if not key or self._trainer.window_has_images]:
+            self._windows[visual] += 1
+            self._without[visual] = {name: p for name, p in self._without[visual].items() if p.grad is None}
+            if self._windows[visual] == _WINDOWS or not self._without[visual]:
+                self._warn(visual)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        for visual in [key for key in self._without if self._windows[key]]:
+            self._warn(visual)
+
+    def _warn(self, visual: bool) -> None:
+        names = list(self._without.pop(visual))
+        if names and is_main():
+            logger.warning(
+                "%d of %d trained tensors had no gradient in the first %d windows%s, and are not trained: %s%s. Leave "
+                "them out (%s), or look for what cuts them off (reentrant gradient checkpointing, a layer whose output "
+                "is not used).",
+                len(names),
+                self._trained,
+                self._windows[visual],
+                " with images" if visual else "",
+                ", ".join(names[:4]),
+                ", …" if len(names) > 4 else "",
+                "tuner.target_modules, tuner.freeze_vit" if visual else "tuner.target_modules",
+            )
+
+
+def _visual_parameters(model: Any) -> Iterator[nn.Parameter]:
+    if layout_of(model) is not None:
+        for part in ("vit", "aligner"):
+            yield from part_of(model, part).values()
+    elif sees_images(model.config):
+        yield from model.parameters()  # which are the visual ones is not known
+
+
+class _Watched(NamedTuple):
+    """Some numbers of a trained tensor, around one optimizer step."""
+
+    now: torch.Tensor
+    before: torch.Tensor
+    has_gradient: torch.Tensor
+
+
+class WatchRounding(TrainerCallback):
+    """Warns of the share of the first step's updates that is too small for weights in half precision to take.
+
+    bfloat16 has 8 bits: an update below 1/512 of a weight changes nothing, and AdamW's are of the size of the learning
+    rate. Measured on a sample, at the first step whose learning rate is not 0.
+    """
+
+    def __init__(self, trainer: GKDTrainerWithMetrics) -> None:
+        self._trainer = trainer
+        self._done = False
+        self._watched: list[_Watched] = []
+
+    def on_pre_optimizer_step(self, *_: Any, model: nn.Module, optimizer: torch.optim.Optimizer, **__: Any) -> None:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        if self._done or self._trainer.is_deepspeed_enabled or not any(rates):
+            return
+        self._done = True
+        for parameter in model.parameters():
+            if parameter.dtype in (torch.bfloat16, torch.float16) and parameter.grad is not None:
+                now = _sample(parameter)
+                self._watched.append(_Watched(now, now.clone(), _sample(parameter.grad) != 0))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        watched, self._watched = self._watched, []
+        if self._trainer.accelerator.optimizer_step_was_skipped:  # a gradient scaler's doing: watch the next
+            self._done, watched = False, []
+        if not watched:
+            return
+        updates = sum(int(one.has_gradient.sum()) for one in watched)
+        lost = sum(int(((one.now == one.before) & one.has_gradient).sum()) for one in watched)
+        if updates and lost / updates >= _ROUNDED_AWAY and is_main():
+            logger.warning(
+                "%.0f%% of the updates of step %d (learning rate %.1e) rounded away: the trained weights are %s, whose "
+                "steps are larger. Set model.dtype: auto, which trains float32 weights; with training.bf16: true the "
+                "forward is bfloat16 all the same.",
+                100 * lost / updates,
+                state.global_step + 1,
+                max(group["lr"] for group in kwargs["optimizer"].param_groups),
+                str(watched[0].now.dtype).removeprefix("torch."),
+            )
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of some numbers of a tensor, of this rank's part of one that is in pieces."""
+    flat = _local(tensor).detach().reshape(-1)
+    return flat[:: max(flat.numel() // _SAMPLE, 1)]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return getattr(tensor, "ds_tensor", tensor)  # ZeRO-3's
+
+
+def check_weights(trainer: GKDTrainerWithMetrics, together: bool) -> None:
+    """Refuse to go on with trained weights that are not finite: only the next step would look at them. Reads each once.
+
+    Args:
+        together: ask all ranks; a collective.
+
+    Raises:
+        NonFiniteError: naming some.
+    """
+    trained = {name: _local(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
+    if trainer.visual is not None:
+        trained |= {f"visual projector {name}": p for name, p in trainer.visual.projectors.named_parameters()}
+    device = trainer.accelerator.device
+    good = torch.tensor([True], device=device)
+    if trained:
+        good = torch.stack([torch.isfinite(tensor).all().to(device) for tensor in trained.values()])
+    bad = [name for name, is_good in zip(trained, good.tolist(), strict=False) if not is_good]
+    if together and not bool(trainer.accelerator.gather(good.all()[None]).all()):
+        bad = bad or ["those of another rank"]
+    if bad:
+        raise NonFiniteError(
+            f"Not finite after step {trainer.state.global_step}: trained weights, the first {', '.join(bad[:3])}. They "
+            "were not saved. Lower training.learning_rate, or go on from an earlier checkpoint with --resume PATH."
+        )

@@ -1,0 +1,234 @@
+"""An optimizer window: the batches between two steps, and what is known of all of them together.
+
+Everything is decided here once, for all micro-batches and ranks alike, before the first forward: which rows count, who
+writes the answers, and D, the number of supervised tokens that the loss is divided by.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from kdtrain.data.batch import Batch, received, right_padded
+from kdtrain.data.visual_batch import cut_rows
+from kdtrain.errors import DataError, PreflightError
+from kdtrain.generation.generate import generate_window
+from kdtrain.generation.sampling import generation_config, student_generates, token_roles
+from kdtrain.models.kinds import sees_images
+from kdtrain.preflight.token_ids import check_batch
+from kdtrain.ranks import is_main
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from kdtrain.config.options import DistillationOptions
+    from kdtrain.trainer.trainer import GKDTrainerWithMetrics
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What holds for all micro-batches of an optimizer step."""
+
+    options: DistillationOptions | None
+    """As they were when it began: a callback that changes one is heard by the next window. None when it is done."""
+    has_new_images: bool
+    """Whether a row has an image and is not there only to fill up an epoch; see `_some_new_image`."""
+    on_policy: bool
+    """Whether the student has written its answers."""
+    aux_share: torch.Tensor | float = 1.0
+    """A micro-batch's share of the experts' load-balancing loss, a mean over the window's micro-batches."""
+
+
+class Receiver:
+    """Takes in what the data loader gives.
+
+    Args:
+        accepted: what the student's forward takes, of `forward_names`.
+        embeddings: rows of the embedding of "student" and "teacher", where ids of batches have to be looked at.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        accepted: frozenset[str] | None,
+        max_length: int | None,
+        *,
+        embeddings: Mapping[str, int] | None,
+    ) -> None:
+        self._accelerator, self._accepted, self._max_length = accelerator, accepted, max_length
+        self._embeddings = embeddings
+        self._rows = self._truncated = 0
+
+    def accept(self, batch: Batch | Mapping[str, Any]) -> Batch:
+        """A batch without what the student's forward does not take."""
+        return received(batch, self._accepted)
+
+    def receive(
+        self,
+        batch: Batch | Mapping[str, Any],
+        epoch_rows: int,
+        batch_size: int,
+        *,
+        drop_last: bool,
+        may_pad_left: bool,
+    ) -> Batch:
+        """A batch of any collator, without the rows that are repeated at the end of an epoch of `epoch_rows`."""
+        batch = self.accept(batch)
+        if may_pad_left:
+            batch = right_padded(batch)  # a look at the mask, which a GPU would have to wait for
+        batch = without_repeated_rows(batch, self._accelerator, epoch_rows, batch_size, drop_last)
+        if self._embeddings is not None:
+            check_batch(batch, self._embeddings)
+        return batch
+
+    def count_truncated(self, batches: Sequence[Batch]) -> None:
+        """Take account of the rows of a window that were cut at `max_length`; the first is warned of."""
+        self._rows += sum(len(batch) for batch in batches)
+        truncated = sum(sum(batch.rows.truncated) for batch in batches)
+        if truncated and not self._truncated:
+            logger.warning("Rows longer than max_length (%s tokens) are cut from the right.", self._max_length)
+        self._truncated += truncated
+
+    def start_counting(self) -> None:
+        """Forget the truncated rows of an earlier training."""
+        self._rows = self._truncated = 0
+
+    def warn_of_truncated(self) -> None:
+        """Say how many truncated rows there were on all ranks; a collective."""
+        own = torch.tensor([self._truncated, self._rows], device=self._accelerator.device)
+        truncated, rows = self._accelerator.reduce(own).tolist()
+        if truncated and is_main():
+            logger.warning("%d of %d rows were cut at max_length (%s tokens).", truncated, rows, self._max_length)
+
+
+def without_repeated_rows(
+    batch: Batch, accelerator: Accelerator, epoch_rows: int, batch_size: int, drop_last: bool
+) -> Batch:
+    """Cut off the rows that accelerate repeats to fill the last batch of an epoch: no row may count twice.
+
+    Ranks take the last rows in order, so only the first `remainder` of them, counted over the ranks, are new. A rank
+    that has none of them keeps one row, without labels, to go through the same motions as the others.
+
+    Raises:
+        DataError: it is not known which rows of a batch are the repeated ones.
+    """
+    ranks = accelerator.num_processes
+    if ranks == 1 or not accelerator.gradient_state.end_of_dataloader or drop_last:
+        return batch
+    # Not gradient_state.remainder: accelerate does not know it in an epoch that is resumed in its middle.
+    remainder = epoch_rows % (batch_size * ranks)
+    new = min(max(remainder - accelerator.process_index * batch_size, 0), batch_size)
+    if remainder == 0 or new == batch_size:
+        return batch
+    if batch.rows.places is not None:  # the collator has dropped rows, new ones or repeated ones
+        new = sum(place < new for place in batch.rows.places)
+    elif new > 0 and len(batch) != batch_size:
+        raise DataError(
+            f"The last batch of an epoch has {batch_size - new} repeated rows of {batch_size} to leave out, and "
+            f"the collator made {len(batch)} of them (packing?): it is not known which they are. "
+            f"Set training.dataloader_drop_last: true, or give a multiple of {batch_size * ranks} rows."
+        )
+    batch = cut_rows(batch, max(new, 1))
+    return batch if new else replace(batch.without_labels(), all_repeated=True)
+
+
+def collect(
+    trainer: GKDTrainerWithMetrics, batches: list[Batch], options: DistillationOptions, device: torch.device
+) -> tuple[list[Batch], Window]:
+    """Decide who writes the window's answers, have them written, and look at all of its batches together.
+
+    Args:
+        batches: this rank's, as received.
+        options: checked; those of the window.
+    """
+    trainer.receiver.count_truncated(batches)
+    on_policy = False
+    if options.lm_kd_active:  # CE is not taught on the student's own answers, and visual KD sees no text
+        on_policy = student_generates(trainer.args.seed, trainer.state.global_step, options.lmbda)
+        if on_policy or options.seq_kd:
+            batches = _generated(trainer, batches, "student" if on_policy else "teacher", options)
+    check_images_on_all_ranks(trainer, batches)
+    new_images = _some_new_image(trainer, batches)
+    if trainer.visual is not None:
+        trainer.visual.count(batches)
+        trainer.visual.projectors.zero_grad()  # upstream zeroes the model's gradients only
+    share = _aux_share(trainer, batches, device) if trainer.has_aux_loss else 1.0
+    return batches, Window(options, new_images, on_policy, share)
+
+
+def _generated(
+    trainer: GKDTrainerWithMetrics,
+    batches: list[Batch],
+    side: Literal["student", "teacher"],
+    options: DistillationOptions,
+) -> list[Batch]:
+    """The batches with answers that one of the models writes now."""
+    model, wrapped = trainer.model, trainer.model_wrapped
+    if side == "teacher":
+        assert trainer.teacher_model is not None, "checked: it can write"
+        model = wrapped = trainer.teacher_model
+    vocabulary = trainer.vocabulary
+    assert vocabulary is not None, "LM KD has compared them"
+    padding = range(vocabulary.shared, max(vocabulary.student, vocabulary.teacher))
+    roles = token_roles(trainer.processing_class, trainer.unwrap(model), padding, trainer.model.generation_config)
+    config = generation_config(roles.stop, roles.pad, options.temperature, options.max_new_tokens, roles.forbidden)
+    step = trainer.state.global_step
+    return generate_window(
+        batches, wrapped, config, side, args=trainer.args, accelerator=trainer.accelerator, step=step
+    )
+
+
+def num_supervised(batches: Sequence[Batch], accelerator: Accelerator, device: torch.device) -> torch.Tensor:
+    """D: the supervised tokens of the window's micro-batches on all ranks, a scalar; a collective."""
+    own = torch.zeros((), dtype=torch.int64, device=device)
+    for batch in batches:
+        own += batch.num_supervised.to(device)
+    return accelerator.gather(own[None]).sum()
+
+
+def check_images_on_all_ranks(trainer: GKDTrainerWithMetrics, batches: Sequence[Batch]) -> None:
+    """Refuse what would wait for ever: a vision encoder in pieces is put together by all ranks or by none.
+
+    ZeRO-1 and 2 reduce gradients in buckets, which are others where the encoder has none.
+
+    Raises:
+        PreflightError: naming the step.
+    """
+    if not (trainer.in_pieces and sees_images(trainer.unwrap(trainer.model).config)):
+        return
+    flags = torch.tensor([batch.has_images for batch in batches], device=trainer.accelerator.device).int()
+    ranks, step = trainer.accelerator.gather(flags[None]), trainer.state.global_step + 1
+    if not torch.equal(ranks.amin(0), ranks.amax(0)):
+        raise PreflightError(
+            f"A batch of step {step} has images on some ranks and none on others, which FSDP and DeepSpeed cannot "
+            "train: the ranks with images would wait for ever. Give every row an image, raise "
+            "training.per_device_train_batch_size, or train with plain data parallelism."
+        )
+    if trainer.by_images_alone and not bool(ranks.all()):
+        raise PreflightError(
+            f"A batch of step {step} has no image, and the language model is frozen: under FSDP and DeepSpeed every "
+            "batch needs something to train. Give every row an image, or train with plain data parallelism."
+        )
+
+
+def _some_new_image(trainer: GKDTrainerWithMetrics, batches: Sequence[Batch]) -> bool:
+    """Whether a row has an image that is not there only to fill up an epoch; on any rank, where it is asked.
+
+    It is asked where nothing else is trained: a window without one is then no step for the optimizer.
+    """
+    own = any(batch.has_images and not batch.all_repeated for batch in batches)
+    if not trainer.by_images_alone:
+        return own
+    return bool(trainer.accelerator.gather(torch.tensor([own], device=trainer.accelerator.device)).any())
+
+
+def _aux_share(trainer: GKDTrainerWithMetrics, batches: Sequence[Batch], device: torch.device) -> torch.Tensor:
+    """What each micro-batch counts in the window's mean of load-balancing losses; those without new rows are none."""
+    new = torch.tensor([sum(not batch.all_repeated for batch in batches)], device=device)
+    return trainer.get_tp_size() / trainer.accelerator.gather(new).sum().clamp(min=1)

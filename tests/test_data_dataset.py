@@ -1,0 +1,435 @@
+"""From files to a data set: reading, mixing, bad rows, lengths, the cache."""
+
+import dataclasses
+import gzip
+import json
+
+import datasets
+import pytest
+import trl.chat_template_utils as trl_templates
+
+from kdtrain.config.schema import DataSource
+from kdtrain.data import Source, build_dataset, encode_row
+from kdtrain.data import cache as encoding_module
+from kdtrain.data.encoder import RowEncoder
+from kdtrain.data.epochs import _shares
+from kdtrain.errors import DataError
+from tests.test_data_encoder import FORGETFUL, LLAMA3, ROW, tokenizer_with
+
+datasets.disable_progress_bars()
+
+
+def pair(i):
+    return {"prompt": f"the {i}", "completion": f" path {i}"}
+
+
+def write_lines(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def build(tmp_path, tokenizer):
+    def call(*sources, tokenizer=tokenizer, **options):
+        sources = [source if isinstance(source, Source) else Source(str(source)) for source in sources]
+        options = {"max_length": None, "on_overlength": "error", "train_on": "assistant", **options}
+        return build_dataset(sources, tokenizer, cache_dir=str(tmp_path / "cache"), **options)
+
+    return call
+
+
+def prompts(dataset, tokenizer):
+    return [tokenizer.decode(row["input_ids"][: row["prompt_length"]]) for row in dataset]
+
+
+def test_rows_come_out_in_order_with_all_columns(build, tmp_path, tokenizer):
+    rows = [ROW, pair(1), {"prompt": "what"}, {"text": "zero"}]
+    dataset, report = build(write_lines(tmp_path / "a.jsonl", rows))
+    assert dataset.column_names == ["input_ids", "labels", "prompt_length", "ce", "row_id"]
+    assert dataset["row_id"][:] == ["0:0", "0:1", "0:2", "0:3"]
+    assert dataset["ce"][:] == [True] * 4
+    for row, encoded in zip(rows, dataset, strict=True):
+        expected = encode_row(row, tokenizer, train_on="assistant")
+        assert encoded["input_ids"] == expected.input_ids
+        assert encoded["labels"] == expected.labels
+        assert encoded["prompt_length"] == expected.prompt_length
+    assert (report.rows_read, report.rows_kept, report.rows_per_epoch, report.bad_rows) == (4, 4, 4, 0)
+    assert (report.prompt_only_rows, report.plain_text_rows) == (1, 1)
+    assert report.total_tokens == sum(len(ids) for ids in dataset["input_ids"])
+    assert report.supervised_tokens == sum(label != -100 for labels in dataset["labels"] for label in labels)
+    assert report.longest == max(len(ids) for ids in dataset["input_ids"])
+    assert "4 of 4 rows" in report.summary()
+    assert "1 rows with a prompt only" in report.summary()
+
+
+def write_table(rows, path):
+    {".parquet": datasets.Dataset.to_parquet, ".csv": datasets.Dataset.to_csv}[path.suffix](
+        datasets.Dataset.from_list(rows), str(path)
+    )
+
+
+def as_saved_folder(rows, folder):
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(folder)
+
+
+FORMATS = {
+    "a.jsonl": lambda rows, path: write_lines(path, rows),
+    "with-bom.jsonl": lambda rows, path: path.write_bytes(
+        b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, rows)).encode() + b"\r\n\r\n"
+    ),
+    "a.jsonl.gz": lambda rows, path: path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode())),
+    "array.json": lambda rows, path: path.write_text(json.dumps(rows, indent=1)),
+    "lines.json": lambda rows, path: write_lines(path, rows),
+    "a.parquet": write_table,
+    "a.csv": write_table,
+    "a.tsv": lambda rows, path: path.write_text(
+        "\n".join(["prompt\tcompletion", *(f"{r['prompt']}\t{r['completion']}" for r in rows)])
+    ),
+    "saved": as_saved_folder,
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_rows(name, build, tmp_path, tokenizer):
+    rows = [pair(i) for i in range(3)] + [
+        {"prompt": "1 and 1", "completion": "2"},
+        {"prompt": "n/a?", "completion": "NA"},
+    ]
+    FORMATS[name](rows, tmp_path / name)
+    dataset, report = build(tmp_path / name)
+    expected = [encode_row(row, tokenizer, train_on="assistant").input_ids for row in rows]
+    assert dataset["input_ids"][:] == expected
+    assert report.bad_rows == 0
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "saved"])
+def test_messages_survive_arrow(name, build, tmp_path, tokenizer):
+    FORMATS.get(name, write_table)([ROW, ROW], tmp_path / name)
+    dataset, _ = build(tmp_path / name)
+    assert dataset[1]["labels"] == encode_row(ROW, tokenizer, train_on="assistant").labels
+
+
+def test_a_folder_is_read_by_split(build, tmp_path, tokenizer):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, i in (("train-00000.jsonl", 0), ("train-00001.jsonl", 1), ("test-00000.jsonl", 2)):
+        write_lines(folder / name, [pair(i)])
+    assert prompts(build(folder)[0], tokenizer) == ["the 0", "the 1"]
+    assert prompts(build(Source(str(folder), split="test"))[0], tokenizer) == ["the 2"]
+
+
+def test_rows_with_different_keys_and_types_live_in_one_file(build, tmp_path):
+    rows = [
+        {**pair(0), "meta": 1},
+        {**pair(1), "meta": {"a": [1, "x"]}},
+        {"messages": ROW["messages"], "meta": None},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "what"}]}], "score": float("nan")},
+    ]
+    assert len(build(write_lines(tmp_path / "a.jsonl", rows))[0]) == 4
+
+
+def broken_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_lines(
+        path, [pair(0), "", '{"prompt": "x", "completion":', "[1]", pair(1), {"prompt": "x\x1b", "completion": 3}]
+    )
+    with path.open("ab") as file:
+        file.write(b'{"text": "\xff"}\n{"prompt": "\\ud800"}\n' + b'{"text":' * 100_000 + b"\n")
+    return path
+
+
+def test_bad_rows_are_counted_and_the_first_three_shown_with_their_lines(build, tmp_path):
+    path = broken_file(tmp_path)
+    dataset, report = build(path, max_bad_rows=6)
+    assert dataset["row_id"][:] == ["0:0", "0:3"]
+    assert (report.rows_read, report.rows_kept, report.bad_rows) == (8, 2, 6)
+    places, reasons = zip(*(bad.split(": ", 1) for bad in report.first_bad), strict=True)
+    assert places == (f"{path}:3", f"{path}:4", f"{path}:6")
+    assert "invalid JSON" in reasons[0]
+    assert "expected a JSON object" in reasons[1]
+    assert "completion is a number" in reasons[2]
+    assert report.first_bad[0] in report.summary()
+
+
+def test_more_bad_rows_than_allowed_stop_the_run_and_are_listed(build, tmp_path):
+    path = broken_file(tmp_path)
+    with pytest.raises(DataError, match=r"6 of 8 rows cannot be used, and max_bad_rows is 5") as caught:
+        build(path, max_bad_rows=5)
+    assert f"{path}:3: invalid JSON" in str(caught.value)
+    assert f"{path}:6" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["array.json", "a.parquet", "a.csv"])
+def test_rows_of_other_formats_are_counted_from_one(name, build, tmp_path):
+    FORMATS[name]([pair(0), {"prompt": "", "completion": "x"}], tmp_path / name)
+    line = 3 if name == "a.csv" else 2  # the header is the first line of a CSV file
+    with pytest.raises(DataError, match=rf"{name}:{line}: "):
+        build(tmp_path / name)
+
+
+def test_columns_are_mapped_and_the_others_ignored(build, tmp_path, tokenizer):
+    rows = [{"question": "the 0", "answer": " path", "messages": "not ours", "text": 3}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    dataset, report = build(Source(path, columns={"prompt": "question", "completion": "answer"}))
+    assert tokenizer.decode(dataset[0]["input_ids"]) == "the 0 path<|im_end|>"
+    assert report.notes == []
+    with pytest.raises(DataError, match=r"columns question, answer, messages, text, not .*did you mean question"):
+        build(Source(path, columns={"prompt": "qestion"}))
+    with pytest.raises(DataError, match=r"'promt', which is not one of .*did you mean prompt"):
+        build(Source(path, columns={"promt": "question"}))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.csv"])
+def test_a_file_without_a_known_column_lists_what_it_has(name, build, tmp_path):
+    FORMATS[name]([{"question": "x", "answer": "y"}], tmp_path / name)
+    with pytest.raises(DataError, match=r"none of the columns messages, .* but question, answer\. Map them"):
+        build(tmp_path / name)
+
+
+def test_a_missing_file_suggests_its_neighbour(build, tmp_path):
+    write_lines(tmp_path / "train.jsonl", [pair(0)])
+    with pytest.raises(DataError, match=r"no such file or folder: .*trian\.jsonl; did you mean train\.jsonl\?"):
+        build(tmp_path / "trian.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("empty.jsonl", b"", "has no rows"),
+        ("blank.jsonl", b"\n\n", "has no rows"),
+        ("empty.json", b"[]", "has no rows"),
+        ("broken.json", b'[{"text": "a"},', "is not valid JSON"),
+        ("a.parquet", b"nonsense", "cannot read .*a.parquet"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], "cannot read .*cut.jsonl.gz"),
+        ("a.pkl", b"x", "can run code"),
+        ("a.pt", b"x", "can run code"),
+        ("load_me.py", b"x", "can run code"),
+        ("a.docx", b"x", "unknown format .docx"),
+        ("noise", b"x", "unknown format"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_why(name, content, reason, build, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=reason):
+        build(tmp_path / name)
+
+
+def test_a_hub_data_set_that_is_out_of_reach_says_what_to_do(build):
+    with pytest.raises(DataError, match=r"some/data.*HF_HUB_OFFLINE.*HF_ENDPOINT"):
+        build("some/data")
+
+
+def test_an_image_column_is_refused_not_ignored(build, tmp_path):
+    write_table([{**ROW, "image": "a.png"}], tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="no processor for images"):
+        build(tmp_path / "a.parquet")
+
+
+def test_sources_are_mixed_by_limit_weight_and_ce(build, tmp_path, tokenizer):
+    a = write_lines(tmp_path / "a.jsonl", [pair(i) for i in range(10)])
+    b = write_lines(tmp_path / "b.jsonl", [pair(i) for i in range(10, 20)])
+    dataset, report = build(Source(a, limit=3, weight=2, ce=False), Source(b, weight=0.5), seed=1)
+    assert dataset["row_id"][:6] == ["0:0", "0:1", "0:2"] * 2
+    half = dataset["row_id"][6:]
+    assert len(half) == len(set(half)) == 5
+    assert set(half) < {f"1:{i}" for i in range(10)}
+    assert dataset["ce"][:] == [False] * 6 + [True] * 5
+    assert prompts(dataset, tokenizer)[6:] == [f"the {10 + int(row_id[2:])}" for row_id in half]
+    assert (report.rows_read, report.rows_kept, report.rows_per_epoch) == (8, 8, 11)
+    assert report.total_tokens == sum(len(ids) for ids in dataset["input_ids"])
+    assert build(Source(b, weight=0.5), seed=1)[0]["row_id"][:] == build(Source(b, weight=0.5), seed=1)[0]["row_id"][:]
+    assert build(Source(b, weight=0.5), seed=2)[0]["row_id"][:] != build(Source(b, weight=0.5), seed=3)[0]["row_id"][:]
+    assert len(build(Source(b, weight=1.3))[0]) == 13
+
+
+def test_repeated_rows_survive_dropped_ones(build, tmp_path, tokenizer):
+    long = {"prompt": "the", "completion": " path" * 50}
+    path = write_lines(tmp_path / "a.jsonl", [pair(0), long, pair(2)])
+    dataset, report = build(Source(path, weight=2), max_length=20, on_overlength="drop")
+    assert dataset["row_id"][:] == ["0:0", "0:2"] * 2
+    assert prompts(dataset, tokenizer) == ["the 0", "the 2"] * 2
+    assert (report.dropped, report.rows_kept) == (1, 2)
+    assert report.total_tokens == sum(len(ids) for ids in dataset["input_ids"])
+
+
+def test_a_source_of_the_config_is_one_of_the_data_with_the_same_fields_and_defaults():
+    configured = {name: field.default for name, field in DataSource.model_fields.items()}
+    ours = {field.name: field.default for field in dataclasses.fields(Source)}
+    del configured["streaming"], configured["path"], ours["rows"], ours["path"]
+    assert configured == ours
+
+
+@pytest.mark.parametrize("source", [{"weight": 0}, {"weight": -1}, {"weight": float("nan")}, {"limit": 0}])
+def test_senseless_weights_and_limits_are_refused(source, build, tmp_path):
+    with pytest.raises(DataError, match=next(iter(source))):
+        build(Source(write_lines(tmp_path / "a.jsonl", [pair(0)]), **source))
+
+
+def test_sample_limit_takes_from_every_source_and_encodes_no_more(build, tmp_path, monkeypatch):
+    a = write_lines(tmp_path / "a.jsonl", [pair(i) for i in range(30)])
+    b = write_lines(tmp_path / "b.jsonl", [pair(i) for i in range(10)])
+    dataset, report = build(a, b, sample_limit=8)
+    assert dataset["row_id"][:] == [f"0:{i}" for i in range(6)] + ["1:0", "1:1"]
+    assert report.rows_read == 8
+    assert len(build(a, b, sample_limit=1000)[0]) == 40
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "shares"),
+    [([30, 10], 8, [6, 2]), ([1, 1, 1], 2, [1, 1, 0]), ([5, 5], 100, [5, 5]), ([100, 1], 2, [2, 0])],
+)
+def test_shares_add_up(sizes, limit, shares):
+    assert _shares(sizes, limit) == shares
+
+
+def over_long_file(tmp_path):
+    return write_lines(tmp_path / "a.jsonl", [pair(0), ROW, {"prompt": "the " * 90, "completion": "path"}])
+
+
+def test_over_long_rows_are_an_error_by_default(build, tmp_path, tokenizer):
+    longest = len(encode_row({"prompt": "the " * 90, "completion": "path"}, tokenizer, train_on="last").input_ids)
+    with pytest.raises(DataError, match=rf"2 of 3 rows .*\(20 tokens\); the longest has {longest}") as caught:
+        build(over_long_file(tmp_path), max_length=20)
+    assert "a.jsonl:2: " in str(caught.value)
+    assert "truncate" in str(caught.value)
+
+
+def test_truncation_cuts_from_the_right_and_drops_rows_without_supervision(build, tmp_path, tokenizer):
+    whole = encode_row(ROW, tokenizer, train_on="assistant")
+    first_prompt = encode_row({"messages": ROW["messages"][:1]}, tokenizer, train_on="assistant").input_ids
+    limit = len(first_prompt) + 5
+    dataset, report = build(over_long_file(tmp_path), max_length=limit, on_overlength="truncate")
+    assert dataset["row_id"][:] == ["0:0", "0:1"]
+    cut = dataset[1]
+    assert cut["input_ids"] == whole.input_ids[:limit]  # the beginning stays, no end token is made up
+    assert cut["labels"] == whole.labels[:limit]
+    assert cut["prompt_length"] == len(first_prompt)  # the last turn whose prompt still fits
+    assert (report.truncated, report.dropped, report.bad_rows) == (1, 1, 0)
+    assert report.total_tokens == sum(len(ids) for ids in dataset["input_ids"])
+    assert "1 rows truncated" in report.summary()
+
+
+def test_over_long_prompts_without_an_answer_are_dropped_not_cut(build, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [pair(0), {"prompt": "the " * 90}])
+    dataset, report = build(path, max_length=20, on_overlength="truncate")
+    assert (len(dataset), report.dropped, report.truncated) == (1, 1, 0)
+
+
+def test_nothing_left_is_an_error(build, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [ROW])
+    with pytest.raises(DataError, match="no row is left of 1: 0 are bad and 1 too long"):
+        build(path, max_length=4, on_overlength="drop")
+    with pytest.raises(DataError, match="there is no data source"):
+        build()
+
+
+@pytest.fixture
+def encoded_rows(monkeypatch):
+    """Counts the rows that are really encoded."""
+    counted = []
+    encode = RowEncoder.encode
+
+    def counting(self, rows, *args):
+        counted.extend(rows)
+        return encode(self, rows, *args)
+
+    monkeypatch.setattr(RowEncoder, "encode", counting)
+    return counted
+
+
+def test_the_same_rows_are_encoded_once(build, tmp_path, encoded_rows):
+    path = write_lines(tmp_path / "a.jsonl", [ROW, pair(0)])
+    first, first_report = build(path)
+    again, again_report = build(path)
+    moved, _ = build(write_lines(tmp_path / "elsewhere.jsonl", [ROW, pair(0)]))
+    other_use, _ = build(Source(path, weight=3, ce=False))
+    assert len(encoded_rows) == 2
+    assert first[:] == again[:] == moved[:]
+    assert first_report == again_report
+    assert other_use["ce"][:] == [False] * 6
+    assert not list((tmp_path / "cache").glob("*ing-*"))  # nothing half-done stays behind
+
+
+CHANGES = {
+    "rows": lambda call, path: call(write_lines(path, [ROW, pair(1)])),
+    "template": lambda call, path: call(path, tokenizer=tokenizer_with(LLAMA3)),
+    "tokenizer": lambda call, path: call(path, tokenizer=tokenizer_with(added=["the"])),
+    "stop token": lambda call, path: call(path, tokenizer=tokenizer_with(eos="<|endoftext|>")),
+    "train_on": lambda call, path: call(path, train_on="last"),
+    "max_length": lambda call, path: call(path, max_length=500),
+    "on_overlength": lambda call, path: call(path, on_overlength="drop"),
+    "columns": lambda call, path: call(Source(str(path), columns={"text": "prompt"}), max_bad_rows=1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_rows_are_encoded_again_when_something_they_depend_on_changes(change, build, tmp_path, encoded_rows):
+    path = tmp_path / "a.jsonl"
+    write_lines(path, [ROW, pair(0)])
+    build(path, tokenizer=tokenizer_with())
+    encoded_rows.clear()
+    build(path, tokenizer=tokenizer_with())
+    assert encoded_rows == []
+    CHANGES[change](lambda *a, **k: build(*a, **{"tokenizer": tokenizer_with(), **k}), path)
+    assert encoded_rows
+
+
+def test_a_new_version_of_the_encoding_and_a_damaged_entry_encode_again(build, tmp_path, encoded_rows, monkeypatch):
+    path = write_lines(tmp_path / "a.jsonl", [pair(0)])
+    expected = build(path)[0][:]
+    for file in (tmp_path / "cache").rglob("*.arrow"):
+        file.write_bytes(b"damaged")
+    assert build(path)[0][:] == expected
+    assert len(encoded_rows) == 2
+    monkeypatch.setattr(encoding_module, "VERSION", -1)
+    build(path)
+    assert len(encoded_rows) == 3
+
+
+def test_padding_with_the_tokenizer_does_not_invalidate_the_cache(build, tmp_path, encoded_rows):
+    path = write_lines(tmp_path / "a.jsonl", [pair(0)])
+    tokenizer = tokenizer_with()
+    build(path, tokenizer=tokenizer)
+    tokenizer(["a", "the path"], padding=True, truncation=True, max_length=3)
+    build(path, tokenizer=tokenizer)
+    assert len(encoded_rows) == 1
+
+
+def test_several_processes_give_the_same_as_one(build, tmp_path):
+    rows = [pair(i) for i in range(30)] + [{"prompt": "x", "completion": ""}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    parallel, parallel_report = build(path, num_proc=2, max_bad_rows=1)
+    for entry in (tmp_path / "cache").iterdir():
+        entry.rename(tmp_path / "aside")
+    single, single_report = build(path, num_proc=1, max_bad_rows=1)
+    assert parallel[:] == single[:]
+    assert parallel_report == single_report
+
+
+def test_a_template_that_cannot_be_masked_stops_at_once_even_in_workers(build, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [ROW] * 4)
+    with pytest.raises(DataError, match="generation"):
+        build(path, tokenizer=tokenizer_with(FORGETFUL), max_bad_rows=100, num_proc=2)
+
+
+def test_the_report_says_where_the_training_template_differs_from_the_tokenizers_own(build, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [ROW])
+    qwen3 = tokenizer_with(trl_templates.qwen3_chat_template, added=("<think>", "</think>"))
+    _, report = build(path, tokenizer=qwen3)
+    assert "1 of the first 1 conversations" in report.notes[0]
+    assert report.notes[0] in report.summary()
+    assert build(path)[1].notes == []
+
+
+def test_an_unwritable_cache_says_so(tokenizer, tmp_path):
+    (tmp_path / "file").write_text("")
+    source = Source(write_lines(tmp_path / "a.jsonl", [pair(0)]))
+    with pytest.raises(DataError, match="cannot write the data cache"):
+        build_dataset(
+            [source],
+            tokenizer,
+            max_length=None,
+            on_overlength="error",
+            train_on="last",
+            cache_dir=str(tmp_path / "file" / "cache"),
+        )
