@@ -57,7 +57,7 @@ def fit(
         KdtrainError: what the command ends with; `exit_code` is its exit code.
         Interrupted: SIGINT or SIGTERM, after the state was saved.
     """
-    from kdtrain.runs.notebook import prepare
+    from kdtrain.runs.python_api import prepare
 
     arguments, given = prepare(
         config,

@@ -11,7 +11,7 @@ import pytest
 from kdtrain.config import ConfigError, ConfigLoader, arguments
 from kdtrain.config.arguments import Hardware, build_train_arguments
 from kdtrain.config.options import DistillationOptions
-from kdtrain.config.training import training_fields
+from kdtrain.config.training_fields import training_fields
 
 CPU = Hardware(None, bf16=False, fp16=False, tf32=False)
 AMPERE = Hardware("cuda", bf16=True, fp16=True, tf32=True)

@@ -10,7 +10,7 @@ import pytest
 
 from kdtrain.config import Diagnostic, check_config, json_schema
 from kdtrain.config.suggest import known_keys
-from kdtrain.config.training import training_fields
+from kdtrain.config.training_fields import training_fields
 from kdtrain.config.training_rules import REFUSED
 
 GOOD: dict[str, Any] = {

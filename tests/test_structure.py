@@ -28,7 +28,7 @@ LEVEL = {room: level for level, room in enumerate(ROOMS)} | AROUND
 WITHOUT_TORCH = (
     "__init__.py", "__main__.py", "errors.py", "ranks.py", "config/",
     "cli/__init__.py", "cli/app.py", "cli/process.py", "cli/environment.py",
-    "runs/__init__.py", "runs/launch.py", "runs/signals.py", "runs/folder.py", "runs/status.py", "runs/notebook.py",
+    "runs/__init__.py", "runs/launch.py", "runs/signals.py", "runs/folder.py", "runs/status.py", "runs/python_api.py",
 )  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -674,10 +674,10 @@ def test_evaluation_weighs_images_by_images_and_tokens_by_tokens(tmp_path):
     trainer._metrics["eval"].clear()
     for batch in batches:
         trainer.compute_loss(trainer.model, batch)
-    from kdtrain.trainer import metrics as telemetry
+    from kdtrain.trainer import metrics
 
-    reduced = telemetry.reduce_metrics(trainer._metrics["eval"], trainer.accelerator, token_weighted=True)
-    result = telemetry.evaluation_metrics(reduced)
+    reduced = metrics.reduce_metrics(trainer._metrics["eval"], trainer.accelerator, token_weighted=True)
+    result = metrics.evaluation_metrics(reduced)
     expected = 0.1 * (trainer.model.aligner(pixels) - trainer.teacher_model.aligner(pixels)).square().mean()
     assert result["vision_kd_loss"] == pytest.approx(expected.item(), rel=1e-5)
     _, ce, _ = expected_terms(trainer.model, trainer.teacher_model, rows(tiny.CHATS))

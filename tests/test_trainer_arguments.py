@@ -15,7 +15,7 @@ from trl.experimental.gkd import GKDConfig
 
 from kdtrain.config import check_config
 from kdtrain.config.suggest import known_keys
-from kdtrain.config.training import training_fields
+from kdtrain.config.training_fields import training_fields
 from kdtrain.config.training_rules import REFUSED as REFUSED_IN_YAML
 from kdtrain.errors import ConfigError, NotAvailableError
 from kdtrain.trainer.argument_checks import check_parallelism

@@ -3,7 +3,7 @@
 import pytest
 
 from kdtrain.errors import CheckpointError
-from kdtrain.trainer import metrics as telemetry
+from kdtrain.trainer import metrics
 from tests import tiny
 from tests.test_trainer import make_trainer
 
@@ -75,8 +75,8 @@ def test_sums_are_there_before_a_checkpoint_counts_as_complete(tmp_path, student
 def test_the_time_of_a_running_pause_is_no_training_time(monkeypatch):
     """A checkpoint notes the seconds of its record while it is being saved."""
     clock = iter([10.0, 12.0, 15.0, 16.0])
-    monkeypatch.setattr(telemetry.time, "perf_counter", lambda: next(clock))
-    stopwatch = telemetry.Stopwatch()
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    stopwatch = metrics.Stopwatch()
     stopwatch.start()
     with stopwatch.pause():
         assert stopwatch.seconds() == 2.0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdtrain.config.diagnose import clean
 from kdtrain.config.schema import RunConfig
-from kdtrain.config.training import training_fields
+from kdtrain.config.training_fields import training_fields
 from kdtrain.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Any
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.suggest import known_keys
-from kdtrain.config.training import TrainingField, training_fields
+from kdtrain.config.training_fields import TrainingField, training_fields
 from kdtrain.config.training_rules import REFUSED
 from kdtrain.losses.kinds import VISUAL_TARGETS
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from kdtrain.config.folders import model_folders, output_folder
-from kdtrain.config.loading import loading_arguments
+from kdtrain.config.from_pretrained import loading_arguments
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.tree import KeyPath, Node, Problem, dotted, get
 

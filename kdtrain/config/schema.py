@@ -3,8 +3,8 @@
 Options of the loss and of the sampling are in `options.py`, which the trainer reads too.
 
 The models check one value at a time (type, range, choice). What needs two values is in `rules.py`, what needs the
-fields of another package (`training`) in `training.py`, and what needs the file (places, paths) in `load.py`: use
-`ConfigLoader` or `check_config` rather than `RunConfig(...)`.
+fields of another package (`training`) in `training_fields.py`, and what needs the file (places, paths) in `load.py`:
+use `ConfigLoader` or `check_config` rather than `RunConfig(...)`.
 
 All models are frozen and refuse unknown keys. Booleans are not numbers, numbers are not text, whole numbers are
 accepted where a fraction is asked for, NaN and infinity are refused.

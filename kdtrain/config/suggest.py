@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.section import Section
-from kdtrain.config.training import training_fields
+from kdtrain.config.training_fields import training_fields
 
 # Fields of GKDConfig that this schema has under another name.
 _RENAMED_FIELDS = {"teacher_model_name_or_path": "rlhf.teacher_model", "model_init_kwargs": "model.init_kwargs"}

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdtrain.config.diagnose import describe
-from kdtrain.config.row_order import refused_loader_options
+from kdtrain.config.loader_options import refused_loader_options
 from kdtrain.config.suggest import known_keys, unknown_key
-from kdtrain.config.training import training_fields
+from kdtrain.config.training_fields import training_fields
 from kdtrain.config.tree import Problem
 
 

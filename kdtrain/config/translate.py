@@ -8,7 +8,7 @@ from typing import Any
 
 from kdtrain.config.diagnose import describe, dotted
 from kdtrain.config.suggest import unknown_key
-from kdtrain.config.training import choice, number_hint
+from kdtrain.config.training_fields import choice, number_hint
 from kdtrain.config.tree import KeyPath, Problem
 
 _EXPECTED = {

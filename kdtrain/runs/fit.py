@@ -1,6 +1,6 @@
 """`fit`: the whole flow of a run, from a checked config to a saved model.
 
-The command `kdtrain fit` (`cli`) and the function `kdtrain.fit` (`notebook.py`) both call it. Nothing here prints:
+The command `kdtrain fit` (`cli`) and the function `kdtrain.fit` (`python_api.py`) both call it. Nothing here prints:
 a `Reporter` does.
 """
 
@@ -30,7 +30,7 @@ from kdtrain.runs.plan import plan
 from kdtrain.runs.signals import StopRequest
 from kdtrain.runs.status import tracked_status, write_status
 from kdtrain.trainer import GKDTrainerWithMetrics
-from kdtrain.trainer.sampling import planned_steps
+from kdtrain.trainer.row_order import planned_steps
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig, TrainArguments

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kdtrain.models.parts import count_parameters, trained_parts
-from kdtrain.trainer.sampling import planned_steps, rows_per_batch
+from kdtrain.trainer.row_order import planned_steps, rows_per_batch
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig

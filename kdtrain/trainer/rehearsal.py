@@ -15,8 +15,8 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.training_args import OptimizerNames
 
 from kdtrain.errors import KdtrainError, PreflightError
-from kdtrain.trainer.best import set_direction
-from kdtrain.trainer.sampling import planned_steps, rows_per_batch
+from kdtrain.trainer.best_metric import set_direction
+from kdtrain.trainer.row_order import planned_steps, rows_per_batch
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics

@@ -86,7 +86,7 @@ from kdtrain.trainer.given_rows import check_raw_rows, placeholder
 from kdtrain.trainer.guard import describe_non_finite, some_loss_is_not_finite
 from kdtrain.trainer.objective import warn_of_logits
 from kdtrain.trainer.rehearsal import readable_beginning, rehearse
-from kdtrain.trainer.sampling import EpochSampler, SetEpoch
+from kdtrain.trainer.row_order import EpochSampler, SetEpoch
 from kdtrain.trainer.unlogged import RestoreUnlogged, save_unlogged
 from kdtrain.trainer.watch import WatchGradients, WatchRounding, check_weights
 from kdtrain.trainer.window import Window, check_images_on_all_ranks, collect, num_supervised

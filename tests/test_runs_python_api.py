@@ -110,7 +110,7 @@ def test_options_of_loading_have_no_effect_on_what_is_loaded_already(project, st
             "rlhf.teacher.dtype=float32", "rlhf.teacher_model_init_kwargs={low_cpu_mem_usage: true}",
             "data.train={path: a.jsonl, split: validation}"]  # fmt: skip
     kdtrain.fit(project / "config.yaml", idle, model=student, teacher=teacher, train_dataset=tiny.CHATS, dry_run=True)
-    told = [record.message for record in caplog.records if record.name == "kdtrain.runs.notebook"]
+    told = [record.message for record in caplog.records if record.name == "kdtrain.runs.python_api"]
     assert told == [
         "model.dtype has no effect: the model is loaded already.",
         "model.attn_implementation has no effect: the model is loaded already.",
@@ -122,7 +122,7 @@ def test_options_of_loading_have_no_effect_on_what_is_loaded_already(project, st
     caplog.clear()
     names = {"model": str(project / "student"), "teacher": str(project / "teacher")}
     kdtrain.fit(project / "config.yaml", idle[:-1], **names, dry_run=True)
-    assert not [record for record in caplog.records if record.name == "kdtrain.runs.notebook"]
+    assert not [record for record in caplog.records if record.name == "kdtrain.runs.python_api"]
 
 
 def test_a_teacher_that_only_gives_targets_is_refused_where_it_has_to_write(project):

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from kdtrain.config.model_folder import read_map
 from kdtrain.config.schema import Dtype
-from kdtrain.config.training import choice, source_folder
+from kdtrain.config.training_fields import choice, source_folder
 from kdtrain.config.tree import KeyPath, Problem
 
 _TOKEN = ("secrets do not belong in a config", "set the environment variable HF_TOKEN")
