@@ -14,7 +14,7 @@ from torch import nn
 
 from kdtrain.errors import PreflightError
 from kdtrain.feature_kd.grids import NOTHING_KNOWN, Grids, lie_alike, resized
-from kdtrain.feature_kd.targets import named, option
+from kdtrain.feature_kd.taps import named, option
 from kdtrain.losses.kinds import Distance, Match
 
 # Feature vectors that are shorter have no direction to compare.
@@ -38,18 +38,9 @@ def feature_distance(
     - `cosine`: mean over tokens of 1 − cos(s, t), as ½·|s/|s| − t/|t||², which is 0 for equal features and not only
       nearly so; 1 where one of the two is zero.
 
-    The gradient reaches the student's features and the projector, never the teacher's features.
-
-    Args:
-        student, teacher: one tensor per visual pass, [..., F]; of equal shapes but for what follows.
-        distance: one of the two.
-        target: name for messages.
-        projector: applied to the student's features, where widths differ.
-        match: "interpolate" resizes the teacher's grid of tokens to the student's, bilinearly, where they differ.
-        student_grids, teacher_grids: needed to resize packed features.
-
-    Raises:
-        PreflightError: nothing was captured, shapes do not fit, or there is no grid to resize.
+    The gradient reaches the student's features and the projector (applied to them where widths differ), never the
+    teacher's features. `match="interpolate"` resizes the teacher's grid of tokens to the student's, bilinearly, where
+    they differ. `target` is for messages.
     """
     if not student or len(student) != len(teacher):
         raise PreflightError(

@@ -9,18 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from kdtrain.config.options import VisualKdConfig
 from kdtrain.errors import PreflightError
-from kdtrain.feature_kd.taps import token_order
-from kdtrain.feature_kd.targets import Side, named, option
+from kdtrain.feature_kd.taps import named, option, token_order
 from kdtrain.models.layouts import layout_of
-
-if TYPE_CHECKING:
-    from kdtrain.config.options import VisualKdConfig
+from kdtrain.models.probe import Side
 
 Shape = tuple[int, int, int]
 """Frames, rows and columns of tokens."""
@@ -30,17 +28,15 @@ Shape = tuple[int, int, int]
 class Grids:
     """How the packed tokens of each visual pass lie in images.
 
-    Args:
-        passes: one [n, 3] tensor of (t, h, w) per pass, in units that may be finer than the tokens by one factor, which
-            follows from the counts: patches where the tokens are merged patches.
-        block: side of the square blocks that tokens are stored in; 1 is row by row.
+    `passes`: one [n, 3] tensor of (t, h, w) per pass, in units that may be finer than the tokens by one factor, which
+    follows from the counts: patches where the tokens are merged patches. `block`: side of the square blocks that tokens
+    are stored in; 1 is row by row.
     """
 
     passes: Sequence[torch.Tensor] = ()
     block: int = 1
 
     def of_pass(self, number: int) -> torch.Tensor | None:
-        """[n, 3], or None where nothing is known of a pass."""
         return self.passes[number] if number < len(self.passes) else None
 
 
@@ -59,11 +55,7 @@ def image_grids(
     inputs: Mapping[str, Any],
     teacher_inputs: Mapping[str, Any],
 ) -> TargetGrids:
-    """How packed tokens lie in images, for the targets that are interpolated.
-
-    Args:
-        inputs, teacher_inputs: what the forward of either model takes.
-    """
+    """How packed tokens lie in images, for the targets that are interpolated."""
     return {
         target: (
             _grids(student, target, options.student_module, inputs),
@@ -106,11 +98,7 @@ def resized(
     teacher_grids: Grids,
     student_grids: Grids,
 ) -> torch.Tensor:
-    """The teacher's features on the student's grid: [N of the student, F of the teacher], in the student's order.
-
-    Raises:
-        PreflightError: tokens that lie in no known grid, or other numbers of images or frames.
-    """
+    """The teacher's features on the student's grid: [N of the student, F of the teacher], in the student's order."""
     found = (
         f"{named(target)}: student features are {tuple(student.shape)} and teacher features {tuple(teacher.shape)}; "
         "match: interpolate"

@@ -12,19 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from kdtrain.config.options import VisualKdConfig
 from kdtrain.errors import PreflightError
-from kdtrain.feature_kd.taps import tapped_module, taps_of_both
-from kdtrain.feature_kd.targets import SECTION, Side, named, option
+from kdtrain.feature_kd.taps import SECTION, named, option, tapped_module, taps_of_both
 from kdtrain.models.layouts import Tap
-
-if TYPE_CHECKING:
-    from kdtrain.config.options import VisualKdConfig
+from kdtrain.models.probe import Side
 
 Features = Mapping[str, Sequence[list[torch.Tensor]]]
 """Target -> level (one but for deepstack) -> one tensor per visual pass, in the order of the passes."""
@@ -38,11 +36,7 @@ _keepers: WeakKeyDictionary[nn.Module, list[_Keeper]] = WeakKeyDictionary()
 
 @contextmanager
 def tapped(wanted: VisualKdConfig, student: nn.Module, teacher: nn.Module) -> Iterator[tuple[Features, Features]]:
-    """Capture (student's, teacher's) features on the forward passes inside.
-
-    Raises:
-        PreflightError: see `taps_of_both` and `capture`.
-    """
+    """Capture (student's, teacher's) features on the forward passes inside."""
     student_taps, teacher_taps = taps_of_both(wanted, student, teacher)
     with (
         capture(student, student_taps, "student") as student_features,
@@ -55,18 +49,8 @@ def tapped(wanted: VisualKdConfig, student: nn.Module, teacher: nn.Module) -> It
 def capture(model: nn.Module, taps: Mapping[str, Sequence[Tap]], side: Side) -> Iterator[Features]:
     """Collect features, one tensor per call of a tapped module, in the order of the calls.
 
-    A forward that gradient checkpointing repeats within backward is not collected again.
-
-    Args:
-        model: wrapped or not; paths are those of the model without its wrappers.
-        taps: target -> where to read, one tap per level.
-        side: for messages.
-
-    Raises:
-        PreflightError: no module at a path, no tensor where a tap looks for one, or a module that is tapped already
-            because both models are the same object.
-
-    The hooks are removed on every way out.
+    A forward that gradient checkpointing repeats within backward is not collected again. The hooks are removed on every
+    way out.
     """
     captured: dict[str, list[list[torch.Tensor]]] = {target: [[] for _ in levels] for target, levels in taps.items()}
     modules: dict[nn.Module, list[_Keeper]] = {}
@@ -115,7 +99,6 @@ def _keeper(kept: list[torch.Tensor], tap: Tap, target: str, side: Side) -> _Kee
 
 
 def _value(tap: Tap, args: Any, output: Any) -> Any:
-    """What a call of a module has where the tap looks."""
     if tap.what == "input":
         return args[0] if args else None
     if tap.what == "pooler_output":

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kdtrain.data.batch import Batch, received
-
-if TYPE_CHECKING:
-    from kdtrain.data.collate import Collator
+from kdtrain.data.collate import Collator
 
 
 def first_batch_with_images(dataset: Any, collator: Any, tries: int = 32) -> Batch | None:
-    """A batch of the first row with images; None if there is none.
-
-    Args:
-        dataset: rows with an `images` or `image` column, or with images inside their messages: of those only the first
-            `tries` are looked at.
-    """
+    """A batch of the first row with images; None if there is none. The collator may be a user's own."""
     batches = (received(collator([row]), None) for row in _candidates(dataset, tries))
     return next((batch for batch in batches if batch.has_images), None)
 

@@ -8,21 +8,14 @@ from __future__ import annotations
 
 import math
 import zlib
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kdtrain.errors import CheckpointError, PreflightError
-from kdtrain.feature_kd.targets import SECTION, named
-
-if TYPE_CHECKING:
-    from kdtrain.config.options import VisualKdConfig
-    from kdtrain.feature_kd.hooks import Features
-
-PROJECTORS = "visual_projectors.safetensors"
+from kdtrain.config.options import VisualKdConfig
+from kdtrain.errors import PreflightError
+from kdtrain.feature_kd.hooks import Features
+from kdtrain.feature_kd.taps import SECTION, named
 
 
 def build_projectors(wanted: VisualKdConfig, student: Features, teacher: Features, seed: int) -> nn.ModuleDict:
@@ -30,12 +23,6 @@ def build_projectors(wanted: VisualKdConfig, student: Features, teacher: Feature
 
     The weights depend on the seed and the name only, so all ranks have the same ones, and the global random state is
     left as it is.
-
-    Args:
-        student, teacher: captured on a forward with images.
-
-    Raises:
-        PreflightError: nothing was captured.
     """
     student_widths, teacher_widths = feature_widths(student), feature_widths(teacher)
     projectors = nn.ModuleDict()
@@ -49,11 +36,7 @@ def build_projectors(wanted: VisualKdConfig, student: Features, teacher: Feature
 
 
 def feature_widths(features: Features) -> dict[str, list[int]]:
-    """Target -> width of every level, as a forward produced them: configs do not say it for every family.
-
-    Raises:
-        PreflightError: nothing was captured.
-    """
+    """Target -> width of every level, as a forward produced them: configs do not say it for every family."""
     for target, levels in features.items():
         if not all(levels):
             raise PreflightError(
@@ -76,32 +59,3 @@ def _linear(width: int, wanted: int, seed: int, name: str) -> nn.Linear:
         linear.weight.uniform_(-bound, bound, generator=generator)
         linear.bias.uniform_(-bound, bound, generator=generator)
     return linear
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def save_projectors(projectors: nn.ModuleDict, folder: str | Path) -> None:
-    """Write them beside a model; nothing where there are none."""
-    if projectors:
-        state = {name: value.detach().cpu().contiguous() for name, value in projectors.state_dict().items()}
-        save_file(state, Path(folder) / PROJECTORS)
-
-
-def load_projectors(projectors: nn.ModuleDict, folder: str | Path) -> None:
-    """Read those of a checkpoint.
-
-    Raises:
-        CheckpointError: it has none, or others.
-    """
-    if not projectors:
-        return
-    path = Path(folder) / PROJECTORS
-    try:
-        projectors.load_state_dict(load_file(path))
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} does not hold the projectors of this run's visual targets ({', '.join(projectors)}): "
-            f"{str(error).splitlines()[0]} Resume with the visual_kd targets that the checkpoint was made with, or "
-            "start anew."
-        ) from error

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
+from kdtrain.config.options import VisualKdConfig, VisualTarget
 from kdtrain.errors import PreflightError
-from kdtrain.feature_kd.targets import Side, named, option
 from kdtrain.models.layouts import LAYOUTS, Tap, TokenOrder, find_module, layout_of, model_type, unwrapped, vit_order
-
-if TYPE_CHECKING:
-    from kdtrain.config.options import VisualKdConfig, VisualTarget
+from kdtrain.models.probe import Side
 
 Taps = dict[str, list[Tap]]
 """Target -> one tap per level: one, but for deepstack."""
+
+SECTION = "custom.visual_kd"
+
+
+def named(target: str) -> str:
+    """The subject of a message about a target."""
+    return f"visual_kd target {target!r}"
+
+
+def option(target: str, name: str) -> str:
+    """What messages call a target's option."""
+    return f"{SECTION}.targets.{target}.{name}"
 
 
 def taps_of_both(wanted: VisualKdConfig, student: nn.Module, teacher: nn.Module) -> tuple[Taps, Taps]:
     """Where every target is read from in the student and in the teacher, without running them.
 
     The order of tokens is known for the table's modules only: those that a config names are compared as they come.
-
-    Raises:
-        PreflightError: a family or target that is not known, unequal numbers of deepstack levels, or tokens that are in
-            another order in one model than in the other.
     """
     student_taps: Taps = {}
     teacher_taps: Taps = {}
@@ -43,14 +47,7 @@ def taps_of_both(wanted: VisualKdConfig, student: nn.Module, teacher: nn.Module)
 
 
 def taps(model: nn.Module, target: str, path: str | None, side: Side) -> list[Tap]:
-    """Where a target is read from: one tap, or one per level of a target that has several.
-
-    Args:
-        path: a module path that replaces the table; its output is the target.
-
-    Raises:
-        PreflightError: a family that is not in the table or does not have the target.
-    """
+    """One tap per level of a target. The output of a `path` that the config names replaces the table."""
     if path is not None:
         return [Tap(path, "output", explicit=True)]
     layout, module_option = layout_of(model), option(target, f"{side}_module")
@@ -76,11 +73,6 @@ def taps(model: nn.Module, target: str, path: str | None, side: Side) -> list[Ta
 
 
 def tapped_module(model: nn.Module, path: str, target: str, side: Side) -> nn.Module:
-    """The module that a tap reads from.
-
-    Raises:
-        PreflightError: there is none.
-    """
     module = find_module(model, path)
     if module is None:
         raise PreflightError(
@@ -94,10 +86,7 @@ def tapped_module(model: nn.Module, path: str, target: str, side: Side) -> nn.Mo
 
 
 def token_order(model: nn.Module, target: str, path: str | None) -> TokenOrder | None:
-    """What fixes the order of a target's tokens: equal for two models whose tokens can be compared one by one.
-
-    None where it is not known: at a module that the config names, inside an encoder that has an order of its own.
-    """
+    """None where it is not known: at a module that the config names, inside an encoder that has an order of its own."""
     layout = layout_of(model)
     if layout is None or layout.vit_order == "rows" or (path is None and target != "vit"):
         return TokenOrder("rows")

@@ -6,23 +6,23 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kdtrain.config.options import VisualKdConfig
 from kdtrain.data.batch import Batch
-from kdtrain.errors import PreflightError
+from kdtrain.errors import CheckpointError, PreflightError
 from kdtrain.feature_kd.distance import feature_distance
 from kdtrain.feature_kd.grids import NOTHING_KNOWN, TargetGrids, image_grids
 from kdtrain.feature_kd.hooks import Features, tapped
-from kdtrain.feature_kd.projectors import build_projectors, load_projectors, projector_name, save_projectors
-from kdtrain.feature_kd.targets import named
+from kdtrain.feature_kd.projectors import build_projectors, projector_name
+from kdtrain.feature_kd.taps import named
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from kdtrain.config.options import VisualKdConfig
+PROJECTORS = "visual_projectors.safetensors"
 
 
 def feature_terms(
@@ -34,23 +34,11 @@ def feature_terms(
     projectors: nn.ModuleDict | None = None,
     grids: TargetGrids = MappingProxyType({}),
 ) -> dict[str, torch.Tensor]:
-    """weight · weight_t · distance_t per target and their sum, each scaled to the batch's share of the window.
+    """weight · weight_t · distance_t per target and their sum, each scaled to the batch's `share` of the window.
 
     The distance of a target with several levels (deepstack) is the mean over them.
-
-    Args:
-        student, teacher: what `tapped` captured.
-        share: this batch's part of the window's `visual_units`.
-        projectors: of `build_projectors`, where widths differ.
-        grids: of `image_grids`, where a target is interpolated.
-
-    Returns:
-        `vision_kd_loss_<target>` and `vision_kd_loss`, scalars.
-
-    Raises:
-        PreflightError: nothing captured, features that do not fit, or features of the student that carry no gradient.
     """
-    found = {} if projectors is None else dict(projectors.items())
+    found = dict(projectors.items()) if projectors else {}
     terms = {}
     for target, options in visual.targets.items():
         student_grids, teacher_grids = grids.get(target, (NOTHING_KNOWN, NOTHING_KNOWN))
@@ -87,14 +75,7 @@ def _check_gradient(target: str, student: list[torch.Tensor]) -> None:
 
 
 class VisualTerm:
-    """Visual KD of one run.
-
-    Args:
-        options: weights and targets.
-        student, teacher: unwrapped.
-        accelerator: of the trainer.
-        seed: of the projectors' first weights.
-    """
+    """Visual KD of one run, over the unwrapped models."""
 
     def __init__(
         self, options: VisualKdConfig, student: nn.Module, teacher: nn.Module, accelerator: Accelerator, seed: int
@@ -107,17 +88,10 @@ class VisualTerm:
     # ---- one batch ---------------------------------------------------------------------------------------------------
 
     def tapped(self) -> AbstractContextManager[tuple[Features, Features]]:
-        """Capture (student's, teacher's) features on the forwards inside."""
         return tapped(self.options, self.student, self.teacher)
 
     def terms(self, student: Features, teacher: Features, batch: Batch, whole: bool) -> dict[str, torch.Tensor]:
-        """The weighted terms of a batch with images, see `feature_terms`.
-
-        Args:
-            student, teacher: what `tapped` captured.
-            batch: as collated.
-            whole: the batch stands for itself (evaluation); else it is a part of the window that was counted.
-        """
+        """The weighted terms of a batch with images: of a part of the counted window, or of a `whole` (evaluation)."""
         share: torch.Tensor | float = 1.0
         if not whole and self._window_units is not None:
             share = batch.image_units / self._window_units.clamp(min=1)
@@ -134,9 +108,6 @@ class VisualTerm:
 
         Where widths differ this makes the projectors: widths are read from features, since configs do not say them for
         every family. The models' modes and the random state are left as they were.
-
-        Raises:
-            PreflightError: a module is missing, features do not fit, or the term could not teach.
         """
         modes = {module: module.training for module in (self.student, self.teacher)}
         try:
@@ -160,7 +131,6 @@ class VisualTerm:
     # ---- projectors --------------------------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
-        """The projectors' parameters; none where the widths are equal."""
         return list(self.projectors.parameters())
 
     def add_to(self, optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
@@ -188,13 +158,19 @@ class VisualTerm:
             parameter.grad = self._accelerator.reduce(parameter.grad, reduction="mean")
 
     def save(self, folder: str | Path) -> None:
-        """Write the projectors beside a model."""
-        save_projectors(self.projectors, folder)
+        if self.projectors:
+            state = {name: value.detach().cpu().contiguous() for name, value in self.projectors.state_dict().items()}
+            save_file(state, Path(folder) / PROJECTORS)
 
     def load(self, folder: str | Path) -> None:
-        """Read the projectors of a checkpoint.
-
-        Raises:
-            CheckpointError: it has none, or others.
-        """
-        load_projectors(self.projectors, folder)
+        if not self.projectors:
+            return
+        path = Path(folder) / PROJECTORS
+        try:
+            self.projectors.load_state_dict(load_file(path))
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path} does not hold the projectors of this run's visual targets ({', '.join(self.projectors)}): "
+                f"{str(error).splitlines()[0]} Resume with the visual_kd targets that the checkpoint was made with, or "
+                "start anew."
+            ) from error

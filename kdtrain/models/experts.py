@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from kdtrain.errors import NotAvailableError, PreflightError
 from kdtrain.models.tuning import uses_reentrant_checkpointing
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 # What trl's constructor writes into a config for good, and so into what is saved.
 _WRITTEN = ("output_router_logits", "router_aux_loss_coef")
@@ -35,7 +33,7 @@ def restore_router_settings(model: PreTrainedModel, settings: Mapping[str, Any])
 
 @contextmanager
 def without_router_logits(model: nn.Module) -> Iterator[None]:
-    """Switch a config's router logits off, for the time of sampling.
+    """No router logits while sampling.
 
     With them a model computes its load-balancing loss in every forward: of the one new token, with a mask of all tokens
     that does not fit it.
@@ -52,12 +50,7 @@ def without_router_logits(model: nn.Module) -> Iterator[None]:
 
 
 def asks_for_router_logits(model: nn.Module, wanted: bool) -> bool | None:
-    """What to pass as `output_router_logits`: True, False, or None where nothing has to be said.
-
-    Args:
-        model: the student, wrapped by PEFT or not.
-        wanted: whether its load-balancing loss takes part, if it has one.
-    """
+    """What to pass as `output_router_logits`: True, False, or None where nothing has to be passed."""
     if wanted and has_experts(model):
         return True
     return False if router_settings(model).get("output_router_logits") else None
@@ -66,8 +59,8 @@ def asks_for_router_logits(model: nn.Module, wanted: bool) -> bool | None:
 def has_experts(model: nn.Module) -> bool:
     """Whether any layer of a mixture class routes at all: Granite 4.0 dense, and the smallest Jamba, have no router.
 
-    Configs say so in many ways (no experts, layers that are all dense). So this looks for modules of the classes that
-    transformers takes router logits from. A class of models that names none is taken to have experts.
+    Configs say so in many ways (no experts, layers that are all dense). So this searches for modules of the classes
+    that transformers takes router logits from. A class of models that names none is taken to have experts.
     """
     recorded = [
         target
@@ -91,12 +84,7 @@ def _text_config(model: nn.Module) -> PreTrainedConfig | None:
 
 
 def check_experts(model: nn.Module, args: TrainingArguments) -> None:
-    """Refuse a load-balancing loss that could not be computed, or would be logged and teach nothing.
-
-    Raises:
-        NotAvailableError: a config that does not say how many experts there are, or how many a token takes.
-        PreflightError: reentrant checkpointing, which computes the router logits without a graph.
-    """
+    """Refuse a load-balancing loss that could not be computed, or would be logged and teach nothing."""
     _counts(_text_config(model))
     if uses_reentrant_checkpointing(args):
         raise PreflightError(

@@ -25,11 +25,7 @@ _OTHER_HEAD = re.compile(
 
 
 def sees_images(config: PreTrainedConfig) -> bool:
-    """Whether a config is that of a vision-language model, which reads images beside text.
-
-    Raises:
-        NotAvailableError: a model with other modalities.
-    """
+    """Whether a config is that of a vision-language model, which reads images beside text."""
     if config.get_text_config() is config:
         return False
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -41,13 +37,7 @@ def sees_images(config: PreTrainedConfig) -> bool:
 
 
 def refuse_other_kinds(name: str, config: PreTrainedConfig) -> None:
-    """Refuse a folder whose config says that its model predicts something else than the next token.
-
-    transformers would load a classifier without its head, and with a random one for the vocabulary.
-
-    Raises:
-        PreflightError: naming the kind.
-    """
+    """Refuse a head that is no language model's: transformers would put a random one for the vocabulary there."""
     kind = _other_kind(config)
     if kind is not None:
         raise PreflightError(f"{name} is {kind}. {WHAT_IS_NEEDED}")

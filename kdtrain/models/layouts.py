@@ -19,13 +19,15 @@ Paths are those of the model without wrappers. `find_module` finds them through 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
 
+# The first positional argument; the tensor that is returned; or that attribute of the object that is returned.
 What = Literal["input", "output", "pooler_output"]
 # How the tokens of an image follow each other: row by row, in blocks that are merged, or in attention windows.
 Order = Literal["rows", "blocks", "windows"]
@@ -42,14 +44,10 @@ class TokenOrder(NamedTuple):
 
 @dataclass(frozen=True)
 class Tap:
-    """One place to read features from.
+    """One place to read features from: `what` of the module at `path`, in the model without wrappers.
 
-    Args:
-        path: of the module, in the model without wrappers.
-        what: "input", its first positional argument; "output", the tensor it returns; or that attribute of the object
-            it returns.
-        explicit: chosen by its path rather than found in the table. Its "output" may also be an object with a
-            `last_hidden_state`, or a tuple, of which the first element is taken.
+    `explicit`: the config names the path. Its "output" may then also be an object with a `last_hidden_state`, or a
+    tuple, of which the first element is taken.
     """
 
     path: str
@@ -61,14 +59,13 @@ class Tap:
 class Layout:
     """Where a family keeps things.
 
-    Args:
-        encoder: path of the vision encoder.
-        aligner: paths of what stands between it and the language model, parameters included. In Qwen-VL they lie inside
-            the encoder and are no part of it.
-        taps: target -> its place. "{i}" in a path stands for every child of a list.
-        vit_order: order of the tokens of `vit`; those of the other targets are in rows.
-        sizes: what a batch says about the images whose tokens are packed one after the other; None where every image
-            (or crop) is a row of its own.
+    encoder    path of the vision encoder
+    aligner    paths of what stands between it and the language model, parameters included; in Qwen-VL they lie inside
+               the encoder and are no part of it
+    taps       target -> its place; "{i}" in a path stands for every child of a list
+    vit_order  order of the tokens of `vit`; those of the other targets are in rows
+    sizes      what a batch says about images whose tokens are packed one after the other; None where every image (or
+               crop) is a row of its own
     """
 
     encoder: str
@@ -83,30 +80,14 @@ def _around(encoder: str, aligner: str, *more: str, sizes: Sizes | None = None) 
     return Layout(encoder, (aligner, *more), taps, sizes=sizes)
 
 
-_QWEN2_VL = Layout(
-    "model.visual",
-    ("model.visual.merger",),
-    {"vit": Tap("model.visual.merger", "input"), "aligner": Tap("model.visual", "pooler_output")},
-    vit_order="blocks",
-    sizes="grid_thw",
+_QWEN3_5 = replace(_around("model.visual", "model.visual.merger", sizes="grid_thw"), vit_order="blocks")
+_QWEN3_VL = replace(
+    _QWEN3_5,
+    aligner=("model.visual.merger", "model.visual.deepstack_merger_list"),
+    taps={**_QWEN3_5.taps, "deepstack": Tap("model.visual.deepstack_merger_list.{i}", "output")},
 )
+_QWEN2_VL = replace(_QWEN3_5, taps={**_QWEN3_5.taps, "aligner": Tap("model.visual", "pooler_output")})
 _QWEN2_5_VL = replace(_QWEN2_VL, vit_order="windows")
-_QWEN3_VL = Layout(
-    "model.visual",
-    ("model.visual.merger", "model.visual.deepstack_merger_list"),
-    {
-        "vit": Tap("model.visual.merger", "input"),
-        "aligner": Tap("model.visual.merger", "output"),
-        "deepstack": Tap("model.visual.deepstack_merger_list.{i}", "output"),
-    },
-    vit_order="blocks",
-    sizes="grid_thw",
-)
-_QWEN3_5 = replace(
-    _QWEN3_VL,
-    aligner=("model.visual.merger",),
-    taps={target: _QWEN3_VL.taps[target] for target in ("vit", "aligner")},
-)
 _TOWER = _around("model.vision_tower", "model.multi_modal_projector")
 _TOWER_NEWLINE = _around("model.vision_tower", "model.multi_modal_projector", "model.image_newline")
 _CONNECTOR = _around("model.vision_model", "model.connector")
@@ -213,25 +194,14 @@ def _active(module: nn.Module) -> nn.Module:
 
 
 def unwrapped_name(name: str, adapters: Sequence[str] = ()) -> str:
-    """A parameter's or module's name in the model without wrappers.
-
-    Args:
-        adapters: names of PEFT's adapters, which follow `modules_to_save` in names.
-    """
+    """The name in the model without wrappers. In PEFT's, the name of an adapter follows `modules_to_save`."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     while parts[:1] == ["module"]:
         parts = parts[1:]
     if parts[:2] == ["base_model", "model"]:
         parts = parts[2:]
-    return ".".join(_without_copies(parts, adapters))
-
-
-def _without_copies(parts: Sequence[str], adapters: Sequence[str]) -> Iterator[str]:
-    skip = False
-    for part in parts:
-        if part == "modules_to_save":
-            skip = True
-            continue
-        if not (skip and part in adapters) and part != "original_module":
-            yield part
-        skip = False
+    return ".".join(
+        part
+        for before, part in pairwise(["", *parts])
+        if part not in ("modules_to_save", "original_module") and not (before == "modules_to_save" and part in adapters)
+    )

@@ -29,9 +29,7 @@ _CONVERSION = re.compile(r"^([^|\n]+?)\s*\|\s*CONVERSION\b", re.MULTILINE)
 def wrong_weights(found: Mapping[str, Any], config: PreTrainedConfig) -> list[str]:
     """What of a model's weights would be random, or was left lying in the folder: one line for each.
 
-    Args:
-        found: `from_pretrained(..., output_loading_info=True)`, which leaves out what the architecture ties or ignores.
-        config: of the model.
+    `found` is the loading info of `from_pretrained`, which leaves out what the architecture ties or ignores.
     """
     unexpected = sorted(name for name in found["unexpected_keys"] if not _is_ignored(name, config))
     lines = [f"missing {name}" for name in sorted(found["missing_keys"])]
@@ -94,11 +92,7 @@ def loading_log() -> Iterator[LoadingLog]:
 
 
 def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
-    """Load saved weights into a model, as `from_pretrained` reads them: whatever names they were saved under.
-
-    Raises:
-        CheckpointError: weights are missing, or do not fit.
-    """
+    """Load a checkpoint's weights as `from_pretrained` reads them: whatever names they were saved under."""
     try:
         require_sound(Path(folder), "checkpoint")
         saved, found = type(model).from_pretrained(

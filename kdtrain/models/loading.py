@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,29 +26,21 @@ from kdtrain.errors import KdtrainError, PreflightError
 from kdtrain.models.kinds import refuse_other_kinds, sees_images
 from kdtrain.models.load_report import listed, loading_log, wrong_weights
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
 logger = logging.getLogger(__name__)
 
 _UNKNOWN_ARGUMENT = re.compile(r"unexpected keyword argument ('\w+')")
 
 
 def trust_policy(trust_remote_code: bool = False, revision: str | None = None) -> dict[str, Any]:
-    """Keyword arguments that every `from_pretrained` of this project passes; the one place where trust is decided.
+    """Arguments of every `from_pretrained` of this project: code from a repository runs only where the config says so.
 
-    Code from a repository runs only where the config says so; the explicit False also keeps transformers from asking on
-    the terminal.
+    The explicit False also keeps transformers from asking on the terminal.
     """
     return {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
 
 
 def load_config(name: str, policy: Mapping[str, Any]) -> PreTrainedConfig:
-    """The config of a model that predicts the next token.
-
-    Raises:
-        PreflightError: none there, or of another kind of model.
-    """
+    """The config of a model that predicts the next token."""
     with _readable_loading(name):
         config = AutoConfig.from_pretrained(name, **policy)
     refuse_other_kinds(name, config)
@@ -67,16 +60,8 @@ def load_model(
 ) -> PreTrainedModel:
     """A text or vision-language model with a language-model head, from a folder or the hub, safetensors only.
 
-    Args:
-        name: folder or hub id.
-        dtype: "auto" or a torch dtype's name; see `resolve_dtype`.
-        trained_in_full: whether all its weights are trained.
-        device: where it will run, which "auto" depends on; None is the accelerator if there is one.
-        init_kwargs: further arguments of `from_pretrained`; they win. Never changed.
-
-    Raises:
-        PreflightError: nothing there, weights that are not safetensors, or code that is not trusted.
-        NotAvailableError: a model of other modalities.
+    `dtype` is "auto" (see `resolve_dtype`, which depends on `trained_in_full` and `device`) or the name of one.
+    `init_kwargs` are further arguments of `from_pretrained`; they win.
     """
     require_sound(Path(name))
     if is_adapter_folder(name):
@@ -139,11 +124,7 @@ def _check_quantization(name: str, config: PreTrainedConfig) -> None:
 
 
 def _take_expanded(name: str, model: PreTrainedModel, quantization: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Weights that were quantised and that transformers has expanded, for want of kernels: always to bfloat16.
-
-    Raises:
-        PreflightError: another dtype is asked for, and the layers would not fit each other.
-    """
+    """Take quantised weights that transformers has expanded for want of kernels: it always does to bfloat16."""
     method = quantization.get("quant_method")
     if dtype != torch.bfloat16:
         raise PreflightError(
@@ -165,7 +146,7 @@ def _wrong_weights(name: str, wrong: list[str]) -> PreflightError:
 
 @contextmanager
 def _readable_loading(name: str) -> Iterator[None]:
-    """Whatever a library raises while it loads a model, as an error about that model. Their types say nothing of it."""
+    """Whatever a library raises while it loads a model, as an error about that model: their types say nothing of it."""
     try:
         yield
     except KdtrainError:
@@ -181,17 +162,7 @@ def _readable_loading(name: str) -> Iterator[None]:
 
 
 def add_adapter(base: PreTrainedModel, folder: str, *, trained: bool = False) -> PeftModel:
-    """A model with the adapter that a folder holds.
-
-    Args:
-        base: the model it was trained on; its modules are replaced in place.
-        trained: whether the adapter is trained further; its base never is.
-
-    Raises:
-        PreflightError: no adapter, one that does not fit the model, or weights that are not safetensors.
-    """
-    from peft import PeftModel
-
+    """A base with the adapter that a folder holds: its modules are replaced in place, and it is never trained."""
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not has_file(folder, file):
             raise PreflightError(
@@ -221,13 +192,7 @@ def add_adapter(base: PreTrainedModel, folder: str, *, trained: bool = False) ->
 def load_with_adapter(
     name: str, *, trained: bool = False, revision: str | None = None, **options: Any
 ) -> PreTrainedModel | PeftModel:
-    """A model by `load_model`; of an adapter's folder its base, with the adapter on it.
-
-    Args:
-        trained: whether an adapter is trained further.
-        revision: of the model that `name` stands for, or of the base.
-        options: of `load_model`.
-    """
+    """A model by `load_model`; of an adapter's folder its base, of that `revision`, with the adapter on it."""
     if not is_adapter_folder(name):
         return load_model(name, revision=revision, **options)
     options["trained_in_full"] = False

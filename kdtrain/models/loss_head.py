@@ -12,19 +12,17 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from kdtrain.losses.head import Head
 from kdtrain.models.experts import without_router_logits
 from kdtrain.models.probe import evaluating, few_tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 LossHead = Callable[[torch.Tensor, Head, Any], Any]
 """(last hidden state [B, T, H], head, the backbone's outputs) -> what the forward returns, tensors in a tuple."""
@@ -33,10 +31,8 @@ LossHead = Callable[[torch.Tensor, Head, Any], Any]
 def add_loss_head(model: nn.Module) -> None:
     """Let `model(..., loss_head=f)` run the backbone and return f(hidden, head, outputs) instead of logits.
 
-    Without the keyword the forward is the one it was. To be called before the model is wrapped.
-
-    Args:
-        model: a transformers model; of a PEFT model its base.
+    Without the keyword the forward is the one it was. To be called before the model is wrapped; of a PEFT model, on its
+    base.
     """
     original = model.forward
 
@@ -82,10 +78,9 @@ def why_no_loss_head(model: PreTrainedModel) -> str | None:
 
 
 def why_wrapped_head_differs(wrapped: Any) -> str | None:
-    """The comparison of `why_no_loss_head` for a wrapped model with a loss head; None if both give the same.
+    """The comparison of `why_no_loss_head` for a wrapped model with a loss head. A collective.
 
-    Two forwards, so that parameters in pieces are put together one layer at a time. A collective: to be
-    called on every rank.
+    Two forwards, so that parameters in pieces are put together one layer at a time.
     """
     # transformers evaluates without the wrapper: DeepSpeed's hooks are on the model itself.
     ids = few_tokens(getattr(wrapped, "module", wrapped), next(wrapped.parameters()).device)
@@ -128,12 +123,12 @@ def _head_module(model: PreTrainedModel) -> nn.Linear | None:
 
 
 def _gather_within_model(model: nn.Module) -> None:
-    """Have ZeRO-3 put the head's weights together for forward and backward of the model itself.
+    """Have ZeRO-3 put the head's weights together for forward and backward of the model itself, where the loss uses
+    them.
 
-    The loss uses them there, and not the head's own module. DeepSpeed notices that by itself only where they are in
-    pieces at that moment: after a forward that made logits they are whole, and in backward their gradient would find a
-    parameter without rows. Registered before the first forward, since DeepSpeed records which parameters a forward
-    needs and expects the same of all later ones.
+    DeepSpeed notices that by itself only where they are in pieces at that moment: after a forward that made logits they
+    are whole, and in backward their gradient would find a parameter without rows. Registered before the first forward,
+    since DeepSpeed records which parameters a forward needs and expects the same of all later ones.
     """
     import deepspeed
 

@@ -29,14 +29,7 @@ _OPTIONS: Mapping[Part, str] = {
 
 
 def part_of(model: nn.Module, part: Part) -> dict[str, nn.Parameter]:
-    """The parameters of a part by their names in the model as it is given, adapters included; tied ones once.
-
-    Args:
-        model: a vision-language model of a family in the table, wrapped or not.
-
-    Raises:
-        PreflightError: a family that is not in the table.
-    """
+    """The parameters of a part by their names in the model as it is given, adapters included; tied ones once."""
     layout, adapters = _layout(model), _adapters(model)
     return {
         name: parameter
@@ -56,9 +49,6 @@ def freeze_parts(model: nn.Module, *, llm: bool = False, vit: bool = False, alig
     """Take parts of a model out of training: `requires_grad` off, for adapters on them as well.
 
     A text model has an llm only; the other two options then have no effect, and a warning says so.
-
-    Raises:
-        PreflightError: nothing would be left to train, or the family is not in the table.
     """
     frozen = _frozen(llm, vit, aligner)
     if _is_text_model(model):
@@ -82,9 +72,6 @@ def adapter_exclusions(model: nn.Module, *, llm: bool = False, vit: bool = False
     """A regular expression for `LoraConfig.exclude_modules`: the modules of the frozen parts, which get no adapter.
 
     None where nothing is frozen, or for a text model. PEFT matches it against whole module names.
-
-    Raises:
-        PreflightError: a family that is not in the table.
     """
     if not (llm or vit or aligner) or _is_text_model(model):
         return None
@@ -113,9 +100,6 @@ def check_named_parts(
 
     A module that is trained in full would be trained all the same, and an adapter would be left out without a word. A
     name of adapters may reach into a frozen part if it reaches others too: that is what freezing is for.
-
-    Raises:
-        PreflightError: naming both options, or a family that is not in the table.
     """
     frozen = set(_frozen(llm, vit, aligner))
     if not frozen or _is_text_model(model):
@@ -139,10 +123,7 @@ def _parts_below(model: nn.Module, name: str, layout: Layout) -> set[Part]:
 
 
 def trained_parts(model: nn.Module) -> dict[Part, int]:
-    """Trained parameters of each part of a model that is wrapped and frozen as it will be trained.
-
-    Empty for a text model and for a family that is not in the table.
-    """
+    """Trained parameters of each part of a model as it will be trained; empty for a family that is not in the table."""
     if layout_of(model) is None:
         return {}
     return {part: sum(_size(p) for p in part_of(model, part).values() if p.requires_grad) for part in PARTS}
@@ -187,7 +168,6 @@ def _layout(model: nn.Module) -> Layout:
 
 
 def _adapters(model: nn.Module) -> tuple[str, ...]:
-    """Names of the adapters of a PeftModel, wrapped or not."""
     for module in model.modules():
         config = getattr(module, "peft_config", None)
         if isinstance(config, dict):

@@ -13,11 +13,12 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.config.tree import KeyPath, Problem
@@ -25,9 +26,6 @@ from kdtrain.errors import KdtrainError, PreflightError
 from kdtrain.models.experts import without_router_logits
 from kdtrain.models.kinds import WHAT_IS_NEEDED
 from kdtrain.models.vocabulary import vocabulary_size
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Side = Literal["student", "teacher"]
 OPTION_OF: Mapping[Side, KeyPath] = {"student": ("model", "model"), "teacher": ("rlhf", "teacher_model")}
@@ -38,28 +36,19 @@ _TOKENS, _CHANGED = 8, 3
 
 @dataclass(frozen=True)
 class TextLook:
-    """What a forward on a few tokens has shown.
-
-    Attributes:
-        findings: errors.
-        positions: how many the model's table of learned positions has for the tokens of a row; None without a table.
-        looked: False where the model's weights are in pieces, and nothing could be seen.
-    """
+    """What a forward on a few tokens has shown."""
 
     findings: tuple[Problem, ...] = ()
     positions: int | None = None
+    """How many the table of learned positions has for the tokens of a row; None without a table."""
     looked: bool = True
+    """False where the weights are in pieces, and nothing could be seen."""
 
 
 def look_at_text(model: PreTrainedModel, side: Side) -> TextLook:
     """One forward on a few tokens: does an earlier position see later ones, or the padding behind it?
 
-    Args:
-        model: a transformers model that is not wrapped; of a PEFT model its base. Its mode is left as it was.
-        side: for the findings.
-
-    Raises:
-        PreflightError: it cannot be run at all.
+    The model is not wrapped (of a PEFT model its base), and its mode is left as it was.
     """
     if is_deepspeed_zero3_enabled():
         return TextLook(looked=False)
@@ -169,7 +158,7 @@ def placeholder_ids(model: PreTrainedModel) -> set[int]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients for the time of a look; the mode is put back."""
+    """Eval mode without gradients; the mode is put back."""
     was_training = model.training
     model.eval()
     try:
@@ -191,11 +180,7 @@ def name_of(model: PreTrainedModel) -> str:
 
 @contextmanager
 def as_preflight_error(what: str) -> Iterator[None]:
-    """Whatever a model fails with, in one line behind `what`: each has its own ways to fail.
-
-    Raises:
-        PreflightError: in place of the model's own error.
-    """
+    """Whatever a model fails with, as a PreflightError in one line behind `what`: each has its own ways to fail."""
     try:
         yield
     except (KdtrainError, torch.OutOfMemoryError):  # a signal; and training says itself what to do about memory

@@ -13,11 +13,7 @@ from kdtrain.models.loading import first_line, load_config, trust_policy
 def load_tokenizer(
     name: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a model.
-
-    Raises:
-        PreflightError: none there.
-    """
+    """The tokenizer saved with a model; of an adapter without one, its base's."""
     if is_adapter_folder(name) and not has_file(name, "tokenizer_config.json"):
         name = adapter_base(name)
     try:
@@ -29,12 +25,7 @@ def load_tokenizer(
 def load_processing(
     name: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
-    """What turns rows into inputs: a vision-language model's processor, a text model's tokenizer.
-
-    Raises:
-        PreflightError: none there, or a package that it needs is missing.
-        NotAvailableError: a model of other modalities.
-    """
+    """What turns rows into inputs: a vision-language model's processor, a text model's tokenizer."""
     policy = trust_policy(trust_remote_code, revision)
     adapter = is_adapter_folder(name)
     if not sees_images(load_config(adapter_base(name) if adapter else name, policy)):

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 from kdtrain.errors import PreflightError
 from kdtrain.models.layouts import layout_of
 from kdtrain.models.parts import part_of
 from kdtrain.models.tuning import uses_reentrant_checkpointing
 
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
 
 def trained_by_images_alone(model: nn.Module) -> bool:
-    """Whether nothing of the language model is trained, so that a text-only batch has no gradient at all.
-
-    False for text models and for families that are not in the table.
-    """
+    """Whether nothing of the language model is trained, so that a text-only batch has no gradient at all."""
     return layout_of(model) is not None and not any(p.requires_grad for p in part_of(model, "llm").values())
 
 
@@ -28,7 +23,7 @@ def keep_a_path(model: nn.Module) -> None:
     """Give the model's output a gradient path of zeros, for batches without images.
 
     Without one `backward` fails on a rank that has no image, while the others wait for it. The path is made within the
-    forward, since DDP looks for the gradients to wait for from a forward's outputs. The model's output is a tuple of
+    forward, since DDP finds the gradients to wait for from a forward's outputs. The model's output is a tuple of
     tensors (a loss head's), or has `logits`.
     """
     first = next(p for p in model.parameters() if p.requires_grad)
@@ -49,9 +44,6 @@ def check_reentrant(model: nn.Module, args: TrainingArguments) -> None:
     """Refuse reentrant checkpointing of a vision encoder that is trained in parts (LoRA): most would not be.
 
     Its first layers' input needs no gradient, and the reentrant kind then makes no graph inside them.
-
-    Raises:
-        PreflightError: naming the way out.
     """
     if not uses_reentrant_checkpointing(args) or layout_of(model) is None:
         return

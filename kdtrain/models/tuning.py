@@ -10,19 +10,16 @@ import difflib
 import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
+from transformers import TrainingArguments
 
 from kdtrain.errors import PreflightError
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +39,6 @@ def lora_config(
     use_dora: bool,
     exclude_modules: str | None = None,
 ) -> LoraConfig:
-    """PEFT's config for a causal language model.
-
-    Args:
-        exclude_modules: a regular expression of module names that get no adapter, whatever `target_modules` says.
-    """
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,  # PEFT says int, and divides it by the rank
@@ -60,21 +52,13 @@ def lora_config(
 
 
 def fit_student(model: nn.Module, peft_config: PeftConfig | None, args: TrainingArguments) -> PeftConfig | None:
-    """What is to be trained, fitted to a loaded student before it is wrapped; its adapter's config comes back.
-
-    Raises:
-        PreflightError: see `fitted_adapter`.
-    """
+    """What is to be trained, fitted to a loaded student before it is wrapped; its adapter's config comes back."""
     drop_unsupported_checkpointing(model, args)
     return peft_config if peft_config is None or is_peft_model(model) else fitted_adapter(model, peft_config)
 
 
 def check_trained(model: nn.Module, device: torch.device) -> None:
-    """Refuse a student that cannot be trained, as it will be trained: wrapped and with its parts frozen.
-
-    Raises:
-        PreflightError: not one of its parameters is trained, or its attention has no backward pass on the device.
-    """
+    """Refuse a student that cannot be trained, as it will be trained: wrapped and with its parts frozen."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PreflightError(
             f"Not one parameter of the student ({type(model).__name__}) is trained: all have requires_grad off. "
@@ -106,25 +90,13 @@ def uses_reentrant_checkpointing(args: TrainingArguments) -> bool:
 
 
 def fitted_adapter(model: nn.Module, config: PeftConfig) -> PeftConfig:
-    """The config for a model, with `all-linear` narrowed to what PEFT can wrap there; never changed itself.
-
-    Args:
-        model: not wrapped yet.
-
-    Raises:
-        PreflightError: a name that matches nothing, or only modules that are left out; an adapter on one of two tied
-            weights that is asked for by name.
-    """
+    """The config for a model that is not wrapped yet, with `all-linear` narrowed to what PEFT can wrap there."""
     _check_names(model, config)
-    if _is_all_linear(config):
+    target = getattr(config, "target_modules", None)
+    if isinstance(target, str) and target.lower() == "all-linear":
         return _without_tied(model, _without_mamba_projections(model, config))
     _check_tied(model, config)
     return config
-
-
-def _is_all_linear(config: PeftConfig) -> bool:
-    target = getattr(config, "target_modules", None)
-    return isinstance(target, str) and target.lower() == "all-linear"
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
@@ -216,7 +188,6 @@ def _excluding(names: Collection[str], config: PeftConfig) -> PeftConfig:
 
 
 def _check_tied(model: nn.Module, config: PeftConfig) -> None:
-    """Refuse an adapter on a weight that another module shares."""
     if getattr(config, "target_modules", None) is None:
         return
     for targeted, modules in _tied_targets(model, config):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdtrain.errors import VocabularyError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -21,11 +20,6 @@ class Vocabulary:
     shared: int
 
     def check(self, student: int, teacher: int) -> None:
-        """Refuse models whose sizes are no longer what they were.
-
-        Raises:
-            VocabularyError: naming both.
-        """
         if (student, teacher) != (self.student, self.teacher):
             raise VocabularyError(
                 f"Vocabulary sizes differ at this step: the student has {student} logits and the teacher {teacher}. "
@@ -49,13 +43,7 @@ def shared_vocabulary(
 
     Sizes may differ only in the padding of the embedding (Qwen2.5 has 151936 rows up to 3B and 152064 above, with one
     tokenizer): then the loss runs over the smaller range, and the columns beyond it take no part on either side.
-
-    Args:
-        student_size, teacher_size: columns of the two models' logits.
-        student_tokenizer, teacher_tokenizer: compared by content where both are known.
-
-    Raises:
-        VocabularyError: the tokenizers differ, or the sizes differ and equal tokenizers cannot be shown.
+    Tokenizers are compared by content where both are known.
     """
     sizes = f"the student has {student_size} logits and the teacher {teacher_size}"
     if student_tokenizer is not None and teacher_tokenizer is not None:
