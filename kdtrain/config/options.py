@@ -1,8 +1,7 @@
 """The options of loss and sampling: their names, bounds and defaults, and the one object that the trainer reads.
 
-`schema` builds the sections of the file from these models, so that a file and the Python class know one set of rules.
-On their way into the trainer the options are attributes of a GKDConfig, by the names of `DistillationOptions`' fields;
-its constructor reads them from there, and from then on they live in that object.
+`schema` builds the sections of the file from these models. On their way into the trainer the options are attributes of
+a GKDConfig; its constructor reads them from there, and from then on they live in `DistillationOptions`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from kdtrain.errors import ConfigError
 from kdtrain.losses.kinds import VISUAL_TARGETS, Distance, Divergence, Match, Tail
 
 if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
     from trl.experimental.gkd import GKDConfig
 
 DEFAULT_TAIL: Tail = "bucket"
@@ -134,6 +132,13 @@ class VisualKdConfig(Section):
         return self.model_copy(update={"targets": targets})
 
 
+def _builtin(value: Any) -> Any:
+    """A number of numpy and its like as Python's own."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
 def _as_given(value: Any) -> Any:
     """`visual_kd` as Python code writes it: a mapping, or an object with attributes, means that it is switched on."""
     if value is None or isinstance(value, VisualKdConfig):
@@ -147,7 +152,7 @@ def _in_force(value: VisualKdConfig | None) -> VisualKdConfig | None:
 
 
 class DistillationOptions(LossAndSampling):
-    """All options of the loss and of the sampling, as the trainer uses them. Not to be changed: see `LiveOption`."""
+    """All options of the loss and of the sampling, as the trainer uses them; its `LiveOption`s replace the object."""
 
     tail: Tail = DEFAULT_TAIL
     """See `rlhf.teacher.tail`."""
@@ -155,29 +160,26 @@ class DistillationOptions(LossAndSampling):
     """See `custom.visual_kd`; None where it is switched off."""
 
     @classmethod
-    def from_args(cls, args: GKDConfig) -> DistillationOptions:
-        """Read the attributes of a GKDConfig that have the name of a field; absent ones have their default.
+    def from_args(cls, args: GKDConfig | DistillationOptions) -> DistillationOptions:
+        """Read and check the attributes that have the name of a field; absent ones have their default.
 
         Raises:
             ConfigError: a ValueError; a value is of a wrong type or out of range.
         """
-        return cls._checked({name: getattr(args, name) for name in cls.model_fields if hasattr(args, name)})
+        values = {name: _builtin(getattr(args, name)) for name in cls.model_fields if hasattr(args, name)}
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            from kdtrain.config.translate import to_problem  # which knows the whole schema, and so this module
+
+            problems = [to_problem(detail) for detail in error.errors(include_url=False)]
+        hints = [f" ({problem.hint})" if problem.hint else "" for problem in problems]
+        found = [f"{dotted(p.path)}: {p.message}{hint}" for p, hint in zip(problems, hints, strict=True)]
+        raise ConfigError(". ".join(found))
 
     def checked(self) -> DistillationOptions:
-        """These options.
-
-        Raises:
-            ConfigError: a ValueError; a value that was set since is of a wrong type or out of range.
-        """
-        return self._checked(dict(self))
-
-    @classmethod
-    def _checked(cls, values: Mapping[str, Any]) -> DistillationOptions:
-        try:
-            return cls.model_validate({name: _builtin(value) for name, value in values.items()})
-        except ValidationError as error:
-            found = [_refusal(detail) for detail in error.errors(include_url=False)]
-            raise ConfigError(". ".join(found)) from None  # Pydantic's own text names no option of ours
+        """These options; raises as `from_args` for what was set since."""
+        return self.from_args(self)
 
     @property
     def lm_kd_active(self) -> bool:
@@ -197,60 +199,3 @@ class DistillationOptions(LossAndSampling):
     def without_kd(self) -> DistillationOptions:
         """The same run with every teacher term off: CE only."""
         return self.model_copy(update={"llm_kd_weight": 0.0, "visual_kd": None})
-
-
-class LiveOption:
-    """An attribute of a trainer that is a field of its `options`: what a callback sets, the next window uses."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, trainer: Any, owner: type) -> Any:
-        return self if trainer is None else getattr(trainer.options, self._name)
-
-    def __set__(self, trainer: Any, value: Any) -> None:
-        trainer.options = trainer.options.model_copy(update={self._name: value})
-
-
-# ---- the words of an error -------------------------------------------------------------------------------------------
-
-_TYPES = {
-    "bool_type": "true or false",
-    "float_type": "a number",
-    "int_type": "a whole number",
-    "model_type": "a mapping, an object or None",
-    "string_type": "text",
-    "string_too_short": "not empty",
-}
-
-
-def _builtin(value: Any) -> Any:
-    """A number of numpy and its like as Python's own."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return value
-    return int(value) if isinstance(value, Integral) else float(value)
-
-
-def _refusal(detail: Mapping[str, Any]) -> str:
-    """One entry of `ValidationError.errors()` in our words."""
-    kind, path, context = detail["type"], detail["loc"], detail.get("ctx") or {}
-    # By depth: an option, one of `visual_kd`, one of a target.
-    owners: dict[int, type[Section]] = {1: DistillationOptions, 2: VisualKdConfig, 4: VisualTarget}
-    name = "temperature (of the sampling)" if path == ("temperature",) else dotted(path)
-    if kind == "kdtrain":
-        return f"{name}: {context['text']}"
-    if kind == "extra_forbidden":
-        return f"{dotted(path[:-1])}: unknown {path[-1]}; the options are {', '.join(owners[len(path)].model_fields)}"
-    if kind == "literal_error":
-        wanted = f"one of {context['expected']}"
-    else:
-        wanted = _TYPES.get(kind) or _range(owners[len(path)].model_fields[str(path[-1])])
-    return f"{name} must be {wanted}, got {detail['input']!r}"
-
-
-def _range(field: FieldInfo) -> str:
-    """The bounds of a number, such as `in [0, 1]`."""
-    bounds = {name: getattr(m, name) for m in field.metadata for name in ("ge", "gt", "le") if hasattr(m, name)}
-    if "le" in bounds:
-        return f"in [0, {bounds['le']:g}]" if "ge" in bounds else f"positive and at most {bounds['le']:g}"
-    return "positive and finite" if "gt" in bounds else "at least 1" if bounds["ge"] else "non-negative and finite"
