@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtrain.config.tree import COMMAND_LINE, Entry, Invalid, KeyPath, Node, Place, Problem, SourceFile, merge
+from kdtrain.config.tree import COMMAND_LINE, Entry, Invalid, KeyPath, Node, Place, Problem, SourceFile, get, merge
 from kdtrain.config.yaml_reader import MAX_BYTES, MAX_DEPTH, MAX_NODES, UnreadableError, check_number, read_yaml
 
 FileOrMapping = str | Path | Mapping[str, Any]
@@ -106,45 +106,35 @@ class Composer:
         # Blanks instead of the key, so that columns are those of the argument.
         padded = " " * (len(key) + 1) + value
         try:
-            node, problems = read_yaml(padded, source, path) if value.strip() else (Node(None, start), [])
+            new, problems = read_yaml(padded, source, path)
         except UnreadableError as error:
-            if "empty" in error.problem.message:
-                return self._set(root, path, Node(None, start), start)
-            self.problems.append(error.problem)
-            return root
+            if "empty" not in error.problem.message:
+                self.problems.append(error.problem)
+                return root
+            new, problems = Node(None, start), []
         self.problems += problems
-        return self._set(root, path, node, start)
-
-    def _set(self, root: Node, path: tuple[str, ...], new: Node, start: Place) -> Node:
-        """A copy of the tree with `path` set; maps on the way are made, other values are in the way."""
-        node: Node | None = root
-        for depth, part in enumerate(path[:-1], start=1):
-            entry = node.value.get(part) if node and isinstance(node.value, dict) else None
-            node = entry.node if entry else None
+        for depth in range(1, len(path)):
+            node = get(root, path[:depth])
             if node and node.value is not None and not isinstance(node.value, dict):
                 way = ".".join(path[:depth])
                 kind = "a list" if isinstance(node.value, list) else "a value"
-                message = f"cannot set {'.'.join(path)}: {way} is {kind}, not a map"
+                message = f"cannot set {key}: {way} is {kind}, not a map"
                 self.problems.append(Problem((), message, f"set {way} as a whole", place=start))
                 return root
-        for part in reversed(path):
-            new = Node({part: Entry(start, new)}, start)
-        return Node(_overlay(root, new, len(path)).value, root.place)
+        return _put(root, path, new, start)
 
 
-def _overlay(base: Node, top: Node, levels: int) -> Node:
-    """`merge` for the given number of levels only: a value on the command line replaces what was there."""
-    if levels == 0 or not isinstance(base.value, dict) or not isinstance(top.value, dict):
-        return top
-    merged = dict(base.value)
-    for key, entry in top.value.items():
-        below = merged.get(key)
-        if below is None:
-            merged[key] = entry
-        else:
-            place = below.key_place if levels > 1 else entry.key_place
-            merged[key] = Entry(place, _overlay(below.node, entry.node, levels - 1))
-    return Node(merged, base.place)
+def _put(node: Node | None, path: KeyPath, new: Node, place: Place) -> Node:
+    """`node` with `new` at `path` in place of what was there; maps on the way are made, as if written at `place`."""
+    if not path:
+        return new
+    head, *rest = path
+    if node is None or not isinstance(node.value, dict):
+        node = Node({}, place)
+    assert isinstance(node.value, dict)
+    old = node.value.get(str(head))
+    changed = _put(old.node if old else None, tuple(rest), new, place)
+    return Node({**node.value, str(head): Entry(old.key_place if old and rest else place, changed)}, node.place)
 
 
 def _short(path: Path) -> Path:

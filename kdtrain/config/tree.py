@@ -98,14 +98,10 @@ def locate(root: Node, path: KeyPath, on_key: bool = False) -> Place:
             place = node.value[part].key_place
         found = child(node, part)
         if found is None:
-            return node_or_key(root, path[:index])
+            # Missing here: shown at the key above, for that key's value may start lines later.
+            return locate(root, path[:index], on_key=True) if index else root.place
         node = found
     return place if on_key else node.place
-
-
-def node_or_key(root: Node, path: KeyPath) -> Place:
-    """Where something is missing in `path`: at its key, for the value below may start lines later."""
-    return locate(root, path, on_key=True) if path else root.place
 
 
 def get(root: Node, path: KeyPath) -> Node | None:
@@ -169,16 +165,12 @@ def replace(root: Node, path: KeyPath, new: Node) -> Node:
     return replace(root, tuple(rest), new)
 
 
-def to_diagnostic(problem: Problem, root: Node | None = None) -> Diagnostic:
+def to_diagnostic(problem: Problem, root: Node) -> Diagnostic:
     """The problem with its place."""
-    place = problem.place
-    if place is None and root is not None:
-        place = locate(root, problem.path, problem.on_key)
-    if place is None:
-        return Diagnostic(problem.level, dotted(problem.path), problem.message, problem.hint)
+    place = problem.place or locate(root, problem.path, problem.on_key)
     lines, line = place.source.lines, place.line
     # Something missing from the whole file has no line worth showing.
-    whole_file = problem.place is None and root is not None and place is root.place
+    whole_file = problem.place is None and place is root.place
     shown = lines[line - 1] if line and line <= len(lines) and not whole_file else None
     return Diagnostic(
         problem.level, dotted(problem.path), problem.message, problem.hint, place.source.name, line, place.col, shown

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from trl.experimental.gkd import GKDConfig
+
 from kdtrain.config.training_rules import REFUSED as REFUSED_IN_YAML
 from kdtrain.config.training_rules import Refused
 from kdtrain.data.tokenised import MASKS
@@ -18,74 +20,44 @@ from kdtrain.errors import ConfigError, NotAvailableError
 logger = logging.getLogger(__name__)
 
 _NO_PACKING = Refused("packing and padding-free training are not available yet", harmless=(None, False), later=True)
-_SAME_IN_YAML = (
-    "loss_type",
-    "label_smoothing_factor",
-    "use_liger_kernel",
-    "liger_kernel_config",
-    "truncation_mode",
-    "shuffle_dataset",
-    "average_tokens_across_devices",
-    "auto_find_batch_size",
-    "label_names",
-    "use_cache",
-)
+_SAME_IN_YAML = """
+    loss_type label_smoothing_factor use_liger_kernel liger_kernel_config truncation_mode shuffle_dataset
+    average_tokens_across_devices auto_find_batch_size label_names use_cache"""
 REFUSED: dict[str, Refused] = {
     "packing": _NO_PACKING,
     "eval_packing": _NO_PACKING,
     "padding_free": _NO_PACKING,
     "packing_strategy": replace(_NO_PACKING, harmless=(None, "bfd")),
-    **{name: REFUSED_IN_YAML[name] for name in _SAME_IN_YAML},
-}
-
-_WITHOUT_EFFECT = {
-    "dataset_num_proc": "rows are encoded when they are needed; dataloader_num_workers does that in parallel",
+    **{name: REFUSED_IN_YAML[name] for name in _SAME_IN_YAML.split()},
 }
 
 
-def check_fields(args: Any, *, own_collator: bool) -> None:
-    """Refuse the fields that would be ignored.
-
-    Args:
-        args: a GKDConfig.
-        own_collator: whether batches are made by the trainer's own.
-
-    Raises:
-        NotAvailableError: packing and its kin.
-        ConfigError: the others; one error names them all.
-    """
+def check_fields(args: GKDConfig, *, own_collator: bool) -> None:
+    """Refuse, in one error, the fields that would be ignored."""
     wrong = {name: refused for name, refused in REFUSED.items() if not refused.allows(getattr(args, name, None))}
     lines = [f"{name}={getattr(args, name)!r}: {r.reason}; {r.instead}." for name, r in wrong.items()]
     if lines:
         error = NotAvailableError if all(refused.later for refused in wrong.values()) else ConfigError
         raise error("The GKDConfig sets what this trainer does not do. " + " ".join(lines))
-    _check_dataset_kwargs(args.dataset_kwargs)
-    for name, reason in _WITHOUT_EFFECT.items():
-        if own_collator and getattr(args, name, None) is not None:
-            logger.warning("%s has no effect: %s.", name, reason)
-
-
-def _check_dataset_kwargs(given: Mapping[str, Any] | None) -> None:
-    unknown = sorted(set(given or {}) - {"skip_prepare_dataset"})
-    if unknown:
+    if unknown := sorted(set(args.dataset_kwargs or {}) - {"skip_prepare_dataset"}):
         raise ConfigError(
             f"dataset_kwargs: {', '.join(unknown)} would be ignored: the collator prepares the rows. Remove it, or "
             "pass rows with input_ids and labels."
         )
+    if own_collator and args.dataset_num_proc is not None:
+        logger.warning(
+            "dataset_num_proc has no effect: rows are encoded when they are needed; dataloader_num_workers does that "
+            "in parallel."
+        )
 
 
-def check_supervision(args: Any, row: Mapping[str, Any], formatted: bool) -> None:
+def check_supervision(args: GKDConfig, row: Mapping[str, Any], formatted: bool) -> None:
     """Refuse masks that are not those of the default collator, judged by the first row.
 
     It supervises the completion of a prompt, the assistant's turns of a conversation, and the whole of a text.
-
-    Raises:
-        ConfigError: `completion_only_loss` or `assistant_only_loss` ask for something else.
     """
-    pair, text = (
-        "prompt" in row and not formatted,
-        formatted or not row.keys() & {"prompt", "messages", "conversations"},
-    )
+    pair = "prompt" in row and not formatted
+    text = formatted or not row.keys() & {"prompt", "messages", "conversations"}
     tokenised = "input_ids" in row
     if tokenised and not row.keys() & {"labels", *MASKS}:
         raise ConfigError(
