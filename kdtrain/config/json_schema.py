@@ -6,19 +6,9 @@ from typing import Any
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.suggest import known_keys
-from kdtrain.config.training_fields import TrainingField, training_fields
+from kdtrain.config.training_fields import KINDS, TrainingField, training_fields
 from kdtrain.config.training_rules import REFUSED
 from kdtrain.losses.kinds import VISUAL_TARGETS
-
-_TYPES = {
-    "int": "integer",
-    "float": "number",
-    "bool": "boolean",
-    "str": "string",
-    "dict": "object",
-    "list": "array",
-    "None": "null",
-}
 
 
 def json_schema() -> dict[str, Any]:
@@ -67,7 +57,7 @@ def _targets() -> list[dict[str, Any]]:
 def _field(field: TrainingField) -> dict[str, Any]:
     schema: dict[str, Any] = {"description": field.help}
     if field.kinds:
-        schema["type"] = [_TYPES[kind] for kind in field.kinds]
+        schema["type"] = [KINDS[kind][2] for kind in field.kinds]
     if field.choices and set(field.kinds) <= {"str", "None"}:
         schema["enum"] = [*field.choices, *([None] if "None" in field.kinds else [])]
     return schema

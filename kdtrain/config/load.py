@@ -117,7 +117,7 @@ def _hide_secrets(root: Node) -> tuple[Node, list[Problem]]:
         if isinstance(node.value, str) and looks_secret(node.value):
             hint = "put it into an environment variable; a config holds at most that variable's name"
             problems.append(Problem(path, "looks like a secret, and secrets do not belong in a config", hint))
-            root = tree.replace(root, path, Node(Invalid.VALUE, node.place))
+            root = tree.put(root, path, Node(Invalid.VALUE, node.place))
     return root, problems
 
 

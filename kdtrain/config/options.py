@@ -11,13 +11,11 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from kdtrain.config.diagnose import dotted
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from trl.experimental.gkd import GKDConfig
 
 DEFAULT_TAIL: Tail = "bucket"
+_SIDES = ("student", "teacher")
 
 
 class LossAndSampling(Section):
@@ -77,11 +76,6 @@ class VisualTarget(Section):
     """What happens to feature grids of different size: an error, or the teacher's is resized. An image takes as many
     tokens of the language model in both models all the same: what may differ is the grid inside the vision path."""
 
-    def with_both_modules(self) -> VisualTarget:
-        """The same target with `module` written out for each model that has none of its own."""
-        both = {name: getattr(self, name) or self.module for name in ("student_module", "teacher_module")}
-        return self.model_copy(update=both)
-
 
 def _targets(value: Any) -> Any:
     """`[vit, aligner]` as `{vit: {}, aligner: {}}`."""
@@ -106,10 +100,12 @@ class VisualKdConfig(Section):
     """Multiplies the sum over the targets."""
     distance: Distance = "mse"
     """Distance of every target that names none."""
-    targets: Annotated[dict[str, VisualTarget], BeforeValidator(_targets)] = {"aligner": VisualTarget(distance="mse")}
+    targets: Annotated[dict[str, VisualTarget], BeforeValidator(_targets), Field(validate_default=True)] = {
+        "aligner": VisualTarget()
+    }
     """Features to compare: `vit` (before the aligner), `aligner` (after it), `deepstack`."""
 
-    @field_validator("targets", mode="after")
+    @field_validator("targets")
     @classmethod
     def _fill_distance(cls, value: dict[str, VisualTarget], info: ValidationInfo) -> dict[str, VisualTarget]:
         if not value and info.data.get("enabled"):
@@ -117,19 +113,15 @@ class VisualKdConfig(Section):
         default = info.data.get("distance", "mse")
         return {k: t if t.distance else t.model_copy(update={"distance": default}) for k, t in value.items()}
 
-    @model_validator(mode="before")
-    @classmethod
-    def _default_target_follows_distance(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and "distance" in value and "targets" not in value:
-            return {**value, "targets": ["aligner"]}
-        return value
-
     def in_force(self) -> VisualKdConfig | None:
-        """What is computed: None where it is switched off or weighs nothing, else without targets of weight 0."""
-        targets = {name: target.with_both_modules() for name, target in self.targets.items() if target.weight > 0}
-        if not (self.enabled and self.weight > 0 and targets):
-            return None
-        return self.model_copy(update={"targets": targets})
+        """What is computed: None where it is switched off or weighs nothing, else without targets of weight 0 and with
+        `module` written out for either model that has none of its own."""
+        targets = {}
+        for name, target in self.targets.items():
+            if target.weight > 0:
+                modules = {f"{side}_module": getattr(target, f"{side}_module") or target.module for side in _SIDES}
+                targets[name] = target.model_copy(update=modules)
+        return self.model_copy(update={"targets": targets}) if self.enabled and self.weight > 0 and targets else None
 
 
 def _builtin(value: Any) -> Any:
@@ -147,17 +139,18 @@ def _as_given(value: Any) -> Any:
     return value if given is None else {"enabled": True, **given}
 
 
-def _in_force(value: VisualKdConfig | None) -> VisualKdConfig | None:
-    return None if value is None else value.in_force()
-
-
 class DistillationOptions(LossAndSampling):
     """All options of the loss and of the sampling, as the trainer uses them; its `LiveOption`s replace the object."""
 
     tail: Tail = DEFAULT_TAIL
     """See `rlhf.teacher.tail`."""
-    visual_kd: Annotated[VisualKdConfig | None, BeforeValidator(_as_given), AfterValidator(_in_force)] = None
+    visual_kd: Annotated[VisualKdConfig | None, BeforeValidator(_as_given)] = None
     """See `custom.visual_kd`; None where it is switched off."""
+
+    @field_validator("visual_kd")
+    @classmethod
+    def _in_force(cls, value: VisualKdConfig | None) -> VisualKdConfig | None:
+        return value and value.in_force()
 
     @classmethod
     def from_args(cls, args: GKDConfig | DistillationOptions) -> DistillationOptions:

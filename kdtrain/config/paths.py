@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kdtrain.config.diagnose import describe
-from kdtrain.config.tree import KeyPath, Node, Problem, get, replace
+from kdtrain.config.tree import KeyPath, Node, Problem, get, put
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # of a model or a data set
@@ -48,7 +48,7 @@ def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
         else:  # existence is left to the preflight: data is often made after the config is written
             local = local or Path(text).suffix in _DATA_SUFFIXES or not is_hub_id
         if local:
-            root = replace(root, path, Node(os.path.abspath(base / os.path.expanduser(text)), node.place))
+            root = put(root, path, Node(os.path.abspath(base / os.path.expanduser(text)), node.place))
     return root, problems
 
 

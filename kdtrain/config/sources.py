@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtrain.config.tree import COMMAND_LINE, Entry, Invalid, KeyPath, Node, Place, Problem, SourceFile, get, merge
+from kdtrain.config.tree import COMMAND_LINE, Entry, Invalid, KeyPath, Node, Place, Problem, SourceFile, get, merge, put
 from kdtrain.config.yaml_reader import MAX_BYTES, MAX_DEPTH, MAX_NODES, UnreadableError, check_number, read_yaml
 
 FileOrMapping = str | Path | Mapping[str, Any]
@@ -121,20 +121,7 @@ class Composer:
                 message = f"cannot set {key}: {way} is {kind}, not a map"
                 self.problems.append(Problem((), message, f"set {way} as a whole", place=start))
                 return root
-        return _put(root, path, new, start)
-
-
-def _put(node: Node | None, path: KeyPath, new: Node, place: Place) -> Node:
-    """`node` with `new` at `path` in place of what was there; maps on the way are made, as if written at `place`."""
-    if not path:
-        return new
-    head, *rest = path
-    if node is None or not isinstance(node.value, dict):
-        node = Node({}, place)
-    assert isinstance(node.value, dict)
-    old = node.value.get(str(head))
-    changed = _put(old.node if old else None, tuple(rest), new, place)
-    return Node({**node.value, str(head): Entry(old.key_place if old and rest else place, changed)}, node.place)
+        return put(root, path, new, start)
 
 
 def _short(path: Path) -> Path:

@@ -94,28 +94,24 @@ _LOADER = {
     "use_seedable_sampler": (False, "a resumed run would read rows in another order", "remove it"),
 }
 
-# Smallest value, and whether it is allowed itself.
-_RANGES: dict[str, tuple[float, bool]] = {
-    "per_device_train_batch_size": (1, True),
-    "per_device_eval_batch_size": (1, True),
-    "gradient_accumulation_steps": (1, True),
-    "num_train_epochs": (0, False),
-    "max_steps": (-1, True),
-    "learning_rate": (0, True),
-    "weight_decay": (0, True),
-    "warmup_steps": (0, True),
-    "max_grad_norm": (0, True),
-    "adam_epsilon": (0, False),
-    "logging_steps": (0, False),
-    "eval_steps": (0, False),
-    "save_steps": (0, False),
-    "save_total_limit": (1, True),
-    "dataloader_num_workers": (0, True),
-    "dataset_num_proc": (1, True),
-    "torch_empty_cache_steps": (1, True),
-    "seed": (0, True),
-    "data_seed": (0, True),
-}
+_AT_LEAST_1 = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "save_total_limit",
+    "dataset_num_proc",
+    "torch_empty_cache_steps",
+)
+_NON_NEGATIVE = (
+    "learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "max_grad_norm",
+    "dataloader_num_workers",
+    "seed",
+    "data_seed",
+)
+_ABOVE_0 = ("num_train_epochs", "adam_epsilon", "logging_steps", "eval_steps", "save_steps")
 
 
 def check_training(training: Mapping[str, Any]) -> Iterator[Problem]:
@@ -151,11 +147,16 @@ def _check_key(key: str, value: Any) -> Problem | None:
 
 
 def _check_range(key: str, value: Any) -> Problem | None:
-    if key not in _RANGES or value is None:
+    if value is None:
         return None
-    low, included = _RANGES[key]
-    if (value >= low if included else value > low) and not (key == "max_steps" and value == 0):
+    if key == "max_steps" and value < 1 and value != -1:
+        wanted = "at least 1, or -1 for no limit"
+    elif key in _AT_LEAST_1 and value < 1:
+        wanted = "at least 1"
+    elif key in _NON_NEGATIVE and value < 0:
+        wanted = "non-negative"
+    elif key in _ABOVE_0 and value <= 0:
+        wanted = "above 0"
+    else:
         return None
-    wanted = "non-negative" if (low, included) == (0, True) else f"{'at least' if included else 'above'} {low:g}"
-    wanted = "at least 1, or -1 for no limit" if key == "max_steps" else wanted
     return Problem(("training", key), f"must be {wanted}, got {describe(value, key).removeprefix('the number ')}")

@@ -148,21 +148,22 @@ def merge(base: Node, top: Node) -> Node:
     return Node(merged, top.place)
 
 
-def replace(root: Node, path: KeyPath, new: Node) -> Node:
-    """A copy of the tree in which the node at `path`, which must exist, is `new`."""
+def put(root: Node, path: KeyPath, new: Node, place: Place | None = None) -> Node:
+    """A copy of the tree with `new` at `path`. Maps on the way are made, as if written at `place`, where the new key is
+    then said to stand; without `place` there is a value at `path`, and keys stay where they are."""
     if not path:
         return new
     head, *rest = path
-    if isinstance(root.value, dict) and isinstance(head, str):
-        entry = root.value[head]
-        changed = Entry(entry.key_place, replace(entry.node, tuple(rest), new))
-        return Node({**root.value, head: changed}, root.place)
-    if isinstance(root.value, list) and isinstance(head, int):
+    if isinstance(head, int):
+        if not isinstance(root.value, list):  # a lone value stands for the first of a list
+            return put(root, tuple(rest), new)
         items = list(root.value)
-        items[head] = replace(items[head], tuple(rest), new)
+        items[head] = put(items[head], tuple(rest), new)
         return Node(items, root.place)
-    assert head == 0, "a lone value stands for the first of a list"
-    return replace(root, tuple(rest), new)
+    entries = root.value if isinstance(root.value, dict) else {}
+    old = entries.get(head) or Entry(place or root.place, Node(None, place or root.place))
+    key_place = old.key_place if rest or place is None else place
+    return Node({**entries, head: Entry(key_place, put(old.node, tuple(rest), new, place))}, root.place)
 
 
 def to_diagnostic(problem: Problem, root: Node) -> Diagnostic:

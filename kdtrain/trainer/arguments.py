@@ -20,15 +20,24 @@ from kdtrain.errors import ConfigError, NotAvailableError
 logger = logging.getLogger(__name__)
 
 _NO_PACKING = Refused("packing and padding-free training are not available yet", harmless=(None, False), later=True)
-_SAME_IN_YAML = """
-    loss_type label_smoothing_factor use_liger_kernel liger_kernel_config truncation_mode shuffle_dataset
-    average_tokens_across_devices auto_find_batch_size label_names use_cache"""
+_SAME_IN_YAML = (
+    "loss_type",
+    "label_smoothing_factor",
+    "use_liger_kernel",
+    "liger_kernel_config",
+    "truncation_mode",
+    "shuffle_dataset",
+    "average_tokens_across_devices",
+    "auto_find_batch_size",
+    "label_names",
+    "use_cache",
+)
 REFUSED: dict[str, Refused] = {
     "packing": _NO_PACKING,
     "eval_packing": _NO_PACKING,
     "padding_free": _NO_PACKING,
     "packing_strategy": replace(_NO_PACKING, harmless=(None, "bfd")),
-    **{name: REFUSED_IN_YAML[name] for name in _SAME_IN_YAML.split()},
+    **{name: REFUSED_IN_YAML[name] for name in _SAME_IN_YAML},
 }
 
 
