@@ -50,7 +50,6 @@ def looks_secret(text: str) -> bool:
 
 def redact(text: str) -> str:
     """`text` with API keys, URL credentials and the values of secret-looking keys replaced by `***`."""
-
     text = _USERINFO.sub(HIDDEN + "@", _SECRET_VALUE.sub(HIDDEN, text))
     return _SECRET_LINE.sub(rf"\1{HIDDEN}", text)  # to the end of the line: rather too much than too little
 

@@ -41,12 +41,7 @@ _USUAL = (
 
 
 def loading_arguments(path: KeyPath, kwargs: Mapping[str, Any], model: str | None) -> Iterator[Problem]:
-    """What is wrong with `init_kwargs`.
-
-    Args:
-        path: of the option.
-        model: whose they are; a local folder tells which names its config has.
-    """
+    """What is wrong with the arguments at `path` for `model`, whose folder tells which names its config has."""
     for name, value in kwargs.items():
         if name in _REFUSED:
             reason, instead = _REFUSED[name]

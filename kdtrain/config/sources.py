@@ -17,23 +17,17 @@ _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
 
 
 class Composer:
-    """Reads a config with everything it extends.
-
-    Attributes:
-        problems: what was found on the way.
-        incomplete: a part could not be read, so that nothing can be said about what is missing.
-    """
+    """Reads a config with everything it extends."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
-        self.incomplete = False
+        self.incomplete = False  # a part could not be read, so that nothing can be said about what is missing
         self._files_read = 0
 
     def compose(self, source: FileOrMapping, overrides: Sequence[str] = ()) -> Node:
         """The merged tree of `source`; an empty map where it cannot be read at all."""
         if isinstance(source, Mapping):
-            here = SourceFile(None, Path.cwd())
-            root, problems = from_mapping(source, here)
+            root, problems = from_mapping(source, SourceFile(None, Path.cwd()))
             self.problems += problems
             root = self._extend(root, ())
         else:
@@ -56,9 +50,8 @@ class Composer:
             return self._fail(Problem((), f"cannot read {path}: not the name of a file", place=named_at))
         if real in chain:
             names = " -> ".join(str(_short(step)) for step in (*chain[chain.index(real) :], real))
-            return self._fail(
-                Problem(("extends",), f"the files extend each other in a circle: {names}", place=named_at)
-            )
+            message = f"the files extend each other in a circle: {names}"
+            return self._fail(Problem(("extends",), message, place=named_at))
         self._files_read += 1
         if self._files_read > _MAX_FILES:
             return self._fail(Problem(("extends",), f"more than {_MAX_FILES} files", place=named_at))
@@ -84,8 +77,9 @@ class Composer:
         merged = Node({}, root.place)
         for name in names:
             if not isinstance(name.value, str) or not name.value:
-                message = "expected the path of a YAML file, or a list of them"
-                self._fail(Problem(("extends",), message, place=name.place))
+                self._fail(
+                    Problem(("extends",), "expected the path of a YAML file, or a list of them", place=name.place)
+                )
                 continue
             base = Path(os.path.normpath(name.place.source.base / os.path.expanduser(name.value)))
             merged = merge(merged, self._file(_short(base), chain, name.place))
@@ -171,9 +165,9 @@ def from_mapping(data: Mapping[Any, Any], source: SourceFile) -> tuple[Node, lis
             return Node([build(item, (*path, index)) for index, item in enumerate(value)], place)
         elif isinstance(value, Path):
             return Node(str(value), place)
-        elif not (value is None or isinstance(value, (str, bool, int, float))):
+        elif not isinstance(value, str | bool | int | float | None):
             message = f"expected plain data, got {type(value).__name__}"
-        elif not isinstance(value, (str, bool)) and value is not None:
+        elif not isinstance(value, str | bool | None):
             message = check_number(value)
         if message:
             problems.append(Problem(path, message))
