@@ -33,6 +33,7 @@ _LONGEST_PATH = 200
 _WINDOW = 4000  # characters kept on each side of a place: far more than is shown, so that no secret is cut in two
 _LONGEST_VALUE = 40
 HIDDEN = "***"
+COMMAND_LINE = "command line"  # as the name of a file
 
 
 def is_secret_name(name: object) -> bool:
@@ -121,7 +122,7 @@ class Diagnostic:
     @property
     def location(self) -> str:
         """`file:line:col`, as far as known."""
-        known = (self.file, self.line, self.col) if self.file != "command line" else (self.file,)
+        known = (self.file, self.line, self.col) if self.file != COMMAND_LINE else (self.file,)
         return ":".join(str(part) for part in known if part is not None)
 
     @property
@@ -132,7 +133,7 @@ class Diagnostic:
 
     def render(self) -> str:
         """The headline, the source line with a caret under the place, and the hint."""
-        number = str(self.line) if self.line and self.file != "command line" else ""
+        number = str(self.line) if self.line and self.file != COMMAND_LINE else ""
         margin = " " * (len(number) + 2)
         text = [self.headline]
         if self.source_line is not None and self.caret is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdtrain.config.adapters import adapter_base, is_adapter_folder
-from kdtrain.config.model_folder import ADAPTER_CONFIG, INDEX, WEIGHTS, findings, has_weights
+from kdtrain.config.model_folder import ADAPTER_CONFIG, INDEX, WEIGHTS, findings
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.tree import KeyPath, Problem
 from kdtrain.errors import PreflightError
@@ -36,7 +36,8 @@ def broken_models(config: RunConfig) -> Iterator[Problem]:
             continue  # a hub id, or found by another rule
         for found in findings(folder):
             yield replace(found, path=path, message=f"cannot be loaded: {found.message}")
-        if not {"variant", "subfolder"} & loading.keys() and not has_weights(folder):
+        has_weights = (folder / WEIGHTS).exists() or (folder / INDEX).exists()
+        if not has_weights and not {"variant", "subfolder"} & loading.keys():
             message, hint = f"has no weights: neither {WEIGHTS} nor {INDEX}", "save it by save_pretrained"
             yield Problem(path, f"{message}: {name}", hint)
         if not any((folder / file).exists() for file in _TOKENIZERS):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from kdtrain.config import tree
 from kdtrain.config.availability import check_available
-from kdtrain.config.diagnose import Diagnostic, InvalidConfigError, looks_secret
+from kdtrain.config.diagnose import COMMAND_LINE, Diagnostic, InvalidConfigError, looks_secret
 from kdtrain.config.folders import broken_models
 from kdtrain.config.paths import resolve_paths
 from kdtrain.config.rules import check_rules
@@ -38,6 +38,7 @@ logger = logging.getLogger("kdtrain")
 _PLACEHOLDER = "missing"
 _ATTEMPTS = 4
 _MOST = 200
+_NOT_SHOWN = Problem((), "further mistakes are not shown", "correct these first")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def _validate(root: Node, wrong: list[KeyPath]) -> tuple[RunConfig | None, list[
     problems: list[Problem] = []
     training = values.get("training")
     if isinstance(training, Mapping):
-        problems += _first(check_training(training))
+        problems += islice(check_training(training), _MOST + 1)  # no config has thousands, each with its own search
+        problems[_MOST:] = [_NOT_SHOWN] if len(problems) > _MOST else []
         for problem in problems:
             if problem.level == "error" and problem.path:
                 _prune(values, problem.path)
@@ -149,7 +151,7 @@ def _build(values: dict[str, Any], root: Node) -> tuple[RunConfig | None, list[P
         except ValidationError as error:
             details = error.errors(include_url=False)
             if len(details) > _MOST:
-                return None, [*problems, *map(to_problem, details[:_MOST]), _not_shown(len(details) - _MOST)]
+                return None, [*problems, *map(to_problem, details[:_MOST]), _NOT_SHOWN]
             for detail in details:
                 problem, missing = to_problem(detail), detail["type"] == "missing"
                 # Missing only later, or invalid in the file: it was wrong, and was reported as that.
@@ -158,16 +160,6 @@ def _build(values: dict[str, Any], root: Node) -> tuple[RunConfig | None, list[P
                     problems.append(problem)
                 _prune(values, problem.path, missing)
     return None, problems
-
-
-def _first(problems: Iterator[Problem]) -> list[Problem]:
-    """At most `_MOST` of them: a file that is no config at all may have thousands, each with its own search."""
-    found = list(islice(problems, _MOST + 1))
-    return found if len(found) <= _MOST else [*found[:_MOST], _not_shown(None)]
-
-
-def _not_shown(count: int | None) -> Problem:
-    return Problem((), f"{f'{count} ' if count else ''}further mistakes are not shown", "correct these first")
 
 
 def _prune(values: dict[str, Any], path: KeyPath, missing: bool = False) -> None:
@@ -191,4 +183,4 @@ def _prune(values: dict[str, Any], path: KeyPath, missing: bool = False) -> None
 
 def _order(diagnostic: Diagnostic) -> tuple[Any, ...]:
     """By file and position; the command line last, as it is read last."""
-    return diagnostic.file == tree.COMMAND_LINE, diagnostic.file or "", diagnostic.line or 0, diagnostic.col or 0
+    return diagnostic.file == COMMAND_LINE, diagnostic.file or "", diagnostic.line or 0, diagnostic.col or 0

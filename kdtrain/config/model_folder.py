@@ -60,11 +60,6 @@ def findings(folder: Path) -> Iterator[Problem]:
     yield from _unloadable(read_map(folder / "config.json"))
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether a folder holds a model's weights, or the index of their shards."""
-    return (folder / WEIGHTS).exists() or (folder / INDEX).exists()
-
-
 def read_map(path: Path) -> dict[str, Any]:
     """A JSON file that holds a map; empty where there is none."""
     try:
@@ -131,19 +126,15 @@ def _broken_weights(path: Path) -> Problem | None:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > _LARGEST_HEADER:
                 return _damaged(path, "is not a safetensors file")
-            if 8 + length > size:
-                return _cut_short(path, 8 + length, size)
-            header = json.loads(file.read(length))
-        end = 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"))
+            end = 8 + length
+            if end <= size:
+                header = json.loads(file.read(length))
+                end += max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
     except OSError as error:
         return _unreadable(path, error)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return _damaged(path, "is not a safetensors file")
-    return _cut_short(path, end, size) if size < end else None
-
-
-def _cut_short(path: Path, expected: int, size: int) -> Problem:
-    return _damaged(path, f"is cut short: it has {size:,} bytes of {expected:,}")
+    return _damaged(path, f"is cut short: it has {size:,} bytes of {end:,}") if size < end else None
 
 
 # transformers puts an adapter on top of whatever lies beside its config.

@@ -1,7 +1,6 @@
 """What takes two options to see: conflicts, what is missing, and options that have no effect beside others.
 
-Every rule gets the config and the tree it was written as, because what was written matters and not what a default
-filled in: `temperature` without generation deserves a warning only where somebody set it.
+Every rule gets what was written too: `temperature` without generation deserves a warning only where somebody set it.
 """
 
 from __future__ import annotations
@@ -254,7 +253,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
         ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.sft_alpha", "rlhf.seq_kd", "data.train", "data.eval"),
     ),
     (frozen_parts, ("tuner.freeze_llm", "tuner.freeze_vit", "tuner.freeze_aligner", "custom.visual_kd")),
-    (evaluation, (*_KD_SWITCHES, "data.eval", "training.eval_strategy")),
+    (evaluation, (*_KD_SWITCHES, "training.eval_strategy")),
     (training_conflicts, ("training.output_dir", "training.max_steps", "training.dataloader_num_workers")),
     (output_folder, ("training.output_dir", "model.model", "rlhf.teacher_model", "data.train", "data.eval")),
     (

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtrain.config.tree import COMMAND_LINE, Entry, Invalid, KeyPath, Node, Place, Problem, SourceFile, get, merge, put
+from kdtrain.config.diagnose import COMMAND_LINE
+from kdtrain.config.tree import Entry, Invalid, KeyPath, Node, Place, Problem, SourceFile, get, merge, put
 from kdtrain.config.yaml_reader import MAX_BYTES, MAX_DEPTH, MAX_NODES, UnreadableError, check_number, read_yaml
 
 FileOrMapping = str | Path | Mapping[str, Any]

@@ -138,7 +138,8 @@ def _field(name: str, statement: ast.AnnAssign, known: _Known) -> TrainingField:
     metadata = _metadata(statement.value)
     kinds: list[str] = []
     choices = tuple(metadata.get("choices") or ())
-    for member in _members(_evaluated(ast.unparse(statement.annotation), known)):
+    annotation = _evaluated(ast.unparse(statement.annotation), known)
+    for member in get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else [annotation]:
         origin, values = get_origin(member) or member, get_args(member)
         if origin is Literal:
             origin, choices = type(values[0]), choices + tuple(value for value in values if isinstance(value, str))
@@ -151,15 +152,6 @@ def _field(name: str, statement: ast.AnnAssign, known: _Known) -> TrainingField:
 def _evaluated(annotation: str, known: _Known) -> Any:
     value = eval(annotation, {"__builtins__": {}}, known)
     return _evaluated(value, known) if isinstance(value, str) else value  # quoted, for the class is not imported
-
-
-def _members(annotation: Any) -> Iterator[Any]:
-    """The members of a union, those of unions inside it as well."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        for member in get_args(annotation):
-            yield from _members(member)
-    else:
-        yield annotation
 
 
 def _metadata(call: ast.expr | None) -> dict[str, Any]:

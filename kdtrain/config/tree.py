@@ -15,7 +15,6 @@ from typing import Any
 from kdtrain.config.diagnose import Diagnostic, Level, dotted
 
 KeyPath = tuple["str | int", ...]
-COMMAND_LINE = "command line"
 
 
 class Invalid(Enum):
