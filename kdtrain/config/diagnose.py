@@ -152,9 +152,9 @@ class Diagnostic:
 def _snippet(source_line: str, caret: int) -> tuple[str, str]:
     """The escaped source line, cut around the caret where it is very long, and the line with the caret."""
     start = max(0, caret - _LONGEST_LINE // 2)
-    whole = source_line.replace("\t", " ")
-    shown, before = escape(whole[start : start + _LONGEST_LINE]), escape(whole[start:caret])
-    token = re.match(r"\"[^\"]*\"|'[^']*'|[^\s,:\]}]+", whole[caret : start + _LONGEST_LINE])
+    line = source_line.replace("\t", " ")
+    shown, before = escape(line[start : start + _LONGEST_LINE]), escape(line[start:caret])
+    token = re.match(r"\"[^\"]*\"|'[^']*'|[^\s,:\]}]+", line[caret : start + _LONGEST_LINE])
     indent = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in before)
     return shown, " " * indent + "^" * max(1, len(escape(token[0])) if token else 1)
 

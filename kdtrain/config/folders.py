@@ -6,16 +6,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kdtrain.config.adapters import adapter_base, is_adapter_folder
 from kdtrain.config.model_folder import ADAPTER_CONFIG, INDEX, WEIGHTS, findings
 from kdtrain.config.schema import RunConfig
-from kdtrain.config.tree import KeyPath, Problem
+from kdtrain.config.tree import KeyPath, Problem, Written
 from kdtrain.errors import PreflightError
-
-if TYPE_CHECKING:
-    from kdtrain.config.rules import Written
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -29,7 +26,7 @@ def _models(config: RunConfig) -> Iterator[tuple[KeyPath, str, Mapping[str, Any]
 
 
 def broken_models(config: RunConfig) -> Iterator[Problem]:
-    """What keeps the local models in use from being loaded, as far as their files tell it."""
+    """What keeps the local models in use from being loaded, as far as their files show it."""
     for path, name, loading in _models(config):
         folder = Path(name)
         if not folder.is_absolute() or not (folder / "config.json").is_file():
@@ -45,7 +42,7 @@ def broken_models(config: RunConfig) -> Iterator[Problem]:
 
 
 def model_folders(config: RunConfig, written: Written) -> Iterator[Problem]:
-    """A local model must be a model folder; only those in use are looked at."""
+    """A local model must be a model folder; only those in use are checked."""
     used = [(path, name, "config.json") for path, name, _ in _models(config)]
     if config.rlhf.teacher.adapter:
         used.append((("rlhf", "teacher", "adapter"), config.rlhf.teacher.adapter, ADAPTER_CONFIG))
@@ -123,7 +120,7 @@ def _real(path: str) -> Path | None:
 
 
 def _same(first: Path, second: Path) -> bool:
-    """Whether two paths without links are one place; a file system may tell no capitals from small letters."""
+    """Whether two paths without links are one place; a file system may ignore the case of letters."""
     if first == second:
         return True
     if str(first).casefold() != str(second).casefold():

@@ -14,11 +14,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
 from kdtrain.config import tree
+from kdtrain.config.arguments import TrainArguments, build_train_arguments
 from kdtrain.config.availability import check_available
 from kdtrain.config.diagnose import COMMAND_LINE, Diagnostic, InvalidConfigError, looks_secret
 from kdtrain.config.folders import broken_models
@@ -29,9 +30,6 @@ from kdtrain.config.sources import Composer, FileOrMapping
 from kdtrain.config.training_rules import check_training
 from kdtrain.config.translate import to_problem
 from kdtrain.config.tree import Invalid, KeyPath, Node, Problem
-
-if TYPE_CHECKING:
-    from kdtrain.config.arguments import TrainArguments
 
 logger = logging.getLogger("kdtrain")
 
@@ -105,10 +103,7 @@ class ConfigLoader:
         Raises:
             ConfigError: as `load`, or GKDConfig itself refuses the values; nothing is built.
         """
-        config = cls.load(source, overrides)
-        from kdtrain.config.arguments import build_train_arguments
-
-        return build_train_arguments(config)
+        return build_train_arguments(cls.load(source, overrides))
 
 
 def _hide_secrets(root: Node) -> tuple[Node, list[Problem]]:

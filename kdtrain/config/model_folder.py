@@ -1,7 +1,5 @@
-"""What is wrong with the files of a local model folder, seen without torch and without reading a weight.
-
-A loader meets such files late, and says what it stumbled over rather than what the file is.
-"""
+"""What is wrong with the files of a local model folder, found without torch and without reading a weight: a loader
+meets such files late, and says what it stumbled over rather than what the file is."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors format
-# Maps that a loader parses; the large ones (tokenizer.json, vocab.json) are looked at for pointers only.
+# Maps that a loader parses; the large ones (tokenizer.json, vocab.json) are checked for pointers only.
 _MAPS = ("config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json", INDEX)
 _OTHERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "processor_config.json")
 
@@ -61,7 +59,7 @@ def findings(folder: Path) -> Iterator[Problem]:
 
 
 def read_map(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a map; empty where there is none."""
+    """The map in a JSON file; empty where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -5,13 +5,13 @@ Every rule gets what was written too: `temperature` without generation deserves 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 
 from kdtrain.config.folders import model_folders, output_folder
 from kdtrain.config.from_pretrained import loading_arguments
 from kdtrain.config.schema import RunConfig, TeacherConfig
-from kdtrain.config.tree import KeyPath, Node, Problem, dotted, get
+from kdtrain.config.tree import KeyPath, Node, Problem, Written, dotted
 
 _SERVER = ("base_url", "model", "api_key_env", "top_k", "tail", "timeout_s", "max_retries", "concurrency")
 # By backend: the options of `rlhf.teacher` that it has, and which options name the teacher.
@@ -38,25 +38,6 @@ _MODEL_OPTIONS = {
     "quantization_config": "quantization",
 }
 _SCHEDULES = (("eval_strategy", "eval_steps"), ("save_strategy", "save_steps"), ("logging_strategy", "logging_steps"))
-
-
-class Written:
-    """Which options a config sets itself."""
-
-    def __init__(self, root: Node) -> None:
-        self.root = root
-
-    def has(self, *path: str | int) -> bool:
-        node = get(self.root, path)
-        return node is not None and node.value is not None
-
-    def idle(self, names: Sequence[str], reason: str, *section: str | int) -> Iterator[Problem]:
-        """One warning for all of `names` that the file sets in `section`, in the file's order."""
-        node = get(self.root, section)
-        found = [key for key in node.value if key in names] if node and isinstance(node.value, dict) else []
-        if found:
-            also = f" (the same goes for {', '.join(found[1:])})" if found[1:] else ""
-            yield Problem((*section, found[0]), f"has no effect: {reason}{also}", level="warning", on_key=True)
 
 
 Rule = Callable[[RunConfig, Written], Iterator[Problem]]
@@ -225,7 +206,7 @@ def training_conflicts(config: RunConfig, written: Written) -> Iterator[Problem]
     for pair in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
         if training.get(pair[0]) and training.get(pair[1]):
             yield Problem(("training", pair[1]), f"cannot be combined with {pair[0]}", "keep one of them", on_key=True)
-    if (training.get("max_steps") or -1) > 0:
+    if (training.get("max_steps") or -1) > 0 and "num_train_epochs" in training:
         yield from written.idle(["num_train_epochs"], "training.max_steps is set", "training")
     if training.get("dataloader_prefetch_factor") and not training.get("dataloader_num_workers"):
         yield Problem(("training", "dataloader_prefetch_factor"), "needs dataloader_num_workers above 0", on_key=True)
@@ -233,7 +214,8 @@ def training_conflicts(config: RunConfig, written: Written) -> Iterator[Problem]
         message = "2 checkpoints are kept: while one is written, the older must stay"
         yield Problem(("training", "save_total_limit"), message, level="warning")
     for strategy, steps in _SCHEDULES:
-        if training.get(strategy, "steps") != "steps" and (strategy != "eval_strategy" or config.data.eval is not None):
+        idle = steps in training and training.get(strategy, "steps") != "steps"
+        if idle and (strategy != "eval_strategy" or config.data.eval is not None):
             yield from written.idle([steps], f"training.{strategy} is {training[strategy]}", "training")
 
 

@@ -244,7 +244,7 @@ class RlhfConfig(LossAndSampling, _Teacher):  # Pydantic lists the fields of the
 
 
 class CustomConfig(Section):
-    """What is ours rather than the method's."""
+    """What trl does not have."""
 
     trainer_variant: Literal["gkd_monitor"] = "gkd_monitor"
     """Accepted for compatibility; there is one trainer."""
@@ -275,7 +275,7 @@ class RunConfig(Section):
     rlhf: RlhfConfig = RlhfConfig()
     """The distillation."""
     custom: CustomConfig = CustomConfig()
-    """What is ours rather than the method's."""
+    """What trl does not have."""
     training: dict[str, Any] = {}
     """Any other field of trl's GKDConfig, by its own name; only what the file sets is here."""
     launch: LaunchConfig = LaunchConfig()

@@ -34,7 +34,10 @@ class Composer:
         else:
             root = self._file(Path(source), (), Place(SourceFile(str(source), Path.cwd())))
         for override in overrides:
-            root = self._override(root, override)
+            try:
+                root = self._override(root, override)
+            except UnreadableError as error:
+                self.problems.append(error.problem)
         return root
 
     def _fail(self, problem: Problem) -> Node:
@@ -63,6 +66,8 @@ class Composer:
             return self._fail(error.problem)
         self.problems += problems
         if not isinstance(root.value, dict):
+            if root.value is None:
+                return self._fail(Problem((), "the file is empty", place=Place(source)))
             kind = "a list" if isinstance(root.value, list) else "a single value"
             message = f"expected a map of sections such as `model:`, got {kind}"
             return self._fail(Problem((), message, place=root.place))
@@ -78,9 +83,8 @@ class Composer:
         merged = Node({}, root.place)
         for name in names:
             if not isinstance(name.value, str) or not name.value:
-                self._fail(
-                    Problem(("extends",), "expected the path of a YAML file, or a list of them", place=name.place)
-                )
+                message = "expected the path of a YAML file, or a list of them"
+                self._fail(Problem(("extends",), message, place=name.place))
                 continue
             base = Path(os.path.normpath(name.place.source.base / os.path.expanduser(name.value)))
             merged = merge(merged, self._file(_short(base), chain, name.place))
@@ -92,21 +96,13 @@ class Composer:
         start = Place(source, 1, 1)
         key, equals, value = override.partition("=")
         if not equals or not _KEY.fullmatch(key):
-            self.problems.append(Problem((), "expected key.sub=value", "for example rlhf.beta=0.1", place=start))
-            return root
+            raise UnreadableError(Problem((), "expected key.sub=value", "for example rlhf.beta=0.1", place=start))
         if key == "extends":
-            self.problems.append(Problem((), "`extends` belongs in a file", place=start))
-            return root
+            raise UnreadableError(Problem((), "`extends` belongs in a file", place=start))
         path = tuple(key.split("."))
         # Blanks instead of the key, so that columns are those of the argument.
         padded = " " * (len(key) + 1) + value
-        try:
-            new, problems = read_yaml(padded, source, path)
-        except UnreadableError as error:
-            if "empty" not in error.problem.message:
-                self.problems.append(error.problem)
-                return root
-            new, problems = Node(None, start), []
+        new, problems = read_yaml(padded, source, path) if value.strip() else (Node(None, start), [])
         self.problems += problems
         for depth in range(1, len(path)):
             node = get(root, path[:depth])
@@ -114,8 +110,7 @@ class Composer:
                 way = ".".join(path[:depth])
                 kind = "a list" if isinstance(node.value, list) else "a value"
                 message = f"cannot set {key}: {way} is {kind}, not a map"
-                self.problems.append(Problem((), message, f"set {way} as a whole", place=start))
-                return root
+                raise UnreadableError(Problem((), message, f"set {way} as a whole", place=start))
         return put(root, path, new, start)
 
 

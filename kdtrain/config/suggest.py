@@ -43,8 +43,8 @@ _LONGEST_KEY = 60
 def known_keys() -> dict[str, tuple[str, ...]]:
     """The keys of every section, sections by their dotted name, the top level as an empty name."""
     keys = {section: tuple(model.model_fields) for section, model in _sections(RunConfig)}
-    ours = {key for section in ("model", "tuner", "data", "rlhf", "custom") for key in keys[section]}
-    keys["training"] = tuple(name for name in training_fields() if name not in ours and name not in _RENAMED_FIELDS)
+    elsewhere = {key for section in ("model", "tuner", "data", "rlhf", "custom") for key in keys[section]}
+    keys["training"] = tuple(n for n in training_fields() if n not in elsewhere and n not in _RENAMED_FIELDS)
     keys[""] = ("extends", *RunConfig.model_fields)
     return keys
 

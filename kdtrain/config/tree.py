@@ -115,6 +115,25 @@ def get(root: Node, path: KeyPath) -> Node | None:
     return node
 
 
+class Written:
+    """Which options a config sets itself."""
+
+    def __init__(self, root: Node) -> None:
+        self.root = root
+
+    def has(self, *path: str | int) -> bool:
+        node = get(self.root, path)
+        return node is not None and node.value is not None
+
+    def idle(self, names: Sequence[str], reason: str, *section: str | int) -> Iterator[Problem]:
+        """One warning for all of `names` that the file sets in `section`, in the file's order."""
+        node = get(self.root, section)
+        found = [key for key in node.value if key in names] if node and isinstance(node.value, dict) else []
+        if found:
+            also = f" (the same goes for {', '.join(found[1:])})" if found[1:] else ""
+            yield Problem((*section, found[0]), f"has no effect: {reason}{also}", level="warning", on_key=True)
+
+
 def scalars(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Node]]:
     """All scalars below `node` with their paths."""
     if isinstance(node.value, dict):

@@ -28,7 +28,7 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 class UnreadableError(Exception):
-    """The text cannot be read any further; carries the one problem that says why."""
+    """Reading stopped; carries the one problem that says why."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.message)
@@ -87,9 +87,7 @@ class _Reader:
                 if root is not None:
                     raise self._stop(event, "a second document: a config is one")
                 root = self._node(next(events), events, 0)
-        if root is None or root.value is None:
-            raise UnreadableError(Problem((), "the file is empty", place=Place(self.source)))
-        return root
+        return root or Node(None, Place(self.source))
 
     def _place(self, event: Any) -> Place:
         return Place(self.source, event.start_mark.line + 1, event.start_mark.column + 1)

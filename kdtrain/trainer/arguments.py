@@ -1,7 +1,4 @@
-"""Fields of GKDConfig that the trainer does not honour: refused with the reason, never ignored without a word.
-
-All other fields are honoured, by the trainer or by what it inherits, or have no say in training.
-"""
+"""Fields of GKDConfig that the trainer does not honour: refused with the reason, never ignored."""
 
 from __future__ import annotations
 
@@ -63,7 +60,7 @@ def check_fields(args: GKDConfig, *, own_collator: bool) -> None:
 def check_supervision(args: GKDConfig, row: Mapping[str, Any], formatted: bool) -> None:
     """Refuse masks that are not those of the default collator, judged by the first row.
 
-    It supervises the completion of a prompt, the assistant's turns of a conversation, and the whole of a text.
+    It supervises the completion of a prompt, the assistant's turns of a conversation, and all of a text.
     """
     pair = "prompt" in row and not formatted
     text = formatted or not row.keys() & {"prompt", "messages", "conversations"}
