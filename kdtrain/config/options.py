@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from trl.experimental.gkd import GKDConfig
 
 DEFAULT_TAIL: Tail = "bucket"
-_SIDES = ("student", "teacher")
 
 
 class LossAndSampling(Section):
@@ -119,8 +118,8 @@ class VisualKdConfig(Section):
         targets = {}
         for name, target in self.targets.items():
             if target.weight > 0:
-                modules = {f"{side}_module": getattr(target, f"{side}_module") or target.module for side in _SIDES}
-                targets[name] = target.model_copy(update=modules)
+                student, teacher = target.student_module or target.module, target.teacher_module or target.module
+                targets[name] = target.model_copy(update={"student_module": student, "teacher_module": teacher})
         return self.model_copy(update={"targets": targets}) if self.enabled and self.weight > 0 and targets else None
 
 
@@ -140,7 +139,7 @@ def _as_given(value: Any) -> Any:
 
 
 class DistillationOptions(LossAndSampling):
-    """All options of the loss and of the sampling, as the trainer uses them; its `LiveOption`s replace the object."""
+    """All options of the loss and of the sampling, as the trainer uses them; replaced, never changed (`LiveOption`)."""
 
     tail: Tail = DEFAULT_TAIL
     """See `rlhf.teacher.tail`."""
@@ -150,7 +149,7 @@ class DistillationOptions(LossAndSampling):
     @field_validator("visual_kd")
     @classmethod
     def _in_force(cls, value: VisualKdConfig | None) -> VisualKdConfig | None:
-        return value and value.in_force()
+        return None if value is None else value.in_force()
 
     @classmethod
     def from_args(cls, args: GKDConfig | DistillationOptions) -> DistillationOptions:
@@ -171,7 +170,7 @@ class DistillationOptions(LossAndSampling):
         raise ConfigError(". ".join(found))
 
     def checked(self) -> DistillationOptions:
-        """These options; raises as `from_args` for what was set since."""
+        """These options; raises as `from_args` does, for what a callback has set."""
         return self.from_args(self)
 
     @property

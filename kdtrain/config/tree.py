@@ -167,8 +167,8 @@ def merge(base: Node, top: Node) -> Node:
 
 
 def put(root: Node, path: KeyPath, new: Node, place: Place | None = None) -> Node:
-    """A copy of the tree with `new` at `path`. Maps on the way are made, as if written at `place`, where the new key is
-    then said to stand; without `place` there is a value at `path`, and keys stay where they are."""
+    """A copy of the tree with `new` at `path`, and missing maps on the way. `place` is where the path was written, None
+    where `new` only replaces a value."""
     if not path:
         return new
     head, *rest = path
