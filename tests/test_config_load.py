@@ -264,7 +264,7 @@ def test_model_folders_are_found_beside_the_config_and_only_those_in_use_are_loo
     path = write(tmp_path, run=text.replace("beta: 0.1", "llm_kd_weight: 0"))
     config = ConfigLoader.load(path)
     assert config.model.model == str(tmp_path / "student")
-    assert not config.needs_teacher
+    assert not config.asks_teacher
 
 
 # Scenarios of the KD knobs.
@@ -285,9 +285,9 @@ def test_scenario_teacher_required_when_kd_requested(tmp_path: Path) -> None:
 
 def test_scenario_teacher_skipped_when_kd_inactive(tmp_path: Path) -> None:
     config = ConfigLoader.load(write(tmp_path, run=BASE), ["rlhf={llm_kd_weight: 0}"])
-    assert not config.needs_teacher
-    assert config.ce_weight == 1.0
-    assert config.visual_kd_weight == 0.0
+    assert not config.asks_teacher
+    assert config.options.ce_weight == 1.0
+    assert config.options.visual_kd is None
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,9 @@ def test_the_weights_in_force(kd: float, alpha: float, enabled: bool, weight: fl
             "custom": {"visual_kd": {"enabled": enabled, "weight": weight}},
         }
     )
-    assert (config.lm_kd_active, config.visual_kd_weight, config.needs_teacher, config.ce_weight) == expected
+    options = config.options
+    visual_weight = options.visual_kd.weight if options.visual_kd else 0.0
+    assert (options.lm_kd_active, visual_weight, options.needs_teacher, options.ce_weight) == expected
 
 
 def test_visual_targets_take_the_distance_of_the_whole_unless_they_name_one() -> None:

@@ -22,11 +22,7 @@ def has_file(folder: str, name: str) -> bool:
 
 
 def adapter_base(folder: str) -> str:
-    """The model that an adapter was trained on: the folder or hub id that its config names.
-
-    Raises:
-        PreflightError: it names none, or a folder that is not there.
-    """
+    """The folder or hub id of the model that an adapter was trained on."""
     path = os.path.join(folder, ADAPTER_CONFIG)
     try:
         with open(path, encoding="utf-8") as file:

@@ -1,5 +1,5 @@
-"""From a checked config to what the trainer takes: trl's GKDConfig with our options attached. Imports torch and trl,
-but only when something is built."""
+"""From a checked config to what the trainer takes: trl's GKDConfig with our options attached. Imports torch and trl
+only when something is built."""
 
 from __future__ import annotations
 
@@ -30,16 +30,11 @@ _ALWAYS: dict[str, Any] = {
 
 @dataclass
 class TrainArguments:
-    """A run, ready to be trained.
-
-    Attributes:
-        config: the checked config.
-        training_args: the GKDConfig, which also carries the fields of `DistillationOptions` that it has none for. They
-            do not survive `dataclasses.replace` or `to_dict`, which see its own fields only.
-    """
+    """A run, ready to be trained."""
 
     config: RunConfig
     training_args: GKDConfig
+    """Carries the fields of `DistillationOptions` too; `dataclasses.replace` and `to_dict` see its own fields only."""
 
     @property
     def llm_kd_weight(self) -> float:
@@ -49,13 +44,9 @@ class TrainArguments:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the device of this process can do.
+    """What the device of this process can do."""
 
-    Attributes:
-        accelerator: `cuda`, `mps`, `xpu`, ...; None on a CPU.
-    """
-
-    accelerator: str | None
+    accelerator: str | None  # `cuda`, `mps`, `xpu`, ...; None on a CPU
     bf16: bool
     fp16: bool
     tf32: bool
@@ -65,9 +56,7 @@ def detect_hardware() -> Hardware:
     """The device that training would use."""
     import torch
 
-    if not torch.accelerator.is_available():
-        return Hardware(None, bf16=False, fp16=False, tf32=False)
-    device = torch.accelerator.current_accelerator()
+    device = torch.accelerator.current_accelerator(check_available=True)
     kind = device.type if device else None
     if kind == "cuda":
         ampere = torch.version.hip is None and torch.cuda.get_device_capability()[0] >= 8
@@ -78,11 +67,7 @@ def detect_hardware() -> Hardware:
 
 
 def build_train_arguments(config: RunConfig, hardware: Hardware | None = None) -> TrainArguments:
-    """Builds the GKDConfig of a run.
-
-    Args:
-        config: from `ConfigLoader.load`.
-        hardware: the device to fit the defaults to; None looks for it.
+    """Builds the GKDConfig of a run, fitted to `hardware` or to the device that is found.
 
     Raises:
         ConfigError: GKDConfig refuses the values.
@@ -123,7 +108,7 @@ def _from_sections(config: RunConfig) -> dict[str, Any]:
     loading.setdefault("dtype", loading.pop("torch_dtype", rlhf.teacher.dtype))
     kwargs["teacher_model_init_kwargs"] = loading
     kwargs["max_length"] = config.data.max_length
-    if config.needs_teacher and rlhf.teacher_model:
+    if config.options.needs_teacher and rlhf.teacher_model:
         kwargs["teacher_model_name_or_path"] = rlhf.teacher_model
     return kwargs
 
@@ -134,12 +119,8 @@ def _fit_to_device(kwargs: dict[str, Any], hardware: Hardware) -> None:
     if on_cpu:
         kwargs.setdefault("use_cpu", True)
         kwargs.setdefault("dataloader_pin_memory", False)
-    supported = {
-        "bf16": hardware.bf16 and not on_cpu,
-        "fp16": hardware.fp16 and not on_cpu,
-        "tf32": hardware.tf32 and not on_cpu,
-    }
-    supported["bf16_full_eval"], supported["fp16_full_eval"] = supported["bf16"], supported["fp16"]
+    supported = {name: getattr(hardware, name) and not on_cpu for name in ("bf16", "fp16", "tf32")}
+    supported |= {f"{name}_full_eval": supported[name] for name in ("bf16", "fp16")}
     device = "cpu" if on_cpu else hardware.accelerator
     for name, is_supported in supported.items():
         if kwargs.get(name) and not is_supported:

@@ -31,7 +31,6 @@ def check_available(config: RunConfig) -> list[Problem]:
         if attrgetter(option)(config) != available
     ]
     for part, sources in (("train", config.data.train), ("eval", config.data.eval or ())):
-        streamed = [index for index, source in enumerate(sources) if source.streaming]
-        used += [(("data", part, index, "streaming"), "streaming") for index in streamed]
+        used += [(("data", part, i, "streaming"), "streaming") for i, source in enumerate(sources) if source.streaming]
     hint = "remove it, or wait for a later version"
     return [Problem(path, f"not available yet: {what}", hint) for path, what in used]

@@ -33,6 +33,7 @@ _LONGEST_PATH = 200
 _WINDOW = 4000  # characters kept on each side of a place: far more than is shown, so that no secret is cut in two
 _LONGEST_VALUE = 40
 HIDDEN = "***"
+COMMAND_LINE = "command line"  # as the name of a file
 
 
 def is_secret_name(name: object) -> bool:
@@ -50,7 +51,6 @@ def looks_secret(text: str) -> bool:
 
 def redact(text: str) -> str:
     """`text` with API keys, URL credentials and the values of secret-looking keys replaced by `***`."""
-
     text = _USERINFO.sub(HIDDEN + "@", _SECRET_VALUE.sub(HIDDEN, text))
     return _SECRET_LINE.sub(rf"\1{HIDDEN}", text)  # to the end of the line: rather too much than too little
 
@@ -122,7 +122,7 @@ class Diagnostic:
     @property
     def location(self) -> str:
         """`file:line:col`, as far as known."""
-        known = (self.file, self.line, self.col) if self.file != "command line" else (self.file,)
+        known = (self.file, self.line, self.col) if self.file != COMMAND_LINE else (self.file,)
         return ":".join(str(part) for part in known if part is not None)
 
     @property
@@ -133,7 +133,7 @@ class Diagnostic:
 
     def render(self) -> str:
         """The headline, the source line with a caret under the place, and the hint."""
-        number = str(self.line) if self.line and self.file != "command line" else ""
+        number = str(self.line) if self.line and self.file != COMMAND_LINE else ""
         margin = " " * (len(number) + 2)
         text = [self.headline]
         if self.source_line is not None and self.caret is not None:
@@ -152,9 +152,9 @@ class Diagnostic:
 def _snippet(source_line: str, caret: int) -> tuple[str, str]:
     """The escaped source line, cut around the caret where it is very long, and the line with the caret."""
     start = max(0, caret - _LONGEST_LINE // 2)
-    whole = source_line.replace("\t", " ")
-    shown, before = escape(whole[start : start + _LONGEST_LINE]), escape(whole[start:caret])
-    token = re.match(r"\"[^\"]*\"|'[^']*'|[^\s,:\]}]+", whole[caret : start + _LONGEST_LINE])
+    line = source_line.replace("\t", " ")
+    shown, before = escape(line[start : start + _LONGEST_LINE]), escape(line[start:caret])
+    token = re.match(r"\"[^\"]*\"|'[^']*'|[^\s,:\]}]+", line[caret : start + _LONGEST_LINE])
     indent = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in before)
     return shown, " " * indent + "^" * max(1, len(escape(token[0])) if token else 1)
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from kdtrain.config.adapters import adapter_base, is_adapter_folder
-from kdtrain.config.model_folder import INDEX, WEIGHTS, findings, has_weights
+from kdtrain.config.model_folder import ADAPTER_CONFIG, INDEX, WEIGHTS, findings
 from kdtrain.config.schema import RunConfig
-from kdtrain.config.tree import KeyPath, Problem, dotted
+from kdtrain.config.tree import KeyPath, Problem, Written
 from kdtrain.errors import PreflightError
-
-if TYPE_CHECKING:
-    from kdtrain.config.rules import Written
-
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -29,14 +26,15 @@ def _models(config: RunConfig) -> Iterator[tuple[KeyPath, str, Mapping[str, Any]
 
 
 def broken_models(config: RunConfig) -> Iterator[Problem]:
-    """What keeps the local models in use from being loaded, as far as their files tell it."""
+    """What keeps the local models in use from being loaded, as far as their files show it."""
     for path, name, loading in _models(config):
         folder = Path(name)
         if not folder.is_absolute() or not (folder / "config.json").is_file():
             continue  # a hub id, or found by another rule
-        for finding in findings(folder):
-            yield Problem(path, f"cannot be loaded: {finding.message}", finding.hint)
-        if not {"variant", "subfolder"} & loading.keys() and not has_weights(folder):
+        for found in findings(folder):
+            yield replace(found, path=path, message=f"cannot be loaded: {found.message}")
+        has_weights = (folder / WEIGHTS).exists() or (folder / INDEX).exists()
+        if not has_weights and not {"variant", "subfolder"} & loading.keys():
             message, hint = f"has no weights: neither {WEIGHTS} nor {INDEX}", "save it by save_pretrained"
             yield Problem(path, f"{message}: {name}", hint)
         if not any((folder / file).exists() for file in _TOKENIZERS):
@@ -44,10 +42,10 @@ def broken_models(config: RunConfig) -> Iterator[Problem]:
 
 
 def model_folders(config: RunConfig, written: Written) -> Iterator[Problem]:
-    """A local model must be a model folder; only those in use are looked at."""
+    """A local model must be a model folder; only those in use are checked."""
     used = [(path, name, "config.json") for path, name, _ in _models(config)]
     if config.rlhf.teacher.adapter:
-        used.append((("rlhf", "teacher", "adapter"), config.rlhf.teacher.adapter, "adapter_config.json"))
+        used.append((("rlhf", "teacher", "adapter"), config.rlhf.teacher.adapter, ADAPTER_CONFIG))
     for path, name, file in used:
         folder = Path(name)
         if file == "config.json" and is_adapter_folder(name):
@@ -74,21 +72,11 @@ def _adapter_folder(path: KeyPath, name: str) -> Iterator[Problem]:
         yield Problem(path, message, f"name its base, {base}, and train a new adapter, or merge it into its base")
 
 
-class _Read(NamedTuple):
-    """Something on this machine that a run reads."""
-
-    option: str
-    what: str
-    path: Path
-
-
 def output_folder(config: RunConfig, written: Written) -> Iterator[Problem]:
     """`training.output_dir` must not be, lie in, or hold anything that the run reads."""
     name = config.training.get("output_dir")
-    if not isinstance(name, str) or not name:
-        return
-    output = _real(name)
-    for option, what, path in _read(config):
+    output = _real(name) if isinstance(name, str) and name else None
+    for option, what, path in _read(config) if output else ():
         source = _real(path)
         if output is None or source is None:
             continue
@@ -100,33 +88,30 @@ def output_folder(config: RunConfig, written: Written) -> Iterator[Problem]:
             relation = "holds"
         else:
             continue
-        yield Problem(
-            ("training", "output_dir"),
-            f"{relation} what this run reads, and would write over or into it: {what} {path} ({option})",
-            "name a folder of the run's own, such as runs/first",
-        )
+        message = f"{relation} what this run reads, and would write over or into it: {what} {path} ({option})"
+        yield Problem(("training", "output_dir"), message, "name a folder of the run's own, such as runs/first")
         return
 
 
-def _read(config: RunConfig) -> Iterator[_Read]:
-    rlhf = config.rlhf
+def _read(config: RunConfig) -> Iterator[tuple[str, str, str]]:
+    """Option, kind and path of everything on this machine that a run reads."""
+    teacher = config.rlhf.teacher
     models = (
         ("model.model", "the student", config.model.model),
-        ("rlhf.teacher_model", "the teacher", rlhf.teacher_model),
-        ("rlhf.teacher.adapter", "the teacher's adapter", rlhf.teacher.adapter),
-        ("rlhf.teacher.path", "the teacher's cache", rlhf.teacher.path),
+        ("rlhf.teacher_model", "the teacher", config.rlhf.teacher_model),
+        ("rlhf.teacher.adapter", "the teacher's adapter", teacher.adapter),
+        ("rlhf.teacher.path", "the teacher's cache", teacher.path),
     )
     for option, what, name in models:
         if name and os.path.isabs(name):  # local paths are absolute once loaded
-            yield _Read(option, what, Path(name))
+            yield option, what, name
     for part, sources in (("train", config.data.train), ("eval", config.data.eval or ())):
         for number, source in enumerate(sources):
             if source.is_local:
-                option = dotted(("data", part, number)) if len(sources) > 1 else f"data.{part}"
-                yield _Read(option, "the data", Path(source.path))
+                yield f"data.{part}[{number}]" if len(sources) > 1 else f"data.{part}", "the data", source.path
 
 
-def _real(path: str | Path) -> Path | None:
+def _real(path: str) -> Path | None:
     """Where a path leads to through links; None for what can be no path."""
     try:
         return Path(os.path.realpath(path))
@@ -135,7 +120,7 @@ def _real(path: str | Path) -> Path | None:
 
 
 def _same(first: Path, second: Path) -> bool:
-    """Whether two paths without links are one place; a file system may tell no capitals from small letters."""
+    """Whether two paths without links are one place; a file system may ignore the case of letters."""
     if first == second:
         return True
     if str(first).casefold() != str(second).casefold():

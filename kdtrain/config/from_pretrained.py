@@ -22,7 +22,7 @@ _REFUSED: Mapping[str, tuple[str, str]] = {
     "token": _TOKEN,
     "use_auth_token": _TOKEN,
     "ignore_mismatched_sizes": ("weights of another shape would be random numbers", "remove it"),
-    "output_loading_info": ("it is always looked at", "remove it"),
+    "output_loading_info": ("it is always checked", "remove it"),
     "pretrained_model_name_or_path": _NAMED,
     "config": _NAMED,
     "state_dict": _NAMED,
@@ -41,12 +41,7 @@ _USUAL = (
 
 
 def loading_arguments(path: KeyPath, kwargs: Mapping[str, Any], model: str | None) -> Iterator[Problem]:
-    """What is wrong with `init_kwargs`.
-
-    Args:
-        path: of the option.
-        model: whose they are; a local folder tells which names its config has.
-    """
+    """What is wrong with the arguments at `path` for `model`, whose folder tells which names its config has."""
     for name, value in kwargs.items():
         if name in _REFUSED:
             reason, instead = _REFUSED[name]
@@ -64,10 +59,9 @@ def loading_arguments(path: KeyPath, kwargs: Mapping[str, Any], model: str | Non
 
 
 def _known(name: str, model: str | None) -> bool:
-    """Whether a name occurs in what loads a model of a local folder; true as well where that cannot be told.
+    """Whether the source text that loads a local folder's model has a name in it: importing it would take seconds.
 
-    A search in the source text, for importing it would take seconds: it may take a name for known that is not, never
-    the other way round.
+    True also where that cannot be known: a name may be taken for known that is not, never the other way round.
     """
     folder = Path(model) if model else None
     if folder is None or not folder.is_absolute():

@@ -6,19 +6,9 @@ from typing import Any
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.suggest import known_keys
-from kdtrain.config.training_fields import TrainingField, training_fields
+from kdtrain.config.training_fields import KINDS, TrainingField, training_fields
 from kdtrain.config.training_rules import REFUSED
 from kdtrain.losses.kinds import VISUAL_TARGETS
-
-_TYPES = {
-    "int": "integer",
-    "float": "number",
-    "bool": "boolean",
-    "str": "string",
-    "dict": "object",
-    "list": "array",
-    "None": "null",
-}
 
 
 def json_schema() -> dict[str, Any]:
@@ -31,7 +21,12 @@ def json_schema() -> dict[str, Any]:
     data["train"] = {**_kept(data["train"]), "anyOf": sources}
     data["eval"] = {**_kept(data["eval"]), "anyOf": [*sources, {"type": "null"}]}
     visual = definitions["VisualKdConfig"]["properties"]
-    visual["targets"] = {**_kept(visual["targets"]), "anyOf": _targets()}
+    target = {"anyOf": [{"$ref": "#/$defs/VisualTarget"}, {"type": "null"}]}
+    targets = [
+        {"type": "array", "items": {"enum": list(VISUAL_TARGETS)}},
+        {"type": "object", "properties": dict.fromkeys(VISUAL_TARGETS, target), "additionalProperties": False},
+    ]
+    visual["targets"] = {**_kept(visual["targets"]), "anyOf": targets}
     definitions["TeacherConfig"]["properties"]["backend"]["enum"].append("local-toggle")
     names = [name for name in known_keys()["training"] if name not in REFUSED]
     fields = training_fields()
@@ -56,28 +51,19 @@ def _kept(schema: dict[str, Any]) -> dict[str, Any]:
     return {key: schema[key] for key in ("title", "description", "default") if key in schema}
 
 
-def _targets() -> list[dict[str, Any]]:
-    target = {"anyOf": [{"$ref": "#/$defs/VisualTarget"}, {"type": "null"}]}
-    return [
-        {"type": "array", "items": {"enum": list(VISUAL_TARGETS)}},
-        {"type": "object", "properties": dict.fromkeys(VISUAL_TARGETS, target), "additionalProperties": False},
-    ]
-
-
 def _field(field: TrainingField) -> dict[str, Any]:
     schema: dict[str, Any] = {"description": field.help}
     if field.kinds:
-        schema["type"] = [_TYPES[kind] for kind in field.kinds]
+        schema["type"] = [KINDS[kind][2] for kind in field.kinds]
     if field.choices and set(field.kinds) <= {"str", "None"}:
         schema["enum"] = [*field.choices, *([None] if "None" in field.kinds else [])]
     return schema
 
 
 def _one_line(value: Any) -> Any:
-    """Descriptions without the line breaks of the source."""
+    """Texts, of which only descriptions have any, without the line breaks of the source."""
     if isinstance(value, dict):
-        return {
-            k: " ".join(v.split()) if k == "description" and isinstance(v, str) else _one_line(v)
-            for k, v in value.items()
-        }
-    return [_one_line(item) for item in value] if isinstance(value, list) else value
+        return {key: _one_line(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_one_line(item) for item in value]
+    return " ".join(value.split()) if isinstance(value, str) else value

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
+from kdtrain.config import tree
+from kdtrain.config.arguments import TrainArguments, build_train_arguments
 from kdtrain.config.availability import check_available
-from kdtrain.config.diagnose import Diagnostic, InvalidConfigError, looks_secret
+from kdtrain.config.diagnose import COMMAND_LINE, Diagnostic, InvalidConfigError, looks_secret
 from kdtrain.config.folders import broken_models
 from kdtrain.config.paths import resolve_paths
 from kdtrain.config.rules import check_rules
@@ -27,27 +29,14 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.config.sources import Composer, FileOrMapping
 from kdtrain.config.training_rules import check_training
 from kdtrain.config.translate import to_problem
-from kdtrain.config.tree import (
-    COMMAND_LINE,
-    Invalid,
-    KeyPath,
-    Node,
-    Problem,
-    get,
-    plain,
-    replace,
-    scalars,
-    to_diagnostic,
-)
-
-if TYPE_CHECKING:
-    from kdtrain.config.arguments import TrainArguments
+from kdtrain.config.tree import Invalid, KeyPath, Node, Problem
 
 logger = logging.getLogger("kdtrain")
 
 _PLACEHOLDER = "missing"
 _ATTEMPTS = 4
 _MOST = 200
+_NOT_SHOWN = Problem((), "further mistakes are not shown", "correct these first")
 
 
 @dataclass(frozen=True)
@@ -55,7 +44,7 @@ class CheckResult:
     """What a static check found."""
 
     config: RunConfig | None
-    """The config, unless there are errors."""
+    """None where there are errors."""
     errors: list[Diagnostic] = field(default_factory=list)
     warnings: list[Diagnostic] = field(default_factory=list)
 
@@ -69,7 +58,7 @@ def check_config(source: FileOrMapping, overrides: Sequence[str] = (), *, model_
         model_files: look into local model folders too; a run does so itself, as its preflight.
 
     Returns:
-        the config and all findings, in the order of the file. Mistakes of the config are never raised.
+        the config and all findings, in the order of the file; none is raised.
     """
     composer = Composer()
     root = composer.compose(source, overrides)
@@ -83,8 +72,8 @@ def check_config(source: FileOrMapping, overrides: Sequence[str] = (), *, model_
         found += broken_models(config)
     if composer.incomplete:
         # What could not be read may hold what seems to be missing or to conflict: only single values can be judged.
-        found = [problem for problem in found if problem.level == "error" and get(root, problem.path)]
-    diagnostics = sorted((to_diagnostic(problem, root) for problem in [*problems, *found]), key=_order)
+        found = [problem for problem in found if problem.level == "error" and tree.get(root, problem.path)]
+    diagnostics = sorted((tree.to_diagnostic(problem, root) for problem in [*problems, *found]), key=_order)
     errors = [diagnostic for diagnostic in diagnostics if diagnostic.level == "error"]
     warnings = [diagnostic for diagnostic in diagnostics if diagnostic.level == "warning"]
     return CheckResult(None if errors else config, errors, warnings)
@@ -114,30 +103,28 @@ class ConfigLoader:
         Raises:
             ConfigError: as `load`, or GKDConfig itself refuses the values; nothing is built.
         """
-        config = cls.load(source, overrides)
-        from kdtrain.config.arguments import build_train_arguments
-
-        return build_train_arguments(config)
+        return build_train_arguments(cls.load(source, overrides))
 
 
 def _hide_secrets(root: Node) -> tuple[Node, list[Problem]]:
-    """Reports values that look like credentials, and takes them out before anything can repeat them."""
+    """Takes values that look like credentials out, before anything can repeat them."""
     problems: list[Problem] = []
-    for path, node in list(scalars(root)):
+    for path, node in list(tree.scalars(root)):
         if isinstance(node.value, str) and looks_secret(node.value):
             hint = "put it into an environment variable; a config holds at most that variable's name"
             problems.append(Problem(path, "looks like a secret, and secrets do not belong in a config", hint))
-            root = replace(root, path, Node(Invalid.VALUE, node.place))
+            root = tree.put(root, path, Node(Invalid.VALUE, node.place))
     return root, problems
 
 
 def _validate(root: Node, wrong: list[KeyPath]) -> tuple[RunConfig | None, list[Problem]]:
     """The config as far as it can be built without its wrong values, and what is wrong with it."""
-    values: dict[str, Any] = plain(root)
+    values: dict[str, Any] = tree.plain(root)
     problems: list[Problem] = []
     training = values.get("training")
     if isinstance(training, Mapping):
-        problems += _first(check_training(training))
+        problems += islice(check_training(training), _MOST + 1)  # no config has thousands, each with its own search
+        problems[_MOST:] = [_NOT_SHOWN] if len(problems) > _MOST else []
         for problem in problems:
             if problem.level == "error" and problem.path:
                 _prune(values, problem.path)
@@ -151,7 +138,7 @@ def _validate(root: Node, wrong: list[KeyPath]) -> tuple[RunConfig | None, list[
 
 
 def _build(values: dict[str, Any], root: Node) -> tuple[RunConfig | None, list[Problem]]:
-    """Takes wrong values out until the models accept the rest, so that the rules can be asked about it."""
+    """Takes wrong values out until the models accept the rest, so that the rules can judge it."""
     problems: list[Problem] = []
     for attempt in range(_ATTEMPTS):
         try:
@@ -159,25 +146,15 @@ def _build(values: dict[str, Any], root: Node) -> tuple[RunConfig | None, list[P
         except ValidationError as error:
             details = error.errors(include_url=False)
             if len(details) > _MOST:
-                return None, [*problems, *map(to_problem, details[:_MOST]), _not_shown(len(details) - _MOST)]
+                return None, [*problems, *map(to_problem, details[:_MOST]), _NOT_SHOWN]
             for detail in details:
                 problem, missing = to_problem(detail), detail["type"] == "missing"
                 # Missing only later, or invalid in the file: it was wrong, and was reported as that.
-                written = get(root, problem.path)
+                written = tree.get(root, problem.path)
                 if not missing or (attempt == 0 and (written is None or written.value is not Invalid.VALUE)):
                     problems.append(problem)
                 _prune(values, problem.path, missing)
     return None, problems
-
-
-def _first(problems: Iterator[Problem]) -> list[Problem]:
-    """At most `_MOST` of them: a file that is no config at all may have thousands, each with its own search."""
-    found = list(islice(problems, _MOST + 1))
-    return found if len(found) <= _MOST else [*found[:_MOST], _not_shown(None)]
-
-
-def _not_shown(count: int | None) -> Problem:
-    return Problem((), f"{f'{count} ' if count else ''}further mistakes are not shown", "correct these first")
 
 
 def _prune(values: dict[str, Any], path: KeyPath, missing: bool = False) -> None:

@@ -1,17 +1,15 @@
-"""What is wrong with the files of a local model folder, seen without torch and without reading a weight.
-
-A loader meets such files late, and says what it stumbled over rather than what the file is.
-"""
+"""What is wrong with the files of a local model folder, found without torch and without reading a weight: a loader
+meets such files late, and says what it stumbled over rather than what the file is."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from kdtrain.config.tree import Problem
 from kdtrain.errors import PreflightError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -19,7 +17,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors format
-# Maps that a loader parses; the large ones (tokenizer.json, vocab.json) are looked at for pointers only.
+# Maps that a loader parses; the large ones (tokenizer.json, vocab.json) are checked for pointers only.
 _MAPS = ("config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json", INDEX)
 _OTHERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "processor_config.json")
 
@@ -41,35 +39,15 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of a model or data set on the hub: `name` or `organisation/name`."""
-    return _HUB_ID.fullmatch(name) is not None
-
-
-class Finding(NamedTuple):
-    """Something that keeps a folder from being loaded."""
-
-    message: str
-    """What is wrong, with the file's name; no full stop."""
-    hint: str
-    """What to do."""
-
-
 def require_sound(folder: Path, whose: str = "model") -> None:
-    """Refuse a model folder whose files cannot be what they should be; other names than folders are let through.
-
-    Raises:
-        PreflightError: the first finding.
-    """
-    for finding in findings(folder) if folder.is_dir() else ():
-        raise PreflightError(f"The {whose} {folder} cannot be loaded: {finding.message}. {_sentence(finding.hint)}")
+    """Refuse, with the first finding, a folder whose files are not what they should be; other names are let through."""
+    for found in findings(folder) if folder.is_dir() else ():
+        to_do = f"{found.hint[0].upper()}{found.hint[1:]}"
+        raise PreflightError(f"The {whose} {folder} cannot be loaded: {found.message}. {to_do}.")
 
 
-def findings(folder: Path) -> Iterator[Finding]:
-    """What is wrong with a model folder; what depends on a broken file is left out."""
+def findings(folder: Path) -> Iterator[Problem]:
+    """What keeps a model folder from being loaded, with empty paths; what depends on a broken file is left out."""
     broken = [finding for name in (*_MAPS, *_OTHERS) if (finding := _broken_file(folder / name, name in _MAPS))]
     yield from broken
     if broken:
@@ -80,13 +58,8 @@ def findings(folder: Path) -> Iterator[Finding]:
     yield from _unloadable(read_map(folder / "config.json"))
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether a folder holds a model's weights, or the index of their shards."""
-    return (folder / WEIGHTS).exists() or (folder / INDEX).exists()
-
-
 def read_map(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a map; empty where there is none."""
+    """The map in a JSON file; empty where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -94,11 +67,7 @@ def read_map(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
-
-
-def _broken_file(path: Path, is_map: bool) -> Finding | None:
+def _broken_file(path: Path, is_map: bool) -> Problem | None:
     """What a text file of a model folder is instead of itself; None also where it is not there."""
     try:
         if not path.is_file():
@@ -106,29 +75,32 @@ def _broken_file(path: Path, is_map: bool) -> Finding | None:
         if finding := _no_content(path):
             return finding
         if is_map and not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
-            return Finding(f"{path.name} holds no map", _AGAIN)
+            return _damaged(path, "holds no map")
     except OSError as error:
         return _unreadable(path, error)
     except ValueError as error:
         where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
-        return Finding(f"{path.name} is not valid JSON{where}", _AGAIN)
+        return _damaged(path, f"is not valid JSON{where}")
     return None
 
 
-_AGAIN = "copy or download it again"
+def _damaged(path: Path, what: str) -> Problem:
+    return Problem((), f"{path.name} {what}", "copy or download it again")
 
 
-def _unreadable(path: Path, error: OSError) -> Finding:
-    return Finding(f"{path.name} cannot be read: {error.strerror}", "check its permissions")
+def _unreadable(path: Path, error: OSError) -> Problem:
+    return Problem((), f"{path.name} cannot be read: {error.strerror}", "check its permissions")
 
 
-def _no_content(path: Path) -> Finding | None:
+def _no_content(path: Path) -> Problem | None:
     if path.stat().st_size == 0:
-        return Finding(f"{path.name} is empty", _AGAIN)
+        return _damaged(path, "is empty")
     with path.open("rb") as file:
         is_pointer = file.read(len(_LFS)) == _LFS
     if is_pointer:
-        return Finding(f"{path.name} is a git-LFS pointer in place of the file", "run git lfs pull in its repository")
+        return Problem(
+            (), f"{path.name} is a git-LFS pointer in place of the file", "run git lfs pull in its repository"
+        )
     return None
 
 
@@ -140,42 +112,39 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(map(str, shards.values())))] if isinstance(shards, dict) else []
 
 
-def _broken_weights(path: Path) -> Finding | None:
+def _broken_weights(path: Path) -> Problem | None:
     """Compare a safetensors file's length with what its header says: eight bytes of length, the header, the data."""
     try:
         if not path.is_file():
-            return Finding(f"{path.name} is missing, and {INDEX} names it", _AGAIN)
+            return _damaged(path, f"is missing, and {INDEX} names it")
         if finding := _no_content(path):
             return finding
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > _LARGEST_HEADER:
-                return Finding(f"{path.name} is not a safetensors file", _AGAIN)
-            if 8 + length > size:
-                return _cut_short(path, 8 + length, size)
-            header = json.loads(file.read(length))
-        end = 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"))
+                return _damaged(path, "is not a safetensors file")
+            end = 8 + length
+            if end <= size:
+                header = json.loads(file.read(length))
+                end += max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
     except OSError as error:
         return _unreadable(path, error)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return Finding(f"{path.name} is not a safetensors file", _AGAIN)
-    return _cut_short(path, end, size) if size < end else None
-
-
-def _cut_short(path: Path, expected: int, size: int) -> Finding:
-    return Finding(f"{path.name} is cut short: it has {size:,} bytes of {expected:,}", _AGAIN)
+        return _damaged(path, "is not a safetensors file")
+    return _damaged(path, f"is cut short: it has {size:,} bytes of {end:,}") if size < end else None
 
 
 # transformers puts an adapter on top of whatever lies beside its config.
-_ADAPTER_BESIDE = Finding(
+_ADAPTER_BESIDE = Problem(
+    (),
     f"an adapter ({ADAPTER_CONFIG}) lies beside the weights, and would be put on top of them without a word",
     f"for the weights alone, as after a merge, move {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} out of the folder; for "
     "both, merge the adapter into the weights and save the result in a folder of its own",
 )
 
 
-def _unloadable(config: Mapping[str, Any]) -> Iterator[Finding]:
+def _unloadable(config: Mapping[str, Any]) -> Iterator[Problem]:
     """What config.json asks for and cannot be had."""
     for part in (config, config.get("text_config")):
         if not isinstance(part, dict):
@@ -184,17 +153,13 @@ def _unloadable(config: Mapping[str, Any]) -> Iterator[Finding]:
         missing = [name for name in _PACKAGES.get(method, ()) if importlib.util.find_spec(name) is None]
         if missing:
             packages = " and ".join(name.replace("_", "-") for name in missing)
-            yield Finding(
-                f"its weights are quantised ({method}), and {packages} {'is' if len(missing) == 1 else 'are'} not "
-                "installed",
-                f"install {packages}, or name the model before it was quantised",
-            )
+            are = "is" if len(missing) == 1 else "are"
+            message = f"its weights are quantised ({method}), and {packages} {are} not installed"
+            yield Problem((), message, f"install {packages}, or name the model before it was quantised")
         pad, size = part.get("pad_token_id"), part.get("vocab_size")
         if isinstance(pad, int) and isinstance(size, int) and pad >= size:
-            yield Finding(
-                f"config.json says pad_token_id {pad}, beyond the {size} rows of the embedding",
-                "set it to the tokenizer's padding token, or to null",
-            )
+            message = f"config.json says pad_token_id {pad}, beyond the {size} rows of the embedding"
+            yield Problem((), message, "set it to the tokenizer's padding token, or to null")
 
 
 def _quantization(config: Mapping[str, Any]) -> str:

@@ -1,8 +1,7 @@
 """The options of loss and sampling: their names, bounds and defaults, and the one object that the trainer reads.
 
-`schema` builds the sections of the file from these models, so that a file and the Python class know one set of rules.
-On their way into the trainer the options are attributes of a GKDConfig, by the names of `DistillationOptions`' fields;
-its constructor reads them from there, and from then on they live in that object.
+`schema` builds the sections of the file from these models. On their way into the trainer the options are attributes of
+a GKDConfig; its constructor reads them from there, and from then on they live in `DistillationOptions`.
 """
 
 from __future__ import annotations
@@ -12,13 +11,11 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from kdtrain.config.diagnose import dotted
@@ -27,7 +24,6 @@ from kdtrain.errors import ConfigError
 from kdtrain.losses.kinds import VISUAL_TARGETS, Distance, Divergence, Match, Tail
 
 if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
     from trl.experimental.gkd import GKDConfig
 
 DEFAULT_TAIL: Tail = "bucket"
@@ -79,11 +75,6 @@ class VisualTarget(Section):
     """What happens to feature grids of different size: an error, or the teacher's is resized. An image takes as many
     tokens of the language model in both models all the same: what may differ is the grid inside the vision path."""
 
-    def with_both_modules(self) -> VisualTarget:
-        """The same target with `module` written out for each model that has none of its own."""
-        both = {name: getattr(self, name) or self.module for name in ("student_module", "teacher_module")}
-        return self.model_copy(update=both)
-
 
 def _targets(value: Any) -> Any:
     """`[vit, aligner]` as `{vit: {}, aligner: {}}`."""
@@ -108,10 +99,12 @@ class VisualKdConfig(Section):
     """Multiplies the sum over the targets."""
     distance: Distance = "mse"
     """Distance of every target that names none."""
-    targets: Annotated[dict[str, VisualTarget], BeforeValidator(_targets)] = {"aligner": VisualTarget(distance="mse")}
+    targets: Annotated[dict[str, VisualTarget], BeforeValidator(_targets), Field(validate_default=True)] = {
+        "aligner": VisualTarget()
+    }
     """Features to compare: `vit` (before the aligner), `aligner` (after it), `deepstack`."""
 
-    @field_validator("targets", mode="after")
+    @field_validator("targets")
     @classmethod
     def _fill_distance(cls, value: dict[str, VisualTarget], info: ValidationInfo) -> dict[str, VisualTarget]:
         if not value and info.data.get("enabled"):
@@ -119,19 +112,22 @@ class VisualKdConfig(Section):
         default = info.data.get("distance", "mse")
         return {k: t if t.distance else t.model_copy(update={"distance": default}) for k, t in value.items()}
 
-    @model_validator(mode="before")
-    @classmethod
-    def _default_target_follows_distance(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and "distance" in value and "targets" not in value:
-            return {**value, "targets": ["aligner"]}
-        return value
-
     def in_force(self) -> VisualKdConfig | None:
-        """What is computed: None where it is switched off or weighs nothing, else without targets of weight 0."""
-        targets = {name: target.with_both_modules() for name, target in self.targets.items() if target.weight > 0}
-        if not (self.enabled and self.weight > 0 and targets):
-            return None
-        return self.model_copy(update={"targets": targets})
+        """What is computed: None where it is switched off or weighs nothing, else without targets of weight 0 and with
+        `module` written out for either model that has none of its own."""
+        targets = {}
+        for name, target in self.targets.items():
+            if target.weight > 0:
+                student, teacher = target.student_module or target.module, target.teacher_module or target.module
+                targets[name] = target.model_copy(update={"student_module": student, "teacher_module": teacher})
+        return self.model_copy(update={"targets": targets}) if self.enabled and self.weight > 0 and targets else None
+
+
+def _builtin(value: Any) -> Any:
+    """A number of numpy and its like as Python's own."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _as_given(value: Any) -> Any:
@@ -142,42 +138,40 @@ def _as_given(value: Any) -> Any:
     return value if given is None else {"enabled": True, **given}
 
 
-def _in_force(value: VisualKdConfig | None) -> VisualKdConfig | None:
-    return None if value is None else value.in_force()
-
-
 class DistillationOptions(LossAndSampling):
-    """All options of the loss and of the sampling, as the trainer uses them. Not to be changed: see `LiveOption`."""
+    """All options of the loss and of the sampling, as the trainer uses them; replaced, never changed (`LiveOption`)."""
 
     tail: Tail = DEFAULT_TAIL
     """See `rlhf.teacher.tail`."""
-    visual_kd: Annotated[VisualKdConfig | None, BeforeValidator(_as_given), AfterValidator(_in_force)] = None
+    visual_kd: Annotated[VisualKdConfig | None, BeforeValidator(_as_given)] = None
     """See `custom.visual_kd`; None where it is switched off."""
 
+    @field_validator("visual_kd")
     @classmethod
-    def from_args(cls, args: GKDConfig) -> DistillationOptions:
-        """Read the attributes of a GKDConfig that have the name of a field; absent ones have their default.
+    def _in_force(cls, value: VisualKdConfig | None) -> VisualKdConfig | None:
+        return None if value is None else value.in_force()
+
+    @classmethod
+    def from_args(cls, args: GKDConfig | DistillationOptions) -> DistillationOptions:
+        """Read and check the attributes that have the name of a field; absent ones have their default.
 
         Raises:
             ConfigError: a ValueError; a value is of a wrong type or out of range.
         """
-        return cls._checked({name: getattr(args, name) for name in cls.model_fields if hasattr(args, name)})
+        values = {name: _builtin(getattr(args, name)) for name in cls.model_fields if hasattr(args, name)}
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            from kdtrain.config.translate import to_problem  # which knows the whole schema, and so this module
+
+            problems = [to_problem(detail) for detail in error.errors(include_url=False)]
+        hints = [f" ({problem.hint})" if problem.hint else "" for problem in problems]
+        found = [f"{dotted(p.path)}: {p.message}{hint}" for p, hint in zip(problems, hints, strict=True)]
+        raise ConfigError(". ".join(found))
 
     def checked(self) -> DistillationOptions:
-        """These options.
-
-        Raises:
-            ConfigError: a ValueError; a value that was set since is of a wrong type or out of range.
-        """
-        return self._checked(dict(self))
-
-    @classmethod
-    def _checked(cls, values: Mapping[str, Any]) -> DistillationOptions:
-        try:
-            return cls.model_validate({name: _builtin(value) for name, value in values.items()})
-        except ValidationError as error:
-            found = [_refusal(detail) for detail in error.errors(include_url=False)]
-            raise ConfigError(". ".join(found)) from None  # Pydantic's own text names no option of ours
+        """These options; raises as `from_args` does, for what a callback has set."""
+        return self.from_args(self)
 
     @property
     def lm_kd_active(self) -> bool:
@@ -197,60 +191,3 @@ class DistillationOptions(LossAndSampling):
     def without_kd(self) -> DistillationOptions:
         """The same run with every teacher term off: CE only."""
         return self.model_copy(update={"llm_kd_weight": 0.0, "visual_kd": None})
-
-
-class LiveOption:
-    """An attribute of a trainer that is a field of its `options`: what a callback sets, the next window uses."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, trainer: Any, owner: type) -> Any:
-        return self if trainer is None else getattr(trainer.options, self._name)
-
-    def __set__(self, trainer: Any, value: Any) -> None:
-        trainer.options = trainer.options.model_copy(update={self._name: value})
-
-
-# ---- the words of an error -------------------------------------------------------------------------------------------
-
-_TYPES = {
-    "bool_type": "true or false",
-    "float_type": "a number",
-    "int_type": "a whole number",
-    "model_type": "a mapping, an object or None",
-    "string_type": "text",
-    "string_too_short": "not empty",
-}
-
-
-def _builtin(value: Any) -> Any:
-    """A number of numpy and its like as Python's own."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return value
-    return int(value) if isinstance(value, Integral) else float(value)
-
-
-def _refusal(detail: Mapping[str, Any]) -> str:
-    """One entry of `ValidationError.errors()` in our words."""
-    kind, path, context = detail["type"], detail["loc"], detail.get("ctx") or {}
-    # By depth: an option, one of `visual_kd`, one of a target.
-    owners: dict[int, type[Section]] = {1: DistillationOptions, 2: VisualKdConfig, 4: VisualTarget}
-    name = "temperature (of the sampling)" if path == ("temperature",) else dotted(path)
-    if kind == "kdtrain":
-        return f"{name}: {context['text']}"
-    if kind == "extra_forbidden":
-        return f"{dotted(path[:-1])}: unknown {path[-1]}; the options are {', '.join(owners[len(path)].model_fields)}"
-    if kind == "literal_error":
-        wanted = f"one of {context['expected']}"
-    else:
-        wanted = _TYPES.get(kind) or _range(owners[len(path)].model_fields[str(path[-1])])
-    return f"{name} must be {wanted}, got {detail['input']!r}"
-
-
-def _range(field: FieldInfo) -> str:
-    """The bounds of a number, such as `in [0, 1]`."""
-    bounds = {name: getattr(m, name) for m in field.metadata for name in ("ge", "gt", "le") if hasattr(m, name)}
-    if "le" in bounds:
-        return f"in [0, {bounds['le']:g}]" if "ge" in bounds else f"positive and at most {bounds['le']:g}"
-    return "positive and finite" if "gt" in bounds else "at least 1" if bounds["ge"] else "non-negative and finite"

@@ -1,24 +1,33 @@
 """What takes two options to see: conflicts, what is missing, and options that have no effect beside others.
 
-Every rule gets the config and the tree it was written as, because what was written matters and not what a default
-filled in: `temperature` without generation deserves a warning only where somebody set it.
+Every rule gets what was written too: `temperature` without generation deserves a warning only where somebody set it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 
 from kdtrain.config.folders import model_folders, output_folder
 from kdtrain.config.from_pretrained import loading_arguments
-from kdtrain.config.schema import RunConfig
-from kdtrain.config.tree import KeyPath, Node, Problem, dotted, get
+from kdtrain.config.schema import RunConfig, TeacherConfig
+from kdtrain.config.tree import KeyPath, Node, Problem, Written, dotted
 
-_TEACHER_OPTIONS: dict[str, set[str]] = {
-    "hf": {"dtype", "device_map", "quantization", "adapter", "revision", "prefix"},
-    "self": {"prefix"},
-    "vllm": {"base_url", "model", "api_key_env", "top_k", "tail", "timeout_s", "max_retries", "concurrency"},
-    "openai": {"base_url", "model", "api_key_env", "top_k", "tail", "timeout_s", "max_retries", "concurrency"},
-    "cache": {"path", "tail"},
+_SERVER = ("base_url", "model", "api_key_env", "top_k", "tail", "timeout_s", "max_retries", "concurrency")
+# By backend: the options of `rlhf.teacher` that it has, and which options name the teacher.
+_TEACHER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "hf": ("dtype", "device_map", "quantization", "adapter", "revision", "prefix"),
+    "self": ("prefix",),
+    "vllm": _SERVER,
+    "openai": _SERVER,
+    "cache": ("path", "tail"),
+}
+_REQUIRED_BY: dict[str, tuple[str, ...]] = {
+    "hf": ("rlhf.teacher_model",),
+    "self": (),
+    "vllm": ("rlhf.teacher.base_url", "rlhf.teacher.model"),
+    "openai": ("rlhf.teacher.base_url", "rlhf.teacher.model"),
+    "cache": ("rlhf.teacher.path",),
 }
 # Arguments of from_pretrained that are options of `model`, and their name there.
 _MODEL_OPTIONS = {
@@ -31,31 +40,7 @@ _MODEL_OPTIONS = {
 _SCHEDULES = (("eval_strategy", "eval_steps"), ("save_strategy", "save_steps"), ("logging_strategy", "logging_steps"))
 
 
-class Written:
-    """Which options a config sets itself."""
-
-    def __init__(self, root: Node) -> None:
-        self.root = root
-
-    def has(self, *path: str | int) -> bool:
-        node = get(self.root, path)
-        return node is not None and node.value is not None
-
-    def among(self, section: tuple[str, ...], names: Iterable[str]) -> list[str]:
-        """The names out of `names` that are set in `section`, in the order of the file."""
-        node = get(self.root, section)
-        wanted = set(names)
-        return [key for key in node.value if key in wanted] if node and isinstance(node.value, dict) else []
-
-
 Rule = Callable[[RunConfig, Written], Iterator[Problem]]
-
-
-def _no_effect(section: KeyPath, names: list[str], reason: str) -> Iterator[Problem]:
-    """One warning for all options that are idle for the same reason."""
-    if names:
-        also = f" (the same goes for {', '.join(names[1:])})" if names[1:] else ""
-        yield Problem((*section, names[0]), f"has no effect: {reason}{also}", level="warning", on_key=True)
 
 
 def teacher_is_named(config: RunConfig, written: Written) -> Iterator[Problem]:
@@ -63,26 +48,18 @@ def teacher_is_named(config: RunConfig, written: Written) -> Iterator[Problem]:
     if not config.asks_teacher:
         return
     rlhf = config.rlhf
-    if config.lm_kd_active:
-        reason, turn_off = (
-            f"rlhf.llm_kd_weight is {rlhf.llm_kd_weight:g}",
-            "or rlhf.llm_kd_weight: 0 for plain fine-tuning",
-        )
-    elif config.needs_teacher:
+    if config.options.lm_kd_active:
+        reason = f"rlhf.llm_kd_weight is {rlhf.llm_kd_weight:g}"
+        turn_off = "or rlhf.llm_kd_weight: 0 for plain fine-tuning"
+    elif config.options.needs_teacher:
         reason, turn_off = "custom.visual_kd is enabled", "or disable visual_kd"
     else:
         reason, turn_off = "a data source has answers: teacher", "or remove answers: teacher"
     backend = rlhf.teacher.backend
-    missing: dict[str, bool] = {
-        "rlhf.teacher_model": backend == "hf" and not rlhf.teacher_model,
-        "rlhf.teacher.base_url": backend in ("vllm", "openai") and not rlhf.teacher.base_url,
-        "rlhf.teacher.model": backend in ("vllm", "openai") and not rlhf.teacher.model,
-        "rlhf.teacher.path": backend == "cache" and not rlhf.teacher.path,
-    }
-    for option in (option for option, is_missing in missing.items() if is_missing):
-        yield Problem(
-            tuple(option.split(".")), f"a teacher is needed, because {reason}", f"set {option}, {turn_off}", on_key=True
-        )
+    for option in _REQUIRED_BY[backend]:
+        if not attrgetter(option)(config):
+            message, hint = f"a teacher is needed, because {reason}", f"set {option}, {turn_off}"
+            yield Problem(tuple(option.split(".")), message, hint, on_key=True)
     if backend == "self" and config.tuner.train_type != "lora":
         message = "needs tuner.train_type: lora, because the teacher is the student without its adapter"
         yield Problem(("rlhf", "teacher", "backend"), message)
@@ -92,43 +69,35 @@ def idle_distillation(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Options of a term that is switched off."""
     rlhf = config.rlhf
     if not config.asks_teacher:
-        teacher = written.among(("rlhf",), ("teacher_model", "teacher_model_init_kwargs", "teacher"))
-        yield from _no_effect(("rlhf",), teacher, "nothing asks the teacher, so none is loaded")
-    if not config.needs_teacher:
-        yield from _no_effect(("rlhf",), written.among(("rlhf",), ["eval_kd"]), "nothing asks the teacher")
-    if not config.lm_kd_active:
+        names = ("teacher_model", "teacher_model_init_kwargs", "teacher")
+        yield from written.idle(names, "nothing asks the teacher, so none is loaded", "rlhf")
+    if not config.options.needs_teacher:
+        yield from written.idle(["eval_kd"], "nothing asks the teacher", "rlhf")
+    sampling = ["temperature"] if config.answers_from_teacher else ["temperature", "max_new_tokens"]
+    sampled = [name for name in ("lmbda", "seq_kd") if getattr(rlhf, name)]
+    if not config.options.lm_kd_active:
         zero = "rlhf.llm_kd_weight is 0"
-        knobs = written.among(("rlhf",), ("beta", "divergence", "kd_temperature"))
-        generation = [name for name, used in (("lmbda", rlhf.lmbda > 0), ("seq_kd", rlhf.seq_kd)) if used]
-        generation = written.among(("rlhf",), generation)
-        idle = ("temperature",) if config.answers_from_teacher else ("temperature", "max_new_tokens")
-        generation += written.among(("rlhf",), idle) if generation else []
-        yield from _no_effect(("rlhf",), knobs + generation, zero)
+        generation = [*sampled, *sampling] if any(written.has("rlhf", name) for name in sampled) else []
+        yield from written.idle(["beta", "divergence", "kd_temperature", *generation], zero, "rlhf")
         if rlhf.sft_alpha > 0 and written.has("rlhf", "sft_alpha"):
-            yield Problem(
-                ("rlhf", "sft_alpha"),
-                f"is ignored: {zero}, so cross-entropy has weight 1.0",
-                level="warning",
-                on_key=True,
-            )
-    elif not (rlhf.lmbda > 0 or rlhf.seq_kd):
-        idle = ("temperature",) if config.answers_from_teacher else ("temperature", "max_new_tokens")
-        names = written.among(("rlhf",), idle)
-        yield from _no_effect(("rlhf",), names, "nothing is sampled (lmbda is 0 and seq_kd is false)")
+            message = f"is ignored: {zero}, so cross-entropy has weight 1.0"
+            yield Problem(("rlhf", "sft_alpha"), message, level="warning", on_key=True)
+    elif not sampled:
+        yield from written.idle(sampling, "nothing is sampled (lmbda is 0 and seq_kd is false)", "rlhf")
 
 
 def always_on_policy(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Options about answers of the data, where the student writes all of them."""
-    if not config.lm_kd_active or config.rlhf.lmbda < 1:
+    if not config.options.lm_kd_active or config.rlhf.lmbda < 1:
         return
     reason = "rlhf.lmbda is 1, every answer in training is the student's own"
     if config.rlhf.sft_alpha > 0 and config.data.eval is None:
-        yield from _no_effect(("rlhf",), written.among(("rlhf",), ["sft_alpha"]), f"{reason}, without cross-entropy")
-    yield from _no_effect(("rlhf",), written.among(("rlhf",), ["seq_kd"]) if config.rlhf.seq_kd else [], reason)
+        yield from written.idle(["sft_alpha"], f"{reason}, without cross-entropy", "rlhf")
+    if config.rlhf.seq_kd:
+        yield from written.idle(["seq_kd"], reason, "rlhf")
     for number, source in enumerate(config.data.train):
-        path: KeyPath = ("data", "train", number) if written.has("data", "train", number) else ("data", "train")
         if source.answers == "teacher":
-            yield from _no_effect(path, ["answers"], reason)
+            yield from written.idle(["answers"], reason, "data", "train", number)
 
 
 def frozen_parts(config: RunConfig, written: Written) -> Iterator[Problem]:
@@ -142,36 +111,33 @@ def frozen_parts(config: RunConfig, written: Written) -> Iterator[Problem]:
         before = {"vit"} if name == "vit" else {"vit", "aligner"}
         if before <= frozen and target.student_module is None:
             options = " and ".join(f"tuner.freeze_{part}" for part in sorted(before, reverse=True))
-            yield Problem(
-                ("custom", "visual_kd", "targets", name),
-                f"cannot teach: all that leads to it is frozen by {options}",
-                "remove the target, or train some of it",
-            )
+            message = f"cannot teach: all that leads to it is frozen by {options}"
+            path = ("custom", "visual_kd", "targets", name)
+            yield Problem(path, message, "remove the target, or train some of it")
 
 
 def teacher_options(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Options of another backend, and the dtype given twice."""
     backend = config.rlhf.teacher.backend
-    other = set().union(*_TEACHER_OPTIONS.values()) - _TEACHER_OPTIONS[backend]
-    for name in written.among(("rlhf", "teacher"), other):
-        yield from _no_effect(("rlhf", "teacher"), [name], f"rlhf.teacher.backend is {backend}")
+    reason = f"rlhf.teacher.backend is {backend}"
+    for name in TeacherConfig.model_fields:
+        if name not in ("backend", *_TEACHER_OPTIONS[backend]):
+            yield from written.idle([name], reason, "rlhf", "teacher")
     kwargs = config.rlhf.teacher_model_init_kwargs or {}
     path = ("rlhf", "teacher_model_init_kwargs")
     if backend != "hf" and kwargs and config.asks_teacher:
-        yield from _no_effect(("rlhf",), ["teacher_model_init_kwargs"], f"rlhf.teacher.backend is {backend}")
+        yield from written.idle(["teacher_model_init_kwargs"], reason, "rlhf")
     for name in ("dtype", "torch_dtype", "revision", "device_map"):
         option = name.removeprefix("torch_")
         if name in kwargs and written.has("rlhf", "teacher", option):
-            yield Problem(
-                (*path, name), f"given twice, here and in rlhf.teacher.{option}", "keep one of them", on_key=True
-            )
+            message = f"given twice, here and in rlhf.teacher.{option}"
+            yield Problem((*path, name), message, "keep one of them", on_key=True)
     yield from loading_arguments(path, kwargs, config.rlhf.teacher_model)
 
 
 def model_options(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Student options hidden in `init_kwargs`."""
-    kwargs = config.model.init_kwargs
-    path = ("model", "init_kwargs")
+    kwargs, path = config.model.init_kwargs, ("model", "init_kwargs")
     for name, option in _MODEL_OPTIONS.items():
         if name in kwargs:
             yield Problem((*path, name), "has its own option", f"use model.{option}", on_key=True)
@@ -183,30 +149,27 @@ def idle_lora(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Adapter options of a run that trains all weights."""
     if config.tuner.train_type == "full":
         names = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora")
-        yield from _no_effect(("tuner",), written.among(("tuner",), names), "tuner.train_type is full")
+        yield from written.idle(names, "tuner.train_type is full", "tuner")
     elif config.tuner.lora_dropout > 0 and config.rlhf.disable_dropout:
-        yield from _no_effect(("tuner",), ["lora_dropout"], "rlhf.disable_dropout is true")
+        yield from written.idle(["lora_dropout"], "rlhf.disable_dropout is true", "tuner")
 
 
 def idle_ce(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Rows kept out of a cross-entropy that is not computed."""
-    if config.ce_weight > 0:
-        return
     for number, source in enumerate(config.data.train):
-        path: KeyPath = ("data", "train", number) if written.has("data", "train", number, "ce") else ("data", "train")
-        if not source.ce and written.has(*path, "ce"):
-            yield from _no_effect(path, ["ce"], "rlhf.sft_alpha is 0, no row contributes cross-entropy")
+        if config.options.ce_weight == 0 and not source.ce:
+            reason = "rlhf.sft_alpha is 0, no row contributes cross-entropy"
+            yield from written.idle(["ce"], reason, "data", "train", number)
 
 
 def visual_options(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Options of a visual term that is off, or has nothing to compare."""
     path, visual = ("custom", "visual_kd"), config.custom.visual_kd
     if not visual.enabled:
-        names = written.among(path, ("weight", "distance", "targets"))
-        yield from _no_effect(path, names, "custom.visual_kd.enabled is false")
+        yield from written.idle(("weight", "distance", "targets"), "custom.visual_kd.enabled is false", *path)
         return
     if visual.weight == 0:
-        yield from _no_effect(path, ["enabled"], "custom.visual_kd.weight is 0")
+        yield from written.idle(["enabled"], "custom.visual_kd.weight is 0", *path)
     for name, target in visual.targets.items():
         if target.module and (target.student_module or target.teacher_module):
             message = "given together with student_module or teacher_module"
@@ -221,10 +184,10 @@ def evaluation(config: RunConfig, written: Written) -> Iterator[Problem]:
             message = f"evaluation asked for ({strategy}) without data"
             yield Problem(("training", "eval_strategy"), message, "set data.eval, or eval_strategy: no")
         used = {"eval_strategy"} | ({"per_device_eval_batch_size"} if config.answers_from_teacher else set())
-        idle = [k for k in config.training if k not in used and (k.startswith("eval_") or "_eval" in k)]
-        yield from _no_effect(("training",), idle, "there is no data.eval")
-        if config.needs_teacher and written.has("rlhf", "eval_kd"):
-            yield from _no_effect(("rlhf",), ["eval_kd"], "there is no data.eval")
+        names = [k for k in config.training if k not in used and (k.startswith("eval_") or "_eval" in k)]
+        yield from written.idle(names, "there is no data.eval", "training")
+        if config.options.needs_teacher:
+            yield from written.idle(["eval_kd"], "there is no data.eval", "rlhf")
     elif strategy == "no" and not config.training.get("eval_on_start"):
         message = "is not used while training: training.eval_strategy is no"
         yield Problem(("data", "eval"), message, "set training.eval_strategy: steps", level="warning", on_key=True)
@@ -244,7 +207,7 @@ def training_conflicts(config: RunConfig, written: Written) -> Iterator[Problem]
         if training.get(pair[0]) and training.get(pair[1]):
             yield Problem(("training", pair[1]), f"cannot be combined with {pair[0]}", "keep one of them", on_key=True)
     if (training.get("max_steps") or -1) > 0 and "num_train_epochs" in training:
-        yield from _no_effect(("training",), ["num_train_epochs"], "training.max_steps is set")
+        yield from written.idle(["num_train_epochs"], "training.max_steps is set", "training")
     if training.get("dataloader_prefetch_factor") and not training.get("dataloader_num_workers"):
         yield Problem(("training", "dataloader_prefetch_factor"), "needs dataloader_num_workers above 0", on_key=True)
     if training.get("save_total_limit") == 1:
@@ -253,7 +216,7 @@ def training_conflicts(config: RunConfig, written: Written) -> Iterator[Problem]
     for strategy, steps in _SCHEDULES:
         idle = steps in training and training.get(strategy, "steps") != "steps"
         if idle and (strategy != "eval_strategy" or config.data.eval is not None):
-            yield from _no_effect(("training",), [steps], f"training.{strategy} is {training[strategy]}")
+            yield from written.idle([steps], f"training.{strategy} is {training[strategy]}", "training")
 
 
 _KD_SWITCHES = ("rlhf.llm_kd_weight", "custom.visual_kd.enabled", "custom.visual_kd.weight", "data.train", "data.eval")
@@ -272,7 +235,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
         ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.sft_alpha", "rlhf.seq_kd", "data.train", "data.eval"),
     ),
     (frozen_parts, ("tuner.freeze_llm", "tuner.freeze_vit", "tuner.freeze_aligner", "custom.visual_kd")),
-    (evaluation, (*_KD_SWITCHES, "data.eval", "training.eval_strategy")),
+    (evaluation, (*_KD_SWITCHES, "training.eval_strategy")),
     (training_conflicts, ("training.output_dir", "training.max_steps", "training.dataloader_num_workers")),
     (output_folder, ("training.output_dir", "model.model", "rlhf.teacher_model", "data.train", "data.eval")),
     (

@@ -2,9 +2,8 @@
 
 Options of the loss and of the sampling are in `options.py`, which the trainer reads too.
 
-The models check one value at a time (type, range, choice). What needs two values is in `rules.py`, what needs the
-fields of another package (`training`) in `training_fields.py`, and what needs the file (places, paths) in `load.py`:
-use `ConfigLoader` or `check_config` rather than `RunConfig(...)`.
+The models check one value at a time (type, range, choice); `load.py` says who checks the rest: use `ConfigLoader` or
+`check_config` rather than `RunConfig(...)`.
 
 All models are frozen and refuse unknown keys. Booleans are not numbers, numbers are not text, whole numbers are
 accepted where a fraction is asked for, NaN and infinity are refused.
@@ -24,11 +23,10 @@ from kdtrain.config.section import Count, Flag, Number, Positive, Section, Text,
 from kdtrain.losses.kinds import Tail
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def _names(value: Any) -> Any:
-    """One name, or a list of names: Pydantic's own message for such a union names every member of it."""
+    """Checked here, for Pydantic's own message about a union names every member of it."""
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) and item for item in value):
         return tuple(value)
     if isinstance(value, str) and value:
@@ -208,24 +206,24 @@ class TeacherConfig(Section):
     def _alias(cls, value: Any) -> Any:
         return "self" if value == "local-toggle" else value
 
-    @field_validator("device_map", mode="after")
+    @field_validator("device_map")
     @classmethod
     def _device_map(cls, value: Any) -> Any:
         if value is not None and not isinstance(value, (str, dict)):
             raise wrong("expected text or a map")
         return value
 
-    @field_validator("prefix", mode="after")
+    @field_validator("prefix")
     @classmethod
     def _prefix(cls, value: Any) -> Any:
         if value is not None and not isinstance(value, (str, list, dict)):
             raise wrong("expected a list of messages, a file, or {column: name}")
         return value
 
-    @field_validator("api_key_env", mode="after")
+    @field_validator("api_key_env")
     @classmethod
     def _variable_name(cls, value: str | None) -> str | None:
-        if value is not None and not ENV_NAME.fullmatch(value):
+        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
             raise wrong("expected the name of an environment variable, not a key")
         return value
 
@@ -246,7 +244,7 @@ class RlhfConfig(LossAndSampling, _Teacher):  # Pydantic lists the fields of the
 
 
 class CustomConfig(Section):
-    """What is ours rather than the method's."""
+    """What trl does not have."""
 
     trainer_variant: Literal["gkd_monitor"] = "gkd_monitor"
     """Accepted for compatibility; there is one trainer."""
@@ -277,7 +275,7 @@ class RunConfig(Section):
     rlhf: RlhfConfig = RlhfConfig()
     """The distillation."""
     custom: CustomConfig = CustomConfig()
-    """What is ours rather than the method's."""
+    """What trl does not have."""
     training: dict[str, Any] = {}
     """Any other field of trl's GKDConfig, by its own name; only what the file sets is here."""
     launch: LaunchConfig = LaunchConfig()
@@ -299,22 +297,6 @@ class RunConfig(Section):
         return DistillationOptions(**{n: next(getattr(s, n) for s in sections if hasattr(s, n)) for n in names})
 
     @property
-    def lm_kd_active(self) -> bool:
-        """Whether the divergence from the teacher is part of the loss."""
-        return self.options.lm_kd_active
-
-    @property
-    def visual_kd_weight(self) -> float:
-        """The visual weight in force: 0 where nothing of it is computed."""
-        visual = self.options.visual_kd
-        return 0.0 if visual is None else visual.weight
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the loss asks the teacher."""
-        return self.options.needs_teacher
-
-    @property
     def answers_from_teacher(self) -> bool:
         """Whether the teacher writes the answers of a data source before training."""
         return any(source.answers == "teacher" for source in (*self.data.train, *(self.data.eval or ())))
@@ -322,9 +304,4 @@ class RunConfig(Section):
     @property
     def asks_teacher(self) -> bool:
         """Whether a teacher is loaded: for the loss, or only to write answers."""
-        return self.needs_teacher or self.answers_from_teacher
-
-    @property
-    def ce_weight(self) -> float:
-        """Weight of the cross-entropy in force."""
-        return self.options.ce_weight
+        return self.options.needs_teacher or self.answers_from_teacher

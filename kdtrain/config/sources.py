@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtrain.config.tree import COMMAND_LINE, Entry, Invalid, KeyPath, Node, Place, Problem, SourceFile, merge
+from kdtrain.config.diagnose import COMMAND_LINE
+from kdtrain.config.tree import Entry, Invalid, KeyPath, Node, Place, Problem, SourceFile, get, merge, put
 from kdtrain.config.yaml_reader import MAX_BYTES, MAX_DEPTH, MAX_NODES, UnreadableError, check_number, read_yaml
 
 FileOrMapping = str | Path | Mapping[str, Any]
@@ -17,29 +18,26 @@ _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
 
 
 class Composer:
-    """Reads a config with everything it extends.
-
-    Attributes:
-        problems: what was found on the way.
-        incomplete: a part could not be read, so that nothing can be said about what is missing.
-    """
+    """Reads a config with everything it extends."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
-        self.incomplete = False
+        self.incomplete = False  # a part could not be read, so that nothing can be said about what is missing
         self._files_read = 0
 
     def compose(self, source: FileOrMapping, overrides: Sequence[str] = ()) -> Node:
         """The merged tree of `source`; an empty map where it cannot be read at all."""
         if isinstance(source, Mapping):
-            here = SourceFile(None, Path.cwd())
-            root, problems = from_mapping(source, here)
+            root, problems = from_mapping(source, SourceFile(None, Path.cwd()))
             self.problems += problems
             root = self._extend(root, ())
         else:
             root = self._file(Path(source), (), Place(SourceFile(str(source), Path.cwd())))
         for override in overrides:
-            root = self._override(root, override)
+            try:
+                root = self._override(root, override)
+            except UnreadableError as error:
+                self.problems.append(error.problem)
         return root
 
     def _fail(self, problem: Problem) -> Node:
@@ -56,9 +54,8 @@ class Composer:
             return self._fail(Problem((), f"cannot read {path}: not the name of a file", place=named_at))
         if real in chain:
             names = " -> ".join(str(_short(step)) for step in (*chain[chain.index(real) :], real))
-            return self._fail(
-                Problem(("extends",), f"the files extend each other in a circle: {names}", place=named_at)
-            )
+            message = f"the files extend each other in a circle: {names}"
+            return self._fail(Problem(("extends",), message, place=named_at))
         self._files_read += 1
         if self._files_read > _MAX_FILES:
             return self._fail(Problem(("extends",), f"more than {_MAX_FILES} files", place=named_at))
@@ -69,6 +66,8 @@ class Composer:
             return self._fail(error.problem)
         self.problems += problems
         if not isinstance(root.value, dict):
+            if root.value is None:
+                return self._fail(Problem((), "the file is empty", place=Place(source)))
             kind = "a list" if isinstance(root.value, list) else "a single value"
             message = f"expected a map of sections such as `model:`, got {kind}"
             return self._fail(Problem((), message, place=root.place))
@@ -97,54 +96,22 @@ class Composer:
         start = Place(source, 1, 1)
         key, equals, value = override.partition("=")
         if not equals or not _KEY.fullmatch(key):
-            self.problems.append(Problem((), "expected key.sub=value", "for example rlhf.beta=0.1", place=start))
-            return root
+            raise UnreadableError(Problem((), "expected key.sub=value", "for example rlhf.beta=0.1", place=start))
         if key == "extends":
-            self.problems.append(Problem((), "`extends` belongs in a file", place=start))
-            return root
+            raise UnreadableError(Problem((), "`extends` belongs in a file", place=start))
         path = tuple(key.split("."))
         # Blanks instead of the key, so that columns are those of the argument.
         padded = " " * (len(key) + 1) + value
-        try:
-            node, problems = read_yaml(padded, source, path) if value.strip() else (Node(None, start), [])
-        except UnreadableError as error:
-            if "empty" in error.problem.message:
-                return self._set(root, path, Node(None, start), start)
-            self.problems.append(error.problem)
-            return root
+        new, problems = read_yaml(padded, source, path) if value.strip() else (Node(None, start), [])
         self.problems += problems
-        return self._set(root, path, node, start)
-
-    def _set(self, root: Node, path: tuple[str, ...], new: Node, start: Place) -> Node:
-        """A copy of the tree with `path` set; maps on the way are made, other values are in the way."""
-        node: Node | None = root
-        for depth, part in enumerate(path[:-1], start=1):
-            entry = node.value.get(part) if node and isinstance(node.value, dict) else None
-            node = entry.node if entry else None
+        for depth in range(1, len(path)):
+            node = get(root, path[:depth])
             if node and node.value is not None and not isinstance(node.value, dict):
                 way = ".".join(path[:depth])
                 kind = "a list" if isinstance(node.value, list) else "a value"
-                message = f"cannot set {'.'.join(path)}: {way} is {kind}, not a map"
-                self.problems.append(Problem((), message, f"set {way} as a whole", place=start))
-                return root
-        for part in reversed(path):
-            new = Node({part: Entry(start, new)}, start)
-        return Node(_overlay(root, new, len(path)).value, root.place)
-
-
-def _overlay(base: Node, top: Node, levels: int) -> Node:
-    """`merge` for the given number of levels only: a value on the command line replaces what was there."""
-    if levels == 0 or not isinstance(base.value, dict) or not isinstance(top.value, dict):
-        return top
-    merged = dict(base.value)
-    for key, entry in top.value.items():
-        below = merged.get(key)
-        if below is None:
-            merged[key] = entry
-        else:
-            place = below.key_place if levels > 1 else entry.key_place
-            merged[key] = Entry(place, _overlay(below.node, entry.node, levels - 1))
-    return Node(merged, base.place)
+                message = f"cannot set {key}: {way} is {kind}, not a map"
+                raise UnreadableError(Problem((), message, f"set {way} as a whole", place=start))
+        return put(root, path, new, start)
 
 
 def _short(path: Path) -> Path:
@@ -194,9 +161,9 @@ def from_mapping(data: Mapping[Any, Any], source: SourceFile) -> tuple[Node, lis
             return Node([build(item, (*path, index)) for index, item in enumerate(value)], place)
         elif isinstance(value, Path):
             return Node(str(value), place)
-        elif not (value is None or isinstance(value, (str, bool, int, float))):
+        elif not isinstance(value, str | bool | int | float | None):
             message = f"expected plain data, got {type(value).__name__}"
-        elif not isinstance(value, (str, bool)) and value is not None:
+        elif not isinstance(value, str | bool | None):
             message = check_number(value)
         if message:
             problems.append(Problem(path, message))

@@ -43,8 +43,8 @@ _LONGEST_KEY = 60
 def known_keys() -> dict[str, tuple[str, ...]]:
     """The keys of every section, sections by their dotted name, the top level as an empty name."""
     keys = {section: tuple(model.model_fields) for section, model in _sections(RunConfig)}
-    ours = {key for section in ("model", "tuner", "data", "rlhf", "custom") for key in keys[section]}
-    keys["training"] = tuple(name for name in training_fields() if name not in ours and name not in _RENAMED_FIELDS)
+    elsewhere = {key for section in ("model", "tuner", "data", "rlhf", "custom") for key in keys[section]}
+    keys["training"] = tuple(n for n in training_fields() if n not in elsewhere and n not in _RENAMED_FIELDS)
     keys[""] = ("extends", *RunConfig.model_fields)
     return keys
 
@@ -66,36 +66,25 @@ def _models_in(annotation: Any) -> Iterator[type[Section]]:
 
 def unknown_key(section: str, key: str) -> tuple[str, str]:
     """Message and hint for `key`, which `section` does not have."""
-    keys = known_keys()
     if len(key) > _LONGEST_KEY:
         return f"unknown key '{key[:_LONGEST_KEY]}...'", ""
-    where = section or "the config"
-    if "." in key and (target := _existing(f"{section}.{key}".lstrip("."))):
-        return f"unknown key '{key}' in {where}", f"nest it, one level per dot: {_nested(target)}"
-    elsewhere = [home for home in keys if home != section and key in keys[home]]
-    elsewhere = [home for home in elsewhere if home != "data.eval"]  # the same keys as in data.train
-    if elsewhere:
-        homes = " or ".join(f"{home}.{key}".lstrip(".") for home in elsewhere)
-        return f"'{key}' does not belong in {section or 'the top level'}", f"move it to {homes}"
+    keys, where = known_keys(), section or "the config"
+    message = f"unknown key '{key}' in {where}"
+    *parents, last = f"{section}.{key}".lstrip(".").split(".")
+    if "." in key and last in keys.get(".".join(parents), ()):
+        nested = ": {".join((*parents, last)) + ": ..." + "}" * len(parents)
+        return message, f"nest it, one level per dot: {nested}"
+    # data.eval has the keys of data.train.
+    homes = [home for home in keys if home not in (section, "data.eval") and key in keys[home]]
+    if homes:
+        paths = " or ".join(f"{home}.{key}".lstrip(".") for home in homes)
+        return f"'{key}' does not belong in {section or 'the top level'}", f"move it to {paths}"
     if key in _OTHER_NAMES:
-        return f"unknown key '{key}' in {where}", f"use {_OTHER_NAMES[key]}"
-    if near := difflib.get_close_matches(key, keys.get(section, ()), n=1):
-        return f"unknown key '{key}' in {where}", f"did you mean '{near[0]}'?"
+        return message, f"use {_OTHER_NAMES[key]}"
+    own = keys.get(section, ())
+    if near := difflib.get_close_matches(key, own, n=1):
+        return message, f"did you mean '{near[0]}'?"
     for home, names in keys.items():
         if near := difflib.get_close_matches(key, names, n=1, cutoff=0.8):
-            return f"unknown key '{key}' in {where}", f"did you mean {f'{home}.{near[0]}'.lstrip('.')}?"
-    return f"unknown key '{key}' in {where}", f"the keys are {', '.join(keys[section])}" if _few(section) else ""
-
-
-def _existing(path: str) -> str:
-    home, _, key = path.rpartition(".")
-    return path if key in known_keys().get(home, ()) else ""
-
-
-def _nested(path: str) -> str:
-    first, *rest = path.split(".")
-    return f"{first}: " + "".join(f"{{{part}: " for part in rest) + "..." + "}" * len(rest)
-
-
-def _few(section: str) -> bool:
-    return 0 < len(known_keys().get(section, ())) <= 12
+            return message, f"did you mean {f'{home}.{near[0]}'.lstrip('.')}?"
+    return message, f"the keys are {', '.join(own)}" if 0 < len(own) <= 12 else ""

@@ -1,8 +1,5 @@
-"""The fields of trl's GKDConfig, read from the installed source text.
-
-Importing them would take seconds and pull in torch, which `kdtrain validate` must not; a syntax tree of the four
-classes takes some ten milliseconds and carries the same names, types and help texts.
-"""
+"""The fields of trl's GKDConfig, read from the installed source text: importing them would take seconds and pull in
+torch, which `kdtrain validate` must not; a syntax tree of the four classes takes some ten milliseconds."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from kdtrain.config.diagnose import describe
 
@@ -30,23 +27,15 @@ _CLASSES = (
 )
 _ENUM_FILES = (("transformers", "trainer_utils.py"), ("transformers", "training_args.py"))
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "bool": (bool,),
-    "str": (str,),
-    "dict": (dict,),
-    "list": (list, tuple),
-    "None": (type(None),),
-}
-_WORDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-    "dict": "a map",
-    "list": "a list",
-    "None": "null",
+# A type by its name in annotations: the types of values, the words of a message, the name in JSON Schema.
+KINDS: dict[str, tuple[tuple[type, ...], str, str]] = {
+    "int": ((int,), "a whole number", "integer"),
+    "float": ((int, float), "a number", "number"),
+    "bool": ((bool,), "true or false", "boolean"),
+    "str": ((str,), "text", "string"),
+    "dict": ((dict,), "a map", "object"),
+    "list": ((list, tuple), "a list", "array"),
+    "None": ((type(None),), "null", "null"),
 }
 
 
@@ -63,21 +52,17 @@ class TrainingField:
 
     def check(self, value: Any) -> tuple[str, str]:
         """Message and hint about a value of the wrong type; empty texts if it is fine."""
-        if not self.kinds:
-            return "", ""
-        fits = any(
-            isinstance(value, _KINDS[kind]) and (not isinstance(value, bool) or kind == "bool") for kind in self.kinds
-        )
-        if not fits:
-            wanted = " or ".join(_WORDS[kind] for kind in self.kinds if kind != "None")
+        kinds = self.kinds if not isinstance(value, bool) else {"bool"} & set(self.kinds)
+        if self.kinds and not any(isinstance(value, KINDS[kind][0]) for kind in kinds):
+            wanted = " or ".join(KINDS[kind][1] for kind in self.kinds if kind != "None")
             return f"expected {wanted}, got {describe(value, self.name)}", number_hint(value, self.kinds)
-        if isinstance(value, str) and self.choices and value not in self.choices:
+        if isinstance(value, str) and self.kinds and self.choices and value not in self.choices:
             return choice(value, self.choices, self.name)
         return "", ""
 
 
-def number_hint(value: Any, kinds: tuple[str, ...] | set[str]) -> str:
-    """What was probably meant by text where a number or boolean stands, or by a fraction where a whole number does."""
+def number_hint(value: Any, kinds: Sequence[str]) -> str:
+    """What was probably meant by a value that is none of `kinds`."""
     if isinstance(value, float) and value.is_integer() and "int" in kinds:
         return f"write {int(value)}"
     if isinstance(value, str):
@@ -93,7 +78,7 @@ def number_hint(value: Any, kinds: tuple[str, ...] | set[str]) -> str:
 
 
 def choice(value: Any, choices: Sequence[str], name: object) -> tuple[str, str]:
-    """Message and hint about a value that is none of `choices`, of which at most a dozen are listed."""
+    """Message and hint about a value that is none of `choices`."""
     near: list[str] = []
     if isinstance(value, str) and value:
         near = [option for option in choices if option.startswith(value)] or difflib.get_close_matches(value, choices)
@@ -109,7 +94,7 @@ def training_fields() -> dict[str, TrainingField]:
     known = _Known({name: Literal[values] for name, values in _enums()})
     fields: dict[str, TrainingField] = {}
     for package, file, class_name in _CLASSES:
-        body = next(node.body for node in _tree(package, file).body if _is_class(node, class_name))
+        body = next(node.body for node in _classes(package, file) if node.name == class_name)
         for statement in body:
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 name = statement.target.id
@@ -119,28 +104,25 @@ def training_fields() -> dict[str, TrainingField]:
     return fields
 
 
-@lru_cache(maxsize=8)
-def _tree(package: str, file: str) -> ast.Module:
-    return ast.parse((source_folder(package) / file).read_text(encoding="utf-8"))
+@lru_cache
+def _classes(package: str, file: str) -> list[ast.ClassDef]:
+    tree = ast.parse((source_folder(package) / file).read_text(encoding="utf-8"))
+    return [node for node in tree.body if isinstance(node, ast.ClassDef)]
 
 
 def source_folder(package: str) -> Path:
     """Where a dependency is installed, found without importing it."""
     spec = importlib.util.find_spec(package)
-    assert spec is not None, f"{package} is not installed"
-    assert spec.origin is not None
+    assert spec, f"{package} is not installed"
+    assert spec.origin
     return Path(spec.origin).parent
-
-
-def _is_class(node: ast.stmt, name: str) -> TypeGuard[ast.ClassDef]:
-    return isinstance(node, ast.ClassDef) and node.name == name
 
 
 def _enums() -> Iterator[tuple[str, tuple[str, ...]]]:
     """Name and values of the text enums that fields are annotated with, such as SchedulerType."""
     for package, file in _ENUM_FILES:
-        for node in _tree(package, file).body:
-            if isinstance(node, ast.ClassDef) and "ExplicitEnum" in map(ast.unparse, node.bases):
+        for node in _classes(package, file):
+            if "ExplicitEnum" in map(ast.unparse, node.bases):
                 values = (getattr(s.value, "value", None) for s in node.body if isinstance(s, ast.Assign))
                 yield node.name, tuple(value for value in values if isinstance(value, str))
 
@@ -156,12 +138,13 @@ def _field(name: str, statement: ast.AnnAssign, known: _Known) -> TrainingField:
     metadata = _metadata(statement.value)
     kinds: list[str] = []
     choices = tuple(metadata.get("choices") or ())
-    for member in _members(_evaluated(ast.unparse(statement.annotation), known)):
+    annotation = _evaluated(ast.unparse(statement.annotation), known)
+    for member in get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else [annotation]:
         origin, values = get_origin(member) or member, get_args(member)
         if origin is Literal:
             origin, choices = type(values[0]), choices + tuple(value for value in values if isinstance(value, str))
         kinds.append("None" if origin is types.NoneType else getattr(origin, "__name__", ""))
-    if not set(kinds) <= set(_KINDS):
+    if not set(kinds) <= set(KINDS):
         kinds, choices = [], tuple(metadata.get("choices") or ())
     return TrainingField(name, tuple(dict.fromkeys(kinds)), str(metadata.get("help", "")), choices)
 
@@ -171,20 +154,10 @@ def _evaluated(annotation: str, known: _Known) -> Any:
     return _evaluated(value, known) if isinstance(value, str) else value  # quoted, for the class is not imported
 
 
-def _members(annotation: Any) -> Iterator[Any]:
-    """The members of a union, those of unions inside it as well."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        for member in get_args(annotation):
-            yield from _members(member)
-    else:
-        yield annotation
-
-
 def _metadata(call: ast.expr | None) -> dict[str, Any]:
     """The literal entries of `field(..., metadata={...})`."""
-    keywords = call.keywords if isinstance(call, ast.Call) else []
     entries: dict[str, Any] = {}
-    for keyword in keywords:
+    for keyword in call.keywords if isinstance(call, ast.Call) else []:
         if keyword.arg == "metadata" and isinstance(keyword.value, ast.Dict):
             for key, value in zip(keyword.value.keys, keyword.value.values, strict=True):
                 with contextlib.suppress(ValueError, TypeError):  # help put together from an expression

@@ -1,8 +1,5 @@
-"""Which fields of GKDConfig a config may set, and to what.
-
-GKDConfig describes plain trl. Fields that this schema has in a better place are sent there; fields that would be
-ignored, or that would break the loss or the guarantees of a run, are refused with the reason.
-"""
+"""Which fields of trl's GKDConfig a config may set, and to what: those that would be ignored, or that would break the
+loss or the guarantees of a run, are refused with the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdtrain.config.diagnose import describe
-from kdtrain.config.loader_options import refused_loader_options
 from kdtrain.config.suggest import known_keys, unknown_key
 from kdtrain.config.training_fields import training_fields
 from kdtrain.config.tree import Problem
@@ -24,17 +20,16 @@ class Refused:
     reason: str
     instead: str = "remove it"
     harmless: tuple[Any, ...] = (None,)
-    """Values that change nothing, and so may stand in a config that was written for another trainer."""
+    """Values that change nothing: they may stand in a config written for another trainer."""
     later: bool = False
     """Whether a later version will honour it."""
 
     def allows(self, value: Any) -> bool:
-        """Whether a value is harmless."""
         # `True == 1` and `False == 0`: a boolean is harmless only where a boolean is listed.
         return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in self.harmless)
 
 
-_MASKS = Refused("the supervised tokens are chosen in `data`", "use data.train_on", (None,))
+_MASKS = Refused("the supervised tokens are chosen in `data`", "use data.train_on")
 _OWN_DATA = Refused("kdtrain prepares the data itself, so this would be ignored")
 _METRICS = Refused("evaluation reports its own metrics, so this would be ignored", harmless=(None, False, []))
 _LIGER = "Liger kernels replace parts of the model's forward that the loss uses"
@@ -87,32 +82,40 @@ _WITHOUT_EFFECT = {
     "length_column_name": "rows are not grouped by length",
 }
 
-# Smallest value, and whether it is allowed itself.
-_RANGES: dict[str, tuple[float, bool]] = {
-    "per_device_train_batch_size": (1, True),
-    "per_device_eval_batch_size": (1, True),
-    "gradient_accumulation_steps": (1, True),
-    "num_train_epochs": (0, False),
-    "max_steps": (-1, True),
-    "learning_rate": (0, True),
-    "weight_decay": (0, True),
-    "warmup_steps": (0, True),
-    "max_grad_norm": (0, True),
-    "adam_epsilon": (0, False),
-    "logging_steps": (0, False),
-    "eval_steps": (0, False),
-    "save_steps": (0, False),
-    "save_total_limit": (1, True),
-    "dataloader_num_workers": (0, True),
-    "dataset_num_proc": (1, True),
-    "torch_empty_cache_steps": (1, True),
-    "seed": (0, True),
-    "data_seed": (0, True),
+# Options of accelerate's data loader: the value that is refused, why, and what to do.
+_LOADER = {
+    "split_batches": (
+        True,
+        "rows that fill up an epoch would count twice",
+        "remove it, and divide per_device_train_batch_size by the number of processes",
+    ),
+    "dispatch_batches": (True, "the row ids of a batch cannot be sent to other processes", "remove it"),
+    "even_batches": (False, "a process that runs out of rows would leave the others waiting", "remove it"),
+    "use_seedable_sampler": (False, "a resumed run would read rows in another order", "remove it"),
 }
+
+_AT_LEAST_1 = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "save_total_limit",
+    "dataset_num_proc",
+    "torch_empty_cache_steps",
+)
+_NON_NEGATIVE = (
+    "learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "max_grad_norm",
+    "dataloader_num_workers",
+    "seed",
+    "data_seed",
+)
+_ABOVE_0 = ("num_train_epochs", "adam_epsilon", "logging_steps", "eval_steps", "save_steps")
 
 
 def check_training(training: Mapping[str, Any]) -> Iterator[Problem]:
-    """Everything that is wrong with single keys of the `training` section."""
+    """What is wrong with single keys of the `training` section."""
     yield from (problem for key, value in training.items() if (problem := _check_key(key, value)))
     loader = training.get("accelerator_config")
     if isinstance(loader, Mapping):
@@ -121,13 +124,18 @@ def check_training(training: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(path, f"cannot be {str(loader[name]).lower()}: {reason}", instead, on_key=True)
 
 
+def refused_loader_options(options: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Name, reason and what to do of each option in an `accelerator_config` that loses rows or counts them twice."""
+    for name, (value, reason, instead) in _LOADER.items():
+        if options.get(name) is value:
+            yield name, reason, instead
+
+
 def _check_key(key: str, value: Any) -> Problem | None:
     path = ("training", key)
-    if key in REFUSED:
-        refused = REFUSED[key]
-        if refused.allows(value):
-            return None
-        return Problem(path, f"cannot be set: {refused.reason}", refused.instead, on_key=True)
+    if refused := REFUSED.get(key):
+        problem = Problem(path, f"cannot be set: {refused.reason}", refused.instead, on_key=True)
+        return None if refused.allows(value) else problem
     if key not in known_keys()["training"]:
         return Problem(path, *unknown_key("training", key), on_key=True)
     message, hint = training_fields()[key].check(value)
@@ -139,12 +147,16 @@ def _check_key(key: str, value: Any) -> Problem | None:
 
 
 def _check_range(key: str, value: Any) -> Problem | None:
-    if key not in _RANGES or value is None:
+    if value is None:
         return None
-    low, included = _RANGES[key]
-    fits = (value >= low if included else value > low) and not (key == "max_steps" and value == 0)
-    if fits:
+    if key == "max_steps" and value < 1 and value != -1:
+        wanted = "at least 1, or -1 for no limit"
+    elif key in _AT_LEAST_1 and value < 1:
+        wanted = "at least 1"
+    elif key in _NON_NEGATIVE and value < 0:
+        wanted = "non-negative"
+    elif key in _ABOVE_0 and value <= 0:
+        wanted = "above 0"
+    else:
         return None
-    wanted = "non-negative" if (low, included) == (0, True) else f"{'at least' if included else 'above'} {low:g}"
-    wanted = "at least 1, or -1 for no limit" if key == "max_steps" else wanted
     return Problem(("training", key), f"must be {wanted}, got {describe(value, key).removeprefix('the number ')}")

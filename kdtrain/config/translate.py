@@ -8,20 +8,20 @@ from typing import Any
 
 from kdtrain.config.diagnose import describe, dotted
 from kdtrain.config.suggest import unknown_key
-from kdtrain.config.training_fields import choice, number_hint
+from kdtrain.config.training_fields import KINDS, choice, number_hint
 from kdtrain.config.tree import KeyPath, Problem
 
 _EXPECTED = {
-    "bool_type": ("true or false", {"bool"}),
-    "int_type": ("a whole number", {"int"}),
-    "int_from_float": ("a whole number", {"int"}),
-    "float_type": ("a number", {"float"}),
-    "string_type": ("text", set()),
-    "dict_type": ("a map", set()),
-    "mapping_type": ("a map", set()),
-    "model_type": ("a map", set()),
-    "list_type": ("a list", set()),
-    "tuple_type": ("a list", set()),
+    "bool_type": "bool",
+    "int_type": "int",
+    "int_from_float": "int",
+    "float_type": "float",
+    "string_type": "str",
+    "dict_type": "dict",
+    "mapping_type": "dict",
+    "model_type": "dict",
+    "list_type": "list",
+    "tuple_type": "list",
 }
 _BOUNDS = {
     "greater_than": ("gt", "above"),
@@ -47,11 +47,10 @@ def to_problem(error: Mapping[str, Any]) -> Problem:
     if kind == "kdtrain":
         return Problem(path, str(context["text"]))
     if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", str(context["expected"]))
-        return Problem(path, *choice(value, choices, name))
+        return Problem(path, *choice(value, re.findall(r"'([^']*)'", context["expected"]), name))
     if kind in _EXPECTED:
-        wanted, kinds = _EXPECTED[kind]
-        return Problem(path, f"expected {wanted}, got {describe(value, name)}", number_hint(value, kinds))
+        message = f"expected {KINDS[_EXPECTED[kind]][1]}, got {describe(value, name)}"
+        return Problem(path, message, number_hint(value, [_EXPECTED[kind]]))
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
         limit = f"{words} {context[bound]:g}" if (kind, context[bound]) != ("greater_than_equal", 0) else "non-negative"
@@ -66,4 +65,6 @@ def to_problem(error: Mapping[str, Any]) -> Problem:
 def _section(path: KeyPath) -> str:
     """The section as `suggest` names it: without list positions and target names."""
     names = [part for part in path if isinstance(part, str)]
+    if names[:1] == ["visual_kd"]:  # of `DistillationOptions`
+        names = ["custom", *names]
     return ".".join(names[:3] if names[:3] == ["custom", "visual_kd", "targets"] else names)

@@ -15,7 +15,6 @@ from typing import Any
 from kdtrain.config.diagnose import Diagnostic, Level, dotted
 
 KeyPath = tuple["str | int", ...]
-COMMAND_LINE = "command line"
 
 
 class Invalid(Enum):
@@ -98,14 +97,10 @@ def locate(root: Node, path: KeyPath, on_key: bool = False) -> Place:
             place = node.value[part].key_place
         found = child(node, part)
         if found is None:
-            return node_or_key(root, path[:index])
+            # Missing here: shown at the key above, for that key's value may start lines later.
+            return locate(root, path[:index], on_key=True) if index else root.place
         node = found
     return place if on_key else node.place
-
-
-def node_or_key(root: Node, path: KeyPath) -> Place:
-    """Where something is missing in `path`: at its key, for the value below may start lines later."""
-    return locate(root, path, on_key=True) if path else root.place
 
 
 def get(root: Node, path: KeyPath) -> Node | None:
@@ -118,6 +113,25 @@ def get(root: Node, path: KeyPath) -> Node | None:
             continue
         node = child(node, part)
     return node
+
+
+class Written:
+    """Which options a config sets itself."""
+
+    def __init__(self, root: Node) -> None:
+        self.root = root
+
+    def has(self, *path: str | int) -> bool:
+        node = get(self.root, path)
+        return node is not None and node.value is not None
+
+    def idle(self, names: Sequence[str], reason: str, *section: str | int) -> Iterator[Problem]:
+        """One warning for all of `names` that the file sets in `section`, in the file's order."""
+        node = get(self.root, section)
+        found = [key for key in node.value if key in names] if node and isinstance(node.value, dict) else []
+        if found:
+            also = f" (the same goes for {', '.join(found[1:])})" if found[1:] else ""
+            yield Problem((*section, found[0]), f"has no effect: {reason}{also}", level="warning", on_key=True)
 
 
 def scalars(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Node]]:
@@ -152,33 +166,30 @@ def merge(base: Node, top: Node) -> Node:
     return Node(merged, top.place)
 
 
-def replace(root: Node, path: KeyPath, new: Node) -> Node:
-    """A copy of the tree in which the node at `path`, which must exist, is `new`."""
+def put(root: Node, path: KeyPath, new: Node, place: Place | None = None) -> Node:
+    """A copy of the tree with `new` at `path`, and missing maps on the way. `place` is where the path was written, None
+    where `new` only replaces a value."""
     if not path:
         return new
     head, *rest = path
-    if isinstance(root.value, dict) and isinstance(head, str):
-        entry = root.value[head]
-        changed = Entry(entry.key_place, replace(entry.node, tuple(rest), new))
-        return Node({**root.value, head: changed}, root.place)
-    if isinstance(root.value, list) and isinstance(head, int):
+    if isinstance(head, int):
+        if not isinstance(root.value, list):  # a lone value stands for the first of a list
+            return put(root, tuple(rest), new)
         items = list(root.value)
-        items[head] = replace(items[head], tuple(rest), new)
+        items[head] = put(items[head], tuple(rest), new)
         return Node(items, root.place)
-    assert head == 0, "a lone value stands for the first of a list"
-    return replace(root, tuple(rest), new)
+    entries = root.value if isinstance(root.value, dict) else {}
+    old = entries.get(head) or Entry(place or root.place, Node(None, place or root.place))
+    key_place = old.key_place if rest or place is None else place
+    return Node({**entries, head: Entry(key_place, put(old.node, tuple(rest), new, place))}, root.place)
 
 
-def to_diagnostic(problem: Problem, root: Node | None = None) -> Diagnostic:
+def to_diagnostic(problem: Problem, root: Node) -> Diagnostic:
     """The problem with its place."""
-    place = problem.place
-    if place is None and root is not None:
-        place = locate(root, problem.path, problem.on_key)
-    if place is None:
-        return Diagnostic(problem.level, dotted(problem.path), problem.message, problem.hint)
+    place = problem.place or locate(root, problem.path, problem.on_key)
     lines, line = place.source.lines, place.line
     # Something missing from the whole file has no line worth showing.
-    whole_file = problem.place is None and root is not None and place is root.place
+    whole_file = problem.place is None and place is root.place
     shown = lines[line - 1] if line and line <= len(lines) and not whole_file else None
     return Diagnostic(
         problem.level, dotted(problem.path), problem.message, problem.hint, place.source.name, line, place.col, shown

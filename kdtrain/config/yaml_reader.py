@@ -1,8 +1,7 @@
-"""YAML text to a tree of positions, by the rules of YAML 1.2 rather than PyYAML's 1.1.
+"""YAML text to a tree of positions, by the rules of YAML 1.2.
 
-PyYAML's own loader reads `1e-5` as text and `no` as false, keeps the last of two equal keys in silence and expands
-aliases until memory is gone. Only its event stream is used here: it is flat, so depth and size are known before
-anything is built.
+PyYAML's own loader (1.1) reads `1e-5` as text and `no` as false, keeps the last of two equal keys in silence and
+expands aliases until memory is gone. Its event stream is flat, so depth and size are known before anything is built.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 class UnreadableError(Exception):
-    """The text cannot be read any further; carries the one problem that says why."""
+    """Reading stopped; carries the one problem that says why."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.message)
@@ -37,17 +36,8 @@ class UnreadableError(Exception):
 
 
 def read_yaml(text: str, source: SourceFile, path: KeyPath = ()) -> tuple[Node, list[Problem]]:
-    """Reads one document.
-
-    Args:
-        path: where in the config the text belongs.
-
-    Returns:
-        the tree, and the mistakes that leave the rest readable (duplicate keys, NaN).
-
-    Raises:
-        UnreadableError: broken syntax, tags, too deep, too large, several documents.
-    """
+    """Reads one document, which belongs at `path` of the config. Returned are mistakes that leave the rest readable
+    (duplicate keys, NaN); others are raised as `UnreadableError`."""
     reader = _Reader(source, path)
     try:
         node = reader.document(yaml.parse(text, Loader=_LOADER))
@@ -97,9 +87,7 @@ class _Reader:
                 if root is not None:
                     raise self._stop(event, "a second document: a config is one")
                 root = self._node(next(events), events, 0)
-        if root is None or root.value is None:
-            raise UnreadableError(Problem((), "the file is empty", place=Place(self.source)))
-        return root
+        return root or Node(None, Place(self.source))
 
     def _place(self, event: Any) -> Place:
         return Place(self.source, event.start_mark.line + 1, event.start_mark.column + 1)
@@ -140,7 +128,7 @@ class _Reader:
         return node
 
     def _below(self, part: str | int, event: Any, events: Iterator[Any], depth: int) -> Node:
-        """The value of a key or the item of a list, while `path` says where we are."""
+        """The value of a key or the item of a list, with `path` at it."""
         outer, self.path = self.path, (*self.path, part)
         node = self._node(event, events, depth + 1)
         self.path = outer
@@ -183,9 +171,8 @@ class _Reader:
         if event.tag is not None or event.anchor is not None:
             raise self._stop(event, "a key with a tag or an anchor")
         if event.implicit[0] and event.value == "<<":
-            raise self._stop(
-                event, "merge keys (<<) are not supported", "put the shared part into a file for `extends`"
-            )
+            hint = "put the shared part into a file for `extends`"
+            raise self._stop(event, "merge keys (<<) are not supported", hint)
         if event.implicit[0] and not isinstance(self._resolve(event.value), str):
             raise self._stop(event, "a key that is not text", "put it in quotes")
         return str(event.value)
@@ -194,8 +181,7 @@ class _Reader:
         if not event.implicit[0]:  # quoted or a block
             return str(event.value)
         value = self._resolve(event.value)
-        message = check_number(value) if isinstance(value, (int, float)) else ""
-        if message:
+        if isinstance(value, (int, float)) and (message := check_number(value)):
             self.problems.append(Problem(self.path, f"{message}: '{event.value[:40]}'", place=self._place(event)))
             return Invalid.VALUE
         return value

@@ -18,7 +18,6 @@ from typing import Any
 
 import datasets
 
-from kdtrain.config.model_folder import is_hub_id
 from kdtrain.data.files import RawRow, is_array, read_array, read_csv, read_lines
 from kdtrain.data.images import is_pil, png
 from kdtrain.data.parts import VIDEO_COLUMNS
@@ -208,8 +207,8 @@ def _files_in(folder: Path, split: str) -> list[Path]:
 def _hub(source: Source) -> Iterator[RawRow]:
     path = Path(source.path)
     file_like = path.suffix in (".gz", *_SUFFIXES, *_UNSAFE)
-    looks_local = path.is_absolute() or source.path.startswith((".", "~")) or file_like
-    if looks_local or not is_hub_id(source.path):
+    # The hub's ids are `name` or `organisation/name`.
+    if path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1 or file_like:
         siblings = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"no such file or folder: {show(source.path, 400)}{_suggestion(path.name, siblings)}")
 

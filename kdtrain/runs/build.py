@@ -117,7 +117,7 @@ def build_trainer(
             processing_class=processing,
             peft_config=_peft_config(config, student),
             callbacks=list(given.callbacks),
-            teacher=teacher.teacher if config.needs_teacher else None,
+            teacher=teacher.teacher if config.options.needs_teacher else None,
             shared_vocab_size=teacher.shared_vocabulary,
         )
         if data.report.epochs is not None:

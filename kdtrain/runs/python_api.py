@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from kdtrain.config import ConfigLoader
 from kdtrain.config.diagnose import dotted
-from kdtrain.config.rules import Written
 from kdtrain.config.sources import Composer, FileOrMapping
-from kdtrain.config.tree import KeyPath, Node, get, plain
+from kdtrain.config.tree import KeyPath, Node, Written, get, plain
 from kdtrain.errors import ConfigError
 from kdtrain.ranks import under_launcher
 

@@ -79,12 +79,12 @@ def _sources(sources: Sequence[DataSource], rows: Any) -> list[Source]:
 
 def _check_terms(config: RunConfig, report: BuildReport) -> None:
     """Refuse a loss that is 0 for every row, and visual KD without an image."""
-    if not config.needs_teacher and not any(source.ce for source in config.data.train):
+    if not config.options.needs_teacher and not any(source.ce for source in config.data.train):
         raise DataError(
             "Nothing supervises this run: every source has ce: false, and rlhf.llm_kd_weight is 0. Give it a teacher, "
             "or remove ce: false."
         )
-    if config.visual_kd_weight > 0 and not report.images:
+    if config.options.visual_kd is not None and not report.images:
         raise DataError(
             "custom.visual_kd is enabled, but no row of data.train has an image. Give rows with images (images, image, "
             "or image parts in messages), or set custom.visual_kd.enabled: false."
@@ -94,13 +94,13 @@ def _check_terms(config: RunConfig, report: BuildReport) -> None:
 def _check_generation(config: RunConfig, train: datasets.Dataset, report: BuildReport) -> None:
     """Rows without a prompt cannot be generated from, and rows without an answer need to be."""
     lmbda, seq_kd = config.rlhf.lmbda, config.rlhf.seq_kd
-    generates = config.lm_kd_active and (lmbda > 0 or seq_kd)
+    generates = config.options.lm_kd_active and (lmbda > 0 or seq_kd)
     if generates and report.plain_text_rows:
         raise DataError(
             f"{report.plain_text_rows} rows are plain text, without a prompt to generate from (rlhf.lmbda is {lmbda}, "
             f"rlhf.seq_kd {seq_kd}). Set rlhf.lmbda: 0 and rlhf.seq_kd: false."
         )
-    always = config.lm_kd_active and (lmbda == 1 or seq_kd)
+    always = config.options.lm_kd_active and (lmbda == 1 or seq_kd)
     if report.prompt_only_rows and not always:
         raise DataError(
             f"Rows with a prompt and no answer: {report.prompt_only_rows}, the first is number {_first_prompt(train)}. "

@@ -13,9 +13,9 @@ from trl.experimental.gkd import GKDConfig
 
 from kdtrain.config import TrainArguments
 from kdtrain.config.adapters import is_adapter_folder
-from kdtrain.config.loader_options import refused_loader_options
 from kdtrain.config.options import DistillationOptions
 from kdtrain.config.schema import TunerConfig
+from kdtrain.config.training_rules import refused_loader_options
 from kdtrain.errors import ConfigError, NotAvailableError, PreflightError
 from kdtrain.models.kinds import sees_images
 from kdtrain.models.parts import freeze_parts

@@ -1,7 +1,4 @@
-"""Fields of GKDConfig that the trainer does not honour: refused with the reason, never ignored without a word.
-
-All other fields are honoured, by the trainer or by what it inherits, or have no say in training.
-"""
+"""Fields of GKDConfig that the trainer does not honour: refused with the reason, never ignored."""
 
 from __future__ import annotations
 
@@ -9,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+
+from trl.experimental.gkd import GKDConfig
 
 from kdtrain.config.training_rules import REFUSED as REFUSED_IN_YAML
 from kdtrain.config.training_rules import Refused
@@ -38,54 +37,33 @@ REFUSED: dict[str, Refused] = {
     **{name: REFUSED_IN_YAML[name] for name in _SAME_IN_YAML},
 }
 
-_WITHOUT_EFFECT = {
-    "dataset_num_proc": "rows are encoded when they are needed; dataloader_num_workers does that in parallel",
-}
 
-
-def check_fields(args: Any, *, own_collator: bool) -> None:
-    """Refuse the fields that would be ignored.
-
-    Args:
-        args: a GKDConfig.
-        own_collator: whether batches are made by the trainer's own.
-
-    Raises:
-        NotAvailableError: packing and its kin.
-        ConfigError: the others; one error names them all.
-    """
+def check_fields(args: GKDConfig, *, own_collator: bool) -> None:
+    """Refuse, in one error, the fields that would be ignored."""
     wrong = {name: refused for name, refused in REFUSED.items() if not refused.allows(getattr(args, name, None))}
     lines = [f"{name}={getattr(args, name)!r}: {r.reason}; {r.instead}." for name, r in wrong.items()]
     if lines:
         error = NotAvailableError if all(refused.later for refused in wrong.values()) else ConfigError
         raise error("The GKDConfig sets what this trainer does not do. " + " ".join(lines))
-    _check_dataset_kwargs(args.dataset_kwargs)
-    for name, reason in _WITHOUT_EFFECT.items():
-        if own_collator and getattr(args, name, None) is not None:
-            logger.warning("%s has no effect: %s.", name, reason)
-
-
-def _check_dataset_kwargs(given: Mapping[str, Any] | None) -> None:
-    unknown = sorted(set(given or {}) - {"skip_prepare_dataset"})
-    if unknown:
+    if unknown := sorted(set(args.dataset_kwargs or {}) - {"skip_prepare_dataset"}):
         raise ConfigError(
             f"dataset_kwargs: {', '.join(unknown)} would be ignored: the collator prepares the rows. Remove it, or "
             "pass rows with input_ids and labels."
         )
+    if own_collator and args.dataset_num_proc is not None:
+        logger.warning(
+            "dataset_num_proc has no effect: rows are encoded when they are needed; dataloader_num_workers does that "
+            "in parallel."
+        )
 
 
-def check_supervision(args: Any, row: Mapping[str, Any], formatted: bool) -> None:
+def check_supervision(args: GKDConfig, row: Mapping[str, Any], formatted: bool) -> None:
     """Refuse masks that are not those of the default collator, judged by the first row.
 
-    It supervises the completion of a prompt, the assistant's turns of a conversation, and the whole of a text.
-
-    Raises:
-        ConfigError: `completion_only_loss` or `assistant_only_loss` ask for something else.
+    It supervises the completion of a prompt, the assistant's turns of a conversation, and all of a text.
     """
-    pair, text = (
-        "prompt" in row and not formatted,
-        formatted or not row.keys() & {"prompt", "messages", "conversations"},
-    )
+    pair = "prompt" in row and not formatted
+    text = formatted or not row.keys() & {"prompt", "messages", "conversations"}
     tokenised = "input_ids" in row
     if tokenised and not row.keys() & {"labels", *MASKS}:
         raise ConfigError(

@@ -46,7 +46,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from kdtrain.config.options import DistillationOptions, LiveOption
+from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch, received
 from kdtrain.data.collate import Collator
 from kdtrain.data.epochs import Epochs
@@ -84,6 +84,7 @@ from kdtrain.trainer.construction import (
 from kdtrain.trainer.deepspeed import guard_steps, not_a_norm
 from kdtrain.trainer.given_rows import check_raw_rows, placeholder
 from kdtrain.trainer.guard import describe_non_finite, some_loss_is_not_finite
+from kdtrain.trainer.live_option import LiveOption
 from kdtrain.trainer.objective import warn_of_logits
 from kdtrain.trainer.rehearsal import readable_beginning, rehearse
 from kdtrain.trainer.row_order import EpochSampler, SetEpoch
