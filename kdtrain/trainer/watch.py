@@ -1,4 +1,4 @@
-"""What the first steps do to the weights, and whether all of them are numbers before they are saved."""
+"""What the first steps do to the weights: tensors without a gradient, and updates that round away."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kdtrain.errors import NonFiniteError
 from kdtrain.models.kinds import sees_images
 from kdtrain.models.layouts import layout_of
 from kdtrain.models.parts import part_of
 from kdtrain.ranks import is_main
+from kdtrain.trainer.guard import local_part
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WINDOWS = 3
-_SAMPLE = 4096  # numbers of a tensor that are looked at
+_SAMPLE = 4096  # numbers of a tensor that are compared
 _ROUNDED_AWAY = 0.1  # share of updates that is worth a warning
 
 
@@ -142,38 +141,6 @@ class WatchRounding(TrainerCallback):
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """A view of some numbers of a tensor, of this rank's part of one that is in pieces."""
-    flat = _local(tensor).detach().reshape(-1)
+    """A view of some numbers of a tensor."""
+    flat = local_part(tensor).detach().reshape(-1)
     return flat[:: max(flat.numel() // _SAMPLE, 1)]
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    if isinstance(tensor, DTensor):
-        return tensor.to_local()
-    return getattr(tensor, "ds_tensor", tensor)  # ZeRO-3's
-
-
-def check_weights(trainer: GKDTrainerWithMetrics, together: bool) -> None:
-    """Refuse to go on with trained weights that are not finite: only the next step would look at them. Reads each once.
-
-    Args:
-        together: ask all ranks; a collective.
-
-    Raises:
-        NonFiniteError: naming some.
-    """
-    trained = {name: _local(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
-    if trainer.visual is not None:
-        trained |= {f"visual projector {name}": p for name, p in trainer.visual.projectors.named_parameters()}
-    device = trainer.accelerator.device
-    good = torch.tensor([True], device=device)
-    if trained:
-        good = torch.stack([torch.isfinite(tensor).all().to(device) for tensor in trained.values()])
-    bad = [name for name, is_good in zip(trained, good.tolist(), strict=False) if not is_good]
-    if together and not bool(trainer.accelerator.gather(good.all()[None]).all()):
-        bad = bad or ["those of another rank"]
-    if bad:
-        raise NonFiniteError(
-            f"Not finite after step {trainer.state.global_step}: trained weights, the first {', '.join(bad[:3])}. They "
-            "were not saved. Lower training.learning_rate, or go on from an earlier checkpoint with --resume PATH."
-        )

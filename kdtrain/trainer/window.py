@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from kdtrain.data.batch import Batch, received, right_padded
+from kdtrain.data.collate import Collator
 from kdtrain.data.visual_batch import cut_rows
 from kdtrain.errors import DataError, PreflightError
 from kdtrain.generation.generate import generate_window
@@ -21,6 +22,7 @@ from kdtrain.generation.sampling import generation_config, student_generates, to
 from kdtrain.models.kinds import sees_images
 from kdtrain.preflight.token_ids import check_batch
 from kdtrain.ranks import is_main
+from kdtrain.trainer import argument_checks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,49 +52,40 @@ class Receiver:
 
     Args:
         accepted: what the student's forward takes, of `forward_names`.
-        embeddings: rows of the embedding of "student" and "teacher", where ids of batches have to be looked at.
+        embeddings: rows of the embedding of "student" and "teacher", where ids of batches have to be checked.
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        accepted: frozenset[str] | None,
-        max_length: int | None,
-        *,
-        embeddings: Mapping[str, int] | None,
+        self, trainer: GKDTrainerWithMetrics, accepted: frozenset[str] | None, embeddings: Mapping[str, int] | None
     ) -> None:
-        self._accelerator, self._accepted, self._max_length = accelerator, accepted, max_length
-        self._embeddings = embeddings
+        self._trainer, self._accepted, self._embeddings = trainer, accepted, embeddings
         self._rows = self._truncated = 0
 
     def accept(self, batch: Batch | Mapping[str, Any]) -> Batch:
         """A batch without what the student's forward does not take."""
         return received(batch, self._accepted)
 
-    def receive(
-        self,
-        batch: Batch | Mapping[str, Any],
-        epoch_rows: int,
-        batch_size: int,
-        *,
-        drop_last: bool,
-        may_pad_left: bool,
-    ) -> Batch:
+    def receive(self, batch: Batch, epoch_rows: int, *, train: bool) -> Batch:
         """A batch of any collator, without the rows that are repeated at the end of an epoch of `epoch_rows`."""
+        trainer, args = self._trainer, self._trainer.args
         batch = self.accept(batch)
-        if may_pad_left:
-            batch = right_padded(batch)  # a look at the mask, which a GPU would have to wait for
-        batch = without_repeated_rows(batch, self._accelerator, epoch_rows, batch_size, drop_last)
+        if not isinstance(trainer.data_collator, Collator):  # a caller may replace it at any time
+            batch = right_padded(batch)  # reads the mask, which a GPU would have to wait for
+        if not (train and args.dataloader_drop_last):
+            size = trainer._train_batch_size if train else args.eval_batch_size
+            batch = _without_repeated_rows(batch, trainer.accelerator, epoch_rows, size)
         if self._embeddings is not None:
             check_batch(batch, self._embeddings)
         return batch
 
     def count_truncated(self, batches: Sequence[Batch]) -> None:
-        """Take account of the rows of a window that were cut at `max_length`; the first is warned of."""
+        """Count the rows of a window that were cut at `max_length`; the first is warned of."""
         self._rows += sum(len(batch) for batch in batches)
         truncated = sum(sum(batch.rows.truncated) for batch in batches)
         if truncated and not self._truncated:
-            logger.warning("Rows longer than max_length (%s tokens) are cut from the right.", self._max_length)
+            logger.warning(
+                "Rows longer than max_length (%s tokens) are cut from the right.", self._trainer.args.max_length
+            )
         self._truncated += truncated
 
     def start_counting(self) -> None:
@@ -101,25 +94,21 @@ class Receiver:
 
     def warn_of_truncated(self) -> None:
         """Say how many truncated rows there were on all ranks; a collective."""
-        own = torch.tensor([self._truncated, self._rows], device=self._accelerator.device)
-        truncated, rows = self._accelerator.reduce(own).tolist()
+        accelerator, max_length = self._trainer.accelerator, self._trainer.args.max_length
+        own = torch.tensor([self._truncated, self._rows], device=accelerator.device)
+        truncated, rows = accelerator.reduce(own).tolist()
         if truncated and is_main():
-            logger.warning("%d of %d rows were cut at max_length (%s tokens).", truncated, rows, self._max_length)
+            logger.warning("%d of %d rows were cut at max_length (%s tokens).", truncated, rows, max_length)
 
 
-def without_repeated_rows(
-    batch: Batch, accelerator: Accelerator, epoch_rows: int, batch_size: int, drop_last: bool
-) -> Batch:
+def _without_repeated_rows(batch: Batch, accelerator: Accelerator, epoch_rows: int, batch_size: int) -> Batch:
     """Cut off the rows that accelerate repeats to fill the last batch of an epoch: no row may count twice.
 
     Ranks take the last rows in order, so only the first `remainder` of them, counted over the ranks, are new. A rank
-    that has none of them keeps one row, without labels, to go through the same motions as the others.
-
-    Raises:
-        DataError: it is not known which rows of a batch are the repeated ones.
+    that has none of them keeps one row, without labels, so that it takes part in the same collectives as the others.
     """
     ranks = accelerator.num_processes
-    if ranks == 1 or not accelerator.gradient_state.end_of_dataloader or drop_last:
+    if ranks == 1 or not accelerator.gradient_state.end_of_dataloader:
         return batch
     # Not gradient_state.remainder: accelerate does not know it in an epoch that is resumed in its middle.
     remainder = epoch_rows % (batch_size * ranks)
@@ -138,14 +127,22 @@ def without_repeated_rows(
     return batch if new else replace(batch.without_labels(), all_repeated=True)
 
 
+def options_of_window(trainer: GKDTrainerWithMetrics) -> DistillationOptions:
+    """The options as they are now. Callbacks set them at any time: each window checks them again, before any work."""
+    options = trainer.options.checked()
+    argument_checks.check_options(trainer, options)
+    argument_checks.check_same_on_all_ranks(options, trainer.accelerator)
+    return options
+
+
 def collect(
     trainer: GKDTrainerWithMetrics, batches: list[Batch], options: DistillationOptions, device: torch.device
 ) -> tuple[list[Batch], Window]:
-    """Decide who writes the window's answers, have them written, and look at all of its batches together.
+    """Decide who writes the window's answers, have them written, and find what holds for all of its batches.
 
     Args:
         batches: this rank's, as received.
-        options: checked; those of the window.
+        options: of `options_of_window`.
     """
     trainer.receiver.count_truncated(batches)
     on_policy = False
@@ -169,18 +166,21 @@ def _generated(
     options: DistillationOptions,
 ) -> list[Batch]:
     """The batches with answers that one of the models writes now."""
-    model, wrapped = trainer.model, trainer.model_wrapped
-    if side == "teacher":
-        assert trainer.teacher_model is not None, "checked: it can write"
-        model = wrapped = trainer.teacher_model
+    model: Any = trainer.model if side == "student" else trainer.teacher_model
+    wrapped: Any = trainer.model_wrapped if side == "student" else trainer.teacher_model
     vocabulary = trainer.vocabulary
     assert vocabulary is not None, "LM KD has compared them"
     padding = range(vocabulary.shared, max(vocabulary.student, vocabulary.teacher))
     roles = token_roles(trainer.processing_class, trainer.unwrap(model), padding, trainer.model.generation_config)
     config = generation_config(roles.stop, roles.pad, options.temperature, options.max_new_tokens, roles.forbidden)
-    step = trainer.state.global_step
     return generate_window(
-        batches, wrapped, config, side, args=trainer.args, accelerator=trainer.accelerator, step=step
+        batches,
+        wrapped,
+        config,
+        side,
+        args=trainer.args,
+        accelerator=trainer.accelerator,
+        step=trainer.state.global_step,
     )
 
 
@@ -196,9 +196,6 @@ def check_images_on_all_ranks(trainer: GKDTrainerWithMetrics, batches: Sequence[
     """Refuse what would wait for ever: a vision encoder in pieces is put together by all ranks or by none.
 
     ZeRO-1 and 2 reduce gradients in buckets, which are others where the encoder has none.
-
-    Raises:
-        PreflightError: naming the step.
     """
     if not (trainer.in_pieces and sees_images(trainer.unwrap(trainer.model).config)):
         return
