@@ -82,7 +82,7 @@ def test_a_value_set_in_the_middle_of_a_window_does_not_split_it(tmp_path, stude
 
 def test_lmbda_and_the_temperature_of_sampling_are_live(tmp_path, student, teacher, monkeypatch):
     seen = []
-    from kdtrain.trainer import trainer as module
+    from kdtrain.trainer import window as module
 
     original = module.generation_config
     monkeypatch.setattr(module, "generation_config", lambda *args: seen.append(args[2]) or original(*args))

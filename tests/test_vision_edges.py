@@ -269,7 +269,7 @@ def test_a_model_that_is_told_what_is_prompt_does_not_generate():
 
 
 def test_a_students_samples_hold_no_placeholder_that_its_config_names(tmp_path):
-    from kdtrain.trainer import trainer as module
+    from kdtrain.trainer import window as module
 
     student, forbidden = tiny.make_qwen3(seed=1), []
     student.config.image_token_id = 17

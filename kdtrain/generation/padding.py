@@ -29,15 +29,10 @@ logger = logging.getLogger(__name__)
 def answered_together(
     model: nn.Module, prompts: Sequence[Sequence[int]], device: torch.device, images: bool
 ) -> list[list[int]]:
-    """Rows that are generated together: as many as get the answers that each would get alone.
-
-    Raises:
-        PreflightError: they cannot be generated apart.
-    """
-    everyone = list(range(len(prompts)))
+    """Rows that are generated together: as many as get the answers that each would get alone."""
     share = who_shares_a_batch(model, device)
     if share == "all":
-        return [everyone]
+        return [list(range(len(prompts)))]
     apart = (
         f"{name_of(model)} writes other answers to a prompt that shares a batch than to the prompt alone, and {{}}. "
         "{} rlhf.lmbda: 0 and rlhf.seq_kd: false."
@@ -46,8 +41,8 @@ def answered_together(
         reason = "under FSDP and ZeRO-3 prompts cannot be generated apart"
         raise PreflightError(apart.format(reason, "Train it with plain data parallelism, or set"))
     by_length: dict[int, list[int]] = {}
-    for i in everyone:
-        by_length.setdefault(len(prompts[i]) if share == "equally long" else i, []).append(i)
+    for i, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt) if share == "equally long" else i, []).append(i)
     if images and len(by_length) > 1:
         reason = "prompts with images cannot be generated apart"
         raise PreflightError(apart.format(reason, "Set training.per_device_train_batch_size: 1, or"))
@@ -62,9 +57,6 @@ def who_shares_a_batch(model: nn.Module, device: torch.device) -> Share:
     """Which prompts a model answers beside others as it does alone; tried once for each model.
 
     A model in pieces is tried by all ranks together.
-
-    Raises:
-        PreflightError: it cannot generate.
     """
     if model not in _SHARES:
         difference = _difference_beside(model, device, longer=True)

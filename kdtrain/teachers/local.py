@@ -31,13 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 class LocalTeacher(Teacher):
-    """Teacher over a loaded model.
+    """Teacher over a loaded transformers model with a language-model head, or a PEFT model of one.
 
     The model is frozen here: `requires_grad` off and eval mode, so that no optimizer, gradient or dropout ever reaches
     it, whatever state it was handed over in.
-
-    Args:
-        module: a transformers model with a language-model head, or a PEFT model of one.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -58,7 +55,7 @@ class LocalTeacher(Teacher):
             _report_logits(reason)
 
     def place(self, accelerator: Accelerator) -> None:
-        """Onto the device, or into pieces; not wrapped by DDP, since it has no gradients to average."""
+        """To the device, or into pieces; not wrapped by DDP, since it has no gradients to average."""
         assert self.module is not None
         if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
             self.module = prepare_deepspeed(self.module, accelerator)

@@ -31,9 +31,6 @@ def set_direction(trainer: GKDTrainerWithMetrics, asked: bool | None = None) -> 
 
     Args:
         asked: `greater_is_better` as the config has it; on the arguments it may be upstream's guess.
-
-    Raises:
-        PreflightError: the metric has no direction, evaluations will not have it, or the other one was asked for.
     """
     args = trainer.args
     name = _metric(trainer)
@@ -70,14 +67,14 @@ def _set_mode(args: GKDConfig, name: str, mode: str) -> None:
 
 def _metric(trainer: GKDTrainerWithMetrics) -> str | None:
     """The metric that steps will be compared by; None if nothing compares them."""
-    args = trainer.args
-    stops = any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks)
-    if stops and args.metric_for_best_model is None:
-        raise PreflightError("EarlyStoppingCallback needs training.metric_for_best_model, such as loss.")
-    evaluates = args.eval_strategy != "no"
-    if stops and not evaluates:
-        raise PreflightError("EarlyStoppingCallback needs evaluation: set training.eval_strategy: steps.")
-    return args.metric_for_best_model if evaluates else None
+    name = trainer.args.metric_for_best_model
+    evaluates = trainer.args.eval_strategy != "no"
+    if any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks):
+        if name is None:
+            raise PreflightError("EarlyStoppingCallback needs training.metric_for_best_model, such as loss.")
+        if not evaluates:
+            raise PreflightError("EarlyStoppingCallback needs evaluation: set training.eval_strategy: steps.")
+    return name if evaluates else None
 
 
 def _without_prefix(name: str, evaluation: object) -> str:

@@ -22,14 +22,10 @@ from kdtrain.errors import ConfigError, PreflightError
 from kdtrain.feature_kd.images import first_batch_with_images
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.generation.sampling import turn_ends
-from kdtrain.models.experts import (
-    asks_for_router_logits,
-    check_experts,
-    restore_router_settings,
-    router_settings,
-)
+from kdtrain.models import experts
 from kdtrain.models.loading import load_with_adapter
 from kdtrain.models.loss_head import add_loss_head, why_no_loss_head
+from kdtrain.models.probe import Side
 from kdtrain.models.processing import load_processing, load_tokenizer
 from kdtrain.models.tuning import check_trained, disable_dropout, fit_student
 from kdtrain.models.vocabulary import Vocabulary, shared_vocabulary, vocabulary_size
@@ -108,7 +104,7 @@ def prepare(
         raise ConfigError("model_init_kwargs would be ignored: the model is loaded already. Remove them.")
     checks.check_parts_are_frozen(args, model)
     _set_arguments(args, visual_kd=options.visual_kd is not None)
-    use_cache, router = getattr(getattr(model, "config", None), "use_cache", None), router_settings(model)
+    use_cache, router = getattr(getattr(model, "config", None), "use_cache", None), experts.router_settings(model)
     peft_config = fit_student(model, peft_config, args)
     teacher = teacher if options.needs_teacher else None
     return Prepared(model, teacher, train, evaluation, processing_class, peft_config, use_cache, router)
@@ -197,7 +193,7 @@ def finish_student(trainer: GKDTrainerWithMetrics, given: Prepared) -> None:
     # Upstream's constructor sets these for good, and so in what is saved as well.
     if given.use_cache is not None:
         model.config.use_cache = given.use_cache
-    restore_router_settings(model, given.router_settings)
+    experts.restore_router_settings(model, given.router_settings)
 
 
 def set_pad_token(tokenizer: Any, args: GKDConfig) -> None:
@@ -267,7 +263,7 @@ def build_receiver(trainer: GKDTrainerWithMetrics, train: Any, evaluation: Any) 
     return Receiver(trainer, forward_names(_base(trainer.model)), embeddings if ids_may_exceed else None)
 
 
-def check_both_models(trainer: GKDTrainerWithMetrics) -> dict[str, int]:
+def check_both_models(trainer: GKDTrainerWithMetrics) -> dict[Side, int]:
     """Warn of, or refuse, what `check_models` finds; the positions of each model that has a table of them."""
     options, collator, train = trainer.options, trainer.data_collator, trainer.train_dataset
     teacher = trainer.unwrap(trainer.teacher_model)  # DeepSpeed's engine has a config of its own
@@ -288,9 +284,9 @@ def check_both_models(trainer: GKDTrainerWithMetrics) -> dict[str, int]:
 
 def build_objective(trainer: GKDTrainerWithMetrics) -> Objective:
     """The loss, without the student's logits where that gives the same."""
-    router_logits = asks_for_router_logits(trainer.model, trainer.aux_loss_enabled)
+    router_logits = experts.asks_for_router_logits(trainer.model, trainer.aux_loss_enabled)
     if router_logits:
-        check_experts(trainer.model, trainer.args)
+        experts.check_experts(trainer.model, trainer.args)
     base = _base(trainer.model)
     reason = why_no_loss_head(base)
     if reason is None:

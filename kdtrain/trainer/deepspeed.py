@@ -32,9 +32,6 @@ def prepare_deepspeed_run(args: TrainingArguments) -> None:
 
     To be called after `args.device`, which joins the process group, and before the first model is loaded: ZeRO-3 cuts
     models into pieces while they are loaded.
-
-    Raises:
-        PreflightError: no launcher started this process, or the trained weights would not be saved.
     """
     if not args.deepspeed:
         return
@@ -65,11 +62,8 @@ def guard_steps(engine: Any, accelerator: Accelerator, refuse: Callable[[Any], B
     Args:
         engine: DeepSpeed's, of the student.
         refuse: makes the error, from the gradient norm or None.
-
-    Raises:
-        NotAvailableError: transformers made the engine for an evaluation, without an optimizer: it cannot train.
     """
-    if engine.basic_optimizer is None:
+    if engine.basic_optimizer is None:  # transformers made the engine for the evaluation
         raise NotAvailableError(
             "evaluate() before train() is not available under DeepSpeed: transformers then trains without an "
             "optimizer. Set eval_on_start, or evaluate with another trainer."

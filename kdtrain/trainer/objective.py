@@ -78,7 +78,6 @@ class Objective:
 
         Args:
             model: the student, as wrapped for training.
-            options: those of the window.
             teacher_forward: called where a term needs it; also fires the hooks of visual KD.
             num_items: D; None (evaluation, a call of its own) is the batch's own supervised tokens.
             aux_share: the batch's share of the window in the load-balancing loss, which is a mean of micro-batches.
@@ -141,13 +140,11 @@ class _StudentForward:
     def can_fuse(self) -> bool:
         """Whether the terms can be made from hidden states: not of plain logits, nor of a head on another device."""
         scores = None if self.targets is None else self.targets.scores
-        is_logits = isinstance(scores, torch.Tensor)
         elsewhere = isinstance(scores, DenseTargets) and scores.head.weight.device != self.batch.labels.device
-        if self.objective.fused and (is_logits or elsewhere):
-            _warn_once(
-                "The teacher gives logits, or its head is on another device: the student's are made in full too."
-            )
-        return self.objective.fused and not (is_logits or elsewhere)
+        needs_logits = elsewhere or isinstance(scores, torch.Tensor)
+        if self.objective.fused and needs_logits:
+            _warn_of_teacher_logits()
+        return self.objective.fused and not needs_logits
 
     def within_forward(self, model: nn.Module) -> tuple[FusedLoss, Any, dict[str, torch.Tensor]]:
         """The terms, the auxiliary loss or None, and the visual terms; all made inside the model's own forward."""
@@ -301,6 +298,6 @@ def warn_of_logits(reason: str) -> None:
     logger.warning("The student's logits are made in full, which takes more time and memory: %s.", reason)
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
+@functools.cache  # once
+def _warn_of_teacher_logits() -> None:
+    logger.warning("The teacher gives logits, or its head is on another device: the student's are made in full too.")

@@ -10,8 +10,7 @@ What is overridden, and why:
 | `Trainer.train` | metrics of an earlier call that were never logged do not count |
 | `Trainer._get_train_sampler`, `_get_dataloader` | other rows in every epoch; evaluation drops none |
 | `Trainer._prepare_inputs` | knows mappings only |
-| `Trainer.get_batch_samples` | sees a whole window before its first forward: generate there, then count |
-| `Trainer._get_num_items_in_batch` | D counts what is trained on, and never the first label of a row |
+| `Trainer.get_batch_samples` | sees a whole window before its first forward: generate there, then count D |
 | `GKDTrainer.training_step` | draws on-policy per rank and micro-batch; here the window is already drawn |
 | `GKDTrainer.compute_loss` | the loss itself: upstream's is 1/world_size, ignores temperature and has no CE |
 | `SFTTrainer.log` | metrics reduced across ranks |
@@ -97,10 +96,10 @@ class GKDTrainerWithMetrics(GKDTrainer):
     a resumed run begins with those of `args`.
 
     Args:
-        model: the student, or its name; a PeftModel or the folder of an adapter, which is trained further.
+        model: the student, or its name; a PeftModel or the folder of an adapter is trained on.
         teacher_model: the teacher, or its name; with an adapter, or an adapter's folder. None where no KD is active,
             and where `args.teacher_model_name_or_path` names it.
-        args: GKDConfig. Fields that the trainer does not honour are refused (see `arguments.py`).
+        args: fields that the trainer does not honour are refused (see `arguments.py`).
         train_dataset: a `datasets.Dataset`, a list of rows, or a torch data set with a length; eval_dataset as well, or
             a dict of them.
         processing_class: None is what is saved with the model.
@@ -294,7 +293,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         batches, self._window = collect(self, given, options, device)
         for name, value in (("windows", 1.0), ("on_policy_windows", float(self._window.on_policy))):
             self._metrics["train"][name].append(torch.tensor(value))
-        num_items = self._get_num_items_in_batch(batches, device)
+        num_items = num_supervised(batches, self.accelerator, device) // self.get_tp_size() if batches else None
         if self.teacher is not None and options.needs_teacher:
             self.teacher.prepare(batches)
         return batches, num_items
@@ -303,12 +302,6 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """As upstream: onto the device, and under DeepSpeed into its dtype."""
         batch = inputs if isinstance(inputs, Batch) else received(inputs, None)
         return batch.map_tensors(self._prepare_input)
-
-    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | None:
-        """D: the supervised tokens of the window's micro-batches on all ranks."""
-        if not batch_samples:
-            return None
-        return num_supervised(batch_samples, self.accelerator, device) // self.get_tp_size()
 
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
@@ -339,11 +332,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """total = llm_kd_weight · jsd + c · ce + Σ visual, for one micro-batch.
 
         Args:
-            num_items_in_batch: D; None (evaluation, a call of its own) is the batch's own supervised tokens.
-
-        Returns:
-            The micro-batch's share of the window's loss, times the world size where D is given; with the student's
-            outputs, of a forward of their own, if `return_outputs`.
+            num_items_in_batch: D, and the loss is the batch's share of the window's, times the world size; None
+                (evaluation, a call of its own) is the batch's own supervised tokens.
+            return_outputs: also the student's, of a forward of their own.
         """
         if self._head_unchecked:
             self._check_head(model)
@@ -462,7 +453,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         return loss, _filled_up(outputs.logits, len(given)), _filled_up(batch.labels, len(given))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Upstream's loop, with its mean of batch means replaced by means over the tokens of the whole set."""
+        """Upstream's loop, with means over the tokens of the whole set in place of its mean of batch means."""
         self._metrics["eval"].clear()
         self.begun = True
         with self.stopwatch.pause():
@@ -523,22 +514,21 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.visual.load(self.state.best_model_checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Weights that found no place by name are loaded properly; upstream warns and goes on with the first ones.
+        """Load weights that found no place by name; upstream warns, and goes on with weights that were never trained.
 
-        transformers saves vision-language models under the names of their first release, and loads them by the names of
-        the day: a resumed run would begin anew, with the optimizer of an old one.
+        transformers saves vision-language models under the names of their first release, and loads by those of today.
         """
         if load_result.missing_keys or load_result.unexpected_keys:
             assert self._loading_from is not None
             load_weights(self.model, self._loading_from)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Only for a student with a name on the hub: of one from a folder upstream's card says it derives from None."""
+        """Only for a student with a name on the hub."""
         if not os.path.isdir(getattr(self.unwrap(self.model).config, "_name_or_path", None) or "."):
             super().create_model_card(*args, **kwargs)
 
     def _send_telemetry(self) -> None:
-        """Nothing is sent anywhere; TRL reports trainer and model type to the hub by default."""
+        """TRL would report trainer and model type to the hub."""
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
 
