@@ -6,14 +6,12 @@ positions of models that do not derive them from the mask.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from torch import nn
 from transformers import GenerationConfig
-from trl.models.utils import unwrap_model_for_generation
 
 from kdtrain.data.batch import Batch
 from kdtrain.data.collate import pad_rows
@@ -21,48 +19,6 @@ from kdtrain.errors import DataError, NotAvailableError
 from kdtrain.generation.call import call_generate, left_padded, seeded
 from kdtrain.generation.padding import answered_together
 from kdtrain.losses.reduce import IGNORE_INDEX
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from trl.experimental.gkd import GKDConfig
-
-
-def generate_window(
-    batches: Sequence[Batch],
-    wrapped: nn.Module,
-    config: GenerationConfig,
-    side: Literal["student", "teacher"],
-    *,
-    args: GKDConfig,
-    accelerator: Accelerator,
-    step: int,
-) -> list[Batch]:
-    """The batches of a window with answers that one of the models has written.
-
-    Args:
-        wrapped: the model that writes, as wrapped for training.
-        step: optimizer steps done.
-    """
-    # Ranks hold other rows, so they sample from other states; the window and micro-batch make them new each time.
-    base = f"{side}:{args.seed}:{step}:{accelerator.process_index}"
-    kwargs = {"gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs}
-    generated = []
-    with unwrap_model_for_generation(wrapped, accelerator, **kwargs) as model:
-        for i, batch in enumerate(batches):
-            seen = batch.as_teacher_sees_it() if side == "teacher" else batch
-            seed = _stable_seed(f"{base}:{i}")
-            done = generate_batch(model, seen, config, seed=seed, multiple=args.pad_to_multiple_of)
-            tokens = ("input_ids", "attention_mask", *batch.token_level)
-            # The images remain the student's.
-            inputs = {**batch.model_inputs, **{name: done.model_inputs[name] for name in tokens}}
-            batch = replace(batch, model_inputs=inputs, labels=done.labels, generated_by=side)
-            generated.append(batch.without_labels() if batch.all_repeated else batch)
-    return generated
-
-
-def _stable_seed(text: str) -> int:
-    """A 63-bit seed that is the same in every process; Python's own hash is not."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generate_batch(

@@ -33,19 +33,19 @@ def answered_together(
     share = who_shares_a_batch(model, device)
     if share == "all":
         return [list(range(len(prompts)))]
-    apart = (
-        f"{name_of(model)} writes other answers to a prompt that shares a batch than to the prompt alone, and {{}}. "
-        "{} rlhf.lmbda: 0 and rlhf.seq_kd: false."
-    )
-    if in_pieces(model):  # ranks with other lengths would wait for each other's forwards
-        reason = "under FSDP and ZeRO-3 prompts cannot be generated apart"
-        raise PreflightError(apart.format(reason, "Train it with plain data parallelism, or set"))
     by_length: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt) if share == "equally long" else i, []).append(i)
-    if images and len(by_length) > 1:
-        reason = "prompts with images cannot be generated apart"
-        raise PreflightError(apart.format(reason, "Set training.per_device_train_batch_size: 1, or"))
+    refusal = None
+    if in_pieces(model):  # ranks with other lengths would wait for each other's forwards
+        refusal = "under FSDP and ZeRO-3 prompts", "Train it with plain data parallelism, or set"
+    elif images and len(by_length) > 1:
+        refusal = "prompts with images", "Set training.per_device_train_batch_size: 1, or"
+    if refusal is not None:
+        raise PreflightError(
+            f"{name_of(model)} writes other answers to a prompt that shares a batch than to the prompt alone, and "
+            f"{refusal[0]} cannot be generated apart. {refusal[1]} rlhf.lmbda: 0 and rlhf.seq_kd: false."
+        )
     return list(by_length.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ def student_generates(seed: int, step: int, lmbda: float) -> bool:
     lmbda 0, always at 1.
     """
     return random.Random(f"on-policy:{seed}:{step}").random() < lmbda
+
+
+def stable_seed(text: str) -> int:
+    """63 bits of seed that are the same in every process; Python's own hash is not."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 @dataclass(frozen=True)

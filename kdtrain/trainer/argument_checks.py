@@ -66,9 +66,9 @@ def check_options(trainer: GKDTrainerWithMetrics, options: DistillationOptions) 
     """Refuse options that ask the trainer's models for what they cannot do."""
     check_teacher_can(trainer.teacher, options)
     kd = options.lm_kd_active
-    check_prompt_learning(trainer.model, "student", kd and options.lmbda > 0, trainer.aux_loss_enabled)
+    _check_prompt_learning(trainer.model, "student", kd and options.lmbda > 0, trainer.aux_loss_enabled)
     if trainer.teacher_model is not None:
-        check_prompt_learning(trainer.unwrap(trainer.teacher_model), "teacher", kd and options.seq_kd)
+        _check_prompt_learning(trainer.unwrap(trainer.teacher_model), "teacher", kd and options.seq_kd, False)
 
 
 def check_same_on_all_ranks(options: DistillationOptions, accelerator: Any) -> None:
@@ -87,13 +87,13 @@ def check_same_on_all_ranks(options: DistillationOptions, accelerator: Any) -> N
 
 
 def check_arguments(
-    args: Any, model: Any, teacher_model: Any, teacher: Any, processing_class: Any = None, callbacks: Any = None
+    args: Any, model: Any, teacher_model: Any, teacher: Any, processing_class: Any, callbacks: Any
 ) -> None:
     """Refuse what is of a wrong kind, in words that say what was meant."""
     if isinstance(args, TrainArguments):
         raise ConfigError(
             "args is what load_training_config returns: pass its .training_args, and model, tuner and data yourself "
-            "(it knows nothing of them), or train the whole config with kdtrain.fit(config)."
+            f"(it knows nothing of them), or {_WHOLE_CONFIG}."
         )
     if not isinstance(args, GKDConfig):
         what = "missing: its output_dir has no default" if args is None else f"a {type(args).__name__}"
@@ -174,13 +174,12 @@ def check_teacher_is_another_model(model: Any, teacher: Any) -> None:
         )
 
 
-def check_prompt_learning(model: Any, side: str, generates: bool, experts: bool = False) -> None:
+def _check_prompt_learning(model: Any, side: str, generates: bool, experts: bool) -> None:
     """Refuse kinds of prompt learning whose virtual tokens cannot be told from the row's."""
     config = model.active_peft_config if is_peft_model(model) else None
     if config is None or not config.is_prompt_learning:
         return
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    reason = None
+    kind, reason = str(getattr(config.peft_type, "value", config.peft_type)), None
     if kind not in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
         reason = "its inputs are not those of other models"
     elif sees_images(model.get_base_model().config):

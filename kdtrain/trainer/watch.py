@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -47,10 +47,10 @@ class WatchGradients(TrainerCallback):
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         visual_ids = {id(p) for p in _visual_parameters(model)}
         self._trained = len(trained)
-        for visual in (False, True):
-            self._without[visual] = {
-                name: p for name, p in trained.items() if (id(p) in visual_ids) is visual and ".experts." not in name
-            }
+        self._without = {False: {}, True: {}}
+        for name, parameter in trained.items():
+            if ".experts." not in name:
+                self._without[id(parameter) in visual_ids][name] = parameter
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         for visual in [key for key in self._without if not key or self._trainer.window_has_images]:
@@ -88,14 +88,6 @@ def _visual_parameters(model: Any) -> Iterator[nn.Parameter]:
         yield from model.parameters()  # which are the visual ones is not known
 
 
-class _Watched(NamedTuple):
-    """Some numbers of a trained tensor, around one optimizer step."""
-
-    now: torch.Tensor
-    before: torch.Tensor
-    has_gradient: torch.Tensor
-
-
 class WatchRounding(TrainerCallback):
     """Warns of the share of the first step's updates that is too small for weights in half precision to take.
 
@@ -106,7 +98,8 @@ class WatchRounding(TrainerCallback):
     def __init__(self, trainer: GKDTrainerWithMetrics) -> None:
         self._trainer = trainer
         self._done = False
-        self._watched: list[_Watched] = []
+        # Of each trained tensor around one step: some of its numbers, the same before it, and which have a gradient.
+        self._watched: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def on_pre_optimizer_step(self, *_: Any, model: nn.Module, optimizer: torch.optim.Optimizer, **__: Any) -> None:
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -116,7 +109,7 @@ class WatchRounding(TrainerCallback):
         for parameter in model.parameters():
             if parameter.dtype in (torch.bfloat16, torch.float16) and parameter.grad is not None:
                 now = _sample(parameter)
-                self._watched.append(_Watched(now, now.clone(), _sample(parameter.grad) != 0))
+                self._watched.append((now, now.clone(), _sample(parameter.grad) != 0))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -126,8 +119,8 @@ class WatchRounding(TrainerCallback):
             self._done, watched = False, []
         if not watched:
             return
-        updates = sum(int(one.has_gradient.sum()) for one in watched)
-        lost = sum(int(((one.now == one.before) & one.has_gradient).sum()) for one in watched)
+        updates = sum(int(has_gradient.sum()) for _, _, has_gradient in watched)
+        lost = sum(int(((now == before) & has_gradient).sum()) for now, before, has_gradient in watched)
         if updates and lost / updates >= _ROUNDED_AWAY and is_main():
             logger.warning(
                 "%.0f%% of the updates of step %d (learning rate %.1e) rounded away: the trained weights are %s, whose "
@@ -136,7 +129,7 @@ class WatchRounding(TrainerCallback):
                 100 * lost / updates,
                 state.global_step + 1,
                 max(group["lr"] for group in kwargs["optimizer"].param_groups),
-                str(watched[0].now.dtype).removeprefix("torch."),
+                str(watched[0][0].dtype).removeprefix("torch."),
             )
 
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from trl.models.utils import unwrap_model_for_generation
 
 from kdtrain.data.batch import Batch, received, right_padded
 from kdtrain.data.collate import Collator
 from kdtrain.data.visual_batch import cut_rows
 from kdtrain.errors import DataError, PreflightError
-from kdtrain.generation.generate import generate_window
-from kdtrain.generation.sampling import generation_config, student_generates, token_roles
+from kdtrain.generation.generate import generate_batch
+from kdtrain.generation.sampling import generation_config, stable_seed, student_generates, token_roles
 from kdtrain.models.kinds import sees_images
 from kdtrain.preflight.token_ids import check_batch
 from kdtrain.ranks import is_main
@@ -173,15 +174,23 @@ def _generated(
     padding = range(vocabulary.shared, max(vocabulary.student, vocabulary.teacher))
     roles = token_roles(trainer.processing_class, trainer.unwrap(model), padding, trainer.model.generation_config)
     config = generation_config(roles.stop, roles.pad, options.temperature, options.max_new_tokens, roles.forbidden)
-    return generate_window(
-        batches,
-        wrapped,
-        config,
-        side,
-        args=trainer.args,
-        accelerator=trainer.accelerator,
-        step=trainer.state.global_step,
-    )
+    args, accelerator = trainer.args, trainer.accelerator
+    # Ranks hold other rows, so they sample from other states; the window and micro-batch make them new each time.
+    seed = f"{side}:{args.seed}:{trainer.state.global_step}:{accelerator.process_index}"
+    kwargs = {"gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs}
+    generated = []
+    with unwrap_model_for_generation(wrapped, accelerator, **kwargs) as unwrapped:
+        for i, batch in enumerate(batches):
+            prompts = batch.as_teacher_sees_it() if side == "teacher" else batch
+            done = generate_batch(
+                unwrapped, prompts, config, seed=stable_seed(f"{seed}:{i}"), multiple=args.pad_to_multiple_of
+            )
+            tokens = ("input_ids", "attention_mask", *batch.token_level)
+            # The images remain the student's.
+            inputs = {**batch.model_inputs, **{name: done.model_inputs[name] for name in tokens}}
+            batch = replace(batch, model_inputs=inputs, labels=done.labels, generated_by=side)
+            generated.append(batch.without_labels() if batch.all_repeated else batch)
+    return generated
 
 
 def num_supervised(batches: Sequence[Batch], accelerator: Accelerator, device: torch.device) -> torch.Tensor:
