@@ -232,6 +232,7 @@ def test_a_batch_answers_what_transformers_asks_of_one():
     batch = make_batch()
     assert len(batch) == 3
     assert "input_ids" in batch
-    assert "labels" not in batch
+    assert "pixels" not in batch
     assert batch["input_ids"] is batch.model_inputs["input_ids"]
+    assert batch["labels"] is batch.labels
     assert (batch.without_labels().labels == IGNORE_INDEX).all()

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from trl.experimental.utils import DataCollatorForChatML
 
 from kdtrain.config import ConfigLoader
+from kdtrain.data.batch import _warn_left_out
 from kdtrain.errors import ConfigError, DataError, NotAvailableError, PreflightError
 from kdtrain.runs.fit import fit
 from kdtrain.teachers import LocalTeacher
@@ -346,6 +347,7 @@ def test_keys_that_no_forward_takes_are_left_out_and_told_once(tmp_path, student
 
     trainer = make_trainer(tmp_path, student, teacher, max_steps=2, lmbda=1.0, extra={"data_collator": collate})
     own = make_trainer(tmp_path, student, teacher).data_collator
+    _warn_left_out.cache_clear()  # another test may have collated the same keys
     with caplog.at_level(logging.WARNING):
         trainer.train()
     told = [record.message for record in caplog.records if "difficulty" in record.message]

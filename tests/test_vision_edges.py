@@ -262,6 +262,7 @@ def test_a_model_that_is_told_what_is_prompt_does_not_generate():
     """Answers marked as prompt would see their own later tokens."""
     model = make_vlm("paligemma")
     inputs = make_inputs(model)
+    inputs.pop("labels")
     rows = Rows(prompt_lengths=torch.tensor([2, 2]))
     batch = Batch(model_inputs=inputs, labels=torch.full_like(inputs["input_ids"], -100), rows=rows)
     with pytest.raises(NotAvailableError, match=r"rlhf\.lmbda: 0"):
