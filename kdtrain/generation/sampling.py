@@ -6,16 +6,13 @@ import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from kdtrain.data.chat_template import ChatTemplate
 from kdtrain.data.multimodal import image_token_ids
 from kdtrain.models.probe import placeholder_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def student_generates(seed: int, step: int, lmbda: float) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
+from transformers import PreTrainedModel
 
 from kdtrain.config.tree import Problem
 from kdtrain.data.batch import Batch
@@ -22,8 +23,6 @@ from kdtrain.errors import DataError
 from kdtrain.models.probe import OPTION_OF, Side, evaluating, few_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from kdtrain.preflight.model_checks import CheckedModel
 
 # What configs call the number of positions that a model was made for.

@@ -6,18 +6,16 @@ A tokenizer may have more tokens than an embedding has rows, as long as no row u
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import datasets
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
+from transformers import PreTrainedModel
 
 from kdtrain.data.batch import Batch
 from kdtrain.errors import DataError
 from kdtrain.models.vocabulary import vocabulary_size
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

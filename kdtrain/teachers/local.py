@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -14,6 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed
 from trl.models.utils import prepare_fsdp
 
+from kdtrain.data.batch import Batch
 from kdtrain.losses.head import Head
 from kdtrain.losses.reduce import predicting
 from kdtrain.models.experts import without_router_logits
@@ -21,11 +23,6 @@ from kdtrain.models.loss_head import add_loss_head, why_no_loss_head, why_wrappe
 from kdtrain.models.probe import look_at_text
 from kdtrain.models.vocabulary import vocabulary_size
 from kdtrain.teachers.base import DenseTargets, Targets, Teacher
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from kdtrain.data.batch import Batch
 
 logger = logging.getLogger(__name__)
 

@@ -9,14 +9,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from transformers import EarlyStoppingCallback
+from trl.experimental.gkd import GKDConfig
 
 from kdtrain.errors import PreflightError
 from kdtrain.feature_kd.images import first_batch_with_images
 from kdtrain.trainer.metrics import HIGHER_IS_BETTER, TOKEN_METRICS
 
 if TYPE_CHECKING:
-    from trl.experimental.gkd import GKDConfig
-
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
 
 _SCHEDULERS_BY_METRIC = ("reduce_lr_on_plateau", "greedy")

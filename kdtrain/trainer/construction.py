@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
+from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.experimental.gkd import GKDConfig
@@ -40,8 +41,6 @@ from kdtrain.trainer.objective import Objective, warn_of_logits
 from kdtrain.trainer.window import Receiver
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
-
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
 
 
@@ -61,9 +60,6 @@ class Prepared:
     """The same, a dict of them, or None."""
     processing_class: PreTrainedTokenizerBase | ProcessorMixin
     peft_config: PeftConfig | None
-    use_cache: bool | None
-    """What the student's config said before upstream's constructor changes it, as the next one."""
-    router_settings: dict[str, Any]
 
 
 def prepare(
@@ -104,10 +100,9 @@ def prepare(
         raise ConfigError("model_init_kwargs would be ignored: the model is loaded already. Remove them.")
     checks.check_parts_are_frozen(args, model)
     _set_arguments(args, visual_kd=options.visual_kd is not None)
-    use_cache, router = getattr(getattr(model, "config", None), "use_cache", None), experts.router_settings(model)
     peft_config = fit_student(model, peft_config, args)
     teacher = teacher if options.needs_teacher else None
-    return Prepared(model, teacher, train, evaluation, processing_class, peft_config, use_cache, router)
+    return Prepared(model, teacher, train, evaluation, processing_class, peft_config)
 
 
 def _processing_of(model: nn.Module | str, args: GKDConfig) -> PreTrainedTokenizerBase | ProcessorMixin:
@@ -160,40 +155,38 @@ def _set_arguments(args: GKDConfig, *, visual_kd: bool) -> None:
 
 
 @contextmanager
-def upstream_lets_pass(args: GKDConfig) -> Iterator[None]:
-    """For SFTTrainer's constructor: hide fields that are honoured here, and let it accept an adapter on `lm_head`.
-
-    It refuses one because its own loss reads the weight of the head past the adapter. Here the loss goes through it.
-    """
-    hidden = {"model_init_kwargs": None, "assistant_only_loss": False}
+def around_upstream(args: GKDConfig, student: Any) -> Iterator[None]:
+    """What SFTTrainer's constructor may not see or leave behind: fields of `args`, its check of the head, configs."""
+    hidden = {"model_init_kwargs": None, "assistant_only_loss": False}  # honoured here
     before = {name: getattr(args, name) for name in hidden}
-    refused, sft_trainer.BaseTunerLayer = sft_trainer.BaseTunerLayer, ()
     vars(args).update(hidden)
+    # It refuses an adapter on `lm_head`, because its own loss reads the weight past it. Here the loss goes through it.
+    refused, sft_trainer.BaseTunerLayer = sft_trainer.BaseTunerLayer, ()
+    # It sets these in the student's config for good, and so in what is saved as well.
+    use_cache, router_settings = getattr(student.config, "use_cache", None), experts.router_settings(student)
     try:
         yield
     finally:
-        sft_trainer.BaseTunerLayer = refused
         vars(args).update(before)
+        sft_trainer.BaseTunerLayer = refused
+        if use_cache is not None:
+            student.config.use_cache = use_cache
+        experts.restore_router_settings(student, router_settings)
 
 
 # ---- after it --------------------------------------------------------------------------------------------------------
 
 
-def finish_student(trainer: GKDTrainerWithMetrics, given: Prepared) -> None:
-    """Do, or undo, what upstream's constructor leaves to be done with the student."""
-    model: Any = trainer.model
-    check_trained(model, trainer.args.device)
+def finish_student(trainer: GKDTrainerWithMetrics) -> None:
+    """What upstream's constructor leaves to be done with the student."""
+    check_trained(trainer.model, trainer.args.device)
     if trainer.options.disable_dropout:
-        disable_dropout(model)
+        disable_dropout(trainer.model)
     # Let its generation stop where its chat template ends a turn, here and after it is saved.
-    own = getattr(model, "generation_config", None)
+    own = getattr(trainer.model, "generation_config", None)
     if own is not None:
         stops = turn_ends(trainer.processing_class, own)
         own.eos_token_id = stops[0] if len(stops) == 1 else stops or None
-    # Upstream's constructor sets these for good, and so in what is saved as well.
-    if given.use_cache is not None:
-        model.config.use_cache = given.use_cache
-    experts.restore_router_settings(model, given.router_settings)
 
 
 def set_pad_token(tokenizer: Any, args: GKDConfig) -> None:

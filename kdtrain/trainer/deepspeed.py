@@ -10,17 +10,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.errors import NotAvailableError, PreflightError
 from kdtrain.ranks import under_launcher
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 

@@ -14,17 +14,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 
+from kdtrain.data.batch import Batch
 from kdtrain.losses.kinds import VISUAL_TARGETS
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from kdtrain.data.batch import Batch
-    from kdtrain.trainer.objective import Terms
+from kdtrain.trainer.objective import Terms
 
 # Terms of the loss, already weighted. Training: each entry is the micro-batch's share of its window's loss, so that the
 # sum over micro-batches and ranks is the window's value. Evaluation: each entry is the batch's mean.

@@ -11,13 +11,15 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
 from kdtrain.errors import NotAvailableError
+from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.fused import head_distillation_loss
 from kdtrain.losses.head import Head
@@ -27,10 +29,6 @@ from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.models.experts import load_balancing_loss
 from kdtrain.models.vocabulary import Vocabulary
 from kdtrain.teachers import DenseTargets, Targets
-
-if TYPE_CHECKING:
-    from kdtrain.config.options import DistillationOptions
-    from kdtrain.feature_kd.term import VisualTerm
 
 logger = logging.getLogger(__name__)
 

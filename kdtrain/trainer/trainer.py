@@ -37,10 +37,11 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -72,10 +73,6 @@ from kdtrain.trainer.row_order import EpochSampler, SetEpoch
 from kdtrain.trainer.unlogged import RestoreUnlogged, save_unlogged
 from kdtrain.trainer.watch import WatchGradients, WatchRounding
 from kdtrain.trainer.window import Window, check_images_on_all_ranks, collect, num_supervised, options_of_window
-
-if TYPE_CHECKING:
-    from datasets import IterableDataset
-    from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +159,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             formatting_func=formatting_func,
         )
         # SFTTrainer's constructor, past GKDTrainer's: see the table above.
-        with construction.upstream_lets_pass(args):
+        with construction.around_upstream(args, given.student):
             super(GKDTrainer, self).__init__(
                 given.student,
                 args=args,
@@ -183,7 +180,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.data_collator = construction.default_collator(self.processing_class, args, formatting_func)
             check_raw_rows(self.data_collator, "train_dataset", self.train_dataset)
             check_raw_rows(self.data_collator, "eval_dataset", self.eval_dataset)
-        construction.finish_student(self, given)
+        construction.finish_student(self)
         self.teacher = given.teacher
         self.teacher_model: nn.Module | None = None if self.teacher is None else self.teacher.module
         self.vocabulary: Vocabulary | None = None

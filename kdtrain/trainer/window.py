@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from accelerate import Accelerator
 from trl.models.utils import unwrap_model_for_generation
 
+from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch, received, right_padded
 from kdtrain.data.collate import Collator
 from kdtrain.data.visual_batch import cut_rows
@@ -26,9 +28,6 @@ from kdtrain.ranks import is_main
 from kdtrain.trainer import argument_checks
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from kdtrain.config.options import DistillationOptions
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
 
 logger = logging.getLogger(__name__)
