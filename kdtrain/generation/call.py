@@ -40,7 +40,7 @@ def in_pieces(model: nn.Module) -> bool:
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> torch.Tensor:
-    """[B, P]: generation goes on at the right end, so that is where all prompts have to end."""
+    """[B, P]: tokens are appended at the right end, so that is where all prompts have to end."""
     width = max(len(row) for row in rows)
     return torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
 

@@ -72,7 +72,7 @@ def generate_batch(
 
 
 def refuse_marked_answers(model: nn.Module) -> None:
-    """Refuse a model that is told which tokens are prompt: answers that it writes would count as prompt."""
+    """Refuse a model whose inputs mark what is prompt: answers that it writes would count as prompt."""
     if getattr(getattr(model, "config", None), "model_type", None) == "paligemma":
         raise NotAvailableError(
             "PaliGemma reads from token_type_ids what is prompt and what is answer: generating for it is not available "

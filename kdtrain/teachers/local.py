@@ -83,7 +83,7 @@ class LocalTeacher(Teacher):
         return Targets(DenseTargets(hidden_SH, head))
 
     def _lasting(self, head: Head) -> Head:
-        """A head that outlives the forward. FSDP2 and ZeRO-3 free whole weights after it: of theirs a copy is kept.
+        """A head that outlives the forward. FSDP2 and ZeRO-3 free whole weights after it: there a copy is kept.
 
         One copy for the run: the teacher never changes.
         """

@@ -28,6 +28,7 @@ from kdtrain.models.loading import load_with_adapter
 from kdtrain.models.loss_head import add_loss_head, why_no_loss_head
 from kdtrain.models.probe import Side
 from kdtrain.models.processing import load_processing, load_tokenizer
+from kdtrain.models.text_only import check_reentrant
 from kdtrain.models.tuning import check_trained, disable_dropout, fit_student
 from kdtrain.models.vocabulary import Vocabulary, shared_vocabulary, vocabulary_size
 from kdtrain.preflight.model_checks import both_sides, check_models
@@ -180,6 +181,7 @@ def around_upstream(args: GKDConfig, student: Any) -> Iterator[None]:
 def finish_student(trainer: GKDTrainerWithMetrics) -> None:
     """What upstream's constructor leaves to be done with the student."""
     check_trained(trainer.model, trainer.args.device)
+    check_reentrant(trainer.model, trainer.args)
     if trainer.options.disable_dropout:
         disable_dropout(trainer.model)
     # Let its generation stop where its chat template ends a turn, here and after it is saved.

@@ -54,7 +54,7 @@ def guard_steps(engine: Any, accelerator: Accelerator, refuse: Callable[[Any], B
     """Raise `refuse(norm)` instead of an optimizer step whose gradient is not finite, on all ranks alike.
 
     Most of DeepSpeed's optimizers skip such a step themselves: with fp16 they lower their loss scale, which is not an
-    error, and otherwise transformers sees the norm afterwards. Stage 0, and ZeRO-1 and 2 in bf16 with
+    error, and otherwise transformers gets the norm afterwards. Stage 0, and ZeRO-1 and 2 in bf16 with
     `check_grad_overflow` off, would take it.
 
     Args:

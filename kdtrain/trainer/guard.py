@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class NonFiniteGuard:
-    """Looks at what a trainer has recorded and trained; its errors are `NonFiniteError`s that say what and where."""
+    """Checks what a trainer has recorded and trained; its errors are `NonFiniteError`s that say what and where."""
 
     def __init__(self, trainer: GKDTrainerWithMetrics) -> None:
         self._trainer = trainer
         self._engine: nn.Module | None = None
 
     def watch_steps(self, engine: nn.Module) -> None:
-        """Under DeepSpeed, which takes its optimizer steps within backward: look at each there, from now on."""
+        """Check each optimizer step of DeepSpeed's where it takes them, within backward; from now on."""
         if engine is not self._engine:
             guard_steps(engine, self._trainer.accelerator, self._error)
             self._engine = engine
@@ -53,7 +53,7 @@ class NonFiniteGuard:
         self.check_losses(norm)
 
     def check_weights(self, together: bool) -> None:
-        """Raise where a trained weight is not finite: only the next step would look at it. Reads each once.
+        """Raise where a trained weight is not finite, which else only the next step would show. Reads each once.
 
         Args:
             together: ask all ranks; a collective.

@@ -58,7 +58,7 @@ Metrics = Mapping[str, Sequence[torch.Tensor]]
 
 
 def record(metrics: Mapping[str, list[torch.Tensor]], terms: Terms, batch: Batch) -> None:
-    """Append what one micro-batch says to the lists of `metrics`, a defaultdict."""
+    """Append the numbers of one micro-batch to the lists of `metrics`, a defaultdict."""
     tokens = terms.tokens
     for key, value in terms.named.items():
         metrics[key].append(value)

@@ -10,7 +10,7 @@ What is overridden, and why:
 | `Trainer.train` | metrics of an earlier call that were never logged do not count |
 | `Trainer._get_train_sampler`, `_get_dataloader` | other rows in every epoch; evaluation drops none |
 | `Trainer._prepare_inputs` | knows mappings only |
-| `Trainer.get_batch_samples` | sees a whole window before its first forward: generate there, then count D |
+| `Trainer.get_batch_samples` | has a whole window before its first forward: generate there, then count D |
 | `GKDTrainer.training_step` | draws on-policy per rank and micro-batch; here the window is already drawn |
 | `GKDTrainer.compute_loss` | the loss itself: upstream's is 1/world_size, ignores temperature and has no CE |
 | `SFTTrainer.log` | metrics reduced across ranks |
@@ -21,8 +21,8 @@ What is overridden, and why:
 | `SFTTrainer._save_checkpoint` | its time is not training time |
 | `Trainer._save_rng_state`, `_prepare_for_training` | a record that a checkpoint falls in the middle of stays whole |
 | `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | the projectors' file; and no pickle of the arguments |
-| `Trainer._load_optimizer_and_scheduler` | an error that says what to do |
-| `Trainer._issue_warnings_after_load` | a checkpoint that was not loaded is no matter for a warning |
+| `Trainer._load_optimizer_and_scheduler` | a file that does not fit is an error with a way out |
+| `Trainer._issue_warnings_after_load` | warns of weights that it did not load, and trains on without them |
 | `_BaseTrainer.create_model_card` | no card that says that a student from a folder derives from None |
 | `_BaseTrainer._send_telemetry` | nothing is sent anywhere |
 """
@@ -58,7 +58,7 @@ from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.losses.reduce import IGNORE_INDEX, world_scale
 from kdtrain.models.load_report import load_weights
 from kdtrain.models.loss_head import why_wrapped_head_differs
-from kdtrain.models.text_only import check_reentrant, keep_a_path, trained_by_images_alone
+from kdtrain.models.text_only import keep_a_path, trained_by_images_alone
 from kdtrain.models.vocabulary import Vocabulary
 from kdtrain.preflight.positions import refuse_width
 from kdtrain.ranks import is_main
@@ -194,7 +194,6 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._objective = construction.build_objective(self)
         # Under ZeRO-3 the model has to be wrapped for the comparison.
         self._head_unchecked = self._objective.fused and is_deepspeed_zero3_enabled()
-        check_reentrant(self.model, args)
         self.by_images_alone = trained_by_images_alone(self.model)
         if self.by_images_alone:
             keep_a_path(self.model)
@@ -243,7 +242,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         return output
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        """As upstream, which goes on by setting all sums to 0: `RestoreUnlogged` is told where they are."""
+        """As upstream, which sets all sums to 0 after this: `RestoreUnlogged` reads them back from the checkpoint."""
         self._unlogged.checkpoint = resume_from_checkpoint
         self.summed_from = self.state.global_step
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -511,7 +510,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.visual.load(self.state.best_model_checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Load weights that found no place by name; upstream warns, and goes on with weights that were never trained.
+        """Load weights whose names are not the model's: upstream warns, and would go on with others.
 
         transformers saves vision-language models under the names of their first release, and loads by those of today.
         """

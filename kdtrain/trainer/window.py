@@ -38,7 +38,7 @@ class Window:
     """What holds for all micro-batches of an optimizer step."""
 
     options: DistillationOptions | None
-    """As they were when it began: a callback that changes one is heard by the next window. None when it is done."""
+    """As they were when it began: what a callback changes holds from the next window. None when it is done."""
     has_new_images: bool
     """Whether a row has an image and is not there only to fill up an epoch; see `_some_new_image`."""
     on_policy: bool
@@ -146,7 +146,7 @@ def collect(
     """
     trainer.receiver.count_truncated(batches)
     on_policy = False
-    if options.lm_kd_active:  # CE is not taught on the student's own answers, and visual KD sees no text
+    if options.lm_kd_active:  # CE is not taught on the student's own answers, and visual KD compares no text
         on_policy = student_generates(trainer.args.seed, trainer.state.global_step, options.lmbda)
         if on_policy or options.seq_kd:
             batches = _generated(trainer, batches, "student" if on_policy else "teacher", options)
