@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from transformers import EarlyStoppingCallback
-from trl.experimental.gkd import GKDConfig
 
 from kdtrain.errors import PreflightError
 from kdtrain.feature_kd.images import first_batch_with_images
@@ -48,20 +47,15 @@ def set_direction(trainer: GKDTrainerWithMetrics, asked: bool | None = None) -> 
             f"training.greater_is_better: {str(asked).lower()} would keep the worst step: of {bare} "
             f"{'more' if higher else 'less'} is better. Remove the option."
         )
-    args.greater_is_better = higher
-    _set_mode(args, bare, "max" if higher else "min")
-
-
-def _set_mode(args: GKDConfig, name: str, mode: str) -> None:
-    if args.lr_scheduler_type not in _SCHEDULERS_BY_METRIC:
-        return
-    options = dict(args.lr_scheduler_kwargs or {})
-    if options.setdefault("mode", mode) != mode:
-        raise PreflightError(
-            f"training.lr_scheduler_kwargs: mode {options['mode']} goes the wrong way for {name}, which should be "
-            f"{mode}. Remove it."
-        )
-    args.lr_scheduler_kwargs = options
+    args.greater_is_better, mode = higher, "max" if higher else "min"
+    if args.lr_scheduler_type in _SCHEDULERS_BY_METRIC:
+        options = dict(args.lr_scheduler_kwargs or {})
+        if options.setdefault("mode", mode) != mode:
+            raise PreflightError(
+                f"training.lr_scheduler_kwargs: mode {options['mode']} goes the wrong way for {bare}, which should be "
+                f"{mode}. Remove it."
+            )
+        args.lr_scheduler_kwargs = options
 
 
 def _metric(trainer: GKDTrainerWithMetrics) -> str | None:

@@ -147,12 +147,10 @@ def evaluation_metrics(reduced: Reduced) -> dict[str, float]:
 
 def _token_metrics(reduced: Reduced) -> dict[str, float]:
     record: dict[str, float] = {}
-    tokens = reduced.sums["num_tokens"]
-    if tokens:
+    if tokens := reduced.sums["num_tokens"]:
         record["token_accuracy"] = reduced.sums["num_correct"] / tokens
         record["student_entropy"] = reduced.sums["student_entropy_sum"] / tokens
-    teacher_tokens = reduced.sums["num_teacher_tokens"]
-    if teacher_tokens:
+    if teacher_tokens := reduced.sums["num_teacher_tokens"]:
         record["teacher_agreement"] = reduced.sums["num_agree"] / teacher_tokens
         record["teacher_entropy"] = reduced.sums["teacher_entropy_sum"] / teacher_tokens
     return record

@@ -110,8 +110,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
             None finds out.
 
     Raises:
-        ValueError: KD is active without a teacher, a knob is out of range, vocabularies differ, or an argument is of a
-            wrong kind (`ConfigError`, `PreflightError`).
+        ValueError: KD is active without a teacher, an option is out of range, vocabularies differ, or an argument is of
+            a wrong kind (`ConfigError`, `PreflightError`).
     """
 
     _tag_names = ("trl", "gkd", "kdtrain")
