@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import re
 import types
 
 import datasets
 import pytest
 import torch
 from peft import LoraConfig
-from trl.experimental.gkd import GKDConfig
+from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from kdtrain.data import Collator
 from kdtrain.errors import NonFiniteError, PreflightError, VocabularyError
@@ -1106,3 +1107,12 @@ def test_a_student_that_cannot_be_trained_as_asked_is_refused_at_construction(tm
         make_trainer(tmp_path, student, teacher, extra={"peft_config": LoraConfig(target_modules=["q_prjo"])})
     with pytest.raises(PreflightError, match="Not one parameter of the student"):
         make_trainer(tmp_path, student.requires_grad_(False), teacher)
+
+
+def test_the_head_of_the_file_names_every_method_that_is_overridden():
+    from kdtrain.trainer import trainer as module
+
+    rows = [line.split("|")[1] for line in module.__doc__.splitlines() if line.startswith("| `")]
+    named = [name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", " ".join(rows))]
+    own = {name for name, value in vars(GKDTrainerWithMetrics).items() if isinstance(value, types.FunctionType)}
+    assert sorted(named) == sorted(name for name in own if hasattr(GKDTrainer, name))

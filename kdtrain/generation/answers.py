@@ -42,14 +42,11 @@ class TeacherAnswers:
     """Generates and remembers a teacher's answers.
 
     Args:
-        teacher: a transformers model in this process; put on the device and into eval mode.
+        teacher: put on the device and into eval mode.
         processing_class: what the rows were encoded with.
-        collate: rows to a batch.
         folder: where answers are kept; made when the first one is.
         identity: whatever names the teacher and its loading; other values are other answers.
-        max_new_tokens: longest answer.
-        vocabulary: token ids both models know; the teacher's further ones (padding) are never generated.
-        batch_size: prompts at a time.
+        vocabulary: token ids that both models know; the teacher's others (padding) are never generated.
         progress: called with the number of answers there are, and how many are needed; on the main process only.
     """
 
@@ -83,13 +80,9 @@ class TeacherAnswers:
         self._folder = folder / digest[:16]
 
     def fill(self, dataset: datasets.Dataset) -> datasets.Dataset:
-        """The data set with an answer in every row whose column `answers` is true; without one, as it is.
+        """The data set with an answer in every row whose column `answers` is true, supervised as in `generate_batch`.
 
         A collective: the ranks share the work, and all of them get all answers.
-
-        Returns:
-            Rows with new `input_ids` and `labels`: the answer is supervised, its stop token included. An answer that
-            reached `max_new_tokens` gets no made-up stop token; such are counted in a warning.
         """
         if "answers" not in dataset.column_names:
             return dataset

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.models.experts import without_router_logits
+from kdtrain.models.probe import evaluating, own_random_state
 
 
 def call_generate(
@@ -21,7 +22,8 @@ def call_generate(
     """What `model.generate` returns for prompts, and the number of positions P that it begins with."""
     input_ids_BP = left_padded(prompts, config.pad_token_id, device)
     mask_BP = left_padded([[1] * len(prompt) for prompt in prompts], 0, device)
-    with torch.no_grad(), _evaluating(model), _only(model, config), without_router_logits(model):
+    # In eval mode: dropout, a LoRA adapter's included, must not reach the samples.
+    with evaluating(model), _only(model, config), without_router_logits(model):
         made = model.generate(
             input_ids=input_ids_BP,
             attention_mask=mask_BP,
@@ -38,25 +40,14 @@ def in_pieces(model: nn.Module) -> bool:
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> torch.Tensor:
-    """[B, P]: generation goes on at the right end, so that is where all prompts have to end."""
+    """[B, P]: tokens are appended at the right end, so that is where all prompts have to end."""
     width = max(len(row) for row in rows)
     return torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the time of sampling: dropout, a LoRA adapter's included, must not reach the samples."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@contextmanager
 def _only(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Hide the model's own generation config, from which `generate` fills in whatever ours leaves open.
+    """Hide the model's own generation config, from which `generate` fills in whatever `config` leaves open.
 
     A checkpoint's repetition penalty would silently bias the samples that the student is judged on.
     """
@@ -72,7 +63,6 @@ def _only(model: Any, config: GenerationConfig) -> Iterator[None]:
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """A fixed random state inside, the caller's own one again after."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with own_random_state(device):
         torch.manual_seed(seed)
         yield

@@ -6,14 +6,12 @@ positions of models that do not derive them from the mask.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from torch import nn
 from transformers import GenerationConfig
-from trl.models.utils import unwrap_model_for_generation
 
 from kdtrain.data.batch import Batch
 from kdtrain.data.collate import pad_rows
@@ -22,77 +20,24 @@ from kdtrain.generation.call import call_generate, left_padded, seeded
 from kdtrain.generation.padding import answered_together
 from kdtrain.losses.reduce import IGNORE_INDEX
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from trl.experimental.gkd import GKDConfig
-
-
-def generate_window(
-    batches: Sequence[Batch],
-    wrapped: nn.Module,
-    config: GenerationConfig,
-    side: Literal["student", "teacher"],
-    *,
-    args: GKDConfig,
-    accelerator: Accelerator,
-    step: int,
-) -> list[Batch]:
-    """The batches of a window with answers that one of the models has written.
-
-    Args:
-        batches: on the device.
-        wrapped: the model that writes, as wrapped for training.
-        config: of `generation_config`.
-        step: optimizer steps done.
-    """
-    # Ranks hold other rows, so they sample from other states; the window and micro-batch make them new each time.
-    base = f"{side}:{args.seed}:{step}:{accelerator.process_index}"
-    kwargs = {"gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs}
-    generated = []
-    with unwrap_model_for_generation(wrapped, accelerator, **kwargs) as model:
-        for i, batch in enumerate(batches):
-            seen = batch.as_teacher_sees_it() if side == "teacher" else batch
-            done = generate_batch(
-                model, seen, config, seed=_stable_seed(f"{base}:{i}"), multiple=args.pad_to_multiple_of
-            )
-            tokens = ("input_ids", "attention_mask", *batch.token_level)
-            # The images remain the student's.
-            inputs = {**batch.model_inputs, **{name: done.model_inputs[name] for name in tokens}}
-            batch = replace(batch, model_inputs=inputs, labels=done.labels, generated_by=side)
-            generated.append(batch.without_labels() if batch.all_repeated else batch)
-    return generated
-
-
-def _stable_seed(text: str) -> int:
-    """A 63-bit seed that is the same in every process; Python's own hash is not."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
 
 def generate_batch(
     model: nn.Module, batch: Batch, config: GenerationConfig, *, seed: int, multiple: int | None = None
 ) -> Batch:
     """A copy of `batch` whose answers are sampled from `model`: prompt, then completion up to its first stop token.
 
+    The completion is supervised, its stop token included. One that reached `max_new_tokens` gets no made-up stop token.
+
     Args:
-        model: an unwrapped transformers model; put into eval mode for the time.
-        batch: with prompts in its `rows`.
-        config: of `generation_config`.
+        model: not wrapped.
         seed: of the sampling, so that a resumed run samples what the uninterrupted one did.
         multiple: pad the result to a multiple of this length.
-
-    Returns:
-        The batch with new tokens and labels; the completion is supervised, its stop token included. A completion that
-        reached `max_new_tokens` gets no made-up stop token.
-
-    Raises:
-        DataError: a row without a prompt, which nothing can be generated from, or with an image behind its prompt.
-        PreflightError: the model cannot generate from prompts of unequal length.
     """
     prompts = _prompts(batch)
     device = batch.model_inputs["input_ids"].device
-    if strange := batch.unknown_inputs:
+    if batch.unknown_inputs:
         raise DataError(
-            f"Batches carry {', '.join(strange)}, which generation does not know how to continue. "
+            f"Batches carry {', '.join(batch.unknown_inputs)}, which generation does not know how to continue. "
             "Set rlhf.lmbda: 0 and rlhf.seq_kd: false."
         )
     images, per_token = batch.visual, batch.token_level
@@ -127,11 +72,7 @@ def generate_batch(
 
 
 def refuse_marked_answers(model: nn.Module) -> None:
-    """Refuse a model that is told which tokens are prompt: what it generates would count as prompt, and see its future.
-
-    Raises:
-        NotAvailableError: it is PaliGemma.
-    """
+    """Refuse a model whose inputs mark what is prompt: answers that it writes would count as prompt."""
     if getattr(getattr(model, "config", None), "model_type", None) == "paligemma":
         raise NotAvailableError(
             "PaliGemma reads from token_type_ids what is prompt and what is answer: generating for it is not available "
@@ -167,19 +108,17 @@ def _prompts(batch: Batch) -> list[list[int]]:
             "On-policy and seq_kd batches need prompts: the collator must give `prompt_lengths` [B]. "
             "Set rlhf.lmbda: 0 and rlhf.seq_kd: false to train on the data's own answers."
         )
-    for i, row in enumerate(rows):
-        if not row:
-            raise DataError(
-                f"Row {batch.rows.name(i)} has no prompt to generate from (plain text?). Set rlhf.lmbda: 0 and "
-                "rlhf.seq_kd: false, or give rows with a prompt."
-            )
+    if [] in rows:
+        name = batch.rows.name(rows.index([]))
+        raise DataError(
+            f"Row {name} has no prompt to generate from (plain text?). Set rlhf.lmbda: 0 and "
+            "rlhf.seq_kd: false, or give rows with a prompt."
+        )
     return rows
 
 
 def _until_stop(tokens: list[int], stop_ids: int | Sequence[int] | None) -> list[int]:
     """Tokens up to and including the first stop token; all of them where none was generated."""
     stops = set(stop_ids if isinstance(stop_ids, list | tuple) else [stop_ids])
-    for i, token in enumerate(tokens):
-        if token in stops:
-            return tokens[: i + 1]
-    return tokens
+    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+    return tokens[: end + 1]

@@ -29,28 +29,23 @@ logger = logging.getLogger(__name__)
 def answered_together(
     model: nn.Module, prompts: Sequence[Sequence[int]], device: torch.device, images: bool
 ) -> list[list[int]]:
-    """Rows that are generated together: as many as get the answers that each would get alone.
-
-    Raises:
-        PreflightError: they cannot be generated apart.
-    """
-    everyone = list(range(len(prompts)))
+    """Rows that are generated together: as many as get the answers that each would get alone."""
     share = who_shares_a_batch(model, device)
     if share == "all":
-        return [everyone]
-    apart = (
-        f"{name_of(model)} writes other answers to a prompt that shares a batch than to the prompt alone, and {{}}. "
-        "{} rlhf.lmbda: 0 and rlhf.seq_kd: false."
-    )
-    if in_pieces(model):  # ranks with other lengths would wait for each other's forwards
-        reason = "under FSDP and ZeRO-3 prompts cannot be generated apart"
-        raise PreflightError(apart.format(reason, "Train it with plain data parallelism, or set"))
+        return [list(range(len(prompts)))]
     by_length: dict[int, list[int]] = {}
-    for i in everyone:
-        by_length.setdefault(len(prompts[i]) if share == "equally long" else i, []).append(i)
-    if images and len(by_length) > 1:
-        reason = "prompts with images cannot be generated apart"
-        raise PreflightError(apart.format(reason, "Set training.per_device_train_batch_size: 1, or"))
+    for i, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt) if share == "equally long" else i, []).append(i)
+    refusal = None
+    if in_pieces(model):  # ranks with other lengths would wait for each other's forwards
+        refusal = "under FSDP and ZeRO-3 prompts", "Train it with plain data parallelism, or set"
+    elif images and len(by_length) > 1:
+        refusal = "prompts with images", "Set training.per_device_train_batch_size: 1, or"
+    if refusal is not None:
+        raise PreflightError(
+            f"{name_of(model)} writes other answers to a prompt that shares a batch than to the prompt alone, and "
+            f"{refusal[0]} cannot be generated apart. {refusal[1]} rlhf.lmbda: 0 and rlhf.seq_kd: false."
+        )
     return list(by_length.values())
 
 
@@ -62,9 +57,6 @@ def who_shares_a_batch(model: nn.Module, device: torch.device) -> Share:
     """Which prompts a model answers beside others as it does alone; tried once for each model.
 
     A model in pieces is tried by all ranks together.
-
-    Raises:
-        PreflightError: it cannot generate.
     """
     if model not in _SHARES:
         difference = _difference_beside(model, device, longer=True)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from kdtrain.data.chat_template import ChatTemplate
 from kdtrain.data.multimodal import image_token_ids
 from kdtrain.models.probe import placeholder_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def student_generates(seed: int, step: int, lmbda: float) -> bool:
@@ -26,19 +24,21 @@ def student_generates(seed: int, step: int, lmbda: float) -> bool:
     return random.Random(f"on-policy:{seed}:{step}").random() < lmbda
 
 
+def stable_seed(text: str) -> int:
+    """63 bits of seed that are the same in every process; Python's own hash is not."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
 @dataclass(frozen=True)
 class TokenRoles:
-    """Ids that mean something to a generation.
-
-    Attributes:
-        stop: end an answer.
-        pad: fills up the rows that stopped earlier.
-        forbidden: never written.
-    """
+    """Ids that mean something to a generation."""
 
     stop: list[int]
+    """End an answer."""
     pad: int
+    """Fills up the rows that stopped earlier."""
     forbidden: list[int]
+    """Never written."""
 
 
 def token_roles(
@@ -47,18 +47,16 @@ def token_roles(
     padding_ids: Iterable[int],
     *more_configs: GenerationConfig | None,
 ) -> TokenRoles:
-    """The roles of token ids where a model writes answers.
+    """The roles of token ids where a model, which is not wrapped, writes answers to rows of `processing_class`.
 
     Args:
-        processing_class: of the rows; its chat template says what ends a turn.
-        model: the one that writes, unwrapped.
         padding_ids: padding of the embedding, which is no token of both models.
-        more_configs: further configs whose stop tokens count.
+        more_configs: stop tokens are those of the model's own generation config, and of these.
     """
     tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
     stops = turn_ends(processing_class, getattr(model, "generation_config", None), *more_configs)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0] if stops else 0
-    # Of a token that stands for an image its reader would look for the image.
+    # A model that reads a token which stands for an image looks for the image.
     images = {*image_token_ids(processing_class), *placeholder_ids(model)}
     return TokenRoles(stops, pad, sorted({*padding_ids, *images}))
 
@@ -81,13 +79,9 @@ def stop_token_ids(*sources: Any) -> list[int]:
     A list in a config is kept whole (Llama 3 stops at two tokens), and a tokenizer's eos counts even where the model's
     generation config names another.
     """
-    ids: dict[int, None] = {}
-    for source in sources:
-        found = getattr(source, "eos_token_id", None)
-        for token in found if isinstance(found, list | tuple) else [found]:
-            if token is not None:
-                ids[int(token)] = None
-    return list(ids)
+    found = [getattr(source, "eos_token_id", None) for source in sources]
+    tokens = [token for ids in found for token in (ids if isinstance(ids, list | tuple) else [ids])]
+    return list(dict.fromkeys(int(token) for token in tokens if token is not None))
 
 
 def generation_config(
@@ -100,11 +94,8 @@ def generation_config(
     """Plain sampling at `temperature` from the whole vocabulary: top-k or top-p would bias the samples.
 
     Args:
-        stop_ids: of `stop_token_ids`.
-        pad_id: fills up the rows that stopped earlier.
-        temperature: of the sampling; None takes the most likely token each time instead.
-        forbidden: ids that are never written: padding of the embedding, which is no token of both models, and tokens
-            that stand for images, since a model that reads one looks for its image.
+        stop_ids, pad_id, forbidden: see `TokenRoles`.
+        temperature: None takes the most likely token each time instead.
     """
     sampling = {} if temperature is None else {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(

@@ -1,7 +1,7 @@
 """What is asked of both models before the first step, in the order in which it is paid for.
 
-Their configs say what kind they are (`model_kinds.refuse_other_kinds`, before weights are loaded). Then come a forward
-on a few tokens, the lengths of the rows, one image, and for a model that will generate a short answer.
+Their configs say what kind they are (`models/kinds.py`, before weights are loaded). Then come a forward on a few
+tokens, the lengths of the rows, one image, and for a model that will generate a short answer.
 """
 
 from __future__ import annotations
@@ -20,21 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from kdtrain.config.tree import Problem
 from kdtrain.data.collate import Collator
-from kdtrain.data.multimodal import Processed, multimodal
+from kdtrain.data.multimodal import multimodal
 from kdtrain.errors import PreflightError
 from kdtrain.feature_kd.images import first_row_with_images
 from kdtrain.generation.generate import refuse_marked_answers
 from kdtrain.generation.padding import who_shares_a_batch
-from kdtrain.models.probe import (
-    OPTION_OF,
-    Side,
-    TextLook,
-    as_preflight_error,
-    evaluating,
-    look_at_text,
-    name_of,
-    own_random_state,
-)
+from kdtrain.models import probe
 from kdtrain.preflight.positions import Rows, length_findings, rope_findings
 from kdtrain.ranks import is_main
 
@@ -43,21 +34,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CheckedModel:
-    """One of the two models.
+    """One of the two models."""
 
-    Attributes:
-        name: "student" or "teacher".
-        model: not wrapped; of a PEFT model its base.
-        look: of `look_at_text`.
-        processing: its tokenizer or processor, where it is known.
-        virtual: tokens that prompt learning puts before each row: the look's positions are those behind them.
-    """
-
-    name: Side
+    name: probe.Side
     model: PreTrainedModel
-    look: TextLook
+    """Not wrapped; of a PEFT model its base."""
+    look: probe.TextLook
+    """Its positions are those behind the virtual tokens."""
     processing: PreTrainedTokenizerBase | ProcessorMixin | None = None
+    """Its tokenizer or processor, where it is known."""
     virtual: int = 0
+    """Tokens that prompt learning puts before each row."""
 
 
 def both_sides(
@@ -66,31 +53,28 @@ def both_sides(
     """The student, and the teacher where it is a model in this process.
 
     Args:
-        student: not wrapped.
-        teacher: a `Teacher`, or None.
         collator: knows the processors, if it is a `Collator` of this package.
         teacher_model: the teacher's module as it was before it was wrapped; None is as it is.
     """
     known = isinstance(collator, Collator)
     processing = collator.processing_class if known else None
     base = student.get_base_model() if is_peft_model(student) else student
-    look, virtual = look_at_text(base, "student"), _virtual_tokens(student)
-    sides = [CheckedModel("student", base, _behind(virtual, look), processing, virtual)]
-    if teacher is not None and isinstance(getattr(teacher, "look", None), TextLook):
+    sides = [_checked("student", base, probe.look_at_text(base, "student"), processing, student)]
+    if teacher is not None and isinstance(getattr(teacher, "look", None), probe.TextLook):
         of_teacher = (collator.teacher_processing_class or processing) if known else None
         model = teacher.module if teacher_model is None else teacher_model
-        virtual = _virtual_tokens(model)
-        sides.append(CheckedModel("teacher", model, _behind(virtual, teacher.look), of_teacher, virtual))
+        sides.append(_checked("teacher", model, teacher.look, of_teacher, model))
     return sides
 
 
-def _virtual_tokens(model: PreTrainedModel | PeftModel) -> int:
-    config = model.active_peft_config if is_peft_model(model) else None
-    return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
-
-
-def _behind(virtual: int, look: TextLook) -> TextLook:
-    return look if look.positions is None else replace(look, positions=look.positions - virtual)
+def _checked(
+    name: probe.Side, base: PreTrainedModel, look: probe.TextLook, processing: Any, tuned: Any
+) -> CheckedModel:
+    config = tuned.active_peft_config if is_peft_model(tuned) else None
+    virtual = config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
+    if look.positions is not None:
+        look = replace(look, positions=look.positions - virtual)
+    return CheckedModel(name, base, look, processing, virtual)
 
 
 def check_models(
@@ -99,7 +83,7 @@ def check_models(
     collator: Any,
     train: Any,
     *,
-    generating: Sequence[nn.Module] = (),
+    generating: Sequence[nn.Module],
     only_errors: bool = False,
     in_pieces: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -107,24 +91,19 @@ def check_models(
     """Warn of what will be worse than it looks, and refuse what would end the run or make its numbers wrong.
 
     Args:
-        rows: of `rows_of_a_run` or `answered_rows`.
         train: where a row with an image is looked for; None where there is no data yet.
         generating: the models that will write answers.
-        only_errors: there will be another look, which knows more.
-        in_pieces: FSDP or DeepSpeed will wrap the models: no image is looked at.
+        only_errors: both models are checked again later, when more is known.
+        in_pieces: FSDP or DeepSpeed will wrap the models: no image is tried.
         autocast: what training runs forwards in.
-
-    Raises:
-        PreflightError: all errors of a kind together.
-        NotAvailableError: a model that will write answers cannot yet.
     """
     for model in generating:
         refuse_marked_answers(model)
     multiple = getattr(collator, "pad_to_multiple_of", None)
     findings = [finding for side in sides for finding in side.look.findings]
     for side in sides:
-        findings += length_findings(side.model, side.name, side.look, rows, multiple, side.virtual)
-        findings += rope_findings(side.model, side.name, rows)
+        findings += length_findings(side, rows, multiple)
+        findings += rope_findings(side, rows)
     report(finding for finding in findings if finding.level == "error" or not only_errors)
     unseen = [side.name for side in sides if not side.look.looked]
     if unseen and is_main():
@@ -133,18 +112,18 @@ def check_models(
             "they have to predict.",
             " and ".join(unseen),
         )
-    if not in_pieces and not unseen:
-        _check_images(sides, collator, train, autocast)
-        for model in generating:
-            who_shares_a_batch(model, next(model.parameters()).device)
+    if in_pieces or unseen:
+        return
+    row = None if train is None or not isinstance(collator, Collator) else first_row_with_images(train, collator)
+    if row is not None:
+        with autocast():
+            report(finding for side in sides for finding in image_findings(side, collator, row))
+    for model in generating:
+        who_shares_a_batch(model, next(model.parameters()).device)
 
 
 def report(findings: Iterable[Problem]) -> None:
-    """Log the warnings, on the main process, and raise the errors, all in one.
-
-    Raises:
-        PreflightError: there is an error among them.
-    """
+    """Log the warnings, on the main process, and raise the errors, all in one."""
     errors = []
     for finding in dict.fromkeys(findings):
         text = f"{finding.message} {finding.hint}".strip()
@@ -156,63 +135,44 @@ def report(findings: Iterable[Problem]) -> None:
         raise PreflightError("\n".join(errors))
 
 
-# ---- images ----------------------------------------------------------------------------------------------------------
-
-
-def _check_images(
-    sides: Sequence[CheckedModel],
-    collator: Any,
-    train: Any,
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> None:
-    """Each model on a row with an image as its own processor prepares it, so that a misfit is named with its side."""
-    row = None if train is None or not isinstance(collator, Collator) else first_row_with_images(train, collator)
-    if row is None:
-        return
-    with autocast():
-        report(finding for side in sides for finding in image_findings(side, collator, row))
-
-
 def image_findings(side: CheckedModel, collator: Collator, row: Mapping[str, Any]) -> list[Problem]:
     """One image through a model, as its own processor prepares it: what does not fit is named with its side.
 
     Args:
-        side: nothing is looked at where its processing is a tokenizer.
-        collator: reads the images.
         row: of the data, with an image.
     """
-    model, option = side.model, OPTION_OF[side.name]
+    model, option = side.model, probe.OPTION_OF[side.name]
     processor = multimodal(side.processing)
-    if processor is None:
+    if processor is None:  # a tokenizer: its model reads text
         return []
     try:
         inputs = collator.prepared_by(side.processing, row)
     except PreflightError as error:
-        message = f"The {side.name}'s processor ({name_of(model)}) cannot prepare an image: {error}"
+        message = f"The {side.name}'s processor ({probe.name_of(model)}) cannot prepare an image: {error}"
         return [Problem(option, message)]
     device = next(model.parameters()).device
     ids = torch.tensor([inputs.ids])
     tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs.token_tensors, **inputs.visual}
     moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+    says = probe.as_preflight_error("the model says")
     try:
-        with evaluating(model), own_random_state(device), as_preflight_error("the model says"):
+        with probe.evaluating(model), probe.own_random_state(device), says:
             model(**moved, use_cache=False)
+        return []
     except PreflightError as error:
-        tokens = sum(i in processor.image_ids for i in inputs.ids)
-        return [_misfit(side, inputs, tokens, str(error))]
-    return []
-
-
-def _misfit(side: CheckedModel, inputs: Processed, image_tokens: int, model_says: str) -> Problem:
+        model_says = str(error)
+    image_tokens = sum(i in processor.image_ids for i in inputs.ids)
     made = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.visual.items())
-    vision = getattr(side.model.config, "vision_config", None)
+    vision = getattr(model.config, "vision_config", None)
     sizes = {name: getattr(vision, name, None) for name in ("image_size", "patch_size", "spatial_merge_size")}
     expected = ", ".join(f"{name} {value}" for name, value in sizes.items() if value is not None)
-    return Problem(
-        OPTION_OF[side.name],
-        f"The {side.name}'s processor does not fit the {side.name} ({name_of(side.model)}): for a row with an image "
+    message = (
+        f"The {side.name}'s processor does not fit the {side.name} ({probe.name_of(model)}): for a row with an image "
         f"the processor makes {made} and {image_tokens} image tokens, and {model_says} Its sizes: "
-        f"{expected or 'unknown'}.",
-        "Put the processor files (preprocessor_config.json, processor_config.json) of the model that the folder came "
-        "from into it.",
+        f"{expected or 'unknown'}."
     )
+    hint = (
+        "Put the processor files (preprocessor_config.json, processor_config.json) of the model that the folder came "
+        "from into it."
+    )
+    return [Problem(option, message, hint)]

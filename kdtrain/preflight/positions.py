@@ -1,8 +1,8 @@
 """Whether the rows of a run fit the positions of its models, asked before the first step.
 
 A model with learned positions has no more of them than its table: a longer row ends the run where it comes up. A model
-with rotary positions (RoPE) takes rows of any length, but was trained on some only. And two kinds of RoPE look at the
-whole batch: their frequencies depend on its longest row.
+with rotary positions (RoPE) takes rows of any length, but was trained on some only. And two kinds of RoPE depend on the
+whole batch: on its longest row.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
+from transformers import PreTrainedModel
 
 from kdtrain.config.tree import Problem
 from kdtrain.data.batch import Batch
 from kdtrain.data.collate import Collator
 from kdtrain.errors import DataError
-from kdtrain.models.probe import OPTION_OF, Side, TextLook, evaluating, few_tokens
+from kdtrain.models.probe import OPTION_OF, Side, evaluating, few_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from kdtrain.preflight.model_checks import CheckedModel
 
 # What configs call the number of positions that a model was made for.
 _DECLARED = ("max_position_embeddings", "max_seq_len")
@@ -30,19 +31,16 @@ _DECLARED = ("max_position_embeddings", "max_seq_len")
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a run, as far as their lengths are known.
-
-    Attributes:
-        what: in words, for messages.
-        lengths: tokens of each row.
-        batch_size: rows that share a forward.
-        way_out: how they are made shorter, in words.
-    """
+    """Rows of a run, as far as their lengths are known."""
 
     what: str
+    """In words, for messages."""
     lengths: np.ndarray
+    """Tokens of each row; not empty."""
     batch_size: int
+    """Rows that share a forward."""
     way_out: str
+    """How they are made shorter, in words."""
 
     @property
     def longest(self) -> int:
@@ -56,13 +54,11 @@ class Rows:
 def rows_of_a_run(train: Any, evaluation: Any, args: Any, collator: Any, generates: bool) -> list[Rows]:
     """The rows that both models will see, where their lengths can be known without encoding them.
 
+    Left out are rows that are encoded batch by batch (see `refuse_width`), and those of a user's own collator: what it
+    does to their lengths is not known.
+
     Args:
-        train: a data set with a column `input_ids`, and `prompt_length` where answers are generated; others are left
-            out. So is a data set whose rows are encoded batch by batch: see `refuse_width`.
-        evaluation: the same, a dict of such, or None.
-        args: training arguments.
-        collator: what makes batches of them. Rows count as long as it leaves them; what a user's own does to them is
-            not known, and nothing is counted.
+        evaluation: a data set, a dict of such, or None.
         generates: answers of up to `max_new_tokens` take the place of those in the training rows.
     """
     if not isinstance(collator, Collator):
@@ -102,10 +98,10 @@ def answered_rows(data: Any, args: Any) -> list[Rows]:
     """Rows whose answers a teacher is about to write (`answers: teacher`), with the longest that it may write."""
     if data is None or "answers" not in data.column_names:
         return []
-    chosen = np.asarray(data["prompt_length"][:])[np.asarray(data["answers"][:], dtype=bool)]
+    prompts = np.asarray(data["prompt_length"][:])[np.asarray(data["answers"][:], dtype=bool)]
     what = f"prompts with the teacher's answer of rlhf.max_new_tokens ({args.max_new_tokens})"
-    rows = Rows(what, chosen + args.max_new_tokens, args.eval_batch_size, "lower rlhf.max_new_tokens")
-    return [rows] if len(chosen) else []
+    rows = Rows(what, prompts + args.max_new_tokens, args.eval_batch_size, "lower rlhf.max_new_tokens")
+    return [rows] if len(prompts) else []
 
 
 def _lengths(data: Any) -> np.ndarray | None:
@@ -120,50 +116,47 @@ def _lengths(data: Any) -> np.ndarray | None:
 # ---- how many positions there are ------------------------------------------------------------------------------------
 
 
-def length_findings(
-    model: PreTrainedModel, side: Side, look: TextLook, rows: Sequence[Rows], multiple: int | None, virtual: int = 0
-) -> list[Problem]:
+def length_findings(side: CheckedModel, rows: Sequence[Rows], multiple: int | None) -> list[Problem]:
     """An error for rows that a model cannot take, a warning for those beyond what it was made for.
 
     Args:
-        model: not wrapped; of a PEFT model its base.
         multiple: batches are padded to a multiple of this length.
-        virtual: tokens of prompt learning that stand before each row; the look's positions are those behind them.
     """
-    behind = f" behind its {virtual} virtual tokens" if virtual else ""
-    if look.positions is not None:
-        wide = [some for some in rows if some.width(multiple) > look.positions]
-        return [_too_long(side, behind, look.positions, wide, multiple)] if wide else []
-    declared = _declared(model)
-    if declared is None or "dynamic" in _rope_kinds(model):
+    if side.look.positions is not None:
+        wide = [some for some in rows if some.width(multiple) > side.look.positions]
+        return [_too_long(side, side.look.positions, wide, multiple)] if wide else []
+    config = side.model.config.get_text_config()
+    sizes = [getattr(config, name, None) for name in _DECLARED]
+    declared = min((size for size in sizes if isinstance(size, int) and size > 0), default=None)  # XLNet says -1
+    if declared is None or "dynamic" in _rope_kinds(side.model):
         return []
-    declared -= virtual
+    declared -= side.virtual
     long = [some for some in rows if some.longest > declared]
     if not long:
         return []
-    longest = max(some.width(multiple) for some in long)
-    refusal = _refusal(model, longest + virtual) if look.looked and not _is_rotary(model) else None
-    if refusal is not None:
-        found = _too_long(side, behind, declared, long, multiple)
-        return [replace(found, hint=f"{found.hint} The model says: {refusal}")]
+    if side.look.looked and not getattr(config, "rope_parameters", None):
+        refusal = _refusal(side.model, max(some.width(multiple) for some in long) + side.virtual)
+        if refusal is not None:
+            found = _too_long(side, declared, long, multiple)
+            return [replace(found, hint=f"{found.hint} The model says: {refusal}")]
     message = (
-        f"The {side} was made for {declared} positions (its config.json), and {_counts(long, declared)}: what it "
+        f"The {side.name} was made for {declared} positions (its config.json), and {_counts(long, declared)}: what it "
         "predicts there may be poor."
     )
-    return [Problem(OPTION_OF[side], message, f"If that is not meant, {_ways_out(long)}.", "warning")]
+    return [Problem(OPTION_OF[side.name], message, f"If that is not meant, {_ways_out(long)}.", "warning")]
 
 
-def _too_long(side: Side, behind: str, positions: int, rows: Sequence[Rows], multiple: int | None) -> Problem:
-    padded = max(some.width(multiple) for some in rows)
-    what = (
-        _counts(rows, positions)
-        if any(some.longest > positions for some in rows)
-        else f"batches are padded to {padded} (training.pad_to_multiple_of)"
-    )
+def _too_long(side: CheckedModel, positions: int, rows: Sequence[Rows], multiple: int | None) -> Problem:
+    behind = f" behind its {side.virtual} virtual tokens" if side.virtual else ""
+    if any(some.longest > positions for some in rows):
+        what = _counts(rows, positions)
+    else:
+        padded = max(some.width(multiple) for some in rows)
+        what = f"batches are padded to {padded} (training.pad_to_multiple_of)"
     return Problem(
-        OPTION_OF[side],
-        f"The {side} has {positions} positions{behind}, and {what}: the run would end where such a row comes up.",
-        f"To keep within {positions} tokens, {_ways_out(rows)}; or take a {side} with more positions.",
+        OPTION_OF[side.name],
+        f"The {side.name} has {positions} positions{behind}, and {what}: the run would end where such a row comes up.",
+        f"To keep within {positions} tokens, {_ways_out(rows)}; or take a {side.name} with more positions.",
     )
 
 
@@ -177,16 +170,6 @@ def _counts(rows: Sequence[Rows], limit: int) -> str:
 
 def _ways_out(rows: Sequence[Rows]) -> str:
     return " and ".join(dict.fromkeys(some.way_out for some in rows))
-
-
-def _declared(model: PreTrainedModel) -> int | None:
-    config = model.config.get_text_config()
-    found = [getattr(config, name, None) for name in _DECLARED]
-    return min((number for number in found if isinstance(number, int) and number > 0), default=None)  # XLNet says -1
-
-
-def _is_rotary(model: PreTrainedModel) -> bool:
-    return bool(getattr(model.config.get_text_config(), "rope_parameters", None))
 
 
 def _refusal(model: PreTrainedModel, width: int) -> str | None:
@@ -204,14 +187,10 @@ def _refusal(model: PreTrainedModel, width: int) -> str | None:
     return None
 
 
-def refuse_width(limits: Mapping[str, int], batch: Batch) -> None:
-    """Refuse a batch that is wider than a model has positions: rows whose lengths nobody knew before.
+def refuse_width(limits: Mapping[Side, int], batch: Batch) -> None:
+    """Refuse a batch that is wider than a model's table of positions: of rows whose lengths nobody knew before.
 
-    Args:
-        limits: positions of each side that has a table of them.
-
-    Raises:
-        DataError: before a forward, which on a GPU would leave an error that names nothing.
+    Before the forward, which on a GPU would leave an error that names nothing.
     """
     width = batch.labels.shape[1]
     for side, positions in limits.items():
@@ -223,22 +202,7 @@ def refuse_width(limits: Mapping[str, int], batch: Batch) -> None:
             )
 
 
-# ---- RoPE that looks at the batch ------------------------------------------------------------------------------------
-
-
-def rope_findings(model: PreTrainedModel, side: Side, rows: Sequence[Rows]) -> list[Problem]:
-    """A warning where the numbers of a row depend on the rows beside it (longrope) or before it (dynamic)."""
-    findings = []
-    for kind, original in _rope_kinds(model).items():
-        long = [some for some in rows if some.longest > original]
-        if kind == "longrope":
-            long = [some for some in long if some.batch_size > 1 and some.lengths.min() <= original]
-        if long:
-            how = _HOW_ROPE_DEPENDS[kind].format(side=side, original=original, counts=_counts(long, original))
-            way_out = f"To keep within {original} tokens, {_ways_out(long)}."
-            findings.append(Problem(OPTION_OF[side], how, way_out, "warning"))
-    return findings
-
+# ---- RoPE that depends on the batch ----------------------------------------------------------------------------------
 
 _HOW_ROPE_DEPENDS = {
     "longrope": "The {side}'s positions look at the batch: rope_type longrope has other frequencies for all rows of a "
@@ -250,8 +214,22 @@ _HOW_ROPE_DEPENDS = {
 }
 
 
+def rope_findings(side: CheckedModel, rows: Sequence[Rows]) -> list[Problem]:
+    """A warning where the numbers of a row depend on the rows beside it (longrope) or before it (dynamic)."""
+    findings = []
+    for kind, original in _rope_kinds(side.model).items():
+        long = [some for some in rows if some.longest > original]
+        if kind == "longrope":
+            long = [some for some in long if some.batch_size > 1 and some.lengths.min() <= original]
+        if long:
+            how = _HOW_ROPE_DEPENDS[kind].format(side=side.name, original=original, counts=_counts(long, original))
+            way_out = f"To keep within {original} tokens, {_ways_out(long)}."
+            findings.append(Problem(OPTION_OF[side.name], how, way_out, "warning"))
+    return findings
+
+
 def _rope_kinds(model: PreTrainedModel) -> dict[str, int]:
-    """The kinds of RoPE that look at the batch, each with the length up to which it does nothing."""
+    """The kinds of RoPE that depend on the batch, each with the length up to which it does nothing."""
     config = model.config.get_text_config()
     parameters = getattr(config, "rope_parameters", None) or {}
     layers = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, Mapping)]

@@ -5,20 +5,17 @@ A tokenizer may have more tokens than an embedding has rows, as long as no row u
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import datasets
-import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
+from transformers import PreTrainedModel
 
 from kdtrain.data.batch import Batch
 from kdtrain.errors import DataError
 from kdtrain.models.vocabulary import vocabulary_size
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -28,44 +25,38 @@ def embedding_rows(model: PreTrainedModel) -> int:
 
 
 def check_rows(data: Any, name: str, sizes: Mapping[str, int]) -> bool:
-    """Refuse a data set with ids beyond an embedding, where its rows can be looked at without making them.
+    """Refuse a data set with ids beyond an embedding, where its rows can be read without making them.
 
     Args:
         data: as it was given to the trainer: a `datasets.Dataset`, rows, a torch data set, a stream, or a map of these.
-        name: of the data set, for messages.
         sizes: rows of the embedding of "student" and "teacher".
 
     Returns:
-        Whether that was all: False for a torch data set or a stream, whose batches are to be looked at. Rows that are
-        not tokenised yet get their ids from the tokenizer, and are a matter of its size.
-
-    Raises:
-        DataError: naming the row.
+        Whether that was all: False for a torch data set or a stream, whose batches are to be checked. Rows that are not
+        tokenised yet get their ids from the tokenizer, and are a matter of its size.
     """
     if isinstance(data, Mapping):
-        seen = [check_rows(part, f"{name} ({key})", sizes) for key, part in data.items()]
-        return all(seen)
+        checked = [check_rows(part, f"{name} ({key})", sizes) for key, part in data.items()]
+        return all(checked)
     if isinstance(data, datasets.IterableDataset | torch.utils.data.Dataset):
         return False
     if isinstance(data, datasets.Dataset):
         if "input_ids" not in data.column_names:
             return True
         # All rows of the table, chosen or not: almost always that is enough, and takes no time.
-        if _largest(data.data.column("input_ids")) < min(sizes.values()):
+        chunks = data.data.column("input_ids").chunks
+        if max((pc.max(chunk.flatten()).as_py() or 0 for chunk in chunks), default=0) < min(sizes.values()):
             return True
-    for i, ids in _ids(data):
-        largest = int(max(ids, default=0))  # of data sets with a torch or numpy format
-        if largest >= min(sizes.values()):
-            _refuse(largest, f"{name}: row {data[i].get('row_id', i)}", sizes)
+    for i, row in enumerate(data.select_columns("input_ids") if isinstance(data, datasets.Dataset) else data):
+        if isinstance(row, Mapping) and "input_ids" in row:
+            largest = int(max(row["input_ids"], default=0))  # int: of data sets with a torch or numpy format
+            if largest >= min(sizes.values()):
+                _refuse(largest, f"{name}: row {data[i].get('row_id', i)}", sizes)
     return True
 
 
 def check_batch(batch: Batch, sizes: Mapping[str, int]) -> None:
-    """The same of a batch, for rows that are tokenised while training; waits for the device.
-
-    Raises:
-        DataError: naming its rows.
-    """
+    """The same of a batch, for rows that are tokenised while training; waits for the device."""
     ids: torch.Tensor = batch.model_inputs["input_ids"]
     largest = int(ids.max()) if ids.numel() else 0
     if largest >= min(sizes.values()):
@@ -79,15 +70,3 @@ def _refuse(largest: int, where: str, sizes: Mapping[str, int]) -> NoReturn:
         "that the model was trained with, or tokens were added to it: resize the model's embedding and save it with "
         "its tokenizer, or leave such rows out."
     )
-
-
-def _largest(column: pa.ChunkedArray) -> int:
-    return max((pc.max(chunk.flatten()).as_py() or 0 for chunk in column.chunks), default=0)
-
-
-def _ids(data: datasets.Dataset | Sequence[Any]) -> Iterator[tuple[int, Iterable[int]]]:
-    """Each row that has ids, by its number."""
-    rows = data.select_columns("input_ids") if isinstance(data, datasets.Dataset) else data
-    for i, row in enumerate(rows):
-        if isinstance(row, Mapping) and "input_ids" in row:
-            yield i, row["input_ids"]

@@ -10,18 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
+from kdtrain.data.batch import Batch
 from kdtrain.losses.head import Head
 from kdtrain.losses.topk import TopKLogprobs
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from kdtrain.data.batch import Batch
 
 
 @dataclass(frozen=True)

@@ -31,18 +31,13 @@ def build_teacher(
         init_kwargs: arguments of `from_pretrained`; `dtype` is "auto" when missing. Never changed.
         device: where it will run, which dtype "auto" depends on.
         adapter: folder of an adapter that goes on top of `model`.
-
-    Raises:
-        NotAvailableError: another backend.
-        PreflightError: the model cannot be loaded.
     """
     if backend != "hf":
         raise NotAvailableError(f"rlhf.teacher.backend: {backend} is not available yet; use hf.")
     kwargs = dict(init_kwargs or {})
-    dtype = kwargs.pop("dtype", None) or "auto"
     module = load_with_adapter(
         model,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(kwargs.pop("dtype", None) or "auto").removeprefix("torch."),
         device=device,
         trust_remote_code=trust_remote_code,
         revision=revision,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -14,6 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models import prepare_deepspeed
 from trl.models.utils import prepare_fsdp
 
+from kdtrain.data.batch import Batch
 from kdtrain.losses.head import Head
 from kdtrain.losses.reduce import predicting
 from kdtrain.models.experts import without_router_logits
@@ -22,22 +24,14 @@ from kdtrain.models.probe import look_at_text
 from kdtrain.models.vocabulary import vocabulary_size
 from kdtrain.teachers.base import DenseTargets, Targets, Teacher
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from kdtrain.data.batch import Batch
-
 logger = logging.getLogger(__name__)
 
 
 class LocalTeacher(Teacher):
-    """Teacher over a loaded model.
+    """Teacher over a loaded transformers model with a language-model head, or a PEFT model of one.
 
     The model is frozen here: `requires_grad` off and eval mode, so that no optimizer, gradient or dropout ever reaches
     it, whatever state it was handed over in.
-
-    Args:
-        module: a transformers model with a language-model head, or a PEFT model of one.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -58,7 +52,7 @@ class LocalTeacher(Teacher):
             _report_logits(reason)
 
     def place(self, accelerator: Accelerator) -> None:
-        """Onto the device, or into pieces; not wrapped by DDP, since it has no gradients to average."""
+        """To the device, or into pieces; not wrapped by DDP, since it has no gradients to average."""
         assert self.module is not None
         if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
             self.module = prepare_deepspeed(self.module, accelerator)
@@ -89,7 +83,7 @@ class LocalTeacher(Teacher):
         return Targets(DenseTargets(hidden_SH, head))
 
     def _lasting(self, head: Head) -> Head:
-        """A head that outlives the forward. FSDP2 and ZeRO-3 free whole weights after it: of theirs a copy is kept.
+        """A head that outlives the forward. FSDP2 and ZeRO-3 free whole weights after it: there a copy is kept.
 
         One copy for the run: the teacher never changes.
         """

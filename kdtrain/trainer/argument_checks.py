@@ -1,4 +1,4 @@
-"""What a trainer is given, checked: kinds of arguments, and what does not go together."""
+"""What a trainer is given and what callbacks set later, checked: wrong kinds, and what does not go together."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kdtrain.models.parts import freeze_parts
 from kdtrain.teachers import Teacher
 
 if TYPE_CHECKING:
-    pass
+    from kdtrain.trainer.trainer import GKDTrainerWithMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,15 @@ def check_teacher_can(teacher: Teacher | None, options: DistillationOptions) -> 
         raise ValueError("seq_kd and visual KD need a teacher that is a model in this process.")
 
 
+def check_options(trainer: GKDTrainerWithMetrics, options: DistillationOptions) -> None:
+    """Refuse options that ask the trainer's models for what they cannot do."""
+    check_teacher_can(trainer.teacher, options)
+    kd = options.lm_kd_active
+    _check_prompt_learning(trainer.model, "student", kd and options.lmbda > 0, trainer.aux_loss_enabled)
+    if trainer.teacher_model is not None:
+        _check_prompt_learning(trainer.unwrap(trainer.teacher_model), "teacher", kd and options.seq_kd, False)
+
+
 def check_same_on_all_ranks(options: DistillationOptions, accelerator: Any) -> None:
     """Raise ValueError where a callback has set an option on some ranks only: each would train on another loss."""
     if accelerator.num_processes == 1:
@@ -78,17 +87,13 @@ def check_same_on_all_ranks(options: DistillationOptions, accelerator: Any) -> N
 
 
 def check_arguments(
-    args: Any, model: Any, teacher_model: Any, teacher: Any, processing_class: Any = None, callbacks: Any = None
+    args: Any, model: Any, teacher_model: Any, teacher: Any, processing_class: Any, callbacks: Any
 ) -> None:
-    """Refuse what is of a wrong kind, in words that say what was meant.
-
-    Raises:
-        ConfigError: naming the argument.
-    """
+    """Refuse what is of a wrong kind, in words that say what was meant."""
     if isinstance(args, TrainArguments):
         raise ConfigError(
             "args is what load_training_config returns: pass its .training_args, and model, tuner and data yourself "
-            "(it knows nothing of them), or train the whole config with kdtrain.fit(config)."
+            f"(it knows nothing of them), or {_WHOLE_CONFIG}."
         )
     if not isinstance(args, GKDConfig):
         what = "missing: its output_dir has no default" if args is None else f"a {type(args).__name__}"
@@ -120,11 +125,7 @@ def check_callbacks(callbacks: Any) -> None:
 
 
 def check_model(name: str, value: Any, *, optional: bool = True) -> Any:
-    """The value, unless it is neither a model nor a name.
-
-    Raises:
-        ConfigError: naming the argument.
-    """
+    """The value, unless it is neither a model nor a name."""
     fits = isinstance(value, str) or (isinstance(value, nn.Module) and hasattr(value, "config"))
     if fits or (value is None and optional):
         return value
@@ -134,14 +135,7 @@ def check_model(name: str, value: Any, *, optional: bool = True) -> Any:
 
 
 def check_config_is_followed(args: GKDConfig, model: Any, peft_config: Any) -> None:
-    """Refuse to train in full where the config that `args` was read from asks for LoRA.
-
-    Args:
-        model: the student or its name.
-
-    Raises:
-        ConfigError: neither a peft_config nor an adapter here.
-    """
+    """Refuse to train in full where the config that `args` was read from asks for LoRA."""
     tuner = getattr(args, "tuner", None)
     has_adapter = is_adapter_folder(model) if isinstance(model, str) else is_peft_model(model)
     if tuner is not None and tuner.train_type == "lora" and peft_config is None and not has_adapter:
@@ -152,15 +146,7 @@ def check_config_is_followed(args: GKDConfig, model: Any, peft_config: Any) -> N
 
 
 def check_parts_are_frozen(args: GKDConfig, model: nn.Module) -> None:
-    """Refuse to train what the config that `args` was read from freezes; the trainer freezes nothing itself.
-
-    Args:
-        model: the student as it was given, or loaded by its name.
-
-    Raises:
-        ConfigError: parts are to be frozen, and not a weight is.
-        PreflightError: of a text model, whose only part is to be frozen.
-    """
+    """Refuse to train what the config that `args` was read from freezes; the trainer freezes nothing itself."""
     tuner: TunerConfig | None = getattr(args, "tuner", None)
     wanted = {} if tuner is None else tuner.frozen
     if not any(wanted.values()) or not all(parameter.requires_grad for parameter in model.parameters()):
@@ -176,11 +162,7 @@ def check_parts_are_frozen(args: GKDConfig, model: nn.Module) -> None:
 
 
 def check_teacher_is_another_model(model: Any, teacher: Any) -> None:
-    """Refuse a teacher that is the student: it would be frozen with it, and their divergence is 0.
-
-    Raises:
-        ConfigError: they are one object, or share weights.
-    """
+    """Refuse a teacher that is the student: it would be frozen with it, and their divergence is 0."""
     if not isinstance(model, nn.Module) or not isinstance(teacher, nn.Module):
         return
     own = {id(parameter) for parameter in model.parameters()}
@@ -192,17 +174,12 @@ def check_teacher_is_another_model(model: Any, teacher: Any) -> None:
         )
 
 
-def check_prompt_learning(model: Any, side: str, generates: bool, experts: bool = False) -> None:
-    """Refuse kinds of prompt learning whose virtual tokens cannot be told from the row's.
-
-    Raises:
-        NotAvailableError: naming the side and the reason.
-    """
+def _check_prompt_learning(model: Any, side: str, generates: bool, experts: bool) -> None:
+    """Refuse kinds of prompt learning whose virtual tokens cannot be told from the row's."""
     config = model.active_peft_config if is_peft_model(model) else None
     if config is None or not config.is_prompt_learning:
         return
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    reason = None
+    kind, reason = str(getattr(config.peft_type, "value", config.peft_type)), None
     if kind not in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
         reason = "its inputs are not those of other models"
     elif sees_images(model.get_base_model().config):
@@ -219,11 +196,7 @@ def check_prompt_learning(model: Any, side: str, generates: bool, experts: bool 
 
 
 def check_parallelism(accelerator: Any) -> None:
-    """Refuse to train on pieces of rows: a label at the edge of a piece is predicted on another rank.
-
-    Raises:
-        NotAvailableError: context or sequence parallelism, from `parallelism_config` or from accelerate.
-    """
+    """Refuse to train on pieces of rows: a label at the edge of a piece is predicted on another rank."""
     config = accelerator.parallelism_config
     if config is not None and (config.cp_enabled or config.sp_enabled):
         raise NotAvailableError("parallelism_config: context and sequence parallelism are not available yet.")

@@ -15,8 +15,6 @@ from kdtrain.feature_kd.images import first_batch_with_images
 from kdtrain.trainer.metrics import HIGHER_IS_BETTER, TOKEN_METRICS
 
 if TYPE_CHECKING:
-    from trl.experimental.gkd import GKDConfig
-
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
 
 _SCHEDULERS_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
@@ -31,9 +29,6 @@ def set_direction(trainer: GKDTrainerWithMetrics, asked: bool | None = None) -> 
 
     Args:
         asked: `greater_is_better` as the config has it; on the arguments it may be upstream's guess.
-
-    Raises:
-        PreflightError: the metric has no direction, evaluations will not have it, or the other one was asked for.
     """
     args = trainer.args
     name = _metric(trainer)
@@ -52,32 +47,27 @@ def set_direction(trainer: GKDTrainerWithMetrics, asked: bool | None = None) -> 
             f"training.greater_is_better: {str(asked).lower()} would keep the worst step: of {bare} "
             f"{'more' if higher else 'less'} is better. Remove the option."
         )
-    args.greater_is_better = higher
-    _set_mode(args, bare, "max" if higher else "min")
-
-
-def _set_mode(args: GKDConfig, name: str, mode: str) -> None:
-    if args.lr_scheduler_type not in _SCHEDULERS_BY_METRIC:
-        return
-    options = dict(args.lr_scheduler_kwargs or {})
-    if options.setdefault("mode", mode) != mode:
-        raise PreflightError(
-            f"training.lr_scheduler_kwargs: mode {options['mode']} goes the wrong way for {name}, which should be "
-            f"{mode}. Remove it."
-        )
-    args.lr_scheduler_kwargs = options
+    args.greater_is_better, mode = higher, "max" if higher else "min"
+    if args.lr_scheduler_type in _SCHEDULERS_BY_METRIC:
+        options = dict(args.lr_scheduler_kwargs or {})
+        if options.setdefault("mode", mode) != mode:
+            raise PreflightError(
+                f"training.lr_scheduler_kwargs: mode {options['mode']} goes the wrong way for {bare}, which should be "
+                f"{mode}. Remove it."
+            )
+        args.lr_scheduler_kwargs = options
 
 
 def _metric(trainer: GKDTrainerWithMetrics) -> str | None:
     """The metric that steps will be compared by; None if nothing compares them."""
-    args = trainer.args
-    stops = any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks)
-    if stops and args.metric_for_best_model is None:
-        raise PreflightError("EarlyStoppingCallback needs training.metric_for_best_model, such as loss.")
-    evaluates = args.eval_strategy != "no"
-    if stops and not evaluates:
-        raise PreflightError("EarlyStoppingCallback needs evaluation: set training.eval_strategy: steps.")
-    return args.metric_for_best_model if evaluates else None
+    name = trainer.args.metric_for_best_model
+    evaluates = trainer.args.eval_strategy != "no"
+    if any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks):
+        if name is None:
+            raise PreflightError("EarlyStoppingCallback needs training.metric_for_best_model, such as loss.")
+        if not evaluates:
+            raise PreflightError("EarlyStoppingCallback needs evaluation: set training.eval_strategy: steps.")
+    return name if evaluates else None
 
 
 def _without_prefix(name: str, evaluation: object) -> str:

@@ -1,57 +1,51 @@
-"""What a trainer is given, loaded and brought into the form that upstream's constructor takes."""
+"""What the trainer's constructor does before upstream's (checks, loading) and after it (models, rows, objective)."""
 
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import is_peft_model
+from peft import PeftConfig
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.experimental.gkd import GKDConfig
+from trl.trainer import sft_trainer
 
 from kdtrain.config.options import DistillationOptions
-from kdtrain.data.batch import Batch
+from kdtrain.data.batch import Batch, forward_names
 from kdtrain.data.collate import Collator
 from kdtrain.errors import ConfigError, PreflightError
-from kdtrain.models.experts import restore_router_settings, router_settings
+from kdtrain.feature_kd.images import first_batch_with_images
+from kdtrain.feature_kd.term import VisualTerm
+from kdtrain.generation.sampling import turn_ends
+from kdtrain.models import experts
 from kdtrain.models.loading import load_with_adapter
+from kdtrain.models.loss_head import add_loss_head, why_no_loss_head
+from kdtrain.models.probe import Side
 from kdtrain.models.processing import load_processing, load_tokenizer
-from kdtrain.models.tuning import fit_student
+from kdtrain.models.text_only import check_reentrant
+from kdtrain.models.tuning import check_trained, disable_dropout, fit_student
+from kdtrain.models.vocabulary import Vocabulary, shared_vocabulary, vocabulary_size
+from kdtrain.preflight.model_checks import both_sides, check_models
+from kdtrain.preflight.positions import rows_of_a_run
+from kdtrain.preflight.token_ids import check_rows, embedding_rows
 from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
-from kdtrain.trainer.argument_checks import (
-    check_config_is_followed,
-    check_data_options,
-    check_parts_are_frozen,
-    check_teacher_arguments,
-    check_teacher_is_another_model,
-)
+from kdtrain.trainer import argument_checks as checks
 from kdtrain.trainer.arguments import check_fields, check_supervision
 from kdtrain.trainer.given_rows import as_rows
+from kdtrain.trainer.objective import Objective, warn_of_logits
+from kdtrain.trainer.window import Receiver
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
-
-logger = logging.getLogger(__name__)
+    from kdtrain.trainer.trainer import GKDTrainerWithMetrics
 
 
-@contextmanager
-def adapters_on_the_head() -> Iterator[None]:
-    """Let SFTTrainer's constructor accept an adapter on `lm_head`.
-
-    It refuses one because its own loss reads the weight of the head past it. Ours goes through the module there.
-    """
-    from trl.trainer import sft_trainer
-
-    refused, sft_trainer.BaseTunerLayer = sft_trainer.BaseTunerLayer, ()
-    try:
-        yield
-    finally:
-        sft_trainer.BaseTunerLayer = refused
+# ---- before upstream's constructor -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -67,15 +61,6 @@ class Prepared:
     """The same, a dict of them, or None."""
     processing_class: PreTrainedTokenizerBase | ProcessorMixin
     peft_config: PeftConfig | None
-    use_cache: bool | None
-    """What the student's config said before upstream's constructor changes it, as the next one."""
-    router_settings: dict[str, Any]
-
-    def restore_config(self, student: Any) -> None:
-        """Write back what upstream's constructor sets for good, and so in what is saved as well."""
-        if self.use_cache is not None:
-            student.config.use_cache = self.use_cache
-        restore_router_settings(student, self.router_settings)
 
 
 def prepare(
@@ -92,60 +77,58 @@ def prepare(
     has_collator: bool,
     formatting_func: Callable[[Any], Any] | None,
 ) -> Prepared:
-    """Check what the constructor was given, cheapest first, and load what it was given by name.
-
-    Raises:
-        KdtrainError, ValueError: see the checks.
-    """
+    """Check what the constructor was given, cheapest first, and load what it was given by name."""
     check_fields(args, own_collator=not has_collator)
-    check_data_options(args)
-    check_config_is_followed(args, model, peft_config)
+    checks.check_data_options(args)
+    checks.check_config_is_followed(args, model, peft_config)
     if teacher_model is None and teacher is None and options.needs_teacher:
         teacher_model = args.teacher_model_name_or_path
-    check_teacher_arguments(teacher_model, teacher, args, options)
-    check_teacher_is_another_model(model, teacher_model if teacher is None else teacher.module)
+    checks.check_teacher_arguments(teacher_model, teacher, args, options)
+    checks.check_teacher_is_another_model(model, teacher_model if teacher is None else teacher.module)
     train, evaluation = as_rows("train_dataset", train_dataset), as_rows("eval_dataset", eval_dataset)
     if not has_collator:
         check_supervision(args, train[0], formatted=formatting_func is not None)
     elif formatting_func is not None:
         raise ConfigError("formatting_func and data_collator: the collator gets the rows as they are; format there.")
     if processing_class is None:
-        processing_class = processing_of(model, args)
+        processing_class = _processing_of(model, args)
     if options.needs_teacher and teacher is None:
         # Before the student is touched: a missing teacher should not cost the loading of a model.
-        teacher = local_teacher(teacher_model, args)
+        teacher = _local_teacher(teacher_model, args)
     if isinstance(model, str):
-        model = load_student(model, args, trained_in_full=peft_config is None)
+        model = _load_student(model, args, trained_in_full=peft_config is None)
     elif args.model_init_kwargs is not None:
         raise ConfigError("model_init_kwargs would be ignored: the model is loaded already. Remove them.")
-    check_parts_are_frozen(args, model)
-    set_arguments(args, visual_kd=options.visual_kd is not None)
-    use_cache, router = getattr(getattr(model, "config", None), "use_cache", None), router_settings(model)
+    checks.check_parts_are_frozen(args, model)
+    _set_arguments(args, visual_kd=options.visual_kd is not None)
     peft_config = fit_student(model, peft_config, args)
     teacher = teacher if options.needs_teacher else None
-    return Prepared(model, teacher, train, evaluation, processing_class, peft_config, use_cache, router)
+    return Prepared(model, teacher, train, evaluation, processing_class, peft_config)
 
 
-def set_arguments(args: GKDConfig, *, visual_kd: bool) -> None:
-    """Set what the trainer's promises rest on, whatever the arguments say."""
-    args.remove_unused_columns = False  # the collator reads columns that no forward takes
-    args.dataset_kwargs = {"skip_prepare_dataset": True}
-    args.logging_nan_inf_filter = False  # it shows a NaN run as loss 0.0
-    hide_token(args)
-    if visual_kd and args.ddp_find_unused_parameters is None:
-        # A rank whose batch has no image leaves its vision path without a gradient; the others would wait for it.
-        args.ddp_find_unused_parameters = True
+def _processing_of(model: nn.Module | str, args: GKDConfig) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The tokenizer or processor of a model, by its name."""
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        raise ConfigError("processing_class is None, and the model was built without a name: pass its tokenizer.")
+    revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+    return load_processing(name, trust_remote_code=args.trust_remote_code, revision=revision)
 
 
-def hide_token(args: GKDConfig) -> None:
-    """Move a hub token out of the arguments, which upstream pickles beside every checkpoint and pushes to the hub."""
-    if args.hub_token is not None:
-        os.environ.setdefault("HF_TOKEN", args.hub_token)
-        args.hub_token = None
+def _local_teacher(teacher_model: nn.Module | str | None, args: GKDConfig) -> Teacher:
+    if isinstance(teacher_model, str):
+        return build_teacher(
+            teacher_model,
+            init_kwargs=args.teacher_model_init_kwargs,
+            device=args.device,
+            trust_remote_code=args.trust_remote_code,
+        )
+    assert teacher_model is not None
+    return LocalTeacher(teacher_model)
 
 
-def load_student(name: str, args: GKDConfig, trained_in_full: bool) -> nn.Module:
-    """The student that a name stands for, loaded with `args.model_init_kwargs`; an adapter's folder is trained on."""
+def _load_student(name: str, args: GKDConfig, trained_in_full: bool) -> nn.Module:
+    """The student that a name stands for; an adapter's folder is trained on."""
     kwargs = dict(args.model_init_kwargs or {})
     return load_with_adapter(
         name,
@@ -159,34 +142,57 @@ def load_student(name: str, args: GKDConfig, trained_in_full: bool) -> nn.Module
     )
 
 
-def processing_of(model: nn.Module | str, args: GKDConfig) -> PreTrainedTokenizerBase | ProcessorMixin:
-    """The tokenizer or processor of a model, by its name.
-
-    Raises:
-        ConfigError: the model has no name.
-        PreflightError: nothing is saved under it.
-    """
-    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not name:
-        raise ConfigError("processing_class is None, and the model was built without a name: pass its tokenizer.")
-    revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
-    return load_processing(name, trust_remote_code=args.trust_remote_code, revision=revision)
+def _set_arguments(args: GKDConfig, *, visual_kd: bool) -> None:
+    """Set what the trainer's promises rest on, whatever the arguments say."""
+    args.remove_unused_columns = False  # the collator reads columns that no forward takes
+    args.dataset_kwargs = {"skip_prepare_dataset": True}
+    args.logging_nan_inf_filter = False  # it shows a NaN run as loss 0.0
+    if args.hub_token is not None:  # upstream pickles the arguments beside every checkpoint, and pushes them to the hub
+        os.environ.setdefault("HF_TOKEN", args.hub_token)
+        args.hub_token = None
+    if visual_kd and args.ddp_find_unused_parameters is None:
+        # A rank whose batch has no image leaves its vision path without a gradient; the others would wait for it.
+        args.ddp_find_unused_parameters = True
 
 
 @contextmanager
-def without_what_is_done_here(args: GKDConfig) -> Iterator[None]:
-    """Hide fields from upstream's constructor that this project honours itself."""
-    hidden = {"model_init_kwargs": None, "assistant_only_loss": False}
+def around_upstream(args: GKDConfig, student: Any) -> Iterator[None]:
+    """What SFTTrainer's constructor may not see or leave behind: fields of `args`, its check of the head, configs."""
+    hidden = {"model_init_kwargs": None, "assistant_only_loss": False}  # honoured here
     before = {name: getattr(args, name) for name in hidden}
     vars(args).update(hidden)
+    # It refuses an adapter on `lm_head`, because its own loss reads the weight past it. Here the loss goes through it.
+    refused, sft_trainer.BaseTunerLayer = sft_trainer.BaseTunerLayer, ()
+    # It sets these in the student's config for good, and so in what is saved as well.
+    use_cache, router_settings = getattr(student.config, "use_cache", None), experts.router_settings(student)
     try:
         yield
     finally:
         vars(args).update(before)
+        sft_trainer.BaseTunerLayer = refused
+        if use_cache is not None:
+            student.config.use_cache = use_cache
+        experts.restore_router_settings(student, router_settings)
+
+
+# ---- after it --------------------------------------------------------------------------------------------------------
+
+
+def finish_student(trainer: GKDTrainerWithMetrics) -> None:
+    """What upstream's constructor leaves to be done with the student."""
+    check_trained(trainer.model, trainer.args.device)
+    check_reentrant(trainer.model, trainer.args)
+    if trainer.options.disable_dropout:
+        disable_dropout(trainer.model)
+    # Let its generation stop where its chat template ends a turn, here and after it is saved.
+    own = getattr(trainer.model, "generation_config", None)
+    if own is not None:
+        stops = turn_ends(trainer.processing_class, own)
+        own.eos_token_id = stops[0] if len(stops) == 1 else stops or None
 
 
 def set_pad_token(tokenizer: Any, args: GKDConfig) -> None:
-    """Give the tokenizer the padding token that the arguments name, as they do its end of sequence."""
+    """Give the tokenizer the padding token that the arguments name, as upstream does their end of sequence."""
     if args.pad_token is None:
         return
     if args.pad_token not in tokenizer.get_vocab():
@@ -215,24 +221,97 @@ def _formatted(collator: Collator, formatting_func: Callable[[Any], Any], rows: 
     return collator([{"text": formatting_func(row)} for row in rows])
 
 
-def local_teacher(teacher_model: PreTrainedModel | nn.Module | str | None, args: GKDConfig) -> Teacher:
-    """A teacher over a model, or over the one that a name stands for."""
-    if isinstance(teacher_model, str):
-        return build_teacher(
-            teacher_model,
-            init_kwargs=args.teacher_model_init_kwargs,
-            device=args.device,
-            trust_remote_code=args.trust_remote_code,
-        )
-    assert teacher_model is not None
-    return LocalTeacher(teacher_model)
+def compared_vocabularies(trainer: GKDTrainerWithMetrics, teacher: Teacher, shared: int | None) -> Vocabulary:
+    """The sizes of both models' logits and the range they share, where the caller has not compared the tokenizers."""
+    sizes = vocabulary_size(trainer.model), teacher.vocab_size
+    if shared is None:
+        name = getattr(getattr(teacher.module, "config", None), "_name_or_path", "")
+        # Equal sizes do not mean equal vocabularies; but nothing is downloaded to find out.
+        known = _tokenizer_or_none(name) if sizes[0] != sizes[1] or os.path.isdir(name) else None
+        shared = shared_vocabulary(*sizes, trainer._tokenizer, known)
+    return Vocabulary(*sizes, shared)
 
 
-def tokenizer_or_none(name: str) -> PreTrainedTokenizerBase | None:
+def _tokenizer_or_none(name: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer saved with a model, where it can be had; its absence is reported by the comparison."""
-    if not name:
-        return None
     try:
-        return load_tokenizer(name)
+        return load_tokenizer(name) if name else None
     except PreflightError:
         return None
+
+
+def build_receiver(trainer: GKDTrainerWithMetrics, train: Any, evaluation: Any) -> Receiver:
+    """What takes in batches. Rows with ids that a model has no embedding for are refused here, or batch by batch.
+
+    Args:
+        train, evaluation: as the constructor got them.
+    """
+    models = {"student": trainer.model, "teacher": trainer.teacher_model}
+    embeddings = {side: embedding_rows(model) for side, model in models.items() if model is not None}
+    all_checked = [
+        check_rows(data, name, embeddings)
+        for name, data in (("data.train", train), ("data.eval", evaluation))
+        if data is not None
+    ]
+    largest = max(trainer._tokenizer.get_vocab().values(), default=-1)  # some leave ids out
+    ids_may_exceed = not all(all_checked) or largest >= min(embeddings.values())
+    return Receiver(trainer, forward_names(_base(trainer.model)), embeddings if ids_may_exceed else None)
+
+
+def check_both_models(trainer: GKDTrainerWithMetrics) -> dict[Side, int]:
+    """Warn of, or refuse, what `check_models` finds; the positions of each model that has a table of them."""
+    options, collator, train = trainer.options, trainer.data_collator, trainer.train_dataset
+    teacher = trainer.unwrap(trainer.teacher_model)  # DeepSpeed's engine has a config of its own
+    sides = both_sides(trainer.model, trainer.teacher, collator, teacher)
+    may_generate = [(trainer.model, options.lmbda > 0), (teacher, options.seq_kd)]
+    generating = [model for model, may in may_generate if may and options.lm_kd_active]
+    check_models(
+        sides,
+        rows_of_a_run(train, trainer.eval_dataset, trainer.args, collator, generates=bool(generating)),
+        collator,
+        train,
+        generating=generating,
+        in_pieces=trainer.in_pieces,
+        autocast=trainer.compute_loss_context_manager,
+    )
+    return {side.name: side.look.positions for side in sides if side.look.positions is not None}
+
+
+def build_objective(trainer: GKDTrainerWithMetrics) -> Objective:
+    """The loss, without the student's logits where that gives the same."""
+    router_logits = experts.asks_for_router_logits(trainer.model, trainer.aux_loss_enabled)
+    if router_logits:
+        experts.check_experts(trainer.model, trainer.args)
+    base = _base(trainer.model)
+    reason = why_no_loss_head(base)
+    if reason is None:
+        add_loss_head(base)
+    else:
+        warn_of_logits(reason)
+    return Objective(
+        trainer.vocabulary,
+        fused=reason is None,
+        router_logits=router_logits,
+        aux_weight=trainer.router_aux_loss_coef if router_logits else 0.0,
+        visual=_visual_term(trainer),
+    )
+
+
+def _visual_term(trainer: GKDTrainerWithMetrics) -> VisualTerm | None:
+    """Visual KD, tried on a row with images where there is one."""
+    wanted = trainer.options.visual_kd
+    if wanted is None:
+        return None
+    student, teacher = trainer.unwrap(trainer.model), trainer.unwrap(trainer.teacher_model)
+    visual = VisualTerm(wanted, student, teacher, trainer.accelerator, trainer.args.seed)
+    # In pieces, a model cannot be run before it is wrapped: what does not fit is found at the first step.
+    if trainer.train_dataset is not None and not trainer.in_pieces:
+        batch = first_batch_with_images(trainer.train_dataset, trainer.data_collator)
+        if batch is not None:
+            with trainer.compute_loss_context_manager():
+                visual.probe(batch)
+    return visual
+
+
+def _base(model: Any) -> nn.Module:
+    return model.get_base_model() if is_peft_model(model) else model

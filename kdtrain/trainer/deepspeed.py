@@ -10,17 +10,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.errors import NotAvailableError, PreflightError
 from kdtrain.ranks import under_launcher
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +30,6 @@ def prepare_deepspeed_run(args: TrainingArguments) -> None:
 
     To be called after `args.device`, which joins the process group, and before the first model is loaded: ZeRO-3 cuts
     models into pieces while they are loaded.
-
-    Raises:
-        PreflightError: no launcher started this process, or the trained weights would not be saved.
     """
     if not args.deepspeed:
         return
@@ -59,17 +54,14 @@ def guard_steps(engine: Any, accelerator: Accelerator, refuse: Callable[[Any], B
     """Raise `refuse(norm)` instead of an optimizer step whose gradient is not finite, on all ranks alike.
 
     Most of DeepSpeed's optimizers skip such a step themselves: with fp16 they lower their loss scale, which is not an
-    error, and otherwise transformers sees the norm afterwards. Stage 0, and ZeRO-1 and 2 in bf16 with
+    error, and otherwise transformers gets the norm afterwards. Stage 0, and ZeRO-1 and 2 in bf16 with
     `check_grad_overflow` off, would take it.
 
     Args:
         engine: DeepSpeed's, of the student.
         refuse: makes the error, from the gradient norm or None.
-
-    Raises:
-        NotAvailableError: transformers made the engine for an evaluation, without an optimizer: it cannot train.
     """
-    if engine.basic_optimizer is None:
+    if engine.basic_optimizer is None:  # transformers made the engine for the evaluation
         raise NotAvailableError(
             "evaluate() before train() is not available under DeepSpeed: transformers then trains without an "
             "optimizer. Set eval_on_start, or evaluate with another trainer."

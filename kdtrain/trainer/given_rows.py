@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import torch
@@ -13,11 +12,6 @@ from datasets import Dataset
 from kdtrain.data.collate import Collator
 from kdtrain.data.errors import RowError
 from kdtrain.errors import ConfigError, DataError, NotAvailableError
-
-if TYPE_CHECKING:
-    pass
-
-logger = logging.getLogger(__name__)
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):
@@ -39,19 +33,14 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def as_rows(name: str, data: Any) -> Any:
-    """A data set in a form that can be indexed.
-
-    Raises:
-        ConfigError: it is none, or of another kind.
-        DataError: it has no rows, or they are no mappings.
-        NotAvailableError: it cannot be counted.
-    """
-    if data is None and name == "train_dataset":
+    """A data set in a form that can be indexed. One to evaluate on may be missing, a stream, or a dict of several."""
+    if name != "train_dataset":
+        if data is None or isinstance(data, datasets.IterableDataset):
+            return data
+        if isinstance(data, dict):
+            return {key: as_rows(f"{name}[{key!r}]", rows) for key, rows in data.items()}
+    if data is None:
         raise ConfigError("`train_dataset` is required: a datasets.Dataset, or a list of rows.")
-    if name != "train_dataset" and (data is None or isinstance(data, datasets.IterableDataset)):
-        return data
-    if isinstance(data, dict) and name != "train_dataset":
-        return {key: as_rows(f"{name}[{key!r}]", rows) for key, rows in data.items()}
     if isinstance(data, dict):
         raise ConfigError(f"{name} is a dict with the keys {', '.join(map(str, data))}: pass one of its data sets.")
     if isinstance(data, torch.utils.data.IterableDataset | datasets.IterableDataset):
@@ -76,9 +65,6 @@ def check_raw_rows(collator: Any, name: str, data: Any) -> None:
     """Refuse raw rows that no batch can be made of, before one of them ends a run in its middle.
 
     Rows that are made when they are asked for, and pictures that would be decoded, are left to their batch.
-
-    Raises:
-        DataError: naming the first such row.
     """
     if isinstance(data, dict):
         for key, rows in data.items():
@@ -95,7 +81,7 @@ def check_raw_rows(collator: Any, name: str, data: Any) -> None:
 
 
 def placeholder(data: Any) -> Any:
-    """Upstream's constructor looks at the type and the length, and wants an Arrow table."""
+    """What upstream's constructor gets: it asks for the type and the length, and wants an Arrow table."""
     if isinstance(data, dict):
         return {key: placeholder(rows) for key, rows in data.items()}
     return Dataset.from_dict({"row": range(len(data))}) if isinstance(data, Rows) else data

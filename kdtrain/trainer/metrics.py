@@ -1,4 +1,4 @@
-"""Metrics that mean what their names say, reduced over micro-batches and ranks without a rank ever waiting for another.
+"""Metrics over micro-batches and ranks: recorded, reduced, and made into the records of a log.
 
 The trainer appends one detached scalar tensor per micro-batch to lists under fixed names, with no device
 synchronisation. When a log is due every rank packs all names, present or not, as (sum, count) into one vector, and one
@@ -14,17 +14,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 
+from kdtrain.data.batch import Batch
 from kdtrain.losses.kinds import VISUAL_TARGETS
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from kdtrain.data.batch import Batch
-    from kdtrain.trainer.objective import Terms
+from kdtrain.trainer.objective import Terms
 
 # Terms of the loss, already weighted. Training: each entry is the micro-batch's share of its window's loss, so that the
 # sum over micro-batches and ranks is the window's value. Evaluation: each entry is the batch's mean.
@@ -56,14 +52,13 @@ HIGHER_IS_BETTER = {
     "token_accuracy": True,
     "teacher_agreement": True,
 }
-WINDOW_COUNTS = ("windows", "on_policy_windows")
-_KEYS = (*LOSS_TERMS, *TOKEN_SUMS, *WINDOW_COUNTS)
+_KEYS = (*LOSS_TERMS, *TOKEN_SUMS, "windows", "on_policy_windows")
 
 Metrics = Mapping[str, Sequence[torch.Tensor]]
 
 
 def record(metrics: Mapping[str, list[torch.Tensor]], terms: Terms, batch: Batch) -> None:
-    """Append what one micro-batch says to the lists of `metrics`, a defaultdict."""
+    """Append the numbers of one micro-batch to the lists of `metrics`, a defaultdict."""
     tokens = terms.tokens
     for key, value in terms.named.items():
         metrics[key].append(value)
@@ -91,7 +86,7 @@ class Reduced:
 
 
 def reduce_metrics(metrics: Metrics, accelerator: Accelerator, *, token_weighted: bool) -> Reduced:
-    """Gather the packed metrics of every rank; a collective, to be called by all of them.
+    """Sums over the micro-batches of all ranks; a collective.
 
     Args:
         metrics: name -> scalar tensors, one per micro-batch; names outside the fixed list are ignored.
@@ -129,10 +124,7 @@ def _stack(values: Sequence[torch.Tensor], dtype: torch.dtype, device: torch.dev
 
 
 def training_metrics(reduced: Reduced, seconds: float) -> dict[str, float]:
-    """One training record: loss terms averaged over the optimizer steps since the last one, token metrics over tokens.
-
-    The terms add up to `loss`, which is averaged over the same steps.
-    """
+    """One training record: terms averaged over the steps since the last one, as `loss` is; the rest over tokens."""
     steps = max(reduced.sums["windows"] / reduced.num_processes, 1)
     record = {key: reduced.sums[key] / steps for key in LOSS_TERMS if reduced.counts[key]}
     record |= _token_metrics(reduced)
@@ -155,12 +147,10 @@ def evaluation_metrics(reduced: Reduced) -> dict[str, float]:
 
 def _token_metrics(reduced: Reduced) -> dict[str, float]:
     record: dict[str, float] = {}
-    tokens = reduced.sums["num_tokens"]
-    if tokens:
+    if tokens := reduced.sums["num_tokens"]:
         record["token_accuracy"] = reduced.sums["num_correct"] / tokens
         record["student_entropy"] = reduced.sums["student_entropy_sum"] / tokens
-    teacher_tokens = reduced.sums["num_teacher_tokens"]
-    if teacher_tokens:
+    if teacher_tokens := reduced.sums["num_teacher_tokens"]:
         record["teacher_agreement"] = reduced.sums["num_agree"] / teacher_tokens
         record["teacher_entropy"] = reduced.sums["teacher_entropy_sum"] / teacher_tokens
     return record
@@ -178,39 +168,33 @@ class Stopwatch:
     """Seconds spent training since the last `lap`, without evaluation and saving."""
 
     def __init__(self) -> None:
-        self._started: float | None = None
-        self._paused = 0.0
-        self._pause_began: float | None = None
+        self._seconds = 0.0
+        self._since: float | None = None  # when it began to run; None while it stands
 
     def start(self) -> None:
-        """Begin a lap, unless one is running."""
-        if self._started is None:
-            self._started, self._paused = time.perf_counter(), 0.0
+        """Run, unless it does."""
+        if self._since is None:
+            self._since = time.perf_counter()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Leave out what runs inside."""
-        began = self._pause_began = time.perf_counter()
+        running, self._seconds, self._since = self._since is not None, self.seconds(), None
         try:
             yield
         finally:
-            self._paused += time.perf_counter() - began
-            self._pause_began = None
+            if running:
+                self.start()
 
     def seconds(self) -> float:
-        """Of the running lap so far, also from within a pause; 0 when none is running."""
-        if self._started is None:
-            return 0.0
-        now = time.perf_counter() if self._pause_began is None else self._pause_began
-        return now - self._started - self._paused
+        """Of the lap so far."""
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def resume(self, seconds: float) -> None:
-        """Begin a lap that an earlier process had run for some seconds; none for 0, which is none."""
-        if seconds:
-            self._started, self._paused = time.perf_counter() - seconds, 0.0
+        """Count the seconds of an earlier process to the first lap."""
+        self._seconds = seconds
 
     def lap(self) -> float:
         """End the lap and return its seconds; 0 when none was running."""
-        seconds = self.seconds()
-        self._started = None
+        seconds, self._seconds, self._since = self.seconds(), 0.0, None
         return seconds

@@ -1,22 +1,25 @@
 """One micro-batch to the terms of its loss: the student's forward, without logits where the model allows.
 
-Shapes: B rows, T positions, S supervised tokens, H hidden width, V vocabulary, D supervised tokens of the window.
+Shapes: B rows, T positions, S supervised tokens, N some of these, H hidden width, V vocabulary, D supervised tokens of
+the window.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
 from kdtrain.errors import NotAvailableError
+from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.fused import head_distillation_loss
 from kdtrain.losses.head import Head
@@ -27,13 +30,8 @@ from kdtrain.models.experts import load_balancing_loss
 from kdtrain.models.vocabulary import Vocabulary
 from kdtrain.teachers import DenseTargets, Targets
 
-if TYPE_CHECKING:
-    from kdtrain.config.options import DistillationOptions
-    from kdtrain.feature_kd.term import VisualTerm
-
 logger = logging.getLogger(__name__)
 
-Scores = DenseTargets | TopKLogprobs | torch.Tensor
 NumItems = torch.Tensor | int | None
 
 
@@ -53,21 +51,16 @@ class Terms:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is the same for all batches of a run.
-
-    Args:
-        vocabulary: None without LM KD.
-        fused: whether the student's forward takes a `loss_head` (see `models/loss_head.py`).
-        router_logits: whether a mixture-of-experts model returns what its load-balancing loss needs; None leaves it to
-            its config, where that does not ask for them.
-        aux_weight: of that loss.
-        visual: the term of visual KD, where there is one.
-    """
+    """What is the same for all batches of a run."""
 
     vocabulary: Vocabulary | None
+    """None without LM KD."""
     fused: bool
+    """Whether the student's forward takes a `loss_head` (see `models/loss_head.py`)."""
     router_logits: bool | None
+    """Whether a mixture-of-experts model returns what its load-balancing loss needs; None leaves it to its config."""
     aux_weight: float
+    """Of that loss."""
     visual: VisualTerm | None
 
     def __call__(
@@ -83,7 +76,6 @@ class Objective:
 
         Args:
             model: the student, as wrapped for training.
-            options: those of the window.
             teacher_forward: called where a term needs it; also fires the hooks of visual KD.
             num_items: D; None (evaluation, a call of its own) is the batch's own supervised tokens.
             aux_share: the batch's share of the window in the load-balancing loss, which is a mean of micro-batches.
@@ -98,17 +90,16 @@ class Objective:
                 return visual.terms(student_features, teacher_features, batch, whole=num_items is None)
 
             targets = teacher_forward(batch) if options.lm_kd_active or visual is not None else None
-            if not options.lm_kd_active:
+            if not options.lm_kd_active:  # asked for its features alone
                 targets = None
             run = _StudentForward(self, options, batch, targets, num_items, visual_terms)
-            tokens, aux_loss, visual_named = run.within_forward(model) if run.can_fuse() else run.from_logits(model)
-        named = _token_terms(options, batch, tokens, num_items) | visual_named
-        visual_loss = named.get("vision_kd_loss", 0.0)
+            tokens, aux_loss, named_visual = run.within_forward(model) if run.can_fuse() else run.from_logits(model)
+        named = _token_terms(options, batch, tokens, num_items) | named_visual
         if aux_loss is not None and self.router_logits:
             share = 0.0 if batch.all_repeated else aux_share
             named["aux_loss"] = self.aux_weight * (1.0 if num_items is None else share) * aux_loss
         # tokens.loss is llm_kd_weight · jsd + c · ce, made in one pass over the tokens.
-        total = tokens.loss + visual_loss + named.get("aux_loss", 0.0)
+        total = tokens.loss + named.get("vision_kd_loss", 0.0) + named.get("aux_loss", 0.0)
         return Terms(
             total,
             {name: value.detach() for name, value in named.items()},
@@ -117,9 +108,21 @@ class Objective:
         )
 
 
+class _Part(NamedTuple):
+    """Supervised tokens that are compared with targets of one kind."""
+
+    outputs: torch.Tensor
+    """Of the student: hidden states [N, H], or logits [N, V]."""
+    labels: torch.Tensor
+    ce_mask: torch.Tensor | None
+    scores: DenseTargets | TopKLogprobs | torch.Tensor | None
+    """None: cross-entropy alone."""
+    num_items: NumItems
+
+
 @dataclass(frozen=True)
 class _StudentForward:
-    """The student's forward on one batch, and the token terms of it; the visual term is computed along.
+    """The student's forward on one batch, and the terms that are made of it.
 
     Within the wrapped forward where that is possible: DDP waits for the gradients that it finds from a forward's
     outputs, and a term that was added later is not among them.
@@ -135,15 +138,11 @@ class _StudentForward:
     def can_fuse(self) -> bool:
         """Whether the terms can be made from hidden states: not of plain logits, nor of a head on another device."""
         scores = None if self.targets is None else self.targets.scores
-        is_logits = isinstance(scores, torch.Tensor)
         elsewhere = isinstance(scores, DenseTargets) and scores.head.weight.device != self.batch.labels.device
-        if self.objective.fused and (is_logits or elsewhere):
-            _warn_once(
-                "The teacher gives logits, or its head is on another device: the student's are made in full too."
-            )
-        return self.objective.fused and not (is_logits or elsewhere)
-
-    # Without a cache: with one, models let packed documents attend to each other, and it costs memory.
+        needs_logits = elsewhere or isinstance(scores, torch.Tensor)
+        if self.objective.fused and needs_logits:
+            _warn_of_teacher_logits()
+        return self.objective.fused and not needs_logits
 
     def within_forward(self, model: nn.Module) -> tuple[FusedLoss, Any, dict[str, torch.Tensor]]:
         """The terms, the auxiliary loss or None, and the visual terms; all made inside the model's own forward."""
@@ -154,14 +153,14 @@ class _StudentForward:
 
         def loss_head(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, ...]:
             hidden_SH = predicting(hidden_BTH, predicts_BT)[predicts_BT.to(hidden_BTH.device)]
-            tokens.append(self._sums(functools.partial(self._fused, hidden_SH, head), hidden_SH.device))
+            tokens.append(self._sums(hidden_SH, functools.partial(self._from_hidden, head)))
             visual = self.visual_terms()
             names.extend(visual)
             aux = (load_balancing_loss(self.batch.model_inputs, outputs, inner),) if router_logits else ()
             return tokens[0].loss, *visual.values(), *aux
 
+        # A wrapper may hang its own hooks on what the forward returns: the loss is made of what comes out of it.
         loss, *rest = model(**self._inputs(), loss_head=loss_head)
-        # All terms as the wrapper returned them: it may have hung its own hooks on them.
         named = dict(zip(names, rest, strict=False))
         return replace(tokens[0], loss=loss), rest[-1] if router_logits else None, named
 
@@ -169,8 +168,7 @@ class _StudentForward:
         """The same from the model's logits."""
         predicts_BT = self.batch.predicts_BT
         outputs = model(**self._inputs())
-        logits_SV = predicting(outputs.logits, predicts_BT)[predicts_BT]
-        tokens = self._sums(functools.partial(self._dense, logits_SV), logits_SV.device)
+        tokens = self._sums(predicting(outputs.logits, predicts_BT)[predicts_BT], self._from_logits)
         aux_loss = getattr(outputs, "aux_loss", None)
         if self.objective.router_logits and aux_loss is None:  # a class that records its router logits, and no more
             aux_loss = load_balancing_loss(self.batch.model_inputs, outputs, getattr(model, "module", model))
@@ -179,27 +177,44 @@ class _StudentForward:
     def _inputs(self) -> dict[str, Any]:
         router_logits = self.objective.router_logits
         extra = {} if router_logits is None else {"output_router_logits": router_logits}
+        # With a cache, models let packed documents attend to each other, and it costs memory.
         return {**self.batch.model_inputs, "use_cache": False, **extra}
 
-    def _sums(self, compute: Callable[..., FusedLoss], device: torch.device) -> FusedLoss:
+    def _sums(self, outputs_S: torch.Tensor, compute: Callable[[_Part], FusedLoss]) -> FusedLoss:
         """The token terms; of tokens that the teacher has not answered for, the cross-entropy alone."""
-        labels_S, ce_S, targets = self.batch.labels_S.to(device), self.batch.ce_mask_S, self.targets
+        device, ce_S, targets = outputs_S.device, self.batch.ce_mask_S, self.targets
+        labels_S = self.batch.labels_S.to(device)
         if targets is None or targets.covered_S is None:
             scores = None if targets is None else targets.scores
-            return compute(labels_S, ce_S, scores, self.num_items, None)
+            return compute(_Part(outputs_S, labels_S, ce_S, scores, self.num_items))
         num_items = len(labels_S) if self.num_items is None else self.num_items
         covered_S = targets.covered_S.to(device)
-        parts = [
-            compute(labels_S[rows], None if ce_S is None else ce_S.to(device)[rows], scores, num_items, rows)
-            for rows, scores in ((covered_S, targets.scores), (~covered_S, None))
-        ]
-        return _added(parts)
+        covered, rest = (
+            compute(
+                _Part(
+                    outputs_S[chosen_S],
+                    labels_S[chosen_S],
+                    None if ce_S is None else ce_S.to(device)[chosen_S],
+                    scores,
+                    num_items,
+                )
+            )
+            for chosen_S, scores in ((covered_S, targets.scores), (~covered_S, None))
+        )
+        return replace(  # the other sums need a teacher
+            covered,
+            loss=covered.loss + rest.loss,
+            ce_sum=covered.ce_sum + rest.ce_sum,
+            num_tokens=covered.num_tokens + rest.num_tokens,
+            num_correct=covered.num_correct + rest.num_correct,
+            student_entropy_sum=covered.student_entropy_sum + rest.student_entropy_sum,
+        )
 
-    def _tile_options(self, scores: Scores | None) -> TileOptions:
+    def _tile_options(self, part: _Part) -> TileOptions:
         own = self.batch.generated_by == "student"  # a model is not taught its own samples
         options = self.options
         return TileOptions(
-            kd_weight=options.llm_kd_weight if scores is not None else 0.0,
+            kd_weight=options.llm_kd_weight if part.scores is not None else 0.0,
             ce_weight=0.0 if own else options.ce_weight,
             beta=options.beta,
             temperature=options.kd_temperature,
@@ -207,71 +222,56 @@ class _StudentForward:
             tail=options.tail,
         )
 
-    def _fused(
-        self,
-        hidden_SH: torch.Tensor,
-        head: Head,
-        labels: torch.Tensor,
-        ce_mask: torch.Tensor | None,
-        scores: Scores | None,
-        num_items: NumItems,
-        rows: torch.Tensor | None,
-    ) -> FusedLoss:
-        vocabulary = self.objective.vocabulary
-        dense = scores if isinstance(scores, DenseTargets) else None
-        if dense is not None:
+    def _from_hidden(self, head: Head, part: _Part) -> FusedLoss:
+        dense = part.scores if isinstance(part.scores, DenseTargets) else None
+        teacher_head = None
+        if self.targets is not None:  # padding beyond the shared range takes no part
+            vocabulary = self.objective.vocabulary
             assert vocabulary is not None
-            vocabulary.check(len(head.weight), len(dense.head.weight))
-        if self.targets is not None:
-            assert vocabulary is not None
+            if dense is not None:
+                vocabulary.check(len(head.weight), len(dense.head.weight))
+                teacher_head = dense.head.first_columns(vocabulary.shared)
             head = head.first_columns(vocabulary.shared)
         return head_distillation_loss(
-            hidden_SH if rows is None else hidden_SH[rows],
+            part.outputs,
             head,
-            labels,
-            self._tile_options(scores),
+            part.labels,
+            self._tile_options(part),
             None if dense is None else dense.hidden,
-            None if dense is None or vocabulary is None else dense.head.first_columns(vocabulary.shared),
-            targets=scores.to(hidden_SH.device) if isinstance(scores, TopKLogprobs) else None,
-            ce_mask=ce_mask,
-            num_items=num_items,
+            teacher_head,
+            targets=part.scores.to(part.outputs.device) if isinstance(part.scores, TopKLogprobs) else None,
+            ce_mask=part.ce_mask,
+            num_items=part.num_items,
         )
 
-    def _dense(
-        self,
-        logits_SV: torch.Tensor,
-        labels: torch.Tensor,
-        ce_mask: torch.Tensor | None,
-        scores: Scores | None,
-        num_items: NumItems,
-        rows: torch.Tensor | None,
-    ) -> FusedLoss:
+    def _from_logits(self, part: _Part) -> FusedLoss:
+        scores = part.scores
         if isinstance(scores, TopKLogprobs):
             raise NotAvailableError(
                 "A teacher that gives its most likely tokens only needs a student whose head is a plain linear layer."
             )
-        student_SV, teacher_SV = logits_SV if rows is None else logits_SV[rows], None
+        student_NV, teacher_NV = part.outputs, None
         if scores is not None:
-            teacher_SV = (scores if isinstance(scores, torch.Tensor) else scores.logits()).to(logits_SV.device)
+            teacher_NV = (scores if isinstance(scores, torch.Tensor) else scores.logits()).to(student_NV.device)
         if self.targets is not None:  # padding beyond the shared range takes no part
             vocabulary = self.objective.vocabulary
             assert vocabulary is not None
-            if teacher_SV is not None:
-                vocabulary.check(student_SV.shape[-1], teacher_SV.shape[-1])
-                teacher_SV = teacher_SV[:, : vocabulary.shared]
-            student_SV = student_SV[:, : vocabulary.shared]
-        options = self._tile_options(scores)
+            if teacher_NV is not None:
+                vocabulary.check(student_NV.shape[-1], teacher_NV.shape[-1])
+                teacher_NV = teacher_NV[:, : vocabulary.shared]
+            student_NV = student_NV[:, : vocabulary.shared]
+        options = self._tile_options(part)
         return dense_distillation_loss(
-            student_SV,
-            labels,
-            teacher_SV,
+            student_NV,
+            part.labels,
+            teacher_NV,
             kd_weight=options.kd_weight,
             ce_weight=options.ce_weight,
-            ce_mask=ce_mask,
+            ce_mask=part.ce_mask,
             beta=options.beta,
             temperature=options.temperature,
             divergence=options.divergence,
-            num_items=num_items,
+            num_items=part.num_items,
         )
 
 
@@ -291,21 +291,11 @@ def _token_terms(
     return terms
 
 
-def _added(parts: Sequence[FusedLoss]) -> FusedLoss:
-    """The sums over all parts; those that need a teacher over the parts that have one."""
-
-    def total(name: str) -> Any:
-        return functools.reduce(lambda a, b: b if a is None else a if b is None else a + b,
-                                (getattr(part, name) for part in parts))  # fmt: skip
-
-    return FusedLoss(**{field.name: total(field.name) for field in fields(FusedLoss)})
-
-
 def warn_of_logits(reason: str) -> None:
     """Say why the student's logits are made in full."""
     logger.warning("The student's logits are made in full, which takes more time and memory: %s.", reason)
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
+@functools.cache  # once
+def _warn_of_teacher_logits() -> None:
+    logger.warning("The teacher gives logits, or its head is on another device: the student's are made in full too.")

@@ -27,9 +27,6 @@ def rehearse(trainer: GKDTrainerWithMetrics, greater_is_better: bool | None = No
 
     Args:
         greater_is_better: as the config has it, see `set_direction`.
-
-    Raises:
-        PreflightError: naming the option.
     """
     _check_steps(trainer)
     set_direction(trainer, greater_is_better)

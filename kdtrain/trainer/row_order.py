@@ -33,13 +33,7 @@ def rows_per_batch(trainer: GKDTrainerWithMetrics) -> int:
 
 
 class EpochSampler(Sampler[int]):
-    """The rows of the epoch that was set last; all of them, in an order that seed and epoch decide.
-
-    Args:
-        epochs: which rows.
-        shuffle: False leaves them in the order of the sources.
-        seed: of the order.
-    """
+    """The rows of the epoch that was set last: in the order of the sources, or in one that seed and epoch decide."""
 
     def __init__(self, epochs: Epochs, shuffle: bool, seed: int) -> None:
         self._epochs, self._shuffle, self._seed = epochs, shuffle, seed

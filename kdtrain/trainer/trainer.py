@@ -7,21 +7,22 @@ What is overridden, and why:
 | upstream method | why |
 |---|---|
 | `GKDTrainer.__init__` | needs a teacher, refuses padded vocabularies, leaves the teacher trainable |
-| `Trainer.get_batch_samples` | sees a whole window before its first forward: generate there, then count |
+| `Trainer.train` | metrics of an earlier call that were never logged do not count |
 | `Trainer._get_train_sampler`, `_get_dataloader` | other rows in every epoch; evaluation drops none |
-| `Trainer._get_num_items_in_batch` | D counts what is trained on, and never the first label of a row |
+| `Trainer._prepare_inputs` | knows mappings only |
+| `Trainer.get_batch_samples` | has a whole window before its first forward: generate there, then count D |
 | `GKDTrainer.training_step` | draws on-policy per rank and micro-batch; here the window is already drawn |
 | `GKDTrainer.compute_loss` | the loss itself: upstream's is 1/world_size, ignores temperature and has no CE |
-| `SFTTrainer.prediction_step`, `Trainer.evaluation_loop` | a mean over tokens, not of batch means; no row twice |
 | `SFTTrainer.log` | metrics reduced across ranks |
-| `Trainer.train` | metrics of an earlier call that were never logged do not count |
 | `Trainer._get_grad_norm` | the last place before the optimizer step (DeepSpeed's: `deepspeed.py`): NaN stops here |
 | `Trainer.create_optimizer`, `_clip_grad_norm` | the projectors of visual KD belong to the run, not to the student |
-| `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | their file; and no pickle of the arguments |
-| `Trainer._issue_warnings_after_load` | a checkpoint that was not loaded is no matter for a warning |
+| `SFTTrainer.prediction_step`, `Trainer.evaluation_loop` | a mean over tokens, not of batch means; no row twice |
 | `Trainer.save_model` | weights that are not finite are not saved |
 | `SFTTrainer._save_checkpoint` | its time is not training time |
 | `Trainer._save_rng_state`, `_prepare_for_training` | a record that a checkpoint falls in the middle of stays whole |
+| `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | the projectors' file; and no pickle of the arguments |
+| `Trainer._load_optimizer_and_scheduler` | a file that does not fit is an error with a way out |
+| `Trainer._issue_warnings_after_load` | warns of weights that it did not load, and trains on without them |
 | `_BaseTrainer.create_model_card` | no card that says that a student from a folder derives from None |
 | `_BaseTrainer._send_telemetry` | nothing is sent anywhere |
 """
@@ -36,12 +37,14 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -50,55 +53,35 @@ from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch, received
 from kdtrain.data.collate import Collator
 from kdtrain.data.epochs import Epochs
-from kdtrain.errors import CheckpointError, NonFiniteError
+from kdtrain.errors import CheckpointError
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.losses.reduce import IGNORE_INDEX, world_scale
 from kdtrain.models.load_report import load_weights
 from kdtrain.models.loss_head import why_wrapped_head_differs
-from kdtrain.models.text_only import check_reentrant, keep_a_path, trained_by_images_alone
+from kdtrain.models.text_only import keep_a_path, trained_by_images_alone
 from kdtrain.models.vocabulary import Vocabulary
 from kdtrain.preflight.positions import refuse_width
 from kdtrain.ranks import is_main
 from kdtrain.teachers import Targets, Teacher, teacher_autocast
-from kdtrain.trainer import metrics
-from kdtrain.trainer.argument_checks import (
-    check_arguments,
-    check_parallelism,
-    check_same_on_all_ranks,
-    check_teacher_can,
-)
-from kdtrain.trainer.assembly import (
-    build_objective,
-    build_receiver,
-    check_prompt_learning_of,
-    compared_vocabularies,
-    finish_student,
-)
-from kdtrain.trainer.construction import (
-    adapters_on_the_head,
-    default_collator,
-    prepare,
-    set_pad_token,
-    without_what_is_done_here,
-)
-from kdtrain.trainer.deepspeed import guard_steps, not_a_norm
+from kdtrain.trainer import argument_checks as checks
+from kdtrain.trainer import construction, metrics
 from kdtrain.trainer.given_rows import check_raw_rows, placeholder
-from kdtrain.trainer.guard import describe_non_finite, some_loss_is_not_finite
+from kdtrain.trainer.guard import NonFiniteGuard
 from kdtrain.trainer.live_option import LiveOption
 from kdtrain.trainer.objective import warn_of_logits
 from kdtrain.trainer.rehearsal import readable_beginning, rehearse
 from kdtrain.trainer.row_order import EpochSampler, SetEpoch
 from kdtrain.trainer.unlogged import RestoreUnlogged, save_unlogged
-from kdtrain.trainer.watch import WatchGradients, WatchRounding, check_weights
-from kdtrain.trainer.window import Window, check_images_on_all_ranks, collect, num_supervised
-
-if TYPE_CHECKING:
-    from datasets import IterableDataset
-    from peft import PeftConfig
+from kdtrain.trainer.watch import WatchGradients, WatchRounding
+from kdtrain.trainer.window import Window, check_images_on_all_ranks, collect, num_supervised, options_of_window
 
 logger = logging.getLogger(__name__)
 
 _SUMMARY_NAMES = {"train_loss": "mean_loss"}  # "loss" is the name of a step's
+_NOTHING_SUPERVISED = (
+    "Nothing was supervised since the last record (step %d): rows without an answer, or with an answer that max_length "
+    "(%s) cuts off, teach nothing."
+)
 
 
 class GKDTrainerWithMetrics(GKDTrainer):
@@ -111,10 +94,10 @@ class GKDTrainerWithMetrics(GKDTrainer):
     a resumed run begins with those of `args`.
 
     Args:
-        model: the student, or its name; a PeftModel or the folder of an adapter, which is trained further.
+        model: the student, or its name; a PeftModel or the folder of an adapter is trained on.
         teacher_model: the teacher, or its name; with an adapter, or an adapter's folder. None where no KD is active,
             and where `args.teacher_model_name_or_path` names it.
-        args: GKDConfig. Fields that the trainer does not honour are refused (see `arguments.py`).
+        args: fields that the trainer does not honour are refused (see `arguments.py`).
         train_dataset: a `datasets.Dataset`, a list of rows, or a torch data set with a length; eval_dataset as well, or
             a dict of them.
         processing_class: None is what is saved with the model.
@@ -128,8 +111,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
             None finds out.
 
     Raises:
-        ValueError: KD is active without a teacher, a knob is out of range, vocabularies differ, or an argument is of a
-            wrong kind (`ConfigError`, `PreflightError`).
+        ValueError: KD is active without a teacher, an option is out of range, vocabularies differ, or an argument is of
+            a wrong kind (`ConfigError`, `PreflightError`).
     """
 
     _tag_names = ("trl", "gkd", "kdtrain")
@@ -158,13 +141,12 @@ class GKDTrainerWithMetrics(GKDTrainer):
         teacher: Teacher | None = None,
         shared_vocab_size: int | None = None,
     ) -> None:
-        check_arguments(args, model, teacher_model, teacher, processing_class, callbacks)
+        checks.check_arguments(args, model, teacher_model, teacher, processing_class, callbacks)
         assert args is not None
         assert model is not None
         self.options = DistillationOptions.from_args(args)
         self._window: Window | None = None  # the one that is being trained
-        own_collator = data_collator is None
-        given = prepare(
+        given = construction.prepare(
             args,
             self.options,
             model=model,
@@ -174,11 +156,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             peft_config=peft_config,
-            has_collator=not own_collator,
+            has_collator=data_collator is not None,
             formatting_func=formatting_func,
         )
         # SFTTrainer's constructor, past GKDTrainer's: see the table above.
-        with adapters_on_the_head(), without_what_is_done_here(args):
+        with construction.around_upstream(args, given.student):
             super(GKDTrainer, self).__init__(
                 given.student,
                 args=args,
@@ -192,30 +174,32 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 peft_config=given.peft_config,
             )
-        check_parallelism(self.accelerator)
+        checks.check_parallelism(self.accelerator)
         self.train_dataset, self.eval_dataset = given.train, given.evaluation
-        set_pad_token(self._tokenizer, args)
-        if own_collator:  # not before: upstream may have changed the template or the special tokens
-            self.data_collator = default_collator(self.processing_class, args, formatting_func)
+        construction.set_pad_token(self._tokenizer, args)
+        if data_collator is None:  # not before: upstream may have changed the template or the special tokens
+            self.data_collator = construction.default_collator(self.processing_class, args, formatting_func)
             check_raw_rows(self.data_collator, "train_dataset", self.train_dataset)
             check_raw_rows(self.data_collator, "eval_dataset", self.eval_dataset)
-        finish_student(self, given)
+        construction.finish_student(self)
         self.teacher = given.teacher
-        self.teacher_model: nn.Module | None = None
+        self.teacher_model: nn.Module | None = None if self.teacher is None else self.teacher.module
         self.vocabulary: Vocabulary | None = None
+        checks.check_options(self, self.options)
         if self.teacher is not None:
-            check_teacher_can(self.teacher, self.options)
-            self.vocabulary = compared_vocabularies(self, self.teacher, shared_vocab_size)
+            self.vocabulary = construction.compared_vocabularies(self, self.teacher, shared_vocab_size)
             self.teacher.place(self.accelerator)
-            self.teacher_model = self.teacher.module
-        check_prompt_learning_of(self, self.options)
-        self.receiver = build_receiver(self, train_dataset, eval_dataset)
-        self._objective, self._head_unchecked, self._positions = build_objective(self)
-        self.stopwatch = metrics.Stopwatch()
-        check_reentrant(self.model, args)
+            self.teacher_model = self.teacher.module  # DeepSpeed's engine, or FSDP's module
+        self.receiver = construction.build_receiver(self, train_dataset, eval_dataset)
+        self._positions = construction.check_both_models(self)
+        self._objective = construction.build_objective(self)
+        # Under ZeRO-3 the model has to be wrapped for the comparison.
+        self._head_unchecked = self._objective.fused and is_deepspeed_zero3_enabled()
         self.by_images_alone = trained_by_images_alone(self.model)
         if self.by_images_alone:
             keep_a_path(self.model)
+        self.stopwatch = metrics.Stopwatch()
+        self._guard = NonFiniteGuard(self)
         self._sampler: EpochSampler | None = None
         self.begun = self.rehearsed = False
         self.summed_from = 0
@@ -223,7 +207,6 @@ class GKDTrainerWithMetrics(GKDTrainer):
         for callback in (self._unlogged, WatchGradients(self), WatchRounding(self)):
             self.add_callback(callback)
         self._loading_from: str | None = None
-        self._guarded_engine: nn.Module | None = None
 
     # ---- what it is made of ------------------------------------------------------------------------------------------
 
@@ -260,7 +243,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         return output
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        """As upstream, which goes on by setting all sums to 0: `RestoreUnlogged` is told where they are."""
+        """As upstream, which sets all sums to 0 after this: `RestoreUnlogged` reads them back from the checkpoint."""
         self._unlogged.checkpoint = resume_from_checkpoint
         self.summed_from = self.state.global_step
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -299,60 +282,30 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """Collect one window, replace its answers where it is generated, and count D on what will be trained on."""
         self.stopwatch.start()
         self.begun = True
-        options = self._checked_options()
-        given = [self._receive(batch, train=True) for batch in itertools.islice(epoch_iterator, num_batches)]
+        options, rows = options_of_window(self), self.rows_per_epoch()
+        given = [
+            self.receiver.receive(self._prepare_inputs(batch), rows, train=True)
+            for batch in itertools.islice(epoch_iterator, num_batches)
+        ]
         batches, self._window = collect(self, given, options, device)
         for name, value in (("windows", 1.0), ("on_policy_windows", float(self._window.on_policy))):
             self._metrics["train"][name].append(torch.tensor(value))
-        num_items = self._get_num_items_in_batch(batches, device)
+        num_items = num_supervised(batches, self.accelerator, device) // self.get_tp_size() if batches else None
         if self.teacher is not None and options.needs_teacher:
             self.teacher.prepare(batches)
         return batches, num_items
 
-    def _receive(self, batch: Batch | Mapping[str, Any], *, train: bool, rows: int | None = None) -> Batch:
-        """A batch on the device, without the rows repeated to fill up an epoch of `rows` (None: training's)."""
-        args = self.args
-        size = self._train_batch_size if train else args.eval_batch_size
-        rows = self.rows_per_epoch() if rows is None else rows
-        return self.receiver.receive(
-            self._prepare_inputs(batch),
-            rows,
-            size,
-            drop_last=train and args.dataloader_drop_last,
-            may_pad_left=not isinstance(self.data_collator, Collator),  # a caller may replace it at any time
-        )
-
     def _prepare_inputs(self, inputs: Batch | Mapping[str, Any]) -> Batch:
-        """As upstream, which knows mappings only: onto the device, and under DeepSpeed into its dtype."""
+        """As upstream: onto the device, and under DeepSpeed into its dtype."""
         batch = inputs if isinstance(inputs, Batch) else received(inputs, None)
         return batch.map_tensors(self._prepare_input)
-
-    def _checked_options(self) -> DistillationOptions:
-        """The options as they are now, fit to be used.
-
-        Raises:
-            ValueError: a value that was set since is out of range, asks for what this trainer lacks, or is not the same
-                on all ranks.
-        """
-        options = self.options.checked()
-        check_teacher_can(self.teacher, options)
-        check_prompt_learning_of(self, options)
-        check_same_on_all_ranks(options, self.accelerator)
-        return options
-
-    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | None:
-        """D: the supervised tokens of the window's micro-batches on all ranks."""
-        if not batch_samples:
-            return None
-        return num_supervised(batch_samples, self.accelerator, device) // self.get_tp_size()
 
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """One micro-batch. The window was drawn and generated in `get_batch_samples`."""
-        if self.is_deepspeed_enabled and model is not self._guarded_engine:
-            guard_steps(model, self.accelerator, lambda norm: NonFiniteError(self._describe_non_finite(norm)))
-            self._guarded_engine = model
+        if self.is_deepspeed_enabled:
+            self._guard.watch_steps(model)
         loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
         if not self.accelerator.sync_gradients:
             return loss
@@ -376,11 +329,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """total = llm_kd_weight · jsd + c · ce + Σ visual, for one micro-batch.
 
         Args:
-            num_items_in_batch: D; None (evaluation, a call of its own) is the batch's own supervised tokens.
-
-        Returns:
-            The micro-batch's share of the window's loss, times the world size where D is given; with the student's
-            outputs, of a forward of their own, if `return_outputs`.
+            num_items_in_batch: D, and the loss is the batch's share of the window's, times the world size; None
+                (evaluation, a call of its own) is the batch's own supervised tokens.
+            return_outputs: also the student's, of a forward of their own.
         """
         if self._head_unchecked:
             self._check_head(model)
@@ -396,9 +347,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
             1.0 if self._window is None else self._window.aux_share,
         )
         metrics.record(self._metrics["train" if training else "eval"], terms, batch)
-        if training and self.is_deepspeed_enabled and self._some_loss_is_not_finite():
-            # DeepSpeed takes the optimizer step within backward: this is the last place before it.
-            raise NonFiniteError(self._describe_non_finite(None))
+        if training and self.is_deepspeed_enabled:
+            self._guard.check_losses()  # it takes the optimizer step within backward: this is the last place before it
         loss = terms.total * world_scale(num_items_in_batch, self.accelerator.num_processes // self.get_tp_size())
         if return_outputs:  # for compute_metrics: the loss itself makes no logits
             with torch.no_grad():
@@ -419,7 +369,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             return self.teacher.targets(batch)
 
     def _check_head(self, model: nn.Module) -> None:
-        """What could not be looked at before the model was wrapped: see `why_no_loss_head`."""
+        """What could not be compared before the model was wrapped: see `why_no_loss_head`."""
         reason = why_wrapped_head_differs(model)
         self._head_unchecked = False
         if reason is not None:
@@ -441,12 +391,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             logs |= metrics.training_metrics(reduced, self.stopwatch.lap())
             self._metrics["train"].clear()
             if not reduced.sums["num_tokens"] and is_main():
-                logger.warning(
-                    "Nothing was supervised since the last record (step %d): rows without an answer, or with an answer "
-                    "that max_length (%s) cuts off, teach nothing.",
-                    self.state.global_step,
-                    self.args.max_length,
-                )
+                logger.warning(_NOTHING_SUPERVISED, self.state.global_step, self.args.max_length)
         elif "train_runtime" in logs:
             # The mean of the whole run, of which upstream has counted the steps since a resume.
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self.summed_from, 1)
@@ -459,11 +404,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if grad_norm is None and self._projectors():
             grad_norm = self._clip_with_projectors(model, math.inf)
         norm = super()._get_grad_norm(model, grad_norm)
-        # A gradient scaler skips steps whose fp16 gradients overflowed, and lowers its scale: that is its job.
-        engine: Any = model
-        scaled = engine.fp16_enabled() if self.is_deepspeed_enabled else self.accelerator.scaler is not None
-        if (norm is not None and not scaled and not_a_norm(norm)) or self._some_loss_is_not_finite():
-            raise NonFiniteError(self._describe_non_finite(norm))
+        self._guard.check_step(model, norm)
         return norm
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -485,14 +426,6 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.visual.add_to(optimizer, self.args.weight_decay)
         return optimizer
 
-    def _some_loss_is_not_finite(self) -> bool:
-        recorded, newest = self._metrics["train"], self.args.gradient_accumulation_steps
-        return some_loss_is_not_finite(recorded, newest, self.accelerator)
-
-    def _describe_non_finite(self, norm: Any) -> str:
-        step, rank = self.state.global_step + 1, self.accelerator.process_index
-        return describe_non_finite(self._metrics["train"], step, rank, norm)
-
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     def prediction_step(
@@ -507,7 +440,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         rows = len(dataset) if hasattr(dataset, "__len__") else 0  # of a stream it is not known which are repeated
         given = self._prepare_inputs(inputs)
         self._metrics["eval"]["rows"].append(torch.tensor(len(given)))
-        batch = self._receive(given, train=False, rows=rows)
+        batch = self.receiver.receive(given, rows, train=False)
         check_images_on_all_ranks(self, [batch])
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:
@@ -517,7 +450,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         return loss, _filled_up(outputs.logits, len(given)), _filled_up(batch.labels, len(given))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Upstream's loop, with its mean of batch means replaced by means over the tokens of the whole set."""
+        """Upstream's loop, with means over the tokens of the whole set in place of its mean of batch means."""
         self._metrics["eval"].clear()
         self.begun = True
         with self.stopwatch.pause():
@@ -533,14 +466,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As upstream, if all trained weights are finite: a step is looked at by the next one only.
-
-        Raises:
-            NonFiniteError: nothing is written.
-        """
+        """As upstream, if all trained weights are finite: what a step has made of them only the next one would show."""
         # Whole models are the same on every rank, and a caller may save on one rank alone.
-        together = _internal_call or self.is_fsdp_enabled or self.is_deepspeed_enabled
-        check_weights(self, together)
+        self._guard.check_weights(together=_internal_call or self.in_pieces)
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -583,22 +511,21 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.visual.load(self.state.best_model_checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Weights that found no place by name are loaded properly; upstream warns and goes on with the first ones.
+        """Load weights whose names are not the model's: upstream warns, and would go on with others.
 
-        transformers saves vision-language models under the names of their first release, and loads them by the names of
-        the day: a resumed run would begin anew, with the optimizer of an old one.
+        transformers saves vision-language models under the names of their first release, and loads by those of today.
         """
         if load_result.missing_keys or load_result.unexpected_keys:
             assert self._loading_from is not None
             load_weights(self.model, self._loading_from)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Only for a student with a name on the hub: of one from a folder upstream's card says it derives from None."""
+        """Only for a student with a name on the hub."""
         if not os.path.isdir(getattr(self.unwrap(self.model).config, "_name_or_path", None) or "."):
             super().create_model_card(*args, **kwargs)
 
     def _send_telemetry(self) -> None:
-        """Nothing is sent anywhere; TRL reports trainer and model type to the hub by default."""
+        """TRL would report trainer and model type to the hub."""
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
 

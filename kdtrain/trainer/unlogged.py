@@ -70,10 +70,7 @@ class RestoreUnlogged(TrainerCallback):
                 args.world_size,
             )
             return
-        self._restore(_file(folder, args.process_index))
-
-    def _restore(self, path: Path) -> None:
-        trainer = self._trainer
+        trainer, path = self._trainer, _file(folder, args.process_index)
         try:
             state = load_file(path)
         except (OSError, SafetensorError) as error:

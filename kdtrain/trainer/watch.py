@@ -1,21 +1,20 @@
-"""What the first steps do to the weights, and whether all of them are numbers before they are saved."""
+"""What the first steps do to the weights: tensors without a gradient, and updates that round away."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kdtrain.errors import NonFiniteError
 from kdtrain.models.kinds import sees_images
 from kdtrain.models.layouts import layout_of
 from kdtrain.models.parts import part_of
 from kdtrain.ranks import is_main
+from kdtrain.trainer.guard import local_part
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WINDOWS = 3
-_SAMPLE = 4096  # numbers of a tensor that are looked at
+_SAMPLE = 4096  # numbers of a tensor that are compared
 _ROUNDED_AWAY = 0.1  # share of updates that is worth a warning
 
 
@@ -48,10 +47,10 @@ class WatchGradients(TrainerCallback):
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         visual_ids = {id(p) for p in _visual_parameters(model)}
         self._trained = len(trained)
-        for visual in (False, True):
-            self._without[visual] = {
-                name: p for name, p in trained.items() if (id(p) in visual_ids) is visual and ".experts." not in name
-            }
+        self._without = {False: {}, True: {}}
+        for name, parameter in trained.items():
+            if ".experts." not in name:
+                self._without[id(parameter) in visual_ids][name] = parameter
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         for visual in [key for key in self._without if not key or self._trainer.window_has_images]:
@@ -89,14 +88,6 @@ def _visual_parameters(model: Any) -> Iterator[nn.Parameter]:
         yield from model.parameters()  # which are the visual ones is not known
 
 
-class _Watched(NamedTuple):
-    """Some numbers of a trained tensor, around one optimizer step."""
-
-    now: torch.Tensor
-    before: torch.Tensor
-    has_gradient: torch.Tensor
-
-
 class WatchRounding(TrainerCallback):
     """Warns of the share of the first step's updates that is too small for weights in half precision to take.
 
@@ -107,7 +98,8 @@ class WatchRounding(TrainerCallback):
     def __init__(self, trainer: GKDTrainerWithMetrics) -> None:
         self._trainer = trainer
         self._done = False
-        self._watched: list[_Watched] = []
+        # Of each trained tensor around one step: some of its numbers, the same before it, and which have a gradient.
+        self._watched: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def on_pre_optimizer_step(self, *_: Any, model: nn.Module, optimizer: torch.optim.Optimizer, **__: Any) -> None:
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -117,7 +109,7 @@ class WatchRounding(TrainerCallback):
         for parameter in model.parameters():
             if parameter.dtype in (torch.bfloat16, torch.float16) and parameter.grad is not None:
                 now = _sample(parameter)
-                self._watched.append(_Watched(now, now.clone(), _sample(parameter.grad) != 0))
+                self._watched.append((now, now.clone(), _sample(parameter.grad) != 0))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -127,8 +119,8 @@ class WatchRounding(TrainerCallback):
             self._done, watched = False, []
         if not watched:
             return
-        updates = sum(int(one.has_gradient.sum()) for one in watched)
-        lost = sum(int(((one.now == one.before) & one.has_gradient).sum()) for one in watched)
+        updates = sum(int(has_gradient.sum()) for _, _, has_gradient in watched)
+        lost = sum(int(((now == before) & has_gradient).sum()) for now, before, has_gradient in watched)
         if updates and lost / updates >= _ROUNDED_AWAY and is_main():
             logger.warning(
                 "%.0f%% of the updates of step %d (learning rate %.1e) rounded away: the trained weights are %s, whose "
@@ -137,43 +129,11 @@ class WatchRounding(TrainerCallback):
                 100 * lost / updates,
                 state.global_step + 1,
                 max(group["lr"] for group in kwargs["optimizer"].param_groups),
-                str(watched[0].now.dtype).removeprefix("torch."),
+                str(watched[0][0].dtype).removeprefix("torch."),
             )
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """A view of some numbers of a tensor, of this rank's part of one that is in pieces."""
-    flat = _local(tensor).detach().reshape(-1)
+    """A view of some numbers of a tensor."""
+    flat = local_part(tensor).detach().reshape(-1)
     return flat[:: max(flat.numel() // _SAMPLE, 1)]
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    if isinstance(tensor, DTensor):
-        return tensor.to_local()
-    return getattr(tensor, "ds_tensor", tensor)  # ZeRO-3's
-
-
-def check_weights(trainer: GKDTrainerWithMetrics, together: bool) -> None:
-    """Refuse to go on with trained weights that are not finite: only the next step would look at them. Reads each once.
-
-    Args:
-        together: ask all ranks; a collective.
-
-    Raises:
-        NonFiniteError: naming some.
-    """
-    trained = {name: _local(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
-    if trainer.visual is not None:
-        trained |= {f"visual projector {name}": p for name, p in trainer.visual.projectors.named_parameters()}
-    device = trainer.accelerator.device
-    good = torch.tensor([True], device=device)
-    if trained:
-        good = torch.stack([torch.isfinite(tensor).all().to(device) for tensor in trained.values()])
-    bad = [name for name, is_good in zip(trained, good.tolist(), strict=False) if not is_good]
-    if together and not bool(trainer.accelerator.gather(good.all()[None]).all()):
-        bad = bad or ["those of another rank"]
-    if bad:
-        raise NonFiniteError(
-            f"Not finite after step {trainer.state.global_step}: trained weights, the first {', '.join(bad[:3])}. They "
-            "were not saved. Lower training.learning_rate, or go on from an earlier checkpoint with --resume PATH."
-        )

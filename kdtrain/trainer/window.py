@@ -12,20 +12,22 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from accelerate import Accelerator
+from trl.models.utils import unwrap_model_for_generation
 
+from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch, received, right_padded
+from kdtrain.data.collate import Collator
 from kdtrain.data.visual_batch import cut_rows
 from kdtrain.errors import DataError, PreflightError
-from kdtrain.generation.generate import generate_window
-from kdtrain.generation.sampling import generation_config, student_generates, token_roles
+from kdtrain.generation.generate import generate_batch
+from kdtrain.generation.sampling import generation_config, stable_seed, student_generates, token_roles
 from kdtrain.models.kinds import sees_images
 from kdtrain.preflight.token_ids import check_batch
 from kdtrain.ranks import is_main
+from kdtrain.trainer import argument_checks
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from kdtrain.config.options import DistillationOptions
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ class Window:
     """What holds for all micro-batches of an optimizer step."""
 
     options: DistillationOptions | None
-    """As they were when it began: a callback that changes one is heard by the next window. None when it is done."""
+    """As they were when it began: what a callback changes holds from the next window. None when it is done."""
     has_new_images: bool
     """Whether a row has an image and is not there only to fill up an epoch; see `_some_new_image`."""
     on_policy: bool
@@ -50,49 +52,40 @@ class Receiver:
 
     Args:
         accepted: what the student's forward takes, of `forward_names`.
-        embeddings: rows of the embedding of "student" and "teacher", where ids of batches have to be looked at.
+        embeddings: rows of the embedding of "student" and "teacher", where ids of batches have to be checked.
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        accepted: frozenset[str] | None,
-        max_length: int | None,
-        *,
-        embeddings: Mapping[str, int] | None,
+        self, trainer: GKDTrainerWithMetrics, accepted: frozenset[str] | None, embeddings: Mapping[str, int] | None
     ) -> None:
-        self._accelerator, self._accepted, self._max_length = accelerator, accepted, max_length
-        self._embeddings = embeddings
+        self._trainer, self._accepted, self._embeddings = trainer, accepted, embeddings
         self._rows = self._truncated = 0
 
     def accept(self, batch: Batch | Mapping[str, Any]) -> Batch:
         """A batch without what the student's forward does not take."""
         return received(batch, self._accepted)
 
-    def receive(
-        self,
-        batch: Batch | Mapping[str, Any],
-        epoch_rows: int,
-        batch_size: int,
-        *,
-        drop_last: bool,
-        may_pad_left: bool,
-    ) -> Batch:
+    def receive(self, batch: Batch, epoch_rows: int, *, train: bool) -> Batch:
         """A batch of any collator, without the rows that are repeated at the end of an epoch of `epoch_rows`."""
+        trainer, args = self._trainer, self._trainer.args
         batch = self.accept(batch)
-        if may_pad_left:
-            batch = right_padded(batch)  # a look at the mask, which a GPU would have to wait for
-        batch = without_repeated_rows(batch, self._accelerator, epoch_rows, batch_size, drop_last)
+        if not isinstance(trainer.data_collator, Collator):  # a caller may replace it at any time
+            batch = right_padded(batch)  # reads the mask, which a GPU would have to wait for
+        if not (train and args.dataloader_drop_last):
+            size = trainer._train_batch_size if train else args.eval_batch_size
+            batch = _without_repeated_rows(batch, trainer.accelerator, epoch_rows, size)
         if self._embeddings is not None:
             check_batch(batch, self._embeddings)
         return batch
 
     def count_truncated(self, batches: Sequence[Batch]) -> None:
-        """Take account of the rows of a window that were cut at `max_length`; the first is warned of."""
+        """Count the rows of a window that were cut at `max_length`; the first is warned of."""
         self._rows += sum(len(batch) for batch in batches)
         truncated = sum(sum(batch.rows.truncated) for batch in batches)
         if truncated and not self._truncated:
-            logger.warning("Rows longer than max_length (%s tokens) are cut from the right.", self._max_length)
+            logger.warning(
+                "Rows longer than max_length (%s tokens) are cut from the right.", self._trainer.args.max_length
+            )
         self._truncated += truncated
 
     def start_counting(self) -> None:
@@ -101,25 +94,21 @@ class Receiver:
 
     def warn_of_truncated(self) -> None:
         """Say how many truncated rows there were on all ranks; a collective."""
-        own = torch.tensor([self._truncated, self._rows], device=self._accelerator.device)
-        truncated, rows = self._accelerator.reduce(own).tolist()
+        accelerator, max_length = self._trainer.accelerator, self._trainer.args.max_length
+        own = torch.tensor([self._truncated, self._rows], device=accelerator.device)
+        truncated, rows = accelerator.reduce(own).tolist()
         if truncated and is_main():
-            logger.warning("%d of %d rows were cut at max_length (%s tokens).", truncated, rows, self._max_length)
+            logger.warning("%d of %d rows were cut at max_length (%s tokens).", truncated, rows, max_length)
 
 
-def without_repeated_rows(
-    batch: Batch, accelerator: Accelerator, epoch_rows: int, batch_size: int, drop_last: bool
-) -> Batch:
+def _without_repeated_rows(batch: Batch, accelerator: Accelerator, epoch_rows: int, batch_size: int) -> Batch:
     """Cut off the rows that accelerate repeats to fill the last batch of an epoch: no row may count twice.
 
     Ranks take the last rows in order, so only the first `remainder` of them, counted over the ranks, are new. A rank
-    that has none of them keeps one row, without labels, to go through the same motions as the others.
-
-    Raises:
-        DataError: it is not known which rows of a batch are the repeated ones.
+    that has none of them keeps one row, without labels, so that it takes part in the same collectives as the others.
     """
     ranks = accelerator.num_processes
-    if ranks == 1 or not accelerator.gradient_state.end_of_dataloader or drop_last:
+    if ranks == 1 or not accelerator.gradient_state.end_of_dataloader:
         return batch
     # Not gradient_state.remainder: accelerate does not know it in an epoch that is resumed in its middle.
     remainder = epoch_rows % (batch_size * ranks)
@@ -138,18 +127,26 @@ def without_repeated_rows(
     return batch if new else replace(batch.without_labels(), all_repeated=True)
 
 
+def options_of_window(trainer: GKDTrainerWithMetrics) -> DistillationOptions:
+    """The options as they are now. Callbacks set them at any time: each window checks them again, before any work."""
+    options = trainer.options.checked()
+    argument_checks.check_options(trainer, options)
+    argument_checks.check_same_on_all_ranks(options, trainer.accelerator)
+    return options
+
+
 def collect(
     trainer: GKDTrainerWithMetrics, batches: list[Batch], options: DistillationOptions, device: torch.device
 ) -> tuple[list[Batch], Window]:
-    """Decide who writes the window's answers, have them written, and look at all of its batches together.
+    """Decide who writes the window's answers, have them written, and find what holds for all of its batches.
 
     Args:
         batches: this rank's, as received.
-        options: checked; those of the window.
+        options: of `options_of_window`.
     """
     trainer.receiver.count_truncated(batches)
     on_policy = False
-    if options.lm_kd_active:  # CE is not taught on the student's own answers, and visual KD sees no text
+    if options.lm_kd_active:  # CE is not taught on the student's own answers, and visual KD compares no text
         on_policy = student_generates(trainer.args.seed, trainer.state.global_step, options.lmbda)
         if on_policy or options.seq_kd:
             batches = _generated(trainer, batches, "student" if on_policy else "teacher", options)
@@ -169,19 +166,30 @@ def _generated(
     options: DistillationOptions,
 ) -> list[Batch]:
     """The batches with answers that one of the models writes now."""
-    model, wrapped = trainer.model, trainer.model_wrapped
-    if side == "teacher":
-        assert trainer.teacher_model is not None, "checked: it can write"
-        model = wrapped = trainer.teacher_model
+    model: Any = trainer.model if side == "student" else trainer.teacher_model
+    wrapped: Any = trainer.model_wrapped if side == "student" else trainer.teacher_model
     vocabulary = trainer.vocabulary
     assert vocabulary is not None, "LM KD has compared them"
     padding = range(vocabulary.shared, max(vocabulary.student, vocabulary.teacher))
     roles = token_roles(trainer.processing_class, trainer.unwrap(model), padding, trainer.model.generation_config)
     config = generation_config(roles.stop, roles.pad, options.temperature, options.max_new_tokens, roles.forbidden)
-    step = trainer.state.global_step
-    return generate_window(
-        batches, wrapped, config, side, args=trainer.args, accelerator=trainer.accelerator, step=step
-    )
+    args, accelerator = trainer.args, trainer.accelerator
+    # Ranks hold other rows, so they sample from other states; the window and micro-batch make them new each time.
+    seed = f"{side}:{args.seed}:{trainer.state.global_step}:{accelerator.process_index}"
+    kwargs = {"gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs}
+    generated = []
+    with unwrap_model_for_generation(wrapped, accelerator, **kwargs) as unwrapped:
+        for i, batch in enumerate(batches):
+            prompts = batch.as_teacher_sees_it() if side == "teacher" else batch
+            done = generate_batch(
+                unwrapped, prompts, config, seed=stable_seed(f"{seed}:{i}"), multiple=args.pad_to_multiple_of
+            )
+            tokens = ("input_ids", "attention_mask", *batch.token_level)
+            # The images remain the student's.
+            inputs = {**batch.model_inputs, **{name: done.model_inputs[name] for name in tokens}}
+            batch = replace(batch, model_inputs=inputs, labels=done.labels, generated_by=side)
+            generated.append(batch.without_labels() if batch.all_repeated else batch)
+    return generated
 
 
 def num_supervised(batches: Sequence[Batch], accelerator: Accelerator, device: torch.device) -> torch.Tensor:
@@ -196,9 +204,6 @@ def check_images_on_all_ranks(trainer: GKDTrainerWithMetrics, batches: Sequence[
     """Refuse what would wait for ever: a vision encoder in pieces is put together by all ranks or by none.
 
     ZeRO-1 and 2 reduce gradients in buckets, which are others where the encoder has none.
-
-    Raises:
-        PreflightError: naming the step.
     """
     if not (trainer.in_pieces and sees_images(trainer.unwrap(trainer.model).config)):
         return
