@@ -7,6 +7,7 @@ A checkpoint holds what transformers saves (weights or an adapter, optimizer, sc
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -21,14 +22,7 @@ _TRAINER_STATE = "trainer_state.json"
 
 
 def checkpoint_to_resume(run_dir: Path, resume: str | None) -> Path | None:
-    """The checkpoint to go on from, None for a clean start.
-
-    Args:
-        resume: "auto" (the newest complete checkpoint of the run, if it has any), a checkpoint's path, or None.
-
-    Raises:
-        CheckpointError: it is incomplete or missing, or the run has checkpoints and none is complete.
-    """
+    """The checkpoint that `--resume` means: a path, or for "auto" the newest complete one; None for a clean start."""
     if resume is None:
         return None
     if resume != "auto":
@@ -38,15 +32,18 @@ def checkpoint_to_resume(run_dir: Path, resume: str | None) -> Path | None:
         if missing := missing_files(checkpoint):
             raise CheckpointError(f"{checkpoint} cannot be resumed from: it lacks {', '.join(missing)}.")
         return checkpoint
-    newest, skipped = _newest_complete(run_dir)
+    steps = {path: path.name.removeprefix(CHECKPOINT) for path in run_dir.glob(f"{CHECKPOINT}*")}
+    found = sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: -int(steps[path]))
+    skipped = list(itertools.takewhile(missing_files, found))
+    lacks = [f"{path.name} lacks {', '.join(missing_files(path))}" for path in skipped]
+    newest = None if len(skipped) == len(found) else found[len(skipped)]
     if newest is None and skipped:
-        lacks = "; ".join(f"{name} lacks {', '.join(missing)}" for name, missing in skipped.items())
         raise CheckpointError(
-            f"--resume auto: no checkpoint in {run_dir} is complete: {lacks}. Restore what is missing, or begin anew "
-            "in another folder (training.output_dir=… on the command line)."
+            f"--resume auto: no checkpoint in {run_dir} is complete: {'; '.join(lacks)}. Restore what is missing, or "
+            "begin anew in another folder (training.output_dir=… on the command line)."
         )
-    for name, missing in skipped.items():
-        logger.warning("%s is skipped: it lacks %s.", name, ", ".join(missing))
+    for reason in lacks:
+        logger.warning("Skipped: %s.", reason)
     logger.warning("Resuming from %s." if newest else "No checkpoint in %s yet: clean start.", newest or run_dir)
     return newest
 
@@ -70,19 +67,6 @@ def missing_files(checkpoint: Path) -> list[str]:
     if not sharded and not any(_holds_something(checkpoint / name) for name in weights):
         missing.append(" or ".join(weights))
     return missing
-
-
-def _newest_complete(run_dir: Path) -> tuple[Path | None, dict[str, list[str]]]:
-    """The newest complete checkpoint of a run, and what was skipped: name -> missing files."""
-    steps = {path: path.name.removeprefix(CHECKPOINT) for path in run_dir.glob(f"{CHECKPOINT}*")}
-    found = sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
-    skipped: dict[str, list[str]] = {}
-    for path in reversed(found):
-        missing = missing_files(path)
-        if not missing:
-            return path, skipped
-        skipped[path.name] = missing
-    return None, skipped
 
 
 def _holds_something(path: Path) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdtrain.config import RunConfig
 from kdtrain.errors import PreflightError
 from kdtrain.ranks import under_launcher, world_size
 from kdtrain.runs.signals import passed_on_to
@@ -23,9 +24,7 @@ from kdtrain.runs.signals import passed_on_to
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from kdtrain.config import RunConfig
-    from kdtrain.trainer import GKDTrainerWithMetrics
-
+_ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli")
 _EXIT_CODE_FILE = "KDTRAIN_EXIT_CODE_FILE"
 
 
@@ -40,13 +39,8 @@ def wanted_processes(config: RunConfig, visible_devices: int) -> int:
 
 
 def launch_command(config: RunConfig, num_processes: int, arguments: Sequence[str], on_cpu: bool) -> list[str]:
-    """The `accelerate launch` command line that runs `kdtrain fit` with these arguments.
-
-    Args:
-        arguments: everything after `kdtrain`, as the user typed it.
-        on_cpu: no accelerator is there.
-    """
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    """The `accelerate launch` command line that runs `kdtrain` with these arguments."""
+    command = [*_ACCELERATE, "launch"]
     if config.launch.config_file:
         command += ["--config_file", config.launch.config_file]
         if config.launch.num_processes is not None:  # else the file says how many, over all machines
@@ -86,18 +80,12 @@ def report_exit_code(code: int) -> None:
 
 def shown(command: Sequence[str]) -> str:
     """The command as one would type it."""
-    text = shlex.join(command)
-    return text.replace(f"{sys.executable} -m accelerate.commands.accelerate_cli", "accelerate", 1)
+    return shlex.join(command).replace(shlex.join(_ACCELERATE), "accelerate", 1)
 
 
 def check_world(accelerator: Accelerator, config: RunConfig) -> None:
-    """Refuse a world that is not the one asked for.
-
-    Raises:
-        PreflightError: fewer or more processes than the launcher or the config said.
-    """
-    got = accelerator.num_processes
-    asked = world_size()
+    """Refuse fewer or more processes than the launcher or the config said."""
+    got, asked = accelerator.num_processes, world_size()
     if got != asked:
         raise PreflightError(
             f"The launcher started {asked} processes, but each of them is alone (world size {got}): they would train "
@@ -108,30 +96,4 @@ def check_world(accelerator: Accelerator, config: RunConfig) -> None:
         raise PreflightError(
             f"launch.num_processes is {wanted}, but the launcher started {got}. Change one of them, or start with "
             "`kdtrain fit`, which launches by itself."
-        )
-
-
-def check_wrapped(trainer: GKDTrainerWithMetrics) -> None:
-    """Refuse to train several ranks that would never average their gradients, or without the DeepSpeed asked for.
-
-    Some ways of launching give a world of two without the wrapper that reduces gradients, and exit with 0.
-
-    Raises:
-        PreflightError: naming the wrapper that there is.
-    """
-    import torch  # the process that starts a launcher does without it
-
-    if trainer.args.deepspeed and not trainer.is_deepspeed_enabled:
-        # accelerate takes ACCELERATE_USE_CPU, which some launchers set, for a wish to go without.
-        raise PreflightError(
-            "training.deepspeed is set, but this run is without DeepSpeed (its distributed type is "
-            f"{trainer.accelerator.distributed_type.value}). Unset ACCELERATE_USE_CPU, or remove the option."
-        )
-    if trainer.accelerator.num_processes == 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        return
-    if not isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel):
-        raise PreflightError(
-            f"{trainer.accelerator.num_processes} processes, but the model is wrapped in "
-            f"{type(trainer.model_wrapped).__name__} (distributed type {trainer.accelerator.distributed_type}): "
-            "gradients would not be averaged. Launch with `kdtrain fit` and launch.num_processes, or with torchrun."
         )
