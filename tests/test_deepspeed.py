@@ -56,8 +56,8 @@ def build(folder, config=None, tied=False, models=None, lora=None, accumulation=
         student, teacher = (tiny.make_qwen3(seed=1, tie_word_embeddings=tied), tiny.make_qwen3(seed=2, hidden=48))
     else:
         student, teacher = (AutoModelForCausalLM.from_pretrained(models / name) for name in ("student", "teacher"))
-        in_pieces = config is not None and config["zero_optimization"]["stage"] == 3
-        assert all(hasattr(p, "ds_id") == in_pieces for model in (student, teacher) for p in model.parameters())
+        is_sharded = config is not None and config["zero_optimization"]["stage"] == 3
+        assert all(hasattr(p, "ds_id") == is_sharded for model in (student, teacher) for p in model.parameters())
         assert count_parameters(student)[0] > 10_000
     if prepare is not None:
         prepare(student)

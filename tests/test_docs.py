@@ -65,3 +65,27 @@ def test_every_metric_of_the_readme_is_one_that_is_logged():
     source = Path(metrics.__file__).read_text(encoding="utf-8")
     by_transformers = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
     assert {name for name in named - by_transformers if f'"{name}"' not in source} == set()
+
+
+def test_the_teacher_of_the_readme_answers_for_a_batch():
+    import torch
+
+    from kdtrain.data.batch import Batch, Rows
+
+    (block,) = [block for block in readme_blocks("python") if "(Teacher)" in block]
+    names = {}
+    exec(block, names)
+    answers = {f"0:{i}": (torch.tensor([[i, 9]] * 2), torch.tensor([[-1.0, -2.0]] * 2)) for i in range(3)}
+    labels = torch.tensor([[-100, 5, 6], [-100, 7, 8]])
+    batch = Batch(model_inputs={}, labels=labels, rows=Rows(ids=["0:2", "0:1"]))
+    targets = names["Stored"](answers).targets(batch)
+    assert targets.covered_S is None
+    assert targets.scores.indices.tolist() == [[2, 9], [2, 9], [1, 9], [1, 9]]
+
+
+def test_every_room_and_file_of_the_readme_exists():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| room |")[1].split("\n\n")[0]
+    rows = [re.findall(r"`([\w/.]+)`", line) for line in table.splitlines()[2:]]
+    assert len(rows) == 12
+    for room, *files in rows:
+        assert all((ROOT / "kdtrain" / room / file).exists() for file in files), room

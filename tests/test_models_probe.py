@@ -502,10 +502,10 @@ def test_a_tie_between_experts_in_one_text_is_no_sign(monkeypatch, caplog):
 def test_prompts_that_cannot_be_generated_apart_are_refused(monkeypatch):
     model = make("rwkv")
     assert who_shares_a_batch(model, CPU) == "none"
-    monkeypatch.setattr(generation_padding, "in_pieces", lambda model: True)
+    monkeypatch.setattr(generation_padding, "is_sharded", lambda model: True)
     with pytest.raises(PreflightError, match="under FSDP and ZeRO-3 prompts cannot be generated apart"):
         generation_padding.answered_together(model, [[5], [5, 6]], CPU, False)
-    monkeypatch.setattr(generation_padding, "in_pieces", lambda model: False)
+    monkeypatch.setattr(generation_padding, "is_sharded", lambda model: False)
     with pytest.raises(PreflightError, match="prompts with images cannot be generated apart"):
         generation_padding.answered_together(model, [[5], [5, 6]], CPU, True)
     assert generation_padding.answered_together(model, [[5]], CPU, True) == [[0]]

@@ -20,7 +20,7 @@ from kdtrain.config import ConfigLoader
 from kdtrain.data import Collator
 from kdtrain.errors import ConfigError, DataError, Interrupted, PreflightError
 from kdtrain.teachers import Teacher
-from kdtrain.trainer import rehearsal
+from kdtrain.trainer import startup_checks
 from tests import tiny
 from tests.test_python_class import with_lora
 from tests.test_trainer import expected_terms
@@ -140,8 +140,8 @@ def test_a_teacher_that_only_gives_targets_is_refused_where_it_has_to_write(proj
 
 def test_a_run_is_rehearsed_once(project, monkeypatch):
     made = []
-    original = rehearsal._try_scheduler
-    monkeypatch.setattr(rehearsal, "_try_scheduler", lambda trainer: (made.append(trainer), original(trainer)))
+    original = startup_checks._try_scheduler
+    monkeypatch.setattr(startup_checks, "_try_scheduler", lambda trainer: (made.append(trainer), original(trainer)))
     kdtrain.fit(project / "config.yaml", ["training.max_steps=1"], quiet=True)
     assert len(made) == 1
     trainer = made[0]

@@ -28,13 +28,13 @@ def call_generate(
             input_ids=input_ids_BP,
             attention_mask=mask_BP,
             generation_config=config,
-            synced_gpus=in_pieces(model),
+            synced_gpus=is_sharded(model),
             **more,
         )
     return made, input_ids_BP.shape[1]
 
 
-def in_pieces(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Sharded, every forward is a collective: all ranks must run as many as the one with the longest answer."""
     return isinstance(model, FSDPModule) or is_deepspeed_zero3_enabled()
 

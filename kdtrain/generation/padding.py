@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from kdtrain.errors import PreflightError
-from kdtrain.generation.call import call_generate, in_pieces, seeded
+from kdtrain.generation.call import call_generate, is_sharded, seeded
 from kdtrain.generation.sampling import generation_config
 from kdtrain.models.probe import as_preflight_error, few_tokens, name_of
 from kdtrain.ranks import is_main
@@ -37,7 +37,7 @@ def answered_together(
     for i, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt) if share == "equally long" else i, []).append(i)
     refusal = None
-    if in_pieces(model):  # ranks with other lengths would wait for each other's forwards
+    if is_sharded(model):  # ranks with other lengths would wait for each other's forwards
         refusal = "under FSDP and ZeRO-3 prompts", "Train it with plain data parallelism, or set"
     elif images and len(by_length) > 1:
         refusal = "prompts with images", "Set training.per_device_train_batch_size: 1, or"

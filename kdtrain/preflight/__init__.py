@@ -1,1 +1,14 @@
-"""What can be seen before money is spent: models, rows and token ids that do not fit."""
+"""What can be seen before money is spent: models, rows and token ids that do not fit.
+
+A run is checked in this order, each step before the next one costs more:
+
+| when | what | where |
+|---|---|---|
+| before torch is imported | the config and the files that it names | `config/load.py` |
+| before rows are read | model folders | `runs/build.py` |
+| while rows are read | rows, their lengths, answers and images | `data/dataset.py`, `runs/read_data.py` |
+| while the trainer is built | arguments, vocabularies, token ids | `trainer/argument_checks.py`, `token_ids.py` |
+| then | both models on a few tokens and an image, positions against lengths | `model_checks.py`, `positions.py` |
+| then | visual features and their projectors | `feature_kd/term.py` |
+| before the first step | steps, optimizer, scheduler, the best metric | `trainer/startup_checks.py` |
+"""

@@ -26,7 +26,7 @@ from kdtrain.feature_kd.images import first_row_with_images
 from kdtrain.generation.generate import refuse_marked_answers
 from kdtrain.generation.padding import who_shares_a_batch
 from kdtrain.models import probe
-from kdtrain.preflight.positions import Rows, length_findings, rope_findings
+from kdtrain.preflight.positions import RowLengths, length_findings, rope_findings
 from kdtrain.ranks import is_main
 
 logger = logging.getLogger(__name__)
@@ -79,13 +79,13 @@ def _checked(
 
 def check_models(
     sides: Sequence[CheckedModel],
-    rows: Sequence[Rows],
+    rows: Sequence[RowLengths],
     collator: Any,
     train: Any,
     *,
     generating: Sequence[nn.Module],
     only_errors: bool = False,
-    in_pieces: bool = False,
+    is_sharded: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
     """Warn of what will be worse than it looks, and refuse what would end the run or make its numbers wrong.
@@ -94,7 +94,7 @@ def check_models(
         train: where a row with an image is looked for; None where there is no data yet.
         generating: the models that will write answers.
         only_errors: both models are checked again later, when more is known.
-        in_pieces: FSDP or DeepSpeed will wrap the models: no image is tried.
+        is_sharded: FSDP or DeepSpeed will wrap the models: no image is tried.
         autocast: what training runs forwards in.
     """
     for model in generating:
@@ -112,7 +112,7 @@ def check_models(
             "they have to predict.",
             " and ".join(unseen),
         )
-    if in_pieces or unseen:
+    if is_sharded or unseen:
         return
     row = None if train is None or not isinstance(collator, Collator) else first_row_with_images(train, collator)
     if row is not None:

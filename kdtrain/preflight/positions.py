@@ -30,7 +30,7 @@ _DECLARED = ("max_position_embeddings", "max_seq_len")
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowLengths:
     """Rows of a run, as far as their lengths are known."""
 
     what: str
@@ -51,7 +51,7 @@ class Rows:
         return -(-self.longest // multiple) * multiple if multiple else self.longest
 
 
-def rows_of_a_run(train: Any, evaluation: Any, args: Any, collator: Any, generates: bool) -> list[Rows]:
+def rows_of_a_run(train: Any, evaluation: Any, args: Any, collator: Any, generates: bool) -> list[RowLengths]:
     """The rows that both models will see, where their lengths can be known without encoding them.
 
     Left out are rows that are encoded batch by batch (see `refuse_width`), and those of a user's own collator: what it
@@ -73,7 +73,7 @@ def rows_of_a_run(train: Any, evaluation: Any, args: Any, collator: Any, generat
     sets = [("training rows", train_lengths, args.train_batch_size)]
     sets += [("evaluation rows", _lengths(data), args.eval_batch_size) for data in evaluations]
     found = [
-        Rows(what, _collated(lengths, lengths, collator), size, shorter)
+        RowLengths(what, _collated(lengths, lengths, collator), size, shorter)
         for what, lengths, size in sets
         if lengths is not None
     ]
@@ -81,7 +81,7 @@ def rows_of_a_run(train: Any, evaluation: Any, args: Any, collator: Any, generat
         prompts = _collated(np.asarray(train["prompt_length"][:]), train_lengths, collator)
         what = f"prompts with an answer of {in_rlhf}max_new_tokens ({args.max_new_tokens})"
         way_out = f"lower {in_rlhf}max_new_tokens or {in_data}max_length"
-        found.append(Rows(what, prompts + args.max_new_tokens, args.train_batch_size, way_out))
+        found.append(RowLengths(what, prompts + args.max_new_tokens, args.train_batch_size, way_out))
     return [rows for rows in found if len(rows.lengths)]
 
 
@@ -94,13 +94,13 @@ def _collated(lengths: np.ndarray, row_lengths: np.ndarray, collator: Collator) 
     return np.minimum(lengths, collator.max_length)
 
 
-def answered_rows(data: Any, args: Any) -> list[Rows]:
+def answered_rows(data: Any, args: Any) -> list[RowLengths]:
     """Rows whose answers a teacher is about to write (`answers: teacher`), with the longest that it may write."""
     if data is None or "answers" not in data.column_names:
         return []
     prompts = np.asarray(data["prompt_length"][:])[np.asarray(data["answers"][:], dtype=bool)]
     what = f"prompts with the teacher's answer of rlhf.max_new_tokens ({args.max_new_tokens})"
-    rows = Rows(what, prompts + args.max_new_tokens, args.eval_batch_size, "lower rlhf.max_new_tokens")
+    rows = RowLengths(what, prompts + args.max_new_tokens, args.eval_batch_size, "lower rlhf.max_new_tokens")
     return [rows] if len(prompts) else []
 
 
@@ -116,7 +116,7 @@ def _lengths(data: Any) -> np.ndarray | None:
 # ---- how many positions there are ------------------------------------------------------------------------------------
 
 
-def length_findings(side: CheckedModel, rows: Sequence[Rows], multiple: int | None) -> list[Problem]:
+def length_findings(side: CheckedModel, rows: Sequence[RowLengths], multiple: int | None) -> list[Problem]:
     """An error for rows that a model cannot take, a warning for those beyond what it was made for.
 
     Args:
@@ -146,7 +146,7 @@ def length_findings(side: CheckedModel, rows: Sequence[Rows], multiple: int | No
     return [Problem(OPTION_OF[side.name], message, f"If that is not meant, {_ways_out(long)}.", "warning")]
 
 
-def _too_long(side: CheckedModel, positions: int, rows: Sequence[Rows], multiple: int | None) -> Problem:
+def _too_long(side: CheckedModel, positions: int, rows: Sequence[RowLengths], multiple: int | None) -> Problem:
     behind = f" behind its {side.virtual} virtual tokens" if side.virtual else ""
     if any(some.longest > positions for some in rows):
         what = _counts(rows, positions)
@@ -160,7 +160,7 @@ def _too_long(side: CheckedModel, positions: int, rows: Sequence[Rows], multiple
     )
 
 
-def _counts(rows: Sequence[Rows], limit: int) -> str:
+def _counts(rows: Sequence[RowLengths], limit: int) -> str:
     """How many rows of each set are longer than a limit, and how long they get."""
     counts = [
         f"{more} of {len(some.lengths)} {some.what}" for some in rows if (more := int((some.lengths > limit).sum()))
@@ -168,7 +168,7 @@ def _counts(rows: Sequence[Rows], limit: int) -> str:
     return f"{' and '.join(counts)} have more tokens (up to {max(some.longest for some in rows)})"
 
 
-def _ways_out(rows: Sequence[Rows]) -> str:
+def _ways_out(rows: Sequence[RowLengths]) -> str:
     return " and ".join(dict.fromkeys(some.way_out for some in rows))
 
 
@@ -214,7 +214,7 @@ _HOW_ROPE_DEPENDS = {
 }
 
 
-def rope_findings(side: CheckedModel, rows: Sequence[Rows]) -> list[Problem]:
+def rope_findings(side: CheckedModel, rows: Sequence[RowLengths]) -> list[Problem]:
     """A warning where the numbers of a row depend on the rows beside it (longrope) or before it (dynamic)."""
     findings = []
     for kind, original in _rope_kinds(side.model).items():

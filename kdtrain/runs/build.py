@@ -24,7 +24,7 @@ from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.argument_checks import check_teacher_is_another_model
 from kdtrain.trainer.deepspeed import prepare_deepspeed_run
-from kdtrain.trainer.rehearsal import rehearse
+from kdtrain.trainer.startup_checks import check_startup
 
 if TYPE_CHECKING:
     import torch
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
     from trl.experimental.gkd import GKDConfig
 
     from kdtrain.config import RunConfig
-    from kdtrain.trainer.given_rows import Rows
+    from kdtrain.trainer.given_rows import RowsInMemory
 
 
 @dataclass(frozen=True)
 class Given:
     """What a caller hands over instead of naming it in the config; None is what the config names."""
 
-    train_dataset: Dataset | Rows | None = None
-    eval_dataset: Dataset | Rows | None = None
+    train_dataset: Dataset | RowsInMemory | None = None
+    eval_dataset: Dataset | RowsInMemory | None = None
     model: PreTrainedModel | None = None
     teacher: nn.Module | Teacher | None = None
     callbacks: Sequence[TrainerCallback] = ()
@@ -124,7 +124,7 @@ def build_trainer(
             trainer.read_epochs(data.report.epochs)
     if teacher.teacher is not None:
         check_images_fit_teacher(data.train, collator)
-    rehearse(trainer, config.training.get("greater_is_better"))
+    check_startup(trainer, config.training.get("greater_is_better"))
     return trainer, data.report
 
 

@@ -55,7 +55,7 @@ class CheckWrapped(TrainerCallback):
                 "training.deepspeed is set, but this run is without DeepSpeed (its distributed type is "
                 f"{accelerator.distributed_type.value}). Unset ACCELERATE_USE_CPU, or remove the option."
             )
-        wrapped = trainer.in_pieces or isinstance(trainer.model_wrapped, DistributedDataParallel)
+        wrapped = trainer.is_sharded or isinstance(trainer.model_wrapped, DistributedDataParallel)
         if accelerator.num_processes > 1 and not wrapped:
             raise PreflightError(
                 f"{accelerator.num_processes} processes, but the model is wrapped in "

@@ -71,7 +71,9 @@ class Teacher(ABC):
         """Go where it will run; called once, when the trainer is built."""
 
     def prepare(self, window: Sequence[Batch]) -> None:  # noqa: B027
-        """Called once per optimizer window, before its first batch: the time to send requests or to read ahead.
+        """Called before the first batch of an optimizer window, and before each one of an evaluation.
+
+        The time to send requests, or to read ahead.
 
         Args:
             window: this rank's batches, with the answers that will be trained on.

@@ -36,9 +36,9 @@ from kdtrain.preflight.positions import rows_of_a_run
 from kdtrain.preflight.token_ids import check_rows, embedding_rows
 from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
 from kdtrain.trainer import argument_checks as checks
-from kdtrain.trainer.arguments import check_fields, check_supervision
 from kdtrain.trainer.given_rows import as_rows
 from kdtrain.trainer.objective import Objective, warn_of_logits
+from kdtrain.trainer.refused_fields import check_fields, check_supervision
 from kdtrain.trainer.window import Receiver
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ def check_both_models(trainer: GKDTrainerWithMetrics) -> dict[Side, int]:
         collator,
         train,
         generating=generating,
-        in_pieces=trainer.in_pieces,
+        is_sharded=trainer.is_sharded,
         autocast=trainer.compute_loss_context_manager,
     )
     return {side.name: side.look.positions for side in sides if side.look.positions is not None}
@@ -305,7 +305,7 @@ def _visual_term(trainer: GKDTrainerWithMetrics) -> VisualTerm | None:
     student, teacher = trainer.unwrap(trainer.model), trainer.unwrap(trainer.teacher_model)
     visual = VisualTerm(wanted, student, teacher, trainer.accelerator, trainer.args.seed)
     # In pieces, a model cannot be run before it is wrapped: what does not fit is found at the first step.
-    if trainer.train_dataset is not None and not trainer.in_pieces:
+    if trainer.train_dataset is not None and not trainer.is_sharded:
         batch = first_batch_with_images(trainer.train_dataset, trainer.data_collator)
         if batch is not None:
             with trainer.compute_loss_context_manager():

@@ -1,4 +1,4 @@
-"""Rows as they were handed to the trainer, in a form that can be indexed, counted and checked."""
+"""RowsInMemory as they were handed to the trainer, in a form that can be indexed, counted and checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdtrain.data.errors import RowError
 from kdtrain.errors import ConfigError, DataError, NotAvailableError
 
 
-class Rows(torch.utils.data.Dataset[dict[str, Any]]):
+class RowsInMemory(torch.utils.data.Dataset[dict[str, Any]]):
     """Rows as they were given: an Arrow table would want one type for all contents, and could not hold a PIL image."""
 
     def __init__(self, rows: Any) -> None:
@@ -58,18 +58,18 @@ def as_rows(name: str, data: Any) -> Any:
         raise DataError(
             f"{name}: a row must be a mapping such as {{'messages': […]}}; the first is a {type(data[0]).__name__}."
         )
-    return data if isinstance(data, Dataset) else Rows(data)
+    return data if isinstance(data, Dataset) else RowsInMemory(data)
 
 
 def check_raw_rows(collator: Any, name: str, data: Any) -> None:
     """Refuse raw rows that no batch can be made of, before one of them ends a run in its middle.
 
-    Rows that are made when they are asked for, and pictures that would be decoded, are left to their batch.
+    RowsInMemory that are made when they are asked for, and pictures that would be decoded, are left to their batch.
     """
     if isinstance(data, dict):
         for key, rows in data.items():
             check_raw_rows(collator, f"{name}[{key!r}]", rows)
-    in_memory = data.in_memory if isinstance(data, Rows) else isinstance(data, Dataset)
+    in_memory = data.in_memory if isinstance(data, RowsInMemory) else isinstance(data, Dataset)
     pictures = isinstance(data, Dataset) and {"image", "images"} & set(data.column_names)
     if not isinstance(collator, Collator) or not in_memory or pictures or "input_ids" in data[0]:
         return
@@ -84,4 +84,4 @@ def placeholder(data: Any) -> Any:
     """What upstream's constructor gets: it asks for the type and the length, and wants an Arrow table."""
     if isinstance(data, dict):
         return {key: placeholder(rows) for key, rows in data.items()}
-    return Dataset.from_dict({"row": range(len(data))}) if isinstance(data, Rows) else data
+    return Dataset.from_dict({"row": range(len(data))}) if isinstance(data, RowsInMemory) else data

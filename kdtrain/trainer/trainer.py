@@ -1,28 +1,28 @@
 """GKDTrainerWithMetrics: where the student, the teacher and the terms of the loss meet.
 
-Shapes: B rows, T positions, N supervised tokens, V vocabulary, D supervised tokens of the whole optimizer window.
+D: supervised tokens of the whole optimizer window, over all micro-batches and ranks.
 
 What is overridden, and why:
 
 | upstream method | why |
 |---|---|
 | `GKDTrainer.__init__` | needs a teacher, refuses padded vocabularies, leaves the teacher trainable |
-| `Trainer.train` | metrics of an earlier call that were never logged do not count |
+| `Trainer.train` | metrics that an earlier call left unlogged are dropped |
 | `Trainer._get_train_sampler`, `_get_dataloader` | other rows in every epoch; evaluation drops none |
-| `Trainer._prepare_inputs` | knows mappings only |
+| `Trainer._prepare_inputs` | upstream moves mappings only to the device |
 | `Trainer.get_batch_samples` | has a whole window before its first forward: generate there, then count D |
 | `GKDTrainer.training_step` | draws on-policy per rank and micro-batch; here the window is already drawn |
 | `GKDTrainer.compute_loss` | the loss itself: upstream's is 1/world_size, ignores temperature and has no CE |
 | `SFTTrainer.log` | metrics reduced across ranks |
-| `Trainer._get_grad_norm` | the last place before the optimizer step (DeepSpeed's: `deepspeed.py`): NaN stops here |
+| `Trainer._get_grad_norm` | a gradient or loss that is not finite raises here, before the step (`guard.py`) |
 | `Trainer.create_optimizer`, `_clip_grad_norm` | the projectors of visual KD belong to the run, not to the student |
 | `SFTTrainer.prediction_step`, `Trainer.evaluation_loop` | a mean over tokens, not of batch means; no row twice |
 | `Trainer.save_model` | weights that are not finite are not saved |
-| `SFTTrainer._save_checkpoint` | its time is not training time |
-| `Trainer._save_rng_state`, `_prepare_for_training` | a record that a checkpoint falls in the middle of stays whole |
+| `SFTTrainer._save_checkpoint` | the time it takes is left out of tokens per second |
+| `Trainer._save_rng_state`, `_prepare_for_training` | metrics since the last log are kept across a resume |
 | `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | the projectors' file; and no pickle of the arguments |
 | `Trainer._load_optimizer_and_scheduler` | a file that does not fit is an error with a way out |
-| `Trainer._issue_warnings_after_load` | warns of weights that it did not load, and trains on without them |
+| `Trainer._issue_warnings_after_load` | upstream only warns of weights that were not loaded |
 | `_BaseTrainer.create_model_card` | no card that says that a student from a folder derives from None |
 | `_BaseTrainer._send_telemetry` | nothing is sent anywhere |
 """
@@ -69,8 +69,8 @@ from kdtrain.trainer.given_rows import check_raw_rows, placeholder
 from kdtrain.trainer.guard import NonFiniteGuard
 from kdtrain.trainer.live_option import LiveOption
 from kdtrain.trainer.objective import warn_of_logits
-from kdtrain.trainer.rehearsal import readable_beginning, rehearse
 from kdtrain.trainer.row_order import EpochSampler, SetEpoch
+from kdtrain.trainer.startup_checks import check_startup, readable_beginning
 from kdtrain.trainer.unlogged import RestoreUnlogged, save_unlogged
 from kdtrain.trainer.watch import WatchGradients, WatchRounding
 from kdtrain.trainer.window import Window, check_images_on_all_ranks, collect, num_supervised, options_of_window
@@ -97,7 +97,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         model: the student, or its name; a PeftModel or the folder of an adapter is trained on.
         teacher_model: the teacher, or its name; with an adapter, or an adapter's folder. None where no KD is active,
             and where `args.teacher_model_name_or_path` names it.
-        args: fields that the trainer does not honour are refused (see `arguments.py`).
+        args: fields that the trainer does not honour are refused (see `refused_fields.py`).
         train_dataset: a `datasets.Dataset`, a list of rows, or a torch data set with a length; eval_dataset as well, or
             a dict of them.
         processing_class: None is what is saved with the model.
@@ -201,8 +201,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.stopwatch = metrics.Stopwatch()
         self._guard = NonFiniteGuard(self)
         self._sampler: EpochSampler | None = None
-        self.begun = self.rehearsed = False
-        self.summed_from = 0
+        self.begun = False  # whether the first batch was read
+        self.startup_checked = False
+        self.summed_from = 0  # the step that upstream's sum of losses begins at
         self._unlogged = RestoreUnlogged(self)
         for callback in (self._unlogged, WatchGradients(self), WatchRounding(self)):
             self.add_callback(callback)
@@ -228,16 +229,16 @@ class GKDTrainerWithMetrics(GKDTrainer):
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As upstream; what an earlier call left unlogged does not count for this one."""
+        """As upstream, after the checks that need everything built; metrics of an earlier call are dropped."""
         self._metrics["train"].clear()
         self._unlogged.checkpoint = None
         self.begun = False
         self._window = None
         self.receiver.start_counting()
         with readable_beginning(self):
-            if not self.rehearsed:
-                rehearse(self)
-            self.rehearsed = False  # options may change before another call
+            if not self.startup_checked:
+                check_startup(self)
+            self.startup_checked = False  # options may change before another call
             output = super().train(*args, **kwargs)
         self.receiver.warn_of_truncated()
         return output
@@ -267,7 +268,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """Upstream's, but evaluation never leaves out rows."""
         wanted = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = wanted and is_training
-        if self.accelerator.num_processes == 1:  # a stream's batches, which accelerate would take apart to send them on
+        if self.accelerator.num_processes == 1:
+            # accelerate would split the batches of a stream to send them to other processes, of which there are none.
             self.accelerator.dataloader_config.dispatch_batches = False
         try:
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
@@ -314,7 +316,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if self.visual is not None:
             self.visual.synchronise()
         if self.by_images_alone and not self.window_has_images and self.accelerator.scaler is None:
-            self.model.zero_grad()  # zeros would be decayed, and moved by the optimizer's momentum
+            # To None: with gradients of 0, weight decay and momentum would still change the weights.
+            self.model.zero_grad()
         return loss
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
@@ -442,6 +445,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._metrics["eval"]["rows"].append(torch.tensor(len(given)))
         batch = self.receiver.receive(given, rows, train=False)
         check_images_on_all_ranks(self, [batch])
+        if self.teacher is not None and self._options_of(training=False).needs_teacher:
+            self.teacher.prepare([batch])
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:
                 return self.compute_loss(model, batch), None, None
@@ -466,9 +471,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As upstream, if all trained weights are finite: what a step has made of them only the next one would show."""
+        """As upstream, if all trained weights are finite: the last step is not followed by one that would notice."""
         # Whole models are the same on every rank, and a caller may save on one rank alone.
-        self._guard.check_weights(together=_internal_call or self.in_pieces)
+        self._guard.check_weights(together=_internal_call or self.is_sharded)
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -511,7 +516,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.visual.load(self.state.best_model_checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Load weights whose names are not the model's: upstream warns, and would go on with others.
+        """Load weights whose names differ from the model's; upstream warns, and goes on with those it began with.
 
         transformers saves vision-language models under the names of their first release, and loads by those of today.
         """
@@ -534,7 +539,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         return None if model is None else self.accelerator.unwrap_model(model)
 
     @property
-    def in_pieces(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether FSDP or DeepSpeed keeps the models in pieces."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 

@@ -205,7 +205,7 @@ def check_images_on_all_ranks(trainer: GKDTrainerWithMetrics, batches: Sequence[
 
     ZeRO-1 and 2 reduce gradients in buckets, which are others where the encoder has none.
     """
-    if not (trainer.in_pieces and sees_images(trainer.unwrap(trainer.model).config)):
+    if not (trainer.is_sharded and sees_images(trainer.unwrap(trainer.model).config)):
         return
     flags = torch.tensor([batch.has_images for batch in batches], device=trainer.accelerator.device).int()
     ranks, step = trainer.accelerator.gather(flags[None]), trainer.state.global_step + 1

@@ -19,7 +19,7 @@ from kdtrain.config.training_fields import training_fields
 from kdtrain.config.training_rules import REFUSED as REFUSED_IN_YAML
 from kdtrain.errors import ConfigError, NotAvailableError
 from kdtrain.trainer.argument_checks import check_parallelism
-from kdtrain.trainer.arguments import REFUSED
+from kdtrain.trainer.refused_fields import REFUSED
 from tests import tiny
 from tests.test_trainer import make_trainer
 

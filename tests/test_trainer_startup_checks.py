@@ -125,7 +125,7 @@ def test_what_a_callback_requires_is_an_error_of_the_set_up_and_what_happens_lat
 
 
 def test_a_rehearsal_keeps_nothing_and_leaves_the_run_as_it_is(tmp_path):
-    from kdtrain.trainer.rehearsal import rehearse
+    from kdtrain.trainer.startup_checks import check_startup
 
     records = []
     for times in (0, 3):
@@ -133,7 +133,7 @@ def test_a_rehearsal_keeps_nothing_and_leaves_the_run_as_it_is(tmp_path):
             tmp_path, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2), max_steps=3, lr_scheduler_type="cosine"
         )
         for _ in range(times):
-            rehearse(trainer)
+            check_startup(trainer)
         assert trainer.optimizer is None
         assert trainer.lr_scheduler is None
         trainer.train()

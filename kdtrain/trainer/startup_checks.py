@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
 
 
-def rehearse(trainer: GKDTrainerWithMetrics, greater_is_better: bool | None = None) -> None:
+def check_startup(trainer: GKDTrainerWithMetrics, greater_is_better: bool | None = None) -> None:
     """Try what training will begin with.
 
     Args:
@@ -33,7 +33,7 @@ def rehearse(trainer: GKDTrainerWithMetrics, greater_is_better: bool | None = No
     if not trainer.is_deepspeed_enabled:  # which makes them itself
         _try_optimizer(trainer)
         _try_scheduler(trainer)
-    trainer.rehearsed = True
+    trainer.startup_checked = True
 
 
 @contextmanager
