@@ -15,7 +15,7 @@ from transformers import LlavaProcessor
 
 from kdtrain.data import Collator, RowError, Source, build_dataset, encode_row
 from kdtrain.data.alignment import Alignment
-from kdtrain.data.limits import truncate
+from kdtrain.data.encoded_row import truncate
 from kdtrain.data.parts import count_images
 from kdtrain.data.rows import parse_row
 from kdtrain.errors import DataError

@@ -10,20 +10,19 @@ tokens.py        spans of characters -> spans of tokens
 encoder.py       row -> input_ids, labels, prompt_length
 multimodal.py    what a processor makes of text and images
 alignment.py     where the text between the images is in what a processor makes of it
-limits.py        the longest row, and what becomes of longer ones
+encoded_row.py   a row as tokens, rows that were tokens already, and what becomes of those that are too long
 cache.py         all rows encoded, in parallel, cached by content
 epochs.py        which rows make up an epoch
 dataset.py       sources -> data set and report (report.py)
-tokenised.py     rows that are tokens already
 collate.py       rows -> batch
 visual_batch.py  the visual part of a batch
-errors.py        the error of a single row
-show.py          values of rows as messages show them
+errors.py        the error of a single row, and how its message shows values
 """
 
 from kdtrain.data.collate import Collator, cut_rows, pad_rows
 from kdtrain.data.dataset import build_dataset
-from kdtrain.data.encoder import EncodedRow, encode_row
+from kdtrain.data.encoded_row import EncodedRow
+from kdtrain.data.encoder import encode_row
 from kdtrain.data.epochs import Epochs
 from kdtrain.data.errors import RowError
 from kdtrain.data.report import BuildReport

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kdtrain.data.show import show
+from kdtrain.data.errors import show
 from kdtrain.errors import DataError
 
 

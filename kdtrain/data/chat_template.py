@@ -22,9 +22,8 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from kdtrain.data.errors import RowError
+from kdtrain.data.errors import RowError, show
 from kdtrain.data.rows import Chat
-from kdtrain.data.show import show
 from kdtrain.errors import DataError
 
 MARKER_HELP = (

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from kdtrain.data.batch import Batch, Rows, TeacherImages
-from kdtrain.data.encoder import EncodedRow, RowEncoder
-from kdtrain.data.errors import RowError
+from kdtrain.data.encoded_row import EncodedRow, Limits, tokenised_row, truncate
+from kdtrain.data.encoder import RowEncoder
+from kdtrain.data.errors import RowError, show
 from kdtrain.data.images import stored_image
-from kdtrain.data.limits import Limits, truncate
 from kdtrain.data.multimodal import (
     Multimodal,
     Processed,
@@ -31,8 +31,6 @@ from kdtrain.data.multimodal import (
     tokenizer_content,
 )
 from kdtrain.data.rows import parse_row
-from kdtrain.data.show import show
-from kdtrain.data.tokenised import tokenised_row
 from kdtrain.data.visual_batch import cut_rows, pad_token_tensors, stack_visual
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX

@@ -18,15 +18,14 @@ import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from kdtrain.data.cache import encode_cached
+from kdtrain.data.encoded_row import Limits
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.epochs import Epochs, mix
-from kdtrain.data.errors import RowError
+from kdtrain.data.errors import RowError, show
 from kdtrain.data.files import folder_of
-from kdtrain.data.limits import Limits
 from kdtrain.data.raw_table import read_all
 from kdtrain.data.report import BuildReport
 from kdtrain.data.rows import Chat, parse_json, parse_row, prompt_of
-from kdtrain.data.show import show
 from kdtrain.data.sources import Source
 from kdtrain.errors import DataError
 

@@ -13,47 +13,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from kdtrain.data.chat_template import ChatTemplate, Rendered
-from kdtrain.data.errors import RowError
-from kdtrain.data.images import Image
-from kdtrain.data.multimodal import Multimodal, multimodal
+from kdtrain.data.encoded_row import EncodedRow
+from kdtrain.data.errors import RowError, show
+from kdtrain.data.multimodal import multimodal
 from kdtrain.data.parts import texts_of
 from kdtrain.data.rows import Chat, Pair, PlainText, parse_row, prompt_of
-from kdtrain.data.show import show
 from kdtrain.data.tokens import Tokens
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
 
 TRAIN_ON = ("assistant", "last", "all")
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """One row as tokens.
-
-    `labels` has the length of `input_ids`, -100 where nothing is supervised. `prompt_length` leading tokens are the
-    prompt to generate from, up to and including the generation prompt of the last assistant turn: all of them in a
-    prompt-only row, 0 in plain text.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    prompt_length: int
-    kind: str = "chat"  # chat | completion | text
-    prompt_only: bool = False
-    turn_starts: tuple[int, ...] = ()  # prompt lengths of the supervised turns, for truncated rows
-    extended: bool = False  # the stop token was outside the template's markers and was added to the mask
-    unterminated: bool = False  # a supervised turn ends without a token that would make the model stop
-    text: str | None = None  # of a row with images: the rendered conversation, one placeholder per image
-    images: tuple[Image, ...] = ()
-    images_end: int = 0  # leading tokens that must stay, or the model would miss a part of an image
-
-    @property
-    def supervised(self) -> int:
-        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
 def encode_row(
@@ -67,7 +40,7 @@ def encode_row(
     """Encodes one row, of any of the kinds in `kdtrain.data.rows`. For many rows keep a `RowEncoder`.
 
     Args:
-        row: `messages`, `conversations`, `prompt` (with `completion`) or `text`; conversations also with images.
+        row: as of `kdtrain.data.rows.parse_row`.
         processing_class: a fast tokenizer, or a processor around one; rows with images need a processor.
         train_on: `assistant` supervises every assistant turn, `last` the last one, `all` every token but the first
             and those that stand for images. A completion is always supervised and never the messages of its prompt;
@@ -86,7 +59,7 @@ def encode_row(
 
 
 class RowEncoder:
-    """Encodes batches of rows with one tokenizer or processor; see `encode_row` for the arguments and errors."""
+    """Encodes batches of rows with one tokenizer or processor, as `encode_row` does one."""
 
     def __init__(self, processing_class: Any, train_on: str, chat_template: str | None = None) -> None:
         if train_on not in TRAIN_ON:
@@ -100,7 +73,7 @@ class RowEncoder:
             )
         self.train_on = train_on
         self.chat_template = chat_template
-        self.multimodal: Multimodal | None = multimodal(processing_class)
+        self.multimodal = multimodal(processing_class)
         self._templates: dict[bool, ChatTemplate] = {}
         self._bos: list[int] = []
         self._settings = ""
@@ -118,7 +91,6 @@ class RowEncoder:
             self._settings, self._templates, self._bos = settings, {}, self._default_bos()
 
     def template(self, tools: bool = False) -> ChatTemplate:
-        """The chat template of rows with or without tools; DataError when the tokenizer has none."""
         if tools not in self._templates:
             self._templates[tools] = ChatTemplate(self.processing_class, self.chat_template, tools)
         return self._templates[tools]
@@ -126,21 +98,20 @@ class RowEncoder:
     def encode(
         self,
         rows: Sequence[Mapping[str, Any]],
-        folders: Sequence[str | None] | None = None,
+        folders: Sequence[str | None],
         teacher_answers: Sequence[bool] | None = None,
     ) -> list[EncodedRow | RowError]:
         """One result per row, in order: the tokens, or what is wrong with the row.
 
-        Args:
-            folders: per row, what the paths of its images are relative to.
-            teacher_answers: per row, whether its own answer is left out, see `kdtrain.data.rows.prompt_of`.
+        `folders` are what the paths of each row's images are relative to; `teacher_answers` says which rows lose their
+        own answer, see `kdtrain.data.rows.prompt_of`.
         """
         self._follow_tokenizer()
         results: list[EncodedRow | RowError | None] = [None] * len(rows)
         chats: list[tuple[int, ChatTemplate, Rendered]] = []
         for i, row in enumerate(rows):
             try:
-                parsed = parse_row(row, folders[i] if folders else None)
+                parsed = parse_row(row, folders[i])
                 if teacher_answers and teacher_answers[i]:
                     parsed = prompt_of(parsed)
                 if isinstance(parsed, PlainText):
@@ -148,7 +119,7 @@ class RowEncoder:
                 elif isinstance(parsed, Pair):
                     results[i] = self._verified(self._encode_pair(parsed))
                 elif parsed.images:
-                    results[i] = self._verified(self._encode_images(parsed, self._with_processor()))
+                    results[i] = self._verified(self._encode_images(parsed))
                 else:
                     template = self.template(parsed.tools is not None)
                     chats.append((i, template, template.render(parsed, self.train_on)))
@@ -162,16 +133,14 @@ class RowEncoder:
                 results[i] = error
         return [result for result in results if result is not None]
 
-    def _with_processor(self) -> Multimodal:
-        if self.multimodal is None:
+    def _encode_images(self, chat: Chat) -> EncodedRow:
+        model = self.multimodal
+        if model is None:
             name = show(str(self.tokenizer.name_or_path or type(self.tokenizer).__name__))
             raise RowError(
                 f"the row has images and the model {name} has no processor for images: take a vision-language model, "
                 "or a text-only data set"
             )
-        return self.multimodal
-
-    def _encode_images(self, chat: Chat, model: Multimodal) -> EncodedRow:
         model.refuse_text([text for message in chat.messages for text in texts_of(message["content"])])
         template = self.template(chat.tools is not None)
         rendered = template.render(chat, self.train_on)
@@ -181,15 +150,16 @@ class RowEncoder:
         tokens = self._tokenize([expanded.text])[0]
         if tokens.ids != ids:
             raise DataError(
-                f"{type(self.processing_class).__name__} gives a row with images {len(ids)} tokens, and its tokenizer "
-                f"gives the same text {len(tokens.ids)} others, so the assistant's tokens cannot be told from the rest"
+                f"{type(self.processing_class).__name__} gives a row with images {len(ids)} tokens, and its "
+                f"tokenizer gives the same text {len(tokens.ids)} others, so the assistant's tokens cannot be told "
+                "from the rest"
             )
         row = self._mask(expanded, tokens, template)
         # `train_on: all` supervises the user's turns, too, but image tokens are never written by the model.
         labels = [IGNORE_INDEX if label in model.image_ids else label for label in row.labels]
         # Some families end an image with tokens that are no image ids (line breaks, an end marker): they reach as far
         # as the text after the last image.
-        end = max(tokens.first_from(after_images), model.images_end(ids))
+        end = max(tokens.first_from(after_images), model.images_end(tokens.ids))
         return replace(row, labels=labels, text=rendered.text, images=chat.images, images_end=end)
 
     def _tokenize(self, texts: list[str]) -> list[Tokens]:
@@ -222,7 +192,7 @@ class RowEncoder:
         return EncodedRow(ids, [IGNORE_INDEX, *ids[1:]], 0, kind="text")
 
     def _encode_pair(self, pair: Pair) -> EncodedRow:
-        """Prompt and completion as text. The prompt's ids are those of the prompt alone: what generation starts from.
+        """The prompt's ids are those of the prompt alone: what generation starts from.
 
         The joint tokenisation is taken where it begins with them, because a SentencePiece tokenizer puts a space in
         front of a completion tokenised alone; otherwise (a prompt that ends in the middle of a token) the two are

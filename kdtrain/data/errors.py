@@ -1,4 +1,4 @@
-"""The error of a single row."""
+"""The error of a single row, and how its message shows values."""
 
 from __future__ import annotations
 
@@ -11,3 +11,17 @@ class RowError(DataError):
     Rows with one are counted and shown. Any other `DataError` means that no row could work (a tokenizer without a chat
     template), and stops the run at once.
     """
+
+
+def show(value: object, limit: int = 160) -> str:
+    """One line that is safe to print: control, bidirectional and other invisible characters are escaped."""
+    text = value if isinstance(value, str) else repr(value)
+    if len(text) > limit:
+        text = text[: limit - 1] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def type_name(value: object) -> str:
+    """The type of a value, in the words of someone who writes JSON."""
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", dict: "a mapping"}
+    return names.get(type(value), "a list" if isinstance(value, (list, tuple)) else type(value).__name__)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdtrain.data.show import show
+from kdtrain.data.errors import show
 from kdtrain.errors import DataError
 
 

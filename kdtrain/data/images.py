@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from kdtrain.data.errors import RowError
-from kdtrain.data.show import show, type_name
+from kdtrain.data.errors import RowError, show, type_name
 from kdtrain.errors import DataError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")

@@ -20,9 +20,8 @@ from transformers import ProcessorMixin
 
 from kdtrain.data.alignment import Alignment
 from kdtrain.data.chat_template import Rendered
-from kdtrain.data.errors import RowError
+from kdtrain.data.errors import RowError, show
 from kdtrain.data.images import Image
-from kdtrain.data.show import show
 from kdtrain.errors import DataError, KdtrainError
 
 _TEXT_TENSORS = ("input_ids", "attention_mask")

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdtrain.data.errors import RowError
+from kdtrain.data.errors import RowError, show, type_name
 from kdtrain.data.images import Image, parse_image
-from kdtrain.data.show import show, type_name
 
 # What data sets in the manner of LLaVA write into the text where an image belongs.
 PLACEHOLDER = "<image>"

@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kdtrain.data.errors import RowError
+from kdtrain.data.errors import RowError, show, type_name
 from kdtrain.data.images import Image
 from kdtrain.data.parts import column_images, count_images, image_part, merge_parts, place_images
-from kdtrain.data.show import show, type_name
 
 # In this order: the first one that is present and not null says what kind of row it is. `messages` goes first because
 # published chat sets (ultrachat_200k) repeat the first user turn in a `prompt` column.

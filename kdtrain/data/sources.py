@@ -18,11 +18,11 @@ from typing import Any
 
 import datasets
 
+from kdtrain.data.errors import show
 from kdtrain.data.files import RawRow, is_array, read_array, read_csv, read_lines
 from kdtrain.data.images import is_pil, png
 from kdtrain.data.parts import VIDEO_COLUMNS
 from kdtrain.data.rows import IMAGE_COLUMNS, KNOWN_COLUMNS, ROW_COLUMNS
-from kdtrain.data.show import show
 from kdtrain.errors import DataError
 
 _LINES = (".jsonl", ".ndjson")

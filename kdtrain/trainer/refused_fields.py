@@ -11,7 +11,7 @@ from trl.experimental.gkd import GKDConfig
 
 from kdtrain.config.training_rules import REFUSED as REFUSED_IN_YAML
 from kdtrain.config.training_rules import Refused
-from kdtrain.data.tokenised import MASKS
+from kdtrain.data.encoded_row import MASKS
 from kdtrain.errors import ConfigError, NotAvailableError
 
 logger = logging.getLogger(__name__)
