@@ -21,11 +21,7 @@ logger = logging.getLogger(__name__)
 
 Part = Literal["llm", "vit", "aligner"]
 PARTS: tuple[Part, ...] = get_args(Part)
-_OPTIONS: Mapping[Part, str] = {
-    "llm": "tuner.freeze_llm",
-    "vit": "tuner.freeze_vit",
-    "aligner": "tuner.freeze_aligner",
-}
+_OPTIONS: Mapping[Part, str] = {"llm": "tuner.freeze_llm", "vit": "tuner.freeze_vit", "aligner": "tuner.freeze_aligner"}
 
 
 def part_of(model: nn.Module, part: Part) -> dict[str, nn.Parameter]:
