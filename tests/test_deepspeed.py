@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 from kdtrain.config import ConfigLoader
 from kdtrain.errors import NonFiniteError, NotAvailableError, PreflightError
 from kdtrain.models.parts import count_parameters
-from kdtrain.models.tuning import lora_config
 from kdtrain.runs.fit import fit
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
 from tests.test_trainer import ROWS, make_args
+from tests.tiny import lora_config
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
 deepspeed = pytest.importorskip("deepspeed")

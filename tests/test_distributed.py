@@ -18,7 +18,7 @@ CASES = {
 
 def train(folder, tied, lora, with_weights=False, **kwargs):
     """Two windows of the same eight rows; loss and gradient norm of each (and trained weights), and what it ran on."""
-    from kdtrain.models.tuning import lora_config
+    from tests.tiny import lora_config
 
     extra = {}
     if lora is not None:

@@ -126,7 +126,7 @@ def test_a_mixture_class_without_experts_has_no_load_balancing_loss(tmp_path, fa
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_reentrant_checkpointing_of_experts_is_refused(tmp_path, lora):
-    from kdtrain.models.tuning import lora_config
+    from tests.tiny import lora_config
 
     peft = lora_config(rank=2, alpha=4, dropout=0, target_modules=["q_proj"], modules_to_save=None, use_dora=False)
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}

@@ -21,11 +21,11 @@ import transformers as hf
 from torch import nn
 
 from kdtrain.data.batch import Batch
-from kdtrain.models.tuning import lora_config
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny, tiny_vision
 from tests.oracle import Loss, Optimizer, Oracle, Row, Window, double
 from tests.test_trainer import make_args
+from tests.tiny import lora_config
 
 STEPS = 5
 BOUND = 1e-5

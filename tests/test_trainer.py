@@ -776,7 +776,7 @@ def test_what_would_count_rows_wrongly_is_refused(tmp_path, student, teacher):
 @pytest.mark.parametrize("make", [tiny.make_qwen3, tiny.make_llama, tiny.make_gemma2])
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_loss_without_logits_is_the_loss_with_them(tmp_path, make, lora):
-    from kdtrain.models.tuning import lora_config
+    from tests.tiny import lora_config
 
     peft = lora_config(rank=4, alpha=8, dropout=0.0, target_modules="all-linear", modules_to_save=None, use_dora=False)
     results = []
@@ -812,7 +812,7 @@ def test_a_head_that_does_more_than_its_config_says_keeps_its_logits(tmp_path, t
 
 
 def test_a_trained_copy_of_the_head_is_the_one_that_is_used(tmp_path, student, teacher):
-    from kdtrain.models.tuning import lora_config
+    from tests.tiny import lora_config
 
     peft = lora_config(
         rank=4, alpha=8, dropout=0.0, target_modules=["q_proj"], modules_to_save=["lm_head"], use_dora=False
@@ -826,7 +826,7 @@ def test_a_trained_copy_of_the_head_is_the_one_that_is_used(tmp_path, student, t
 
 
 def test_an_adapter_on_the_head_is_trained_through_the_head(tmp_path, teacher, caplog):
-    from kdtrain.models.tuning import lora_config
+    from tests.tiny import lora_config
 
     student = tiny.make_qwen3(seed=1, tie_word_embeddings=False)
     peft = lora_config(
@@ -1082,7 +1082,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, lmbda):
 def test_lora_trains_only_its_adapter_and_loads_again(tmp_path, student, teacher, tokenizer):
     from peft import AutoPeftModelForCausalLM
 
-    from kdtrain.models.tuning import lora_config
+    from tests.tiny import lora_config
 
     base = tiny.save_model(student, tokenizer, tmp_path / "base")
     peft_config = lora_config(

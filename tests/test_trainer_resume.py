@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from kdtrain.losses import fused_distillation_loss
-from kdtrain.models.tuning import lora_config
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
 from tests.test_trainer import make_args
+from tests.tiny import lora_config
 
 STEPS = 12
 ROWS = 42

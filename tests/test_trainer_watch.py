@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from kdtrain.errors import NonFiniteError
-from kdtrain.models.tuning import lora_config
 from tests import tiny
 from tests.test_trainer import make_trainer
+from tests.tiny import lora_config
 
 # ---- weights that are not finite -------------------------------------------------------------------------------------
 

@@ -11,10 +11,10 @@ from kdtrain.errors import NotAvailableError, PreflightError
 from kdtrain.generation.generate import generate_batch
 from kdtrain.generation.sampling import generation_config
 from kdtrain.models.probe import placeholder_ids
-from kdtrain.models.tuning import lora_config
 from tests import tiny
 from tests.test_trainer import ROWS, make_trainer
 from tests.test_vision_fit import _fit_rank, models, row, run, write_config  # noqa: F401  (a fixture)
+from tests.tiny import lora_config
 from tests.tiny_processors import FAMILIES, make_model, picture
 from tests.tiny_vision import IMAGE, make_inputs, make_vlm
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma2Config,
@@ -42,6 +43,11 @@ CHATS = [
         ["the path", "a token and the student", "zero", "the file it returns when they are equal", "two", "1 and 30"]
     )
 ]
+
+
+def lora_config(*, rank: int, alpha: int, dropout: float, **options: Any) -> LoraConfig:
+    """An adapter as a run has it."""
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM", **options)
 
 
 def make_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:

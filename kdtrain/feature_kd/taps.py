@@ -6,7 +6,16 @@ from torch import nn
 
 from kdtrain.config.options import VisualKdConfig, VisualTarget
 from kdtrain.errors import PreflightError
-from kdtrain.models.layouts import LAYOUTS, Tap, TokenOrder, find_module, layout_of, model_type, unwrapped, vit_order
+from kdtrain.models.layouts import (
+    LAYOUTS,
+    Tap,
+    TokenOrder,
+    find_module,
+    layout_of,
+    model_type,
+    unwrapped,
+    vision_config,
+)
 from kdtrain.models.probe import Side
 
 Taps = dict[str, list[Tap]]
@@ -90,7 +99,13 @@ def token_order(model: nn.Module, target: str, path: str | None) -> TokenOrder |
     layout = layout_of(model)
     if layout is None or layout.vit_order == "rows" or (path is None and target != "vit"):
         return TokenOrder("rows")
-    return vit_order(model, layout) if path is None else None
+    if path is not None:
+        return None
+    vision = vision_config(model)
+    merge = vision.spatial_merge_size
+    if layout.vit_order == "windows":
+        return TokenOrder("windows", (vision.window_size, vision.patch_size, merge))
+    return TokenOrder("blocks", (merge,)) if merge > 1 else TokenOrder("rows")
 
 
 def _check_order(target: str, options: VisualTarget, student: nn.Module, teacher: nn.Module) -> None:

@@ -124,23 +124,12 @@ def model_type(model: nn.Module) -> str:
 def layout_of(model: nn.Module) -> Layout | None:
     """The layout of a model's family; None for text models and families that are not in the table."""
     layout = LAYOUTS.get(model_type(model))
-    if layout is _TOWER and getattr(_vision_config(model), "model_type", None) == "pixtral":
+    if layout is _TOWER and getattr(vision_config(model), "model_type", None) == "pixtral":
         return LAYOUTS["mistral3"]  # Pixtral is a LLaVA with that vision encoder
     return layout
 
 
-def vit_order(model: nn.Module, layout: Layout) -> TokenOrder:
-    """The order of the tokens of `vit` in a model of this layout."""
-    if layout.vit_order == "rows":
-        return TokenOrder("rows")
-    vision = _vision_config(model)
-    if layout.vit_order == "windows":
-        return TokenOrder("windows", (vision.window_size, vision.patch_size, vision.spatial_merge_size))
-    merge = vision.spatial_merge_size
-    return TokenOrder("blocks", (merge,)) if merge > 1 else TokenOrder("rows")
-
-
-def _vision_config(model: nn.Module) -> Any:
+def vision_config(model: nn.Module) -> Any:
     return getattr(getattr(unwrapped(model), "config", None), "vision_config", None)
 
 

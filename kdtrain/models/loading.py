@@ -162,7 +162,7 @@ def _readable_loading(name: str) -> Iterator[None]:
 
 
 def add_adapter(base: PreTrainedModel, folder: str, *, trained: bool = False) -> PeftModel:
-    """A base with the adapter that a folder holds: its modules are replaced in place, and it is never trained."""
+    """A base, itself frozen, with the adapter that a folder holds; the base's modules are replaced in place."""
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not has_file(folder, file):
             raise PreflightError(

@@ -21,11 +21,7 @@ logger = logging.getLogger(__name__)
 
 Part = Literal["llm", "vit", "aligner"]
 PARTS: tuple[Part, ...] = get_args(Part)
-_OPTIONS: Mapping[Part, str] = {
-    "llm": "tuner.freeze_llm",
-    "vit": "tuner.freeze_vit",
-    "aligner": "tuner.freeze_aligner",
-}
+_OPTIONS: Mapping[Part, str] = {"llm": "tuner.freeze_llm", "vit": "tuner.freeze_vit", "aligner": "tuner.freeze_aligner"}
 
 
 def part_of(model: nn.Module, part: Part) -> dict[str, nn.Parameter]:
@@ -50,9 +46,15 @@ def freeze_parts(model: nn.Module, *, llm: bool = False, vit: bool = False, alig
 
     A text model has an llm only; the other two options then have no effect, and a warning says so.
     """
-    frozen = _frozen(llm, vit, aligner)
+    frozen, name = _frozen(llm, vit, aligner), type(unwrapped(model)).__name__
     if _is_text_model(model):
-        _check_text_model(model, frozen)
+        if llm:
+            raise PreflightError(
+                f"tuner.freeze_llm: {name} is a text model: with its language model frozen nothing is left to train. "
+                "Remove the option."
+            )
+        for part in frozen:
+            logger.warning("%s has no effect: %s is a text model.", _OPTIONS[part], name)
         return
     if not frozen:
         return
@@ -61,8 +63,7 @@ def freeze_parts(model: nn.Module, *, llm: bool = False, vit: bool = False, alig
     if not left.difference(id(p) for p in parameters):
         more = ", or let tuner.target_modules reach other parts" if _adapters(model) else ""
         raise PreflightError(
-            f"With {_options(frozen)} nothing of {type(unwrapped(model)).__name__} is left to train. Remove one of the "
-            f"options{more}."
+            f"With {_options(frozen)} nothing of {name} is left to train. Remove one of the options{more}."
         )
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -178,14 +179,3 @@ def _adapters(model: nn.Module) -> tuple[str, ...]:
 def _is_text_model(model: nn.Module) -> bool:
     config = getattr(unwrapped(model), "config", None)
     return layout_of(model) is None and (config is None or config.get_text_config() is config)
-
-
-def _check_text_model(model: nn.Module, frozen: list[Part]) -> None:
-    name = type(unwrapped(model)).__name__
-    if "llm" in frozen:
-        raise PreflightError(
-            f"tuner.freeze_llm: {name} is a text model: with its language model frozen nothing is left to train. "
-            "Remove the option."
-        )
-    for part in frozen:
-        logger.warning("%s has no effect: %s is a text model.", _OPTIONS[part], name)

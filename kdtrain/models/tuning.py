@@ -9,12 +9,12 @@ import copy
 import difflib
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 from transformers import TrainingArguments
@@ -27,28 +27,6 @@ logger = logging.getLogger(__name__)
 # dt_proj would never get a gradient.
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _READ_PAST = ("dt_proj", "out_proj")
-
-
-def lora_config(
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    target_modules: str | Sequence[str],
-    modules_to_save: Sequence[str] | None,
-    use_dora: bool,
-    exclude_modules: str | None = None,
-) -> LoraConfig:
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # PEFT says int, and divides it by the rank
-        lora_dropout=dropout,
-        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-        modules_to_save=None if modules_to_save is None else list(modules_to_save),
-        exclude_modules=exclude_modules,
-        use_dora=use_dora,
-        task_type="CAUSAL_LM",
-    )
 
 
 def fit_student(model: nn.Module, peft_config: PeftConfig | None, args: TrainingArguments) -> PeftConfig | None:
@@ -221,13 +199,11 @@ def _tied_targets(model: nn.Module, config: PeftConfig) -> Iterator[tuple[list[s
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
     for modules in users.values():
-        if len(modules) > 1 and (targeted := _targeted(modules, config)):
-            yield targeted, sorted(modules)
-
-
-def _targeted(modules: Collection[str], config: PeftConfig) -> list[str]:
-    found = {module: check_target_module_exists(config, module) for module in sorted(modules)}
-    return [module for module, match in found.items() if match and not isinstance(match, _ExcludedModule)]
+        if len(modules) > 1:
+            found = {module: check_target_module_exists(config, module) for module in sorted(modules)}
+            targeted = [module for module, match in found.items() if match and not isinstance(match, _ExcludedModule)]
+            if targeted:
+                yield targeted, sorted(modules)
 
 
 # ---- dropout --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from peft import LoraConfig
+
 from kdtrain.config.model_folder import require_sound
 from kdtrain.data import BuildReport, Collator
 from kdtrain.errors import ConfigError
@@ -15,7 +17,6 @@ from kdtrain.models.kinds import sees_images
 from kdtrain.models.loading import load_model
 from kdtrain.models.parts import adapter_exclusions, check_named_parts, freeze_parts
 from kdtrain.models.processing import load_processing
-from kdtrain.models.tuning import lora_config
 from kdtrain.models.vocabulary import shared_vocabulary, vocabulary_size
 from kdtrain.runs.failures import readable_construction
 from kdtrain.runs.read_data import read_data
@@ -29,7 +30,6 @@ from kdtrain.trainer.startup_checks import check_startup
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from peft import LoraConfig
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
     from trl.experimental.gkd import GKDConfig
@@ -169,14 +169,15 @@ def _peft_config(config: RunConfig, student: PreTrainedModel) -> LoraConfig | No
         return None
     targets = () if isinstance(tuner.target_modules, str) else tuner.target_modules
     check_named_parts(student, targets, tuner.modules_to_save or (), **tuner.frozen)
-    return lora_config(
-        rank=tuner.lora_rank,
-        alpha=tuner.lora_alpha,
-        dropout=tuner.lora_dropout,
+    return LoraConfig(
+        r=tuner.lora_rank,
+        lora_alpha=tuner.lora_alpha,  # PEFT says int, and divides it by the rank
+        lora_dropout=tuner.lora_dropout,
         target_modules=tuner.target_modules,
         modules_to_save=tuner.modules_to_save,
         use_dora=tuner.use_dora,
         exclude_modules=adapter_exclusions(student, **tuner.frozen),
+        task_type="CAUSAL_LM",
     )
 
 
