@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kdtrain.errors import NotAvailableError
 from kdtrain.losses import TopKLogprobs
 from kdtrain.losses.head import Head
 from kdtrain.teachers import DenseTargets, Targets, Teacher
@@ -101,6 +102,16 @@ def test_a_teacher_is_placed_once_and_told_of_each_window_before_it_is_asked(tmp
     assert (longest <= 6) == (lmbda == 1.0)  # max_new_tokens; those of the data are longer
 
 
+def test_a_teacher_is_prepared_for_each_batch_of_an_evaluation(tmp_path, teacher):
+    own = OwnTeacher(teacher)
+    extra = {"teacher": own, "eval_dataset": tiny.CHATS[:5]}
+    trainer = make_trainer(tmp_path, None, None, per_device_eval_batch_size=2, extra=extra)
+    trainer.evaluate()
+    assert [name for name, _ in own.calls] == ["place", *["prepare", "targets"] * 3]
+    for (_, (window,)), (_, asked) in zip(own.calls[1::2], own.calls[2::2], strict=True):
+        assert torch.equal(window, asked)
+
+
 # ---- tokens that the teacher does not answer for ---------------------------------------------------------------------
 
 
@@ -181,6 +192,26 @@ def test_a_batch_without_a_single_answer_and_one_with_all_are_edges_of_the_same(
     assert loss.item() == pytest.approx(factor * plain.item(), rel=1e-5)
     assert (found - factor * wanted).norm() <= 1e-5 * found.norm()
     assert ("teacher_agreement" in trainer.window_metrics()) == (covers == "everything")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_an_evaluation_they_count_in_the_batchs_own_mean(tmp_path, teacher, kind):
+    student = tiny.make_qwen3(seed=1)
+    own = OwnTeacher(teacher, kind, skip=3)
+    trainer = make_trainer(tmp_path, student, None, sft_alpha=0.3, extra={"teacher": own})
+    batch = make_batch(trainer)
+    student.eval()
+    with torch.no_grad():
+        loss = trainer.compute_loss(student, batch)
+        expected, *_ = by_hand(student, own, [batch], int(batch.num_supervised))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_top_k_targets_are_refused_where_the_students_logits_are_made_in_full(tmp_path, teacher):
+    trainer = make_trainer(tmp_path, None, None, extra={"teacher": OwnTeacher(teacher, "top-k")})
+    trainer._objective = dataclasses.replace(trainer._objective, fused=False)
+    with pytest.raises(NotAvailableError, match="most likely tokens only"):
+        trainer.compute_loss(trainer.model, make_batch(trainer))
 
 
 # ---- what a teacher cannot do ----------------------------------------------------------------------------------------
