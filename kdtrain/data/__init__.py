@@ -16,6 +16,7 @@ epochs.py        which rows make up an epoch
 dataset.py       sources -> data set and report (report.py)
 collate.py       rows -> batch
 visual_batch.py  the visual part of a batch
+with_images.py   the first rows with images, to try a run on
 errors.py        the error of a single row, and how its message shows values
 """
 

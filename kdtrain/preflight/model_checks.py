@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from kdtrain.config.tree import Problem
 from kdtrain.data.collate import Collator
 from kdtrain.data.multimodal import multimodal
+from kdtrain.data.with_images import first_row_with_images
 from kdtrain.errors import PreflightError
-from kdtrain.feature_kd.images import first_row_with_images
 from kdtrain.generation.generate import refuse_marked_answers
 from kdtrain.generation.padding import who_shares_a_batch
 from kdtrain.models import probe

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from transformers import EarlyStoppingCallback
 
+from kdtrain.data.with_images import first_batch_with_images
 from kdtrain.errors import PreflightError
-from kdtrain.feature_kd.images import first_batch_with_images
 from kdtrain.trainer.metrics import HIGHER_IS_BETTER, TOKEN_METRICS
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from trl.trainer import sft_trainer
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch, forward_names
 from kdtrain.data.collate import Collator
+from kdtrain.data.with_images import first_batch_with_images
 from kdtrain.errors import ConfigError, PreflightError
-from kdtrain.feature_kd.images import first_batch_with_images
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.generation.sampling import turn_ends
 from kdtrain.models import experts
