@@ -52,7 +52,6 @@ class Rows:
     """Where each row stood among those that were to be collated, where some were dropped."""
 
     def name(self, row: int) -> str:
-        """A row's name for a message."""
         return self.ids[row] if row < len(self.ids) and self.ids[row] else str(row)
 
 
@@ -118,21 +117,21 @@ class Batch:
     @property
     def token_level(self) -> dict[str, torch.Tensor]:
         """What a processor says of every token, [B, T]: 0 is text."""
-        return _token_level(self.model_inputs)
+        return {key: value for key, value in self.model_inputs.items() if key.endswith("token_type_ids")}
 
     @property
     def visual(self) -> dict[str, Any]:
         """What describes images rather than tokens: by the collator's account, or by name where it gives none."""
-        return _visual(self.model_inputs, self.visual_sizes)
+        by_name, sizes = ("pixel_", "image_", "video_"), self.visual_sizes
+        return {key: value for key, value in self.model_inputs.items() if key in sizes or key.startswith(by_name)}
 
     @property
     def unknown_inputs(self) -> list[str]:
-        """Inputs of the model of which nothing is known: neither tokens nor images."""
+        """Inputs of the model that are neither tokens nor images."""
         return sorted(self.model_inputs.keys() - _TEXT - self.token_level.keys() - self.visual.keys())
 
     @property
     def has_images(self) -> bool:
-        """Whether it carries pixels."""
         return any(key.startswith("pixel_values") and value is not None for key, value in self.model_inputs.items())
 
     @cached_property
@@ -140,8 +139,7 @@ class Batch:
         """What a mean over image features weighs the batch by, proportional to its image tokens.
 
         Patches where the batch says how many, the area of images that are packed, crops or frames elsewhere. Crops that
-        only fill up a batch, all zero, do not count: no model encodes them. Nothing where no row is new. On a GPU this
-        waits for the device, once.
+        only fill up a batch, all zero, do not count: no model encodes them. On a GPU this waits for the device, once.
         """
         if self.all_repeated:
             return 0.0
@@ -156,33 +154,27 @@ class Batch:
 
     @property
     def teacher_inputs(self) -> Mapping[str, Any]:
-        """What the teacher's forward takes: the student's inputs, but its own images where its processor makes others.
-
-        They replace the student's, which may have tensors that it knows nothing of.
-        """
+        """What the teacher's forward takes: its own images replace all of the student's, which it may not know."""
         if self.teacher_images is None:
             return self.model_inputs
         students = {key: value for key, value in self.model_inputs.items() if key not in self.visual_sizes}
         return students | dict(self.teacher_images.inputs)
 
     def as_teacher_sees_it(self) -> Batch:
-        """The batch with the teacher's inputs in place of the student's."""
         if self.teacher_images is None:
             return self
-        return replace(
-            self, model_inputs=self.teacher_inputs, visual_sizes=self.teacher_images.sizes, teacher_images=None
-        )
+        sizes = self.teacher_images.sizes
+        return replace(self, model_inputs=self.teacher_inputs, visual_sizes=sizes, teacher_images=None)
 
     def without_labels(self) -> Batch:
-        """The batch with nothing supervised."""
         return replace(self, labels=torch.full_like(self.labels, IGNORE_INDEX))
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Batch:
-        """On a device; accelerate's data loaders call this."""
+        """Accelerate's data loaders call this."""
         return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """In pinned memory; torch's data loader calls this."""
+        """Torch's data loader calls this."""
         return self.map_tensors(lambda tensor: tensor.pin_memory())
 
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -237,15 +229,6 @@ def _mapped(value: _Value, change: Callable[[torch.Tensor], torch.Tensor]) -> _V
     return mapped
 
 
-def _token_level(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in inputs.items() if key.endswith("token_type_ids")}
-
-
-def _visual(inputs: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
-    by_name = ("pixel_", "image_", "video_")
-    return {key: value for key, value in inputs.items() if key in sizes or key.startswith(by_name)}
-
-
 def _count_images(pixels: Any, sizes: Any) -> float:
     if not isinstance(pixels, torch.Tensor):
         return len(pixels)
@@ -267,16 +250,10 @@ def forward_names(model: nn.Module) -> frozenset[str] | None:
 
 
 def received(batch: Batch | Mapping[str, Any], accepted: frozenset[str] | None) -> Batch:
-    """A batch of any collator, without what the student's forward does not take, which is said once.
+    """A batch of any collator, without what the student's forward does not take (see `forward_names`).
 
-    Args:
-        batch: as collated: a `Batch`, or a mapping with `input_ids`, `attention_mask`, `labels` and whatever else the
-            model takes; optionally `prompt_lengths` [B] (or trl's `prompts`), `ce_rows` [B], `row_ids`, `visual_sizes`,
-            `teacher_inputs` and `teacher_visual_sizes`.
-        accepted: of `forward_names`.
-
-    Raises:
-        DataError: no labels.
+    A mapping has `input_ids`, `attention_mask`, `labels` and whatever else the model takes; optionally `prompt_lengths`
+    [B] (or trl's `prompts`), `ce_rows` [B], `row_ids`, `visual_sizes`, `teacher_inputs` and `teacher_visual_sizes`.
     """
     found = batch if isinstance(batch, Batch) else _from_mapping(batch)
     inputs = found.model_inputs

@@ -51,12 +51,7 @@ class Rendered:
 
 
 class ChatTemplate:
-    """Renders conversations for one tokenizer.
-
-    Args:
-        processing_class: the tokenizer, or the processor around it.
-        chat_template: used in place of its own.
-        tools: picks the `tool_use` variant of a tokenizer with several templates.
+    """Renders conversations for one tokenizer, with `chat_template` in place of its own where it is given.
 
     Attributes:
         text: the template that is rendered.
@@ -64,9 +59,6 @@ class ChatTemplate:
         stop_ids: tokens that end an assistant turn: what the template puts after the answer, and the EOS.
         added_ids: the tokenizer's added vocabulary.
         replaced: the tokenizer's own template, when trl's training version stands in for it; else None.
-
-    Raises:
-        DataError: the tokenizer has no chat template.
     """
 
     def __init__(self, processing_class: Any, chat_template: str | None = None, tools: bool = False) -> None:
@@ -84,12 +76,7 @@ class ChatTemplate:
         self._headers = self._find_generation_prompts() if self.marked else []
 
     def render(self, chat: Chat, train_on: str) -> Rendered:
-        """Renders once per conversation with markers, and twice per supervised turn without.
-
-        Raises:
-            RowError: the template refuses the conversation.
-            DataError: the template has no markers and does not keep prefixes.
-        """
+        """Renders once per conversation with markers, and twice per supervised turn without."""
         if chat.prompt_only:
             return Rendered(self._text(chat.messages, chat.tools, generation_prompt=True), [], None)
         wanted = chat.trained if train_on == "assistant" else chat.trained[-1:]
@@ -107,7 +94,7 @@ class ChatTemplate:
         return self._text(chat.messages, chat.tools, generation_prompt=chat.prompt_only, template=self.replaced)
 
     def _spans_from(self, chat: Chat, text: str, spans: list[tuple[int, int]], first: int) -> list[tuple[int, int]]:
-        """The spans of the assistant messages from `messages[first]` on."""
+        """Those of `spans` in the assistant messages from `messages[first]` on."""
         assistants = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if len(spans) == len(assistants):
             return spans[assistants.index(first) :]
@@ -211,8 +198,7 @@ class ChatTemplate:
 
     def _find_stop_ids(self) -> frozenset[int]:
         found = {self._tokenizer.eos_token_id} - {None}
-        roles = (("user", _USER), ("assistant", _ANSWER), ("user", _NEXT))
-        chat = [{"role": role, "content": content} for role, content in roles]
+        chat = [*_QUESTION, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
         try:
             tail = self._text(chat[:2]).partition(_ANSWER)[2]
             gap = self._text(chat).partition(_ANSWER)[2].partition(_NEXT)[0]

@@ -144,13 +144,13 @@ class RowEncoder:
         model.refuse_text([text for message in chat.messages for text in texts_of(message["content"])])
         template = self.template(chat.tools is not None)
         rendered = template.render(chat, self.train_on)
-        expanded, ids, after_images = model.expand(rendered, chat.images)
+        expanded, after_images, processed = model.expand(rendered, chat.images)
         # The processor gives ids without offsets. The same text tokenised here gives both, and the same ids, unless
         # the processor does more to the text than it hands to its tokenizer.
         tokens = self._tokenize([expanded.text])[0]
-        if tokens.ids != ids:
+        if tokens.ids != processed.ids:
             raise DataError(
-                f"{type(self.processing_class).__name__} gives a row with images {len(ids)} tokens, and its "
+                f"{type(self.processing_class).__name__} gives a row with images {len(processed.ids)} tokens, and its "
                 f"tokenizer gives the same text {len(tokens.ids)} others, so the assistant's tokens cannot be told "
                 "from the rest"
             )

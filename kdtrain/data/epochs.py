@@ -10,12 +10,8 @@ import numpy as np
 def mix(sizes: Sequence[int], weights: Sequence[float], sample_limit: int | None, seed: int) -> np.ndarray:
     """Row numbers of an epoch in order, where all epochs are the same: per source all copies, then the random rest.
 
-    Args:
-        sizes: rows of each source; the rows of all are numbered through.
-        weights: of each source.
-        sample_limit: keeps this many, the first of every source's part in proportion to its share of the epoch. (The
-            first n of all would be rows of the first source only.)
-        seed: of the random rest of fractional weights.
+    `sizes` are the rows of each source; the rows of all are numbered through. `sample_limit` keeps this many, the first
+    of every source's part in proportion to its share of the epoch: the first n of all would be rows of one source.
     """
     random = np.random.default_rng(seed)
     plans, start = [], 0
@@ -54,11 +50,7 @@ class Epochs:
 
     The rests go through all of the source before a row comes again, so that two epochs of weight 0.5 are all its rows
     once. Every epoch has as many rows. A function of seed and epoch alone: all ranks draw the same, and so does a
-    resumed run.
-
-    Args:
-        sizes, weights: as of `mix`.
-        seed: of the random rests.
+    resumed run. `sizes` and `weights` are those of `mix`.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -71,7 +63,6 @@ class Epochs:
             self._rests.append(_Rest(size, rest, [seed, source]))
 
     def __len__(self) -> int:
-        """Rows of an epoch."""
         return sum(c * size + rest.rows for c, size, rest in zip(self._copies, self._sizes, self._rests, strict=True))
 
     def rows(self, epoch: int) -> np.ndarray:

@@ -48,11 +48,7 @@ class Image:
         return f"{self.path}:{status.st_size}:{status.st_mtime_ns}".encode()
 
     def load(self) -> Any:
-        """The image as PIL, upright and in RGB, as transformers loads images for inference.
-
-        Raises:
-            RowError: the file is missing or holds no image that can be decoded.
-        """
+        """The image as PIL, upright and in RGB, as transformers loads images for inference."""
         pil, ops = _pil()
         name = show(self.path or "given as bytes", 400)
         try:
@@ -66,19 +62,14 @@ class Image:
 
 
 def stored_image(record: Mapping[str, Any]) -> Image:
-    """The image of a `record`."""
+    """The image of an `Image.record`."""
     return Image(record.get("path"), record.get("bytes"))
 
 
 def parse_image(value: Any, folder: str | None) -> Image:
-    """An image as rows give it.
+    """An image of a row: a path, bytes, a `data:` URI, PIL, or a mapping with `path`, `url`, `bytes` or `base64`.
 
-    Args:
-        value: a path, bytes, a `data:` URI, a PIL image, or a mapping with `path`, `url`, `bytes` or `base64`.
-        folder: what relative paths are relative to; None where there is no such folder.
-
-    Raises:
-        RowError: anything else, an address on the network, or a relative path without a folder.
+    `folder` is what paths are relative to; None refuses relative ones.
     """
     if isinstance(value, Mapping):
         data = value.get("bytes")
@@ -135,11 +126,7 @@ def is_pil(value: object) -> bool:
 
 
 def png(image: Any) -> bytes:
-    """A PIL image as a PNG file: lossless, upright and in RGB at once, since PNG has no place for some of PIL's modes.
-
-    Raises:
-        RowError: its pixels cannot be read.
-    """
+    """A PIL image as a PNG file: lossless, upright and in RGB at once, since PNG lacks some of PIL's modes."""
     _, ops = _pil()
     buffer = io.BytesIO()
     try:

@@ -29,17 +29,11 @@ _TEXT_TENSORS = ("input_ids", "attention_mask")
 
 @dataclass(frozen=True)
 class Processed:
-    """One row as its processor returns it.
-
-    Attributes:
-        ids: T token ids.
-        token_tensors: further tensors with one entry per token, such as `token_type_ids`, [1, T, ...].
-        visual: all others, such as `pixel_values`; what their first axis counts differs between families.
-    """
+    """One row as its processor returns it."""
 
     ids: list[int]
-    token_tensors: dict[str, torch.Tensor]
-    visual: dict[str, torch.Tensor]
+    token_tensors: dict[str, torch.Tensor]  # the others with one entry per token, such as `token_type_ids`, [1, T, ...]
+    visual: dict[str, torch.Tensor]  # such as `pixel_values`; what their first axis counts differs between families
 
 
 class Multimodal:
@@ -71,7 +65,7 @@ class Multimodal:
         return frozenset(i for i in found if isinstance(i, int) and i != self.tokenizer.unk_token_id)
 
     def refuse_text(self, texts: Sequence[str]) -> None:
-        """Raises RowError for text that literally says what stands for an image: the model would look for one there."""
+        """Refuses text that literally says what stands for an image: the model would look for one there."""
         for text in texts:
             if name := next((name for name in self._reserved if name in text), None):
                 raise RowError(
@@ -80,22 +74,13 @@ class Multimodal:
                 )
 
     def refuse_ids(self, ids: Sequence[int]) -> None:
-        """Raises the same for the ids of a row without images."""
+        """Refuses the same in the ids of a row without images."""
         if not self.image_ids.isdisjoint(ids):
             wrong = next(i for i in ids if i in self.image_ids)
             self.refuse_text([str(self.tokenizer.convert_ids_to_tokens(wrong))])
 
     def process(self, text: str, images: Sequence[Any], recorder: Recorder | None = None) -> Processed:
-        """Runs the processor on one row.
-
-        Args:
-            text: a rendered conversation, with one placeholder per image.
-            images: PIL images.
-
-        Raises:
-            RowError: the processor refuses the row.
-            DataError: it returns something that no batch can be made of.
-        """
+        """Runs the processor on one rendered conversation, with a placeholder in it for each of the PIL images."""
         processor = self.processor
         if recorder is not None:
             processor = copy.copy(processor)
@@ -117,16 +102,10 @@ class Multimodal:
         token = {name: value for name, value in rest.items() if tuple(value.shape[:2]) == (1, len(ids))}
         return Processed(ids, token, {name: value for name, value in rest.items() if name not in token})
 
-    def expand(self, rendered: Rendered, images: Sequence[Image]) -> tuple[Rendered, list[int], int]:
+    def expand(self, rendered: Rendered, images: Sequence[Image]) -> tuple[Rendered, int, Processed]:
         """The text that the processor tokenises, with the assistant's turns in it.
 
-        Returns:
-            The expanded conversation, the processor's ids for it, and the character after its last image.
-
-        Raises:
-            RowError: an image cannot be read or the processor refuses it; the template leaves images out.
-            DataError: the processor does not name its placeholder; the turns cannot be found again in the expanded
-                text.
+        Also the character after its last image, and what the processor made of it.
         """
         if not self.placeholder:
             raise DataError(
@@ -141,7 +120,7 @@ class Multimodal:
             )
         # The ids alone do not say which characters they stand for; the recorded text can be tokenised with offsets.
         recorder = Recorder(self.tokenizer)
-        ids = self.process(rendered.text, [image.load() for image in images], recorder).ids
+        processed = self.process(rendered.text, [image.load() for image in images], recorder)
         if len(recorder.texts) != 1:
             raise DataError(
                 f"{type(self.processor).__name__} tokenises a row in {len(recorder.texts)} pieces, so the assistant's "
@@ -151,7 +130,7 @@ class Multimodal:
         alignment = Alignment(rendered.text, expanded, self.placeholder)
         turns = [(alignment.char(start), alignment.char(end)) for start, end in rendered.turns]
         prompt_end = None if rendered.prompt_end is None else alignment.char(rendered.prompt_end)
-        return Rendered(expanded, turns, prompt_end), ids, alignment.last_start
+        return Rendered(expanded, turns, prompt_end), alignment.last_start, processed
 
     def images_end(self, ids: Sequence[int]) -> int:
         """How many leading tokens reach up to and including the last one that stands for a part of an image."""
@@ -159,7 +138,7 @@ class Multimodal:
 
     @cached_property
     def text_tensors(self) -> tuple[str, ...]:
-        """Names of the tensors with one entry per token that the processor makes for text alone."""
+        """Names of the `token_tensors` that the processor makes for text alone."""
         try:
             return tuple(self.process("a", []).token_tensors)
         except RowError:  # some processors take no text without an image, and so make nothing for it
@@ -183,13 +162,11 @@ class Multimodal:
 
 def reads_images(processing_class: Any) -> bool:
     """False for a tokenizer, or a processor without images."""
-    return (
-        isinstance(processing_class, ProcessorMixin) and getattr(processing_class, "image_processor", None) is not None
-    )
+    found = getattr(processing_class, "image_processor", None)
+    return isinstance(processing_class, ProcessorMixin) and found is not None
 
 
 def multimodal(processing_class: Any) -> Multimodal | None:
-    """None for what reads no images."""
     return Multimodal(processing_class) if reads_images(processing_class) else None
 
 
@@ -208,10 +185,7 @@ def tokenizer_content(tokenizer: Any) -> dict[str, Any]:
 
 
 def image_content(processing_class: Any) -> dict[str, Any]:
-    """Everything about a processor that changes ids or tensors of images; empty without images.
-
-    Its tokenizer and its chat template are left out: they change the text.
-    """
+    """Everything about a processor that changes ids or tensors of images, which its chat template does not."""
     if not reads_images(processing_class):
         return {}
     settings = processing_class.to_dict()

@@ -20,11 +20,7 @@ NO_VIDEOS = "videos are not available yet: remove the video or take its frames a
 
 
 def image_part(part: Any, where: str) -> dict[str, Any] | None:
-    """A part that is an image, as `{"type": "image", "value": ...}` with None for one of the row's columns; or None.
-
-    Raises:
-        RowError: a part of another type than text and image.
-    """
+    """A part that is an image; its value is None where the row's image column has it. None for a part that is text."""
     if not isinstance(part, Mapping):
         return None
     type_ = part.get("type")
@@ -55,7 +51,6 @@ def merge_parts(parts: Sequence[dict[str, Any]]) -> str | list[dict[str, Any]]:
 
 
 def texts_of(content: str | list[dict[str, Any]]) -> list[str]:
-    """The text of a message's content, without its images."""
     return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
@@ -69,11 +64,7 @@ def count_images(messages: Sequence[Mapping[str, Any]]) -> int:
 
 
 def column_images(row: Mapping[str, Any]) -> list[Any]:
-    """The images of a row's `images` or `image` column; empty when it has none.
-
-    Raises:
-        RowError: both columns have a value, `images` is no list, or there is a video.
-    """
+    """The images of a row's `images` or `image` column."""
     if any(row.get(column) not in (None, [], "") for column in VIDEO_COLUMNS):
         raise RowError(NO_VIDEOS)
     many, one = row.get("images"), row.get("image")
@@ -101,13 +92,7 @@ def place_images(
 
     Parts without an image of their own take those of the column in order. Without any image part, the text is cut at
     `<image>` if it says so as often as there are images; and if it never does, all images go in front of the first
-    user message's text.
-
-    Returns:
-        The messages with image parts that are only `{"type": "image"}`, and the images in the order of the parts.
-
-    Raises:
-        RowError: the numbers differ, an assistant message has an image, or an image cannot be one.
+    user message's text. The parts that are returned are only `{"type": "image"}`, their images stand beside them.
     """
     if column and not count_images(messages):
         messages = _with_parts(messages, len(column))

@@ -74,13 +74,9 @@ class PlainText:
 def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair | PlainText:
     """Checks one raw row and brings it into one of three forms.
 
-    Args:
-        row: `messages`, `conversations` (ShareGPT), `prompt` with or without `completion`, or `text`; for
-            conversations also `images` or `image`. Null counts as missing and other columns are ignored.
-        folder: what the paths of images are relative to; None refuses relative paths.
-
-    Raises:
-        RowError: missing or empty values, wrong types, unknown roles, images without a place in the conversation.
+    Rows have `messages`, `conversations` (ShareGPT), `prompt` with or without `completion`, or `text`; conversations
+    also `images` or `image`. Null counts as missing and other columns are ignored. `folder` is what the paths of images
+    are relative to; None refuses relative paths.
     """
     images = column_images(row)
     kind = next((column for column in ROW_COLUMNS if row.get(column) is not None), None)
@@ -107,7 +103,7 @@ def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair 
 
 
 def parse_json(text: str, columns: Mapping[str, str] | None) -> dict[str, Any]:
-    """A raw row's JSON text as columns under their canonical names; RowError when it is none."""
+    """A raw row's JSON text as columns under their canonical names."""
     try:
         row = json.loads(text)
     except ValueError as error:
@@ -132,9 +128,6 @@ def prompt_of(parsed: Chat | Pair | PlainText) -> Chat | Pair:
 
     A conversation ends before its last assistant message, or before its completion; one that ends with the user stays
     as it is.
-
-    Raises:
-        RowError: plain text, or nothing is left.
     """
     if isinstance(parsed, PlainText):
         raise RowError("plain text has no prompt that a teacher could answer: give messages, or a prompt column")

@@ -1,4 +1,4 @@
-"""Visual tensors of single rows to those of a batch, and back to fewer rows.
+"""What processors make of single rows to the tensors of a batch, and back to fewer rows.
 
 What the first axis counts is the family's choice: images (LLaVA, Gemma3), crops, patches (Qwen-VL) or rows
 (Idefics3, SmolVLM). Rows are laid behind each other along it, in order, and how many entries each row owns is kept.
@@ -12,31 +12,20 @@ from typing import Any
 
 import torch
 
-from kdtrain.data.batch import Batch, TeacherImages
+from kdtrain.data.batch import Batch, Rows, TeacherImages
 from kdtrain.data.multimodal import Multimodal, Processed
 from kdtrain.errors import DataError
 
 # Tensors that say which pixels are real: with one of them, images of different sizes can be padded with zeros.
 _SIZES = ("pixel_attention_mask", "image_sizes")
-# Of families whose first axis counts rows: an entry of zeros says in these that a row has no image.
-_TELLING = ("pixel_attention_mask", "batch_num_images")
+# Of families whose first axis counts rows: by zeros in one of these the model knows that a row has no image.
+_ZERO_MEANS_NO_IMAGE = ("pixel_attention_mask", "batch_num_images")
 
 
 def stack_visual(
     rows: Sequence[Processed | None], model: Multimodal
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
-    """Concatenates the visual tensors of B rows along axis 0.
-
-    Args:
-        rows: None for rows without images. They own nothing, or an entry of zeros where axis 0 counts rows.
-
-    Returns:
-        The tensors, and per tensor how many entries along axis 0 each of the B rows owns; both empty when no row has
-        images.
-
-    Raises:
-        DataError: tensors of two rows cannot share a batch.
-    """
+    """The visual tensors of B rows (None: a row without images) along axis 0, and how much of each the rows own."""
     with_images = [row.visual for row in rows if row is not None]
     tensors: dict[str, torch.Tensor] = {}
     sizes: dict[str, list[int]] = {}
@@ -59,7 +48,7 @@ def _stack(
     # Where axis 0 counts images or patches, a row without images owns none. Where it counts rows, it must have an
     # entry: zeros, which the model takes for no image only if the pixel mask or the number of images says so.
     if len(real) < len(parts) and name in model.by_row:
-        if name not in (*_TELLING, "pixel_values") or not names & set(_TELLING):
+        if name not in (*_ZERO_MEANS_NO_IMAGE, "pixel_values") or not names & set(_ZERO_MEANS_NO_IMAGE):
             raise DataError(
                 f"rows with and without images cannot share a batch: {name} has an entry per row, and none says that "
                 "a row has no image. Keep them in separate runs, or use per_device_train_batch_size: 1"
@@ -70,10 +59,10 @@ def _stack(
 
 
 def _check_padding(name: str, part: torch.Tensor, shape: list[int], names: set[str]) -> None:
-    """Raises DataError where padding a row's tensor to `shape` with zeros would change what the model sees.
+    """Refuses to pad with zeros that the model would see.
 
-    It would not along axis 1 of a tensor of crops, where zeros are one more crop that no token stands for; nor along
-    the two axes of pixels, where another tensor says how many are real.
+    It sees none along axis 1 of a tensor of crops, where they are one more crop that no token stands for; nor along the
+    two axes of pixels, where another tensor says how many are real.
     """
     differing = [axis for axis, size in enumerate(shape, start=1) if part.shape[axis] != size]
     crops = part.dim() >= 5 or name == "pixel_attention_mask"
@@ -97,16 +86,10 @@ def _padded(part: torch.Tensor, shape: list[int]) -> torch.Tensor:
 def pad_token_tensors(
     rows: Sequence[tuple[int, Processed | None]], width: int, names: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """Tensors with one entry per token, padded on the right with zeros.
+    """Tensors [B, T, ...] with one entry per token, padded on the right with zeros; every batch has those of `names`.
 
-    Args:
-        rows: per row its number of tokens, which a truncated row has fewer of, and what the processor made of it;
-            None for rows without images, whose entries are all zero.
-        width: T of the batch.
-        names: tensors that every batch has.
-
-    Returns:
-        Tensors of [B, T, ...].
+    `rows`: how many tokens of a row are in the batch (a truncated one has fewer than its processor made), and what the
+    processor made of it; None for rows without images, whose entries are all zero.
     """
     found = {name: tensor for _, row in rows if row is not None for name, tensor in row.token_tensors.items()}
     tensors = {}
@@ -121,13 +104,7 @@ def pad_token_tensors(
 
 
 def cut_rows(batch: Batch, kept: int) -> Batch:
-    """The first `kept` of the B rows of a batch: tensors, lists, and what the rows own of visual tensors.
-
-    A batch whose remaining rows have no image has no visual tensors.
-
-    Raises:
-        DataError: a tensor of another collator, without `visual_sizes`, whose first axis is not the rows.
-    """
+    """The first `kept` of the B rows of a batch, with what they own of visual tensors."""
     count = len(batch)
     if kept >= count:
         return batch
@@ -148,20 +125,14 @@ def cut_rows(batch: Batch, kept: int) -> Batch:
         inputs, teacher_sizes = _cut_visual(teacher.inputs, teacher.sizes, kept)
         inputs |= {name: cut(name, value) for name, value in teacher.inputs.items() if name not in teacher.sizes}
         teacher = TeacherImages(inputs=inputs, sizes=teacher_sizes) if visual else None
-    rows = batch.rows
+    rows: dict[str, Any] = {name: value if value is None else value[:kept] for name, value in vars(batch.rows).items()}
+    if batch.rows.prompts is not None:
+        rows["prompts"] = tuple(part[:kept] for part in batch.rows.prompts)
     return replace(
         batch,
         model_inputs=by_row | visual,
         labels=batch.labels[:kept],
-        rows=replace(
-            rows,
-            ids=rows.ids[:kept],
-            prompt_lengths=None if rows.prompt_lengths is None else rows.prompt_lengths[:kept],
-            prompts=None if rows.prompts is None else (rows.prompts[0][:kept], rows.prompts[1][:kept]),
-            ce=None if rows.ce is None else rows.ce[:kept],
-            truncated=rows.truncated[:kept],
-            places=None if rows.places is None else rows.places[:kept],
-        ),
+        rows=Rows(**rows),
         visual_sizes=sizes,
         teacher_images=teacher,
     )
@@ -171,8 +142,8 @@ def _cut_visual(
     inputs: Mapping[str, torch.Tensor], owned: Mapping[str, Sequence[int]], kept: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, Sequence[int]]]:
     visual = {name: inputs[name][: sum(sizes[:kept])] for name, sizes in owned.items()}
-    by_image = [sizes for sizes in owned.values() if 0 in sizes]
-    telling = [name for name in owned if name in _TELLING]
-    if any(not sum(sizes[:kept]) for sizes in by_image) or (telling and not visual[telling[0]].any()):
+    marks = next((visual[name] for name in owned if name in _ZERO_MEANS_NO_IMAGE), None)
+    none_owned = any(0 in sizes and not sum(sizes[:kept]) for sizes in owned.values())
+    if none_owned or (marks is not None and not marks.any()):  # the rows that are left have no image
         return {}, {}
     return visual, {name: sizes[:kept] for name, sizes in owned.items()}
