@@ -56,17 +56,10 @@ def encode_cached(
     num_proc: int | None,
     cache_dir: Path,
 ) -> datasets.Dataset:
-    """Encodes the rows of `raw` (columns text, problem, source, file), or reads what an earlier call stored.
+    """Encodes the rows of `read_all`, or reads what an earlier call stored.
 
-    Args:
-        sources: of each, the column mapping and who answers.
-        cache_dir: entries are folders in it, complete as soon as they are visible; a damaged one is made again.
-
-    Returns:
-        As many rows in the same order, with the columns of `_FEATURES`; bad rows have a `problem` and no tokens.
-
-    Raises:
-        DataError: the tokenizer or its template cannot serve the rows; the folder cannot be written.
+    Entries are folders in `cache_dir`, complete as soon as they are visible; a damaged one is made again. Returned are
+    as many rows in the same order, with the columns of `_FEATURES`; bad rows have a `problem` and no tokens.
     """
     entry = cache_dir / f"encoded-{_key(raw, encoder, sources, limits)}"
     if (stored := _stored(entry, len(raw))) is not None:
@@ -114,8 +107,7 @@ def _stored(entry: Path, rows: int) -> datasets.Dataset | None:
 def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], limits: Limits) -> str:
     """A hash of all that the encoded rows depend on.
 
-    The place of a row is left out: the same data under another path is the same data. Images count with theirs, see
-    `Image.identity`.
+    Not the place of a row: the same data under another path is the same data. Images count with theirs.
     """
     tokenizer = encoder.tokenizer
     options = {
@@ -172,11 +164,9 @@ def _encode_batch(
             except RowError as error:
                 problems[i] = str(error)
     folders = {file: folder_of(file) for file in set(batch["file"])}
-    results = encoder.encode(
-        list(parsed.values()),
-        [folders[batch["file"][i]] for i in parsed],
-        [sources[batch["source"][i]].answers == "teacher" for i in parsed],
-    )
+    of_rows = [folders[batch["file"][i]] for i in parsed]
+    teacher_answers = [sources[batch["source"][i]].answers == "teacher" for i in parsed]
+    results = encoder.encode(list(parsed.values()), of_rows, teacher_answers)
     encoded = dict(zip(parsed, results, strict=True))
     out: dict[str, list[Any]] = {name: [] for name in _FEATURES}
     for i, problem in enumerate(problems):

@@ -1,6 +1,6 @@
-"""From sources to the data set that the trainer sees: read, mix, encode once, count what was wrong.
+"""From sources to the data set that the trainer sees, and a report of what became of the rows.
 
-    read (sources.py, raw_table.py) -> limit, weight, sample_limit (epochs.py) -> encode, cached (cache.py) -> check
+    read (sources.py) -> limit, weight, sample_limit (epochs.py) -> encode, cached (cache.py) -> check
 
 Each row is encoded once, however often it appears in an epoch.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,58 @@ from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.epochs import Epochs, mix
 from kdtrain.data.errors import RowError, show
 from kdtrain.data.files import folder_of
-from kdtrain.data.raw_table import read_all
-from kdtrain.data.report import BuildReport
 from kdtrain.data.rows import Chat, parse_json, parse_row, prompt_of
-from kdtrain.data.sources import Source
+from kdtrain.data.sources import Source, read_all
 from kdtrain.errors import DataError
+
+_NO_STOP = "the student will not learn to stop there"
+
+
+@dataclass
+class BuildReport:
+    """Rows are counted once; tokens and `rows_per_epoch` as often as the weights repeat them."""
+
+    rows_read: int = 0  # after `limit`, weights below 1 and `sample_limit`
+    rows_kept: int = 0  # can be trained on or generated from
+    rows_per_epoch: int = 0  # and of the data set, unless `epochs` says otherwise
+    bad_rows: int = 0  # left out as unusable
+    first_bad: list[str] = field(default_factory=list)  # of three, as `file:line: reason`
+    truncated: int = 0  # kept, and cut at max_length
+    dropped: int = 0  # left out: too long, or with nothing to train on once truncated
+    supervised_tokens: int = 0
+    total_tokens: int = 0
+    prompt_only_rows: int = 0  # kept, without an answer; those that the teacher answers are not among them
+    plain_text_rows: int = 0  # kept; nothing can be generated from them
+    teacher_answer_rows: int = 0  # kept; the teacher writes their answer
+    image_rows: int = 0  # kept, with images
+    images: int = 0  # of them in all
+    longest: int = 0  # tokens of a row before truncation
+    stop_tokens_added: int = 0  # rows whose template marks the answer without the token that ends it
+    unterminated_rows: int = 0  # with a supervised turn that ends without a stop token
+    notes: list[str] = field(default_factory=list)
+    epochs: Epochs | None = None  # which rows of the data set make up each epoch; None: all, in every epoch
+
+    def summary(self) -> str:
+        """Some lines for people; counts of zero are left out, except the bad rows."""
+        share = self.supervised_tokens / max(self.total_tokens, 1)
+        lines = [
+            f"{self.rows_kept} of {self.rows_read} rows, {self.rows_per_epoch} per epoch; "
+            f"{self.supervised_tokens} of {self.total_tokens} tokens supervised ({share:.0%}); "
+            f"longest row {self.longest} tokens; {self.bad_rows} bad rows"
+        ]
+        lines += [f"  bad: {bad}" for bad in self.first_bad]
+        counts = (
+            (self.truncated, "truncated at max_length"),
+            (self.dropped, "dropped: too long, and a cut would leave nothing to train on or take a part of an image"),
+            (self.prompt_only_rows, "with a prompt only (usable where an answer is generated)"),
+            (self.plain_text_rows, "of plain text (nothing is generated from them)"),
+            (self.teacher_answer_rows, "get their answer from the teacher"),
+            (self.image_rows, f"with images ({self.images} in all)"),
+            (self.stop_tokens_added, "got the end-of-turn token into the mask, which the template's markers leave out"),
+            (self.unterminated_rows, f"end a turn without an end-of-turn token: {_NO_STOP}"),
+        )
+        lines += [f"  {count} rows {what}" for count, what in counts if count]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
 def build_dataset(
@@ -60,12 +108,11 @@ def build_dataset(
             epoch: other ones every time. Sums are those of the first. Without effect beside `sample_limit`.
 
     Returns:
-        A data set with the columns
-        `input_ids`; `labels` (same length, -100 where not supervised, always at position 0); `prompt_length` (leading
-        tokens to generate from, 0 for plain text); `ce` (False: no cross-entropy); `row_id` ("source:row" counted from
-        0, shared by repetitions). If any row has images, also `text` (the conversation as the processor takes it) and
-        `images` (a list of {path, bytes}; none in the other rows): pixels are made by the collator. If any source has
-        `answers="teacher"`, also `answers` (True: the row is a prompt that the teacher answers). And the report.
+        A data set with the columns `input_ids`, `labels` and `prompt_length` as of `EncodedRow`; `ce` (False: no
+        cross-entropy); `row_id` ("source:row" counted from 0, shared by repetitions). If any row has images, also
+        `text` (the conversation as the processor takes it) and `images` (a list of {path, bytes}; none in the other
+        rows): pixels are made by the collator. If any source has `answers="teacher"`, also `answers` (True: the row is
+        a prompt that the teacher answers).
 
     Raises:
         DataError: nothing to read, too many bad rows, over-long rows with `error`, no row left, or a tokenizer or
@@ -142,7 +189,6 @@ def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[S
 def _refuse(
     encoded: datasets.Dataset, raw: datasets.Dataset, report: BuildReport, max_bad_rows: int, limits: Limits
 ) -> None:
-    """Raises DataError for what the options do not allow."""
     if report.bad_rows > max_bad_rows:
         listed = "\n  ".join(report.first_bad)
         raise DataError(
@@ -203,7 +249,7 @@ def _chats(raw: datasets.Dataset, sources: Sequence[Source]) -> Iterator[Chat]:
 
 
 def _count_tokens(encoded: datasets.Dataset, epoch: np.ndarray, limits: Limits, report: BuildReport) -> None:
-    """The report's sums over an `epoch`, given as its row numbers."""
+    """The report's sums over the rows of an epoch."""
     lengths = np.minimum(_column(encoded, "length"), limits.max_length or np.iinfo(np.int32).max)
     report.rows_per_epoch = len(epoch)
     report.supervised_tokens = int(_column(encoded, "supervised")[epoch].sum())
@@ -213,7 +259,6 @@ def _count_tokens(encoded: datasets.Dataset, epoch: np.ndarray, limits: Limits, 
 def _assemble(
     encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[Source], rows: np.ndarray, images: bool
 ) -> datasets.Dataset:
-    """The data set of `rows`, with the columns that its kind needs."""
     origin = raw["source"][:]
     ids = [f"{source}:{row}" for source, row in zip(origin, raw["row"][:], strict=True)]
     full = encoded.add_column("row_id", ids).add_column("ce", [sources[source].ce for source in origin])

@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders, saved data sets, the hub. Yields them in order as JSON text with their place.
+"""Where rows come from: files, folders, saved data sets, the hub; in order, as JSON text with their place.
 
 Nothing that could run code is read: no pickles, no dataset scripts.
 """
@@ -9,7 +9,7 @@ import base64
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
 
 from kdtrain.data.errors import show
 from kdtrain.data.files import RawRow, is_array, read_array, read_csv, read_lines
@@ -33,6 +34,18 @@ _UNSAFE = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".py")
 _FORMATS = ".json, .jsonl (also .gz), .parquet, .csv, .tsv, .arrow, a folder of these, or a saved Arrow data set"
 _MEDIA = (datasets.Image, datasets.Audio, datasets.Video)
 ANSWERS = ("data", "teacher")
+_RAW = pa.schema(
+    [
+        # The fields of RawRow,
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("text", pa.large_string()),
+        ("problem", pa.string()),
+        # the number of its source, and its own in that source.
+        ("source", pa.int32()),
+        ("row", pa.int64()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -61,13 +74,35 @@ class Source:
     rows: Any = None
 
 
-def read_source(source: Source) -> Iterator[RawRow]:
-    """Yields the rows of a source in order, at most `limit`.
+def read_all(sources: Sequence[Source], path: Path) -> tuple[datasets.Dataset, list[int]]:
+    """All rows in one Arrow file, so that data larger than memory can be encoded; and the number from each source."""
+    sizes = []
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _RAW) as writer:
+        for index, source in enumerate(sources):
+            size = 0
+            for batch in _batches(_read(source)):
+                numbered = [{**vars(row), "source": index, "row": size + i} for i, row in enumerate(batch)]
+                writer.write_batch(pa.RecordBatch.from_pylist(numbered, schema=_RAW))
+                size += len(batch)
+            sizes.append(size)
+    return datasets.Dataset.from_file(str(path)), sizes
 
-    Raises:
-        DataError: it does not exist, has an unsupported or unsafe format, is no valid JSON as a whole, or is empty;
-            or no row has a known column.
-    """
+
+def _batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+    """1000 rows at a time, fewer where they carry images."""
+    batch: list[RawRow] = []
+    length = 0
+    for row in rows:
+        batch.append(row)
+        length += len(row.text)
+        if len(batch) == 1000 or length > 2**25:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
+
+
+def _read(source: Source) -> Iterator[RawRow]:
     _check_source(source)
     rows = islice(_rows(source), source.limit)
     first = list(islice(rows, 100))
