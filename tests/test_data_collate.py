@@ -67,7 +67,7 @@ def test_what_a_trainer_changes_of_the_tokenizer_counts_for_the_next_batch(chang
 def test_raw_rows_of_a_batch_share_one_encoder_and_go_through_it_together(tokenizer, monkeypatch):
     made, calls = [], []
     prepare, encode = RowEncoder.__init__, RowEncoder.encode
-    monkeypatch.setattr(RowEncoder, "__init__", lambda self, *args: made.append(self) or prepare(self, *args))
+    monkeypatch.setattr(RowEncoder, "__init__", lambda self, *a, **k: made.append(self) or prepare(self, *a, **k))
     monkeypatch.setattr(RowEncoder, "encode", lambda self, *args: calls.append(len(args[0])) or encode(self, *args))
     collate = Collator(tokenizer)
     tokenised = {"input_ids": [1, 2], "labels": [1, 2]}

@@ -105,6 +105,20 @@ def test_a_batch_of_raw_rows_looks_at_its_processor_once(llava, monkeypatch):
     assert len(looks) <= 1
 
 
+def test_the_images_of_a_raw_row_are_read_and_processed_once_by_each_processor(llava, monkeypatch):
+    seen, process = [], Multimodal.process
+    counted = lambda self, text, images, *rest: seen.append(len(images)) or process(self, text, images, *rest)  # noqa: E731
+    monkeypatch.setattr(Multimodal, "process", counted)
+    rows = [row(picture(i)) for i in range(3)]
+    alone, student = Collator(llava)(rows), [1, 1, 1]
+    assert [count for count in seen if count] == student
+    seen.clear()
+    both = Collator(llava, vision.make_llava(image_mean=[0.1, 0.2, 0.3]))(rows)
+    assert [count for count in seen if count] == student * 2
+    assert both.teacher_images is not None
+    assert torch.equal(alone.model_inputs["pixel_values"], both.model_inputs["pixel_values"])
+
+
 def test_images_of_fewer_tiles_are_padded_with_zeros():
     processor = vision.make_idefics3()
     batch = Collator(processor)(ROWS)

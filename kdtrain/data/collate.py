@@ -22,14 +22,7 @@ from kdtrain.data.encoded_row import EncodedRow, Limits, tokenised_row, truncate
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.errors import RowError, show
 from kdtrain.data.images import stored_image
-from kdtrain.data.multimodal import (
-    Multimodal,
-    Processed,
-    image_content,
-    multimodal,
-    reads_images,
-    tokenizer_content,
-)
+from kdtrain.data.multimodal import Multimodal, Processed, image_content, multimodal, reads_images, tokenizer_content
 from kdtrain.data.rows import parse_row
 from kdtrain.data.visual_batch import cut_rows, pad_token_tensors, stack_visual
 from kdtrain.errors import DataError
@@ -41,16 +34,11 @@ __all__ = ["Collator", "cut_rows", "pad_rows"]
 def pad_rows(
     rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, multiple: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Pads (input_ids, labels) pairs on the right.
-
-    Args:
-        rows: B pairs of equally long lists.
-        pad_id: written into the padding of `input_ids`; any id will do, the mask is made from the lengths.
-        multiple: T is rounded up to a multiple of it.
+    """Pads B pairs of ids and labels on the right, T rounded up to a `multiple`.
 
     Returns:
         `input_ids`, `attention_mask` and `labels`, each [B, T] long. Labels are -100 in the padding and at position 0,
-        which nothing predicts.
+        which nothing predicts. Any `pad_id` will do: the mask is made from the lengths.
     """
     longest = max(len(ids) for ids, _ in rows)
     width = -(-longest // multiple) * multiple if multiple else longest
@@ -83,7 +71,7 @@ class Collator:
         text_column: for raw rows, the column that holds plain text.
 
     Calling it returns a `Batch`: tokens [B, T] padded on the right, and what is known of the rows. With a processor its
-    inputs also have the further tensors that it makes per token ([B, T], zero for rows without images and in the
+    inputs also have the other tensors that it makes per token ([B, T], zero for rows without images and in the
     padding), and in batches with images its visual tensors, rows behind each other along axis 0.
 
     Raises DataError for a row that cannot be encoded or is too long, whose images cannot be read or no longer give
@@ -119,33 +107,33 @@ class Collator:
         return image_content(student) != image_content(teacher) or vocabularies[0] != vocabularies[1]
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
-        whole = self._encode(rows)
-        fitted = [(row, self._fit(encoded), len(encoded.input_ids)) for row, encoded in zip(rows, whole, strict=True)]
-        truncated = [len(encoded.input_ids) < length for _, encoded, length in fitted if encoded is not None]
-        places = [i for i, (_, encoded, _) in enumerate(fitted) if encoded is not None]
-        kept = [(row, encoded) for row, encoded, _ in fitted if encoded is not None]
-        if not kept:
+        encoded = self._encode(rows)
+        fitting = [(i, row) for i, row in enumerate(map(self._fit, encoded)) if row is not None]
+        if not fitting:
             raise DataError(
                 f"every row of a batch of {len(rows)} is longer than max_length ({self.max_length} tokens), or has "
                 "images that do not fit into it"
             )
-        tokens = pad_rows([(encoded.input_ids, encoded.labels) for _, encoded in kept], self._pad_id,
-                          self.pad_to_multiple_of)  # fmt: skip
+        kept = [(rows[i], row) for i, row in fitting]
+        truncated = [len(row.input_ids) < len(encoded[i].input_ids) for i, row in fitting]
+        pairs = [(row.input_ids, row.labels) for _, row in fitting]
+        tokens = pad_rows(pairs, self._pad_id, self.pad_to_multiple_of)
         batch = Batch(
             labels=tokens.pop("labels"),
             model_inputs=tokens,
             rows=Rows(
                 ids=[str(row.get("row_id", "")) for row, _ in kept],
-                prompt_lengths=torch.tensor([encoded.prompt_length for _, encoded in kept], dtype=torch.long),
+                prompt_lengths=torch.tensor([row.prompt_length for _, row in fitting], dtype=torch.long),
                 ce=torch.tensor([bool(row.get("ce", True)) for row, _ in kept]),
                 truncated=truncated if any(truncated) else (),
-                places=places if len(kept) < len(rows) else None,
+                places=[i for i, _ in fitting] if len(fitting) < len(rows) else None,
             ),
         )
         return batch if self._model is None else self._with_images(batch, kept, self._model)
 
     def _with_images(self, batch: Batch, rows: list[tuple[dict[str, Any], EncodedRow]], model: Multimodal) -> Batch:
-        images = [self._load(row, encoded) for row, encoded in rows]
+        # Those of a raw row were read when it was encoded, a moment ago; only another processor has to see them again.
+        images = [self._load(*row) if self._teacher or row[1].processed is None else [] for row in rows]
         width = batch.labels.shape[1]
         inputs, sizes = self._inputs(width, rows, images, model)
         batch = replace(batch, model_inputs={**batch.model_inputs, **inputs}, visual_sizes=sizes)
@@ -159,10 +147,10 @@ class Collator:
             )
         if self._teacher is None:
             return batch
-        its_inputs, its_sizes = self._inputs(width, rows, images, self._teacher)
-        # What it says of the tokens, which are the same, is known.
-        pixels = {name: its_inputs[name] for name in its_sizes}
-        return replace(batch, teacher_images=TeacherImages(inputs=pixels, sizes=its_sizes))
+        inputs, sizes = self._inputs(width, rows, images, self._teacher)
+        # Not what it says of the tokens, which are the student's.
+        visual = {name: inputs[name] for name in sizes}
+        return replace(batch, teacher_images=TeacherImages(inputs=visual, sizes=sizes))
 
     def _inputs(
         self,
@@ -172,7 +160,7 @@ class Collator:
         model: Multimodal,
     ) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
         processed = [
-            self._process(row, encoded, loaded, model) if loaded else None
+            self._process(row, encoded, loaded, model) if encoded.images else None
             for (row, encoded), loaded in zip(rows, images, strict=True)
         ]
         visual, sizes = stack_visual(processed, model)
@@ -185,23 +173,19 @@ class Collator:
             return [image.load() for image in encoded.images]
 
     def has_images(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row has images that this collator would read."""
         return self._model is not None and bool(self._encode([row])[0].images)
 
     def prepared_by(self, processing_class: Any, row: Mapping[str, Any]) -> Processed:
-        """A row with images as a processor by itself prepares it, whether or not that agrees with what is stored.
-
-        Raises:
-            DataError: the images cannot be read, or the processor refuses them.
-        """
-        encoded, model = self._encode([row])[0], multimodal(processing_class)
-        assert model is not None, "asked for a processor of images only"
+        """A row with images as a processor by itself prepares it, whether or not that agrees with what is stored."""
+        encoded = self._encode([row])[0]
         with _naming(row):
-            return model.process(str(encoded.text), self._load(row, encoded))
+            return Multimodal(processing_class).process(str(encoded.text), self._load(row, encoded))
 
     def _process(self, row: Mapping[str, Any], encoded: EncodedRow, images: list[Any], model: Multimodal) -> Processed:
-        with _naming(row):
-            processed = model.process(str(encoded.text), images)
+        processed = encoded.processed if model is self._model else None
+        if processed is None:
+            with _naming(row):
+                processed = model.process(str(encoded.text), images)
         # Ids and labels were made when the row was encoded, its pixels are made now: both belong together only if the
         # processor would still give these ids. They may be fewer than it gives, where the row was cut at max_length,
         # as long as no part of an image is cut off.
@@ -225,7 +209,7 @@ class Collator:
         )
 
     def check(self, row: Mapping[str, Any]) -> None:
-        """Raises `RowError` for a raw row whose columns have no form that can be encoded; makes no tokens."""
+        """Refuses a raw row whose columns have no form that can be encoded; makes no tokens."""
         if "input_ids" not in row:
             parse_row(self._with_text(row))
 
@@ -249,7 +233,7 @@ class Collator:
     def _raw_encoder(self) -> RowEncoder:
         """Made for the first raw row, since tokenised rows do without a fast tokenizer, and kept."""
         if self._encoder is None or self._encoder.train_on != self.train_on:
-            self._encoder = RowEncoder(self.processing_class, self.train_on)
+            self._encoder = RowEncoder(self.processing_class, self.train_on, keep_pixels=True)
         return self._encoder
 
     def _tokenised(self, row: Mapping[str, Any]) -> EncodedRow:
@@ -283,7 +267,6 @@ class Collator:
 
 @contextmanager
 def _naming(row: Mapping[str, Any]) -> Iterator[None]:
-    """Says in an error of a row which one it is."""
     try:
         yield
     except RowError as error:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kdtrain.data.errors import show
 from kdtrain.data.images import Image
+from kdtrain.data.multimodal import Processed
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
 
@@ -36,6 +37,7 @@ class EncodedRow:
     text: str | None = None  # of a row with images: the rendered conversation, one placeholder per image
     images: tuple[Image, ...] = ()
     images_end: int = 0  # leading tokens that must stay, or the model would miss a part of an image
+    processed: Processed | None = field(default=None, repr=False, compare=False)  # where `RowEncoder` keeps pixels
 
     @property
     def supervised(self) -> int:

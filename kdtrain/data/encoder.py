@@ -59,9 +59,14 @@ def encode_row(
 
 
 class RowEncoder:
-    """Encodes batches of rows with one tokenizer or processor, as `encode_row` does one."""
+    """Encodes batches of rows with one tokenizer or processor, as `encode_row` does one.
 
-    def __init__(self, processing_class: Any, train_on: str, chat_template: str | None = None) -> None:
+    `keep_pixels`: rows with images come with what the processor made of them. Not for a data set: it fills the memory.
+    """
+
+    def __init__(
+        self, processing_class: Any, train_on: str, chat_template: str | None = None, *, keep_pixels: bool = False
+    ) -> None:
         if train_on not in TRAIN_ON:
             raise DataError(f"train_on must be one of {', '.join(TRAIN_ON)}, not {train_on!r}")
         self.processing_class = processing_class
@@ -74,6 +79,7 @@ class RowEncoder:
         self.train_on = train_on
         self.chat_template = chat_template
         self.multimodal = multimodal(processing_class)
+        self._keep_pixels = keep_pixels
         self._templates: dict[bool, ChatTemplate] = {}
         self._bos: list[int] = []
         self._settings = ""
@@ -160,7 +166,8 @@ class RowEncoder:
         # Some families end an image with tokens that are no image ids (line breaks, an end marker): they reach as far
         # as the text after the last image.
         end = max(tokens.first_from(after_images), model.images_end(tokens.ids))
-        return replace(row, labels=labels, text=rendered.text, images=chat.images, images_end=end)
+        kept = processed if self._keep_pixels else None
+        return replace(row, labels=labels, text=rendered.text, images=chat.images, images_end=end, processed=kept)
 
     def _tokenize(self, texts: list[str]) -> list[Tokens]:
         if not texts:
