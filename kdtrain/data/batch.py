@@ -2,11 +2,9 @@
 
 Shapes: B rows, T positions, S supervised tokens.
 
-Batches are padded on the right. What several places ask of one (which positions predict a supervised token, how many
-there are, how much of it is images) is found once and kept with it; whoever changes a batch makes a new one by
-`dataclasses.replace`, which forgets these.
-
-A user's own collator may still give a plain dict, padded on either side: `received` makes a batch of it.
+Batches are padded on the right. What several places ask of one is found once and kept with it; whoever changes a batch
+makes a new one by `dataclasses.replace`, which forgets that. A user's own collator may still give a plain dict, padded
+on either side: `received` makes a batch of it.
 """
 
 from __future__ import annotations

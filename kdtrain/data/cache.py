@@ -75,7 +75,7 @@ def encode_cached(
             remove_columns=raw.column_names,
             features=_FEATURES,
             fn_kwargs={"encoder": encoder, "sources": sources, "limits": limits},
-            num_proc=_workers(len(raw)) if num_proc is None else (num_proc if num_proc > 1 else None),
+            num_proc=_workers(len(raw), num_proc),
             cache_file_name=str(work / "rows.arrow"),
             new_fingerprint=entry.name.removeprefix("encoded-")[:32],
             desc="Encoding rows",
@@ -147,10 +147,11 @@ def _image_files(batch: dict[str, list[Any]], sources: Sequence[Source]) -> Iter
             yield from (image for image in parsed.images if image.data is None)
 
 
-def _workers(rows: int) -> int | None:
-    """Starting processes costs about a second: more than 2000 short rows do."""
+def _workers(rows: int, num_proc: int | None) -> int | None:
+    """None is this process alone. Starting others costs about a second: more than 2000 short rows do."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8) if rows > 2000 and cores > 1 else None
+    chosen = (min(cores, 8) if rows > 2000 else 1) if num_proc is None else num_proc
+    return chosen if chosen > 1 else None
 
 
 def _encode_batch(

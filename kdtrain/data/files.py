@@ -30,6 +30,10 @@ class RawRow:
     problem: str = ""
 
 
+def cannot_read(name: str, error: Exception, most: int = 160) -> DataError:
+    return DataError(f"cannot read {show(name, 400)}: {show(str(error) or type(error).__name__, most)}")
+
+
 def _open(path: Path) -> Any:
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
 
@@ -54,7 +58,7 @@ def read_lines(path: Path) -> Iterator[RawRow]:
                 except UnicodeDecodeError as error:
                     yield RawRow(name, number, problem=f"not UTF-8: byte {error.object[error.start]:#04x}")
     except (OSError, EOFError) as error:  # a truncated .gz is an EOFError
-        raise DataError(f"cannot read {show(name, 400)}: {show(str(error))}") from error
+        raise cannot_read(name, error) from error
 
 
 def read_array(path: Path) -> Iterator[RawRow]:
@@ -77,7 +81,7 @@ def read_csv(path: Path, delimiter: str) -> Iterator[RawRow]:
                 cells = {column: cell or None for column, cell in row.items() if column is not None}
                 yield RawRow(str(path), reader.line_num, json.dumps(cells))
     except (OSError, EOFError, ValueError, csv.Error) as error:
-        raise DataError(f"cannot read {show(str(path), 400)}: {show(str(error))}") from error
+        raise cannot_read(str(path), error) from error
 
 
 def folder_of(file: str) -> str | None:

@@ -20,16 +20,13 @@ ROW_COLUMNS = ("messages", "conversations", "prompt", "text")
 IMAGE_COLUMNS = ("images", "image")
 KNOWN_COLUMNS = (*ROW_COLUMNS, "completion", "tools", *IMAGE_COLUMNS)
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
+_SPEAKERS = {
+    "user": ("human", "user"),
+    "assistant": ("gpt", "assistant", "chatgpt"),
+    "system": ("system",),
+    "tool": ("tool", "observation"),
 }
+SHAREGPT_ROLES = {speaker: role for role, speakers in _SPEAKERS.items() for speaker in speakers}
 
 
 @dataclass(frozen=True)
@@ -51,9 +48,8 @@ class Chat:
     @property
     def trained(self) -> list[int]:
         """Positions of the assistant messages that may be supervised."""
-        return [
-            i for i, message in enumerate(self.messages) if i >= self.first_trained and message["role"] == "assistant"
-        ]
+        assistants = (i for i, message in enumerate(self.messages) if message["role"] == "assistant")
+        return [i for i in assistants if i >= self.first_trained]
 
 
 @dataclass(frozen=True)
@@ -150,9 +146,8 @@ def _prompt_row(row: Mapping[str, Any]) -> Chat | Pair:
         if completion is None:
             return Pair(_nonempty(prompt, "prompt"))
         if not isinstance(completion, str):
-            raise RowError(
-                f"prompt is text, but completion is {type_name(completion)}: both must be text or both messages"
-            )
+            found = type_name(completion)
+            raise RowError(f"prompt is text, but completion is {found}: both must be text or both messages")
         return Pair(_nonempty(prompt, "prompt"), _nonempty(completion, "completion"))
     messages = _messages(prompt, "prompt")
     if completion is None:

@@ -20,7 +20,7 @@ import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from kdtrain.data.errors import show
-from kdtrain.data.files import RawRow, is_array, read_array, read_csv, read_lines
+from kdtrain.data.files import RawRow, cannot_read, is_array, read_array, read_csv, read_lines
 from kdtrain.data.images import is_pil, png
 from kdtrain.data.parts import VIDEO_COLUMNS
 from kdtrain.data.rows import IMAGE_COLUMNS, KNOWN_COLUMNS, ROW_COLUMNS
@@ -50,28 +50,17 @@ _RAW = pa.schema(
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from.
+    """Where rows come from: a file, a folder, the hub, or rows at hand."""
 
-    Attributes:
-        path: absolute local path (file or folder), or the id of a data set on the hub.
-        name, split: configuration (hub only) and split.
-        columns: canonical column -> column in the file, such as {"prompt": "question"}; all others are then ignored.
-        limit: only the first n rows.
-        weight: how many times each row appears per epoch, see `kdtrain.data.epochs`.
-        ce: False: the rows contribute no cross-entropy, the teacher alone supervises.
-        answers: `data`: the rows' own answers; `teacher`: they are left out, for the teacher to write.
-        rows: the rows themselves, a `datasets.Dataset` or a sequence; `path` is then their name in messages.
-    """
-
-    path: str
-    name: str | None = None
+    path: str  # absolute local path, or the id of a data set on the hub
+    name: str | None = None  # configuration, on the hub only
     split: str = "train"
-    columns: Mapping[str, str] | None = None
-    limit: int | None = None
-    weight: float = 1.0
-    ce: bool = True
-    answers: str = "data"
-    rows: Any = None
+    columns: Mapping[str, str] | None = None  # canonical -> in the file, {"prompt": "question"}; others are ignored
+    limit: int | None = None  # only the first n rows
+    weight: float = 1.0  # how many times each row appears per epoch, see `kdtrain.data.epochs`
+    ce: bool = True  # False: the rows contribute no cross-entropy, the teacher alone supervises
+    answers: str = "data"  # `teacher`: the rows' own answers are left out, for the teacher to write
+    rows: Any = None  # the rows themselves, a `datasets.Dataset` or a sequence; `path` is then their name in messages
 
 
 def read_all(sources: Sequence[Source], path: Path) -> tuple[datasets.Dataset, list[int]]:
@@ -119,9 +108,8 @@ def _check_source(source: Source) -> None:
     if not 0 < source.weight < float("inf"):
         raise DataError(f"{show(source.path)}: weight must be a positive number, not {source.weight}")
     if source.answers not in ANSWERS:
-        raise DataError(
-            f"{show(source.path)}: answers must be one of {', '.join(ANSWERS)}, not {show(source.answers, 40)}"
-        )
+        known = ", ".join(ANSWERS)
+        raise DataError(f"{show(source.path)}: answers must be one of {known}, not {show(source.answers, 40)}")
     for column in source.columns or ():
         if column not in KNOWN_COLUMNS:
             raise DataError(
@@ -178,7 +166,7 @@ def _table(source: Source, name: str, load: Any) -> Iterator[RawRow]:
     except DataError:
         raise
     except Exception as error:  # each reader of `datasets` has its own errors
-        raise DataError(f"cannot read {show(name, 400)}: {show(str(error) or type(error).__name__, 400)}") from error
+        raise cannot_read(name, error, 400) from error
     mapped = set((source.columns or {}).values())
     wanted = {*mapped, *IMAGE_COLUMNS} if mapped else set(KNOWN_COLUMNS)
     found = [column for column in table.column_names if column in wanted]
@@ -189,12 +177,9 @@ def _table(source: Source, name: str, load: Any) -> Iterator[RawRow]:
     # Videos are named, never decoded: that a row has one is all the check in parts.py needs.
     extra = {column: "present" for column in VIDEO_COLUMNS if column in table.column_names and not source.columns}
     features = _undecoded(table.select_columns(found).features)
-    rows = table.select_columns(found).with_format("arrow")
-    number = 0
-    for batch in rows.iter(batch_size=rows_at_once(table, 1000)):
-        for row in batch.to_pylist():
-            number += 1
-            yield RawRow(name, number, json.dumps({**features.decode_example(row), **extra}, default=_portable))
+    batches = table.select_columns(found).with_format("arrow").iter(batch_size=rows_at_once(table, 1000))
+    for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
+        yield RawRow(name, number, json.dumps({**features.decode_example(row), **extra}, default=_portable))
 
 
 def rows_at_once(table: datasets.Dataset, most: int) -> int:
@@ -263,7 +248,7 @@ def _hub(source: Source) -> Iterator[RawRow]:
 
 
 def _check_columns(source: Source, rows: list[RawRow]) -> None:
-    """Only when none of the first rows has a usable column; a single row without one is a bad row."""
+    """Refuses a source of which none of the first rows has a usable column; a single one without is a bad row."""
     wanted = {source.columns.get(c) for c in ROW_COLUMNS} - {None} if source.columns else set(ROW_COLUMNS)
     seen: dict[str, None] = {}
     for raw in rows:
@@ -290,6 +275,6 @@ def _no_columns(source: Source, name: str, found: list[str]) -> DataError:
     )
 
 
-def _suggestion(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
+def _suggestion(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {show(close[0])}?" if close else ""

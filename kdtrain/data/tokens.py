@@ -34,16 +34,11 @@ class Tokens:
     def stop_at(
         self, start: int, end: int, stop_ids: frozenset[int], added_ids: frozenset[int]
     ) -> tuple[int, bool, bool]:
-        """Where supervision of the tokens `start:end` ends: right after the one that ends the turn.
+        """Where supervision of an assistant's turn, marked as the tokens `start:end`, ends: after its stop token.
 
-        Args:
-            start, end: the assistant's turn as the template marks it.
-            stop_ids: tokens known to end a turn.
-            added_ids: the added vocabulary, which every stop token of a chat template belongs to.
-
-        Returns:
-            The end, whether a stop token after the span was added, whether there is a stop token at all. White space
-            after the stop token is left out: the model has stopped by then. Without one, the span stays as it is.
+        Also whether that one stands behind the span, and whether there is any: without one the span stays as it is.
+        White space after it is left out, since the model has stopped by then. `stop_ids` are known to end a turn;
+        every stop token of a chat template is in the added vocabulary, `added_ids`.
         """
         last = end - 1
         while last > start and self._blank(last):
