@@ -82,7 +82,7 @@ from kdtrain.trainer.construction import (
     without_what_is_done_here,
 )
 from kdtrain.trainer.deepspeed import guard_steps, not_a_norm
-from kdtrain.trainer.given_rows import check_raw_rows, placeholder
+from kdtrain.trainer.given_rows import check_raw_rows, check_stream, placeholder
 from kdtrain.trainer.guard import describe_non_finite, some_loss_is_not_finite
 from kdtrain.trainer.objective import warn_of_logits
 from kdtrain.trainer.rehearsal import readable_beginning, rehearse
@@ -279,14 +279,15 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
 
-    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         """Upstream's, but evaluation never leaves out rows."""
+        check_stream(dataset, self.data_collator, self.accelerator)
         wanted = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = wanted and is_training
         if self.accelerator.num_processes == 1:  # a stream's batches, which accelerate would take apart to send them on
             self.accelerator.dataloader_config.dispatch_batches = False
         try:
-            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         finally:
             self.args.dataloader_drop_last = wanted
 
