@@ -417,6 +417,17 @@ def test_what_is_no_training_data_is_an_error_that_says_so(tmp_path, student, te
         GKDTrainerWithMetrics(student, teacher, make_args(tmp_path), train_dataset=rows, processing_class=tokenizer)
 
 
+@pytest.mark.parametrize("formatting_func", [None, lambda row: row["messages"][1]["content"]])
+def test_a_stream_to_evaluate_on_is_for_one_process(tmp_path, student, teacher, monkeypatch, formatting_func):
+    stream = datasets.Dataset.from_list(tiny.CHATS).to_iterable_dataset()
+    extra = {"eval_dataset": stream, "formatting_func": formatting_func}
+    trainer = make_trainer(tmp_path, student, teacher, lmbda=0.0, extra=extra)
+    assert trainer.get_eval_dataloader() is not None
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    with pytest.raises(NotAvailableError, match=r"IterableDataset .* on several processes"):
+        trainer.get_eval_dataloader()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

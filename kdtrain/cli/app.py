@@ -131,15 +131,11 @@ def validate(
     else:
         for finding in findings:
             typer.echo(finding.render() + "\n", err=finding.level != "error")
-        typer.echo(_verdict(config, len(result.errors), len(result.warnings)))
+        counts = ((len(result.errors), "error"), (len(result.warnings), "warning"))
+        found = ", ".join(f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in counts if count)
+        typer.echo(f"{config}: {found or 'no problems found'}")
     if result.errors:
         raise typer.Exit(ConfigError.exit_code)
-
-
-def _verdict(config: Path, errors: int, warnings: int) -> str:
-    counts = ((errors, "error"), (warnings, "warning"))
-    found = ", ".join(f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in counts if count)
-    return f"{config}: {found or 'no problems found'}"
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -22,12 +22,9 @@ _SHOWN = ("loss", "llm_kd_loss", "sft_loss", "vision_kd_loss", "token_accuracy",
 
 
 class ConsoleReporter:
-    """A `kdtrain.runs.build.Reporter` over a console that writes to stderr.
+    """A `kdtrain.runs.build.Reporter`: a bar where the console is a terminal, lines of text or JSON elsewhere.
 
-    Args:
-        console: where to; its `is_terminal` decides between a bar and lines.
-        log_format: "text" or "json".
-        quiet: only warnings and errors, which come through logging.
+    Quiet, it shows nothing: warnings and errors come through logging.
     """
 
     def __init__(self, console: Console, log_format: str = "text", quiet: bool = False) -> None:
@@ -38,7 +35,6 @@ class ConsoleReporter:
         self._next_line = 0.0
 
     def data(self, name: str, report: BuildReport) -> None:
-        """What became of the rows of a data set."""
         self._show(f"{name}: {report.summary()}", event="data", name=name, summary=report.summary())
 
     def answers(self, done: int, total: int) -> None:
@@ -49,19 +45,15 @@ class ConsoleReporter:
             self._show(f"the teacher's answers: {done:,} of {total:,}", event="answers", done=done, total=total)
 
     def plan(self, rows: Mapping[str, str]) -> None:
-        """The table of what was derived."""
         if self._quiet or self._json:
             self._show("", event="plan", **rows)
             return
-        table = Table(show_header=False, box=None, pad_edge=False)
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
+        table = Table(Column(style="bold"), Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
         for key, value in rows.items():
             table.add_row(key, value)
         self._console.print(table, markup=False, highlight=False)
 
     def callbacks(self) -> list[TrainerCallback]:
-        """What shows the steps."""
         if self._quiet:
             return []
         if self._json or not self._console.is_terminal:
@@ -83,11 +75,7 @@ class ConsoleReporter:
 
 
 class Lines(TrainerCallback):
-    """One line per record: an object for programs, or text with the time left.
-
-    Args:
-        write: prints a line of text.
-    """
+    """One line per record: an object for programs, or text with the time left."""
 
     def __init__(self, write: Callable[[str], None], as_json: bool) -> None:
         self._write, self._json = write, as_json
@@ -138,7 +126,6 @@ class ProgressBar(TrainerCallback):
             self._console.print(f"step {state.global_step}  {describe(logs)}", markup=False, highlight=False)
 
     def close(self) -> None:
-        """Take the bar off the terminal."""
         self._live.stop()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:

@@ -6,10 +6,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from datasets import Dataset
 from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from trl.experimental.gkd import GKDConfig
 
+from kdtrain.config import RunConfig
 from kdtrain.config.model_folder import require_sound
 from kdtrain.data import BuildReport, Collator
 from kdtrain.errors import ConfigError
@@ -25,17 +30,8 @@ from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.argument_checks import check_teacher_is_another_model
 from kdtrain.trainer.deepspeed import prepare_deepspeed_run
+from kdtrain.trainer.given_rows import RowsInMemory
 from kdtrain.trainer.startup_checks import check_startup
-
-if TYPE_CHECKING:
-    import torch
-    from datasets import Dataset
-    from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-    from trl.experimental.gkd import GKDConfig
-
-    from kdtrain.config import RunConfig
-    from kdtrain.trainer.given_rows import RowsInMemory
 
 
 @dataclass(frozen=True)
@@ -75,26 +71,27 @@ class TeacherSide(NamedTuple):
     processing: PreTrainedTokenizerBase | ProcessorMixin | None
     shared_vocabulary: int
 
-    @property
-    def model(self) -> Any:
-        """The teacher's model, where it is in this process."""
-        return None if self.teacher is None else self.teacher.module
-
 
 def build_trainer(
     config: RunConfig, args: GKDConfig, reporter: Reporter, dry_run: bool, given: Given
 ) -> tuple[GKDTrainerWithMetrics, BuildReport]:
-    """Rows, student, teacher and trainer; what costs little comes first.
-
-    Raises:
-        KdtrainError: what does not fit.
-    """
+    """Rows, student, teacher and trainer; what costs little comes first."""
     device = args.device  # also joins the process group
     prepare_deepspeed_run(args)
     _check_folders(config, given)
     processing = load_processing(config.model.model, **_hub_options(config))
     data = read_data(config, args.seed, processing, reporter, given)
-    student = given.model if given.model is not None else _load_student(config, device)
+    student = given.model
+    if student is None:
+        student = load_model(
+            config.model.model,
+            dtype=config.model.dtype,
+            trained_in_full=config.tuner.train_type == "full",
+            device=device,
+            attn_implementation=config.model.attn_implementation,
+            init_kwargs=config.model.init_kwargs,
+            **_hub_options(config),
+        )
     check_teacher_is_another_model(student, given.teacher)
     freeze_parts(student, **config.tuner.frozen)
     dense_text = not sees_images(student.config) and not hasattr(student.config, "output_router_logits")
@@ -129,12 +126,7 @@ def build_trainer(
 
 
 def _check_folders(config: RunConfig, given: Given) -> None:
-    """What can be seen of the models before anything is loaded.
-
-    Raises:
-        ConfigError: a teacher that only gives targets is to write answers.
-        PreflightError: a model folder that cannot be loaded.
-    """
+    """What can be seen of the models before anything is loaded."""
     if config.answers_from_teacher and isinstance(given.teacher, Teacher) and given.teacher.module is None:
         raise ConfigError(
             "answers: teacher needs a teacher that can write: a model in this process. The "
@@ -149,18 +141,6 @@ def _check_folders(config: RunConfig, given: Given) -> None:
 
 def _hub_options(config: RunConfig) -> dict[str, Any]:
     return {"trust_remote_code": config.model.trust_remote_code, "revision": config.model.revision}
-
-
-def _load_student(config: RunConfig, device: torch.device) -> PreTrainedModel:
-    return load_model(
-        config.model.model,
-        dtype=config.model.dtype,
-        trained_in_full=config.tuner.train_type == "full",
-        device=device,
-        attn_implementation=config.model.attn_implementation,
-        init_kwargs=config.model.init_kwargs,
-        **_hub_options(config),
-    )
 
 
 def _peft_config(config: RunConfig, student: PreTrainedModel) -> LoraConfig | None:
@@ -192,26 +172,21 @@ def _teacher(
     if not config.asks_teacher:
         return TeacherSide(None, None, student_size)
     if given is None:
-        teacher, own_processing = _load_teacher(config, args)
+        name, options = config.rlhf.teacher_model, config.rlhf.teacher
+        assert name is not None, "the config is checked for it"
+        kwargs = dict(args.teacher_model_init_kwargs)
+        if options.device_map is not None:
+            kwargs["device_map"] = options.device_map
+        hub = {**_hub_options(config), "revision": kwargs.pop("revision", None) or options.revision}
+        own_processing = load_processing(name, **hub)
+        teacher = build_teacher(
+            name, backend=options.backend, init_kwargs=kwargs, device=args.device, adapter=options.adapter, **hub
+        )
     else:
         teacher = given if isinstance(given, Teacher) else LocalTeacher(given)
-        name = getattr(getattr(teacher.module, "config", None), "_name_or_path", "")
-        known = os.path.isdir(name)  # of one built in memory, the tokens are taken for the student's
-        own_processing = load_processing(name, trust_remote_code=args.trust_remote_code) if known else None
+        folder = getattr(getattr(teacher.module, "config", None), "_name_or_path", "")
+        known = os.path.isdir(folder)  # of one built in memory, the tokens are taken for the student's
+        own_processing = load_processing(folder, trust_remote_code=args.trust_remote_code) if known else None
     tokenizers = (getattr(one, "tokenizer", one) for one in (processing, own_processing))
     shared = shared_vocabulary(student_size, teacher.vocab_size, *tokenizers)
     return TeacherSide(teacher, own_processing or processing, shared)
-
-
-def _load_teacher(config: RunConfig, args: GKDConfig) -> tuple[Teacher, PreTrainedTokenizerBase | ProcessorMixin]:
-    name, options = config.rlhf.teacher_model, config.rlhf.teacher
-    assert name is not None, "the config is checked for it"
-    kwargs = dict(args.teacher_model_init_kwargs)
-    if options.device_map is not None:
-        kwargs["device_map"] = options.device_map
-    hub = {**_hub_options(config), "revision": kwargs.pop("revision", None) or options.revision}
-    own_processing = load_processing(name, **hub)
-    teacher = build_teacher(
-        name, backend=options.backend, init_kwargs=kwargs, device=args.device, adapter=options.adapter, **hub
-    )
-    return teacher, own_processing

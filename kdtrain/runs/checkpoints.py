@@ -7,7 +7,6 @@ A checkpoint holds what transformers saves (weights or an adapter, optimizer, sc
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 from pathlib import Path
@@ -34,16 +33,21 @@ def checkpoint_to_resume(run_dir: Path, resume: str | None) -> Path | None:
         return checkpoint
     steps = {path: path.name.removeprefix(CHECKPOINT) for path in run_dir.glob(f"{CHECKPOINT}*")}
     found = sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: -int(steps[path]))
-    skipped = list(itertools.takewhile(missing_files, found))
-    lacks = [f"{path.name} lacks {', '.join(missing_files(path))}" for path in skipped]
-    newest = None if len(skipped) == len(found) else found[len(skipped)]
+    newest, skipped = None, {}
+    for path in found:
+        lacking = ", ".join(missing_files(path))
+        if not lacking:
+            newest = path
+            break
+        skipped[path.name] = lacking
     if newest is None and skipped:
+        lacks = "; ".join(f"{name} lacks {lacking}" for name, lacking in skipped.items())
         raise CheckpointError(
-            f"--resume auto: no checkpoint in {run_dir} is complete: {'; '.join(lacks)}. Restore what is missing, or "
-            "begin anew in another folder (training.output_dir=… on the command line)."
+            f"--resume auto: no checkpoint in {run_dir} is complete: {lacks}. Restore what is missing, or begin anew "
+            "in another folder (training.output_dir=… on the command line)."
         )
-    for reason in lacks:
-        logger.warning("Skipped: %s.", reason)
+    for name, lacking in skipped.items():
+        logger.warning("%s is skipped: it lacks %s.", name, lacking)
     logger.warning("Resuming from %s." if newest else "No checkpoint in %s yet: clean start.", newest or run_dir)
     return newest
 

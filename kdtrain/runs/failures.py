@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
+from trl.experimental.gkd import GKDConfig
 
 from kdtrain.errors import CheckpointError, KdtrainError, PreflightError
-
-if TYPE_CHECKING:
-    from trl.experimental.gkd import GKDConfig
 
 
 @contextmanager

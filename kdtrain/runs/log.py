@@ -21,8 +21,7 @@ logger = logging.getLogger(__name__)
 class JsonlLogger(TrainerCallback):
     """Writes the records on rank 0, the last step's always: a run shorter than `logging_steps` would leave none.
 
-    Args:
-        path: the file. On resume, records of steps after the one resumed from are dropped, and so is a torn last line.
+    On resume, records of steps after the one resumed from are dropped, and so is a torn last line.
     """
 
     def __init__(self, path: Path) -> None:

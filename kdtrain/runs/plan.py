@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from kdtrain.config import RunConfig
+from kdtrain.data import BuildReport
 from kdtrain.models.parts import count_parameters, trained_parts
+from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.row_order import planned_steps, rows_per_batch
-
-if TYPE_CHECKING:
-    from kdtrain.config import RunConfig
-    from kdtrain.data import BuildReport
-    from kdtrain.trainer import GKDTrainerWithMetrics
-
 
 _PARTS = {"llm": "language model", "vit": "vision encoder", "aligner": "aligner"}
 
 
 def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport) -> dict[str, str]:
-    """The table's rows, name to text: what the config, the files and the device led to."""
+    """The table's rows, name to text."""
     args, ranks = trainer.args, trainer.accelerator.num_processes
     total, trainable = count_parameters(trainer.model)
     rows = rows_per_batch(trainer) * args.gradient_accumulation_steps
@@ -34,8 +29,7 @@ def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport)
         "device": _describe_device(trainer),
         "output": str(config.training["output_dir"]),
     }
-    trained = trained_parts(trainer.model)
-    if trained:
+    if trained := trained_parts(trainer.model):
         plan["trained"] = ", ".join(f"{_PARTS[part]} {count:,}" for part, count in trained.items())
     vocabulary = trainer.vocabulary
     if vocabulary is not None and vocabulary.student != vocabulary.teacher:
@@ -68,13 +62,9 @@ def _describe_answers(trainer: GKDTrainerWithMetrics, config: RunConfig) -> str:
     if not trainer.options.lm_kd_active:
         return f"from {data}"
     rest = "the teacher" if trainer.seq_kd else data
-    if trainer.lmbda == 0:
-        return f"from {rest}"
-    return (
-        f"{trainer.lmbda:.0%} of steps from the student, the others from {rest}"
-        if trainer.lmbda < 1
-        else "from the student"
-    )
+    if trainer.lmbda in (0, 1):
+        return "from the student" if trainer.lmbda else f"from {rest}"
+    return f"{trainer.lmbda:.0%} of steps from the student, the others from {rest}"
 
 
 def _describe_device(trainer: GKDTrainerWithMetrics) -> str:

@@ -44,11 +44,7 @@ def prepare(
     teacher: Any,
     callbacks: Sequence[TrainerCallback],
 ) -> tuple[TrainArguments, Given]:
-    """The config with the names of what is handed over in its place, and what is handed over, checked.
-
-    Raises:
-        ConfigError: of the config, or an argument of a wrong kind.
-    """
+    """The config with the names of what is handed over in its place, and what is handed over, checked."""
     if not isinstance(config, str | Path | Mapping):
         raise ConfigError(
             f"config must be the path of a YAML file or a mapping of the same form; it is a {type(config).__name__}."
@@ -58,8 +54,8 @@ def prepare(
     root = Composer().compose(config, overrides)
     handed_over = {"model": model, "teacher": teacher, "train": train_dataset, "eval": eval_dataset}
     checked = ConfigLoader.load(config, [*overrides, *_names(root, handed_over)])
-    if (checked.launch.num_processes or 1) > 1 and not under_launcher():
-        wanted = checked.launch.num_processes
+    wanted = checked.launch.num_processes
+    if wanted and wanted > 1 and not under_launcher():
         logger.warning("launch.num_processes: %s has no effect on kdtrain.fit, which stays in its process.", wanted)
     _warn_of_idle_options(Written(root), handed_over)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -102,11 +98,7 @@ def _names(root: Node, given: Mapping[str, Any]) -> list[str]:
 
 
 def _rows_in_place(root: Node, name: str) -> str:
-    """The one source of `data.<name>` with rows in place of its path: its other options hold for them.
-
-    Raises:
-        ConfigError: there are several.
-    """
+    """The one source of `data.<name>` with rows in place of its path: its other options hold for them."""
     node = get(root, ("data", name))
     sources = node.value if node and isinstance(node.value, list) else [node] if node else []
     if len(sources) > 1:
@@ -121,8 +113,7 @@ def _rows_in_place(root: Node, name: str) -> str:
 def _warn_of_idle_options(written: Written, given: Mapping[str, Any]) -> None:
     """Warn of options about loading or reading what was handed over instead."""
     for key, section, options, reason in _IDLE:
-        if given[key] is None or isinstance(given[key], str):
-            continue
+        loaded = given[key] is not None and not isinstance(given[key], str)
         for option in options:
-            if written.has(*section, option):
+            if loaded and written.has(*section, option):
                 logger.warning("%s has no effect: %s.", dotted((*section, option)), reason)

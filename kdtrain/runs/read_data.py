@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import datasets
 from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from kdtrain.config import RunConfig
+from kdtrain.config.schema import DataSource
 from kdtrain.data import BuildReport, Source, build_dataset
 from kdtrain.errors import DataError
 from kdtrain.ranks import is_main
 
 if TYPE_CHECKING:
-    import datasets
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
-
-    from kdtrain.config import RunConfig
-    from kdtrain.config.schema import DataSource
     from kdtrain.runs.build import Given, Reporter
 
 
@@ -37,11 +36,7 @@ def read_data(
     reporter: Reporter,
     given: Given,
 ) -> RunData:
-    """Read and encode the rows, in one process of a machine; the others read its cache.
-
-    Raises:
-        DataError: rows that cannot be read, or that this config's losses cannot be computed on.
-    """
+    """Read and encode the rows, in one process of a machine; the others read its cache."""
     common: dict[str, Any] = {
         "max_length": config.data.max_length,
         "on_overlength": config.data.on_overlength,
@@ -58,10 +53,9 @@ def read_data(
         if config.data.eval:
             sources = _sources(config.data.eval, given.eval_dataset)
             evaluation, evaluation_report = build_dataset(sources, processing, **common)
-    if is_main():
-        reporter.data("train", report)
-        if evaluation_report is not None:
-            reporter.data("eval", evaluation_report)
+    for name, one in (("train", report), ("eval", evaluation_report)):
+        if is_main() and one is not None:
+            reporter.data(name, one)
     _check_terms(config, report)
     _check_generation(config, train, report)
     if evaluation_report is not None and evaluation_report.prompt_only_rows:

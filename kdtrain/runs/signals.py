@@ -53,10 +53,7 @@ def _handled_by(sigterm: Handler, sigint: Handler) -> Iterator[None]:
 
 @contextmanager
 def passed_on_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Let a process that was started end first.
-
-    A terminal sends Ctrl-C to the whole process group: the process has it already, and this one only must not end.
-    """
+    """Let a process that was started end first: it has Ctrl-C already, which a terminal sends to the whole group."""
     with _handled_by(lambda signum, frame: process.send_signal(signum), lambda signum, frame: None):
         yield
 

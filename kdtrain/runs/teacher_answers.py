@@ -6,7 +6,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
+from transformers import PreTrainedModel
+from trl.experimental.gkd import GKDConfig
+
+from kdtrain.config import RunConfig
 from kdtrain.config.adapters import adapter_base, is_adapter_folder
+from kdtrain.data import Collator
 from kdtrain.data.multimodal import image_content
 from kdtrain.generation.answers import TeacherAnswers
 from kdtrain.losses.reduce import IGNORE_INDEX
@@ -19,12 +25,6 @@ from kdtrain.runs.signals import interrupting
 from kdtrain.runs.status import write_status
 
 if TYPE_CHECKING:
-    import datasets
-    from transformers import PreTrainedModel
-    from trl.experimental.gkd import GKDConfig
-
-    from kdtrain.config import RunConfig
-    from kdtrain.data import Collator
     from kdtrain.runs.build import Reporter, TeacherSide
     from kdtrain.runs.read_data import RunData
 
@@ -41,16 +41,11 @@ def write_answers(
     reporter: Reporter,
     dry_run: bool,
 ) -> None:
-    """Put the teacher's answers into the rows that ask for them; of a dry run, those of the one window it looks at.
-
-    Raises:
-        PreflightError: a model that would write nonsense, see `check_models`.
-        Interrupted: a signal; what was written is kept.
-    """
-    module = teacher.model
+    """Put the teacher's answers into the rows that ask for them; in a dry run, into those of its one window."""
+    module: Any = teacher.teacher and teacher.teacher.module
     if getattr(module, "hf_device_map", None) is None and not args.deepspeed:
         module.to(args.device)
-    # The trainer looks at both models, too late for this.
+    # The trainer checks both models, but only when the answers are written.
     check_models(
         both_sides(student, teacher.teacher, collator),
         [*answered_rows(data.train, args), *answered_rows(data.evaluation, args)],
@@ -66,7 +61,7 @@ def write_answers(
         collator.processing_class,
         collator,
         run_dir / ANSWERS,
-        identity=_identity(config, args, teacher),
+        identity=_identity(config, args, module, teacher.processing),
         max_new_tokens=config.rlhf.max_new_tokens,
         vocabulary=teacher.shared_vocabulary,
         batch_size=args.per_device_eval_batch_size,
@@ -91,11 +86,7 @@ def write_answers(
 
 
 def check_images_fit_teacher(train: datasets.Dataset, collator: Collator) -> None:
-    """Try the largest of some rows with images now: what does not fit would end the run where it comes up.
-
-    Raises:
-        DataError: the teacher takes no images, or other numbers of tokens for them.
-    """
+    """Collate the largest of some rows with images now: what does not fit would end the run in its middle."""
     if "images" not in train.column_names:
         return
     some = train.select(range(0, len(train), max(len(train) // 256, 1)))
@@ -104,7 +95,7 @@ def check_images_fit_teacher(train: datasets.Dataset, collator: Collator) -> Non
         collator([row])
 
 
-def _identity(config: RunConfig, args: GKDConfig, teacher: TeacherSide) -> dict[str, Any]:
+def _identity(config: RunConfig, args: GKDConfig, teacher: PreTrainedModel, processing: Any) -> dict[str, Any]:
     """All that answers depend on beside the prompt: they are kept by it, and written anew where it is another."""
     name = config.rlhf.teacher_model
     assert name is not None, "the config is checked for it"
@@ -113,10 +104,10 @@ def _identity(config: RunConfig, args: GKDConfig, teacher: TeacherSide) -> dict[
     return {
         "model": name,
         "weights": sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files),
-        "dtype": teacher.model.dtype,
+        "dtype": teacher.dtype,
         "kwargs": args.teacher_model_init_kwargs,
         "options": config.rlhf.teacher.model_dump(mode="json"),
-        "processor": image_content(teacher.processing),
+        "processor": image_content(processing),
     }
 
 

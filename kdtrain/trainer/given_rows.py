@@ -1,12 +1,14 @@
-"""RowsInMemory as they were handed to the trainer, in a form that can be indexed, counted and checked."""
+"""Rows as they were handed to the trainer, in a form that can be indexed, counted and checked."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import datasets
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 
 from kdtrain.data.collate import Collator
@@ -78,6 +80,21 @@ def check_raw_rows(collator: Any, name: str, data: Any) -> None:
             collator.check(row)
         except RowError as error:
             raise DataError(f"{name}: row {number}: {error}.") from error
+
+
+def check_stream(data: Any, collator: Any, accelerator: Accelerator) -> None:
+    """Refuse a stream whose batches accelerate would take apart to send them to other processes: it knows dicts only.
+
+    Raises:
+        NotAvailableError: on several processes, with a collator of this package.
+    """
+    made_by = collator.args[0] if isinstance(collator, functools.partial) and collator.args else collator
+    stream = isinstance(data, torch.utils.data.IterableDataset | datasets.IterableDataset)
+    if stream and isinstance(made_by, Collator) and accelerator.num_processes > 1:
+        raise NotAvailableError(
+            "eval_dataset: an IterableDataset (streaming) is not available yet on several processes: pass a "
+            "datasets.Dataset or a list of rows, evaluate in one process, or pass a data_collator that returns dicts."
+        )
 
 
 def placeholder(data: Any) -> Any:

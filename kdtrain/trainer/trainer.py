@@ -65,7 +65,7 @@ from kdtrain.ranks import is_main
 from kdtrain.teachers import Targets, Teacher, teacher_autocast
 from kdtrain.trainer import argument_checks as checks
 from kdtrain.trainer import construction, metrics
-from kdtrain.trainer.given_rows import check_raw_rows, placeholder
+from kdtrain.trainer.given_rows import check_raw_rows, check_stream, placeholder
 from kdtrain.trainer.guard import NonFiniteGuard
 from kdtrain.trainer.live_option import LiveOption
 from kdtrain.trainer.objective import warn_of_logits
@@ -264,15 +264,16 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
 
-    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         """Upstream's, but evaluation never leaves out rows."""
+        check_stream(dataset, self.data_collator, self.accelerator)
         wanted = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = wanted and is_training
         if self.accelerator.num_processes == 1:
             # accelerate would split the batches of a stream to send them to other processes, of which there are none.
             self.accelerator.dataloader_config.dispatch_batches = False
         try:
-            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         finally:
             self.args.dataloader_drop_last = wanted
 
