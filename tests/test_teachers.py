@@ -203,8 +203,11 @@ def test_in_an_evaluation_they_count_in_the_batchs_own_mean(tmp_path, teacher, k
     student.eval()
     with torch.no_grad():
         loss = trainer.compute_loss(student, batch)
-        expected, *_ = by_hand(student, own, [batch], int(batch.num_supervised))
+        expected, _, _, covered = by_hand(student, own, [batch], int(batch.num_supervised))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    logged = {name: sum(value.item() for value in values) for name, values in trainer._metrics["eval"].items()}
+    assert logged["llm_kd_loss"] + logged["sft_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert (logged["num_tokens"], logged["num_teacher_tokens"]) == (batch.num_supervised.item(), covered)
 
 
 def test_top_k_targets_are_refused_where_the_students_logits_are_made_in_full(tmp_path, teacher):
