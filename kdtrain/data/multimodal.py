@@ -22,7 +22,7 @@ from kdtrain.data.alignment import Alignment
 from kdtrain.data.chat_template import Rendered
 from kdtrain.data.errors import RowError, show
 from kdtrain.data.images import Image
-from kdtrain.errors import DataError, KdtrainError
+from kdtrain.errors import DataError
 
 _TEXT_TENSORS = ("input_ids", "attention_mask")
 
@@ -89,8 +89,6 @@ class Multimodal:
         try:
             # The chat template has written the special tokens already.
             out = processor(text=[text], add_special_tokens=False, return_tensors="pt", **arguments)
-        except KdtrainError:  # raised by a signal's handler
-            raise
         except Exception as error:  # each processor has its own ways to refuse an image
             raise RowError(
                 f"{type(self.processor).__name__} refuses the row: {show(str(error) or type(error).__name__, 400)}"

@@ -33,6 +33,19 @@ Handler = Callable[[int, FrameType | None], None]
 _SAME_REQUEST_S = 1.0
 
 
+class _EndsAtOnce(KeyboardInterrupt):
+    """What a handler raises, until `_handled_by` makes it an `Interrupted`.
+
+    It comes up in the middle of any line, and an `except Exception` there must not take it for an error of that line,
+    such as an image that cannot be read.
+    """
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+        self.message = message
+
+
 @contextmanager
 def _handled_by(sigterm: Handler, sigint: Handler) -> Iterator[None]:
     """Handle both signals inside; the previous handlers come back on every way out.
@@ -46,6 +59,8 @@ def _handled_by(sigterm: Handler, sigint: Handler) -> Iterator[None]:
     previous = {signum: signal.signal(signum, handler) for signum, handler in wanted.items()}
     try:
         yield
+    except _EndsAtOnce as stop:
+        raise Interrupted(stop.signum, stop.message) from None
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
@@ -63,7 +78,7 @@ def interrupting(message: str) -> Iterator[None]:
     """Turn a signal into `Interrupted(message)` at once."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted(signum, message)
+        raise _EndsAtOnce(signum, message)
 
     with _handled_by(stop, stop):
         yield
@@ -95,7 +110,7 @@ class StopRequest:
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.noted and time.monotonic() - self._noted_at > _SAME_REQUEST_S:
-            raise Interrupted(signum, "Second signal: stopped at once; what was saved before it is intact.")
+            raise _EndsAtOnce(signum, "Second signal: stopped at once; what was saved before it is intact.")
         if not self.noted:
             self.noted, self._noted_at = signum, time.monotonic()
             logger.warning("%s: finishing this step, then saving.", signal.Signals(signum).name)
