@@ -25,7 +25,7 @@ from kdtrain.data.rows import Chat, parse_json, parse_row
 from kdtrain.data.sources import Source, rows_at_once
 
 # Raise it with every change that makes the same row come out differently.
-VERSION = 3
+VERSION = 4
 
 _FEATURES = datasets.Features(
     {
@@ -41,6 +41,7 @@ _FEATURES = datasets.Features(
         "prompt_only": datasets.Value("bool"),
         "extended": datasets.Value("bool"),
         "unterminated": datasets.Value("bool"),
+        "notes": datasets.List(datasets.Value("string")),
         # Of rows with images: the conversation before its images are expanded, and where the images are.
         "text": datasets.Value("large_string"),
         "images": datasets.List({"path": datasets.Value("string"), "bytes": datasets.Value("large_binary")}),

@@ -140,7 +140,7 @@ def build_dataset(
             encoded = encode_cached(raw, encoder, sources, limits, num_proc, folder)
             report = _count(encoded, raw, sources, limits)
             _refuse(encoded, raw, report, max_bad_rows, limits)
-            report.notes += _template_notes(raw, encoder, sources)
+            report.notes += _row_notes(encoded, raw) + _template_notes(raw, encoder, sources)
             kept = _column(encoded, "status") == "ok"
             if varies:
                 rows = np.flatnonzero(kept)
@@ -213,6 +213,16 @@ def _refuse(
 def _place(raw: datasets.Dataset, i: int) -> str:
     row = raw[int(i)]
     return f"{show(row['file'], 400)}:{row['line']}"
+
+
+def _row_notes(encoded: datasets.Dataset, raw: datasets.Dataset) -> list[str]:
+    """What single rows have to say, each once, with how many rows say it and where the first one stands."""
+    rows: dict[str, list[int]] = {}
+    counts = pc.fill_null(pc.list_value_length(encoded.data.column("notes")), 0)
+    for i in np.flatnonzero(np.asarray(counts)):
+        for note in encoded[int(i)]["notes"]:
+            rows.setdefault(note, []).append(int(i))
+    return [f"{note} ({len(where)} rows, the first: {_place(raw, where[0])})" for note, where in rows.items()]
 
 
 def _template_notes(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source]) -> list[str]:

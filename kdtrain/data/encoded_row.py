@@ -36,6 +36,7 @@ class EncodedRow:
     unterminated: bool = False  # a supervised turn ends without a token that would make the model stop
     text: str | None = None  # of a row with images: the rendered conversation, one placeholder per image
     images: tuple[Image, ...] = ()
+    notes: tuple[str, ...] = ()  # what the row says and is not used, or where it differs from inference
     images_end: int = 0  # leading tokens that must stay, or the model would miss a part of an image
     processed: Processed | None = field(default=None, repr=False, compare=False)  # where `RowEncoder` keeps pixels
 

@@ -115,11 +115,13 @@ class RowEncoder:
         self._follow_tokenizer()
         results: list[EncodedRow | RowError | None] = [None] * len(rows)
         chats: list[tuple[int, ChatTemplate, Rendered]] = []
+        notes: dict[int, tuple[str, ...]] = {}
         for i, row in enumerate(rows):
             try:
                 parsed = parse_row(row, folders[i])
                 if teacher_answers and teacher_answers[i]:
                     parsed = prompt_of(parsed)
+                notes[i] = parsed.notes
                 if isinstance(parsed, PlainText):
                     results[i] = self._verified(self._encode_text(parsed))
                 elif isinstance(parsed, Pair):
@@ -137,6 +139,9 @@ class RowEncoder:
                 results[i] = self._verified(self._mask(rendered, tokens, template))
             except RowError as error:
                 results[i] = error
+        for i, result in enumerate(results):
+            if isinstance(result, EncodedRow) and notes[i]:
+                results[i] = replace(result, notes=notes[i] + result.notes)
         return [result for result in results if result is not None]
 
     def _encode_images(self, chat: Chat) -> EncodedRow:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kdtrain.data.errors import RowError, show, type_name
@@ -31,15 +31,19 @@ SHAREGPT_ROLES = {speaker: role for role, speakers in _SPEAKERS.items() for spea
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation. Assistant messages before `first_trained` are context and never supervised.
+    """A conversation. Assistant messages before `first_trained`, and those of `untrained`, are never supervised.
 
-    `images` are those of the messages' image parts, in order.
+    `images` are those of the messages' image parts, in order; `template_kwargs` the row's own arguments for the chat
+    template; `notes` what the row says and nothing reads.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     first_trained: int = 0
     images: tuple[Image, ...] = ()
+    untrained: frozenset[int] = frozenset()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def prompt_only(self) -> bool:
@@ -49,7 +53,7 @@ class Chat:
     def trained(self) -> list[int]:
         """Positions of the assistant messages that may be supervised."""
         assistants = (i for i, message in enumerate(self.messages) if message["role"] == "assistant")
-        return [i for i in assistants if i >= self.first_trained]
+        return [i for i in assistants if i >= self.first_trained and i not in self.untrained]
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Pair:
 
     prompt: str
     completion: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class PlainText:
     """Text of which every token is supervised."""
 
     text: str
+    notes: tuple[str, ...] = ()
 
 
 def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair | PlainText:
@@ -128,7 +134,7 @@ def prompt_of(parsed: Chat | Pair | PlainText) -> Chat | Pair:
     if isinstance(parsed, PlainText):
         raise RowError("plain text has no prompt that a teacher could answer: give messages, or a prompt column")
     if isinstance(parsed, Pair):
-        return Pair(parsed.prompt)
+        return Pair(parsed.prompt, notes=parsed.notes)
     if parsed.prompt_only:
         return parsed
     messages = parsed.messages[: parsed.first_trained or len(parsed.messages) - 1]
