@@ -107,7 +107,7 @@ class Collator:
         return image_content(student) != image_content(teacher) or vocabularies[0] != vocabularies[1]
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
-        encoded = self._encode(rows)
+        rows, encoded = self._encode_all(rows)
         fitting = [(i, row) for i, row in enumerate(map(self._fit, encoded)) if row is not None]
         if not fitting:
             raise DataError(
@@ -173,11 +173,11 @@ class Collator:
             return [image.load() for image in encoded.images]
 
     def has_images(self, row: Mapping[str, Any]) -> bool:
-        return self._model is not None and bool(self._encode([row])[0].images)
+        return self._model is not None and bool(self._encode([row])[0][0].images)
 
     def prepared_by(self, processing_class: Any, row: Mapping[str, Any]) -> Processed:
         """A row with images as a processor by itself prepares it, whether or not that agrees with what is stored."""
-        encoded = self._encode([row])[0]
+        encoded = self._encode([row])[0][-1]
         with _naming(row):
             return Multimodal(processing_class).process(str(encoded.text), self._load(row, encoded))
 
@@ -218,13 +218,19 @@ class Collator:
             return {**row, "text": row[self.text_column]}
         return row
 
-    def _encode(self, rows: Sequence[Mapping[str, Any]]) -> list[EncodedRow]:
+    def _encode_all(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedRow]]:
+        """The rows of the batch: a raw conversation may become several, which all carry it."""
+        encoded = self._encode(rows)
+        pairs = [(row, one) for row, several in zip(rows, encoded, strict=True) for one in several]
+        return [row for row, _ in pairs], [one for _, one in pairs]
+
+    def _encode(self, rows: Sequence[Mapping[str, Any]]) -> list[list[EncodedRow]]:
         """Tokenised rows as they are, raw rows through the encoder together, in the order of `rows`."""
         raw = [self._with_text(row) for row in rows if "input_ids" not in row]
         encoded = iter(self._raw_encoder().encode(raw, [os.getcwd()] * len(raw)) if raw else ())
         results = []
         for row in rows:
-            result = self._tokenised(row) if "input_ids" in row else next(encoded)
+            result = [self._tokenised(row)] if "input_ids" in row else next(encoded)
             if isinstance(result, RowError):
                 raise result
             results.append(result)
@@ -232,7 +238,7 @@ class Collator:
 
     def _raw_encoder(self) -> RowEncoder:
         """Made for the first raw row, since tokenised rows do without a fast tokenizer, and kept."""
-        if self._encoder is None or self._encoder.train_on != self.train_on:
+        if self._encoder is None or self._encoder.options.train_on != self.train_on:
             self._encoder = RowEncoder(self.processing_class, self.train_on, keep_pixels=True)
         return self._encoder
 
