@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from kdtrain.data.batch import Batch, Rows, TeacherImages
+from kdtrain.data.chat_template import TemplateOptions
 from kdtrain.data.encoded_row import EncodedRow, Limits, tokenised_row, truncate
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.errors import RowError, show
@@ -64,7 +65,7 @@ class Collator:
             it runs as well; an equal one changes nothing.
         pad_to_multiple_of: rounds T up.
         max_length: limit in tokens; None for no limit.
-        train_on: for raw rows, see `encode_row`.
+        template: how raw conversations are rendered. One that becomes several rows makes the batch larger.
         on_overlength: `error`, `truncate` (from the right) or `drop`, for rows over `max_length`. A row that would lose
             a part of an image is dropped; one that loses its whole answer stays, with all its images, and supervises
             nothing.
@@ -84,7 +85,7 @@ class Collator:
     _: KW_ONLY
     pad_to_multiple_of: int | None = None
     max_length: int | None = None
-    train_on: str = "assistant"
+    template: TemplateOptions = field(default_factory=TemplateOptions)
     on_overlength: str = "error"
     text_column: str = "text"
 
@@ -238,8 +239,8 @@ class Collator:
 
     def _raw_encoder(self) -> RowEncoder:
         """Made for the first raw row, since tokenised rows do without a fast tokenizer, and kept."""
-        if self._encoder is None or self._encoder.options.train_on != self.train_on:
-            self._encoder = RowEncoder(self.processing_class, self.train_on, keep_pixels=True)
+        if self._encoder is None or self._encoder.options != self.template:
+            self._encoder = RowEncoder(self.processing_class, keep_pixels=True, **vars(self.template))
         return self._encoder
 
     def _tokenised(self, row: Mapping[str, Any]) -> EncodedRow:

@@ -30,8 +30,10 @@ class Tokens:
 
     def complete_before(self, char: int) -> int:
         """How many leading tokens lie entirely before a character: a straddling one would give away the answer."""
+        if char in self.edges:
+            return self.edges[char]
         token = self.first_from(char)
-        while char not in self.edges and token and (self.offsets[token - 1][1] > char or self._begins_earlier(token - 1, char)):
+        while token and (self.offsets[token - 1][1] > char or self._begins_earlier(token - 1, char)):
             token -= 1
         return token
 
