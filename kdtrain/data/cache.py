@@ -15,13 +15,14 @@ from typing import Any
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from kdtrain.data.columns import parse_json
 from kdtrain.data.encoded_row import EncodedRow, Limits, truncate
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.errors import RowError
 from kdtrain.data.files import folder_of
 from kdtrain.data.images import Image
 from kdtrain.data.multimodal import image_content, tokenizer_content
-from kdtrain.data.rows import Chat, parse_json, parse_row
+from kdtrain.data.rows import Chat, parse_row
 from kdtrain.data.sources import Source, rows_at_once
 
 # Raise it with every change that makes the same row come out differently.

@@ -19,12 +19,13 @@ import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from kdtrain.data.cache import encode_cached
+from kdtrain.data.columns import parse_json
 from kdtrain.data.encoded_row import Limits
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.epochs import Epochs, mix
 from kdtrain.data.errors import RowError, show
 from kdtrain.data.files import folder_of
-from kdtrain.data.rows import Chat, parse_json, parse_row, prompt_of
+from kdtrain.data.rows import Chat, parse_row, prompt_of
 from kdtrain.data.sources import Source, read_all
 from kdtrain.errors import DataError
 
