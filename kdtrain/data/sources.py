@@ -181,12 +181,23 @@ def _table(source: Source, name: str, load: Any) -> Iterator[RawRow]:
     features = _undecoded(table.select_columns(found).features)
     batches = table.select_columns(found).with_format("arrow").iter(batch_size=rows_at_once(table, 1000))
     for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
-        yield RawRow(name, number, json.dumps({**features.decode_example(row), **extra}, default=_portable))
+        decoded = features.decode_example(row)
+        given = {column: without_nulls(decoded[column], features[column]) for column in decoded}
+        yield RawRow(name, number, json.dumps({**given, **extra}, default=_portable))
 
 
 def rows_at_once(table: datasets.Dataset, most: int) -> int:
     """As many rows as 32 MiB of memory hold on average, at most `most`: rows may carry images."""
     return int(max(1, min(most, 2**25 * len(table.data) // max(table.data.nbytes, 1))))
+
+
+def without_nulls(value: Any, feature: Any) -> Any:
+    """Arrow gives every mapping the keys of all others, those of other tools and calls. JSON text keeps its nulls."""
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {key: without_nulls(inner, feature[key]) for key, inner in value.items() if inner is not None}
+    if isinstance(feature, (datasets.List, datasets.LargeList)) and isinstance(value, list):
+        return [without_nulls(inner, feature.feature) for inner in value]
+    return value
 
 
 def _undecoded(feature: Any) -> Any:
