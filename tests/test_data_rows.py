@@ -2,11 +2,20 @@
 
 import json
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from kdtrain.data import Source, build_dataset, encode_row
 from kdtrain.data.columns import parse_json
 from kdtrain.data.errors import RowError
-from kdtrain.data.rows import Chat, parse_row
+from kdtrain.data.rows import Chat, Pair, answered, parse_row, prompt_of
+from kdtrain.errors import DataError
+from tests.test_data_dataset import write_lines
+from tests.test_data_encoder import CHATML, tokenizer_with
+
+datasets.disable_progress_bars()
 
 
 def user(content, **more):
@@ -207,3 +216,349 @@ def test_switches_stand_in_sharegpt_turns_and_in_completions_too():
         "a message of prompt says that it is trained on"
         in parsed({**row, "prompt": [HI[0], assistant("x", loss=1), HI[0]]}).notes[0]
     )
+
+
+def test_only_a_last_answer_that_may_be_trained_on_is_asked_for_anew():
+    chat = prompt_of(parsed({"messages": [*TWO, user("bye"), assistant("BAD", weight=0)]}))
+    assert (chat.messages, chat.untrained) == (TWO[:3], frozenset())
+    row = {"prompt": HI[:1], "completion": [assistant("BAD", weight=0), user("again"), assistant("GOOD")]}
+    assert prompt_of(parsed(row)).messages == TWO[:3]
+
+
+BAD = {
+    "a system column against a system message": (
+        {"system": "a", "messages": [system("b"), *HI]},
+        r"a system column and a system message, with different texts",
+    ),
+    "two system columns": ({"system": "a", "system_prompt": "b", "messages": HI}, r"system and system_prompt have"),
+    "a system column beside text": (
+        {"system_prompt": "a", "prompt": "hi", "completion": "yo"},
+        r"system_prompt beside a prompt that is text .*output: completion, system_prompt: system_prompt\}.*null\}",
+    ),
+    "tools beside text": ({"tools": [TOOL], "prompt": "hi", "completion": "yo"}, r"tools beside a prompt that is text"),
+    "a system column that is a number": ({"system": 3, "messages": HI}, r"system.content must be text"),
+    "tools and other functions": ({"tools": [TOOL], "functions": [{"name": "x"}], "messages": HI}, r"are different"),
+    "tools that are no JSON": ({"tools": ["def f(): pass"], "messages": HI}, r"tools\[0\] is not valid JSON"),
+    "tools that are text": ({"tools": [3], "messages": HI}, r"tools\[0\] must be a JSON schema, not a number"),
+    "tools that are one mapping": ({"tools": TOOL, "messages": HI}, r"tools must be a list of JSON schemas"),
+    "tools of half a character": ({"tools": [{"name": "\ud800"}], "messages": HI}, r"half a surrogate pair"),
+    "template arguments in a list": ({"chat_template_kwargs": [1], "messages": HI}, r"must be a mapping, not a list"),
+    "an empty output": ({"instruction": "hi", "output": ""}, r"output is empty"),
+    "an empty instruction": ({"instruction": "", "input": "", "output": "yo"}, r"instruction is empty"),
+    "two answers": ({"instruction": "hi", "output": "a", "response": "b"}, r"output and response are two different"),
+    "an input that is no text": (
+        {"instruction": "hi", "input": ["a"], "output": "b"},
+        r"input must be text, not a list",
+    ),
+    "a history that is no list of pairs": (
+        {"query": "hi", "history": ["a"], "response": "b"},
+        r"history must be a list",
+    ),
+    "a history with a gap": ({"query": "hi", "history": [["a", None]], "response": "b"}, r"history\[0\] must be text"),
+    "a bad answer of KTO": ({"prompt": "hi", "completion": "insult", "label": False}, r"label is false \(KTO\)"),
+    "a bad answer of KTO in a CSV file": (
+        {"prompt": "hi", "completion": "insult", "label": "False"},
+        r"label is false",
+    ),
+    "a bad conversation of KTO": ({"messages": HI, "label": False}, r"label is false .*\{label: null\}"),
+    "LLaMA-Factory's KTO": ({"instruction": "hi", "output": "yo", "kto_tag": False}, r"kto_tag is false"),
+    "DPO": (
+        {"prompt": "hi", "chosen": "yo", "rejected": "no"},
+        r"\(DPO\).*\{prompt: prompt\} for the prompts alone, .*\{prompt: prompt, completion: chosen\} for the chosen",
+    ),
+    "DPO with whole conversations": (
+        {"prompt": "hi", "chosen": HI, "rejected": HI},
+        r"\{messages: chosen\} for the chosen answers",
+    ),
+    "DPO of LLaMA-Factory": (
+        {"conversations": [{"from": "human", "value": "hi"}], "chosen": {"value": "a"}, "rejected": {"value": "b"}},
+        r"\(DPO\).*\{conversations: conversations\} for the prompts alone",
+    ),
+    "messages that are one message": ({"messages": HI[0]}, r"not a single mapping: put it into a list"),
+    "messages that are Python's text": ({"messages": "[{'role': 'user'}]"}, r"not text that is no JSON"),
+    "messages as the JSON text of a number": ({"messages": "3"}, r"must be a list of messages, not a number"),
+    "lists of different lengths": ({"messages": {"role": ["user"], "content": []}}, r"lengths: 1 role, 0 content"),
+    "half a switch": ({"messages": [HI[0], assistant("yo", weight=0.5)]}, r"messages\[1\].weight is 0.5"),
+    "a switch that is a word": ({"messages": [HI[0], assistant("yo", train="yes")]}, r"train is yes"),
+    "switches that differ": ({"messages": [HI[0], assistant("yo", train=True, loss=0)]}, r"says both"),
+    "no turn that is trained on": ({"messages": [HI[0], assistant("yo", weight=0)]}, r"no turn is trained on"),
+    "no turn of a completion": (
+        {"prompt": HI[:1], "completion": [assistant("yo", weight=0)]},
+        r"no turn is trained on",
+    ),
+    "arguments that are no JSON": (
+        calling(CALL, {"function": {"name": "x", "arguments": "city=Paris"}}),
+        r"messages\[1\].tool_calls\[1\].function.arguments must be a JSON object, or its text: city=Paris",
+    ),
+    "arguments that are the text of a list": (
+        calling({"function": {"name": "x", "arguments": "[1]"}}),
+        r"tool_calls\[0\].function.arguments must be",
+    ),
+    "arguments that are a list": (calling({"name": "x", "arguments": [1]}), r"arguments must be .*: a list"),
+    "a call without a function": (calling({"id": "1"}), r"tool_calls\[0\] has no function"),
+    "a call without a name": (calling({"function": {"arguments": {}}}), r"tool_calls\[0\].function has no name"),
+    "a call that is text": (calling("weather()"), r"tool_calls\[0\] is not valid JSON"),
+    "calls that are a number": ({"messages": [HI[0], assistant("", tool_calls=3)]}, r"must be a list of calls"),
+    "a call of half a character": (calling({"name": "x", "arguments": {"a": "\ud800"}}), r"half a surrogate pair"),
+    "a ShareGPT call that is no JSON": (
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "function_call", "value": "weather()"}]},
+        r"conversations\[1\] is not valid JSON",
+    ),
+    "a user who calls": ({"messages": [user("hi", tool_calls=[CALL]), HI[1]]}, r"user message with tool_calls"),
+    "both spellings of a call": (
+        {"messages": [HI[0], assistant("", tool_calls=[CALL], function_call={"name": "x"})]},
+        r"both tool_calls and function_call",
+    ),
+    "reasoning that is no text": (
+        {"messages": [HI[0], assistant("yo", reasoning={"a": 1})]},
+        r"reasoning must be text",
+    ),
+    "different reasonings": (
+        {"messages": [HI[0], assistant("yo", reasoning="a", thinking="b")]},
+        r"different texts in reasoning and thinking",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_row_that_cannot_be_meant_is_bad_with_the_reason(name):
+    refused(*BAD[name])
+
+
+NOTES = {
+    "rows of KTO that are good": (
+        {"prompt": "hi", "completion": "yo", "label": True},
+        ["rows whose label is true (KTO) are trained on"],
+    ),
+    "a class": ({"messages": HI, "label": 0}, []),
+    "a word": ({"prompt": "hi", "completion": "yo", "label": "entailment"}, []),
+    "the class of a text": ({"text": "buy this", "label": False}, []),
+    "metadata": ({"messages": HI, "id": 1, "source": "web", "score": 0.5, "category": "qa"}, []),
+    "ultrachat's prompt": ({"messages": HI, "prompt": "hi", "prompt_id": "x"}, []),
+    "another prompt": ({"messages": HI, "prompt": "hello"}, ["the column prompt is not read beside messages"]),
+    "ultrafeedback's pairs": (
+        {"prompt": "hi", "messages": HI, "chosen": HI, "rejected": HI},
+        [f"the column {column} is not read beside messages" for column in ("chosen", "rejected")],
+    ),
+    "ms-swift's other answer": (
+        {"query": "hi", "response": "yo", "rejected_response": "no"},
+        ["the column rejected_response is not read beside query"],
+    ),
+    "a solution to check against": ({"messages": HI, "solution": "42", "answer": "42"}, []),
+    "an answer that is not the completion": (
+        {"prompt": "hi", "answer": "42"},
+        ["the column answer is not read beside prompt"],
+    ),
+    "a response that is not the completion": (
+        {"prompt": "hi", "response": "42"},
+        ["the column response is not read beside prompt"],
+    ),
+    "the thoughts of a completion": (
+        {"prompt": "hi", "completion": "yo", "reasoning": "because", "thinking": ""},
+        ["the column reasoning is not read beside prompt"],
+    ),
+    "a history beside messages": (
+        {"messages": HI, "history": [["a", "b"]]},
+        ["the column history is not read beside messages"],
+    ),
+    "an input beside a prompt": (
+        {"prompt": "hi", "completion": "yo", "input": "chat"},
+        ["the column input is not read beside prompt"],
+    ),
+    "boxes": (
+        {"messages": HI, "objects": {"bbox": [[1, 2, 3, 4]]}},
+        ["the column objects is not read beside messages"],
+    ),
+    "a row's own switch": ({"messages": HI, "weight": 0}, ["the column weight is not read beside messages"]),
+    "a system prompt that the text has": ({"system": "Be brief.", "text": "<s>Be brief. hi"}, []),
+    "a system prompt that the text lacks": (
+        {"system": "Be brief.", "text": "hi"},
+        ["the column system is not read beside text"],
+    ),
+    "a system prompt that the prompt has": ({"system": "Be brief.", "prompt": "Be brief. hi", "completion": "yo"}, []),
+    "template arguments beside text": (
+        {"prompt": "hi", "completion": "yo", "chat_template_kwargs": {"a": 1}},
+        ["chat_template_kwargs is not read beside a prompt that is text"],
+    ),
+    "a question that says it is trained on": (
+        {"messages": [user("hi", weight=1), HI[1]]},
+        ["a user message has weight, which is not read: only answers are trained on"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_what_is_not_read_and_means_something_is_a_note(name):
+    row, notes = NOTES[name]
+    assert list(parsed(row).notes) == notes
+
+
+def test_keys_of_messages_that_neither_kdtrain_nor_the_template_reads_are_notes():
+    row = {"messages": [user("hi", id="1", country="DE"), assistant("yo", tool_plan="ask", refusal=None, tags=[])]}
+    notes = [f"messages have the key {key}, which is not read" for key in ("country", "tool_plan")]
+    assert list(encode_row(row, tokenizer_with(), train_on="assistant").notes) == notes
+    for reading in ("m.tool_plan", "m['tool_plan']", 'm.get("tool_plan")'):
+        tokenizer = tokenizer_with(CHATML.replace("m.content", f"({reading} or '') + m.content"))
+        encoded = encode_row(row, tokenizer, train_on="assistant")
+        assert list(encoded.notes) == notes[:1]
+        assert "askyo<|im_end|>" in tokenizer.decode(encoded.input_ids)
+
+
+LOST = {
+    "Alpaca's input": (
+        {"instruction": "Translate", "input": "chat", "output": "cat"},
+        {"prompt": "instruction", "completion": "output"},
+        r"column input is not mapped .*\{instruction: instruction, output: output, input: input\}.*input: null\}",
+    ),
+    "the instruction": (
+        {"instruction": "Translate", "input": "chat", "output": "cat"},
+        {"prompt": "input", "completion": "output"},
+        r"column instruction is not mapped .*\{input: input, output: output, instruction: instruction\}",
+    ),
+    "OpenOrca's system prompt": (
+        {"system_prompt": "Be brief.", "question": "hi", "response": "yo"},
+        {"prompt": "question", "completion": "response"},
+        r"\{instruction: question, output: response, system_prompt: system_prompt\}",
+    ),
+    "a system column beside conversations": (
+        {"system": "Be brief.", "conversations": HI},
+        {"conversations": "conversations"},
+        r"column system is not mapped .*\{conversations: conversations, system: system\}",
+    ),
+    "tools": ({"tools": [TOOL], "chat": HI}, {"messages": "chat"}, r"column tools is not mapped"),
+    "a history": (
+        {"query": "hi", "response": "yo", "history": [["a", "b"]]},
+        {"instruction": "query", "output": "response"},
+        r"column history is not mapped",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_a_mapping_that_loses_a_column_says_how_to_map_it_or_to_leave_it_out(name):
+    row, columns, reason = LOST[name]
+    refused(row, reason, columns)
+    lost = reason.split("column ")[1].split(" is")[0] if "column " in reason else "system_prompt"
+    assert not parsed(row, {**columns, lost: None}).notes
+    assert not parsed({**row, lost: ""}, columns).notes
+
+
+def test_the_mapping_that_is_proposed_keeps_everything():
+    row, *_ = LOST["OpenOrca's system prompt"]
+    columns = {"instruction": "question", "output": "response", "system_prompt": "system_prompt"}
+    assert parsed(row, columns).messages == [system("Be brief."), *HI]
+
+
+def test_preferences_are_usable_where_the_mapping_says_as_what():
+    row = {"prompt": "hi", "chosen": "yo", "rejected": "no"}
+    assert parsed(row, {"prompt": "prompt"}) == Pair("hi")
+    assert parsed(row, {"prompt": "prompt", "completion": "chosen"}) == Pair("hi", "yo")
+    assert parsed({"messages": HI, "label": False}, {"label": None}).messages == HI
+
+
+def build(path, tmp_path, columns=None, prompts=True, **options):
+    source = Source(str(path), columns=columns)
+    options = {"max_length": None, "on_overlength": "error", "train_on": "assistant", **options}
+    return build_dataset([source], tokenizer_with(JSON), cache_dir=str(tmp_path / "cache"), prompts=prompts, **options)
+
+
+JSON = "{{ tools | tojson }}" + CHATML.replace(
+    "m.content", "m.content + (m.tool_calls | tojson if m.tool_calls else '')"
+)
+
+
+def test_tools_and_calls_of_a_table_are_those_of_the_same_rows_as_json(tmp_path):
+    other = {"name": "add", "arguments": {"a": 1, "b": None}}
+    rows = [
+        {**calling(CALL), "tools": [TOOL], "chat_template_kwargs": {"fast": True}},
+        {**calling({"type": "function", "function": other}), "tools": [{**TOOL, "strict": True}]},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    tokenizer = tokenizer_with(JSON)
+    del other["arguments"]["b"]  # Arrow cannot tell it from what it fills in itself
+    expected = [encode_row(row, tokenizer, train_on="assistant").input_ids for row in rows]
+    for name in ("a.parquet", "saved"):
+        assert build(tmp_path / name, tmp_path)[0]["input_ids"][:] == expected
+    at_hand = Source("rows", rows=datasets.load_from_disk(tmp_path / "saved"))
+    options = {"max_length": None, "on_overlength": "error", "train_on": "assistant"}
+    dataset, _ = build_dataset([at_hand], tokenizer, cache_dir=str(tmp_path / "cache"), **options)
+    assert dataset["input_ids"][:] == expected
+
+
+def test_nulls_that_somebody_wrote_stay(tmp_path):
+    row = {**calling({"function": {"name": "add", "arguments": {"a": None}}}), "tools": [{"name": "add", "x": None}]}
+    texts = {"messages": json.dumps(row["messages"]), "tools": json.dumps(row["tools"])}
+    pq.write_table(pa.Table.from_pylist([texts]), tmp_path / "text.parquet")
+    as_json = datasets.Features({name: datasets.List(datasets.Json()) for name in row})
+    datasets.Dataset.from_list([row], features=as_json).save_to_disk(tmp_path / "json")
+    write_lines(tmp_path / "a.jsonl", [row])
+    for name in ("text.parquet", "json", "a.jsonl"):
+        dataset, _ = build(tmp_path / name, tmp_path)
+        text = tokenizer_with().decode(dataset[0]["input_ids"])
+        assert '"a": null' in text
+        assert '"x": null' in text
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_mapping_that_loses_a_column_is_found_in_every_kind_of_file(suffix, tmp_path):
+    rows = [{"instruction": "a", "input": "", "output": "b"}, {"instruction": "a", "input": "c", "output": "b"}]
+    path = tmp_path / f"a.{suffix}"
+    write_lines(path, rows) if suffix == "jsonl" else datasets.Dataset.from_list(rows).to_parquet(path)
+    columns = {"prompt": "instruction", "completion": "output"}
+    with pytest.raises(DataError, match=r"1 of 2 rows .*\n.*:2: the column input is not mapped"):
+        build(path, tmp_path, columns)
+    assert build(path, tmp_path, {**columns, "input": None})[1].rows_kept == 2
+    assert build(path, tmp_path, {"input": None})[1].rows_kept == 2
+    with pytest.raises(DataError, match=r"columns maps to 'inputt', .*did you mean input"):
+        build(path, tmp_path, {**columns, "inputt": None})
+
+
+def test_a_note_is_counted_with_the_place_of_the_first(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": HI}, *[{"messages": HI, "history": [["a", "b"]]}] * 2])
+    _, report = build(path, tmp_path)
+    assert report.notes == [f"the column history is not read beside messages (2 rows, the first: {path}:2)"]
+
+
+ENDING = [
+    {"messages": HI},
+    {"messages": [*HI, user("thanks")]},
+    {"messages": [user("weather?"), assistant("", tool_calls=[CALL]), {"role": "tool", "content": "rain"}]},
+    {"messages": [user("hi")]},
+    {"prompt": [*HI, user("hi")]},
+    {"prompt": "hi"},
+    {"messages": [user("hi"), assistant("BAD", weight=0), user("again")]},
+    {"text": "hi"},
+]
+
+
+def test_where_prompts_are_useless_the_answers_before_them_are_trained_on_and_the_rest_is_bad(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", ENDING)
+    dataset, report = build(path, tmp_path, prompts=False, max_bad_rows=4)
+    assert (report.rows_kept, report.bad_rows, report.prompt_only_rows) == (4, 4, 0)
+    assert dataset[1]["labels"] == dataset[0]["labels"]
+    assert [bad.split(":")[1] for bad in report.first_bad] == ["4", "5", "6"]
+    assert "answers: teacher" in report.first_bad[0]
+    assert report.notes == [f"what follows the last answer of a conversation is left out (2 rows, the first: {path}:2)"]
+    with pytest.raises(DataError, match=r"4 of 8 rows cannot be used"):
+        build(path, tmp_path, prompts=False, max_bad_rows=3)
+
+
+def test_where_all_is_generated_a_row_without_an_answer_stays_a_prompt(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", ENDING)
+    for _ in range(2):  # encoded again, and not read from what was stored for the other kind of run
+        _, report = build(path, tmp_path)
+        assert (report.bad_rows, report.prompt_only_rows, report.notes) == (0, 6, [])
+        build(path, tmp_path, prompts=False, max_bad_rows=4)
+
+
+def test_a_row_without_an_answer_says_which_column_may_be_meant():
+    with pytest.raises(RowError, match=r"no answer: give one, .*; the column response is not read beside prompt"):
+        answered(parsed({"prompt": "hi", "response": "yo"}))
+    with pytest.raises(RowError, match=r"no turn is trained on"):
+        answered(parsed(ENDING[6]))
+
+
+def test_an_instruction_with_a_base_model_says_what_to_do():
+    with pytest.raises(DataError, match=r"has no chat template, .* prompt/completion or text columns"):
+        encode_row({"instruction": "hi", "output": "yo"}, tokenizer_with(None), train_on="assistant")
