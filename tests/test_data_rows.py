@@ -119,7 +119,16 @@ SAME = {
         {**calling(CALL), "tools": [json.dumps(TOOL)]},
         {**calling(CALL), "tools": [TOOL]},
     ),
+    "a function without parameters": (
+        {**calling(CALL), "functions": [{"name": "x"}]},
+        {**calling(CALL), "tools": [{"type": "function", "function": {"name": "x"}}]},
+    ),
     "the older functions": ({**calling(CALL), "functions": [SCHEMA]}, {**calling(CALL), "tools": [TOOL]}),
+    "bare functions as tools": ({**calling(CALL), "tools": json.dumps([SCHEMA])}, {**calling(CALL), "tools": [TOOL]}),
+    "flat tools": (
+        {**calling(CALL), "tools": [{"type": "function", **SCHEMA}], "functions": [SCHEMA]},
+        {**calling(CALL), "tools": [TOOL]},
+    ),
     "the older function_call": (
         {"messages": [
             user("weather?"),

@@ -35,7 +35,7 @@ _PREFERENCES = ("label", "kto_tag", "chosen", "rejected", "rejected_response")
 # answer, another answer, boxes in an image, retrieved documents, what is trained on. Not names such as source or score.
 _MEANT = (
     *("reasoning", "reasoning_content", "thinking", "answer", "solution", "objects", "documents"),
-    *("weight", "loss", "loss_mask", "train", *_PREFERENCES),
+    *("weight", "kd_weight", "loss", "loss_mask", "train", *_PREFERENCES),
 )
 NAMED_COLUMNS = (*KNOWN_COLUMNS, *_MEANT)
 _NAMED = frozenset(NAMED_COLUMNS) - {*IMAGE_COLUMNS}

@@ -22,12 +22,8 @@ def read_system(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def read_tools(row: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """The column of the tools and their schemas. `functions` is the older one and has the bare functions."""
-    tools = _schemas(row.get("tools"), "tools")
-    functions = [
-        tool if "function" in tool else {"type": "function", "function": tool}
-        for tool in _schemas(row.get("functions"), "functions")
-    ]
+    """The column of the tools and their schemas; `functions` is the older name."""
+    tools, functions = (_schemas(row.get(column), column) for column in ("tools", "functions"))
     if tools and functions and tools != functions:
         raise RowError("tools and functions are different: keep one of the two columns")
     return ("tools", tools) if tools else ("functions", functions)
@@ -54,4 +50,12 @@ def _schemas(value: Any, column: str) -> list[dict[str, Any]]:
         if not isinstance(tool, Mapping):
             raise RowError(f"{column}[{i}] must be a JSON schema, not {type_name(tool)}")
     valid_unicode(json.dumps(read, ensure_ascii=False, default=str), column)
-    return [dict(tool) for tool in read]
+    return [_wrapped(tool, column) for tool in read]
+
+
+def _wrapped(tool: Mapping[str, Any], column: str) -> dict[str, Any]:
+    """The bare function of older sets and of ShareGPT, as servers hand it to a chat template at inference."""
+    bare = "name" in tool and (column == "functions" or "parameters" in tool or "description" in tool)
+    if "function" in tool or not bare:
+        return dict(tool)
+    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}

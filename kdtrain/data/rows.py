@@ -194,7 +194,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Chat | Pair | PlainText]] = {
 
 def _with_context(chat: Chat, row: Mapping[str, Any]) -> Chat:
     """The conversation with what the columns beside it say."""
-    if row.keys().isdisjoint(CONTEXT_COLUMNS):
+    if all(row.get(column) is None for column in CONTEXT_COLUMNS):
         return chat
     chat = replace(chat, tools=read_tools(row)[1] or None, template_kwargs=read_template_kwargs(row))
     _, system = read_system(row)
@@ -257,7 +257,7 @@ def _text_of(parsed: Chat | Pair | PlainText) -> str:
 def _check(chat: Chat) -> None:
     if chat.messages[-1]["role"] in ("system", "developer"):
         raise RowError("the conversation ends with a system message: there is nothing to answer")
-    if not chat.prompt_only and not chat.trained:
+    if chat.untrained and not chat.prompt_only and not chat.trained:
         raise RowError(_ALL_OFF)
 
 

@@ -200,6 +200,11 @@ def without_nulls(value: Any, feature: Any) -> Any:
     return value
 
 
+def has_mappings(feature: Any) -> bool:
+    inner = getattr(feature, "feature", None)
+    return isinstance(feature, dict) or (inner is not None and has_mappings(inner))
+
+
 def _undecoded(feature: Any) -> Any:
     """The same features with images, sounds and the like as they are stored: bytes and path."""
     if isinstance(feature, dict):
