@@ -237,7 +237,7 @@ def test_only_a_last_answer_that_may_be_trained_on_is_asked_for_anew():
 BAD = {
     "a system column against a system message": (
         {"system": "a", "messages": [system("b"), *HI]},
-        r"a system column and a system message, with different texts",
+        r"column system and the system message have different texts: .*\{system: null\}",
     ),
     "two system columns": ({"system": "a", "system_prompt": "b", "messages": HI}, r"system and system_prompt have"),
     "a system column beside text": (
@@ -288,7 +288,7 @@ BAD = {
     "messages as the JSON text of a number": ({"messages": "3"}, r"must be a list of messages, not a number"),
     "lists of different lengths": ({"messages": {"role": ["user"], "content": []}}, r"lengths: 1 role, 0 content"),
     "half a switch": ({"messages": [HI[0], assistant("yo", weight=0.5)]}, r"messages\[1\].weight is 0.5"),
-    "a switch that is a word": ({"messages": [HI[0], assistant("yo", train="yes")]}, r"train is yes"),
+    "a switch that is a word": ({"messages": [HI[0], assistant("yo", train="yes")]}, r"train is text: a message is"),
     "switches that differ": ({"messages": [HI[0], assistant("yo", train=True, loss=0)]}, r"says both"),
     "no turn that is trained on": ({"messages": [HI[0], assistant("yo", weight=0)]}, r"no turn is trained on"),
     "no turn of a completion": (
@@ -356,11 +356,25 @@ NOTES = {
     "a solution to check against": ({"messages": HI, "solution": "42", "answer": "42"}, []),
     "an answer that is not the completion": (
         {"prompt": "hi", "answer": "42"},
-        ["the column answer is not read beside prompt"],
+        [
+            "the column answer is not read beside prompt: "
+            "columns: {prompt: prompt, completion: answer} makes it the answer"
+        ],
     ),
     "a response that is not the completion": (
-        {"prompt": "hi", "response": "42"},
-        ["the column response is not read beside prompt"],
+        {"query": "hi", "output": "42"},
+        ["the column output is not read beside query: columns: {query: query, response: output} makes it the answer"],
+    ),
+    "a label that is the answer": (
+        {"instruction": "hi", "label": "positive"},
+        [
+            "the column label is not read beside instruction: "
+            "columns: {instruction: instruction, output: label} makes it the answer"
+        ],
+    ),
+    "xLAM's calls": (
+        {"query": "hi", "answers": [CALL_TEXT], "tools": [TOOL]},
+        ["the column answers is not read beside query"],
     ),
     "the thoughts of a completion": (
         {"prompt": "hi", "completion": "yo", "reasoning": "because", "thinking": ""},

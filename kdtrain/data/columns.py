@@ -30,11 +30,14 @@ READ_WITH = {
 KNOWN_COLUMNS = tuple(dict.fromkeys([*ROW_COLUMNS, *(c for read in READ_WITH.values() for c in read), *IMAGE_COLUMNS]))
 # What a pair or a question loses if a mapping leaves it out.
 _QUESTION_COLUMNS = ("instruction", "input", "context", "history")
+_ANSWER_COLUMN = {"prompt": "completion", "instruction": "output", "query": "response"}
+_CHECKS = ("answer", "answers", "solution")
+_ANSWERS = ("answer", "solution", "completion", "output", "response", "chosen", "label")
 _PREFERENCES = ("label", "kto_tag", "chosen", "rejected", "rejected_response")
 # Columns that are not read anywhere and whose names say that they are meant for training: the thoughts behind an
 # answer, another answer, boxes in an image, retrieved documents, what is trained on. Not names such as source or score.
 _MEANT = (
-    *("reasoning", "reasoning_content", "thinking", "answer", "solution", "objects", "documents"),
+    *("reasoning", "reasoning_content", "thinking", "objects", "documents", *_CHECKS),
     *("weight", "kd_weight", "loss", "loss_mask", "train", *_PREFERENCES),
 )
 NAMED_COLUMNS = (*KNOWN_COLUMNS, *_MEANT)
@@ -131,7 +134,7 @@ def _chosen(chosen: Any, kind: str) -> str:
     first = chosen[0] if isinstance(chosen, (list, tuple)) else None
     if isinstance(first, Mapping) and first.get("role") in ("user", "system"):
         return ", columns: {messages: chosen} for the chosen answers"
-    answer = {"prompt": "completion", "instruction": "output", "query": "response"}.get(kind)
+    answer = _ANSWER_COLUMN.get(kind)
     return f", columns: {{{kind}: {kind}, {answer}: chosen}} for the chosen answers" if answer else ""
 
 
@@ -152,9 +155,12 @@ def unread_note(value: Any, column: str, kind: str, text: str, has_answer: bool)
     # ultrachat's prompt is the first message, a response may be the last one: what the row says anyway is not lost.
     if blank(value) or (isinstance(value, str) and value.strip() in text):
         return ""
-    if column in ("label", "kto_tag"):
+    if column in ("label", "kto_tag") and (has_answer or not isinstance(value, str)):
         good = kind != "text" and has_answer and _truth(value)
         return f"rows whose {column} is true (KTO) are trained on" if good else ""
-    if column in ("answer", "solution") and has_answer:
+    if column in _CHECKS and has_answer:
         return ""  # what an answer is checked against
-    return f"the column {column} is not read beside {kind}"
+    meant = not has_answer and column in _ANSWERS and isinstance(value, str)
+    answer = _ANSWER_COLUMN.get(kind) if meant else None
+    mapping = f": columns: {{{kind}: {kind}, {answer}: {column}}} makes it the answer" if answer else ""
+    return f"the column {column} is not read beside {kind}{mapping}"

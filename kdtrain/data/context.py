@@ -17,7 +17,10 @@ def read_system(row: Mapping[str, Any]) -> tuple[str, str]:
     if any(not isinstance(text, str) for text in texts.values()):
         raise RowError("the system column has an image: only text can stand there")
     if len({str(text) for text in texts.values()}) > 1:
-        raise RowError("system and system_prompt have different texts: keep one of the two columns")
+        raise RowError(
+            "system and system_prompt have different texts: keep one of the two columns (columns: "
+            "{system_prompt: null} leaves the other out)"
+        )
     return next(((column, str(text)) for column, text in texts.items()), ("", ""))
 
 
@@ -25,7 +28,7 @@ def read_tools(row: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     """The column of the tools and their schemas; `functions` is the older name."""
     tools, functions = (_schemas(row.get(column), column) for column in ("tools", "functions"))
     if tools and functions and tools != functions:
-        raise RowError("tools and functions are different: keep one of the two columns")
+        raise RowError("tools and functions are different: keep one of the two columns (columns: {functions: null})")
     return ("tools", tools) if tools else ("functions", functions)
 
 

@@ -295,7 +295,8 @@ def _switch(others: dict[str, Any], where: str) -> tuple[bool | None, str]:
     found = {key: others[key] for key in SWITCHES if key in others}
     for key, value in found.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise RowError(f"{where}.{key} is {show(value, 40)}: a message is trained on (1, true) or not (0, false)")
+            shown = type_name(value) if isinstance(value, str) else show(value, 40)
+            raise RowError(f"{where}.{key} is {shown}: a message is trained on (1, true) or not (0, false)")
     if len({bool(value) for value in found.values()}) > 1:
         raise RowError(f"{where} says both that it is trained on and that it is not: {', '.join(found)}")
     return next(((bool(value), key) for key, value in found.items()), (None, ""))

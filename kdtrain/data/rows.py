@@ -197,18 +197,25 @@ def _with_context(chat: Chat, row: Mapping[str, Any]) -> Chat:
     if all(row.get(column) is None for column in CONTEXT_COLUMNS):
         return chat
     chat = replace(chat, tools=read_tools(row)[1] or None, template_kwargs=read_template_kwargs(row))
-    _, system = read_system(row)
+    column, system = read_system(row)
     first = chat.messages[0]
-    if not system or (first["role"] in ("system", "developer") and first["content"] == system):
+    if not system or (first["role"] in ("system", "developer") and _same(first["content"], system)):
         return chat
     if first["role"] == "system":
-        raise RowError("the row has a system column and a system message, with different texts: keep one of them")
+        raise RowError(
+            f"the column {column} and the system message have different texts: keep one of them (columns: "
+            f"{{{column}: null}} leaves the column out)"
+        )
     return replace(
         chat,
         messages=[{"role": "system", "content": system}, *chat.messages],
         first_trained=chat.first_trained and chat.first_trained + 1,
         untrained=frozenset(i + 1 for i in chat.untrained),
     )
+
+
+def _same(content: Any, text: str) -> bool:
+    return isinstance(content, str) and content.strip() == text.strip()
 
 
 def _without_context(parsed: Pair | PlainText, row: Mapping[str, Any]) -> Pair | PlainText:
