@@ -172,6 +172,7 @@ SAME = {
         calling({"id": "1", **CALL}),
     ),
     "a bare function as a call": (calling({"name": "weather", "arguments": '{"city": "Paris"}'}), calling(CALL)),
+    "Llama's parameters of a call": (calling({"name": "weather", "parameters": {"city": "Paris"}}), calling(CALL)),
     "calls as JSON text": (
         {"messages": [user("weather?"), {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])}]},
         calling(CALL),
@@ -203,6 +204,11 @@ def test_the_same_conversation_in_another_layout_is_the_same(name):
         assert getattr(found, field) == getattr(expected, field)
 
 
+def test_a_call_without_arguments_has_an_empty_object_of_them():
+    for call in ({"name": "x"}, {"name": "x", "arguments": ""}, {"function": {"name": "x", "arguments": None}}):
+        assert parsed(calling(call)).messages[1]["tool_calls"][0]["function"] == {"name": "x", "arguments": {}}
+
+
 @pytest.mark.parametrize(
     "switch",
     [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"loss_mask": 0}, {"train": False}, {"trainable": False}],
@@ -232,6 +238,7 @@ def test_only_a_last_answer_that_may_be_trained_on_is_asked_for_anew():
     assert (chat.messages, chat.untrained) == (TWO[:3], frozenset())
     row = {"prompt": HI[:1], "completion": [assistant("BAD", weight=0), user("again"), assistant("GOOD")]}
     assert prompt_of(parsed(row)).messages == TWO[:3]
+    assert prompt_of(parsed({"prompt": HI[:1], "completion": TWO[1:]})).messages == HI[:1]
 
 
 BAD = {
@@ -572,7 +579,7 @@ def test_where_all_is_generated_a_row_without_an_answer_stays_a_prompt(tmp_path)
     for _ in range(2):  # encoded again, and not read from what was stored for the other kind of run
         _, report = build(path, tmp_path)
         assert (report.bad_rows, report.prompt_only_rows, report.notes) == (0, 6, [])
-        build(path, tmp_path, prompts=False, max_bad_rows=4)
+        assert build(path, tmp_path, prompts=False, max_bad_rows=4)[1].bad_rows == 4
 
 
 def test_a_row_without_an_answer_says_which_column_may_be_meant():
