@@ -13,7 +13,7 @@ from kdtrain.data.errors import RowError
 from kdtrain.data.rows import Chat, Pair, answered, parse_row, prompt_of
 from kdtrain.errors import DataError
 from tests.test_data_dataset import write_lines
-from tests.test_data_encoder import CHATML, tokenizer_with
+from tests.test_data_encoder import CHATML, prompt, supervised, tokenizer_with
 
 datasets.disable_progress_bars()
 
@@ -218,6 +218,13 @@ def test_an_answer_that_is_switched_off_is_context(switch):
     chat = parsed(row)
     assert chat.messages == TWO
     assert (chat.untrained, chat.trained) == ({1}, [3])
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last"])
+def test_the_last_turn_is_the_last_that_may_be_trained_on(train_on):
+    row = {"messages": [user("hi"), assistant("GOOD"), user("again"), assistant("BAD", weight=0)]}
+    assert supervised(tokenizer_with(), row, train_on) == "GOOD<|im_end|>"
+    assert prompt(tokenizer_with(), row, train_on).endswith("hi<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_switches_stand_in_sharegpt_turns_and_in_completions_too():
@@ -470,7 +477,8 @@ def test_a_mapping_that_loses_a_column_says_how_to_map_it_or_to_leave_it_out(nam
     refused(row, reason, columns)
     lost = reason.split("column ")[1].split(" is")[0] if "column " in reason else "system_prompt"
     assert not parsed(row, {**columns, lost: None}).notes
-    assert not parsed({**row, lost: ""}, columns).notes
+    for nothing in ("", "[]", None, {}):
+        assert not parsed({**row, lost: nothing}, columns).notes
 
 
 def test_the_mapping_that_is_proposed_keeps_everything():

@@ -33,7 +33,7 @@ _QUESTION_COLUMNS = ("instruction", "input", "context", "history")
 _ANSWER_COLUMN = {"prompt": "completion", "instruction": "output", "query": "response"}
 _CHECKS = ("answer", "answers", "solution")
 _ANSWERS = ("answer", "solution", "completion", "output", "response", "chosen", "label")
-_PREFERENCES = ("label", "kto_tag", "chosen", "rejected", "rejected_response")
+_PREFERENCES = ("label", "kto_tag", "chosen", "rejected", "rejected_response", "rejected_messages")
 # Columns that are not read anywhere and whose names say that they are meant for training: the thoughts behind an
 # answer, another answer, boxes in an image, retrieved documents, what is trained on. Not names such as source or score.
 _MEANT = (
@@ -82,7 +82,7 @@ def _mapped(row: dict[str, Any], columns: Mapping[str, str | None]) -> dict[str,
     if missing := [name for name in mapped.values() if name not in row]:
         raise RowError(f"no column {', '.join(show(name, 40) for name in missing)}")
     for name in _watched(mapped):
-        if not blank(row.get(name)) and name not in columns and name not in mapped.values():
+        if not _empty(row.get(name)) and name not in columns and name not in mapped.values():
             raise RowError(_would_be_lost(name, row, mapped))
     found = {canonical: row[name] for canonical, name in mapped.items()}
     # Images are the exception: without them the row would be trained on as text that speaks of what is not there.
@@ -138,6 +138,11 @@ def _chosen(chosen: Any, kind: str) -> str:
     return f", columns: {{{kind}: {kind}, {answer}: chosen}} for the chosen answers" if answer else ""
 
 
+def _empty(value: Any) -> bool:
+    """Says nothing, also as JSON text."""
+    return blank(value) or (isinstance(value, str) and value.strip() in ("[]", "{}", "null"))
+
+
 def _truth(value: Any) -> bool | None:
     """Booleans, also as a CSV file writes them; classes that are numbers or words are none."""
     if isinstance(value, bool):
@@ -153,7 +158,7 @@ def unread_columns(row: Mapping[str, Any], kind: str) -> list[str]:
 def unread_note(value: Any, column: str, kind: str, text: str, has_answer: bool) -> str:
     """What to say of such a column, if anything; `text` is all that the row does read."""
     # ultrachat's prompt is the first message, a response may be the last one: what the row says anyway is not lost.
-    if blank(value) or (isinstance(value, str) and value.strip() in text):
+    if _empty(value) or (isinstance(value, str) and value.strip() in text):
         return ""
     if column in ("label", "kto_tag") and (has_answer or not isinstance(value, str)):
         good = kind != "text" and has_answer and _truth(value)
