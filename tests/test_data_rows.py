@@ -481,6 +481,24 @@ def test_a_mapping_that_loses_a_column_says_how_to_map_it_or_to_leave_it_out(nam
         assert not parsed({**row, lost: nothing}, columns).notes
 
 
+def test_a_column_that_only_some_rows_have_may_be_mapped_and_a_misspelt_one_is_found(tmp_path):
+    rows = [{"q": "hi", "a": "yo"}, {"q": "hi", "a": "yo", "sys": "Be brief."}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    columns = {"instruction": "q", "output": "a", "system": "sys"}
+    assert [len(parsed(row, columns).messages) for row in rows] == [2, 3]
+    assert build(path, tmp_path, columns)[1].rows_kept == 2
+    with pytest.raises(DataError, match=r"has the columns q, a, sys, not those of .*did you mean sys"):
+        build(path, tmp_path, {**columns, "system": "syss"})
+    refused({"q": "hi", "a": "yo", "system": "Be brief."}, r"column system is not mapped", columns)
+    refused(rows[0], r"no column answer", {"instruction": "q", "output": "answer"})
+
+
+def test_a_null_for_one_image_column_leaves_the_other(tmp_path):
+    row = {"messages": HI, "images": ["a.png"], "image": "b.png"}
+    for columns in ({"image": None}, {"messages": "messages", "image": None}):
+        assert parse_json(json.dumps(row), columns) == {"messages": HI, "images": ["a.png"]}
+
+
 def test_the_mapping_that_is_proposed_keeps_everything():
     row, *_ = LOST["OpenOrca's system prompt"]
     columns = {"instruction": "question", "output": "response", "system_prompt": "system_prompt"}

@@ -6,7 +6,7 @@ A column that means something for training and is not read is never lost without
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdtrain.data.errors import RowError, show
@@ -30,6 +30,7 @@ READ_WITH = {
 KNOWN_COLUMNS = tuple(dict.fromkeys([*ROW_COLUMNS, *(c for read in READ_WITH.values() for c in read), *IMAGE_COLUMNS]))
 # What a pair or a question loses if a mapping leaves it out.
 _QUESTION_COLUMNS = ("instruction", "input", "context", "history")
+_OPTIONAL = frozenset((*CONTEXT_COLUMNS, *_QUESTION_COLUMNS, *IMAGE_COLUMNS)) - {"instruction"}
 _ANSWER_COLUMN = {"prompt": "completion", "instruction": "output", "query": "response"}
 _CHECKS = ("answer", "answers", "solution")
 _ANSWERS = ("answer", "solution", "completion", "output", "response", "chosen", "label")
@@ -79,15 +80,20 @@ def _mapped(row: dict[str, Any], columns: Mapping[str, str | None]) -> dict[str,
     if not mapped:
         return {name: value for name, value in row.items() if name not in columns}
     # Columns that are not mapped are not read: one may happen to have a canonical name and mean something else.
-    if missing := [name for name in mapped.values() if name not in row]:
+    if missing := [name for canonical, name in mapped.items() if name not in row and canonical not in _OPTIONAL]:
         raise RowError(f"no column {', '.join(show(name, 40) for name in missing)}")
+    settled = {*mapped.values(), *(c for c, name in columns.items() if name is None or name in row)}
     for name in _watched(mapped):
-        if not _empty(row.get(name)) and name not in columns and name not in mapped.values():
+        if name not in settled and not _empty(row.get(name)):
             raise RowError(_would_be_lost(name, row, mapped))
-    found = {canonical: row[name] for canonical, name in mapped.items()}
+    found = {canonical: row.get(name) for canonical, name in mapped.items()}
     # Images are the exception: without them the row would be trained on as text that speaks of what is not there.
-    images = {name: row[name] for name in IMAGE_COLUMNS if name in row and columns.keys().isdisjoint(IMAGE_COLUMNS)}
+    images = {} if not mapped.keys().isdisjoint(IMAGE_COLUMNS) else _only(row, IMAGE_COLUMNS, columns)
     return {**found, **images}
+
+
+def _only(row: Mapping[str, Any], names: Sequence[str], columns: Mapping[str, str | None]) -> dict[str, Any]:
+    return {name: row[name] for name in names if name in row and name not in columns}
 
 
 def _watched(mapped: Mapping[str, str]) -> tuple[str, ...]:

@@ -276,7 +276,8 @@ def _check_columns(source: Source, rows: list[RawRow]) -> None:
             continue
         if isinstance(row, dict):
             seen.update(dict.fromkeys(row))
-    if seen and not wanted & set(seen):
+    never = set(renamed(source.columns).values()) - set(seen)
+    if seen and (never or not wanted & set(seen)):
         raise _no_columns(source, rows[0].file, list(seen))
 
 
