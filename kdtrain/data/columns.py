@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdtrain.data.errors import RowError, show
-from kdtrain.data.messages import blank
+from kdtrain.data.turns import blank
 
 # In this order: the first one that is present and not null says what kind of row it is. `messages` goes first because
 # published chat sets (ultrachat_200k) repeat the first user turn in a `prompt` column; `text` goes last because it is

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdtrain.data.errors import RowError, type_name
-from kdtrain.data.messages import blank, from_json, is_list, read_content, valid_unicode
+from kdtrain.data.turns import blank, from_json, is_list, read_content, valid_unicode
 
 
 def read_system(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -131,9 +131,9 @@ class RowEncoder:
                     parsed = prompt_of(parsed)
                 elif not self.prompts:
                     parsed = answered(parsed)
-                notes[i] = parsed.notes
                 if isinstance(parsed, Chat) and parsed.unknown_keys:
-                    notes[i] += parsed.unread_by(self.template(parsed.tools is not None).text)
+                    parsed = parsed.noting_keys(self.template(parsed.tools is not None).text)
+                notes[i] = parsed.notes
                 if isinstance(parsed, PlainText):
                     results[i] = self._verified(self._encode_text(parsed))
                 elif isinstance(parsed, Pair):

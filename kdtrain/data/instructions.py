@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdtrain.data.errors import RowError
-from kdtrain.data.messages import Message, blank, from_json, is_list, nonempty
+from kdtrain.data.turns import Message, blank, from_json, is_list, nonempty
 
 
 def instruction_messages(row: Mapping[str, Any]) -> list[Message]:

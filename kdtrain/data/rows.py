@@ -15,8 +15,8 @@ from kdtrain.data.context import read_system, read_template_kwargs, read_tools
 from kdtrain.data.errors import RowError, show, type_name
 from kdtrain.data.images import Image
 from kdtrain.data.instructions import instruction_messages, query_messages
-from kdtrain.data.messages import Message, Turns, blank, nonempty, read_messages
 from kdtrain.data.parts import column_images, count_images, place_images, texts_of
+from kdtrain.data.turns import Message, Turns, blank, nonempty, read_messages
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,12 @@ class Chat:
         assistants = (i for i, message in enumerate(self.messages) if message["role"] == "assistant")
         return [i for i in assistants if i >= self.first_trained and i not in self.untrained]
 
-    def unread_by(self, template: str) -> tuple[str, ...]:
-        """Notes of the messages' keys that are unknown here and that the text of a template does not name either."""
+    def noting_keys(self, template: str) -> Chat:
+        """With notes of the messages' keys that are unknown here and that the text of a template does not name."""
         named = r"\.{0}\b|[\['\"(]{0}['\"]"
         unread = (key for key in self.unknown_keys if not re.search(named.format(re.escape(key)), template))
-        return tuple(f"messages have the key {show(key, 40)}, which is not read" for key in unread)
+        notes = (f"messages have the key {show(key, 40)}, which is not read" for key in unread)
+        return replace(self, notes=(*self.notes, *notes), unknown_keys=())
 
 
 @dataclass(frozen=True)
