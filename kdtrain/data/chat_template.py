@@ -1,244 +1,318 @@
 """A chat template, and which characters of what it renders the model has to write itself.
 
-Two ways, in this order:
+The text is always what the model's own template renders. For the assistant's message `i` it gives two of them:
 
-1. **Markers.** The template has `{% generation %}` blocks, its own or those that trl adds to templates it recognises.
-   One rendering gives text and spans.
-2. **Prefixes.** The assistant turn `i` is what lies between the rendering of `messages[:i]` with a generation prompt
-   and that of `messages[:i + 1]`. Both have to be prefixes of the full text: a template that renders a turn
-   differently once another follows (dropped thinking, an end token on the last turn only) cannot be masked this way,
-   and guessing would shift the mask silently.
+    prompt    `messages[:i]` with a generation prompt: what the model is given at inference
+    rendered  `messages[:i + 1]`: the same with the answer behind it
 
-Templates differ in where they put the end-of-turn token, so the tokens that end a turn are found by rendering a probe.
+The answer is what the second has beyond the first, up to the token that ends the turn. Several turns share a row where
+the longest rendering holds every one of them in just this form. Where it does not (thinking blocks that are dropped
+from earlier turns, an end token of the last turn only), each turn is a row of its own.
+
+Templates differ in how they begin and end a turn and in what they leave out; what is not known from the text is found
+by rendering probes.
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
 from kdtrain.data.errors import RowError, show
+from kdtrain.data.messages import THINK, THINK_END, reasoning_moved, reasoning_of, rewritten, with_messages, written
+from kdtrain.data.probed_template import ProbedTemplate, any_of, boundaries, common
+from kdtrain.data.rendered import Rendered, Turn
+from kdtrain.data.row_notes import FIRST_LEFT, OTHER_PROMPT, SPACE_KEPT, SPLIT, STOP_ADDED, THOUGHT
 from kdtrain.data.rows import Chat
-from kdtrain.errors import DataError
+from kdtrain.data.unrendered import UnrenderedFinder
 
-MARKER_HELP = (
-    "Put {% generation %} and {% endgeneration %} around what the assistant writes, end-of-turn token included, in "
-    "the tokenizer's chat template"
-)
-# What a template is probed with: words that no template says by itself.
-_USER, _ANSWER, _NEXT = "kdprobeuser", "kdprobeanswer", "kdprobenext"
-_QUESTION = [{"role": "user", "content": _USER}]
-
-Message = dict[str, Any]
+TURNS = ("auto", "split", "joint")
+REASONING = ("error", "keep", "drop")
+CONTROL_TOKENS = ("error", "text")
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A conversation as text.
+class TemplateOptions:
+    """How conversations are rendered, see `data` in the config: its fields have these names."""
 
-    `turns` are the half-open character spans of the supervised turns, in order. `prompt_end` is where the last
-    assistant turn starts; None when all of the text is a prompt.
-    """
-
-    text: str
-    turns: list[tuple[int, int]]
-    prompt_end: int | None
+    train_on: str = "assistant"
+    turns: str = "auto"
+    reasoning: str = "error"
+    control_tokens: str = "error"
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
 
 class ChatTemplate:
-    """Renders conversations for one tokenizer, with `chat_template` in place of its own where it is given.
+    """Renders conversations with the template of one tokenizer, or with `chat_template` in its place.
 
     Attributes:
-        text: the template that is rendered.
-        marked: it has generation markers.
-        stop_ids: tokens that end an assistant turn: what the template puts after the answer, and the EOS.
-        added_ids: the tokenizer's added vocabulary.
-        replaced: the tokenizer's own template, when trl's training version stands in for it; else None.
+        stop_ids: tokens that end an assistant's turn: what the template puts behind the answer, and the EOS.
     """
 
-    def __init__(self, processing_class: Any, chat_template: str | None = None, tools: bool = False) -> None:
-        self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._specials = dict(self._tokenizer.special_tokens_map)
-        own = chat_template or _own_template(processing_class, self._tokenizer, tools)
-        training = None if has_generation_markers(own) else _training_version(processing_class, own)
-        self.text = training or own
-        self.replaced = own if training else None
-        self.marked = has_generation_markers(self.text)
-        self._as_parts = False
-        self._as_parts = not self._renders_question() and self._renders_question(as_parts=True)
-        self.added_ids = frozenset(self._tokenizer.get_added_vocab().values())
-        self.stop_ids = self._find_stop_ids()
-        self._headers = self._find_generation_prompts() if self.marked else []
+    def __init__(
+        self,
+        processing_class: Any,
+        chat_template: str | None = None,
+        tools: bool = False,
+        options: TemplateOptions | None = None,
+    ) -> None:
+        self._options = options or TemplateOptions()
+        kwargs = self._options.chat_template_kwargs
+        self._template = ProbedTemplate(processing_class, chat_template, tools, kwargs)
+        self._unrendered = UnrenderedFinder(self._template, self._options.train_on)
+        ends = self._template.ends.all
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.stop_ids = frozenset(tokenizer.convert_tokens_to_ids(list(ends)))
+        self._stops_pattern = re.compile(rf"\s*(?:{any_of(ends).pattern})")
 
-    def render(self, chat: Chat, train_on: str) -> Rendered:
-        """Renders once per conversation with markers, and twice per supervised turn without."""
+    # ---- one conversation --------------------------------------------------------------------------------------------
+
+    @property
+    def text(self) -> str:
+        return self._template.text
+
+    def render(self, chat: Chat) -> list[Rendered]:
+        """One text, or one for each trained turn where they cannot share it.
+
+        Raises:
+            RowError: the template cannot render the conversation as the model meets it, or leaves out a part of it.
+        """
+        chat = self._without_control_tokens(chat)
+        notes, chat, reasoning = self._check_rendered(chat)
+        call = _Call(chat, reasoning)
         if chat.prompt_only:
-            return Rendered(self._text(chat.messages, chat.tools, generation_prompt=True), [], None)
-        wanted = chat.trained if train_on == "assistant" else chat.trained[-1:]
-        if self.marked:
-            text, spans = self._marked_spans(chat)
-            turns = self._spans_from(chat, text, spans, wanted[0])
-            last = self._spans_from(chat, text, spans, wanted[-1])
-            return Rendered(text, turns, last[0][0] if last else len(text))
-        text = self._text(chat.messages, chat.tools)
-        turns = [self._prefix_span(chat, text, i) for i in wanted]
-        return Rendered(text, turns, turns[-1][0])
+            rendered = [Rendered(self._prompt(call, len(chat.messages)), messages=len(chat.messages))]
+        else:
+            rendered = self._answered(call)
+        rendered = [replace(one, notes=(*notes, *one.notes)) for one in rendered]
+        if self._options.control_tokens == "text":
+            rendered = [one.without_marks() for one in rendered]
+        return rendered
 
-    def own_text(self, chat: Chat) -> str:
-        """What the tokenizer's own template makes of the conversation, to compare with trl's training version."""
-        return self._text(chat.messages, chat.tools, generation_prompt=chat.prompt_only, template=self.replaced)
+    def _answered(self, call: _Call) -> list[Rendered]:
+        wanted = call.chat.trained
+        if not wanted:
+            raise RowError("no turn is trained on: the loss is switched off in all of them")
+        if self._options.train_on != "assistant":
+            wanted = wanted[-1:]
+        alone = self._each_alone(call, wanted)
+        if self._options.train_on == "all":
+            return [self._all(call, alone[-1])]
+        if len(alone) == 1:
+            return alone
+        if self._options.turns != "split" and (joint := self._joint(alone)) is not None:
+            return [joint]
+        if self._options.turns == "joint":
+            raise RowError(f"{SPLIT}, and data.turns is joint: set it to auto, or data.train_on to last")
+        note = () if self._options.turns == "split" else (SPLIT,)
+        return [replace(one, notes=(*note, *one.notes)) for one in alone]
 
-    def _spans_from(self, chat: Chat, text: str, spans: list[tuple[int, int]], first: int) -> list[tuple[int, int]]:
-        """Those of `spans` in the assistant messages from `messages[first]` on."""
-        assistants = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        if len(spans) == len(assistants):
-            return spans[assistants.index(first) :]
-        if first == assistants[0]:
-            return spans
-        # Turns of several marked blocks (thinking, then the answer), or of none: which block belongs to which turn is
-        # seen from how far the text reaches without the turns from `first` on.
-        boundary = self._prefix_end(chat, text, chat.messages[:first])
-        return [span for span in spans if span[0] >= boundary]
+    def _each_alone(self, call: _Call, wanted: list[int]) -> list[Rendered]:
+        """Each answer, but for a first one that the template cannot render without a user's message."""
+        messages, alone = call.chat.messages, []
+        notes: tuple[str, ...] = ()
+        for i in wanted:
+            try:
+                alone.append(self._alone(call, i))
+            except RowError:
+                if i == wanted[-1] or any(message["role"] == "user" for message in messages[:i]):
+                    raise
+                notes = (FIRST_LEFT,)
+        return [replace(one, notes=(*notes, *one.notes)) for one in alone]
 
-    def _prefix_span(self, chat: Chat, text: str, i: int) -> tuple[int, int]:
-        start = self._prefix_end(chat, text, chat.messages[:i], generation_prompt=True)
-        if i == len(chat.messages) - 1:
-            return start, len(text)
-        return start, self._prefix_end(chat, text, chat.messages[: i + 1])
+    def _all(self, call: _Call, last: Rendered) -> Rendered:
+        """Every token is supervised, those behind the last answer as well, but for turns that are switched off."""
+        count = len(call.chat.messages)
+        full = (
+            last if last.messages == count else replace(last, text=self._render(call, count), messages=count, stop=None)
+        )
+        off = [self._alone(call, i) for i in sorted(call.chat.untrained)]
+        for one in (last, *off):
+            if not full.text.startswith(one.text[: one.turns[0].end]):
+                raise RowError(f"{SPLIT}, which data.train_on: all cannot: set it to assistant or last")
+        return replace(full, excluded=tuple((one.turns[0].start, one.turns[0].end) for one in off))
 
-    def _prefix_end(self, chat: Chat, text: str, messages: list[Message], generation_prompt: bool = False) -> int:
-        """How far the rendering of the first messages alone reaches into the full text."""
-        prefix = self._text(messages, chat.tools, generation_prompt=generation_prompt)
-        if text.startswith(prefix):
-            return len(prefix)
-        at = next(i for i, c in enumerate(prefix) if text[i : i + 1] != c)
-        raise DataError(
-            f"the chat template of {_name(self._tokenizer)} renders the first {len(messages)} messages of a "
-            f"conversation of {len(chat.messages)} differently than on their own, so the assistant's tokens cannot be "
-            f"told from the rest: on their own …{show(prefix[max(0, at - 20) : at + 40])}…, in the whole "
-            f"…{show(text[max(0, at - 20) : at + 40])}…. {MARKER_HELP}, or train on the last turn only (train_on: last)"
+    def _alone(self, call: _Call, i: int) -> Rendered:
+        """The conversation up to the answer `i`, which is its only turn."""
+        prompt = self._prompt(call, i) if i else ""
+        text, blocks = self._jinja(call, i + 1, spans=self._template.marked)
+        notes: tuple[str, ...] = ()
+        if i in call.reasoning:
+            text, start, blocks = self._with_reasoning(call, i, prompt, text)
+        elif text.startswith(prompt):
+            start = self._behind_header(text, len(prompt), anywhere=not i)
+        else:
+            text, start, note = self._diverging(call, i, prompt, text)
+            blocks, notes = [], (note,)  # positions of markers no longer hold
+        turn, stop = self._turn(text, start, blocks, bool(call.chat.messages[i].get("tool_calls")))
+        if stop is not None:
+            notes = (*notes, STOP_ADDED)
+        return Rendered(text, (turn,), i + 1, stop=stop, notes=notes)
+
+    def _with_reasoning(self, call: _Call, i: int, prompt: str, text: str) -> tuple[str, int, list[tuple[int, int]]]:
+        """The answer with reasoning that the template does not render, in the block that its prompt opens."""
+        start = len(prompt) if text.startswith(prompt) else self._diverging(call, i, prompt, text)[1]
+        return f"{prompt}{call.reasoning[i]}\n{THINK_END}\n\n{text[start:].lstrip()}", len(prompt), []
+
+    def _diverging(self, call: _Call, i: int, prompt: str, text: str) -> tuple[str, int, str]:
+        """Where the answer starts in a text that does not begin with its prompt; the text, and what to say of it."""
+        at = common(prompt, text)
+        if not prompt[at:].strip():
+            return prompt + text[at:], len(prompt), SPACE_KEPT
+        before = self._render(call, i)
+        if prompt.startswith(before) and text.startswith(before):
+            # The generation prompt is longer than what the template writes in front of this answer. It can be left
+            # only where one of its tokens begins or ends.
+            header = prompt[len(before) :]
+            reached = at - len(before)
+            ends = [end for end in boundaries(header, self._template.added_pattern) if 0 < end <= reached]
+            if ends:
+                return text, len(before) + max(ends), OTHER_PROMPT
+        raise RowError(
+            f"the chat template renders the messages before messages[{i}] differently once that answer follows: alone "
+            f"…{_around(prompt, at)}…, with it …{_around(text, at)}…. What the student would be trained on is not what "
+            "it is given at inference"
         )
 
-    def _marked_spans(self, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
-        text, marked = self._jinja(chat.messages, chat.tools, spans=True)
-        spans = [(self._after_header(text, start), end) for start, end in marked]
-        return text, [(start, end) for start, end in spans if start < end]
+    def _behind_header(self, text: str, start: int, *, anywhere: bool) -> int:
+        """Some templates write no generation prompt after some messages, but a header in front of the answer.
 
-    def _after_header(self, text: str, start: int) -> int:
-        """Some markers (trl's for Qwen2.5, gpt-oss, DeepSeek) start before the end of the generation prompt.
-
-        The student never writes the generation prompt itself, so it is neither trained on nor missing from the prompt.
+        The header is what the generation prompt is after a user's message. The model is given it at inference, and
+        never has to write it. `anywhere`: there is no message before the answer, so all up to the header is given.
         """
-        for header in self._headers:
-            at = text.find(header, max(0, start - len(header)), start + len(header))
-            if at >= 0:
+        for header in self._template.headers:
+            at = text.find(header, start)
+            if at >= 0 and (anywhere or not self._template.added_pattern.sub("", text[start:at]).strip()):
                 return at + len(header)
         return start
 
-    def _text(self, messages: list[Message], tools: list[Message] | None = None, **options: Any) -> str:
-        return self._jinja(messages, tools, **options)[0]
+    def _turn(self, text: str, start: int, blocks: Sequence[tuple[int, int]], calls: bool) -> tuple[Turn, str | None]:
+        """The turn that ends a text, and the token that is missing at its end."""
+        content_end = self._content_end(text, start)
+        stop = self._stops_pattern.match(text, content_end)
+        missing = None
+        if stop is not None:
+            end = stop.end()
+        elif missing := self._template.ends.tool if calls else self._template.ends.user:
+            content_end = end = len(text)
+        else:  # a token that no probe shows ends the turn, or none
+            end = len(text.rstrip())
+            last = next((token for token in self._template.added if text.endswith(token, start, end)), "")
+            content_end, end = (end - len(last), end) if last else (len(text), len(text))
+        spans, extended = self._spans(text, start, content_end, end, blocks)
+        return Turn(start, end, spans, content_end < end or missing is not None, extended), missing
 
-    def _jinja(
-        self,
-        messages: list[Message],
-        tools: list[Message] | None,
-        *,
-        generation_prompt: bool = False,
-        spans: bool = False,
-        template: str | None = None,
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and with `spans` those of its generation markers."""
-        if self._as_parts:
-            messages = [
-                {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
-                for m in messages
-            ]
-        try:
-            texts, indices = render_jinja_template(
-                conversations=[messages],
-                tools=tools,
-                chat_template=template or self.text,
-                return_assistant_tokens_mask=spans,
-                add_generation_prompt=generation_prompt,
-                **self._specials,
+    def _content_end(self, text: str, start: int) -> int:
+        """Where the run of white space and stop tokens begins that a text ends with."""
+        end = len(text.rstrip())
+        while end > start and (
+            stop := next((s for s in self._template.ends.all if text.endswith(s, start, end)), None)
+        ):
+            end = start + len(text[start : end - len(stop)].rstrip())
+        return max(end, start)
+
+    def _spans(
+        self, text: str, start: int, content_end: int, end: int, blocks: Sequence[tuple[int, int]]
+    ) -> tuple[tuple[tuple[int, int], ...], bool]:
+        """What is supervised of a turn: all of it, or what the template's own markers leave of it with its end."""
+        if not self._template.marked or not blocks:
+            return ((start, end),), False
+        inside = [(max(start, a), min(end, b)) for a, b in blocks if min(end, b) > max(start, a)]
+        if not inside:
+            return (), False
+        if not text[start : inside[0][0]].strip():
+            inside[0] = (start, inside[0][1])
+        extended = inside[-1][1] < end and not text[inside[-1][1] : content_end].strip()
+        if extended:
+            inside[-1] = (inside[-1][0], end)
+        return tuple(inside), extended
+
+    def _joint(self, alone: list[Rendered]) -> Rendered | None:
+        """All turns in the last text; None where an earlier one has another form in it."""
+        last, turns = alone[-1], []
+        for one in alone[:-1]:
+            (turn,) = one.turns
+            if not last.text.startswith(one.text[: turn.end]):
+                return None
+            if one.stop is not None:  # the next message writes it
+                behind = self._stops_pattern.match(last.text, turn.end)
+                if behind is None:
+                    return None
+                spans = (*turn.spans[:-1], (turn.spans[-1][0], behind.end()))
+                turn = replace(turn, end=behind.end(), spans=spans)
+            turns.append(turn)
+        notes = tuple(dict.fromkeys(note for one in alone for note in one.notes if one is last or note != STOP_ADDED))
+        return replace(last, turns=(*turns, *last.turns), notes=notes)
+
+    def _prompt(self, call: _Call, count: int) -> str:
+        return self._jinja(call, count, generation_prompt=True)[0]
+
+    def _render(self, call: _Call, count: int) -> str:
+        return self._jinja(call, count)[0]
+
+    def _jinja(self, call: _Call, count: int, **options: bool) -> tuple[str, list[tuple[int, int]]]:
+        """The first `count` messages."""
+        chat = call.chat
+        return self._template.render(chat.messages[:count], chat.tools, chat.template_kwargs, **options)
+
+    # ---- what is not rendered ----------------------------------------------------------------------------------------
+
+    def _without_control_tokens(self, chat: Chat) -> Chat:
+        """Refuses control tokens in what people wrote, or marks them for `Rendered.cuts`."""
+        found: dict[int, str] = {}
+        for i, message in enumerate(chat.messages):
+            for text in written(message):
+                found.update((i, token) for _, token in self._template.control_tokens.find(text))
+        if not found:
+            return chat
+        if self._options.control_tokens == "error":
+            first, token = next(iter(found.items()))
+            raise RowError(
+                f"messages[{first}] has the control token {show(token, 60)} in its text, which the model would take "
+                "for one of the chat template. Remove it, or set data.control_tokens: text"
             )
-        # Templates are programs: besides their own raise_exception they trip over missing keys and wrong types.
-        except (TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
-            raise RowError(f"the chat template refuses the conversation: {show(str(error))}") from error
-        return texts[0], indices[0] if spans else []
+        cut = self._template.control_tokens.mark
+        messages = [rewritten(message, cut) if i in found else message for i, message in enumerate(chat.messages)]
+        return replace(chat, messages=messages)
 
-    def _renders_question(self, as_parts: bool = False) -> bool:
-        """Templates of vision models that walk over content parts render nothing at all for a string."""
-        self._as_parts = as_parts
-        try:
-            return _USER in self._text(_QUESTION)
-        except RowError:
-            return False
+    def _check_rendered(self, chat: Chat) -> tuple[tuple[str, ...], Chat, Mapping[int, str]]:
+        """Refuses what the template leaves out of a conversation of this form; reasoning goes by the option.
 
-    def _find_generation_prompts(self) -> list[str]:
-        """The generation prompt and its beginnings up to an added token, longest first.
-
-        Thinking models open the thinking block in it (`<|Assistant|><think>`), which an answer without one does not
-        have: then the shorter one matches.
+        Returns what to say, the conversation to render, and reasoning that is to be written behind a prompt.
         """
-        try:
-            without, full = self._text(_QUESTION), self._text(_QUESTION, generation_prompt=True)
-        except RowError:
-            return []
-        header = full[len(without) :] if full.startswith(without) else ""
-        tokens = self._tokenizer(header, add_special_tokens=False, return_offsets_mapping=True)
-        pairs = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
-        ends = {end for token, (_, end) in pairs if token in self.added_ids} | {len(header)}
-        return [header[:end] for end in sorted(ends - {0}, reverse=True)]
-
-    def _find_stop_ids(self) -> frozenset[int]:
-        found = {self._tokenizer.eos_token_id} - {None}
-        chat = [*_QUESTION, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
-        try:
-            tail = self._text(chat[:2]).partition(_ANSWER)[2]
-            gap = self._text(chat).partition(_ANSWER)[2].partition(_NEXT)[0]
-        except RowError:
-            return frozenset(found)
-        if at_end := self._leading_markers(tail):
-            found.add(at_end[0])
-        # Between two turns there has to be an end and a beginning; one marker alone is the beginning of the next turn.
-        if len(between := self._leading_markers(gap)) > 1:
-            found.add(between[0])
-        return frozenset(found)
-
-    def _leading_markers(self, text: str) -> list[int]:
-        """Added-vocabulary ids in `text`, if it starts with one after white space."""
-        ids = self._tokenizer(text.lstrip(), add_special_tokens=False)["input_ids"]
-        return [i for i in ids if i in self.added_ids] if ids and ids[0] in self.added_ids else []
-
-
-def _own_template(processing_class: Any, tokenizer: Any, tools: bool) -> str:
-    template = processing_class.chat_template or tokenizer.chat_template
-    if isinstance(template, dict):
-        template = (template.get("tool_use") if tools else None) or template.get("default")
-    if not template:
-        raise DataError(
-            f"{_name(tokenizer)} has no chat template, so rows with messages cannot be rendered: take the tokenizer of "
-            "the instruction-tuned model, set tokenizer.chat_template, or give prompt/completion or text columns"
+        found = self._unrendered.find(chat)
+        if not found.reasoning:
+            return found.notes, chat, {}
+        first = found.reasoning[0]
+        if self._options.reasoning == "error":
+            raise RowError(
+                f"the chat template does not render the reasoning of messages[{first}]: set data.reasoning to keep "
+                "(writes <think>…</think> in front of the answer) or drop"
+            )
+        without = with_messages(chat, found.reasoning, lambda message: reasoning_moved(message, keep=False))
+        if self._options.reasoning == "drop":
+            return found.notes, without, {}
+        kept = with_messages(chat, found.reasoning, lambda message: reasoning_moved(message, keep=True))
+        if not self._unrendered.find(kept).reasoning:
+            return found.notes, kept, {}
+        if self._template.generation_prompt.rstrip().endswith(THINK):
+            reasoning = {i: reasoning_of(chat.messages[i]) for i in found.reasoning}
+            return (*found.notes, THOUGHT), without, reasoning
+        raise RowError(
+            f"the chat template cuts {THINK}…{THINK_END} out of messages[{first}], so that its reasoning cannot be "
+            "kept: set data.reasoning: drop"
         )
-    return str(template)
 
 
-def _training_version(processing_class: Any, template: str) -> str | None:
-    """trl's version of a template it knows, with generation markers; None for the others."""
-    if template != processing_class.chat_template:
-        processing_class = copy.copy(processing_class)
-        processing_class.chat_template = template
-    try:
-        return get_training_chat_template(processing_class)
-    except (ValueError, TypeError, TemplateError, ImportError):
-        return None  # unknown to trl, or too unlike a chat template for its probes
+@dataclass(frozen=True)
+class _Call:
+    """A conversation as it is rendered."""
+
+    chat: Chat
+    reasoning: Mapping[int, str] = field(default_factory=dict)  # by message, of answers whose template renders none
 
 
-def _name(tokenizer: Any) -> str:
-    return f"the tokenizer {show(str(tokenizer.name_or_path or type(tokenizer).__name__))}"
+def _around(text: str, at: int) -> str:
+    return show(text[max(0, at - 20) : at + 40])
