@@ -104,9 +104,10 @@ class DataSource(Section):
     """Configuration (subset) of a hub data set."""
     split: Text = "train"
     """Split of a hub data set."""
-    columns: dict[str, Text] | None = None
+    columns: dict[str, Text | None] | None = None
     """Renames columns: the name kdtrain knows -> the name in the data, such as `{prompt: question}`. Other columns are
-    then not read, but for `images` and `image`."""
+    then not read, but for `images` and `image`; one that the rows would lose that way (`system`, `tools`, `input`) is
+    an error. `{input: null}` says that a column is not to be read."""
     streaming: Flag = False
     """Read while training instead of before it, for data larger than memory or disk."""
     limit: Count | None = None

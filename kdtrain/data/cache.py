@@ -16,13 +16,14 @@ import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from kdtrain.data.columns import parse_json
 from kdtrain.data.encoded_row import EncodedRow, Limits, truncate
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.errors import RowError
 from kdtrain.data.files import folder_of
 from kdtrain.data.images import Image
 from kdtrain.data.multimodal import image_content, tokenizer_content
-from kdtrain.data.rows import Chat, parse_json, parse_row
+from kdtrain.data.rows import Chat, parse_row
 from kdtrain.data.sources import Source, rows_at_once
 
 # Raise it with every change that makes the same row come out differently.
@@ -122,6 +123,7 @@ def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], 
         "images": image_content(encoder.processing_class),
         "own_template": encoder.chat_template or encoder.processing_class.chat_template or tokenizer.chat_template,
         "template": vars(encoder.options),
+        "prompts": encoder.prompts,
         "limits": [limits.max_length, limits.on_overlength],
         "columns": [dict(source.columns) if source.columns else None for source in sources],
         "answers": [source.answers for source in sources],

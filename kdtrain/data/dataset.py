@@ -89,6 +89,7 @@ def build_dataset(
     num_proc: int | None = None,
     cache_dir: str | None = None,
     new_parts: bool = False,
+    prompts: bool = True,
     **options: Any,
 ) -> tuple[datasets.Dataset, BuildReport]:
     """Reads, mixes and encodes sources, in their order and unshuffled.
@@ -105,6 +106,8 @@ def build_dataset(
             let one of them call first: the others then read what it stored.
         new_parts: with fractional weights, return all rows once, and in `BuildReport.epochs` which of them make up each
             epoch: other ones every time. Sums are those of the first. Without effect beside `sample_limit`.
+        prompts: whether rows without an answer can be used. Otherwise they are bad rows, and a conversation that goes
+            on after its last answer ends there.
         options: see `encode_row`.
 
     Returns:
@@ -119,7 +122,7 @@ def build_dataset(
         DataError: nothing to read, too many bad rows, over-long rows with `error`, no row left, or a tokenizer or
             template that cannot serve the rows.
     """
-    encoder = RowEncoder(processing_class, train_on, **options)
+    encoder = RowEncoder(processing_class, train_on, prompts=prompts, **options)
     limits = Limits(max_length, on_overlength)
     if not sources:
         raise DataError("there is no data source")

@@ -30,7 +30,7 @@ from kdtrain.data.errors import RowError, show
 from kdtrain.data.multimodal import multimodal
 from kdtrain.data.parts import count_images, texts_of
 from kdtrain.data.row_notes import APART, SPLIT, STRADDLED
-from kdtrain.data.rows import Chat, Pair, PlainText, parse_row, prompt_of
+from kdtrain.data.rows import Chat, Pair, PlainText, answered, parse_row, prompt_of
 from kdtrain.data.tokens import Tokens
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
@@ -77,6 +77,7 @@ class RowEncoder:
     """Encodes batches of rows with one tokenizer or processor, as `encode_row` does one.
 
     `keep_pixels`: rows with images come with what the processor made of them. Not for a data set: it fills the memory.
+    `prompts`: rows without an answer can be used, see `kdtrain.data.rows.answered`.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class RowEncoder:
         chat_template: str | None = None,
         *,
         keep_pixels: bool = False,
+        prompts: bool = True,
         **options: Any,
     ) -> None:
         self.options = TemplateOptions(train_on, **options)
@@ -102,6 +104,7 @@ class RowEncoder:
         self.chat_template = chat_template
         self.multimodal = multimodal(processing_class)
         self._keep_pixels = keep_pixels
+        self.prompts = prompts
         self._templates: dict[bool, ChatTemplate] = {}
         self._bos: list[int] = []
         self._settings = ""
@@ -143,6 +146,10 @@ class RowEncoder:
                 parsed = parse_row(row, folders[i])
                 if teacher_answers and teacher_answers[i]:
                     parsed = prompt_of(parsed)
+                elif not self.prompts:
+                    parsed = answered(parsed)
+                if isinstance(parsed, Chat) and parsed.unknown_keys:
+                    parsed = parsed.noting_keys(self.template(parsed.tools is not None).text)
                 if isinstance(parsed, PlainText):
                     results[i] = [self._verified(self._encode_text(parsed), parsed.notes)]
                 elif isinstance(parsed, Pair):
