@@ -20,8 +20,9 @@ from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.errors import RowError
 from kdtrain.data.files import folder_of
 from kdtrain.data.images import Image
+from kdtrain.data.media import parse_media_row
 from kdtrain.data.multimodal import image_content, tokenizer_content
-from kdtrain.data.rows import Chat, parse_json, parse_row
+from kdtrain.data.rows import Chat, parse_json
 from kdtrain.data.sources import Source, rows_at_once
 
 # Raise it with every change that makes the same row come out differently.
@@ -136,12 +137,12 @@ def _image_files(batch: dict[str, list[Any]], sources: Sequence[Source]) -> Iter
     """The images that stand in files of their own; the bytes of the others are in the rows' text."""
     for text, file, number in zip(batch["text"], batch["file"], batch["source"], strict=True):
         columns = sources[number].columns
-        # Image columns and parts are all called image, image_url or images; only a mapping can give them other names.
+        # Image columns and parts are called image…, or file_name; only a mapping can give them other names.
         # Parsing every row of a text data set twice would take longer.
-        if "image" not in text and not columns:
+        if "image" not in text and "file_name" not in text and not columns:
             continue
         try:
-            parsed = parse_row(parse_json(text, columns), folder_of(file))
+            parsed = parse_media_row(parse_json(text, columns), folder_of(file), True)
         except RowError:
             continue  # counted when it is encoded
         if isinstance(parsed, Chat):

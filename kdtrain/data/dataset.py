@@ -24,7 +24,8 @@ from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.epochs import Epochs, mix
 from kdtrain.data.errors import RowError, show
 from kdtrain.data.files import folder_of
-from kdtrain.data.rows import Chat, parse_json, parse_row, prompt_of
+from kdtrain.data.media import parse_media_row
+from kdtrain.data.rows import Chat, parse_json, prompt_of
 from kdtrain.data.sources import Source, read_all
 from kdtrain.errors import DataError
 
@@ -228,7 +229,7 @@ def _row_notes(encoded: datasets.Dataset, raw: datasets.Dataset) -> list[str]:
 def _template_notes(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source]) -> list[str]:
     """trl's training version of a template may render more than the tokenizer's own: both are compared on some rows."""
     differing = checked = 0
-    for chat in islice(_chats(raw, sources), 32):
+    for chat in islice(_chats(raw, sources, encoder), 32):
         template = encoder.template(chat.tools is not None)
         if template.replaced is None:
             continue
@@ -246,11 +247,12 @@ def _template_notes(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequenc
     ]
 
 
-def _chats(raw: datasets.Dataset, sources: Sequence[Source]) -> Iterator[Chat]:
+def _chats(raw: datasets.Dataset, sources: Sequence[Source], encoder: RowEncoder) -> Iterator[Chat]:
     for row in raw.select(range(min(len(raw), 64))):
         source = sources[row["source"]]
         try:
-            chat = parse_row(parse_json(row["text"], source.columns), folder_of(row["file"]))
+            parsed = parse_json(row["text"], source.columns)
+            chat = parse_media_row(parsed, folder_of(row["file"]), encoder.multimodal is not None)
             chat = prompt_of(chat) if source.answers == "teacher" else chat
         except RowError:
             continue  # counted among the bad rows

@@ -19,9 +19,10 @@ from typing import Any
 from kdtrain.data.chat_template import ChatTemplate, Rendered
 from kdtrain.data.encoded_row import EncodedRow
 from kdtrain.data.errors import RowError, show
+from kdtrain.data.media import parse_media_row
 from kdtrain.data.multimodal import multimodal
 from kdtrain.data.parts import texts_of
-from kdtrain.data.rows import Chat, Pair, PlainText, parse_row, prompt_of
+from kdtrain.data.rows import Chat, Pair, PlainText, prompt_of
 from kdtrain.data.tokens import Tokens
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
@@ -118,7 +119,7 @@ class RowEncoder:
         notes: dict[int, tuple[str, ...]] = {}
         for i, row in enumerate(rows):
             try:
-                parsed = parse_row(row, folders[i])
+                parsed = parse_media_row(row, folders[i], self.multimodal is not None)
                 if teacher_answers and teacher_answers[i]:
                     parsed = prompt_of(parsed)
                 notes[i] = parsed.notes
@@ -172,7 +173,8 @@ class RowEncoder:
         # as the text after the last image.
         end = max(tokens.first_from(after_images), model.images_end(tokens.ids))
         kept = processed if self._keep_pixels else None
-        return replace(row, labels=labels, text=rendered.text, images=chat.images, images_end=end, processed=kept)
+        row = replace(row, labels=labels, notes=row.notes + processed.notes)
+        return replace(row, text=rendered.text, images=chat.images, images_end=end, processed=kept)
 
     def _tokenize(self, texts: list[str]) -> list[Tokens]:
         if not texts:

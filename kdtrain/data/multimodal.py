@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +34,7 @@ class Processed:
     ids: list[int]
     token_tensors: dict[str, torch.Tensor]  # the others with one entry per token, such as `token_type_ids`, [1, T, ...]
     visual: dict[str, torch.Tensor]  # such as `pixel_values`; what their first axis counts differs between families
+    notes: tuple[str, ...] = ()  # what was changed of the images before the processor saw them
 
 
 class Multimodal:
@@ -118,7 +119,9 @@ class Multimodal:
             )
         # The ids alone do not say which characters they stand for; the recorded text can be tokenised with offsets.
         recorder = Recorder(self.tokenizer)
-        processed = self.process(rendered.text, [image.load() for image in images], recorder)
+        loaded = [image.load_noted() for image in images]
+        processed = self.process(rendered.text, [image for image, _ in loaded], recorder)
+        processed = replace(processed, notes=tuple(dict.fromkeys(note for _, notes in loaded for note in notes)))
         if len(recorder.texts) != 1:
             raise DataError(
                 f"{type(self.processor).__name__} tokenises a row in {len(recorder.texts)} pieces, so the assistant's "
