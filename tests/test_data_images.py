@@ -656,3 +656,63 @@ def test_a_column_mapping_that_does_not_speak_of_images_keeps_them(tmp_path):
     source = Source(str(tmp_path / "d.jsonl"), columns={"messages": "dialog"})
     _, report = build_dataset([source], vision.make_llava(), max_length=None, on_overlength="error", train_on="last")
     assert report.images == 1
+
+
+def test_an_image_that_could_not_be_read_is_tried_again(build, tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(png())
+    path = write_lines(tmp_path / "a.jsonl", [row("a.png"), {"messages": TURNS}])
+    allowed = Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # as a limit, a right or a library that is put right later
+    for _ in range(2):
+        _, report = build(path, max_bad_rows=1)
+        assert report.bad_rows == 1
+        assert "a.png cannot be read: Image size (1280 pixels) exceeds limit" in report.first_bad[0]
+        (entry,) = (tmp_path / "cache").iterdir()
+        written = entry.stat().st_ctime_ns
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", allowed)
+    assert build(path, max_bad_rows=1)[1].bad_rows == 0
+    (entry,) = (tmp_path / "cache").iterdir()
+    assert entry.stat().st_ctime_ns > written
+    assert build(path)[1].images == 1
+
+
+def test_other_bad_rows_stay_as_they_were_stored(build, tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": []}, {"messages": TURNS}])
+    build(path, max_bad_rows=1)
+    monkeypatch.setattr("kdtrain.data.cache._encode_batch", None)
+    assert build(path, max_bad_rows=1)[1].bad_rows == 1
+
+
+def test_an_image_that_was_replaced_without_a_trace_in_size_and_time_is_encoded_anew(build, llava, tmp_path):
+    """As copies do that keep the times: before the run, and between two of its starts."""
+    image = tmp_path / "a.png"
+    small, large = (io.BytesIO() for _ in range(2))
+    Image.new("RGB", (16, 16)).save(small, "BMP")
+    Image.new("RGB", (64, 64)).save(large, "BMP")
+    image.write_bytes(small.getvalue().ljust(20000, b"\0"))
+    os.utime(image, (1, 1))
+    path = write_lines(tmp_path / "a.jsonl", [row("a.png")])
+    qwen = vision.make_qwen()
+    before, _ = build(path, processor=qwen)
+    image.write_bytes(large.getvalue().ljust(20000, b"\0"))
+    os.utime(image, (1, 1))
+    with pytest.raises(DataError, match=r"row 0:0: the processor gives it other tokens .* Start the run again"):
+        Collator(qwen)(list(before))
+    after, _ = build(path, processor=qwen)
+    assert len(Collator(qwen)(list(after)).rows.ids) == 1
+
+
+def test_the_most_unusual_images_of_each_source_are_known_with_their_places(build, tmp_path):
+    sizes = [(40, 40), (48, 40), (16, 60), (90, 90), (20, 20), (20, 120)]
+    for i, (width, height) in enumerate(sizes):
+        picture(i, width, height).save(tmp_path / f"{i}.png")
+    rows = [{"messages": TURNS}, row("0.png", "3.png"), *(row(f"{i}.png") for i in (1, 2, 4, 5, 0))]
+    one = write_lines(tmp_path / "one.jsonl", rows)
+    two = write_lines(tmp_path / "two.jsonl", [row("missing.png"), row("1.png")])
+    _, report = build(one, Source(str(two), weight=2), processor=vision.make_qwen(), max_bad_rows=1)
+    smallest, largest, narrowest, longest = 4, 1, 3, 5
+    assert report.image_extremes == [
+        *((at, f"{one}:{at + 1}") for at in (smallest, largest, narrowest, longest)),
+        (7, f"{two}:2"),
+    ]
+    assert build(write_lines(tmp_path / "text.jsonl", [{"messages": TURNS}]))[1].image_extremes == []

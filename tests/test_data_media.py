@@ -88,10 +88,13 @@ def test_a_model_without_images_reads_the_placeholder_as_text_and_says_so(tokeni
 @pytest.mark.parametrize(
     "text", ['<img src="a.png"> and <video controls>', "<video><source></video>", "a < b", "<imag>"]
 )
-def test_html_is_text(text, processor, folder):
+def test_html_is_text(text, qwen, folder):
     for row in (chat(text), chat(answer=text), chat(f"<image>{text}", images=["a.png"])):
-        encode_row(row, processor, train_on="assistant", folder=str(folder))
-    encode_row(chat(answer="<video>"), processor, train_on="assistant")
+        encode_row(row, qwen, train_on="assistant", folder=str(folder))
+
+
+def test_an_answer_may_speak_of_a_tag(qwen):
+    encode_row(chat(answer="The tag is <video>"), qwen, train_on="assistant")
 
 
 # ---- images under other names

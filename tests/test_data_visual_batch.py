@@ -75,10 +75,26 @@ def test_what_the_processor_makes_of_a_row_is_what_the_batch_holds(processor):
         assert torch.equal(batch.model_inputs[name], value), name
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_rows_come_out_as_the_chat_template_of_the_processor_makes_them(processor, count):
+    """Ids and pixels of a row as at inference, where a template is applied to parts that hold their images."""
+    images = [picture(i, 40 + 25 * i, 32 + 10 * i) for i in range(count)]
+    parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "What?"}]
+    expected = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=True, return_dict=True, return_tensors="pt",
+        add_generation_prompt=True, processor_kwargs={"add_special_tokens": False},
+    )  # fmt: skip
+    batch = Collator(processor)([{"messages": [user(*parts)]}])
+    assert set(expected) == set(batch.model_inputs)
+    for name, value in expected.items():
+        assert torch.equal(batch.model_inputs[name], value), name
+
+
 SIZES = {
     "llava": {"pixel_values": [2, 0, 1]},
     "gemma3": {"pixel_values": [2, 0, 1]},
     "idefics3": {"pixel_values": [1, 1, 1], "pixel_attention_mask": [1, 1, 1]},
+    "onevision": {"pixel_values": [2, 0, 1], "image_sizes": [2, 0, 1], "batch_num_images": [1, 1, 1]},
     # Rounded to multiples of 16 pixels, 40 × 32 takes 6 × 4 or 4 × 4 patches of 8 × 8, and so on: see the grid.
     "qwen": {"pixel_values": [112, 0, 32], "image_grid_thw": [2, 0, 1]},
 }

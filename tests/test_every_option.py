@@ -118,7 +118,7 @@ def _build(arguments: TrainArguments) -> mock.Mock:
     calls.build_dataset.return_value = rows, BuildReport(images=1)
     calls.build_teacher.return_value = mock.Mock(vocab_size=320, module=teacher)
     names = ("load_model", "load_processing", "build_teacher", "write_answers", "freeze_parts", "check_named_parts")
-    names += ("Collator", "check_images_fit_teacher", "GKDTrainerWithMetrics", "check_startup")
+    names += ("Collator", "check_images", "GKDTrainerWithMetrics", "check_startup")
     with (
         mock.patch.multiple(build, **{name: getattr(calls, name) for name in names}),
         mock.patch.object(read_data, "build_dataset", calls.build_dataset),

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from kdtrain.data.encoded_row import EncodedRow, Limits, truncate
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.errors import RowError
 from kdtrain.data.files import folder_of
-from kdtrain.data.images import Image
+from kdtrain.data.images import Image, ImageError
 from kdtrain.data.media import parse_media_row
 from kdtrain.data.multimodal import image_content, tokenizer_content
 from kdtrain.data.rows import Chat, parse_json
@@ -36,6 +37,7 @@ _FEATURES = datasets.Features(
         "prompt_length": datasets.Value("int32"),
         "status": datasets.Value("string"),  # ok | bad | long (over max_length, an error) | dropped
         "problem": datasets.Value("string"),
+        "again": datasets.Value("bool"),  # an image could not be read: next time it may be
         "length": datasets.Value("int32"),  # before truncation
         "supervised": datasets.Value("int32"),
         "kind": datasets.Value("string"),
@@ -45,6 +47,7 @@ _FEATURES = datasets.Features(
         "notes": datasets.List(datasets.Value("string")),
         # Of rows with images: the conversation before its images are expanded, and where the images are.
         "text": datasets.Value("large_string"),
+        "sizes": datasets.List(datasets.Value("int32")),
         "images": datasets.List({"path": datasets.Value("string"), "bytes": datasets.Value("large_binary")}),
     }
 )
@@ -64,7 +67,8 @@ def encode_cached(
     as many rows in the same order, with the columns of `_FEATURES`; bad rows have a `problem` and no tokens.
     """
     entry = cache_dir / f"encoded-{_key(raw, encoder, sources, limits)}"
-    if (stored := _stored(entry, len(raw))) is not None:
+    stored = _stored(entry, len(raw))
+    if stored is not None and not _is_repaired(stored, raw, encoder, sources, limits):
         return stored
     work = Path(tempfile.mkdtemp(prefix="encoding-", dir=cache_dir))
     at_once = rows_at_once(raw, 500)
@@ -104,6 +108,18 @@ def _stored(entry: Path, rows: int) -> datasets.Dataset | None:
     if sum(map(len, parts)) != rows or not parts:
         return None
     return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+
+
+def _is_repaired(
+    stored: datasets.Dataset, raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], limits: Limits
+) -> bool:
+    """Whether an image that could not be read can be read now: rights, limits and libraries change."""
+    rows = np.flatnonzero(np.array(stored["again"][:]))
+    for start in range(0, len(rows), 100):
+        some = rows[start : start + 100]
+        if set(_encode_batch(raw[some], encoder, sources, limits)["status"]) != {"bad"}:
+            return True
+    return False
 
 
 def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], limits: Limits) -> str:
@@ -174,13 +190,17 @@ def _encode_batch(
     out: dict[str, list[Any]] = {name: [] for name in _FEATURES}
     for i, problem in enumerate(problems):
         result = encoded.get(i) or RowError(problem)
-        row = _record(_NOTHING, "bad", 0, str(result)) if isinstance(result, RowError) else _fitted(result, limits)
+        row = _bad(result) if isinstance(result, RowError) else _fitted(result, limits)
         for name, value in row.items():
             out[name].append(value)
     return out
 
 
 _NOTHING = EncodedRow([], [], 0)
+
+
+def _bad(error: RowError) -> dict[str, Any]:
+    return {**_record(_NOTHING, "bad", 0, str(error)), "again": isinstance(error, ImageError)}
 
 
 def _fitted(row: EncodedRow, limits: Limits) -> dict[str, Any]:
@@ -196,5 +216,5 @@ def _record(row: EncodedRow, status: str, length: int, problem: str = "") -> dic
     """A row in the columns of `_FEATURES`."""
     same = {name: value for name, value in vars(row).items() if name in _FEATURES}
     images = [image.record for image in row.images]
-    found = {"status": status, "problem": problem, "length": length, "supervised": row.supervised}
+    found = {"status": status, "problem": problem, "again": False, "length": length, "supervised": row.supervised}
     return {**same, **found, "images": images}

@@ -54,6 +54,9 @@ class BuildReport:
     stop_tokens_added: int = 0  # rows whose template marks the answer without the token that ends it
     unterminated_rows: int = 0  # with a supervised turn that ends without a stop token
     notes: list[str] = field(default_factory=list)
+    # The rows of the data set with the smallest, largest, narrowest and most elongated image of each source, and where
+    # they come from: tried first, so that an image that does not fit a model does not end the run in its middle.
+    image_extremes: list[tuple[int, str]] = field(default_factory=list)
     epochs: Epochs | None = None  # which rows of the data set make up each epoch; None: all, in every epoch
 
     def summary(self) -> str:
@@ -151,6 +154,7 @@ def build_dataset(
             else:
                 rows = epoch = plan[kept[plan]]
             _count_tokens(encoded, epoch, limits, report)
+            report.image_extremes = _image_extremes(encoded, raw, rows)
             return _assemble(encoded, raw, sources, rows, bool(report.images)), report
     except OSError as error:  # sources raise DataError on their own: this is a full or read-only disk
         raise DataError(
@@ -266,6 +270,24 @@ def _count_tokens(encoded: datasets.Dataset, epoch: np.ndarray, limits: Limits, 
     report.rows_per_epoch = len(epoch)
     report.supervised_tokens = int(_column(encoded, "supervised")[epoch].sum())
     report.total_tokens = int(lengths[epoch].sum())
+
+
+def _image_extremes(encoded: datasets.Dataset, raw: datasets.Dataset, rows: np.ndarray) -> list[tuple[int, str]]:
+    """See `BuildReport`; `rows` are those of the data set, among which a row may come more than once."""
+    column = encoded.data.column("sizes")
+    sides = np.asarray(pc.list_flatten(column)).reshape(-1, 2)
+    owner = np.repeat(np.arange(len(encoded)), np.asarray(pc.fill_null(pc.list_value_length(column), 0)) // 2)
+    kept = np.isin(owner, rows)
+    sides, owner = sides[kept].astype(np.int64), owner[kept]
+    source = _column(raw, "source")[owner]
+    area, least = sides.prod(1), sides.min(1, initial=2**31)
+    chosen: dict[int, None] = {}
+    for number in np.unique(source):
+        of_source = np.flatnonzero(source == number)
+        for worth in (area, -area, least, least / sides.max(1)):
+            chosen[int(owner[of_source[worth[of_source].argmin()]])] = None
+    first = {int(row): at for at, row in reversed(list(enumerate(rows)))} if chosen else {}
+    return [(first[row], _place(raw, row)) for row in chosen]
 
 
 def _assemble(

@@ -173,7 +173,7 @@ class RowEncoder:
         # as the text after the last image.
         end = max(tokens.first_from(after_images), model.images_end(tokens.ids))
         kept = processed if self._keep_pixels else None
-        row = replace(row, labels=labels, notes=row.notes + processed.notes)
+        row = replace(row, labels=labels, notes=row.notes + processed.notes, sizes=processed.sizes)
         return replace(row, text=rendered.text, images=chat.images, images_end=end, processed=kept)
 
     def _tokenize(self, texts: list[str]) -> list[Tokens]:

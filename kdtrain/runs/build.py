@@ -25,7 +25,7 @@ from kdtrain.models.processing import load_processing
 from kdtrain.models.vocabulary import shared_vocabulary, vocabulary_size
 from kdtrain.runs.failures import readable_construction
 from kdtrain.runs.read_data import read_data
-from kdtrain.runs.teacher_answers import check_images_fit_teacher, write_answers
+from kdtrain.runs.teacher_answers import check_images, write_answers
 from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.argument_checks import check_teacher_is_another_model
@@ -119,8 +119,7 @@ def build_trainer(
         )
         if data.report.epochs is not None:
             trainer.read_epochs(data.report.epochs)
-    if teacher.teacher is not None:
-        check_images_fit_teacher(data.train, collator)
+    check_images(data, collator)
     check_startup(trainer, config.training.get("greater_is_better"))
     return trainer, data.report
 

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunData:
-    """Encoded rows, and what became of those for training."""
+    """Encoded rows, and what became of them."""
 
     train: datasets.Dataset
     evaluation: datasets.Dataset | None
     report: BuildReport
+    evaluation_report: BuildReport | None = None
 
 
 def read_data(
@@ -63,7 +64,7 @@ def read_data(
             f"data.eval: rows with a prompt and no answer: {evaluation_report.prompt_only_rows}, the first is number "
             f"{_first_prompt(evaluation)}. Evaluation does not generate: give rows with answers."
         )
-    return RunData(train, evaluation, report)
+    return RunData(train, evaluation, report, evaluation_report)
 
 
 def _sources(sources: Sequence[DataSource], rows: Any) -> list[Source]:
