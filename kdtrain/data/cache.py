@@ -129,7 +129,7 @@ def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], 
     """
     tokenizer = encoder.tokenizer
     options = {
-        "version": VERSION,
+        "version": [VERSION, *_FEATURES],
         **tokenizer_content(tokenizer),
         "images": image_content(encoder.processing_class),
         "own_template": encoder.chat_template or encoder.processing_class.chat_template or tokenizer.chat_template,
@@ -144,12 +144,12 @@ def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], 
         digest.update(json.dumps(batch).encode())
     if encoder.multimodal is not None:
         for batch in raw.select_columns(["source", "text", "file"]).iter(batch_size=rows_at_once(raw, 1000)):
-            for image in _image_files(batch, sources):
+            for image in _image_files(batch, sources, encoder.image_root):
                 digest.update(image.identity)
     return digest.hexdigest()[:40]
 
 
-def _image_files(batch: dict[str, list[Any]], sources: Sequence[Source]) -> Iterator[Image]:
+def _image_files(batch: dict[str, list[Any]], sources: Sequence[Source], root: str | None) -> Iterator[Image]:
     """The images that stand in files of their own; the bytes of the others are in the rows' text."""
     for text, file, number in zip(batch["text"], batch["file"], batch["source"], strict=True):
         columns = sources[number].columns
@@ -158,7 +158,7 @@ def _image_files(batch: dict[str, list[Any]], sources: Sequence[Source]) -> Iter
         if "image" not in text and "file_name" not in text and not columns:
             continue
         try:
-            parsed = parse_media_row(parse_json(text, columns), folder_of(file), True)
+            parsed = parse_media_row(parse_json(text, columns), root or folder_of(file), True)
         except RowError:
             continue  # counted when it is encoded
         if isinstance(parsed, Chat):

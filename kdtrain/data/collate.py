@@ -69,6 +69,7 @@ class Collator:
             a part of an image is dropped; one that loses its whole answer stays, with all its images, and supervises
             nothing.
         text_column: for raw rows, the column that holds plain text.
+        image_root: for raw rows, the folder that relative paths of images are relative to; by default the current one.
 
     Calling it returns a `Batch`: tokens [B, T] padded on the right, and what is known of the rows. With a processor its
     inputs also have the other tensors that it makes per token ([B, T], zero for rows without images and in the
@@ -87,6 +88,7 @@ class Collator:
     train_on: str = "assistant"
     on_overlength: str = "error"
     text_column: str = "text"
+    image_root: str | None = None
 
     def __post_init__(self) -> None:
         Limits(self.max_length, self.on_overlength)  # checks both
@@ -221,7 +223,7 @@ class Collator:
     def _encode(self, rows: Sequence[Mapping[str, Any]]) -> list[EncodedRow]:
         """Tokenised rows as they are, raw rows through the encoder together, in the order of `rows`."""
         raw = [self._with_text(row) for row in rows if "input_ids" not in row]
-        encoded = iter(self._raw_encoder().encode(raw, [os.getcwd()] * len(raw)) if raw else ())
+        encoded = iter(self._raw_encoder().encode(raw, [self.image_root or os.getcwd()] * len(raw)) if raw else ())
         results = []
         for row in rows:
             result = self._tokenised(row) if "input_ids" in row else next(encoded)

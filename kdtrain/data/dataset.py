@@ -95,6 +95,7 @@ def build_dataset(
     num_proc: int | None = None,
     cache_dir: str | None = None,
     new_parts: bool = False,
+    image_root: str | None = None,
 ) -> tuple[datasets.Dataset, BuildReport]:
     """Reads, mixes and encodes sources, in their order and unshuffled.
 
@@ -110,6 +111,7 @@ def build_dataset(
             let one of them call first: the others then read what it stored.
         new_parts: with fractional weights, return all rows once, and in `BuildReport.epochs` which of them make up each
             epoch: other ones every time. Sums are those of the first. Without effect beside `sample_limit`.
+        image_root: folder that relative paths of images are relative to; by default that of the data file.
 
     Returns:
         A data set with the columns `input_ids`, `labels` and `prompt_length` as of `EncodedRow`; `ce` (False: no
@@ -122,7 +124,9 @@ def build_dataset(
         DataError: nothing to read, too many bad rows, over-long rows with `error`, no row left, or a tokenizer or
             template that cannot serve the rows.
     """
-    encoder = RowEncoder(processing_class, train_on)
+    if image_root is not None and not Path(image_root).is_dir():
+        raise DataError(f"image_root is no folder: {show(image_root, 400)}")
+    encoder = RowEncoder(processing_class, train_on, image_root=image_root)
     limits = Limits(max_length, on_overlength)
     if not sources:
         raise DataError("there is no data source")
@@ -256,7 +260,8 @@ def _chats(raw: datasets.Dataset, sources: Sequence[Source], encoder: RowEncoder
         source = sources[row["source"]]
         try:
             parsed = parse_json(row["text"], source.columns)
-            chat = parse_media_row(parsed, folder_of(row["file"]), encoder.multimodal is not None)
+            folder = encoder.image_root or folder_of(row["file"])
+            chat = parse_media_row(parsed, folder, encoder.multimodal is not None)
             chat = prompt_of(chat) if source.answers == "teacher" else chat
         except RowError:
             continue  # counted among the bad rows

@@ -62,11 +62,18 @@ def encode_row(
 class RowEncoder:
     """Encodes batches of rows with one tokenizer or processor, as `encode_row` does one.
 
+    `image_root` is what paths of images are relative to, instead of the folder of each row.
     `keep_pixels`: rows with images come with what the processor made of them. Not for a data set: it fills the memory.
     """
 
     def __init__(
-        self, processing_class: Any, train_on: str, chat_template: str | None = None, *, keep_pixels: bool = False
+        self,
+        processing_class: Any,
+        train_on: str,
+        chat_template: str | None = None,
+        *,
+        image_root: str | None = None,
+        keep_pixels: bool = False,
     ) -> None:
         if train_on not in TRAIN_ON:
             raise DataError(f"train_on must be one of {', '.join(TRAIN_ON)}, not {train_on!r}")
@@ -80,6 +87,7 @@ class RowEncoder:
         self.train_on = train_on
         self.chat_template = chat_template
         self.multimodal = multimodal(processing_class)
+        self.image_root = image_root
         self._keep_pixels = keep_pixels
         self._templates: dict[bool, ChatTemplate] = {}
         self._bos: list[int] = []
@@ -119,7 +127,7 @@ class RowEncoder:
         notes: dict[int, tuple[str, ...]] = {}
         for i, row in enumerate(rows):
             try:
-                parsed = parse_media_row(row, folders[i], self.multimodal is not None)
+                parsed = parse_media_row(row, self.image_root or folders[i], self.multimodal is not None)
                 if teacher_answers and teacher_answers[i]:
                     parsed = prompt_of(parsed)
                 notes[i] = parsed.notes

@@ -9,6 +9,7 @@ hands to its tokenizer is recorded, and the turns are found again in it (alignme
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -94,6 +95,9 @@ class Multimodal:
             # The chat template has written the special tokens already.
             out = processor(text=[text], add_special_tokens=False, return_tensors="pt", **arguments)
         except Exception as error:  # each processor has its own ways to refuse an image
+            if missing := missing_setting(processor):
+                name = type(processor).__name__
+                raise DataError(f"{name} has no {missing}, without which it cannot count an image's tokens") from error
             raise ImageError(
                 f"{type(self.processor).__name__} refuses the row: {show(str(error) or type(error).__name__, 400)}"
             ) from error
@@ -172,6 +176,13 @@ def reads_images(processing_class: Any) -> bool:
     """False for a tokenizer, or a processor without images."""
     found = getattr(processing_class, "image_processor", None)
     return isinstance(processing_class, ProcessorMixin) and found is not None
+
+
+def missing_setting(processor: Any) -> str | None:
+    """What a processor counts an image's tokens by and does not know; saved folders may lack it."""
+    takes = inspect.signature(type(processor).__init__).parameters
+    names = (name for name in ("patch_size", "num_image_tokens") if name in takes)
+    return next((name for name in names if getattr(processor, name, None) is None), None)
 
 
 def multimodal(processing_class: Any) -> Multimodal | None:

@@ -46,6 +46,7 @@ def read_data(
         "sample_limit": config.custom.sample_limit,
         "seed": seed,
         "num_proc": config.training.get("dataset_num_proc"),
+        "image_root": config.data.image_root,
     }
     evaluation = evaluation_report = None
     with PartialState().local_main_process_first():
