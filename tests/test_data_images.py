@@ -238,6 +238,7 @@ BAD = [
     ({"messages": [user({"type": "image", "image": "a.png", "resized_height": 28}), ANSWER]}, "resized_height"),
     ({"messages": [user({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}), ANSWER]}, "detail"),
     (row("/8j/" + "4AAQ" * 2000), "8004 characters of text, /8j/4AAQ.*neither a path nor an image"),
+    (row("iVBORw0K" + "!" * 300), "308 characters of text"),
     (row("/9j/" + "4AAQ" * 2000), "given as bytes cannot be read: its format is unknown"),
 ]
 
@@ -343,6 +344,17 @@ def test_transparent_parts_are_white_and_counted(build, llava, tmp_path, kind):
     for _ in range(2):
         _, report = build(path)
         assert f"transparent parts of images were filled with white (2 rows, the first: {path}:2)" in report.notes
+
+
+def test_of_an_animation_the_first_frame_is_read_and_noted(tmp_path):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    for name in ("a.gif", "a.tiff"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        image, notes = parse_image(name, str(tmp_path)).load_noted()
+        assert image.getpixel((4, 4))[0] > 250
+        assert notes == ("of images with several frames or pages the first one is read",)
+    frames[0].save(tmp_path / "b.gif")
+    assert parse_image("b.gif", str(tmp_path)).load_noted()[1] == ()
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])

@@ -27,9 +27,10 @@ _TEXTS = ("path", "url", "base64", "data")
 _SIZE_KEYS = ("max_pixels", "min_pixels", "resized_height", "resized_width", "detail")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 _BASE64_SIGNATURES = ("/9j/", "iVBORw0K", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
-_LONGEST_PATH = 4096  # of Linux
+_LONGEST_NAME = 255  # bytes of a name in a path, on all usual file systems
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 TRANSPARENT = "transparent parts of images were filled with white"
+FIRST_FRAME = "of images with several frames or pages the first one is read"
 DEEP = "greyscale images of 16 bits were brought to 8"
 
 
@@ -80,7 +81,9 @@ class Image:
         name = show(self.path or "given as bytes", 400)
         try:
             with pil.open(io.BytesIO(self.data) if self.data is not None else self.path) as image:
-                return _upright_rgb(image)
+                several = getattr(image, "is_animated", False) and image.format != "MPO"  # a photo and its preview
+                pixels, notes = _upright_rgb(image)
+                return pixels, (*notes, *((FIRST_FRAME,) if several else ()))
         except FileNotFoundError:
             raise ImageError(f"no such image file: {name}") from None
         except RowError as error:
@@ -183,7 +186,7 @@ def _located(location: str, folder: str | None) -> Image:
         )
     if not location.strip() or "\0" in location:
         raise RowError("an image has an empty path" if not location.strip() else "an image's path holds a null byte")
-    if len(location) > _LONGEST_PATH:
+    if any(len(os.fsencode(name)) > _LONGEST_NAME for name in location.split(os.sep)):
         raise RowError(
             f"an image is {len(location)} characters of text, {show(location, 40)}, which are neither a path nor an "
             "image in base64"

@@ -108,7 +108,7 @@ def _placeholder_problem(role: str, has_images: bool) -> str:
         return f"the text says {PLACEHOLDER} beside image parts, and only one of the two can be meant: remove it"
     return (
         f"the text says {PLACEHOLDER} and the row has no image: give it in the column images or image, remove the "
-        "placeholder, or map the column, for example columns: {image: picture}"
+        "placeholder, or map the column, for example columns: {messages: messages, image: picture}"
     )
 
 
