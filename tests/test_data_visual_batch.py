@@ -135,6 +135,20 @@ def test_the_images_of_a_raw_row_are_read_and_processed_once_by_each_processor(l
     assert torch.equal(alone.model_inputs["pixel_values"], both.model_inputs["pixel_values"])
 
 
+def test_a_stored_row_may_end_a_turn_where_its_template_does_not(processor):
+    """Only by one token: more is what the images or the processor no longer give."""
+    one = encode_row(ONE, processor, train_on="assistant")
+    stored = {"prompt_length": one.prompt_length, "text": one.text, "images": [image.record for image in one.images]}
+
+    def collated(*added):
+        ids, labels = [*one.input_ids, *added], [*one.labels, *added]
+        return Collator(processor)([{**stored, "input_ids": ids, "labels": labels}])
+
+    assert collated(2).model_inputs["input_ids"][0].tolist() == [*one.input_ids, 2]
+    with pytest.raises(DataError, match="the processor gives it other tokens"):
+        collated(2, 2)
+
+
 def test_images_of_fewer_tiles_are_padded_with_zeros():
     processor = vision.make_idefics3()
     batch = Collator(processor)(ROWS)

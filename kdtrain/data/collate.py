@@ -194,6 +194,8 @@ class Collator:
         stored = encoded.input_ids
         if row.get("answers"):  # the text is the prompt; what follows it was generated
             stored = stored[: encoded.prompt_length]
+        elif len(stored) == len(processed.ids) + 1:  # the end of the last turn, which the template does not write
+            stored = stored[:-1]
         if processed.ids[: len(stored)] == stored and model.images_end(processed.ids) <= len(stored):
             return processed
         now, before = (sum(i in model.image_ids for i in ids) for ids in (processed.ids, stored))

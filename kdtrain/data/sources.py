@@ -178,7 +178,7 @@ def _table(source: Source, name: str, load: Any) -> Iterator[RawRow]:
         table = table.select(range(min(source.limit, len(table))))
     # Videos and sounds are named, never decoded: that a row has one is all the checks need (parts.py, media.py).
     unread = () if source.columns else (*VIDEO_COLUMNS, *AUDIO_COLUMNS, BOX_COLUMN)
-    named = [column for column in unread if column in table.column_names]
+    named = [column for column in unread if column in table.column_names and column not in found]
     features = _undecoded(table.select_columns(found).features)
     batches = table.select_columns([*found, *named]).with_format("arrow").iter(batch_size=rows_at_once(table, 1000))
     rows = (pair for batch in batches for pair in zip(batch.select(found).to_pylist(), _has(batch, named), strict=True))
