@@ -99,8 +99,8 @@ def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair 
             raise RowError("images need a conversation: give messages, or prompt and completion as lists of messages")
         return parsed
     if images or count_images(parsed.messages):
-        messages, found_images = place_images(parsed.messages, images, folder)
-        parsed = replace(parsed, messages=messages, images=found_images)
+        messages, found_images, notes = place_images(parsed.messages, images, folder)
+        parsed = replace(parsed, messages=messages, images=found_images, notes=parsed.notes + notes)
     return _checked(parsed)
 
 
