@@ -402,10 +402,6 @@ NOTES = {
         {"prompt": "hi", "completion": "yo", "input": "chat"},
         ["the column input is not read beside prompt"],
     ),
-    "boxes": (
-        {"messages": HI, "objects": {"bbox": [[1, 2, 3, 4]]}},
-        ["the column objects is not read beside messages"],
-    ),
     "a row's own switch": ({"messages": HI, "weight": 0}, ["the column weight is not read beside messages"]),
     "a system prompt that the text has": ({"system": "Be brief.", "text": "<s>Be brief. hi"}, []),
     "a system prompt that the text lacks": (

@@ -38,7 +38,7 @@ _PREFERENCES = ("label", "kto_tag", "chosen", "rejected", "rejected_response", "
 # Columns that are not read anywhere and whose names say that they are meant for training: the thoughts behind an
 # answer, another answer, boxes in an image, retrieved documents, what is trained on. Not names such as source or score.
 _MEANT = (
-    *("reasoning", "reasoning_content", "thinking", "objects", "documents", *_CHECKS),
+    *("reasoning", "reasoning_content", "thinking", "documents", *_CHECKS),
     *("weight", "kd_weight", "loss", "loss_mask", "train", *_PREFERENCES),
 )
 NAMED_COLUMNS = (*KNOWN_COLUMNS, *_MEANT)

@@ -27,10 +27,11 @@ from kdtrain.data.chat_template import (
 )
 from kdtrain.data.encoded_row import EncodedRow
 from kdtrain.data.errors import RowError, show
+from kdtrain.data.media import parse_media_row
 from kdtrain.data.multimodal import multimodal
 from kdtrain.data.parts import count_images, texts_of
 from kdtrain.data.row_notes import APART, SPLIT, STRADDLED
-from kdtrain.data.rows import Chat, Pair, PlainText, answered, parse_row, prompt_of
+from kdtrain.data.rows import Chat, Pair, PlainText, answered, prompt_of
 from kdtrain.data.tokens import Tokens
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
@@ -76,6 +77,7 @@ def encode_row(
 class RowEncoder:
     """Encodes batches of rows with one tokenizer or processor, as `encode_row` does one.
 
+    `image_root` is what paths of images are relative to, instead of the folder of each row.
     `keep_pixels`: rows with images come with what the processor made of them. Not for a data set: it fills the memory.
     `prompts`: rows without an answer can be used, see `kdtrain.data.rows.answered`.
     """
@@ -86,6 +88,7 @@ class RowEncoder:
         train_on: str,
         chat_template: str | None = None,
         *,
+        image_root: str | None = None,
         keep_pixels: bool = False,
         prompts: bool = True,
         **options: Any,
@@ -103,6 +106,7 @@ class RowEncoder:
             )
         self.chat_template = chat_template
         self.multimodal = multimodal(processing_class)
+        self.image_root = image_root
         self._keep_pixels = keep_pixels
         self.prompts = prompts
         self._templates: dict[bool, ChatTemplate] = {}
@@ -143,7 +147,7 @@ class RowEncoder:
         chats: list[tuple[int, Chat, Rendered]] = []
         for i, row in enumerate(rows):
             try:
-                parsed = parse_row(row, folders[i])
+                parsed = parse_media_row(row, self.image_root or folders[i], self.multimodal is not None)
                 if teacher_answers and teacher_answers[i]:
                     parsed = prompt_of(parsed)
                 elif not self.prompts:
@@ -206,7 +210,8 @@ class RowEncoder:
         # as the text after the last image.
         end = max(tokens.first_from(after_images), model.images_end(tokens.ids))
         kept = processed if self._keep_pixels else None
-        return replace(row, labels=labels, text=rendered.text, images=images, images_end=end, processed=kept)
+        row = replace(row, labels=labels, notes=row.notes + processed.notes, sizes=processed.sizes)
+        return replace(row, text=rendered.text, images=images, images_end=end, processed=kept)
 
     def _tokenize(self, texts: list[str]) -> list[Tokens]:
         if not texts:

@@ -88,8 +88,8 @@ def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair 
     if isinstance(parsed, Chat):
         parsed = _with_context(parsed, row)
         if images or count_images(parsed.messages):
-            messages, found_images = place_images(parsed.messages, images, folder)
-            parsed = replace(parsed, messages=messages, images=found_images)
+            messages, found_images, notes = place_images(parsed.messages, images, folder)
+            parsed = replace(parsed, messages=messages, images=found_images, notes=parsed.notes + notes)
         _check(parsed)
     elif images:
         raise RowError("images need a conversation: give messages, or prompt and completion as lists of messages")

@@ -18,12 +18,14 @@ from typing import Any
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from kdtrain.data.columns import KNOWN_COLUMNS, NAMED_COLUMNS, ROW_COLUMNS, renamed, row_columns, wanted_columns
 from kdtrain.data.errors import show
 from kdtrain.data.files import RawRow, cannot_read, is_array, read_array, read_csv, read_lines
 from kdtrain.data.images import is_pil, png
-from kdtrain.data.parts import VIDEO_COLUMNS
+from kdtrain.data.media import BOX_COLUMN, PATH_COLUMNS
+from kdtrain.data.parts import AUDIO_COLUMNS, VIDEO_COLUMNS
 from kdtrain.errors import DataError
 
 _LINES = (".jsonl", ".ndjson")
@@ -170,20 +172,34 @@ def _table(source: Source, name: str, load: Any) -> Iterator[RawRow]:
     except Exception as error:  # each reader of `datasets` has its own errors
         raise cannot_read(name, error, 400) from error
     mapped = set(renamed(source.columns).values())
-    wanted = wanted_columns(source.columns)
+    wanted = wanted_columns(source.columns) if mapped else {*wanted_columns(source.columns), *PATH_COLUMNS}
     found = [column for column in table.column_names if column in wanted]
     if not (mapped or set(KNOWN_COLUMNS)) & set(found):
         raise _no_columns(source, name, table.column_names)
     if source.limit is not None:
         table = table.select(range(min(source.limit, len(table))))
-    # Videos are named, never decoded: that a row has one is all the check in parts.py needs.
-    extra = {column: "present" for column in VIDEO_COLUMNS if column in table.column_names and not source.columns}
+    # Videos and sounds are named, never decoded: that a row has one is all the checks need (parts.py, media.py).
+    unread = () if source.columns else (*VIDEO_COLUMNS, *AUDIO_COLUMNS, BOX_COLUMN)
+    named = [column for column in unread if column in table.column_names and column not in found]
     features = _undecoded(table.select_columns(found).features)
-    batches = table.select_columns(found).with_format("arrow").iter(batch_size=rows_at_once(table, 1000))
-    for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
+    batches = table.select_columns([*found, *named]).with_format("arrow").iter(batch_size=rows_at_once(table, 1000))
+    rows = (pair for batch in batches for pair in zip(batch.select(found).to_pylist(), _has(batch, named), strict=True))
+    for number, (row, has) in enumerate(rows, start=1):
         decoded = features.decode_example(row)
         given = {column: without_nulls(decoded[column], features[column]) for column in decoded}
-        yield RawRow(name, number, json.dumps({**given, **extra}, default=_portable))
+        yield RawRow(name, number, json.dumps({**given, **dict.fromkeys(has, "present")}, default=_portable))
+
+
+def _has(batch: pa.Table, columns: Sequence[str]) -> Iterator[list[str]]:
+    """For each row of a batch, those of the columns in which it has more than null or an empty list."""
+    full = []
+    for column in columns:
+        values = batch[column]
+        is_list = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
+        there = pc.greater(pc.list_value_length(values), 0) if is_list else values.is_valid()
+        full.append(pc.fill_null(there, False).to_pylist())
+    for row in range(len(batch)):
+        yield [column for column, there in zip(columns, full, strict=True) if there[row]]
 
 
 def rows_at_once(table: datasets.Dataset, most: int) -> int:

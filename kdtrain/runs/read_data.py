@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunData:
-    """Encoded rows, and what became of those for training."""
+    """Encoded rows, and what became of them."""
 
     train: datasets.Dataset
     evaluation: datasets.Dataset | None
     report: BuildReport
+    evaluation_report: BuildReport | None = None
 
 
 def read_data(
@@ -45,6 +46,7 @@ def read_data(
         "sample_limit": config.custom.sample_limit,
         "seed": seed,
         "num_proc": config.training.get("dataset_num_proc"),
+        "image_root": config.data.image_root,
     }
     evaluation = evaluation_report = None
     with PartialState().local_main_process_first():
@@ -58,7 +60,7 @@ def read_data(
             reporter.data(name, one)
     _check_terms(config, report)
     _check_generation(config, report)
-    return RunData(train, evaluation, report)
+    return RunData(train, evaluation, report, evaluation_report)
 
 
 def _sources(sources: Sequence[DataSource], rows: Any) -> list[Source]:
