@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -118,6 +119,61 @@ def build_dataset(
         DataError: nothing to read, too many bad rows, over-long rows with `error`, no row left, or a tokenizer or
             template that cannot serve the rows.
     """
+    with encode_sources(
+        sources,
+        processing_class,
+        max_length=max_length,
+        on_overlength=on_overlength,
+        train_on=train_on,
+        sample_limit=sample_limit,
+        seed=seed,
+        num_proc=num_proc,
+        cache_dir=cache_dir,
+        new_parts=new_parts,
+    ) as rows:
+        rows.refuse(max_bad_rows)
+        return rows.dataset(), rows.report
+
+
+@dataclass(frozen=True)
+class EncodedSources:
+    """Raw rows beside what they became, and which of them are trained on."""
+
+    raw: datasets.Dataset  # as of `read_all`
+    encoded: datasets.Dataset  # row by row, with the columns of cache.py; bad and over-long rows have no tokens
+    sources: Sequence[Source]
+    limits: Limits
+    rows: np.ndarray  # numbers of the rows that make up the data set, as often as it repeats them
+    report: BuildReport
+
+    def place(self, row: int) -> str:
+        """Where a row stands, as `file:line`."""
+        return _place(self.raw, row)
+
+    def refuse(self, max_bad_rows: int) -> None:
+        """Raises the DataError of rows that cannot be trained on."""
+        _refuse(self.encoded, self.raw, self.report, max_bad_rows, self.limits)
+
+    def dataset(self) -> datasets.Dataset:
+        """What `build_dataset` returns."""
+        return _assemble(self.encoded, self.raw, self.sources, self.rows, bool(self.report.images))
+
+
+@contextmanager
+def encode_sources(
+    sources: Sequence[Source],
+    processing_class: Any,
+    *,
+    max_length: int | None,
+    on_overlength: str,
+    train_on: str,
+    sample_limit: int | None = None,
+    seed: int = 0,
+    num_proc: int | None = None,
+    cache_dir: str | None = None,
+    new_parts: bool = False,
+) -> Iterator[EncodedSources]:
+    """The rows of `build_dataset` before any is refused; the raw ones are gone when the block ends."""
     encoder = RowEncoder(processing_class, train_on)
     limits = Limits(max_length, on_overlength)
     if not sources:
@@ -139,7 +195,6 @@ def build_dataset(
             raw = raw.select(used) if len(used) < len(raw) else raw
             encoded = encode_cached(raw, encoder, sources, limits, num_proc, folder)
             report = _count(encoded, raw, sources, limits)
-            _refuse(encoded, raw, report, max_bad_rows, limits)
             report.notes += _row_notes(encoded, raw) + _template_notes(raw, encoder, sources)
             kept = _column(encoded, "status") == "ok"
             if varies:
@@ -150,7 +205,7 @@ def build_dataset(
             else:
                 rows = epoch = plan[kept[plan]]
             _count_tokens(encoded, epoch, limits, report)
-            return _assemble(encoded, raw, sources, rows, bool(report.images)), report
+            yield EncodedSources(raw, encoded, sources, limits, rows, report)
     except OSError as error:  # sources raise DataError on their own: this is a full or read-only disk
         raise DataError(
             f"cannot write the data cache {show(str(folder), 400)}: {error}. Make room, or set cache_dir"
