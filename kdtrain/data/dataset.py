@@ -142,6 +142,7 @@ class EncodedSources:
     raw: datasets.Dataset  # as of `read_all`
     encoded: datasets.Dataset  # row by row, with the columns of cache.py; bad and over-long rows have no tokens
     sources: Sequence[Source]
+    sizes: Sequence[int]  # rows that were read from each source
     limits: Limits
     rows: np.ndarray  # numbers of the rows that make up the data set, as often as it repeats them
     report: BuildReport
@@ -205,7 +206,7 @@ def encode_sources(
             else:
                 rows = epoch = plan[kept[plan]]
             _count_tokens(encoded, epoch, limits, report)
-            yield EncodedSources(raw, encoded, sources, limits, rows, report)
+            yield EncodedSources(raw, encoded, sources, sizes, limits, rows, report)
     except OSError as error:  # sources raise DataError on their own: this is a full or read-only disk
         raise DataError(
             f"cannot write the data cache {show(str(folder), 400)}: {error}. Make room, or set cache_dir"
@@ -221,8 +222,7 @@ def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[S
     status, length = _column(encoded, "status"), _column(encoded, "length")
     bad, kept = np.flatnonzero(status == "bad"), status == "ok"
     by_teacher = np.array([sources[source].answers == "teacher" for source in raw["source"][:]])
-    # Counted in Arrow: the images' bytes are not read.
-    images = np.asarray(pc.fill_null(pc.list_value_length(encoded.data.column("images")), 0))
+    images = count_images(encoded)
     return BuildReport(
         rows_read=len(encoded),
         rows_kept=int(kept.sum()),
@@ -239,6 +239,11 @@ def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[S
         stop_tokens_added=sum(encoded["extended"][:]),
         unterminated_rows=sum(encoded["unterminated"][:]),
     )
+
+
+def count_images(encoded: datasets.Dataset) -> np.ndarray:
+    """Images of every row, counted in Arrow: their bytes are not read."""
+    return np.asarray(pc.fill_null(pc.list_value_length(encoded.data.column("images")), 0))
 
 
 def _refuse(
