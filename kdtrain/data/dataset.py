@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -137,19 +138,28 @@ def build_dataset(
 
 @dataclass(frozen=True)
 class EncodedSources:
-    """Raw rows beside what they became, and which of them are trained on."""
+    """Raw rows beside what they became, and which of those are trained on."""
 
     raw: datasets.Dataset  # as of `read_all`
-    encoded: datasets.Dataset  # row by row, with the columns of cache.py; bad and over-long rows have no tokens
+    encoded: datasets.Dataset  # in the same order, with the columns of cache.py; bad and over-long rows have no tokens
     sources: Sequence[Source]
     sizes: Sequence[int]  # rows that were read from each source
     limits: Limits
-    rows: np.ndarray  # numbers of the rows that make up the data set, as often as it repeats them
+    rows: np.ndarray  # numbers of the encoded rows that make up the data set, as often as it repeats them
     report: BuildReport
 
+    @cached_property
+    def made_of(self) -> np.ndarray:
+        """The number of the raw row that each encoded one comes from."""
+        return np.arange(len(self.encoded))
+
     def place(self, row: int) -> str:
-        """Where a row stands, as `file:line`."""
-        return _place(self.raw, row)
+        """Where an encoded row comes from, as `file:line`."""
+        return _place(self.raw, self.made_of[row])
+
+    def source(self, row: int) -> Source:
+        """The source of an encoded row."""
+        return self.sources[self.raw[int(self.made_of[row])]["source"]]
 
     def refuse(self, max_bad_rows: int) -> None:
         """Raises the DataError of rows that cannot be trained on."""

@@ -145,7 +145,8 @@ def _telling(rows: EncodedSources, most: int) -> Iterator[int]:
         return
     facts = rows.encoded.select_columns(["kind", "prompt_only", "length", "notes", "unterminated"])[:]
     images = (count_images(rows.encoded) > 0).tolist()
-    kinds = list(zip(rows.raw["source"][:], facts["kind"], facts["prompt_only"], images, strict=True))
+    sources = np.array(rows.raw["source"][:])[rows.made_of].tolist()
+    kinds = list(zip(sources, facts["kind"], facts["prompt_only"], images, strict=True))
     yield from _first_of_each([(i, kinds[i]) for i in usable])
     yield max(usable, key=lambda i: facts["length"][i])
     yield from _first_of_each([(i, note) for i in usable for note in facts["notes"][i] or ()])
@@ -162,7 +163,7 @@ def _first_of_each(pairs: Sequence[tuple[int, Hashable]]) -> list[int]:
 
 
 def _shown(split: str, rows: EncodedSources, row: int, processing: Any, apart: frozenset[int]) -> ShownRow:
-    encoded, source = rows.encoded[row], rows.sources[rows.raw[row]["source"]]
+    encoded, source = rows.encoded[row], rows.source(row)
     return ShownRow(
         where=rows.place(row),
         split=split,
