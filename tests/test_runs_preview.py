@@ -206,6 +206,16 @@ def test_rows_are_those_that_fit_trains_on_and_share_its_cache(mixed, cache, tok
     assert train_of(mixed).report.summary() == report.summary()
 
 
+def test_rows_of_no_epoch_are_not_shown(mixed):
+    write_rows(mixed / "train.jsonl", tiny.CHATS)
+    half = "{path: train.jsonl, weight: 0.5}"
+    train, evaluation = splits_of(mixed, f"data.train={half}", f"data.eval={half}")
+    assert (len(train.rows), train.report.rows_per_epoch) == (6, 3)  # the other half comes in the next epoch
+    assert len(evaluation.rows) == 3
+    assert [row.where[-2:] for row in train_of(mixed, "custom.sample_limit=2").rows] == [":1", ":2"]
+    assert len(train_of(mixed, "data.train={path: train.jsonl, weight: 2}").rows) == 6
+
+
 def test_a_few_rows_are_of_as_many_kinds_as_there_are(mixed):
     rows = tiny.CHATS * 3 + [{"text": "zero"}, MIXED[6], {"prompt": "the", "completion": " path"}]
     write_rows(mixed / "train.jsonl", rows)
@@ -232,6 +242,15 @@ def test_of_large_data_the_first_rows_are_read_and_that_is_said(mixed, monkeypat
     assert said not in text_of(whole)
     assert train_of(mixed, "data.train={path: train.jsonl, limit: 3}").first_rows is None
     assert len(train_of(mixed, "data.train={path: train.jsonl, limit: 2}").rows) == 2
+
+
+def test_of_the_first_rows_only_what_holds_for_all_is_refused(mixed, monkeypatch):
+    monkeypatch.setattr(module, "FIRST_ROWS", 3)
+    write_rows(mixed / "train.jsonl", [*["{broken"] * 3, tiny.CHATS[0]])
+    assert train_of(mixed, "data.max_bad_rows=3").refusal is None  # a good one may follow
+    assert "3 of 3 rows cannot be used" in train_of(mixed, "data.max_bad_rows=2").refusal
+    write_rows(mixed / "train.jsonl", [*[MIXED[7]] * 3, tiny.CHATS[0]])
+    assert "3 of 3 rows are longer than max_length" in train_of(mixed).refusal
 
 
 def test_sources_say_what_they_are_used_for(mixed):

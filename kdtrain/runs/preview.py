@@ -16,7 +16,7 @@ import numpy as np
 
 from kdtrain.config import RunConfig
 from kdtrain.config.schema import DataSource
-from kdtrain.data import BuildReport
+from kdtrain.data import BuildReport, Source
 from kdtrain.data.dataset import EncodedSources, count_images, encode_sources
 from kdtrain.data.multimodal import reads_images
 from kdtrain.data.segments import Segment, segments, special_ids
@@ -106,7 +106,7 @@ def _split(
     shown: int,
 ) -> Split:
     sources = sources_of(configured)
-    read = [replace(source, limit=min(source.limit or first, first)) for source in sources] if first else sources
+    read = [_first_of(source, first) for source in sources] if first else sources
     with encode_sources(read, processing, new_parts=name == "train", **options) as rows:
         partly = any(size == first and source.limit != first for size, source in zip(rows.sizes, sources, strict=True))
         apart = special_ids(processing)
@@ -120,13 +120,20 @@ def _split(
         )
 
 
+def _first_of(source: Source, rows: int) -> Source:
+    return replace(source, limit=rows if source.limit is None else min(source.limit, rows))
+
+
 def _refusal(name: str, config: RunConfig, rows: EncodedSources, partly: bool) -> str | None:
     """What `fit` would say of these rows; of a part only what holds for all as well."""
+    allowed = config.data.max_bad_rows
     try:
-        rows.refuse(config.data.max_bad_rows)
-        if not partly and name == "train":
+        if partly and rows.report.bad_rows <= allowed and "long" not in rows.encoded["status"][:]:
+            return None  # what else is checked needs all rows
+        rows.refuse(allowed)
+        if name == "train":
             check_losses(config, rows.dataset(), rows.report)
-        elif not partly:
+        else:
             check_evaluation(rows.dataset(), rows.report)
     except DataError as error:
         return str(error)
