@@ -175,8 +175,9 @@ def test_a_mixed_file_as_a_program_sees_it(mixed, tokenizer):
 
 
 def test_a_reader_that_has_seen_enough_ends_it_without_a_word(mixed):
+    write_rows(mixed / "train.jsonl", tiny.CHATS * 40)  # more than stdout keeps in memory
     # `true` has long gone when the first line is written, as `head` would be at a later one.
-    reader = f"{sys.executable} -m kdtrain preview config.yaml | true; echo ${{PIPESTATUS[0]}}"
+    reader = f"{sys.executable} -m kdtrain preview config.yaml --rows 240 | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", reader], cwd=mixed, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("0\n", "")
 
