@@ -228,6 +228,7 @@ def test_a_few_rows_are_of_as_many_kinds_as_there_are(mixed):
     assert len(train_of(mixed, two, rows=8).rows) == 8
     assert len(train_of(mixed, two, rows=1000).rows) == len(rows) + 6
     assert train_of(mixed, two, rows=0).rows == []
+    assert text_of([train_of(mixed, two, rows=0)]).startswith("train: 27 of 27 rows")
 
 
 def test_of_large_data_the_first_rows_are_read_and_that_is_said(mixed, monkeypatch):

@@ -62,8 +62,9 @@ def as_text(splits: Sequence[Split], console: Console) -> str:
     """For people; in colours where the console has them, otherwise with ⟦ ⟧ around what is supervised."""
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
     pages = [Text.assemble(*_page(split, coloured)) for split in splits]
-    sign = Text.assemble(("like this", _SUPERVISED)) if coloured else Text("⟦like this⟧")
-    page = Text("\n").join([Text.assemble("What the student is trained to write is marked ", sign, ".\n"), *pages])
+    sign = Text("like this", _SUPERVISED) if coloured else "⟦like this⟧"
+    legend = Text.assemble("What the student is trained to write is marked ", sign, ".\n")
+    page = Text("\n").join([legend, *pages] if any(split.rows for split in splits) else pages)
     if not coloured:
         return page.plain
     with console.capture() as captured:
