@@ -232,7 +232,7 @@ def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[S
     status, length = _column(encoded, "status"), _column(encoded, "length")
     bad, kept = np.flatnonzero(status == "bad"), status == "ok"
     by_teacher = np.array([sources[source].answers == "teacher" for source in raw["source"][:]])
-    images = count_images(encoded)
+    images = images_per_row(encoded)
     return BuildReport(
         rows_read=len(encoded),
         rows_kept=int(kept.sum()),
@@ -251,7 +251,7 @@ def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[S
     )
 
 
-def count_images(encoded: datasets.Dataset) -> np.ndarray:
+def images_per_row(encoded: datasets.Dataset) -> np.ndarray:
     """Images of every row, counted in Arrow: their bytes are not read."""
     return np.asarray(pc.fill_null(pc.list_value_length(encoded.data.column("images")), 0))
 

@@ -17,7 +17,7 @@ import numpy as np
 from kdtrain.config import RunConfig
 from kdtrain.config.schema import DataSource
 from kdtrain.data import BuildReport, Source
-from kdtrain.data.dataset import EncodedSources, count_images, encode_sources
+from kdtrain.data.dataset import EncodedSources, encode_sources, images_per_row
 from kdtrain.data.multimodal import reads_images
 from kdtrain.data.segments import Segment, segments, special_ids
 from kdtrain.errors import DataError
@@ -151,7 +151,7 @@ def _telling(rows: EncodedSources, most: int) -> Iterator[int]:
     if not usable:
         return
     facts = rows.encoded.select_columns(["kind", "prompt_only", "length", "notes", "unterminated"])[:]
-    images = (count_images(rows.encoded) > 0).tolist()
+    images = (images_per_row(rows.encoded) > 0).tolist()
     sources = np.array(rows.raw["source"][:])[rows.made_of].tolist()
     kinds = list(zip(sources, facts["kind"], facts["prompt_only"], images, strict=True))
     yield from _first_of_each([(i, kinds[i]) for i in usable])
