@@ -37,38 +37,54 @@ def read_data(
     given: Given,
 ) -> RunData:
     """Read and encode the rows, in one process of a machine; the others read its cache."""
-    common: dict[str, Any] = {
-        "max_length": config.data.max_length,
-        "on_overlength": config.data.on_overlength,
-        **config.data.chats,
-        "max_bad_rows": config.data.max_bad_rows,
-        "sample_limit": config.custom.sample_limit,
-        "seed": seed,
-        "num_proc": config.training.get("dataset_num_proc"),
-    }
+    common = {**encoding_options(config, seed), "max_bad_rows": config.data.max_bad_rows}
     evaluation = evaluation_report = None
     with PartialState().local_main_process_first():
-        sources = _sources(config.data.train, given.train_dataset)
+        sources = sources_of(config.data.train, given.train_dataset)
         train, report = build_dataset(sources, processing, new_parts=True, **common)
         if config.data.eval:
-            sources = _sources(config.data.eval, given.eval_dataset)
+            sources = sources_of(config.data.eval, given.eval_dataset)
             evaluation, evaluation_report = build_dataset(sources, processing, **common)
     for name, one in (("train", report), ("eval", evaluation_report)):
         if is_main() and one is not None:
             reporter.data(name, one)
-    _check_terms(config, report)
-    _check_generation(config, train, report)
-    if evaluation_report is not None and evaluation_report.prompt_only_rows:
-        raise DataError(
-            f"data.eval: rows with a prompt and no answer: {evaluation_report.prompt_only_rows}, the first is number "
-            f"{_first_prompt(evaluation)}. Evaluation does not generate: give rows with answers."
-        )
+    check_losses(config, train, report)
+    if evaluation_report is not None:
+        check_evaluation(evaluation, evaluation_report)
     return RunData(train, evaluation, report)
 
 
-def _sources(sources: Sequence[DataSource], rows: Any) -> list[Source]:
+def encoding_options(config: RunConfig, seed: int) -> dict[str, Any]:
+    """What a config says about reading and encoding rows, as arguments of `build_dataset` and `encode_sources`."""
+    return {
+        "max_length": config.data.max_length,
+        "on_overlength": config.data.on_overlength,
+        **config.data.chats,
+        "sample_limit": config.custom.sample_limit,
+        "seed": seed,
+        "num_proc": config.training.get("dataset_num_proc"),
+    }
+
+
+def sources_of(sources: Sequence[DataSource], rows: Any = None) -> list[Source]:
+    """The sources of one split; `rows` were handed over and stand in for those that its path names."""
     # Streaming is not available yet, which the config's own checks say.
     return [Source(**source.model_dump(exclude={"streaming"}), rows=rows) for source in sources]
+
+
+def check_losses(config: RunConfig, train: datasets.Dataset, report: BuildReport) -> None:
+    """Refuse training rows that the losses of the config cannot be computed on."""
+    _check_terms(config, report)
+    _check_generation(config, train, report)
+
+
+def check_evaluation(evaluation: datasets.Dataset, report: BuildReport) -> None:
+    """Refuse rows to evaluate on that have no answer."""
+    if report.prompt_only_rows:
+        raise DataError(
+            f"data.eval: rows with a prompt and no answer: {report.prompt_only_rows}, the first is number "
+            f"{_first_prompt(evaluation)}. Evaluation does not generate: give rows with answers."
+        )
 
 
 def _check_terms(config: RunConfig, report: BuildReport) -> None:
