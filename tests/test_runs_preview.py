@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -15,9 +16,11 @@ from rich.console import Console
 
 from kdtrain.cli import preview as printed
 from kdtrain.config import ConfigLoader
-from kdtrain.data import Source, build_dataset, encoder
+from kdtrain.data import encoder
 from kdtrain.errors import DataError, PreflightError
 from kdtrain.runs import preview as module
+from kdtrain.runs.build import Given
+from kdtrain.runs.read_data import read_data
 from tests import tiny
 from tests.test_vision_fit import row as image_row
 from tests.test_vision_fit import save_llava
@@ -196,14 +199,13 @@ def test_rows_are_those_that_fit_trains_on_and_share_its_cache(mixed, cache, tok
     write_rows(mixed / "train.jsonl", [row for i, row in enumerate(MIXED) if i not in (2, 5, 7)])
     shown = train_of(mixed).rows
     assert len(list(cache.glob("encoded-*"))) == 2
-    dataset, report = build_dataset(
-        [Source(str(mixed / "train.jsonl"))], tokenizer, max_length=128, on_overlength="error", train_on="assistant",
-        seed=42, new_parts=True,
-    )  # fmt: skip
+    config, reports = ConfigLoader.load(mixed / "config.yaml"), {}
+    reporter = SimpleNamespace(data=lambda name, report: reports.update({name: report.summary()}))
+    data = read_data(config, 42, tokenizer, reporter, Given())
     assert len(list(cache.glob("encoded-*"))) == 2
-    assert [row.student.input_ids for row in shown] == dataset["input_ids"][:]
-    assert [row.student.labels for row in shown] == dataset["labels"][:]
-    assert train_of(mixed).report.summary() == report.summary()
+    assert [row.student.input_ids for row in shown] == data.train["input_ids"][:]
+    assert [row.student.labels for row in shown] == data.train["labels"][:]
+    assert {split.name: split.report.summary() for split in splits_of(mixed)} == reports
 
 
 def test_rows_of_no_epoch_are_not_shown(mixed):
