@@ -589,6 +589,62 @@ def test_validate_deep_is_not_available_yet(kdtrain):
     assert "not available yet" in err
 
 
+def test_preview_shows_rows_and_needs_no_weights(project, kdtrain):
+    for weights in project.rglob("*.safetensors"):
+        weights.unlink()
+    code, out, err = kdtrain("preview", "config.yaml", "--rows", "1")
+    assert (code, err) == (0, "")
+    assert "train.jsonl:1  train, chat, 31 tokens, 6 supervised, a prompt of 24\n" in out
+    assert "  ⟦the path<|im_end|>⟧⏎\n" in out
+    code, out, err = kdtrain("preview", "config.yaml", "--rows", "2", "--json", "data.train_on=last")
+    assert (code, err) == (0, "")
+    assert [row["split"] for row in json.loads(out)[:-1]] == ["train", "train", "eval", "eval"]
+
+
+@pytest.mark.parametrize("name", [name for name in WRONG_CONFIGS if name != "an unknown log format"])
+def test_preview_of_a_wrong_config_is_exit_code_2(project, kdtrain, name):
+    arguments, message = WRONG_CONFIGS[name]
+    code, out, err = kdtrain("preview", "config.yaml", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.parametrize("name", ["no rows", "a missing data file", "a hub model without a network"])
+def test_preview_of_what_cannot_be_read_is_exit_code_3(project, kdtrain, name):
+    change, arguments, message = WRONG_WORLDS[name]
+    change(project)
+    code, out, err = kdtrain("preview", "config.yaml", *arguments)
+    assert (code, out) == (3, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", ["a bad row", "over-long rows", "prompts without answers", "nothing that supervises"])
+def test_preview_shows_what_fit_refuses_and_says_so(project, kdtrain, name):
+    change, arguments, message = WRONG_WORLDS[name]
+    change(project)
+    code, out, err = kdtrain("preview", "config.yaml", *arguments)
+    assert code == 0, err
+    assert "kdtrain fit would stop: " in out
+    assert message in out
+
+
+def test_preview_of_a_negative_number_of_rows_is_exit_code_2(kdtrain):
+    code, out, err = kdtrain("preview", "config.yaml", "--rows", "-1")
+    assert (code, out) == (2, "")
+    assert "--rows" in err
+
+
+def test_an_interrupted_preview_ends_without_a_traceback(kdtrain, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdtrain.runs.preview.load_processing", interrupt)
+    code, out, err = kdtrain("preview", "config.yaml")
+    assert (code, out) == (130, "")
+    assert "Traceback" not in err
+
+
 def test_schema_describes_every_option(kdtrain):
     code, out, _ = kdtrain("schema")
     schema = json.loads(out)
@@ -607,7 +663,10 @@ def test_env_tells_secrets_as_set_or_unset_only(kdtrain, monkeypatch):
     assert facts["packages"]["torch"].startswith("2.")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["validate", "config.yaml"], ["schema"], ["env"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["fit", "--help"], ["preview", "--help"], ["validate", "config.yaml"], ["schema"], ["env"]],
+)
 def test_what_needs_no_torch_answers_in_a_second_without_it(project, arguments):
     code = (
         "import sys\nsys.argv = ['kdtrain'] + sys.argv[1:]\nfrom kdtrain.cli import main\n"

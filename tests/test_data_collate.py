@@ -162,6 +162,7 @@ def test_a_raw_conversation_whose_turns_cannot_share_a_row_becomes_several_rows_
     assert list(batch.rows.ids) == ["a", "b", "b"]
     texts = [tokenizer.decode(row[row != -100]) for row in batch.labels]
     assert texts[1:] == ["the one<|im_end|>", "two it is<|im_end|>"]
-    prompts = [tokenizer.decode(row[:n]) for row, n in zip(batch.model_inputs["input_ids"], batch.rows.prompt_lengths)]
+    rows = zip(batch.model_inputs["input_ids"], batch.rows.prompt_lengths, strict=True)
+    prompts = [tokenizer.decode(ids[:length]) for ids, length in rows]
     assert prompts[1].endswith("first question<|im_end|>\n<|im_start|>assistant\n")
     assert prompts[2].endswith("and then<|im_end|>\n<|im_start|>assistant\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -136,6 +137,46 @@ def validate(
         typer.echo(f"{config}: {found or 'no problems found'}")
     if result.errors:
         raise typer.Exit(ConfigError.exit_code)
+
+
+@app.command()
+def preview(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=0, help="How many rows of each split are shown.")] = 5,
+    all_rows: Annotated[
+        bool, typer.Option("--all", help="Read all rows, as fit does, and not the first 1000 of each source.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON: rows, then bad rows, notes and counts.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Tracebacks and the libraries' own messages.")] = False,
+) -> None:
+    """Show rows as the student will read them, and what it is trained to write in them. Loads no model.
+
+    Also what became of the others: bad and over-long rows with their place and reason, notes, counts, and what fit
+    would refuse. The rows shown are of as many kinds as there are. For example:
+
+    kdtrain preview config.yaml --rows 3 data.train_on=last
+    """
+    process.set_up_logging("text", debug)
+    with keyboard_interrupts_named():
+        process.write_out(_preview(config, overrides or [], rows, all_rows, as_json))
+
+
+def _preview(config: Path, overrides: list[str], rows: int, all_rows: bool, as_json: bool) -> str:
+    """What is printed."""
+    from rich.console import Console
+
+    from kdtrain.config import ConfigLoader
+
+    run_config = ConfigLoader.load(config, overrides)
+    waiting = Console(stderr=True)
+    with waiting.status("reading rows …") if waiting.is_terminal else nullcontext():  # some seconds without a sign else
+        from kdtrain.cli import preview as printed
+        from kdtrain.runs.preview import preview as read_rows
+
+        process.quiet_libraries(keep_bars=False)
+        splits = read_rows(run_config, rows=rows, all_rows=all_rows)
+    return printed.as_json(splits) if as_json else printed.as_text(splits, Console())
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import io
 import json
 import logging
 import os
@@ -41,6 +42,17 @@ def quiet_libraries(keep_bars: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
     if not keep_bars:
         datasets.disable_progress_bars()
+
+
+def write_out(text: str) -> None:
+    """Write a result to stdout, whatever its encoding; a reader such as `head` may have had enough of it before."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush would complain
 
 
 def fail(error: KdtrainError) -> NoReturn:

@@ -11,6 +11,7 @@ multimodal.py    what a processor makes of text and images
 alignment.py     where the text between the images is in what a processor makes of it
 encoded_row.py   a row as tokens, rows that were tokens already, and what becomes of those that are too long
 cache.py         all rows encoded, in parallel, cached by content
+segments.py      the text of a row's tokens, cut where supervision begins and ends
 epochs.py        which rows make up an epoch
 dataset.py       sources -> data set and report
 collate.py       rows -> batch

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +129,79 @@ def build_dataset(
         DataError: nothing to read, too many bad rows, over-long rows with `error`, no row left, or a tokenizer or
             template that cannot serve the rows.
     """
+    with encode_sources(
+        sources,
+        processing_class,
+        max_length=max_length,
+        on_overlength=on_overlength,
+        train_on=train_on,
+        sample_limit=sample_limit,
+        seed=seed,
+        num_proc=num_proc,
+        cache_dir=cache_dir,
+        new_parts=new_parts,
+        prompts=prompts,
+        image_root=image_root,
+        **options,
+    ) as rows:
+        rows.refuse(max_bad_rows)
+        return rows.dataset(), rows.report
+
+
+@dataclass(frozen=True)
+class EncodedSources:
+    """Raw rows beside what they became, and which of those are trained on."""
+
+    raw: datasets.Dataset  # as of `read_all`
+    encoded: datasets.Dataset  # in the same order, with the columns of cache.py; bad and over-long rows have no tokens
+    sources: Sequence[Source]
+    sizes: Sequence[int]  # rows that were read from each source
+    limits: Limits
+    rows: np.ndarray  # numbers of the encoded rows that make up the data set, as often as it repeats them
+    report: BuildReport
+
+    @cached_property
+    def made_of(self) -> np.ndarray:
+        """The number of the raw row that each encoded one comes from."""
+        return _column(self.encoded, "raw")
+
+    def place(self, row: int) -> str:
+        """Where an encoded row comes from, as `file:line`."""
+        return _place(self.raw, self.made_of[row])
+
+    def source(self, row: int) -> Source:
+        """The source of an encoded row."""
+        return self.sources[self.raw[int(self.made_of[row])]["source"]]
+
+    def refuse(self, max_bad_rows: int) -> None:
+        """Raises the DataError of rows that cannot be trained on."""
+        _refuse(self.encoded, self.raw, self.report, max_bad_rows, self.limits)
+
+    def dataset(self) -> datasets.Dataset:
+        """What `build_dataset` returns."""
+        return _assemble(self.encoded, self.raw, self.sources, self.rows, bool(self.report.images))
+
+
+@contextmanager
+def encode_sources(
+    sources: Sequence[Source],
+    processing_class: Any,
+    *,
+    max_length: int | None,
+    on_overlength: str,
+    train_on: str,
+    sample_limit: int | None = None,
+    seed: int = 0,
+    num_proc: int | None = None,
+    cache_dir: str | None = None,
+    new_parts: bool = False,
+    image_root: str | None = None,
+    **options: Any,
+) -> Iterator[EncodedSources]:
+    """The rows of `build_dataset` before any is refused; the raw ones are gone when the block ends."""
     if image_root is not None and not Path(image_root).is_dir():
         raise DataError(f"image_root is no folder: {show(image_root, 400)}")
-    encoder = RowEncoder(processing_class, train_on, prompts=prompts, image_root=image_root, **options)
+    encoder = RowEncoder(processing_class, train_on, image_root=image_root, **options)
     limits = Limits(max_length, on_overlength)
     if not sources:
         raise DataError("there is no data source")
@@ -150,7 +222,6 @@ def build_dataset(
             raw = raw.select(used) if len(used) < len(raw) else raw
             encoded = encode_cached(raw, encoder, sources, limits, num_proc, folder)
             report = _count(encoded, raw, sources, limits)
-            _refuse(encoded, raw, report, max_bad_rows, limits)
             report.notes += _row_notes(encoded, raw)
             kept, made_of = _column(encoded, "status") == "ok", _column(encoded, "raw")
             if varies:
@@ -163,7 +234,7 @@ def build_dataset(
                 rows = epoch = planned[kept[planned]]
             _count_tokens(encoded, epoch, limits, report)
             report.image_extremes = _image_extremes(encoded, raw, rows)
-            return _assemble(encoded, raw, sources, rows, bool(report.images)), report
+            yield EncodedSources(raw, encoded, sources, sizes, limits, rows, report)
     except OSError as error:  # sources raise DataError on their own: this is a full or read-only disk
         raise DataError(
             f"cannot write the data cache {show(str(folder), 400)}: {error}. Make room, or set cache_dir"
@@ -188,8 +259,7 @@ def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[S
     bad, kept = np.flatnonzero(status == "bad"), status == "ok"
     made_of = _column(encoded, "raw")
     by_teacher = np.array([sources[source].answers == "teacher" for source in raw["source"][:]])[made_of]
-    # Counted in Arrow: the images' bytes are not read.
-    images = np.asarray(pc.fill_null(pc.list_value_length(encoded.data.column("images")), 0))
+    images = images_per_row(encoded)
     return BuildReport(
         rows_read=len(raw),
         rows_kept=len(np.unique(made_of[kept])),
@@ -206,6 +276,11 @@ def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[S
         stop_tokens_added=sum(encoded["extended"][:]),
         unterminated_rows=sum(encoded["unterminated"][:]),
     )
+
+
+def images_per_row(encoded: datasets.Dataset) -> np.ndarray:
+    """Images of every row, counted in Arrow: their bytes are not read."""
+    return np.asarray(pc.fill_null(pc.list_value_length(encoded.data.column("images")), 0))
 
 
 def _refuse(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 from accelerate import PartialState
@@ -38,34 +38,47 @@ def read_data(
     given: Given,
 ) -> RunData:
     """Read and encode the rows, in one process of a machine; the others read its cache."""
-    common: dict[str, Any] = {
+    most_bad = config.data.max_bad_rows
+    evaluation = evaluation_report = None
+    with PartialState().local_main_process_first():
+        sources = sources_of(config.data.train, given.train_dataset)
+        options = encoding_options(config, seed, "train")
+        train, report = build_dataset(sources, processing, new_parts=True, max_bad_rows=most_bad, **options)
+        if config.data.eval:
+            sources = sources_of(config.data.eval, given.eval_dataset)
+            options = encoding_options(config, seed, "eval")
+            evaluation, evaluation_report = build_dataset(sources, processing, max_bad_rows=most_bad, **options)
+    for name, one in (("train", report), ("eval", evaluation_report)):
+        if is_main() and one is not None:
+            reporter.data(name, one)
+    check_losses(config, report)
+    return RunData(train, evaluation, report, evaluation_report)
+
+
+def encoding_options(config: RunConfig, seed: int, split: Literal["train", "eval"]) -> dict[str, Any]:
+    """What a config says about reading and encoding rows, as arguments of `build_dataset` and `encode_sources`."""
+    return {
         "max_length": config.data.max_length,
         "on_overlength": config.data.on_overlength,
         **config.data.chats,
-        "max_bad_rows": config.data.max_bad_rows,
         "sample_limit": config.custom.sample_limit,
         "seed": seed,
         "num_proc": config.training.get("dataset_num_proc"),
         "image_root": config.data.image_root,
+        "prompts": split == "train" and _all_generated(config),
     }
-    evaluation = evaluation_report = None
-    with PartialState().local_main_process_first():
-        sources = _sources(config.data.train, given.train_dataset)
-        train, report = build_dataset(sources, processing, new_parts=True, prompts=_all_generated(config), **common)
-        if config.data.eval:
-            sources = _sources(config.data.eval, given.eval_dataset)
-            evaluation, evaluation_report = build_dataset(sources, processing, prompts=False, **common)
-    for name, one in (("train", report), ("eval", evaluation_report)):
-        if is_main() and one is not None:
-            reporter.data(name, one)
-    _check_terms(config, report)
-    _check_generation(config, report)
-    return RunData(train, evaluation, report, evaluation_report)
 
 
-def _sources(sources: Sequence[DataSource], rows: Any) -> list[Source]:
+def sources_of(sources: Sequence[DataSource], rows: Any = None) -> list[Source]:
+    """The sources of one split; `rows` were handed over and stand in for those that its path names."""
     # Streaming is not available yet, which the config's own checks say.
     return [Source(**source.model_dump(exclude={"streaming"}), rows=rows) for source in sources]
+
+
+def check_losses(config: RunConfig, report: BuildReport) -> None:
+    """Refuse training rows that the losses of the config cannot be computed on."""
+    _check_terms(config, report)
+    _check_generation(config, report)
 
 
 def _check_terms(config: RunConfig, report: BuildReport) -> None:
