@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 from trl.chat_template_utils import has_generation_markers
 
 from kdtrain.data.control_tokens import ControlTokens
@@ -62,6 +62,7 @@ class ProbedTemplate:
         self.text = chat_template or _own_template(processing_class, self._tokenizer, tools)
         self._check_kwargs()
         self.marked = has_generation_markers(self.text)
+        self._compiled = _compile_jinja_template(self.text)
         self.added = {token: id_ for token, id_ in self._tokenizer.get_added_vocab().items() if token.strip()}
         self.added_pattern = any_of(self.added)
         self._as_parts = False
@@ -110,19 +111,25 @@ class ProbedTemplate:
         spans: bool,
         kwargs: Mapping[str, Any],
     ) -> tuple[str, list[tuple[int, int]]]:
+        arguments = {
+            "tools": tools,
+            "add_generation_prompt": generation_prompt,
+            **self._specials,
+            **self._kwargs,
+            **kwargs,
+        }
         try:
+            if not spans:
+                # What `render_jinja_template` does, without the copies that it makes of all of it at every call.
+                messages = [_with_thinking(message) for message in messages]
+                return self._compiled.render(messages=messages, documents=None, **arguments), []
             texts, indices = render_jinja_template(
-                conversations=[messages],
-                tools=tools,
-                chat_template=self.text,
-                return_assistant_tokens_mask=spans,
-                add_generation_prompt=generation_prompt,
-                **{**self._specials, **self._kwargs, **kwargs},
+                conversations=[messages], chat_template=self.text, return_assistant_tokens_mask=True, **arguments
             )
         # Templates are programs: besides their own raise_exception they trip over missing keys and wrong types.
         except (TemplateError, TypeError, KeyError, IndexError, ValueError, AttributeError, RecursionError) as error:
             raise RowError(f"the chat template refuses the conversation: {show(str(error))}") from error
-        return texts[0], indices[0] if spans else []
+        return texts[0], indices[0]
 
     # ---- probes ------------------------------------------------------------------------------------------------------
 
@@ -254,6 +261,13 @@ def boundaries(header: str, added: re.Pattern[str]) -> list[int]:
         match.start() for match in re.finditer("<", header)
     }
     return sorted(found)
+
+
+def _with_thinking(message: Message) -> Message:
+    """The message with its reasoning under the name that gpt-oss reads as well, as transformers gives it."""
+    if "reasoning_content" not in message:
+        return message
+    return {"thinking": message["reasoning_content"], **message}
 
 
 def _own_template(processing_class: Any, tokenizer: Any, tools: bool) -> str:
