@@ -1,6 +1,7 @@
 """Data: rows of many kinds to padded batches with labels. Knows neither config nor models nor trainer.
 
 sources.py       files and hub data sets -> raw rows with their place, in one Arrow file (files.py: text files)
+splits.py        which files are of a split, and which rows a slice such as train[:90%] means
 rows.py          raw row -> conversation, prompt and completion, or text
 parts.py         which image stands where in a conversation
 images.py        one image: path or bytes, and its pixels

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import difflib
 import json
-import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +24,7 @@ from kdtrain.data.files import RawRow, cannot_read, is_array, read_array, read_c
 from kdtrain.data.images import is_pil, png
 from kdtrain.data.parts import VIDEO_COLUMNS
 from kdtrain.data.rows import IMAGE_COLUMNS, KNOWN_COLUMNS, ROW_COLUMNS
+from kdtrain.data.splits import DEFAULT_SPLIT, EVERY_SPLIT, Part, choose, names_split, parse_split, same_split
 from kdtrain.errors import DataError
 
 _LINES = (".jsonl", ".ndjson")
@@ -53,8 +54,8 @@ class Source:
     """Where rows come from: a file, a folder, the hub, or rows at hand."""
 
     path: str  # absolute local path, or the id of a data set on the hub
-    name: str | None = None  # configuration, on the hub only
-    split: str = "train"
+    name: str | None = None  # configuration: of a data set on the hub, or a folder in the one that `path` names
+    split: str = DEFAULT_SPLIT  # with slices: train[:90%]
     columns: Mapping[str, str] | None = None  # canonical -> in the file, {"prompt": "question"}; others are ignored
     limit: int | None = None  # only the first n rows
     weight: float = 1.0  # how many times each row appears per epoch, see `kdtrain.data.epochs`
@@ -96,7 +97,8 @@ def _read(source: Source) -> Iterator[RawRow]:
     rows = islice(_rows(source), source.limit)
     first = list(islice(rows, 100))
     if not first:
-        raise DataError(f"{show(source.path, 400)} has no rows")
+        where = "" if all(part.whole for part in parse_split(source.split)) else f" in {source.split}"
+        raise DataError(f"{show(source.path, 400)} has no rows{where}")
     _check_columns(source, first)
     yield from first
     yield from rows
@@ -119,6 +121,21 @@ def _check_source(source: Source) -> None:
 
 
 def _rows(source: Source) -> Iterator[RawRow]:
+    parts, path = parse_split(source.split), Path(source.path)
+    if source.rows is None and not path.exists():
+        yield from _hub(source, parts)  # `datasets` slices itself
+        return
+    for part in parts:
+        if part.whole:
+            yield from _rows_of(source, part.name)
+            continue
+        # Read twice where the number of rows decides: they need not fit into memory.
+        size = sum(1 for _ in _rows_of(source, part.name)) if part.needs_size else sys.maxsize
+        yield from islice(_rows_of(source, part.name), *part.bounds(size))
+
+
+def _rows_of(source: Source, split: str) -> Iterator[RawRow]:
+    """The rows of a split, where there are splits: it was checked that rows at hand need none."""
     path = Path(source.path)
     if isinstance(source.rows, datasets.Dataset):
         yield from _table(source, source.path, lambda: source.rows)
@@ -127,14 +144,28 @@ def _rows(source: Source) -> Iterator[RawRow]:
             yield RawRow(source.path, number + 1, json.dumps(dict(source.rows[number]), default=_portable))
     elif path.is_dir():
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            yield from _table(source, source.path, lambda: _from_disk(source))
+            yield from _table(source, source.path, lambda: _from_disk(source, split))
             return
-        for file in _files_in(path, source.split):
+        for file in choose(_files_in(path), split, path):
             yield from _file(source, file)
-    elif path.is_file():
-        yield from _file(source, path)
     else:
-        yield from _hub(source)
+        _check_single(source, path, split)
+        yield from _file(source, path)
+
+
+def _check_single(source: Source, path: Path, split: str) -> None:
+    """A file is one split, and has no configurations: what asks for another would be ignored."""
+    if source.name is not None:
+        raise DataError(
+            f"{show(source.path, 400)} is a file and has no configuration {show(source.name)}: remove name, which is "
+            "for data sets of the hub and folders"
+        )
+    known = split in (DEFAULT_SPLIT, EVERY_SPLIT) or same_split(path.parent.name, split)
+    if not known and not names_split(path, split, path.parent):
+        raise DataError(
+            f"{show(source.path, 400)} is a file without the splits of a data set, there is no {show(split)}: remove "
+            "split, name the file that holds it, or take rows by their number, split: train[90%:]"
+        )
 
 
 def _file(source: Source, path: Path) -> Iterator[RawRow]:
@@ -172,7 +203,7 @@ def _table(source: Source, name: str, load: Any) -> Iterator[RawRow]:
     found = [column for column in table.column_names if column in wanted]
     if not found or (mapped and not mapped & set(found)):
         raise _no_columns(source, name, table.column_names)
-    if source.limit is not None:
+    if source.limit is not None and all(part.whole for part in parse_split(source.split)):
         table = table.select(range(min(source.limit, len(table))))
     # Videos are named, never decoded: that a row has one is all the check in parts.py needs.
     extra = {column: "present" for column in VIDEO_COLUMNS if column in table.column_names and not source.columns}
@@ -207,24 +238,29 @@ def _portable(value: object) -> dict[str, str]:
     return {"unsupported": type(value).__name__}
 
 
-def _from_disk(source: Source) -> Any:
+def _from_disk(source: Source, split: str) -> Any:
     saved = datasets.load_from_disk(source.path)
     if not isinstance(saved, datasets.DatasetDict):
-        return saved
-    if source.split not in saved:
-        raise DataError(f"{show(source.path, 400)} has no split {show(source.split)}: it has {', '.join(saved)}")
-    return saved[source.split]
+        named = str(saved.split) if saved.split else DEFAULT_SPLIT
+        if split in (DEFAULT_SPLIT, EVERY_SPLIT) or any(same_split(split, n) for n in (named, Path(source.path).name)):
+            return saved
+        raise DataError(f"{show(source.path, 400)} has no split {show(split)}: it is one data set, saved as {named}")
+    if split == EVERY_SPLIT:
+        return datasets.concatenate_datasets(list(saved.values()))
+    found = [name for name in saved if same_split(name, split)]
+    if split not in saved and len(found) != 1:
+        raise DataError(f"{show(source.path, 400)} has no split {show(split)}: it has {', '.join(saved)}")
+    return saved[split if split in saved else found[0]]
 
 
-def _files_in(folder: Path, split: str) -> list[Path]:
+def _files_in(folder: Path) -> list[Path]:
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.name.removesuffix(".gz").endswith(_SUFFIXES))
     if not files:
         raise DataError(f"{show(str(folder), 400)} has no data files. Use {_FORMATS}")
-    # Published folders hold train-00000-of-00002.parquet beside test-…; without such names all files are one split.
-    return [f for f in files if re.split(r"[-_.]", f.name)[0] == split] or files
+    return files
 
 
-def _hub(source: Source) -> Iterator[RawRow]:
+def _hub(source: Source, parts: Sequence[Part]) -> Iterator[RawRow]:
     path = Path(source.path)
     file_like = path.suffix in (".gz", *_SUFFIXES, *_UNSAFE)
     # The hub's ids are `name` or `organisation/name`.
@@ -232,10 +268,12 @@ def _hub(source: Source) -> Iterator[RawRow]:
         siblings = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"no such file or folder: {show(source.path, 400)}{_suggestion(path.name, siblings)}")
 
+    split = "+".join(part.text for part in parts)
+
     def load() -> Any:
         config = datasets.DownloadConfig(max_retries=1)
         try:
-            return datasets.load_dataset(source.path, source.name, split=source.split, download_config=config)
+            return datasets.load_dataset(source.path, source.name, split=split, download_config=config)
         except Exception as error:
             reason = show(str(error) or type(error).__name__, 400)
             raise DataError(
@@ -244,7 +282,7 @@ def _hub(source: Source) -> Iterator[RawRow]:
                 "mirror set HF_ENDPOINT"
             ) from error
 
-    yield from _table(source, f"{source.path}[{source.split}]", load)
+    yield from _table(source, f"{source.path}[{split}]", load)
 
 
 def _check_columns(source: Source, rows: list[RawRow]) -> None:
