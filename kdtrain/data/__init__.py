@@ -1,6 +1,7 @@
 """Data: rows of many kinds to padded batches with labels. Knows neither config nor models nor trainer.
 
-sources.py       files and hub data sets -> raw rows with their place, in one Arrow file (files.py: text files)
+sources.py       files and hub data sets -> raw rows with their place, in one Arrow file
+files.py         what a file is packed with, its lines (json_files.py, csv_files.py: the rows of these formats)
 splits.py        which files are of a split, and which rows a slice such as train[:90%] means
 rows.py          raw row -> conversation, prompt and completion, or text
 parts.py         which image stands where in a conversation

@@ -18,21 +18,26 @@ from typing import Any
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from kdtrain.data.csv_files import read_csv
 from kdtrain.data.errors import show
-from kdtrain.data.files import RawRow, cannot_read, is_array, read_array, read_csv, read_lines
+from kdtrain.data.files import PACKED, RawRow, cannot_read, check_content, first_bytes
 from kdtrain.data.images import is_pil, png
+from kdtrain.data.json_files import read_json
 from kdtrain.data.parts import VIDEO_COLUMNS
 from kdtrain.data.rows import IMAGE_COLUMNS, KNOWN_COLUMNS, ROW_COLUMNS
 from kdtrain.data.splits import DEFAULT_SPLIT, EVERY_SPLIT, Part, choose, names_split, parse_split, same_split
 from kdtrain.errors import DataError
 
-_LINES = (".jsonl", ".ndjson")
+_JSON = (".json", ".jsonl", ".ndjson")
 _CSV = {".csv": ",", ".tsv": "\t"}
 _TABLES = {".parquet": "parquet", ".arrow": "arrow"}
-_SUFFIXES = (".json", *_LINES, *_CSV, *_TABLES)
+_SUFFIXES = (*_JSON, *_CSV, *_TABLES)
 _UNSAFE = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".py")
-_FORMATS = ".json, .jsonl (also .gz), .parquet, .csv, .tsv, .arrow, a folder of these, or a saved Arrow data set"
+_FORMATS = (
+    ".json, .jsonl (also packed, .gz), .parquet, .csv, .tsv, .arrow, a folder of these, or a saved Arrow data set"
+)
 _MEDIA = (datasets.Image, datasets.Audio, datasets.Video)
 ANSWERS = ("data", "teacher")
 _RAW = pa.schema(
@@ -147,10 +152,10 @@ def _rows_of(source: Source, split: str) -> Iterator[RawRow]:
             yield from _table(source, source.path, lambda: _from_disk(source, split))
             return
         for file in choose(_files_in(path), split, path):
-            yield from _file(source, file)
+            yield from _file(source, file, split)
     else:
         _check_single(source, path, split)
-        yield from _file(source, path)
+        yield from _file(source, path, split)
 
 
 def _check_single(source: Source, path: Path, split: str) -> None:
@@ -168,26 +173,48 @@ def _check_single(source: Source, path: Path, split: str) -> None:
         )
 
 
-def _file(source: Source, path: Path) -> Iterator[RawRow]:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    kind = suffixes[-1] if suffixes else ""
-    if kind == ".gz":
-        kind = suffixes[-2] if len(suffixes) > 1 else ""
+def _file(source: Source, path: Path, split: str) -> Iterator[RawRow]:
+    kind, name = _kind(path), show(str(path), 400)
     if kind in _UNSAFE:
-        raise DataError(
-            f"{show(str(path), 400)}: {kind} files can run code when they are read and are refused. Use {_FORMATS}"
-        )
-    if kind in _LINES or (kind == ".json" and not is_array(path)):
-        yield from read_lines(path)
-    elif kind == ".json":
-        yield from read_array(path)
+        raise DataError(f"{name}: {kind} files can run code when they are read and are refused. Use {_FORMATS}")
+    if kind in _JSON:
+        yield from read_json(path, _wanted(source), split)
     elif kind in _CSV:
         yield from read_csv(path, _CSV[kind])
     elif kind in _TABLES:
-        load = partial(datasets.load_dataset, _TABLES[kind], data_files=str(path), split="train")
-        yield from _table(source, str(path), load)
+        if not _is_empty(path, kind):
+            load = partial(datasets.load_dataset, _TABLES[kind], data_files=str(path), split="train")
+            yield from _table(source, str(path), load)
     else:
-        raise DataError(f"{show(str(path), 400)}: unknown format {kind or '(no suffix)'}. Use {_FORMATS}")
+        raise DataError(f"{name}: unknown format {kind or '(no suffix)'}. Use {_FORMATS}")
+
+
+def _kind(path: Path) -> str:
+    """The ending that says the format: the last, or the one before it of what is packed."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix not in PACKED), "")
+
+
+def _is_empty(path: Path, kind: str) -> bool:
+    """Whether a table has no rows, as some of those that Spark writes: the readers of `datasets` stumble over it."""
+    start = first_bytes(path)
+    if not start.startswith((b"PAR1", b"ARROW1")):
+        check_content(path, start)
+    try:
+        if kind == ".parquet":
+            return not start or pq.read_metadata(path).num_rows == 0
+        with pa.memory_map(str(path)) as file:
+            opened = pa.ipc.open_file(file) if start.startswith(b"ARROW1") else pa.ipc.open_stream(file)
+            batches = map(opened.get_batch, range(opened.num_record_batches)) if start.startswith(b"ARROW1") else opened
+            return not any(batch.num_rows for batch in batches)
+    except (pa.ArrowException, OSError):
+        return not start  # else what is wrong with it is said when it is read
+
+
+def _wanted(source: Source) -> set[str]:
+    """The columns that a row may have, by their names in the file."""
+    mapped = set((source.columns or {}).values())
+    return {*mapped, *IMAGE_COLUMNS} if mapped else set(KNOWN_COLUMNS)
 
 
 def _table(source: Source, name: str, load: Any) -> Iterator[RawRow]:
@@ -199,8 +226,7 @@ def _table(source: Source, name: str, load: Any) -> Iterator[RawRow]:
     except Exception as error:  # each reader of `datasets` has its own errors
         raise cannot_read(name, error, 400) from error
     mapped = set((source.columns or {}).values())
-    wanted = {*mapped, *IMAGE_COLUMNS} if mapped else set(KNOWN_COLUMNS)
-    found = [column for column in table.column_names if column in wanted]
+    found = [column for column in table.column_names if column in _wanted(source)]
     if not found or (mapped and not mapped & set(found)):
         raise _no_columns(source, name, table.column_names)
     if source.limit is not None and all(part.whole for part in parse_split(source.split)):
@@ -254,7 +280,7 @@ def _from_disk(source: Source, split: str) -> Any:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    files = sorted(f for f in folder.iterdir() if f.is_file() and f.name.removesuffix(".gz").endswith(_SUFFIXES))
+    files = sorted(f for f in folder.iterdir() if f.is_file() and _kind(f) in _SUFFIXES)
     if not files:
         raise DataError(f"{show(str(folder), 400)} has no data files. Use {_FORMATS}")
     return files
@@ -262,7 +288,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 def _hub(source: Source, parts: Sequence[Part]) -> Iterator[RawRow]:
     path = Path(source.path)
-    file_like = path.suffix in (".gz", *_SUFFIXES, *_UNSAFE)
+    file_like = path.suffix in (*PACKED, *_SUFFIXES, *_UNSAFE)
     # The hub's ids are `name` or `organisation/name`.
     if path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1 or file_like:
         siblings = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
