@@ -181,3 +181,138 @@ def test_a_saved_data_set_has_the_split_that_it_was_saved_with(read, tmp_path):
     with pytest.raises(DataError, match="has no split train: it has validation"):
         read(tmp_path / "dict")
     assert read(tmp_path / "dict" / "validation", split="validation") == ["a"]
+
+
+# ---- folders as people have them -------------------------------------------------------------------------------------
+
+LAYOUTS = [
+    # files, name, split, those that are read
+    (["README.md", "data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"], None, "test", [2]),
+    (["main/train-00000-of-00001.parquet", "main/test.jsonl", "socratic/train.jsonl"], "main", "train", [0]),
+    (["data/main/train.jsonl", "data/socratic/train.jsonl"], "socratic", "train", [1]),
+    (["train/part-0.jsonl", "train/part-1.jsonl", "test/part-0.jsonl"], None, "train", [0, 1]),
+    (["train/part-0.jsonl", "test/part-0.jsonl"], None, "test", [1]),
+    (["data/train/a.jsonl", "data/val/a.jsonl"], None, "dev", [1]),
+    (["sft/a.jsonl", "gen/a.jsonl"], None, "gen", [1]),
+    (["rows/a.jsonl", "rows/b.jsonl", ".cache/train.jsonl", "__MACOSX/a.jsonl"], None, "train", [0, 1]),
+    (["train.jsonl", "dataset_infos.json", "metadata.json", "dataset_info.json", "._train.jsonl"], None, "train", [0]),
+    (["train.jsonl", "sub/train.jsonl"], None, "train", [0]),
+    (["TRAIN.JSONL", "notes.txt"], None, "train", [0]),
+    (["rows.jsonl"], "default", "train", [0]),
+]
+
+
+@pytest.mark.parametrize(("names", "name", "split", "chosen"), LAYOUTS)
+def test_a_clone_and_other_folders_are_read_as_they_are_meant(names, name, split, chosen, read, tmp_path):
+    assert read(folder_of(tmp_path, *names), name=name, split=split) == [names[i] for i in chosen]
+
+
+UNCLEAR = [
+    (["main/train.jsonl", "socratic/train.jsonl"], None, "train", "its folders main, socratic have: set name"),
+    (
+        ["main/train.jsonl", "socratic/train.jsonl"],
+        "other",
+        "train",
+        "no configuration other: its folders are main, soc",
+    ),
+    (["train.jsonl"], "main", "train", "no configuration main: it has no folders with data"),
+    (["test/a.jsonl"], None, "train", r"no files of the split train, but test/a\.jsonl"),
+    (["train/test.jsonl"], None, "train", r"no files of the split train, but train/test\.jsonl"),
+    (["notes.txt", ".hidden.jsonl"], None, "train", r"has no data files\. Use \.json, "),
+]
+
+
+@pytest.mark.parametrize(("names", "name", "split", "reason"), UNCLEAR)
+def test_a_folder_that_may_mean_several_things_lists_them(names, name, split, reason, read, tmp_path):
+    with pytest.raises(DataError, match=reason):
+        read(folder_of(tmp_path, *names), name=name, split=split)
+
+
+README = """---
+license: mit
+configs:
+- config_name: chat
+  data_files:
+  - split: train
+    path: raw/a-*
+  - split: heldout
+    path: [raw/b.jsonl]
+- config_name: code
+  data_dir: code
+- config_name: flat
+  data_files: raw/b.jsonl
+---
+# A data set
+"""
+DESCRIBED = ["raw/a-0.jsonl", "raw/a-1.jsonl", "raw/b.jsonl", "code/train.jsonl", "code/test.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "chosen"),
+    [("chat", "train", [0, 1]), ("chat", "heldout", [2]), ("chat", "all", [0, 1, 2]), ("code", "test", [4]),
+     ("flat", "train", [2])],
+)  # fmt: skip
+def test_a_readme_that_names_the_files_is_followed(name, split, chosen, read, tmp_path):
+    folder = folder_of(tmp_path, *DESCRIBED)
+    (folder / "README.md").write_text(README)
+    assert read(folder, name=name, split=split) == [DESCRIBED[i] for i in chosen]
+
+
+def test_a_readme_that_does_not_fit_says_what_it_names(read, tmp_path):
+    folder = folder_of(tmp_path, *DESCRIBED)
+    readme = folder / "README.md"
+    readme.write_text(README)
+    with pytest.raises(DataError, match="has the configurations chat, code, flat: set name"):
+        read(folder)
+    with pytest.raises(DataError, match="has no configuration math, but chat, code, flat"):
+        read(folder, name="math")
+    with pytest.raises(DataError, match="has no split test: its README names train, heldout"):
+        read(folder, name="chat", split="test")
+    for path, reason in (("gone-*", r"no file gone-\*, which its README names"), ("../x", "not in the folder")):
+        readme.write_text(README.replace("raw/a-*", path))
+        with pytest.raises(DataError, match=reason):
+            read(folder, name="chat")
+    for text in ("---\nconfigs: [\n---\n", "---\nconfigs: none\n---\n", "# No head\n", "---\nlicense: mit\n---\n"):
+        readme.write_text(text)
+        with pytest.raises(DataError, match="its folders code, raw have"):
+            read(folder)
+
+
+def test_a_pattern_gives_its_files_in_order(read, tmp_path):
+    folder = folder_of(tmp_path, "b.jsonl", "a.jsonl", "c.txt", "deep/d.jsonl")
+    assert read(folder / "*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert read(folder / "*") == ["a.jsonl", "b.jsonl"]
+    assert read(folder / "**" / "*.jsonl") == ["a.jsonl", "b.jsonl", "deep/d.jsonl"]
+    assert read(folder / "[b-z].jsonl", split="train[:1]") == ["b.jsonl"]
+    with pytest.raises(DataError, match=r"no file matches .*\*\.csv"):
+        read(folder / "*.csv")
+    with pytest.raises(DataError, match="is a pattern and has no configuration main"):
+        read(folder / "*.jsonl", name="main")
+    with pytest.raises(DataError, match=r"c\.txt: unknown format"):
+        read(folder / "*.txt")
+
+
+def test_a_pattern_over_several_splits_needs_one(read, tmp_path):
+    folder = folder_of(tmp_path, "train.jsonl", "test-0.jsonl", "test-1.jsonl", "sub[1]/x.parquet")
+    assert read(folder / "test*.jsonl") == ["test-0.jsonl", "test-1.jsonl"]
+    assert read(folder / "*.jsonl", split="test") == ["test-0.jsonl", "test-1.jsonl"]
+    assert len(read(folder / "*.jsonl", split="all")) == 3
+    assert read(folder / "sub[1]" / "x.parquet") == ["sub[1]/x.parquet"]
+    with pytest.raises(DataError, match=r"matches several splits: test-0\.jsonl, test-1\.jsonl, train\.jsonl\. Narrow"):
+        read(folder / "*.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("https://example.com/a.jsonl", "is an address.* download it"),
+        ("s3://bucket/a.jsonl", "is an address"),
+        ("hf://datasets/org/name", "is an address.* such as org/name"),
+        ("org/name:test", r"write \{path: org/name, split: test\}"),
+        ("org/name@v1.0", "has a revision behind it. For that, clone it"),
+        ("rows/none/at/all", "no such file or folder"),
+    ],
+)
+def test_addresses_and_ids_with_more_behind_them_say_what_to_write(path, reason, read):
+    with pytest.raises(DataError, match=reason):
+        read(path)

@@ -1,7 +1,9 @@
 """Data: rows of many kinds to padded batches with labels. Knows neither config nor models nor trainer.
 
-sources.py       files and hub data sets -> raw rows with their place, in one Arrow file
-files.py         what a file is packed with, its lines (json_files.py, csv_files.py: the rows of these formats)
+sources.py       files and data sets -> raw rows with their place, in one Arrow file
+files.py         what a file is packed with, its lines
+json_files.py, csv_files.py, tables.py, hub.py   the rows of these
+folders.py       which files a folder or a pattern means
 splits.py        which files are of a split, and which rows a slice such as train[:90%] means
 rows.py          raw row -> conversation, prompt and completion, or text
 parts.py         which image stands where in a conversation
@@ -18,7 +20,7 @@ dataset.py       sources -> data set and report
 collate.py       rows -> batch
 visual_batch.py  the visual part of a batch
 with_images.py   the first rows with images, to try a run on
-errors.py        the error of a single row, and how its message shows values
+errors.py        the error of a single row, and how messages show values and suggest names
 """
 
 from kdtrain.data.collate import Collator, cut_rows, pad_rows

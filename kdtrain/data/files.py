@@ -19,6 +19,12 @@ from typing import Any
 from kdtrain.data.errors import show
 from kdtrain.errors import DataError
 
+JSON = (".json", ".jsonl", ".ndjson")
+CSV = {".csv": ",", ".tsv": "\t"}
+TABLES = {".parquet": "parquet", ".arrow": "arrow"}  # and their readers in `datasets`
+UNSAFE = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".py")
+SUFFIXES = (*JSON, *CSV, *TABLES)
+FORMATS = ".json, .jsonl (also packed, .gz), .parquet, .csv, .tsv, .arrow, a folder of these, or a saved Arrow data set"
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")  # endings behind the one that says the format
 # What a broken file raises; a cut one an EOFError.
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -53,6 +59,12 @@ class RawRow:
 
 def cannot_read(name: str, error: Exception, most: int = 160) -> DataError:
     return DataError(f"cannot read {show(name, 400)}: {show(str(error) or type(error).__name__, most)}")
+
+
+def kind_of(path: Path) -> str:
+    """The ending that says the format: the last, or the one before it of what is packed."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix not in PACKED), "")
 
 
 def first_bytes(path: Path, opened: Callable[[Path], Any] | None = None) -> bytes:

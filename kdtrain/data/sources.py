@@ -5,12 +5,12 @@ Nothing that could run code is read: no pickles, no dataset scripts.
 
 from __future__ import annotations
 
-import base64
-import difflib
+import glob
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,27 +18,19 @@ from typing import Any
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from kdtrain.data.csv_files import read_csv
-from kdtrain.data.errors import show
-from kdtrain.data.files import PACKED, RawRow, cannot_read, check_content, first_bytes
-from kdtrain.data.images import is_pil, png
+from kdtrain.data.errors import show, suggestion
+from kdtrain.data.files import CSV, FORMATS, JSON, TABLES, UNSAFE, RawRow, cannot_read, kind_of
+from kdtrain.data.folders import files_in, files_matching, is_saved
+from kdtrain.data.hub import load_from_hub
 from kdtrain.data.json_files import read_json
 from kdtrain.data.parts import VIDEO_COLUMNS
 from kdtrain.data.rows import IMAGE_COLUMNS, KNOWN_COLUMNS, ROW_COLUMNS
-from kdtrain.data.splits import DEFAULT_SPLIT, EVERY_SPLIT, Part, choose, names_split, parse_split, same_split
+from kdtrain.data.splits import DEFAULT_SPLIT, EVERY_SPLIT, names_split, parse_split, same_split
+from kdtrain.data.tables import is_empty, load_saved, portable, table_rows
 from kdtrain.errors import DataError
 
-_JSON = (".json", ".jsonl", ".ndjson")
-_CSV = {".csv": ",", ".tsv": "\t"}
-_TABLES = {".parquet": "parquet", ".arrow": "arrow"}
-_SUFFIXES = (*_JSON, *_CSV, *_TABLES)
-_UNSAFE = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".py")
-_FORMATS = (
-    ".json, .jsonl (also packed, .gz), .parquet, .csv, .tsv, .arrow, a folder of these, or a saved Arrow data set"
-)
-_MEDIA = (datasets.Image, datasets.Audio, datasets.Video)
 ANSWERS = ("data", "teacher")
 _RAW = pa.schema(
     [
@@ -121,14 +113,16 @@ def _check_source(source: Source) -> None:
         if column not in KNOWN_COLUMNS:
             raise DataError(
                 f"{show(source.path)}: columns maps to {show(column)!r}, which is not one of {', '.join(KNOWN_COLUMNS)}"
-                f"{_suggestion(column, KNOWN_COLUMNS)}. It reads canonical: column in the file"
+                f"{suggestion(column, KNOWN_COLUMNS)}. It reads canonical: column in the file"
             )
 
 
 def _rows(source: Source) -> Iterator[RawRow]:
-    parts, path = parse_split(source.split), Path(source.path)
-    if source.rows is None and not path.exists():
-        yield from _hub(source, parts)  # `datasets` slices itself
+    parts = parse_split(source.split)
+    if source.rows is None and not os.path.exists(source.path) and not glob.has_magic(source.path):
+        split = "+".join(part.text for part in parts)  # `datasets` slices itself
+        load = partial(load_from_hub, source.path, source.name, split)
+        yield from _table(source, f"{source.path}[{split}]", load)
         return
     for part in parts:
         if part.whole:
@@ -146,25 +140,34 @@ def _rows_of(source: Source, split: str) -> Iterator[RawRow]:
         yield from _table(source, source.path, lambda: source.rows)
     elif source.rows is not None:
         for number in range(len(source.rows)):
-            yield RawRow(source.path, number + 1, json.dumps(dict(source.rows[number]), default=_portable))
+            yield RawRow(source.path, number + 1, json.dumps(dict(source.rows[number]), default=portable))
     elif path.is_dir():
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            yield from _table(source, source.path, lambda: _from_disk(source, split))
+        if is_saved(path):
+            _check_name(source, "a saved data set")
+            yield from _table(source, source.path, lambda: load_saved(source.path, split))
             return
-        for file in choose(_files_in(path), split, path):
+        for file in files_in(path, source.name, split):
+            yield from _file(source, file, split)
+    elif not path.exists():
+        _check_name(source, "a pattern")
+        for file in files_matching(source.path, split):
             yield from _file(source, file, split)
     else:
         _check_single(source, path, split)
         yield from _file(source, path, split)
 
 
-def _check_single(source: Source, path: Path, split: str) -> None:
-    """A file is one split, and has no configurations: what asks for another would be ignored."""
+def _check_name(source: Source, what: str) -> None:
     if source.name is not None:
         raise DataError(
-            f"{show(source.path, 400)} is a file and has no configuration {show(source.name)}: remove name, which is "
-            "for data sets of the hub and folders"
+            f"{show(source.path, 400)} is {what} and has no configuration {show(source.name)}: remove name, which is "
+            "for data sets of the hub, and folders that are clones of them"
         )
+
+
+def _check_single(source: Source, path: Path, split: str) -> None:
+    """A file is one split, and has no configurations: what asks for another would be ignored."""
+    _check_name(source, "a file")
     known = split in (DEFAULT_SPLIT, EVERY_SPLIT) or same_split(path.parent.name, split)
     if not known and not names_split(path, split, path.parent):
         raise DataError(
@@ -174,41 +177,19 @@ def _check_single(source: Source, path: Path, split: str) -> None:
 
 
 def _file(source: Source, path: Path, split: str) -> Iterator[RawRow]:
-    kind, name = _kind(path), show(str(path), 400)
-    if kind in _UNSAFE:
-        raise DataError(f"{name}: {kind} files can run code when they are read and are refused. Use {_FORMATS}")
-    if kind in _JSON:
+    kind, name = kind_of(path), show(str(path), 400)
+    if kind in UNSAFE:
+        raise DataError(f"{name}: {kind} files can run code when they are read and are refused. Use {FORMATS}")
+    if kind in JSON:
         yield from read_json(path, _wanted(source), split)
-    elif kind in _CSV:
-        yield from read_csv(path, _CSV[kind])
-    elif kind in _TABLES:
-        if not _is_empty(path, kind):
-            load = partial(datasets.load_dataset, _TABLES[kind], data_files=str(path), split="train")
+    elif kind in CSV:
+        yield from read_csv(path, CSV[kind])
+    elif kind in TABLES:
+        if not is_empty(path, kind):
+            load = partial(datasets.load_dataset, TABLES[kind], data_files=glob.escape(str(path)), split="train")
             yield from _table(source, str(path), load)
     else:
-        raise DataError(f"{name}: unknown format {kind or '(no suffix)'}. Use {_FORMATS}")
-
-
-def _kind(path: Path) -> str:
-    """The ending that says the format: the last, or the one before it of what is packed."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    return next((suffix for suffix in reversed(suffixes) if suffix not in PACKED), "")
-
-
-def _is_empty(path: Path, kind: str) -> bool:
-    """Whether a table has no rows, as some of those that Spark writes: the readers of `datasets` stumble over it."""
-    start = first_bytes(path)
-    if not start.startswith((b"PAR1", b"ARROW1")):
-        check_content(path, start)
-    try:
-        if kind == ".parquet":
-            return not start or pq.read_metadata(path).num_rows == 0
-        with pa.memory_map(str(path)) as file:
-            opened = pa.ipc.open_file(file) if start.startswith(b"ARROW1") else pa.ipc.open_stream(file)
-            batches = map(opened.get_batch, range(opened.num_record_batches)) if start.startswith(b"ARROW1") else opened
-            return not any(batch.num_rows for batch in batches)
-    except (pa.ArrowException, OSError):
-        return not start  # else what is wrong with it is said when it is read
+        raise DataError(f"{name}: unknown format {kind or '(no suffix)'}. Use {FORMATS}")
 
 
 def _wanted(source: Source) -> set[str]:
@@ -232,83 +213,8 @@ def _table(source: Source, name: str, load: Any) -> Iterator[RawRow]:
     if source.limit is not None and all(part.whole for part in parse_split(source.split)):
         table = table.select(range(min(source.limit, len(table))))
     # Videos are named, never decoded: that a row has one is all the check in parts.py needs.
-    extra = {column: "present" for column in VIDEO_COLUMNS if column in table.column_names and not source.columns}
-    features = _undecoded(table.select_columns(found).features)
-    batches = table.select_columns(found).with_format("arrow").iter(batch_size=rows_at_once(table, 1000))
-    for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
-        yield RawRow(name, number, json.dumps({**features.decode_example(row), **extra}, default=_portable))
-
-
-def rows_at_once(table: datasets.Dataset, most: int) -> int:
-    """As many rows as 32 MiB of memory hold on average, at most `most`: rows may carry images."""
-    return int(max(1, min(most, 2**25 * len(table.data) // max(table.data.nbytes, 1))))
-
-
-def _undecoded(feature: Any) -> Any:
-    """The same features with images, sounds and the like as they are stored: bytes and path."""
-    if isinstance(feature, dict):
-        return type(feature)({name: _undecoded(inner) for name, inner in feature.items()})
-    if isinstance(feature, (datasets.List, datasets.LargeList)):
-        return type(feature)(_undecoded(feature.feature))
-    if isinstance(feature, (list, tuple)):
-        return [_undecoded(inner) for inner in feature]
-    return replace(feature, decode=False) if isinstance(feature, _MEDIA) else feature
-
-
-def _portable(value: object) -> dict[str, str]:
-    """Bytes travel as base64; dates and the like become something that is no text, which is refused with its type."""
-    if is_pil(value):
-        value = png(value)
-    if isinstance(value, bytes):
-        return {"base64": base64.b64encode(value).decode("ascii")}
-    return {"unsupported": type(value).__name__}
-
-
-def _from_disk(source: Source, split: str) -> Any:
-    saved = datasets.load_from_disk(source.path)
-    if not isinstance(saved, datasets.DatasetDict):
-        named = str(saved.split) if saved.split else DEFAULT_SPLIT
-        if split in (DEFAULT_SPLIT, EVERY_SPLIT) or any(same_split(split, n) for n in (named, Path(source.path).name)):
-            return saved
-        raise DataError(f"{show(source.path, 400)} has no split {show(split)}: it is one data set, saved as {named}")
-    if split == EVERY_SPLIT:
-        return datasets.concatenate_datasets(list(saved.values()))
-    found = [name for name in saved if same_split(name, split)]
-    if split not in saved and len(found) != 1:
-        raise DataError(f"{show(source.path, 400)} has no split {show(split)}: it has {', '.join(saved)}")
-    return saved[split if split in saved else found[0]]
-
-
-def _files_in(folder: Path) -> list[Path]:
-    files = sorted(f for f in folder.iterdir() if f.is_file() and _kind(f) in _SUFFIXES)
-    if not files:
-        raise DataError(f"{show(str(folder), 400)} has no data files. Use {_FORMATS}")
-    return files
-
-
-def _hub(source: Source, parts: Sequence[Part]) -> Iterator[RawRow]:
-    path = Path(source.path)
-    file_like = path.suffix in (*PACKED, *_SUFFIXES, *_UNSAFE)
-    # The hub's ids are `name` or `organisation/name`.
-    if path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1 or file_like:
-        siblings = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"no such file or folder: {show(source.path, 400)}{_suggestion(path.name, siblings)}")
-
-    split = "+".join(part.text for part in parts)
-
-    def load() -> Any:
-        config = datasets.DownloadConfig(max_retries=1)
-        try:
-            return datasets.load_dataset(source.path, source.name, split=split, download_config=config)
-        except Exception as error:
-            reason = show(str(error) or type(error).__name__, 400)
-            raise DataError(
-                f"cannot load the data set {show(source.path)} from the hub: {reason}. If it should be a local file, "
-                "give its path. Without a network, put it into the cache first and set HF_HUB_OFFLINE=1; behind a "
-                "mirror set HF_ENDPOINT"
-            ) from error
-
-    yield from _table(source, f"{source.path}[{split}]", load)
+    videos = {column: "present" for column in VIDEO_COLUMNS if column in table.column_names and not source.columns}
+    yield from table_rows(table, name, found, videos)
 
 
 def _check_columns(source: Source, rows: list[RawRow]) -> None:
@@ -331,14 +237,9 @@ def _no_columns(source: Source, name: str, found: list[str]) -> DataError:
     if source.columns:
         mapped = ", ".join(f"{c}: {show(f, 60)}" for c, f in source.columns.items())
         wrong = next((f for f in source.columns.values() if f not in found), "")
-        hint = _suggestion(wrong, found)
+        hint = suggestion(wrong, found)
         return DataError(f"{show(name, 400)} has the columns {listed}, not those of columns ({mapped}){hint}")
     return DataError(
         f"{show(name, 400)} has none of the columns {', '.join(ROW_COLUMNS)} but {listed}. Map them, for example "
         "columns: {prompt: question, completion: answer}"
     )
-
-
-def _suggestion(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {show(close[0])}?" if close else ""

@@ -99,9 +99,14 @@ def names_split(file: Path, split: str, root: Path) -> bool:
     return found or any(_words(name) == wanted for name in _folders(file, root))
 
 
-def names_any_split(file: Path, root: Path) -> bool:
-    """Whether a name says that a file is of some split."""
-    return bool(_SPLITS & set(_label(file, root)[0]))
+def splits_named(file: Path, root: Path) -> frozenset[str]:
+    """The splits that the name of a file speaks of."""
+    return frozenset(_SPLITS & set(_label(file, root)[0]))
+
+
+def is_split_name(name: str) -> bool:
+    """Whether a name speaks of a split."""
+    return bool(_SPLITS & set(_words(name)))
 
 
 def choose(files: Sequence[Path], split: str, root: Path) -> list[Path]:
@@ -117,12 +122,12 @@ def choose(files: Sequence[Path], split: str, root: Path) -> list[Path]:
     if (exact := (_words(split), True)) in labels:
         return [file for file in chosen if _label(file, root) == exact or not _label(file, root)[1]]
     if sum(is_shard for _, is_shard in labels) > 1:
-        raise DataError(f"{_of(root)}: the split {show(split)} is not clear: {_listed(chosen, root)}. {_REMEDY}")
+        raise DataError(f"{_of(root)}: the split {show(split)} is not clear: {listed(chosen, root)}. {_REMEDY}")
     if chosen:
         return chosen
-    if split == DEFAULT_SPLIT and not any(names_any_split(file, root) for file in files):
+    if split == DEFAULT_SPLIT and not any(splits_named(file, root) for file in files):
         return list(files)
-    raise DataError(f"{_of(root)} has no files of the split {show(split)}, but {_listed(files, root)}. {_REMEDY}")
+    raise DataError(f"{_of(root)} has no files of the split {show(split)}, but {listed(files, root)}. {_REMEDY}")
 
 
 _REMEDY = "Set split to the one that is meant, or name the files"
@@ -132,7 +137,8 @@ def _of(root: Path) -> str:
     return show(str(root), 400)
 
 
-def _listed(files: Sequence[Path], root: Path, most: int = 8) -> str:
+def listed(files: Sequence[Path], root: Path, most: int = 8) -> str:
+    """The names of files for a message."""
     names = [show(str(file.relative_to(root)), 80) for file in files[:most]]
     return ", ".join(names) + (f" and {len(files) - most} more" if len(files) > most else "")
 
@@ -140,13 +146,13 @@ def _listed(files: Sequence[Path], root: Path, most: int = 8) -> str:
 def _label(file: Path, root: Path) -> tuple[tuple[str, ...], bool]:
     """The words that say a file's split, and whether `datasets` wrote it, with the split's whole name.
 
-    Words are those of the file, or, where these name no split, of the nearest folder that does.
+    Words are those of the file, and of the nearest folder below `root` that names a split.
     """
     shard = _SHARD.fullmatch(file.name)
     own = _words(shard["split"] if shard else file.name)
-    names = [] if _SPLITS & set(own) else [_words(name) for name in _folders(file, root)]
-    by_folder = next((words for words in names if _SPLITS & set(words)), None)
-    return (own, shard is not None) if by_folder is None else (by_folder, False)
+    by_folder = next((words for name in _folders(file, root) if _SPLITS & set(words := _words(name))), ())
+    # train/part-0.jsonl is of train, and so is train/train-0.jsonl; train/test.jsonl speaks of two.
+    return (own, shard is not None) if set(by_folder) <= set(own) else ((*own, *by_folder), False)
 
 
 def _folders(file: Path, root: Path) -> list[str]:
