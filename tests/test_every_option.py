@@ -269,6 +269,7 @@ CHANGES: dict[str, Change] = {
     "data.max_bad_rows": Change(3, built("build_dataset")),
     "data.packing": Change(True, findings),
     "data.padding_free": Change(True, findings),
+    "data.cache_dir": Change("/somewhere", built("build_dataset")),
     "rlhf.teacher_model": Change("org/other", built("build_teacher")),
     "rlhf.teacher_model_init_kwargs": Change({"subfolder": "best"}, built("build_teacher")),
     "rlhf.teacher.backend": Change("self", findings, LORA),

@@ -197,6 +197,20 @@ def evaluation(config: RunConfig, written: Written) -> Iterator[Problem]:
                 yield Problem(("training", key), "needs evaluation", "set data.eval and training.eval_strategy: steps")
 
 
+def evaluation_on_training_rows(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """The same file and split to train and to evaluate on; two slices of it are left to who wrote them."""
+    for number, source in enumerate(config.data.eval_sources):
+        for trained in config.data.train:
+            same = (source.path, source.name) == (trained.path, trained.name)
+            splits = [one.split.partition("[") for one in (source, trained)]
+            sliced = all(bracket for _, bracket, _ in splits) and source.split != trained.split
+            if same and splits[0][0] == splits[1][0] and not sliced:
+                message = "names rows of data.train: evaluation would be on what was trained on"
+                hint = "hold rows out, data.eval: 5%, or split both: train[:90%] and train[90%:]"
+                yield Problem(("data", "eval", number), message, hint, level="warning")
+                break
+
+
 def training_conflicts(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Fields of `training` that contradict or silence one another."""
     training = config.training
@@ -236,6 +250,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     ),
     (frozen_parts, ("tuner.freeze_llm", "tuner.freeze_vit", "tuner.freeze_aligner", "custom.visual_kd")),
     (evaluation, (*_KD_SWITCHES, "training.eval_strategy")),
+    (evaluation_on_training_rows, ("data.train", "data.eval")),
     (training_conflicts, ("training.output_dir", "training.max_steps", "training.dataloader_num_workers")),
     (output_folder, ("training.output_dir", "model.model", "rlhf.teacher_model", "data.train", "data.eval")),
     (

@@ -5,6 +5,7 @@ files.py         what a file is packed with, its lines
 json_files.py, csv_files.py, tables.py, hub.py   the rows of these
 folders.py       which files a folder or a pattern means
 splits.py        which files are of a split, and which rows a slice such as train[:90%] means
+held_out.py      the share of the training rows that is kept to evaluate on
 rows.py          raw row -> conversation, prompt and completion, or text
 parts.py         which image stands where in a conversation
 images.py        one image: path or bytes, and its pixels
@@ -15,6 +16,7 @@ multimodal.py    what a processor makes of text and images
 alignment.py     where the text between the images is in what a processor makes of it
 encoded_row.py   a row as tokens, rows that were tokens already, and what becomes of those that are too long
 cache.py         all rows encoded, in parallel, cached by content
+cache_folder.py  where that is
 epochs.py        which rows make up an epoch
 dataset.py       sources -> data set and report
 collate.py       rows -> batch
@@ -29,6 +31,7 @@ from kdtrain.data.encoded_row import EncodedRow
 from kdtrain.data.encoder import encode_row
 from kdtrain.data.epochs import Epochs
 from kdtrain.data.errors import RowError
+from kdtrain.data.held_out import HeldOut
 from kdtrain.data.sources import Source
 
 __all__ = [
@@ -36,6 +39,7 @@ __all__ = [
     "Collator",
     "EncodedRow",
     "Epochs",
+    "HeldOut",
     "RowError",
     "Source",
     "build_dataset",

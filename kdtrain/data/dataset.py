@@ -19,13 +19,15 @@ import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from kdtrain.data.cache import encode_cached
+from kdtrain.data.cache_folder import default_cache_folder
 from kdtrain.data.encoded_row import Limits
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.epochs import Epochs, mix
 from kdtrain.data.errors import RowError, show
 from kdtrain.data.files import folder_of
+from kdtrain.data.held_out import HeldOut
 from kdtrain.data.rows import Chat, parse_json, parse_row, prompt_of
-from kdtrain.data.sources import Source, read_all
+from kdtrain.data.sources import Source, read_all, unread_files
 from kdtrain.errors import DataError
 
 _NO_STOP = "the student will not learn to stop there"
@@ -91,6 +93,7 @@ def build_dataset(
     num_proc: int | None = None,
     cache_dir: str | None = None,
     new_parts: bool = False,
+    held_out: HeldOut | None = None,
 ) -> tuple[datasets.Dataset, BuildReport]:
     """Reads, mixes and encodes sources, in their order and unshuffled.
 
@@ -102,10 +105,12 @@ def build_dataset(
         max_bad_rows: more unusable rows than this are an error.
         sample_limit, seed: see `mix`.
         num_proc: processes; by default one per core up to 8, and one below 2000 rows.
-        cache_dir: where encoded rows are stored; by default a folder in the cache of `datasets`. With several ranks
-            let one of them call first: the others then read what it stored.
+        cache_dir: where encoded rows are stored; by default a folder in the cache of `datasets`, or one for temporary
+            files where that cannot be written, which a note says. With several ranks let one of them call first: the
+            others then read what it stored.
         new_parts: with fractional weights, return all rows once, and in `BuildReport.epochs` which of them make up each
             epoch: other ones every time. Sums are those of the first. Without effect beside `sample_limit`.
+        held_out: which of the rows are read, see `HeldOut`; after `limit` and before `weight`. None reads all.
 
     Returns:
         A data set with the columns `input_ids`, `labels` and `prompt_length` as of `EncodedRow`; `ce` (False: no
@@ -124,12 +129,12 @@ def build_dataset(
         raise DataError("there is no data source")
     if sample_limit is not None and sample_limit < 1:
         raise DataError(f"sample_limit must be at least 1, not {sample_limit}")
-    folder = Path(cache_dir) if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "kdtrain"
+    folder, moved = (Path(cache_dir), "") if cache_dir else default_cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Raw rows are mapped from a file, which need not outlive this call: the result is in the cache entry alone.
         with tempfile.TemporaryDirectory(prefix="reading-", dir=folder, ignore_cleanup_errors=True) as scratch:
-            raw, sizes = read_all(sources, Path(scratch) / "raw.arrow")
+            raw, sizes = read_all(sources, Path(scratch) / "raw.arrow", held_out)
             weights = [source.weight for source in sources]
             plan = mix(sizes, weights, sample_limit, seed)
             varies = new_parts and sample_limit is None and any(weight % 1 for weight in weights)
@@ -140,7 +145,12 @@ def build_dataset(
             encoded = encode_cached(raw, encoder, sources, limits, num_proc, folder)
             report = _count(encoded, raw, sources, limits)
             _refuse(encoded, raw, report, max_bad_rows, limits)
-            report.notes += _row_notes(encoded, raw) + _template_notes(raw, encoder, sources)
+            report.notes += (
+                ([moved] if moved else [])
+                + _unread(sources)
+                + _row_notes(encoded, raw)
+                + _template_notes(raw, encoder, sources)
+            )
             kept = _column(encoded, "status") == "ok"
             if varies:
                 rows = np.flatnonzero(kept)
@@ -155,6 +165,17 @@ def build_dataset(
         raise DataError(
             f"cannot write the data cache {show(str(folder), 400)}: {error}. Make room, or set cache_dir"
         ) from error
+
+
+def _unread(sources: Sequence[Source]) -> list[str]:
+    """Notes of files that lie beside those of a source and that nothing reads."""
+    notes = []
+    for source in sources:
+        names = [show(file.name, 80) for file in unread_files(source)]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        if names:
+            notes.append(f"{show(source.path)}: the split {source.split} is read, and not {', '.join(names[:3])}{more}")
+    return notes
 
 
 def _column(table: datasets.Dataset, name: str) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,10 @@ def files_matching(pattern: str, split: str) -> list[Path]:
     return files
 
 
-def unread_files(folder: Path, name: str | None, split: str) -> list[Path]:
-    """Data files that lie beside those of a split and name none themselves: nothing reads them."""
-    chosen = files_in(folder, name, split)
-    beside = {file for parent in {file.parent for file in chosen} for file in _data_files(parent)}
-    return sorted(file for file in beside.difference(chosen) if len(splits_named(file, file.parent)) != 1)
+def beside(files: Sequence[Path]) -> list[Path]:
+    """Data files that lie beside those of a split and whose names say no split, or several: nothing reads them."""
+    all_files = {file for parent in {file.parent for file in files} for file in _data_files(parent)}
+    return sorted(file for file in all_files.difference(files) if len(splits_named(file, file.parent)) != 1)
 
 
 def _is_data(file: Path) -> bool:

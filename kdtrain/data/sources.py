@@ -22,13 +22,14 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from kdtrain.data.csv_files import read_csv
 from kdtrain.data.errors import show, suggestion
 from kdtrain.data.files import CSV, FORMATS, JSON, TABLES, UNSAFE, RawRow, cannot_read, kind_of
-from kdtrain.data.folders import files_in, files_matching, is_saved
+from kdtrain.data.folders import beside, files_in, files_matching, is_saved
+from kdtrain.data.held_out import HeldOut
 from kdtrain.data.hub import load_from_hub
 from kdtrain.data.json_files import read_json
 from kdtrain.data.parts import VIDEO_COLUMNS
 from kdtrain.data.rows import IMAGE_COLUMNS, KNOWN_COLUMNS, ROW_COLUMNS
 from kdtrain.data.splits import DEFAULT_SPLIT, EVERY_SPLIT, names_split, parse_split, same_split
-from kdtrain.data.tables import is_empty, load_saved, portable, table_rows
+from kdtrain.data.tables import is_empty, load_saved, load_table, portable, table_rows
 from kdtrain.errors import DataError
 
 ANSWERS = ("data", "teacher")
@@ -61,26 +62,36 @@ class Source:
     rows: Any = None  # the rows themselves, a `datasets.Dataset` or a sequence; `path` is then their name in messages
 
 
-def read_all(sources: Sequence[Source], path: Path) -> tuple[datasets.Dataset, list[int]]:
-    """All rows in one Arrow file, so that data larger than memory can be encoded; and the number from each source."""
-    sizes = []
+def read_all(
+    sources: Sequence[Source], path: Path, held_out: HeldOut | None = None
+) -> tuple[datasets.Dataset, list[int]]:
+    """All rows in one Arrow file, so that data larger than memory can be encoded; and the number from each source.
+
+    With `held_out` only those of its side, with the numbers that they have among all.
+    """
+    sizes, total = [], 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _RAW) as writer:
         for index, source in enumerate(sources):
             size = 0
-            for batch in _batches(_read(source)):
-                numbered = [{**vars(row), "source": index, "row": size + i} for i, row in enumerate(batch)]
+            for batch in _batches(enumerate(_read(source))):
+                total += len(batch)
+                columns, answers = source.columns, source.answers
+                kept = [(i, row) for i, row in batch if held_out is None or held_out.has(row, columns, answers)]
+                numbered = [{**vars(row), "source": index, "row": i} for i, row in kept]
                 writer.write_batch(pa.RecordBatch.from_pylist(numbered, schema=_RAW))
-                size += len(batch)
+                size += len(kept)
             sizes.append(size)
+    if held_out is not None and not sum(sizes):
+        raise held_out.refuse_empty(total)
     return datasets.Dataset.from_file(str(path)), sizes
 
 
-def _batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+def _batches(rows: Iterator[tuple[int, RawRow]]) -> Iterator[list[tuple[int, RawRow]]]:
     """1000 rows at a time, fewer where they carry images."""
-    batch: list[RawRow] = []
+    batch: list[tuple[int, RawRow]] = []
     length = 0
-    for row in rows:
-        batch.append(row)
+    for number, row in rows:
+        batch.append((number, row))
         length += len(row.text)
         if len(batch) == 1000 or length > 2**25:
             yield batch
@@ -157,6 +168,14 @@ def _rows_of(source: Source, split: str) -> Iterator[RawRow]:
         yield from _file(source, path, split)
 
 
+def unread_files(source: Source) -> list[Path]:
+    """Files of a source's folder that its split leaves out though they are not of another one."""
+    path = Path(source.path)
+    if source.rows is not None or not path.is_dir() or is_saved(path):
+        return []
+    return beside([file for part in parse_split(source.split) for file in files_in(path, source.name, part.name)])
+
+
 def _check_name(source: Source, what: str) -> None:
     if source.name is not None:
         raise DataError(
@@ -186,8 +205,7 @@ def _file(source: Source, path: Path, split: str) -> Iterator[RawRow]:
         yield from read_csv(path, CSV[kind])
     elif kind in TABLES:
         if not is_empty(path, kind):
-            load = partial(datasets.load_dataset, TABLES[kind], data_files=glob.escape(str(path)), split="train")
-            yield from _table(source, str(path), load)
+            yield from _table(source, str(path), partial(load_table, path, kind))
     else:
         raise DataError(f"{name}: unknown format {kind or '(no suffix)'}. Use {FORMATS}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import glob
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,13 +14,21 @@ import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from kdtrain.data.cache_folder import default_cache_folder
 from kdtrain.data.errors import show
-from kdtrain.data.files import RawRow, check_content, first_bytes
+from kdtrain.data.files import TABLES, RawRow, check_content, first_bytes
 from kdtrain.data.images import is_pil, png
 from kdtrain.data.splits import DEFAULT_SPLIT, EVERY_SPLIT, same_split
 from kdtrain.errors import DataError
 
 _MEDIA = (datasets.Image, datasets.Audio, datasets.Video)
+
+
+def load_table(path: Path, kind: str) -> Any:
+    """A Parquet or Arrow file; `datasets` keeps a copy in its cache."""
+    folder, moved = default_cache_folder()
+    cache = str(folder / "tables") if moved else None
+    return datasets.load_dataset(TABLES[kind], data_files=glob.escape(str(path)), split="train", cache_dir=cache)
 
 
 def table_rows(table: Any, name: str, columns: Sequence[str], beside: Mapping[str, str]) -> Iterator[RawRow]:

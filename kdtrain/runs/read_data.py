@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from kdtrain.config import RunConfig
 from kdtrain.config.schema import DataSource
-from kdtrain.data import BuildReport, Source, build_dataset
+from kdtrain.data import BuildReport, HeldOut, Source, build_dataset
 from kdtrain.errors import DataError
 from kdtrain.ranks import is_main
 
@@ -45,14 +45,17 @@ def read_data(
         "sample_limit": config.custom.sample_limit,
         "seed": seed,
         "num_proc": config.training.get("dataset_num_proc"),
+        "cache_dir": config.data.cache_dir,
     }
     evaluation = evaluation_report = None
     with PartialState().local_main_process_first():
-        sources = _sources(config.data.train, given.train_dataset)
-        train, report = build_dataset(sources, processing, new_parts=True, **common)
-        if config.data.eval:
-            sources = _sources(config.data.eval, given.eval_dataset)
-            evaluation, evaluation_report = build_dataset(sources, processing, **common)
+        share, sources = config.data.eval_share, _sources(config.data.train, given.train_dataset)
+        trained, held_out = (HeldOut(share, training=side) if share else None for side in (True, False))
+        train, report = build_dataset(sources, processing, new_parts=True, held_out=trained, **common)
+        if config.data.eval_sources:
+            sources = _sources(config.data.eval_sources, given.eval_dataset)
+        if config.data.eval is not None:
+            evaluation, evaluation_report = build_dataset(sources, processing, held_out=held_out, **common)
     for name, one in (("train", report), ("eval", evaluation_report)):
         if is_main() and one is not None:
             reporter.data(name, one)
