@@ -108,5 +108,5 @@ def test_what_cannot_be_read_is_counted_on_the_training_side_alone(sides, tmp_pa
 
 def test_a_side_without_rows_is_an_error(sides, tmp_path):
     for share, training, purpose in ((0.001, False, "evaluate on"), (0.999, True, "train on")):
-        with pytest.raises(DataError, match=rf"of the 4 rows of data\.train leaves none to {purpose}"):
+        with pytest.raises(DataError, match=rf"{100 * share}% of the 4 rows of data\.train leaves none to {purpose}"):
             read_all([in_memory(ROWS[:4])], tmp_path / "raw.arrow", HeldOut(share, training))

@@ -42,7 +42,7 @@ class HeldOut:
         """The error of a side without rows."""
         purpose = "train on" if self.training else "evaluate on"
         return DataError(
-            f"data.eval: {self.share:.4g} of the {rows} rows of data.train leaves none to {purpose}: which rows "
+            f"data.eval: {100 * self.share:.4g}% of the {rows} rows of data.train leaves none to {purpose}: which rows "
             "are held out depends on what they say. Choose another share, or give data.eval rows of its own"
         )
 
