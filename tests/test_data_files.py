@@ -165,6 +165,7 @@ GOOD_CSV = {
     "an index without a name": ",prompt,completion\n0,q0,a0\n",
     "surplus blank cells": "prompt,completion,,\nq0,a0,,\nq1,a1, ,,\n",
     "cells that lines leave out": "prompt,completion,\nq0,a0\n",
+    "lines of blanks": HEADER + "   \n\nq0,a0\n \t\n",
     "a blank line on top": "\n" + HEADER + "q0,a0\n",
 }
 

@@ -1,11 +1,14 @@
 """Which rows a source gives: splits, slices, folders as people have them, single files."""
 
 import json
+import os
+import pathlib
 
 import datasets
 import pytest
 
 from kdtrain.data import Source
+from kdtrain.data import sources as sources_module
 from kdtrain.data.sources import read_all
 from kdtrain.errors import DataError
 
@@ -217,6 +220,7 @@ UNCLEAR = [
     ),
     (["train.jsonl"], "main", "train", "no configuration main: it has no folders with data"),
     (["test/a.jsonl"], None, "train", r"no files of the split train, but test/a\.jsonl"),
+    (["train/x/test/a.jsonl", "dev/a.jsonl"], None, "train", "no files of the split train, but"),
     (["train/test.jsonl"], None, "train", r"no files of the split train, but train/test\.jsonl"),
     (["notes.txt", ".hidden.jsonl"], None, "train", r"has no data files\. Use \.json, "),
 ]
@@ -316,3 +320,36 @@ def test_a_pattern_over_several_splits_needs_one(read, tmp_path):
 def test_addresses_and_ids_with_more_behind_them_say_what_to_write(path, reason, read):
     with pytest.raises(DataError, match=reason):
         read(path)
+
+
+def test_what_is_no_file_and_what_may_not_be_read_say_so(read, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match="neither a file nor a folder: a pipe"):
+        read(tmp_path / "pipe.jsonl")
+
+    def refused(folder):
+        raise PermissionError(13, "Permission denied")
+
+    folder = folder_of(tmp_path, "a.jsonl")
+    monkeypatch.setattr(pathlib.Path, "iterdir", refused)
+    with pytest.raises(DataError, match=r"cannot read .*rows: .*Permission denied"):
+        read(folder)
+
+
+def test_links_to_files_and_folders_are_followed_and_circles_end(read, tmp_path):
+    folder = folder_of(tmp_path, "train/deep/a.jsonl", "test/a.jsonl")
+    (folder / "train" / "circle").symlink_to(folder)
+    (folder / "train" / "deep" / "other").symlink_to(folder / "train" / "deep")
+    write(tmp_path / "elsewhere" / "b.jsonl", "b")
+    (folder / "train" / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "train" / "c.jsonl").symlink_to(tmp_path / "elsewhere" / "b.jsonl")
+    assert sorted(read(folder)) == ["b", "b", "train/deep/a.jsonl"]
+
+
+def test_a_slice_of_tables_with_images_decodes_none_of_them_to_count(read, tmp_path, monkeypatch):
+    folder = folder_of(tmp_path, "train-0.parquet", "train-1.parquet", "test.jsonl")
+    decoded = []
+    rows = sources_module.table_rows
+    monkeypatch.setattr(sources_module, "table_rows", lambda *a: decoded.append(a) or rows(*a))
+    assert read(folder, split="train[50%:]") == ["train-1.parquet"]
+    assert len(decoded) == 2

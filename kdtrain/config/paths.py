@@ -66,7 +66,7 @@ def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
         elif is_share(text):
             continue
         else:  # existence is left to the preflight: data is often made after the config is written
-            local = local or Path(text).suffix.lower() in _DATA_SUFFIXES or not is_hub_id or _below_a_folder(text)
+            local = local or Path(text).suffix.lower() in _DATA_SUFFIXES or not is_hub_id or _names_a_folder(text)
             problems += _unlikely_id(path, text, base, local)
         if local:
             root = put(root, path, Node(os.path.abspath(base / os.path.expanduser(text)), node.place))
@@ -82,8 +82,8 @@ def _data_paths(root: Node) -> Iterator[KeyPath]:
             yield ("data", name, index, "path") if isinstance(item.value, dict) else ("data", name, index)
 
 
-def _below_a_folder(text: str) -> bool:
-    return text.partition("/")[0] in _DATA_FOLDERS and "/" in text
+def _names_a_folder(text: str) -> bool:
+    return text.partition("/")[0] in _DATA_FOLDERS
 
 
 def _unlikely_id(path: KeyPath, text: str, base: Path, local: bool) -> Iterator[Problem]:

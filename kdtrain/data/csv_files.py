@@ -70,7 +70,7 @@ class _Records:
                 raise self._unclear(self._broken_line, f"closed in line {first} or before")
             if problem := _not_utf8(fields):
                 yield first, [], problem
-            elif fields:
+            elif any(line.strip() for line in self._lines):
                 yield self._reader.line_num, fields, ""
 
     @property

@@ -27,7 +27,7 @@ from kdtrain.data.errors import RowError, show
 from kdtrain.data.files import folder_of
 from kdtrain.data.held_out import HeldOut
 from kdtrain.data.rows import Chat, parse_json, parse_row, prompt_of
-from kdtrain.data.sources import Source, read_all, unread_files
+from kdtrain.data.sources import Source, read_all, unread_of
 from kdtrain.errors import DataError
 
 _NO_STOP = "the student will not learn to stop there"
@@ -171,7 +171,7 @@ def _unread(sources: Sequence[Source]) -> list[str]:
     """Notes of files that lie beside those of a source and that nothing reads."""
     notes = []
     for source in sources:
-        names = [show(file.name, 80) for file in unread_files(source)]
+        names = [show(file.name, 80) for file in unread_of(source)]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         if names:
             notes.append(f"{show(source.path)}: the split {source.split} is read, and not {', '.join(names[:3])}{more}")

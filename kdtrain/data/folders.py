@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,13 @@ def files_matching(pattern: str, split: str) -> list[Path]:
     return files
 
 
-def beside(files: Sequence[Path]) -> list[Path]:
+def unread_files(folder: Path, name: str | None, split: str) -> list[Path]:
     """Data files that lie beside those of a split and whose names say no split, or several: nothing reads them."""
-    all_files = {file for parent in {file.parent for file in files} for file in _data_files(parent)}
-    return sorted(file for file in all_files.difference(files) if len(splits_named(file, file.parent)) != 1)
+    if _configs(folder):
+        return []  # the README knows whose they are
+    chosen = files_in(folder, name, split)
+    beside = {file for parent in {file.parent for file in chosen} for file in _data_files(parent)}
+    return sorted(file for file in beside.difference(chosen) if len(splits_named(file, file.parent)) != 1)
 
 
 def _is_data(file: Path) -> bool:
@@ -96,17 +99,22 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The folders in a folder that have data somewhere; hidden ones (.git, .cache) are another program's."""
-    inner = sorted(inner for inner in folder.iterdir() if inner.is_dir() and not inner.name.startswith((".", "__")))
-    return [inner for inner in inner if next(_deep(inner), None)]
+    """The folders in a folder that have data somewhere."""
+    return [inner for inner in _visible(folder) if next(_deep(inner, (os.path.realpath(folder),)), None)]
 
 
-def _deep(folder: Path) -> Iterator[Path]:
-    """The data files of a folder and all below."""
-    yield from _data_files(folder)
-    for inner in sorted(folder.iterdir()):
-        if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith((".", "__")):
-            yield from _deep(inner)
+def _visible(folder: Path) -> list[Path]:
+    """The folders in a folder; hidden ones (.git, .cache, __MACOSX) are another program's."""
+    return sorted(inner for inner in folder.iterdir() if inner.is_dir() and not inner.name.startswith((".", "__")))
+
+
+def _deep(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The data files of a folder and all below; a link to a folder above is not followed."""
+    real = os.path.realpath(folder)
+    if real not in above:
+        yield from _data_files(folder)
+        for inner in _visible(folder):
+            yield from _deep(inner, (*above, real))
 
 
 def _files_below(folder: Path, split: str) -> list[Path]:
@@ -117,7 +125,8 @@ def _files_below(folder: Path, split: str) -> list[Path]:
     if folder / "data" in inner:
         return files_in(folder / "data", None, split)
     if any(is_split_name(each.name) or same_split(each.name, split) for each in inner):
-        return choose([file for each in inner for file in _deep(each)], split, folder)
+        above = (os.path.realpath(folder),)
+        return choose([file for each in inner for file in _deep(each, above)], split, folder)
     if len(inner) == 1:
         return files_in(inner[0], None, split)
     names = ", ".join(show(each.name, 40) for each in inner)

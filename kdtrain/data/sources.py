@@ -22,14 +22,14 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from kdtrain.data.csv_files import read_csv
 from kdtrain.data.errors import show, suggestion
 from kdtrain.data.files import CSV, FORMATS, JSON, TABLES, UNSAFE, RawRow, cannot_read, kind_of
-from kdtrain.data.folders import beside, files_in, files_matching, is_saved
+from kdtrain.data.folders import files_in, files_matching, is_saved, unread_files
 from kdtrain.data.held_out import HeldOut
 from kdtrain.data.hub import load_from_hub
 from kdtrain.data.json_files import read_json
 from kdtrain.data.parts import VIDEO_COLUMNS
 from kdtrain.data.rows import IMAGE_COLUMNS, KNOWN_COLUMNS, ROW_COLUMNS
 from kdtrain.data.splits import DEFAULT_SPLIT, EVERY_SPLIT, names_split, parse_split, same_split
-from kdtrain.data.tables import is_empty, load_saved, load_table, portable, table_rows
+from kdtrain.data.tables import is_empty, load_saved, load_table, portable, table_rows, table_size
 from kdtrain.errors import DataError
 
 ANSWERS = ("data", "teacher")
@@ -138,10 +138,22 @@ def _rows(source: Source) -> Iterator[RawRow]:
     for part in parts:
         if part.whole:
             yield from _rows_of(source, part.name)
-            continue
-        # Read twice where the number of rows decides: they need not fit into memory.
-        size = sum(1 for _ in _rows_of(source, part.name)) if part.needs_size else sys.maxsize
-        yield from islice(_rows_of(source, part.name), *part.bounds(size))
+        else:
+            # Counted first where the number of rows decides: they need not fit into memory.
+            size = _count(source, part.name) if part.needs_size else sys.maxsize
+            yield from islice(_rows_of(source, part.name), *part.bounds(size))
+
+
+def _count(source: Source, split: str) -> int:
+    path = Path(source.path)
+    if source.rows is not None:
+        return len(source.rows)
+    if path.is_dir() and is_saved(path):
+        return len(load_saved(source.path, split))
+    tables = [file for file in _files(source, split) if kind_of(file) in TABLES]
+    if tables != _files(source, split):
+        return sum(1 for _ in _rows_of(source, split))
+    return sum(table_size(file, kind_of(file)) for file in tables)  # their images are not decoded for it
 
 
 def _rows_of(source: Source, split: str) -> Iterator[RawRow]:
@@ -152,28 +164,35 @@ def _rows_of(source: Source, split: str) -> Iterator[RawRow]:
     elif source.rows is not None:
         for number in range(len(source.rows)):
             yield RawRow(source.path, number + 1, json.dumps(dict(source.rows[number]), default=portable))
-    elif path.is_dir():
-        if is_saved(path):
-            _check_name(source, "a saved data set")
-            yield from _table(source, source.path, lambda: load_saved(source.path, split))
-            return
-        for file in files_in(path, source.name, split):
-            yield from _file(source, file, split)
-    elif not path.exists():
-        _check_name(source, "a pattern")
-        for file in files_matching(source.path, split):
-            yield from _file(source, file, split)
+    elif path.is_dir() and is_saved(path):
+        _check_name(source, "a saved data set")
+        yield from _table(source, source.path, lambda: load_saved(source.path, split))
     else:
-        _check_single(source, path, split)
-        yield from _file(source, path, split)
+        for file in _files(source, split):
+            yield from _file(source, file, split)
 
 
-def unread_files(source: Source) -> list[Path]:
-    """Files of a source's folder that its split leaves out though they are not of another one."""
+def _files(source: Source, split: str) -> list[Path]:
+    """The files of a split, where the source is a file, a folder or a pattern."""
     path = Path(source.path)
-    if source.rows is not None or not path.is_dir() or is_saved(path):
+    try:
+        if path.is_dir():
+            return files_in(path, source.name, split)
+        if not path.exists():
+            _check_name(source, "a pattern")
+            return files_matching(source.path, split)
+    except OSError as error:
+        raise cannot_read(source.path, error) from error
+    _check_single(source, path, split)
+    return [path]
+
+
+def unread_of(source: Source) -> list[Path]:
+    """Files of a source's folder that its split leaves out though they are not of another one."""
+    path, parts = Path(source.path), parse_split(source.split)
+    if source.rows is not None or not path.is_dir() or is_saved(path) or len(parts) > 1:
         return []
-    return beside([file for part in parse_split(source.split) for file in files_in(path, source.name, part.name)])
+    return unread_files(path, source.name, parts[0].name)
 
 
 def _check_name(source: Source, what: str) -> None:
@@ -187,6 +206,8 @@ def _check_name(source: Source, what: str) -> None:
 def _check_single(source: Source, path: Path, split: str) -> None:
     """A file is one split, and has no configurations: what asks for another would be ignored."""
     _check_name(source, "a file")
+    if not path.is_file():
+        raise DataError(f"{show(source.path, 400)} is neither a file nor a folder: a pipe can be read once only")
     known = split in (DEFAULT_SPLIT, EVERY_SPLIT) or same_split(path.parent.name, split)
     if not known and not names_split(path, split, path.parent):
         raise DataError(

@@ -96,7 +96,7 @@ def names_split(file: Path, split: str, root: Path) -> bool:
     if is_shard:
         return words[-len(wanted) :] == wanted
     found = any(words[i : i + len(wanted)] == wanted for i in range(len(words)))
-    return found or any(_words(name) == wanted for name in _folders(file, root))
+    return found or (not _SPLITS & set(words) and any(_words(name) == wanted for name in _folders(file, root)))
 
 
 def splits_named(file: Path, root: Path) -> frozenset[str]:

@@ -31,6 +31,11 @@ def load_table(path: Path, kind: str) -> Any:
     return datasets.load_dataset(TABLES[kind], data_files=glob.escape(str(path)), split="train", cache_dir=cache)
 
 
+def table_size(path: Path, kind: str) -> int:
+    """The number of rows of a Parquet or Arrow file."""
+    return 0 if is_empty(path, kind) else len(load_table(path, kind))
+
+
 def table_rows(table: Any, name: str, columns: Sequence[str], beside: Mapping[str, str]) -> Iterator[RawRow]:
     """The rows of a table with these columns and what stands beside them in each. No other is made an object."""
     features = _undecoded(table.select_columns(columns).features)
