@@ -88,6 +88,12 @@ SAME: list[tuple[Any, Any, bool]] = [
     ({"path": "a.jsonl", "split": "train[:90%]"}, {"path": "a.jsonl", "split": "train[:90%]"}, True),
     ({"path": "a.jsonl", "split": "train[:90%]"}, "a.jsonl", True),
     ("a.jsonl", {"path": "a.jsonl", "limit": 5}, True),
+    ({"path": "a.jsonl", "split": "train[:90%]"}, {"path": "a.jsonl", "split": "[-15%:]"}, True),
+    ({"path": "a.jsonl", "split": "train[:85%]"}, {"path": "a.jsonl", "split": "[-15%:]"}, False),
+    ({"path": "a.jsonl", "split": "train[:100]"}, {"path": "a.jsonl", "split": "train[99:]"}, True),
+    ({"path": "a.jsonl", "split": "train[:100]"}, {"path": "a.jsonl", "split": "train[100:]"}, False),
+    ({"path": "a.jsonl", "split": "train[:-100]"}, {"path": "a.jsonl", "split": "train[-100:]"}, False),
+    ({"path": "d", "split": "train+test"}, {"path": "d", "split": "test[:50%]"}, True),
 ]
 
 

@@ -192,7 +192,7 @@ def _rank(
 
 
 def make_project(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A folder with `student`, `teacher`, `train.jsonl`, the same as `eval.jsonl`, and a `config.yaml` that trains for four steps into `run`."""
+    """A folder with `student`, `teacher`, rows, and a `config.yaml` that trains for four steps into `run`."""
     save_model(make_qwen3(seed=1), tokenizer, folder / "student")
     save_model(make_qwen3(seed=2, hidden=48), tokenizer, folder / "teacher")
     for name in ("train.jsonl", "eval.jsonl"):

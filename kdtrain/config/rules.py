@@ -11,6 +11,7 @@ from operator import attrgetter
 from kdtrain.config.folders import model_folders, output_folder
 from kdtrain.config.from_pretrained import loading_arguments
 from kdtrain.config.schema import RunConfig, TeacherConfig
+from kdtrain.config.splits import share_rows
 from kdtrain.config.tree import KeyPath, Node, Problem, Written, dotted
 
 _SERVER = ("base_url", "model", "api_key_env", "top_k", "tail", "timeout_s", "max_retries", "concurrency")
@@ -198,17 +199,13 @@ def evaluation(config: RunConfig, written: Written) -> Iterator[Problem]:
 
 
 def evaluation_on_training_rows(config: RunConfig, written: Written) -> Iterator[Problem]:
-    """The same file and split to train and to evaluate on; two slices of it are left to who wrote them."""
+    """Rows of one file and split to train and to evaluate on, as far as their names and slices show it."""
     for number, source in enumerate(config.data.eval_sources):
-        for trained in config.data.train:
-            same = (source.path, source.name) == (trained.path, trained.name)
-            splits = [one.split.partition("[") for one in (source, trained)]
-            sliced = all(bracket for _, bracket, _ in splits) and source.split != trained.split
-            if same and splits[0][0] == splits[1][0] and not sliced:
-                message = "names rows of data.train: evaluation would be on what was trained on"
-                hint = "hold rows out, data.eval: 5%, or split both: train[:90%] and train[90%:]"
-                yield Problem(("data", "eval", number), message, hint, level="warning")
-                break
+        trained = [one for one in config.data.train if (one.path, one.name) == (source.path, source.name)]
+        if any(share_rows(source.split, one.split) for one in trained):
+            message = "names rows of data.train: evaluation would be on what was trained on"
+            hint = "hold rows out, data.eval: 5%, or split both: train[:90%] and train[90%:]"
+            yield Problem(("data", "eval", number), message, hint, level="warning")
 
 
 def training_conflicts(config: RunConfig, written: Written) -> Iterator[Problem]:

@@ -20,9 +20,9 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 
 from kdtrain.config.options import DEFAULT_TAIL, DistillationOptions, LossAndSampling, VisualKdConfig
 from kdtrain.config.section import Count, Flag, Number, Positive, Section, Text, Whole, wrong
+from kdtrain.config.splits import check_split
 from kdtrain.losses.kinds import Tail
 
-_SPLIT = re.compile(r"[\w.-]*(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?(\((closest|pct1_dropremainder)\))?")
 _SHARE = re.compile(r"[-+]?\d+(\.\d+)? ?%")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -98,16 +98,6 @@ class TunerConfig(Section):
         return {"llm": self.freeze_llm, "vit": self.freeze_vit, "aligner": self.freeze_aligner}
 
 
-def _split(value: str) -> str:
-    """Checked here for its place in the file; what it means is `kdtrain.data.splits`."""
-    for term in value.split("+"):
-        found = _SPLIT.fullmatch(term.strip())
-        ends = [end for end in (found["start"], found["stop"]) if end] if found else []
-        if not term.strip() or found is None or len({end.endswith("%") for end in ends}) > 1:
-            raise wrong("expected a split, with a slice or without: train, train[:90%], train[100:200], train[-10%:]")
-    return value
-
-
 class DataSource(Section):
     """One data set."""
 
@@ -115,7 +105,7 @@ class DataSource(Section):
     """File, folder or pattern such as `rows/*.jsonl` (absolute after loading), or hub id."""
     name: Text | None = None
     """Configuration (subset) of a data set on the hub, or of a clone: a folder in `path`."""
-    split: Annotated[Text, AfterValidator(_split)] = "train"
+    split: Annotated[Text, AfterValidator(check_split)] = "train"
     """Split of a data set on the hub, of a saved one, or of a folder, where file names say it (`gsm8k_train.jsonl`; val
     is validation is dev) and `all` is every file. With a slice, `train[:90%]` or `[100:200]`, also of a single file."""
     columns: dict[str, Text] | None = None

@@ -122,15 +122,18 @@ def choose(files: Sequence[Path], split: str, root: Path) -> list[Path]:
     if (exact := (_words(split), True)) in labels:
         return [file for file in chosen if _label(file, root) == exact or not _label(file, root)[1]]
     if sum(is_shard for _, is_shard in labels) > 1:
-        raise DataError(f"{_of(root)}: the split {show(split)} is not clear: {listed(chosen, root)}. {_REMEDY}")
+        raise DataError(f"{_of(root)}: the split {show(split)} is not clear: {listed(chosen, root)}. {_remedy(chosen)}")
     if chosen:
         return chosen
     if split == DEFAULT_SPLIT and not any(splits_named(file, root) for file in files):
         return list(files)
-    raise DataError(f"{_of(root)} has no files of the split {show(split)}, but {listed(files, root)}. {_REMEDY}")
+    raise DataError(f"{_of(root)} has no files of the split {show(split)}, but {listed(files, root)}. {_remedy(files)}")
 
 
-_REMEDY = "Set split to the one that is meant, or name the files"
+def _remedy(files: Sequence[Path]) -> str:
+    shards = [_SHARD.fullmatch(file.name) for file in files]
+    known = sorted({show(shard["split"], 40) for shard in shards if shard})
+    return f"Set split to {', '.join(known) if all(shards) else 'the one that is meant'}, or name the files"
 
 
 def _of(root: Path) -> str:
