@@ -22,7 +22,6 @@ _SAME = (
     ("eval", "evaluation"),
 )
 _CANONICAL = {word: words[0] for words in _SAME for word in words}
-_SPLITS = set(_CANONICAL.values())
 _SEPARATORS = re.compile(r"[-_. ]+")
 # As `datasets` writes them: train_sft-00000-of-00004-1a2b3c.parquet, gsm8k-train-00000-of-00001.arrow.
 _SHARD = re.compile(r"(?:.*-)?(?P<split>[^-]+)-\d{5}-of-\d{5}\b.*")
@@ -72,7 +71,8 @@ def _part(term: str, text: str) -> Part:
     found = _TERM.fullmatch(term)
     ends = [found["start"], found["stop"]] if found else []
     units = {end.endswith("%") for end in ends if end}
-    if found is None or not term or len(units) > 1 or (found["rounding"] and units != {True}):
+    nameless = bool(found and found["name"] and not _words(found["name"]))
+    if found is None or not term or nameless or len(units) > 1 or (found["rounding"] and units != {True}):
         raise DataError(
             f"split {show(text)!r} is not read: write a name, or a name with a slice: train, train[:90%], "
             "train[100:200], train[-10%:]"
@@ -85,28 +85,31 @@ def _part(term: str, text: str) -> Part:
 
 def same_split(first: str, second: str) -> bool:
     """Whether two names mean one split: `val` is `validation`."""
-    return _words(first) == _words(second)
+    return [_first_synonym(word) for word in _words(first)] == [_first_synonym(word) for word in _words(second)]
 
 
 def names_split(file: Path, split: str, root: Path) -> bool:
     """Whether the name of a file, or of the folders below `root` that it lies in, says that it is of this split."""
-    wanted, (words, is_shard) = _words(split), _label(file, root)
-    if len(_SPLITS & set(words)) > 1 and words != wanted:
+    words, is_shard = _label(file, root)
+    if _says(words, split):
+        return True
+    wanted = len(_words(split))
+    if len(_splits_in(words)) > 1:
         return False  # val_from_train.jsonl: of which one is not clear
     if is_shard:
-        return words[-len(wanted) :] == wanted
-    found = any(words[i : i + len(wanted)] == wanted for i in range(len(words)))
-    return found or (not _SPLITS & set(words) and any(_words(name) == wanted for name in _folders(file, root)))
+        return _says(words[-wanted:], split)
+    found = any(_says(words[i : i + wanted], split) for i in range(len(words)))
+    return found or (not _splits_in(words) and any(_says(_words(name), split) for name in _folders(file, root)))
 
 
 def splits_named(file: Path, root: Path) -> frozenset[str]:
     """The splits that the name of a file speaks of."""
-    return frozenset(_SPLITS & set(_label(file, root)[0]))
+    return _splits_in(_label(file, root)[0])
 
 
 def is_split_name(name: str) -> bool:
     """Whether a name speaks of a split."""
-    return bool(_SPLITS & set(_words(name)))
+    return bool(_splits_in(_words(name)))
 
 
 def choose(files: Sequence[Path], split: str, root: Path) -> list[Path]:
@@ -118,10 +121,10 @@ def choose(files: Sequence[Path], split: str, root: Path) -> list[Path]:
     if split == EVERY_SPLIT:
         return list(files)
     chosen = [file for file in files if names_split(file, split, root)]
-    labels = {_label(file, root) for file in chosen}
-    if (exact := (_words(split), True)) in labels:
-        return [file for file in chosen if _label(file, root) == exact or not _label(file, root)[1]]
-    if sum(is_shard for _, is_shard in labels) > 1:
+    shards = {words for words, is_shard in (_label(file, root) for file in chosen) if is_shard}
+    if exact := {words for words in shards if _says(words, split)}:
+        return [file for file in chosen if _label(file, root)[0] not in shards - exact]
+    if len(shards) > 1:
         raise DataError(f"{_of(root)}: the split {show(split)} is not clear: {listed(chosen, root)}. {_remedy(chosen)}")
     if chosen:
         return chosen
@@ -153,9 +156,10 @@ def _label(file: Path, root: Path) -> tuple[tuple[str, ...], bool]:
     """
     shard = _SHARD.fullmatch(file.name)
     own = _words(shard["split"] if shard else file.name)
-    by_folder = next((words for name in _folders(file, root) if _SPLITS & set(words := _words(name))), ())
+    folders = (_words(name) for name in _folders(file, root))
+    by_folder = next((words for words in folders if _splits_in(words)), ())
     # train/part-0.jsonl is of train, and so is train/train-0.jsonl; train/test.jsonl speaks of two.
-    return (own, shard is not None) if set(by_folder) <= set(own) else ((*own, *by_folder), False)
+    return (own, shard is not None) if _splits_in(by_folder) <= _splits_in(own) else ((*own, *by_folder), False)
 
 
 def _folders(file: Path, root: Path) -> list[str]:
@@ -163,6 +167,25 @@ def _folders(file: Path, root: Path) -> list[str]:
 
 
 def _words(name: str) -> tuple[str, ...]:
-    """The words of a name, in small letters; a word for a split as its first synonym, also with a number behind it."""
-    words = (word for word in _SEPARATORS.split(name.lower()) if word)
-    return tuple(_CANONICAL.get(word) or _CANONICAL.get(word.strip("0123456789")) or word for word in words)
+    return tuple(word for word in _SEPARATORS.split(name.lower()) if word)
+
+
+def _says(words: Sequence[str], split: str) -> bool:
+    """Whether words are the name of a split: train0 is a part of train, but train is none of train0."""
+    asked = [_first_synonym(word) for word in _words(split)]
+    return len(asked) == len(words) and all(
+        one in (_first_synonym(word), _without_number(word)) for one, word in zip(asked, words, strict=True)
+    )
+
+
+def _splits_in(words: Sequence[str]) -> frozenset[str]:
+    return frozenset(filter(None, map(_without_number, words)))
+
+
+def _first_synonym(word: str) -> str:
+    return _CANONICAL.get(word, word)
+
+
+def _without_number(word: str) -> str | None:
+    """The split that a word speaks of, with a number or without."""
+    return _CANONICAL.get(word.strip("0123456789"))
