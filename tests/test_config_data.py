@@ -109,6 +109,8 @@ PATHS: list[tuple[str, str, str]] = [
     ("s3://bucket/a", "an address", "download it"),
     ("hf://datasets/org/name", "an address", "org/name"),
     ("org/name:test", "it has a split behind it", "write {path: org/name, split: test}"),
+    ("rows.jsonl[:90%]", "a slice belongs to the split", "write {path: rows.jsonl, split: train[:90%]}"),
+    ("./rows[100:200]", "a slice belongs to the split", "write {path: ./rows, split: train[100:200]}"),
     ("org/name@v2", "it has a revision behind it", "clone org/name at that revision"),
 ]
 

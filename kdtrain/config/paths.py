@@ -14,6 +14,7 @@ from kdtrain.config.tree import KeyPath, Node, Problem, get, put
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # of a model or a data set
 _WITH_MORE = re.compile(rf"(?P<id>{_HUB_ID.pattern})(?P<sign>[:@])(?P<rest>[^/]+)")
+_WITH_SLICE = re.compile(r"(?P<path>.+)(?P<slice>\[-?\d*%?:-?\d*%?\])")
 _DATA_SUFFIXES = {
     ".json",
     ".jsonl",
@@ -88,12 +89,15 @@ def _names_a_folder(text: str) -> bool:
 
 def _unlikely_id(path: KeyPath, text: str, base: Path, local: bool) -> Iterator[Problem]:
     """What has the form of a data set's id and something behind it, or is more likely a folder that is missing."""
-    if (found := _WITH_MORE.fullmatch(text)) and not _looks_local(text, base):
+    if (found := _WITH_SLICE.fullmatch(text)) and not os.path.exists(base / text):
+        named = f"write {{path: {found['path']}, split: train{found['slice']}}}"
+        yield Problem(path, "a slice belongs to the split, not to the path", named)
+    elif (found := _WITH_MORE.fullmatch(text)) and not _looks_local(text, base):
         what, do = "revision", f"clone {found['id']} at that revision, and name the folder"
         if found["sign"] == ":":
             what, do = "split", f"write {{path: {found['id']}, split: {found['rest']}}}"
         yield Problem(path, f"no id of a data set on the hub: it has a {what} behind it", do)
-    elif not local and "/" in text and (base / text).parent.is_dir():
+    elif not local and "/" in text and os.path.isdir((base / text).parent):
         message = f"looked up on the hub, for the folder {text.partition('/')[0]} has no {text.partition('/')[2]}"
         yield Problem(path, message, f"write ./{text} for a folder", level="warning")
 
