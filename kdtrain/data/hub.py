@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def _check_id(name: str) -> None:
             f"{show(name)} is an address, and nothing is downloaded from addresses: download it and name the file or "
             "folder, or give the id of a data set on the hub, such as org/name"
         )
-    if (found := _WITH_SPLIT.fullmatch(name)) and not path.parent.is_dir():
+    if (found := _WITH_SPLIT.fullmatch(name)) and not os.path.isdir(path.parent):
         what = "split" if found["sign"] == ":" else "revision"
         do = (
             f"write {{path: {found['id']}, split: {found['rest']}}}" if what == "split" else "clone it at that revision"
@@ -52,5 +53,5 @@ def _check_id(name: str) -> None:
         )
     file_like = path.suffix.lower() in (*PACKED, *SUFFIXES, *UNSAFE)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or file_like:
-        siblings = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
+        siblings = [f.name for f in path.parent.iterdir()] if os.path.isdir(path.parent) else []
         raise DataError(f"no such file or folder: {show(name, 400)}{suggestion(path.name, siblings)}")

@@ -148,7 +148,7 @@ def _count(source: Source, split: str) -> int:
     path = Path(source.path)
     if source.rows is not None:
         return len(source.rows)
-    if path.is_dir() and is_saved(path):
+    if os.path.isdir(path) and is_saved(path):
         return len(load_saved(source.path, split))
     tables = [file for file in _files(source, split) if kind_of(file) in TABLES]
     if tables != _files(source, split):
@@ -164,7 +164,7 @@ def _rows_of(source: Source, split: str) -> Iterator[RawRow]:
     elif source.rows is not None:
         for number in range(len(source.rows)):
             yield RawRow(source.path, number + 1, json.dumps(dict(source.rows[number]), default=portable))
-    elif path.is_dir() and is_saved(path):
+    elif os.path.isdir(path) and is_saved(path):
         _check_name(source, "a saved data set")
         yield from _table(source, source.path, lambda: load_saved(source.path, split))
     else:
@@ -176,9 +176,9 @@ def _files(source: Source, split: str) -> list[Path]:
     """The files of a split, where the source is a file, a folder or a pattern."""
     path = Path(source.path)
     try:
-        if path.is_dir():
+        if os.path.isdir(path):
             return files_in(path, source.name, split)
-        if not path.exists():
+        if not os.path.exists(path):
             _check_name(source, "a pattern")
             return files_matching(source.path, split)
     except OSError as error:
@@ -190,7 +190,7 @@ def _files(source: Source, split: str) -> list[Path]:
 def unread_of(source: Source) -> list[Path]:
     """Files of a source's folder that its split leaves out though they are not of another one."""
     path, parts = Path(source.path), parse_split(source.split)
-    if source.rows is not None or not path.is_dir() or is_saved(path) or len(parts) > 1:
+    if source.rows is not None or not os.path.isdir(path) or is_saved(path) or len(parts) > 1:
         return []
     return unread_files(path, source.name, parts[0].name)
 
@@ -206,7 +206,7 @@ def _check_name(source: Source, what: str) -> None:
 def _check_single(source: Source, path: Path, split: str) -> None:
     """A file is one split, and has no configurations: what asks for another would be ignored."""
     _check_name(source, "a file")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"{show(source.path, 400)} is neither a file nor a folder: a pipe can be read once only")
     known = split in (DEFAULT_SPLIT, EVERY_SPLIT) or same_split(path.parent.name, split)
     if not known and not names_split(path, split, path.parent):
