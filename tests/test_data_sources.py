@@ -354,7 +354,10 @@ def test_a_slice_of_tables_with_images_decodes_none_of_them_to_count(read, tmp_p
     assert len(decoded) == 2
 
 
-@pytest.mark.parametrize("path", ["none" + "*" * 300, "/" + "a" * 400, "./" + "a" * 400 + "/b", "a" * 400 + "/b:test", "\0*"])
+LONG = "a" * 400
+
+
+@pytest.mark.parametrize("path", [f"none{'*' * 300}", f"/{LONG}", f"./{LONG}/b", f"{LONG}/b:test", "\0*"])
 def test_what_is_too_long_or_no_name_of_a_file_is_not_there(path, read):
     with pytest.raises(DataError, match=r"no file matches|no such file|not the id of a data set"):
         read(path)
