@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import os
 
 import datasets
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from kdtrain.config.schema import DataSource
 from kdtrain.data import Source, build_dataset, encode_row
 from kdtrain.data import cache as encoding_module
+from kdtrain.data.cache_folder import default_cache_folder
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.epochs import _shares
 from kdtrain.data.row_notes import SPLIT
@@ -429,6 +431,49 @@ def test_all_rows_of_a_conversation_follow_its_weight_and_limit(build, tmp_path)
     assert sorted(dataset["row_id"][:]) == ["0:0:0", "0:0:0", "0:0:1", "0:0:1", "0:1", "0:1"]
     dataset, report = build(Source(str(path), limit=1), tokenizer=tokenizer_with(FORGETFUL))
     assert (dataset["row_id"][:], report.rows_read) == (["0:0:0", "0:0:1"], 1)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_where_the_usual_cache_cannot_be_written_a_temporary_folder_serves_and_a_note_says_so(
+    name, tokenizer, tmp_path, monkeypatch, encoded_rows
+):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "datasets"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    FORMATS[name]([pair(0)], tmp_path / name)
+    options = {"max_length": None, "on_overlength": "error", "train_on": "last"}
+    for _ in range(2):
+        dataset, report = build_dataset([Source(str(tmp_path / name))], tokenizer, **options)
+        assert len(dataset) == 1
+        (note,) = report.notes
+        assert note.startswith(f"encoded rows are kept in {tmp_path / 'temporary' / 'kdtrain-'}")
+        assert "file/datasets/kdtrain cannot be written (Not a directory). Or set cache_dir" in note
+    assert len(encoded_rows) == 1
+    assert (
+        build_dataset([Source(str(tmp_path / name))], tokenizer, cache_dir=str(tmp_path / "own"), **options)[1].notes
+        == []
+    )
+
+
+def test_a_temporary_folder_of_somebody_else_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "datasets"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    assert default_cache_folder()[0] == tmp_path / f"kdtrain-{os.getuid()}"
+    monkeypatch.setattr(os, "getuid", lambda: 4321)
+    (tmp_path / "kdtrain-4321").mkdir()
+    assert default_cache_folder()[0].name not in ("kdtrain-4321", f"kdtrain-{os.getuid()}")
+
+
+def test_files_beside_those_of_a_split_that_name_none_are_noted(build, tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name in ("train.jsonl", "test.jsonl", "extra.jsonl", "val_from_train.jsonl", "README.md"):
+        write_lines(folder / name, [pair(0)])
+    assert build(folder)[1].notes == [f"{folder}: the split train is read, and not extra.jsonl, val_from_train.jsonl"]
+    assert build(Source(str(folder), split="all"))[1].notes == []
+    assert build(folder / "train.jsonl")[1].notes == []
 
 
 def test_an_unwritable_cache_says_so(tokenizer, tmp_path):

@@ -275,6 +275,7 @@ CHANGES: dict[str, Change] = {
     "data.processor_kwargs": Change({"max_pixels": 4096}, built("load_processing")),
     "data.packing": Change(True, findings),
     "data.padding_free": Change(True, findings),
+    "data.cache_dir": Change("/somewhere", built("build_dataset")),
     "rlhf.teacher_model": Change("org/other", built("build_teacher")),
     "rlhf.teacher_model_init_kwargs": Change({"subfolder": "best"}, built("build_teacher")),
     "rlhf.teacher.backend": Change("self", findings, LORA),

@@ -120,6 +120,9 @@ def test_options_of_loading_have_no_effect_on_what_is_loaded_already(project, st
         "data.train[0].split has no effect: the rows were handed over.",
     ]
     caplog.clear()
+    sliced = ["data.train={path: a.jsonl, split: 'train[:50%]'}"]
+    kdtrain.fit(project / "config.yaml", [*idle[:-1], *sliced], train_dataset=tiny.CHATS, dry_run=True)
+    assert not [record for record in caplog.records if "split" in record.message]
     names = {"model": str(project / "student"), "teacher": str(project / "teacher")}
     kdtrain.fit(project / "config.yaml", idle[:-1], **names, dry_run=True)
     assert not [record for record in caplog.records if record.name == "kdtrain.runs.python_api"]

@@ -192,13 +192,14 @@ def _rank(
 
 
 def make_project(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A folder with `student`, `teacher`, `train.jsonl` and a `config.yaml` that trains for four steps into `run`."""
+    """A folder with `student`, `teacher`, rows, and a `config.yaml` that trains for four steps into `run`."""
     save_model(make_qwen3(seed=1), tokenizer, folder / "student")
     save_model(make_qwen3(seed=2, hidden=48), tokenizer, folder / "teacher")
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS * 4))
+    for name in ("train.jsonl", "eval.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in CHATS * 4))
     config = {
         "model": {"model": "./student"},
-        "data": {"train": "train.jsonl", "eval": "train.jsonl", "max_length": 64},
+        "data": {"train": "train.jsonl", "eval": "eval.jsonl", "max_length": 64},
         "rlhf": {"teacher_model": "./teacher", "sft_alpha": 0.3, "lmbda": 0.0},
         "training": {
             "output_dir": "run",

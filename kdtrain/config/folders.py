@@ -105,7 +105,7 @@ def _read(config: RunConfig) -> Iterator[tuple[str, str, str]]:
     for option, what, name in models:
         if name and os.path.isabs(name):  # local paths are absolute once loaded
             yield option, what, name
-    for part, sources in (("train", config.data.train), ("eval", config.data.eval or ())):
+    for part, sources in (("train", config.data.train), ("eval", config.data.eval_sources)):
         for number, source in enumerate(sources):
             if source.is_local:
                 yield f"data.{part}[{number}]" if len(sources) > 1 else f"data.{part}", "the data", source.path

@@ -67,7 +67,7 @@ def check_config(source: FileOrMapping, overrides: Sequence[str] = (), *, model_
     problems += found
     root, found = resolve_paths(root)
     problems += found
-    config, found = _validate(root, [problem.path for problem in problems])
+    config, found = _validate(root, [problem.path for problem in problems if problem.level == "error"])
     if config is not None and model_files:
         found += broken_models(config)
     if composer.incomplete:

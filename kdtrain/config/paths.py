@@ -8,11 +8,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kdtrain.config.diagnose import describe
+from kdtrain.config.schema import is_share
 from kdtrain.config.tree import KeyPath, Node, Problem, get, put
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # of a model or a data set
-_DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".csv", ".arrow"}
+_WITH_MORE = re.compile(rf"(?P<id>{_HUB_ID.pattern})(?P<sign>[:@])(?P<rest>[^/]+)")
+_WITH_SLICE = re.compile(r"(?P<path>.+)(?P<slice>\[-?\d*%?:-?\d*%?\])")
+_DATA_SUFFIXES = {
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".parquet",
+    ".csv",
+    ".tsv",
+    ".arrow",
+    ".gz",
+    ".bz2",
+    ".xz",
+    ".zst",
+    ".zip",
+}
+_DATA_FOLDERS = ("data", "dataset", "datasets")  # nobody's name on the hub
 
 _MODELS: tuple[KeyPath, ...] = (("model", "model"), ("rlhf", "teacher_model"), ("rlhf", "teacher", "adapter"))
 _PATHS: tuple[KeyPath, ...] = (
@@ -22,6 +39,7 @@ _PATHS: tuple[KeyPath, ...] = (
     ("training", "fsdp_config"),
     ("training", "accelerator_config"),
     ("launch", "config_file"),
+    ("data", "cache_dir"),
     ("rlhf", "teacher", "path"),
     ("rlhf", "teacher", "prefix"),
 )
@@ -37,7 +55,8 @@ def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
         text, base = node.value, node.place.source.base
         if _URL.match(text):
             message = "an address, and nothing is downloaded from addresses"
-            problems.append(Problem(path, message, "download it, and name the file or folder"))
+            also = ", or give its id on the hub: org/name" if path[0] in ("data", "model") else ""
+            problems.append(Problem(path, message, f"download it, and name the file or folder{also}"))
             continue
         is_hub_id, local = bool(_HUB_ID.fullmatch(text)), _looks_local(text, base)
         if path in _MODELS:
@@ -46,8 +65,11 @@ def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
                 problems.append(Problem(path, message, "write ./name, or org/name"))
         elif path in _PATHS:
             local = not text.startswith("{")  # JSON in a string
+        elif is_share(text):
+            continue
         else:  # existence is left to the preflight: data is often made after the config is written
-            local = local or Path(text).suffix in _DATA_SUFFIXES or not is_hub_id
+            local = local or Path(text).suffix.lower() in _DATA_SUFFIXES or not is_hub_id or _names_a_folder(text)
+            problems += _unlikely_id(path, text, base, local)
         if local:
             root = put(root, path, Node(os.path.abspath(base / os.path.expanduser(text)), node.place))
     return root, problems
@@ -60,6 +82,25 @@ def _data_paths(root: Node) -> Iterator[KeyPath]:
         items = node.value if node and isinstance(node.value, list) else [node] if node else []
         for index, item in enumerate(items):
             yield ("data", name, index, "path") if isinstance(item.value, dict) else ("data", name, index)
+
+
+def _names_a_folder(text: str) -> bool:
+    return text.partition("/")[0] in _DATA_FOLDERS
+
+
+def _unlikely_id(path: KeyPath, text: str, base: Path, local: bool) -> Iterator[Problem]:
+    """What has the form of a data set's id and something behind it, or is more likely a folder that is missing."""
+    if (found := _WITH_SLICE.fullmatch(text)) and not os.path.exists(base / text):
+        named = f"write {{path: {found['path']}, split: train{found['slice']}}}"
+        yield Problem(path, "a slice belongs to the split, not to the path", named)
+    elif (found := _WITH_MORE.fullmatch(text)) and not _looks_local(text, base):
+        what, do = "revision", f"clone {found['id']} at that revision, and name the folder"
+        if found["sign"] == ":":
+            what, do = "split", f"write {{path: {found['id']}, split: {found['rest']}}}"
+        yield Problem(path, f"no id of a data set on the hub: it has a {what} behind it", do)
+    elif not local and "/" in text and os.path.isdir((base / text).parent):
+        message = f"looked up on the hub, for the folder {text.partition('/')[0]} has no {text.partition('/')[2]}"
+        yield Problem(path, message, f"write ./{text} for a folder", level="warning")
 
 
 def _looks_local(text: str, base: Path) -> bool:

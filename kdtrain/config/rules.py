@@ -11,6 +11,7 @@ from operator import attrgetter
 from kdtrain.config.folders import model_folders, output_folder
 from kdtrain.config.from_pretrained import loading_arguments, processor_arguments
 from kdtrain.config.schema import RunConfig, TeacherConfig
+from kdtrain.config.splits import share_rows
 from kdtrain.config.tree import KeyPath, Node, Problem, Written, dotted
 
 _SERVER = ("base_url", "model", "api_key_env", "top_k", "tail", "timeout_s", "max_retries", "concurrency")
@@ -204,6 +205,16 @@ def evaluation(config: RunConfig, written: Written) -> Iterator[Problem]:
                 yield Problem(("training", key), "needs evaluation", "set data.eval and training.eval_strategy: steps")
 
 
+def evaluation_on_training_rows(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Rows of one file and split to train and to evaluate on, as far as their names and slices show it."""
+    for number, source in enumerate(config.data.eval_sources):
+        trained = [one for one in config.data.train if (one.path, one.name) == (source.path, source.name)]
+        if any(share_rows(source.split, one.split) for one in trained):
+            message = "names rows of data.train: evaluation would be on what was trained on"
+            hint = "hold rows out, data.eval: 5%, or split both: train[:90%] and train[90%:]"
+            yield Problem(("data", "eval", number), message, hint, level="warning")
+
+
 def training_conflicts(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Fields of `training` that contradict or silence one another."""
     training = config.training
@@ -244,6 +255,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     ),
     (frozen_parts, ("tuner.freeze_llm", "tuner.freeze_vit", "tuner.freeze_aligner", "custom.visual_kd")),
     (evaluation, (*_KD_SWITCHES, "training.eval_strategy")),
+    (evaluation_on_training_rows, ("data.train", "data.eval")),
     (training_conflicts, ("training.output_dir", "training.max_steps", "training.dataloader_num_workers")),
     (output_folder, ("training.output_dir", "model.model", "rlhf.teacher_model", "data.train", "data.eval")),
     (

@@ -16,11 +16,14 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from kdtrain.config.options import DEFAULT_TAIL, DistillationOptions, LossAndSampling, VisualKdConfig
 from kdtrain.config.section import Count, Flag, Number, Positive, Section, Text, Whole, wrong
+from kdtrain.config.splits import check_split
 from kdtrain.losses.kinds import Tail
+
+_SHARE = re.compile(r"[-+]?\d+(\.\d+)? ?%")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -99,11 +102,12 @@ class DataSource(Section):
     """One data set."""
 
     path: Text
-    """File or folder (absolute after loading) or hub id."""
+    """File, folder or pattern such as `rows/*.jsonl` (absolute after loading), or hub id."""
     name: Text | None = None
-    """Configuration (subset) of a hub data set."""
-    split: Text = "train"
-    """Split of a hub data set."""
+    """Configuration (subset) of a data set on the hub, or of a clone: a folder in `path`."""
+    split: Annotated[Text, AfterValidator(check_split)] = "train"
+    """Split of a data set on the hub, of a saved one, or of a folder, where file names say it (`gsm8k_train.jsonl`; val
+    is validation is dev) and `all` is every file. With a slice, `train[:90%]` or `[100:200]`, also of a single file."""
     columns: dict[str, Text | None] | None = None
     """Renames columns: the name kdtrain knows -> the name in the data, such as `{prompt: question}`. Other columns are
     then not read, but for `images` and `image`; one that the rows would lose that way (`system`, `tools`, `input`) is
@@ -136,10 +140,30 @@ def _sources(value: Any) -> Any:
     for item in items:
         if not isinstance(item, (str, Mapping, DataSource)):
             raise wrong("expected a path, a hub id, a source such as {path: a.jsonl}, or a list of them")
+        if is_share(item.get("path") if isinstance(item, Mapping) else getattr(item, "path", item)):
+            raise wrong("a share of the training rows is the whole of data.eval, data.eval: 5%, beside no other source")
     return tuple({"path": item} if isinstance(item, str) else item for item in items)
 
 
+def is_share(value: Any) -> bool:
+    """Whether this is a percentage rather than a path."""
+    return isinstance(value, str) and bool(_SHARE.fullmatch(value))
+
+
+def _share(value: Any) -> str:
+    if not isinstance(value, str):
+        raise wrong("expected a path, a hub id, a source, a list of these, or a share of the training rows such as 5%")
+    if not 0 < float(value.rstrip("% ")) < 100:
+        raise wrong("must be above 0% and below 100% of the training rows")
+    return value
+
+
 Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_sources)]
+# Told apart by what is there: Pydantic's message about a union would name every member.
+Evaluation = Annotated[
+    Annotated[Sources, Tag("[sources]")] | Annotated[str, BeforeValidator(_share), Tag("[share]")],
+    Discriminator(lambda value: "[share]" if is_share(value) or isinstance(value, int | float) else "[sources]"),
+]
 
 
 class DataConfig(Section):
@@ -147,8 +171,9 @@ class DataConfig(Section):
 
     train: Sources
     """Path, hub id, source, or a list of these to be mixed."""
-    eval: Sources | None = None
-    """Held-out data in the same forms; null: no evaluation."""
+    eval: Evaluation | None = None
+    """Held-out data in the same forms, or a share of the rows of data.train such as `5%`, which then do not train:
+    chosen by what the rows say, so that equal rows fall on one side, whatever the seed. null: no evaluation."""
     max_length: Annotated[Whole, Field(ge=2)] = 1024
     """Longest row of the data in tokens, prompt and completion together. A generated row may be longer: its prompt
     and up to rlhf.max_new_tokens."""
@@ -179,6 +204,19 @@ class DataConfig(Section):
     """Join short rows into one sequence of max_length, without attention between them."""
     padding_free: Flag = False
     """Flatten a batch into one sequence instead of padding it."""
+    cache_dir: Text | None = None
+    """Folder for encoded rows, which later runs read again; null: below HF_HOME, or a temporary folder where that
+    cannot be written, which a line then says."""
+
+    @property
+    def eval_sources(self) -> tuple[DataSource, ...]:
+        """What `eval` names; empty where there is no evaluation, or on a share of the training rows."""
+        return () if self.eval is None or isinstance(self.eval, str) else self.eval
+
+    @property
+    def eval_share(self) -> float | None:
+        """The part of the training rows that `eval` holds out, between 0 and 1; None where it is no share."""
+        return float(self.eval.rstrip("% ")) / 100 if isinstance(self.eval, str) else None
 
     @property
     def chats(self) -> dict[str, Any]:
@@ -324,7 +362,7 @@ class RunConfig(Section):
     @property
     def answers_from_teacher(self) -> bool:
         """Whether the teacher writes the answers of a data source before training."""
-        return any(source.answers == "teacher" for source in (*self.data.train, *(self.data.eval or ())))
+        return any(source.answers == "teacher" for source in (*self.data.train, *self.data.eval_sources))
 
     @property
     def asks_teacher(self) -> bool:

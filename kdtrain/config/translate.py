@@ -38,7 +38,7 @@ _REQUIRED = {
 def to_problem(error: Mapping[str, Any]) -> Problem:
     """One entry of `ValidationError.errors()` as a problem."""
     kind, value, context = error["type"], error.get("input"), error.get("ctx") or {}
-    path: KeyPath = tuple(part for part in error["loc"] if part != "[key]")
+    path: KeyPath = tuple(part for part in error["loc"] if part not in ("[key]", "[sources]", "[share]"))
     name = path[-1] if path else ""
     if kind == "extra_forbidden":
         return Problem(path, *unknown_key(_section(path[:-1]), str(name)), on_key=True)

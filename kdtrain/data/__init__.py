@@ -1,6 +1,11 @@
 """Data: rows of many kinds to padded batches with labels. Knows neither config nor models nor trainer.
 
-sources.py       files and hub data sets -> raw rows with their place, in one Arrow file (files.py: text files)
+sources.py       files and data sets -> raw rows with their place, in one Arrow file
+files.py         what a file is packed with, its lines
+json_files.py, csv_files.py, tables.py, hub.py   the rows of these
+folders.py       which files a folder or a pattern means
+splits.py        which files are of a split, and which rows a slice such as train[:90%] means
+held_out.py      the share of the training rows that is kept to evaluate on
 rows.py          raw row -> conversation, prompt and completion, or text
 parts.py         which image stands where in a conversation
 images.py        one image: path or bytes, and its pixels
@@ -12,12 +17,13 @@ alignment.py     where the text between the images is in what a processor makes 
 encoded_row.py   a row as tokens, rows that were tokens already, and what becomes of those that are too long
 cache.py         all rows encoded, in parallel, cached by content
 segments.py      the text of a row's tokens, cut where supervision begins and ends
+cache_folder.py  where that is
 epochs.py        which rows make up an epoch
 dataset.py       sources -> data set and report
 collate.py       rows -> batch
 visual_batch.py  the visual part of a batch
 with_images.py   the first rows with images, to try a run on
-errors.py        the error of a single row, and how its message shows values
+errors.py        the error of a single row, and how messages show values and suggest names
 """
 
 from kdtrain.data.chat_template import TemplateOptions
@@ -27,6 +33,7 @@ from kdtrain.data.encoded_row import EncodedRow
 from kdtrain.data.encoder import encode_row
 from kdtrain.data.epochs import Epochs
 from kdtrain.data.errors import RowError
+from kdtrain.data.held_out import HeldOut
 from kdtrain.data.sources import Source
 
 __all__ = [
@@ -34,6 +41,7 @@ __all__ = [
     "Collator",
     "EncodedRow",
     "Epochs",
+    "HeldOut",
     "RowError",
     "Source",
     "TemplateOptions",

@@ -25,7 +25,8 @@ from kdtrain.data.images import Image, ImageError
 from kdtrain.data.media import parse_media_row
 from kdtrain.data.multimodal import image_content, tokenizer_content
 from kdtrain.data.rows import Chat
-from kdtrain.data.sources import Source, rows_at_once
+from kdtrain.data.sources import Source
+from kdtrain.data.tables import rows_at_once
 
 # Raise it with every change that makes the same row come out differently.
 VERSION = 4

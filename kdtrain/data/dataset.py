@@ -21,11 +21,13 @@ import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from kdtrain.data.cache import encode_cached
+from kdtrain.data.cache_folder import default_cache_folder
 from kdtrain.data.encoded_row import Limits
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.epochs import Epochs, mix
 from kdtrain.data.errors import show
-from kdtrain.data.sources import Source, read_all
+from kdtrain.data.held_out import HeldOut
+from kdtrain.data.sources import Source, read_all, unread_of
 from kdtrain.errors import DataError
 
 _NO_STOP = "the student will not learn to stop there"
@@ -94,6 +96,7 @@ def build_dataset(
     num_proc: int | None = None,
     cache_dir: str | None = None,
     new_parts: bool = False,
+    held_out: HeldOut | None = None,
     prompts: bool = True,
     image_root: str | None = None,
     **options: Any,
@@ -108,10 +111,12 @@ def build_dataset(
         max_bad_rows: more unusable rows than this are an error.
         sample_limit, seed: see `mix`.
         num_proc: processes; by default one per core up to 8, and one below 2000 rows.
-        cache_dir: where encoded rows are stored; by default a folder in the cache of `datasets`. With several ranks
-            let one of them call first: the others then read what it stored.
+        cache_dir: where encoded rows are stored; by default a folder in the cache of `datasets`, or one for temporary
+            files where that cannot be written, which a note says. With several ranks let one of them call first: the
+            others then read what it stored.
         new_parts: with fractional weights, return all rows once, and in `BuildReport.epochs` which of them make up each
             epoch: other ones every time. Sums are those of the first. Without effect beside `sample_limit`.
+        held_out: which of the rows are read, see `HeldOut`; after `limit` and before `weight`. None reads all.
         prompts: whether rows without an answer can be used. Otherwise they are bad rows, and a conversation that goes
             on after its last answer ends there.
         image_root: folder that relative paths of images are relative to; by default that of the data file.
@@ -140,6 +145,7 @@ def build_dataset(
         num_proc=num_proc,
         cache_dir=cache_dir,
         new_parts=new_parts,
+        held_out=held_out,
         prompts=prompts,
         image_root=image_root,
         **options,
@@ -195,6 +201,7 @@ def encode_sources(
     num_proc: int | None = None,
     cache_dir: str | None = None,
     new_parts: bool = False,
+    held_out: HeldOut | None = None,
     image_root: str | None = None,
     **options: Any,
 ) -> Iterator[EncodedSources]:
@@ -207,12 +214,12 @@ def encode_sources(
         raise DataError("there is no data source")
     if sample_limit is not None and sample_limit < 1:
         raise DataError(f"sample_limit must be at least 1, not {sample_limit}")
-    folder = Path(cache_dir) if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "kdtrain"
+    folder, moved = (Path(cache_dir), "") if cache_dir else default_cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Raw rows are mapped from a file, which need not outlive this call: the result is in the cache entry alone.
         with tempfile.TemporaryDirectory(prefix="reading-", dir=folder, ignore_cleanup_errors=True) as scratch:
-            raw, sizes = read_all(sources, Path(scratch) / "raw.arrow")
+            raw, sizes = read_all(sources, Path(scratch) / "raw.arrow", held_out)
             weights = [source.weight for source in sources]
             plan = mix(sizes, weights, sample_limit, seed)
             varies = new_parts and sample_limit is None and any(weight % 1 for weight in weights)
@@ -222,7 +229,7 @@ def encode_sources(
             raw = raw.select(used) if len(used) < len(raw) else raw
             encoded = encode_cached(raw, encoder, sources, limits, num_proc, folder)
             report = _count(encoded, raw, sources, limits)
-            report.notes += _row_notes(encoded, raw)
+            report.notes += ([moved] if moved else []) + _unread(sources) + _row_notes(encoded, raw)
             kept, made_of = _column(encoded, "status") == "ok", _column(encoded, "raw")
             if varies:
                 rows = np.flatnonzero(kept)
@@ -247,6 +254,17 @@ def _made_of(plan: np.ndarray, made_of: np.ndarray) -> np.ndarray:
     counts = np.searchsorted(made_of, plan, side="right") - first
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.repeat(first, counts) + within
+
+
+def _unread(sources: Sequence[Source]) -> list[str]:
+    """Notes of files that lie beside those of a source and that nothing reads."""
+    notes = []
+    for source in sources:
+        names = [show(file.name, 80) for file in unread_of(source)]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        if names:
+            notes.append(f"{show(source.path)}: the split {source.split} is read, and not {', '.join(names[:3])}{more}")
+    return notes
 
 
 def _column(table: datasets.Dataset, name: str) -> np.ndarray:

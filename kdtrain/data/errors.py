@@ -1,6 +1,9 @@
-"""The error of a single row, and how its message shows values."""
+"""The error of a single row, and how messages show values and suggest names."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
 
 from kdtrain.errors import DataError
 
@@ -25,3 +28,9 @@ def type_name(value: object) -> str:
     """The type of a value, in the words of someone who writes JSON."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", dict: "a mapping"}
     return names.get(type(value), "a list" if isinstance(value, (list, tuple)) else type(value).__name__)
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """What was probably meant by a name, as the end of a message."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {show(close[0])}?" if close else ""

@@ -1,4 +1,4 @@
-"""Reading text files row by row, with the place of every row.
+"""Reading files, whatever they are packed with, and text row by row, with the place of every row.
 
 Rows stay JSON text until a worker encodes them. Arrow's type inference gives up on a column that is text in one row
 and a list in the next, and one broken line of a JSONL file must cost that line only, with its real line number.
@@ -6,18 +6,45 @@ and a list in the next, and one broken line of a JSONL file must cost that line 
 
 from __future__ import annotations
 
-import csv
+import bz2
 import gzip
-import io
-import json
+import lzma
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdtrain.data.errors import show
 from kdtrain.errors import DataError
+
+JSON = (".json", ".jsonl", ".ndjson")
+CSV = {".csv": ",", ".tsv": "\t"}
+TABLES = {".parquet": "parquet", ".arrow": "arrow"}  # and their readers in `datasets`
+UNSAFE = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".py")
+SUFFIXES = (*JSON, *CSV, *TABLES)
+FORMATS = ".json, .jsonl (also packed, .gz), .parquet, .csv, .tsv, .arrow, a folder of these, or a saved Arrow data set"
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")  # endings behind the one that says the format
+# What a broken file raises; a cut one an EOFError.
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
+_UNPACK: tuple[tuple[bytes, Callable[[Path], Any]], ...] = (
+    (b"\x1f\x8b", gzip.open),
+    (b"BZh", bz2.open),
+    (b"\xfd7zXZ\x00", lzma.open),
+)
+_UTF16 = "UTF-16, not UTF-8: save it as UTF-8, for example iconv -f UTF-16 -t UTF-8 OLD > NEW"
+_NOT_TEXT: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs", "a git-lfs pointer, not the data: run git lfs pull in its folder"),
+    (b"\x28\xb5\x2f\xfd", "packed by Zstandard, which is not read: unpack it, zstd -d FILE"),
+    (b"PK\x03\x04", "a ZIP archive (or an Excel workbook): unpack it, or save the sheet as .csv"),
+    (b"PAR1", "a Parquet file: name it .parquet"),
+    (b"ARROW1", "an Arrow file: name it .arrow"),
+    (b"<!DOCTYPE", "a web page, not the data: download the file itself"),
+    (b"<html", "a web page, not the data: download the file itself"),
+    (b"\xff\xfe", _UTF16),
+    (b"\xfe\xff", _UTF16),
+)
 
 
 @dataclass(frozen=True)
@@ -34,20 +61,48 @@ def cannot_read(name: str, error: Exception, most: int = 160) -> DataError:
     return DataError(f"cannot read {show(name, 400)}: {show(str(error) or type(error).__name__, most)}")
 
 
-def _open(path: Path) -> Any:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+def kind_of(path: Path) -> str:
+    """The ending that says the format: the last, or the one before it of what is packed."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix not in PACKED), "")
 
 
-def is_array(path: Path) -> bool:
-    with _open(path) as file:
-        return bool(file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[")
+def first_bytes(path: Path, opened: Callable[[Path], Any] | None = None) -> bytes:
+    """The first bytes of a file, as they lie on the disk or unpacked."""
+    try:
+        with path.open("rb") if opened is None else opened(path) as file:
+            return bytes(file.read(64))
+    except READ_ERRORS as error:
+        raise cannot_read(str(path), error) from error
+
+
+def open_text(path: Path) -> Any:
+    """The bytes of a text file, unpacked. Its first bytes tell what they are: the name may be another program's.
+
+    Raises:
+        DataError: it is no text in UTF-8.
+    """
+    packed = first_bytes(path)
+    opened = next((opened for magic, opened in _UNPACK if packed.startswith(magic)), None)
+    start = first_bytes(path, opened)
+    check_content(path, start)
+    if start[1:4:2] == b"\0\0" or start[0:3:2] == b"\0\0":  # without the mark that says so
+        raise DataError(f"{show(str(path), 400)} is {_UTF16}")
+    return path.open("rb") if opened is None else opened(path)
+
+
+def check_content(path: Path, start: bytes) -> None:
+    """Refuses what is plainly something else than its name says."""
+    for magic, what in _NOT_TEXT:
+        if start.startswith(magic):
+            raise DataError(f"{show(str(path), 400)} is {what}")
 
 
 def read_lines(path: Path) -> Iterator[RawRow]:
     """Bytes are split at newlines only: str.splitlines would also cut at U+2028, which JSON strings may hold."""
     name = str(path)
     try:
-        with _open(path) as file:
+        with open_text(path) as file:
             for number, line in enumerate(file, start=1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
@@ -57,31 +112,8 @@ def read_lines(path: Path) -> Iterator[RawRow]:
                     yield RawRow(name, number, line.decode("utf-8").strip())
                 except UnicodeDecodeError as error:
                     yield RawRow(name, number, problem=f"not UTF-8: byte {error.object[error.start]:#04x}")
-    except (OSError, EOFError) as error:  # a truncated .gz is an EOFError
+    except READ_ERRORS as error:
         raise cannot_read(name, error) from error
-
-
-def read_array(path: Path) -> Iterator[RawRow]:
-    try:
-        with _open(path) as file:
-            rows = json.loads(file.read())
-    except (OSError, EOFError, ValueError, RecursionError) as error:
-        raise DataError(f"{show(str(path), 400)} is not valid JSON: {show(str(error))}") from error
-    for number, row in enumerate(rows, start=1):
-        yield RawRow(str(path), number, json.dumps(row))
-
-
-def read_csv(path: Path, delimiter: str) -> Iterator[RawRow]:
-    """Everything stays text: type inference makes numbers of answers such as 42, and nothing of those that say NA."""
-    csv.field_size_limit(2**31 - 1)
-    try:
-        with _open(path) as file:
-            reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter)
-            for row in reader:
-                cells = {column: cell or None for column, cell in row.items() if column is not None}
-                yield RawRow(str(path), reader.line_num, json.dumps(cells))
-    except (OSError, EOFError, ValueError, csv.Error) as error:
-        raise cannot_read(str(path), error) from error
 
 
 def folder_of(file: str) -> str | None:

@@ -5,12 +5,12 @@ Nothing that could run code is read: no pickles, no dataset scripts.
 
 from __future__ import annotations
 
-import base64
-import difflib
+import glob
 import json
-import re
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,23 +18,21 @@ from typing import Any
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from kdtrain.data.columns import KNOWN_COLUMNS, NAMED_COLUMNS, ROW_COLUMNS, renamed, row_columns, wanted_columns
-from kdtrain.data.errors import show
-from kdtrain.data.files import RawRow, cannot_read, is_array, read_array, read_csv, read_lines
-from kdtrain.data.images import is_pil, png
+from kdtrain.data.csv_files import read_csv
+from kdtrain.data.errors import show, suggestion
+from kdtrain.data.files import CSV, FORMATS, JSON, TABLES, UNSAFE, RawRow, cannot_read, kind_of
+from kdtrain.data.folders import files_in, files_matching, is_saved, unread_files
+from kdtrain.data.held_out import HeldOut
+from kdtrain.data.hub import load_from_hub
+from kdtrain.data.json_files import read_json
 from kdtrain.data.media import BOX_COLUMN, PATH_COLUMNS
 from kdtrain.data.parts import AUDIO_COLUMNS, VIDEO_COLUMNS
+from kdtrain.data.splits import DEFAULT_SPLIT, EVERY_SPLIT, names_split, parse_split, same_split
+from kdtrain.data.tables import is_empty, load_saved, load_table, portable, table_rows, table_size
 from kdtrain.errors import DataError
 
-_LINES = (".jsonl", ".ndjson")
-_CSV = {".csv": ",", ".tsv": "\t"}
-_TABLES = {".parquet": "parquet", ".arrow": "arrow"}
-_SUFFIXES = (".json", *_LINES, *_CSV, *_TABLES)
-_UNSAFE = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz", ".py")
-_FORMATS = ".json, .jsonl (also .gz), .parquet, .csv, .tsv, .arrow, a folder of these, or a saved Arrow data set"
-_MEDIA = (datasets.Image, datasets.Audio, datasets.Video)
 ANSWERS = ("data", "teacher")
 _RAW = pa.schema(
     [
@@ -55,8 +53,8 @@ class Source:
     """Where rows come from: a file, a folder, the hub, or rows at hand."""
 
     path: str  # absolute local path, or the id of a data set on the hub
-    name: str | None = None  # configuration, on the hub only
-    split: str = "train"
+    name: str | None = None  # configuration: of a data set on the hub, or a folder in the one that `path` names
+    split: str = DEFAULT_SPLIT  # with slices: train[:90%]
     # Canonical -> in the file, {"prompt": "question"}; others are ignored. A name -> None: not read.
     columns: Mapping[str, str | None] | None = None
     limit: int | None = None  # only the first n rows
@@ -66,26 +64,36 @@ class Source:
     rows: Any = None  # the rows themselves, a `datasets.Dataset` or a sequence; `path` is then their name in messages
 
 
-def read_all(sources: Sequence[Source], path: Path) -> tuple[datasets.Dataset, list[int]]:
-    """All rows in one Arrow file, so that data larger than memory can be encoded; and the number from each source."""
-    sizes = []
+def read_all(
+    sources: Sequence[Source], path: Path, held_out: HeldOut | None = None
+) -> tuple[datasets.Dataset, list[int]]:
+    """All rows in one Arrow file, so that data larger than memory can be encoded; and the number from each source.
+
+    With `held_out` only those of its side, with the numbers that they have among all.
+    """
+    sizes, total = [], 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _RAW) as writer:
         for index, source in enumerate(sources):
             size = 0
-            for batch in _batches(_read(source)):
-                numbered = [{**vars(row), "source": index, "row": size + i} for i, row in enumerate(batch)]
+            for batch in _batches(enumerate(_read(source))):
+                total += len(batch)
+                columns, answers = source.columns, source.answers
+                kept = [(i, row) for i, row in batch if held_out is None or held_out.has(row, columns, answers)]
+                numbered = [{**vars(row), "source": index, "row": i} for i, row in kept]
                 writer.write_batch(pa.RecordBatch.from_pylist(numbered, schema=_RAW))
-                size += len(batch)
+                size += len(kept)
             sizes.append(size)
+    if held_out is not None and not sum(sizes):
+        raise held_out.refuse_empty(total)
     return datasets.Dataset.from_file(str(path)), sizes
 
 
-def _batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+def _batches(rows: Iterator[tuple[int, RawRow]]) -> Iterator[list[tuple[int, RawRow]]]:
     """1000 rows at a time, fewer where they carry images."""
-    batch: list[RawRow] = []
+    batch: list[tuple[int, RawRow]] = []
     length = 0
-    for row in rows:
-        batch.append(row)
+    for number, row in rows:
+        batch.append((number, row))
         length += len(row.text)
         if len(batch) == 1000 or length > 2**25:
             yield batch
@@ -99,7 +107,8 @@ def _read(source: Source) -> Iterator[RawRow]:
     rows = islice(_rows(source), source.limit)
     first = list(islice(rows, 100))
     if not first:
-        raise DataError(f"{show(source.path, 400)} has no rows")
+        where = "" if all(part.whole for part in parse_split(source.split)) else f" in {source.split}"
+        raise DataError(f"{show(source.path, 400)} has no rows{where}")
     _check_columns(source, first)
     yield from first
     yield from rows
@@ -118,49 +127,117 @@ def _check_source(source: Source) -> None:
         if column not in allowed:
             raise DataError(
                 f"{show(source.path)}: columns maps to {show(column)!r}, which is not one of {', '.join(allowed)}"
-                f"{_suggestion(column, allowed)}. It reads canonical: column in the file"
+                f"{suggestion(column, allowed)}. It reads canonical: column in the file"
             )
 
 
 def _rows(source: Source) -> Iterator[RawRow]:
+    parts = parse_split(source.split)
+    if source.rows is None and not os.path.exists(source.path) and not glob.has_magic(source.path):
+        split = "+".join(part.text for part in parts)  # `datasets` slices itself
+        load = partial(load_from_hub, source.path, source.name, split)
+        yield from _table(source, f"{source.path}[{split}]", load)
+        return
+    for part in parts:
+        if part.whole:
+            yield from _rows_of(source, part.name)
+        else:
+            # Counted first where the number of rows decides: they need not fit into memory.
+            size = _count(source, part.name) if part.needs_size else sys.maxsize
+            yield from islice(_rows_of(source, part.name), *part.bounds(size))
+
+
+def _count(source: Source, split: str) -> int:
+    path = Path(source.path)
+    if source.rows is not None:
+        return len(source.rows)
+    if os.path.isdir(path) and is_saved(path):
+        return len(load_saved(source.path, split))
+    tables = [file for file in _files(source, split) if kind_of(file) in TABLES]
+    if tables != _files(source, split):
+        return sum(1 for _ in _rows_of(source, split))
+    return sum(table_size(file, kind_of(file)) for file in tables)  # their images are not decoded for it
+
+
+def _rows_of(source: Source, split: str) -> Iterator[RawRow]:
+    """The rows of a split, where there are splits: it was checked that rows at hand need none."""
     path = Path(source.path)
     if isinstance(source.rows, datasets.Dataset):
         yield from _table(source, source.path, lambda: source.rows)
     elif source.rows is not None:
         for number in range(len(source.rows)):
-            yield RawRow(source.path, number + 1, json.dumps(dict(source.rows[number]), default=_portable))
-    elif path.is_dir():
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            yield from _table(source, source.path, lambda: _from_disk(source))
-            return
-        for file in _files_in(path, source.split):
-            yield from _file(source, file)
-    elif path.is_file():
-        yield from _file(source, path)
+            yield RawRow(source.path, number + 1, json.dumps(dict(source.rows[number]), default=portable))
+    elif os.path.isdir(path) and is_saved(path):
+        _check_name(source, "a saved data set")
+        yield from _table(source, source.path, lambda: load_saved(source.path, split))
     else:
-        yield from _hub(source)
+        for file in _files(source, split):
+            yield from _file(source, file, split)
 
 
-def _file(source: Source, path: Path) -> Iterator[RawRow]:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    kind = suffixes[-1] if suffixes else ""
-    if kind == ".gz":
-        kind = suffixes[-2] if len(suffixes) > 1 else ""
-    if kind in _UNSAFE:
+def _files(source: Source, split: str) -> list[Path]:
+    """The files of a split, where the source is a file, a folder or a pattern."""
+    path = Path(source.path)
+    try:
+        if os.path.isdir(path):
+            return files_in(path, source.name, split)
+        if not os.path.exists(path):
+            _check_name(source, "a pattern")
+            return files_matching(source.path, split)
+    except OSError as error:
+        raise cannot_read(source.path, error) from error
+    _check_single(source, path, split)
+    return [path]
+
+
+def unread_of(source: Source) -> list[Path]:
+    """Files of a source's folder that its split leaves out though they are not of another one."""
+    path, parts = Path(source.path), parse_split(source.split)
+    if source.rows is not None or not os.path.isdir(path) or is_saved(path) or len(parts) > 1:
+        return []
+    return unread_files(path, source.name, parts[0].name)
+
+
+def _check_name(source: Source, what: str) -> None:
+    if source.name is not None:
         raise DataError(
-            f"{show(str(path), 400)}: {kind} files can run code when they are read and are refused. Use {_FORMATS}"
+            f"{show(source.path, 400)} is {what} and has no configuration {show(source.name)}: remove name, which is "
+            "for data sets of the hub, and folders that are clones of them"
         )
-    if kind in _LINES or (kind == ".json" and not is_array(path)):
-        yield from read_lines(path)
-    elif kind == ".json":
-        yield from read_array(path)
-    elif kind in _CSV:
-        yield from read_csv(path, _CSV[kind])
-    elif kind in _TABLES:
-        load = partial(datasets.load_dataset, _TABLES[kind], data_files=str(path), split="train")
-        yield from _table(source, str(path), load)
+
+
+def _check_single(source: Source, path: Path, split: str) -> None:
+    """A file is one split, and has no configurations: what asks for another would be ignored."""
+    _check_name(source, "a file")
+    if not os.path.isfile(path):
+        raise DataError(f"{show(source.path, 400)} is neither a file nor a folder: a pipe can be read once only")
+    known = split in (DEFAULT_SPLIT, EVERY_SPLIT) or same_split(path.parent.name, split)
+    if not known and not names_split(path, split, path.parent):
+        raise DataError(
+            f"{show(source.path, 400)} is a file without the splits of a data set, there is no {show(split)}: remove "
+            "split, name the file that holds it, or take rows by their number, split: train[90%:]"
+        )
+
+
+def _file(source: Source, path: Path, split: str) -> Iterator[RawRow]:
+    kind, name = kind_of(path), show(str(path), 400)
+    if kind in UNSAFE:
+        raise DataError(f"{name}: {kind} files can run code when they are read and are refused. Use {FORMATS}")
+    if kind in JSON:
+        yield from read_json(path, row_columns(source.columns), split)
+    elif kind in CSV:
+        yield from read_csv(path, CSV[kind])
+    elif kind in TABLES:
+        if not is_empty(path, kind):
+            yield from _table(source, str(path), partial(load_table, path, kind))
     else:
-        raise DataError(f"{show(str(path), 400)}: unknown format {kind or '(no suffix)'}. Use {_FORMATS}")
+        raise DataError(f"{name}: unknown format {kind or '(no suffix)'}. Use {FORMATS}")
+
+
+def _wanted(source: Source) -> set[str]:
+    """The columns that a row may have, by their names in the file."""
+    wanted = wanted_columns(source.columns)
+    return wanted if renamed(source.columns) else {*wanted, *PATH_COLUMNS}
 
 
 def _table(source: Source, name: str, load: Any) -> Iterator[RawRow]:
@@ -172,113 +249,16 @@ def _table(source: Source, name: str, load: Any) -> Iterator[RawRow]:
     except Exception as error:  # each reader of `datasets` has its own errors
         raise cannot_read(name, error, 400) from error
     mapped = set(renamed(source.columns).values())
-    wanted = wanted_columns(source.columns) if mapped else {*wanted_columns(source.columns), *PATH_COLUMNS}
+    wanted = _wanted(source)
     found = [column for column in table.column_names if column in wanted]
     if not (mapped or set(KNOWN_COLUMNS)) & set(found):
         raise _no_columns(source, name, table.column_names)
-    if source.limit is not None:
+    if source.limit is not None and all(part.whole for part in parse_split(source.split)):
         table = table.select(range(min(source.limit, len(table))))
     # Videos and sounds are named, never decoded: that a row has one is all the checks need (parts.py, media.py).
     unread = () if source.columns else (*VIDEO_COLUMNS, *AUDIO_COLUMNS, BOX_COLUMN)
     named = [column for column in unread if column in table.column_names and column not in found]
-    features = _undecoded(table.select_columns(found).features)
-    batches = table.select_columns([*found, *named]).with_format("arrow").iter(batch_size=rows_at_once(table, 1000))
-    rows = (pair for batch in batches for pair in zip(batch.select(found).to_pylist(), _has(batch, named), strict=True))
-    for number, (row, has) in enumerate(rows, start=1):
-        decoded = features.decode_example(row)
-        given = {column: without_nulls(decoded[column], features[column]) for column in decoded}
-        yield RawRow(name, number, json.dumps({**given, **dict.fromkeys(has, "present")}, default=_portable))
-
-
-def _has(batch: pa.Table, columns: Sequence[str]) -> Iterator[list[str]]:
-    """For each row of a batch, those of the columns in which it has more than null or an empty list."""
-    full = []
-    for column in columns:
-        values = batch[column]
-        is_list = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
-        there = pc.greater(pc.list_value_length(values), 0) if is_list else values.is_valid()
-        full.append(pc.fill_null(there, False).to_pylist())
-    for row in range(len(batch)):
-        yield [column for column, there in zip(columns, full, strict=True) if there[row]]
-
-
-def rows_at_once(table: datasets.Dataset, most: int) -> int:
-    """As many rows as 32 MiB of memory hold on average, at most `most`: rows may carry images."""
-    return int(max(1, min(most, 2**25 * len(table.data) // max(table.data.nbytes, 1))))
-
-
-def without_nulls(value: Any, feature: Any) -> Any:
-    """Arrow gives every mapping the keys of all others, those of other tools and calls. JSON text keeps its nulls."""
-    if isinstance(feature, dict) and isinstance(value, dict):
-        return {key: without_nulls(inner, feature[key]) for key, inner in value.items() if inner is not None}
-    if isinstance(feature, (datasets.List, datasets.LargeList)) and isinstance(value, list):
-        return [without_nulls(inner, feature.feature) for inner in value]
-    return value
-
-
-def has_mappings(feature: Any) -> bool:
-    inner = getattr(feature, "feature", None)
-    return isinstance(feature, dict) or (inner is not None and has_mappings(inner))
-
-
-def _undecoded(feature: Any) -> Any:
-    """The same features with images, sounds and the like as they are stored: bytes and path."""
-    if isinstance(feature, dict):
-        return type(feature)({name: _undecoded(inner) for name, inner in feature.items()})
-    if isinstance(feature, (datasets.List, datasets.LargeList)):
-        return type(feature)(_undecoded(feature.feature))
-    if isinstance(feature, (list, tuple)):
-        return [_undecoded(inner) for inner in feature]
-    return replace(feature, decode=False) if isinstance(feature, _MEDIA) else feature
-
-
-def _portable(value: object) -> dict[str, str]:
-    """Bytes travel as base64; dates and the like become something that is no text, which is refused with its type."""
-    if is_pil(value):
-        value = png(value)
-    if isinstance(value, bytes):
-        return {"base64": base64.b64encode(value).decode("ascii")}
-    return {"unsupported": type(value).__name__}
-
-
-def _from_disk(source: Source) -> Any:
-    saved = datasets.load_from_disk(source.path)
-    if not isinstance(saved, datasets.DatasetDict):
-        return saved
-    if source.split not in saved:
-        raise DataError(f"{show(source.path, 400)} has no split {show(source.split)}: it has {', '.join(saved)}")
-    return saved[source.split]
-
-
-def _files_in(folder: Path, split: str) -> list[Path]:
-    files = sorted(f for f in folder.iterdir() if f.is_file() and f.name.removesuffix(".gz").endswith(_SUFFIXES))
-    if not files:
-        raise DataError(f"{show(str(folder), 400)} has no data files. Use {_FORMATS}")
-    # Published folders hold train-00000-of-00002.parquet beside test-…; without such names all files are one split.
-    return [f for f in files if re.split(r"[-_.]", f.name)[0] == split] or files
-
-
-def _hub(source: Source) -> Iterator[RawRow]:
-    path = Path(source.path)
-    file_like = path.suffix in (".gz", *_SUFFIXES, *_UNSAFE)
-    # The hub's ids are `name` or `organisation/name`.
-    if path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1 or file_like:
-        siblings = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"no such file or folder: {show(source.path, 400)}{_suggestion(path.name, siblings)}")
-
-    def load() -> Any:
-        config = datasets.DownloadConfig(max_retries=1)
-        try:
-            return datasets.load_dataset(source.path, source.name, split=source.split, download_config=config)
-        except Exception as error:
-            reason = show(str(error) or type(error).__name__, 400)
-            raise DataError(
-                f"cannot load the data set {show(source.path)} from the hub: {reason}. If it should be a local file, "
-                "give its path. Without a network, put it into the cache first and set HF_HUB_OFFLINE=1; behind a "
-                "mirror set HF_ENDPOINT"
-            ) from error
-
-    yield from _table(source, f"{source.path}[{source.split}]", load)
+    yield from table_rows(table, name, found, named)
 
 
 def _check_columns(source: Source, rows: list[RawRow]) -> None:
@@ -302,14 +282,9 @@ def _no_columns(source: Source, name: str, found: list[str]) -> DataError:
     if renaming := renamed(source.columns):
         mapped = ", ".join(f"{c}: {show(f, 60)}" for c, f in renaming.items())
         wrong = next((f for f in renaming.values() if f not in found), "")
-        hint = _suggestion(wrong, found)
+        hint = suggestion(wrong, found)
         return DataError(f"{show(name, 400)} has the columns {listed}, not those of columns ({mapped}){hint}")
     return DataError(
         f"{show(name, 400)} has none of the columns {', '.join(ROW_COLUMNS)} but {listed}. Map them, for example "
-        "columns: {prompt: question, completion: answer}"
+        "columns: {instruction: question, output: answer} (with the chat template) or {prompt: question, completion: answer}"
     )
-
-
-def _suggestion(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {show(close[0])}?" if close else ""

@@ -31,7 +31,7 @@ _ROLES = {
     "function_call": _CALL,
     "tool_call": _CALL,
 }
-_SPEAKERS = {**_ROLES, "human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+SPEAKERS = {**_ROLES, "human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 _PLAIN = frozenset(("role", "content"))
 _READ = {*_PLAIN, "name", "tool_call_id", "tool_calls", "function_call", *REASONING}
 _IDS = frozenset(("id", "uuid", "message_id", "parent_id"))  # mean nothing to a model
@@ -184,15 +184,15 @@ def _message(message: Any, where: str) -> tuple[Message, dict[str, Any]]:
 
 
 def _is_call(message: Mapping[str, Any]) -> bool:
-    return _SPEAKERS.get(str(message.get("role") or message.get("from")).lower()) == _CALL
+    return SPEAKERS.get(str(message.get("role") or message.get("from")).lower()) == _CALL
 
 
 def _from_sharegpt(turn: dict[str, Any], where: str) -> dict[str, Any]:
     """{"from": "human", "value": …} as role and content. Some sets write role and content all the same."""
     speaker = turn["from"]
-    role = _SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
+    role = SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
-        raise RowError(f"{where} is from the unknown speaker {show(speaker, 40)} (known: {', '.join(_SPEAKERS)})")
+        raise RowError(f"{where} is from the unknown speaker {show(speaker, 40)} (known: {', '.join(SPEAKERS)})")
     others = {key: value for key, value in turn.items() if key not in ("from", "value")}
     return {**others, "role": role, **({"content": turn["value"]} if "value" in turn else {})}
 

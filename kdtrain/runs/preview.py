@@ -98,7 +98,8 @@ def preview(config: RunConfig, *, rows: int, all_rows: bool = False) -> list[Spl
     found = [_split("train", config, config.data.train, processing, options, first, rows)]
     if config.data.eval:
         options = encoding_options(config, seed, "eval")
-        found.append(_split("eval", config, config.data.eval, processing, options, first, rows))
+        sources = config.data.eval_sources or config.data.train  # a share of them
+        found.append(_split("eval", config, sources, processing, options, first, rows))
     return found
 
 

@@ -115,5 +115,7 @@ def _warn_of_idle_options(written: Written, given: Mapping[str, Any]) -> None:
     for key, section, options, reason in _IDLE:
         loaded = given[key] is not None and not isinstance(given[key], str)
         for option in options:
-            if loaded and written.has(*section, option):
+            node = get(written.root, (*section, option))
+            sliced = option == "split" and node is not None and "[" in str(node.value)  # of rows at hand too
+            if loaded and written.has(*section, option) and not sliced:
                 logger.warning("%s has no effect: %s.", dotted((*section, option)), reason)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from kdtrain.config import RunConfig
 from kdtrain.config.schema import DataSource
-from kdtrain.data import BuildReport, Source, build_dataset
+from kdtrain.data import BuildReport, HeldOut, Source, build_dataset
 from kdtrain.errors import DataError
 from kdtrain.ranks import is_main
 
@@ -44,8 +44,9 @@ def read_data(
         sources = sources_of(config.data.train, given.train_dataset)
         options = encoding_options(config, seed, "train")
         train, report = build_dataset(sources, processing, new_parts=True, max_bad_rows=most_bad, **options)
-        if config.data.eval:
-            sources = sources_of(config.data.eval, given.eval_dataset)
+        if config.data.eval_sources:
+            sources = sources_of(config.data.eval_sources, given.eval_dataset)
+        if config.data.eval is not None:
             options = encoding_options(config, seed, "eval")
             evaluation, evaluation_report = build_dataset(sources, processing, max_bad_rows=most_bad, **options)
     for name, one in (("train", report), ("eval", evaluation_report)):
@@ -65,6 +66,8 @@ def encoding_options(config: RunConfig, seed: int, split: Literal["train", "eval
         "seed": seed,
         "num_proc": config.training.get("dataset_num_proc"),
         "image_root": config.data.image_root,
+        "cache_dir": config.data.cache_dir,
+        "held_out": HeldOut(share, training=split == "train") if (share := config.data.eval_share) else None,
         "prompts": split == "train" and _all_generated(config),
     }
 

@@ -14,7 +14,7 @@ from datasets import Dataset
 from kdtrain.data.collate import Collator
 from kdtrain.data.columns import KNOWN_COLUMNS
 from kdtrain.data.errors import RowError
-from kdtrain.data.sources import has_mappings, without_nulls
+from kdtrain.data.tables import has_mappings, without_nulls
 from kdtrain.errors import ConfigError, DataError, NotAvailableError
 
 
