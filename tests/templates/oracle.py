@@ -1,0 +1,349 @@
+"""What a row should become, from the template's own renderings alone, and whether it did.
+
+The prompt of turn i is `apply_chat_template(messages[:i], add_generation_prompt=True)`, the answer what
+`apply_chat_template(messages[:i + 1])` writes behind it, up to the end of the turn. kdtrain's way to the same is not
+looked at: only rows go in, and rows of a data set come out.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from tests.templates.families import Template
+from tests.templates.rows import Row
+
+Messages = list[dict[str, Any]]
+_SWITCHES = ("weight",)
+IGNORED = -100
+
+
+class Refusal(Exception):
+    """Why a row cannot be trained on: `kind` for people, `detail` for the reader of a table."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(f"{kind}: {detail}")
+        self.kind, self.detail = kind, detail
+
+
+# What a true reason speaks of.
+TRUE_REASONS = {
+    "raises": "refuses|renders|cannot",
+    "lost": "render|drop|does not|nowhere|lost|leaves out|ignores",
+    "control token": "control token|special token|token",
+    "rewrites": "render|differ|rewrit|changes",
+    "nothing trained": "loss|weight|train|supervis",
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    ids: list[int]
+    labels: list[int]
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Each of the `ways` is right: a list of encoded rows. `noted`: a note must say that it differs from inference."""
+
+    ways: list[list[Encoded]]
+    noted: bool = False
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One assistant turn: `text` up to its end, of which `prompt` characters are the prompt. `after` is what follows."""
+
+    text: str
+    prompt: int
+    after: str
+    noted: bool  # the prompt is not the model's own, and a note must say so
+
+
+@dataclass
+class Oracle:
+    template: Template
+    _memory: dict[str, str | Refusal] = field(default_factory=dict)
+
+    def expected(self, row: Row, train_on: str) -> Expected:
+        """Raises Refusal where the row cannot be trained on."""
+        messages, first = _messages(row)
+        self._refuse_control_tokens(messages)
+        refusals = []
+        for form in self._forms(messages, row):
+            try:
+                return form.expected(first, train_on)
+            except Refusal as refusal:
+                refusals.append(refusal)
+        # A form that raises says less than one that renders too little.
+        raise min(refusals, key=lambda refusal: refusal.kind == "raises")
+
+    def _refuse_control_tokens(self, messages: Messages) -> None:
+        special = {str(token) for token in self.template.tokenizer.added_tokens_decoder.values() if token.special}
+        for message in messages:
+            for text in (message.get("content"), message.get("reasoning_content")):
+                if found := [token for token in special if token in (text or "")]:
+                    raise Refusal("control token", found[0])
+
+    def _forms(self, messages: Messages, row: Row) -> Iterator[Conversation]:
+        """The same messages as templates of different makers want them; the first that renders everything counts."""
+        calls = any(message.get("tool_calls") for message in messages)
+        for as_text, none in product((False, True), repeat=2) if calls else [(False, False)]:
+            shaped = [self._shaped(message, as_text, none) for message in messages]
+            yield Conversation(self, shaped, messages, row.get("tools"), row.get("chat_template_kwargs", {}))
+
+    def _shaped(self, message: dict[str, Any], arguments_as_text: bool, empty_as_none: bool) -> dict[str, Any]:
+        shaped = copy.deepcopy(message)
+        if "reasoning_content" in shaped:
+            shaped[self.template.family.reasoning] = shaped.pop("reasoning_content")
+        for call in shaped.get("tool_calls", []) if arguments_as_text else []:
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        if shaped.get("tool_calls") and not shaped["content"] and empty_as_none:
+            shaped["content"] = None
+        elif self.template.family.parts:
+            shaped["content"] = [{"type": "text", "text": shaped["content"]}]
+        return shaped
+
+    def render(self, messages: Messages, generation_prompt: bool, tools: Any, arguments: dict[str, Any]) -> str:
+        key = json.dumps([messages, generation_prompt, tools, arguments])
+        if key not in self._memory:
+            try:
+                self._memory[key] = self.template.tokenizer.apply_chat_template(
+                    copy.deepcopy(messages),
+                    tools=tools,
+                    add_generation_prompt=generation_prompt,
+                    tokenize=False,
+                    **arguments,
+                )
+            except Exception as error:  # a template may fail in any way
+                self._memory[key] = Refusal("raises", str(error))
+        found = self._memory[key]
+        if isinstance(found, Refusal):
+            raise Refusal(found.kind, found.detail)
+        return found
+
+    def ids(self, text: str) -> list[int]:
+        return self.template.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def header(self) -> str:
+        """What the generation prompt adds behind a question."""
+        question = [self._shaped({"role": "user", "content": "quux"}, False, False)]
+        without, text = (self.render(question, prompted, None, {}).rsplit("quux", 1)[1] for prompted in (False, True))
+        return text[self.common(text, without) :]
+
+    def common(self, text: str, other: str) -> int:
+        """Characters at the beginning of `text` that make the same tokens in both."""
+        tokens = self.template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        same = 0
+        for (_, end), mine, theirs in zip(tokens["offset_mapping"], tokens["input_ids"], self.ids(other), strict=False):
+            if mine != theirs or not other.startswith(text[:end]):
+                break
+            same = end
+        return same
+
+
+@dataclass
+class Conversation:
+    """A row's messages in a form that the template takes; `said` are those of the row."""
+
+    oracle: Oracle
+    messages: Messages
+    said: Messages
+    tools: Any
+    arguments: dict[str, Any]
+
+    def expected(self, first: int, train_on: str) -> Expected:
+        if self.said[-1]["role"] != "assistant":
+            return self._prompt_only()
+        trained = [i for i, message in enumerate(self.said) if message["role"] == "assistant" and i >= first]
+        trained = [i for i in trained if self.said[i].get("weight", 1)]
+        if not trained:
+            raise Refusal("nothing trained", "every weight is 0")
+        if train_on == "last":
+            trained = trained[-1:]
+        turns = [self._turn(i) for i in trained]
+        whole = self._own(len(self.messages), False)
+        noted = any(turn.noted or self._straddles(turn) for turn in turns)
+        # Together where each turn is rendered in the whole as it is alone: after its own prompt.
+        if all(whole.startswith(turn.text) or (self._ends_at_next(turn, whole)) for turn in turns):
+            rest = whole[len(turns[-1].text) :] if whole.startswith(turns[-1].text) else ""
+            ways = [[self._encoded(turns, after, train_on)] for after in dict.fromkeys((rest, ""))]
+        else:
+            ways = [
+                [self._encoded([turn], turn.after if after else "", train_on) for turn in turns]
+                for after in (True, False)
+            ]
+        return Expected(ways, noted)
+
+    def _ends_at_next(self, turn: Turn, whole: str) -> bool:
+        stops = (*self.oracle.template.family.stops, *self.oracle.template.family.call_stops)
+        stop = next((stop for stop in stops if turn.text.endswith(stop)), "")
+        return self.oracle.template.family.next_role and whole == turn.text.removesuffix(stop)
+
+    def _prompt_only(self) -> Expected:
+        prompt = self._own(len(self.messages), True)
+        self._refuse_lost(prompt, len(self.messages))
+        ids = self.oracle.ids(prompt)
+        return Expected([[Encoded(ids, [IGNORED] * len(ids), len(ids))]])
+
+    def _own(self, count: int, generation_prompt: bool) -> str:
+        return self.oracle.render(self.messages[:count], generation_prompt, self.tools, self.arguments)
+
+    def _turn(self, i: int) -> Turn:
+        text = self._own(i + 1, False)
+        self._refuse_lost(text, i + 1)
+        prompt, noted = self._prompt_end(i, text)
+        family = self.oracle.template.family
+        stops = family.stops
+        if self.messages[i].get("tool_calls") and family.call_stops:
+            stops = family.call_stops
+        if family.next_role:
+            return Turn(text + stops[0], prompt, "", noted)
+        ends = [text.rfind(stop, prompt) + len(stop) for stop in stops if stop in text[prompt:]]
+        end = max(ends, default=len(text))
+        return Turn(text[:end], prompt, text[end:], noted)
+
+    def _prompt_end(self, i: int, text: str) -> tuple[int, bool]:
+        """Where the prompt ends, and whether the model's own generation prompt goes on and a note must say so."""
+        header = self.oracle.header()
+        try:
+            prompt = self._own(i, True)
+        except Refusal:
+            prompt = ""
+        answer = self._answer_begins(i, text)
+        if prompt and text.startswith(prompt):
+            extra = self.oracle.common(header, text[len(prompt) :]) if header else 0
+            if extra and not prompt.endswith(header):
+                return len(prompt) + extra, False
+            return len(prompt), False
+        if prompt:
+            common = min(self.oracle.common(prompt, text), answer)
+            if common >= len(prompt.removesuffix(header)):
+                return common, True
+            if i:
+                raise Refusal("rewrites", f"{prompt[common:][:80]!r} becomes {text[common:][:80]!r}")
+        if not header:
+            raise Refusal("raises", "no generation prompt")
+        # Nothing to generate from before a first answer: its header is what stands before other answers.
+        shared = [(self.oracle.common(header, text[at:]), at) for at in range(answer) if text[at] == header[0]]
+        length, at = max(shared, default=(0, 0))
+        if not length:
+            raise Refusal("rewrites", "no header before the answer")
+        return at + length, False
+
+    def _answer_begins(self, i: int, text: str) -> int:
+        message, start = self.said[i], 0
+        if i:
+            try:
+                start = len(self._own(i, False).rstrip()) - 40
+            except Refusal:
+                start = 0
+        wanted = [*_words(message["content"]), *_words(message.get("reasoning_content", ""))]
+        wanted += [call["function"]["name"] for call in message.get("tool_calls", [])]
+        if "<b>" in message["content"]:
+            wanted.append("<b>")
+        places = [text.rfind(word) if not i else text.find(word, max(start, 0)) for word in wanted]
+        return min((place for place in places if place >= 0), default=len(text))
+
+    def _refuse_lost(self, text: str, count: int) -> None:
+        """Thinking of earlier turns may be gone: the model does not meet it at inference either."""
+        for i, message in enumerate(self.said[:count]):
+            content = message["content"]
+            if message["role"] == "assistant" and i + 1 < count:
+                content = content.split("</think>")[-1]
+            wanted = _words(content)
+            for call in message.get("tool_calls", []):
+                wanted += [call["function"]["name"], *_words(json.dumps(call["function"]["arguments"]))]
+            if message["role"] == "assistant" and i + 1 == count:
+                wanted += _words(message.get("reasoning_content", ""))
+            if gone := [word for word in wanted if word not in text]:
+                raise Refusal("lost", f"{message['role']}: {gone[0]}")
+        for tool in self.tools or []:
+            if tool["function"]["name"] not in text.replace(json.dumps("ice_chart"), "", 0) or "harbour" not in text:
+                raise Refusal("lost", "tools")
+            if _words(tool["function"]["description"])[0] not in text:
+                raise Refusal("lost", "tools")
+
+    def _straddles(self, turn: Turn) -> bool:
+        prompt = self.oracle.ids(turn.text[: turn.prompt])
+        return self.oracle.ids(turn.text)[: len(prompt)] != prompt
+
+    def _encoded(self, turns: list[Turn], after: str, train_on: str) -> Encoded:
+        """The turns' ids, the tokeniser's own for every prompt: a token that reaches over its end is taken apart."""
+        pieces = [0, *(turn.prompt for turn in turns if self._straddles(turn))]
+        text = turns[-1].text + after
+        ids = self._pieces(text, pieces)
+        labels = [IGNORED] * len(ids)
+        start = 0
+        for turn in turns:
+            start = len(self._pieces(text[: turn.prompt], pieces))
+            end = len(self._pieces(turn.text, pieces))
+            labels[start:end] = ids[start:end]
+        if train_on == "all":
+            labels = list(ids)
+        labels[:1] = [IGNORED]
+        return Encoded(ids, labels, start)
+
+    def _pieces(self, text: str, cuts: list[int]) -> list[int]:
+        cuts = [cut for cut in cuts if cut < len(text)]
+        pairs = zip(cuts, [*cuts[1:], len(text)], strict=True)
+        return [token for begin, end in pairs for token in self.oracle.ids(text[begin:end])]
+
+
+def _messages(row: Row) -> tuple[Messages, int]:
+    """A row's messages with arguments as objects and null content as none, and the first that may be trained on."""
+    messages = copy.deepcopy(row.get("messages") or [*row["prompt"], *row.get("completion", [])])
+    for message in messages:
+        message["content"] = message["content"] or ""
+        for call in message.get("tool_calls", []):
+            if isinstance(call["function"]["arguments"], str):
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return messages, len(row["prompt"]) if row.get("completion") else 0
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]{3,}", text)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    outcome: str  # right | refused | wrong
+    detail: str = ""
+
+
+def judge(oracle: Oracle, row: Row, train_on: str, got: list[Encoded] | str, noted: bool) -> Verdict:
+    """`got`: the rows of the data set, or the reason why there is none."""
+    try:
+        expected = oracle.expected(row, train_on)
+    except Refusal as refusal:
+        if not isinstance(got, str):
+            return Verdict("wrong", f"accepted, though {refusal}: {show(oracle, got)}")
+        true = re.search(TRUE_REASONS[refusal.kind], got)
+        return Verdict("refused", f"{refusal} | {got}") if true else Verdict("wrong", f"untrue: {got} | {refusal}")
+    if isinstance(got, str):
+        return Verdict("wrong", f"refused: {got} | expected {show(oracle, expected.ways[0])}")
+    if got not in expected.ways:
+        return Verdict("wrong", f"{show(oracle, got)} | expected {show(oracle, expected.ways[0])}")
+    if expected.noted and not noted:
+        return Verdict("wrong", f"no note: {show(oracle, got)}")
+    return Verdict("right")
+
+
+def show(oracle: Oracle, rows: list[Encoded], length: int = 300) -> str:
+    """The rows' last characters: what is supervised in ⟦ ⟧, the prompt's end as ‖."""
+    shown = []
+    for row in rows:
+        text, on = "", False
+        decode = oracle.template.tokenizer.decode
+        for i, (token, label) in enumerate(zip(row.ids, row.labels, strict=True)):
+            if on != (label != IGNORED):
+                text, on = text + ("⟧" if on else "⟦"), not on
+            text += ("‖" if i == row.prompt_length else "") + decode([token])
+        shown.append(repr((text + "⟧" * on)[-length:]))
+    return " AND ".join(shown)
