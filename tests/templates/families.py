@@ -46,7 +46,7 @@ _GEMMA = Family("gemma3", ("<end_of_turn>",), eos="<end_of_turn>", bos="<bos>")
 _GEMMA4 = Family(
     "gemma3",
     ("<turn|>",),
-    call_stops=("<|tool_response>",),
+    call_stops=("<|tool_response>", "<turn|>"),
     added=(
         *("<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>", "<|tool>", "<tool|>", "<|tool_call>"),
         *("<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>', "<|image|>", "<|audio|>", "<|video|>"),

@@ -11,8 +11,10 @@ import copy
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
+from os.path import commonprefix
 from typing import Any
 
 from tests.templates.families import Template
@@ -203,7 +205,7 @@ class Conversation:
         stops = family.stops
         if self.messages[i].get("tool_calls") and family.call_stops:
             stops = family.call_stops
-        if family.next_role:
+        if family.next_role and not text.endswith(stops):
             return Turn(text + stops[0], prompt, "", noted)
         ends = [text.rfind(stop, prompt) + len(stop) for stop in stops if stop in text[prompt:]]
         end = max(ends, default=len(text))
@@ -240,15 +242,13 @@ class Conversation:
     def _answer_begins(self, i: int, text: str) -> int:
         message, start = self.said[i], 0
         if i:
-            try:
-                start = len(self._own(i, False).rstrip()) - 40
-            except Refusal:
-                start = 0
+            with suppress(Refusal):
+                start = len(commonprefix([self._own(i, False), text]))
         wanted = [*_words(message["content"]), *_words(message.get("reasoning_content", ""))]
         wanted += [call["function"]["name"] for call in message.get("tool_calls", [])]
         if "<b>" in message["content"]:
             wanted.append("<b>")
-        places = [text.rfind(word) if not i else text.find(word, max(start, 0)) for word in wanted]
+        places = [text.find(word, start) if i else text.rfind(word) for word in wanted]
         return min((place for place in places if place >= 0), default=len(text))
 
     def _refuse_lost(self, text: str, count: int) -> None:
@@ -308,7 +308,7 @@ def _messages(row: Row) -> tuple[Messages, int]:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]{3,}", text)
+    return re.findall(r"[^\W_]{3,}", re.sub(r"</?think>", " ", text))
 
 
 @dataclass(frozen=True)
