@@ -6,11 +6,11 @@ import json
 
 import datasets
 import pytest
-import trl.chat_template_utils as trl_templates
 
 from kdtrain.config.schema import DataSource
 from kdtrain.data import Source, build_dataset, encode_row
 from kdtrain.data import cache as encoding_module
+from kdtrain.data.chat_template import SPLIT
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.epochs import _shares
 from kdtrain.errors import DataError
@@ -353,7 +353,7 @@ def test_the_same_rows_are_encoded_once(build, tmp_path, encoded_rows):
 CHANGES = {
     "rows": lambda call, path: call(write_lines(path, [ROW, pair(1)])),
     "template": lambda call, path: call(path, tokenizer=tokenizer_with(LLAMA3)),
-    "tokenizer": lambda call, path: call(path, tokenizer=tokenizer_with(added=["the"])),
+    "tokenizer": lambda call, path: call(path, tokenizer=tokenizer_with(added=["<|new|>"])),
     "stop token": lambda call, path: call(path, tokenizer=tokenizer_with(eos="<|endoftext|>")),
     "train_on": lambda call, path: call(path, train_on="last"),
     "max_length": lambda call, path: call(path, max_length=500),
@@ -406,19 +406,29 @@ def test_several_processes_give_the_same_as_one(build, tmp_path):
     assert parallel_report == single_report
 
 
-def test_a_template_that_cannot_be_masked_stops_at_once_even_in_workers(build, tmp_path):
+def test_a_tokenizer_without_a_chat_template_stops_at_once_even_in_workers(build, tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [ROW] * 4)
-    with pytest.raises(DataError, match="generation"):
-        build(path, tokenizer=tokenizer_with(FORGETFUL), max_bad_rows=100, num_proc=2)
+    with pytest.raises(DataError, match="has no chat template"):
+        build(path, tokenizer=tokenizer_with(None), max_bad_rows=100, num_proc=2)
 
 
-def test_the_report_says_where_the_training_template_differs_from_the_tokenizers_own(build, tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", [ROW])
-    qwen3 = tokenizer_with(trl_templates.qwen3_chat_template, added=("<think>", "</think>"))
-    _, report = build(path, tokenizer=qwen3)
-    assert "1 of the first 1 conversations" in report.notes[0]
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_a_conversation_may_become_several_rows_which_are_counted_and_told(build, tmp_path, num_proc):
+    path = write_lines(tmp_path / "a.jsonl", [pair(0), ROW, {"messages": []}, ROW, pair(1)])
+    dataset, report = build(path, tokenizer=tokenizer_with(FORGETFUL), max_bad_rows=1, num_proc=num_proc)
+    assert dataset["row_id"][:] == ["0:0", "0:1:0", "0:1:1", "0:3:0", "0:3:1", "0:4"]
+    assert (report.rows_read, report.rows_kept, report.bad_rows, report.rows_per_epoch) == (5, 4, 1, 6)
+    assert report.notes == [f"{SPLIT} (2 rows, the first: {path}:2)"]
     assert report.notes[0] in report.summary()
-    assert build(path)[1].notes == []
+    assert build(path, max_bad_rows=1)[1].notes == []
+
+
+def test_all_rows_of_a_conversation_follow_its_weight_and_limit(build, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [ROW, pair(0)])
+    dataset, _ = build(Source(str(path), weight=2.0), tokenizer=tokenizer_with(FORGETFUL))
+    assert sorted(dataset["row_id"][:]) == ["0:0:0", "0:0:0", "0:0:1", "0:0:1", "0:1", "0:1"]
+    dataset, report = build(Source(str(path), limit=1), tokenizer=tokenizer_with(FORGETFUL))
+    assert (dataset["row_id"][:], report.rows_read) == (["0:0:0", "0:0:1"], 1)
 
 
 def test_an_unwritable_cache_says_so(tokenizer, tmp_path):

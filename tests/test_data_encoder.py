@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from kdtrain.data import RowError, encode_row
-from kdtrain.data.chat_template import ChatTemplate
+from kdtrain.data.chat_template import SPLIT, STOP_ADDED, ChatTemplate
+from kdtrain.data.encoder import APART, RowEncoder
 from kdtrain.errors import DataError
 from tests import tiny
 
@@ -81,17 +82,26 @@ def tokenizer_with(template=CHATML, eos="<|im_end|>", pad="<|pad|>", bos=None, a
     return fast
 
 
-def supervised(tokenizer, row, train_on="assistant", **kwargs):
-    """The supervised tokens as text, checking what holds for every row."""
-    encoded = encode_row(row, tokenizer, train_on=train_on, **kwargs)
-    assert len(encoded.labels) == len(encoded.input_ids)
-    assert encoded.labels[0] == -100
-    assert all(label in (-100, token) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
-    return tokenizer.decode([label for label in encoded.labels if label != -100])
+def encode(tokenizer, row, train_on="assistant", **options):
+    """The rows that one row becomes, checking what holds for all of them."""
+    (rows,) = RowEncoder(tokenizer, train_on, **options).encode([row], [None])
+    if isinstance(rows, RowError):
+        raise rows
+    for encoded in rows:
+        assert len(encoded.labels) == len(encoded.input_ids)
+        assert encoded.labels[0] == -100
+        assert all(label in (-100, token) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
+    return rows
 
 
-def prompt(tokenizer, row, train_on="assistant"):
-    encoded = encode_row(row, tokenizer, train_on=train_on)
+def supervised(tokenizer, row, train_on="assistant", **options):
+    """The supervised tokens as text."""
+    labels = [label for encoded in encode(tokenizer, row, train_on, **options) for label in encoded.labels]
+    return tokenizer.decode([label for label in labels if label != -100])
+
+
+def prompt(tokenizer, row, train_on="assistant", **options):
+    encoded = encode(tokenizer, row, train_on, **options)[-1]
     return tokenizer.decode(encoded.input_ids[: encoded.prompt_length])
 
 
@@ -140,12 +150,12 @@ TABLE = {
         "the one<|eot_id|>two it is<|eot_id|>",
         "and then<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
-    "Qwen2.5, whose markers in trl begin inside the generation prompt": (
+    "Qwen2.5": (
         {"template": trl_templates.qwen2_5_chat_template},
         "the one<|im_end|>two it is<|im_end|>",
         QWEN_PROMPT,
     ),
-    "Qwen3, whose markers in trl end behind the stop token": (
+    "Qwen3, which renders thinking blocks in the last turn only": (
         {"template": trl_templates.qwen3_chat_template, "added": ("<think>", "</think>")},
         "<think>\n\n</think>\n\nthe one<|im_end|><think>\n\n</think>\n\ntwo it is<|im_end|>",
         "and then<|im_end|>\n<|im_start|>assistant\n",
@@ -165,9 +175,9 @@ TABLE = {
         " the one<end_of_utterance> two it is<end_of_utterance>",
         "User: and then<end_of_utterance>\nAssistant:",
     ),
-    "gpt-oss, whose generation prompt is inside trl's markers": (
+    "gpt-oss, which ends the last turn with another token": (
         {"template": trl_templates.gptoss_chat_template, "eos": "<|return|>", "added": GPT_OSS_TOKENS},
-        "<|channel|>final<|message|>the one<|end|><|channel|>final<|message|>two it is<|return|>",
+        "<|channel|>final<|message|>the one<|return|><|channel|>final<|message|>two it is<|return|>",
         "and then<|end|><|start|>assistant",
     ),
     "DeepSeek, whose generation prompt opens a thinking block": (
@@ -205,9 +215,10 @@ def test_the_prompt_of_a_chat_is_that_of_the_same_chat_without_its_answer(name):
     assert asked.prompt_only
     assert asked.prompt_length == len(asked.input_ids)
     assert set(asked.labels) == {-100}
-    whole = encode_row(ROW, tokenizer, train_on="assistant")
+    whole = encode(tokenizer, ROW)[-1]
     if "DeepSeek" in name:  # its generation prompt opens a thinking block, which this answer does not have
         asked.input_ids[-2:] = []
+        assert any("opens a thinking block" in note for note in whole.notes)
     assert whole.input_ids[: whole.prompt_length] == asked.input_ids[: whole.prompt_length]
     assert whole.prompt_length == len(asked.input_ids)
 
@@ -225,11 +236,14 @@ def test_a_stop_token_outside_the_markers_is_added_and_said():
     assert not encode_row(ROW, tokenizer_with(), train_on="assistant").extended
 
 
-def test_a_stop_token_that_the_next_message_writes_is_supervised_and_a_missing_one_is_said():
+@pytest.mark.parametrize("train_on", ["assistant", "last"])
+def test_a_stop_token_that_the_next_message_writes_is_supervised_and_added_to_the_last_answer(train_on):
     tokenizer = tokenizer_with(STOP_IN_NEXT_MESSAGE, eos="<|endoftext|>")
-    encoded = encode_row(ROW, tokenizer, train_on="assistant")
-    assert supervised(tokenizer, ROW) == "the one<|im_end|>two it is"
-    assert (encoded.extended, encoded.unterminated) == (True, True)
+    (encoded,) = encode(tokenizer, ROW, train_on)
+    assert ("the one<|im_end|>" * (train_on == "assistant")) + "two it is<|im_end|>" == supervised(
+        tokenizer, ROW, train_on
+    )
+    assert (encoded.unterminated, encoded.notes) == (False, (STOP_ADDED,))
 
 
 def test_a_template_without_stop_tokens_is_trained_as_it_is_and_said():
@@ -239,11 +253,13 @@ def test_a_template_without_stop_tokens_is_trained_as_it_is_and_said():
 
 
 def test_a_turn_may_end_in_a_token_of_its_own_such_as_that_of_a_tool_call():
-    template = CHATML.replace("'<|im_end|>\n'", "('<|call|>\n' if m.tool_calls else '<|im_end|>\n')")
-    tokenizer = tokenizer_with(template, added=["<|call|>"])
-    row = {"messages": [MESSAGES[0], {**MESSAGES[1], "tool_calls": [{"name": "x"}]}, *MESSAGES[2:]]}
-    assert supervised(tokenizer, row) == "the one<|call|>two it is<|im_end|>"
+    written = "(m.tool_calls[0].function.name + '<|call|>\n' if m.tool_calls else '<|im_end|>\n')"
+    tokenizer = tokenizer_with(CHATML.replace("'<|im_end|>\n'", written), added=["<|call|>"])
+    calls = [{"function": {"name": "x", "arguments": {}}}]
+    row = {"messages": [MESSAGES[0], {**MESSAGES[1], "tool_calls": calls}, *MESSAGES[2:]]}
+    assert supervised(tokenizer, row) == "the onex<|call|>two it is<|im_end|>"
     assert not encode_row(row, tokenizer, train_on="assistant").unterminated
+    assert "<|call|>" in tokenizer.convert_ids_to_tokens(list(ChatTemplate(tokenizer).stop_ids))
 
 
 def test_the_stop_tokens_of_a_template_include_that_of_the_last_turn():
@@ -252,10 +268,25 @@ def test_the_stop_tokens_of_a_template_include_that_of_the_last_turn():
     assert set(stops) == {"<|endoftext|>", "<|end|>", "<|return|>"}
 
 
-def test_a_token_that_begins_the_next_turn_does_not_end_this_one():
-    template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
-    tokenizer = tokenizer_with(template, eos="<|endoftext|>", added=["<|user|>", "<|assistant|>"])
-    assert tokenizer.convert_ids_to_tokens(list(ChatTemplate(tokenizer).stop_ids)) == ["<|endoftext|>"]
+def test_the_token_of_the_next_role_ends_a_turn_where_nothing_else_does():
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% if m.tool_calls %}"
+        "{{ m.tool_calls[0].function.name }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    added = ["<|user|>", "<|assistant|>", "<|tool|>"]
+    tokenizer = tokenizer_with(template, eos="<|endoftext|>", added=added)
+    stops = tokenizer.convert_ids_to_tokens(list(ChatTemplate(tokenizer).stop_ids))
+    assert set(stops) == {"<|endoftext|>", "<|user|>", "<|tool|>"}
+    assert supervised(tokenizer, ROW) == "the one<|user|>two it is<|user|>"
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    asked = {"messages": [MESSAGES[0], call]}
+    assert supervised(tokenizer, asked) == "look<|tool|>"
+    answered = {"messages": [*asked["messages"], {"role": "tool", "content": "rain"}, MESSAGES[3]]}
+    assert supervised(tokenizer, answered) == "look<|tool|>two it is<|user|>"
+    # Where turns have an end of their own, the beginning of the next one is none.
+    closed = tokenizer_with(template.replace("m.content }}", "m.content + eos_token }}", 1), added=added)
+    assert supervised(closed, ROW) == "the one<|im_end|>two it is<|im_end|>"
 
 
 def test_the_real_eos_stays_supervised_when_it_is_also_the_padding_token():
@@ -263,11 +294,28 @@ def test_the_real_eos_stays_supervised_when_it_is_also_the_padding_token():
     assert supervised(tokenizer, ROW).count("<|im_end|>") == 2
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_remedy():
-    with pytest.raises(DataError, match=r"\{% generation %\}.*train_on: last") as caught:
-        encode_row(ROW, tokenizer_with(FORGETFUL), train_on="assistant")
-    assert not isinstance(caught.value, RowError)  # no row would do better
-    assert supervised(tokenizer_with(FORGETFUL), ROW, "last") == "two it is<|im_end|>"
+def test_where_a_template_rewrites_earlier_turns_each_answer_is_a_row_as_the_model_meets_it():
+    tokenizer = tokenizer_with(FORGETFUL)
+    first, second = encode(tokenizer, ROW)
+    assert first.notes == second.notes == (SPLIT,)
+    assert tokenizer.decode(first.input_ids) == QWEN
+    assert tokenizer.decode(second.input_ids) == QWEN_PROMPT.replace("the one", "one") + "two it is<|im_end|>\n"
+    assert supervised(tokenizer, ROW) == "the one<|im_end|>two it is<|im_end|>"
+    assert supervised(tokenizer, ROW, "last") == "two it is<|im_end|>"
+    assert encode(tokenizer, ROW, "last")[0].notes == ()
+    with pytest.raises(RowError, match="becomes 2 rows"):
+        encode_row(ROW, tokenizer, train_on="assistant")
+    with pytest.raises(RowError, match=r"data\.turns is joint: set it to auto, or data\.train_on to last"):
+        encode(tokenizer, ROW, turns="joint")
+
+
+def test_turns_can_be_split_where_they_need_not_be():
+    tokenizer = tokenizer_with()
+    rows = encode(tokenizer, ROW, turns="split")
+    assert [tokenizer.decode(row.input_ids) for row in rows] == [QWEN, QWEN_PROMPT + "two it is<|im_end|>\n"]
+    assert [row.notes for row in rows] == [(), ()]
+    assert supervised(tokenizer, ROW, turns="split") == supervised(tokenizer, ROW)
+    assert len(encode(tokenizer, ROW)) == 1
 
 
 def test_a_changed_template_is_noticed_between_two_rows():
@@ -287,7 +335,7 @@ def test_messages_without_a_chat_template_name_the_tokenizer():
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
-def test_a_token_that_begins_before_the_turn_is_neither_supervised_nor_prompt(trim_offsets):
+def test_an_answer_that_begins_inside_a_token_is_tokenised_apart_from_its_prompt(trim_offsets):
     template = (
         "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -295,8 +343,12 @@ def test_a_token_that_begins_before_the_turn_is_neither_supervised_nor_prompt(tr
     tokenizer = tokenizer_with(template, trim_offsets=trim_offsets)
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the path"}]}
     assert "Ġthe" in tokenizer.tokenize(": the path")
-    assert supervised(tokenizer, row) == " path<|im_end|>"
-    assert prompt(tokenizer, row) == "user: hi<|im_end|>assistant:"
+    assert supervised(tokenizer, row) == "the path<|im_end|>"
+    assert prompt(tokenizer, row) == "user: hi<|im_end|>assistant: "
+    asked = encode_row({"messages": row["messages"][:1]}, tokenizer, train_on="last")
+    encoded = encode_row(row, tokenizer, train_on="last")
+    assert encoded.input_ids[: encoded.prompt_length] == asked.input_ids
+    assert encoded.notes == (APART,)
 
 
 def test_messages_of_the_prompt_are_context_and_the_completion_is_trained_on():
@@ -348,7 +400,9 @@ def test_the_same_conversation_in_another_form_gives_the_same_tokens(name):
 
 
 def test_tool_messages_and_schemas_reach_the_template_and_are_not_supervised():
-    template = "{% if tools %}{{ 'tools ' + tools[0].name }}{% endif %}" + CHATML
+    calls = "m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}{{ '<|im_end|>\n' }}"
+    template = CHATML.replace("m.content + '<|im_end|>\n' }}", calls)
+    template = "{% if tools %}{{ 'tools ' + tools[0].name }}{% endif %}" + template
     messages = [
         {"role": "user", "content": "weather"},
         {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]},
@@ -357,7 +411,7 @@ def test_tool_messages_and_schemas_reach_the_template_and_are_not_supervised():
     ]
     row = {"messages": messages, "tools": '[{"name": "look"}]'}
     tokenizer = tokenizer_with(template)
-    assert supervised(tokenizer, row) == "<|im_end|>it rains<|im_end|>"
+    assert supervised(tokenizer, row) == "look<|im_end|>it rains<|im_end|>"
     text = tokenizer.decode(encode_row(row, tokenizer, train_on="assistant").input_ids)
     assert text.startswith("tools look<|im_start|>user")
     assert "<|im_start|>tool\nrain" in text

@@ -540,7 +540,7 @@ def test_options_of_the_data_reach_the_trainers_own_collator(project, student, t
     arguments = ConfigLoader.load_training_config(project / "config.yaml", overrides)
     given = {"train_dataset": tiny.CHATS, "eval_dataset": tiny.CHATS, "processing_class": tokenizer}
     collator = GKDTrainerWithMetrics(student, teacher, arguments.training_args, **given).data_collator
-    assert (collator.train_on, collator.on_overlength, collator.pad_to_multiple_of) == ("last", "drop", 16)
+    assert (collator.template.train_on, collator.on_overlength, collator.pad_to_multiple_of) == ("last", "drop", 16)
 
 
 def test_steps_that_supervise_nothing_are_told(tmp_path, student, teacher, caplog):

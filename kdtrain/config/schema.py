@@ -156,12 +156,29 @@ class DataConfig(Section):
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Supervised tokens of a chat: every assistant turn, the last one, or everything. Prompt/completion rows always
     train on the completion."""
+    turns: Literal["auto", "split", "joint"] = "auto"
+    """Rows that a chat with several trained turns becomes. `joint`: one. `split`: one for each turn, with what the
+    model is given before it. `auto`: one, and several where the chat template renders earlier turns differently once
+    others follow (Qwen3 drops their thinking), which is said."""
+    reasoning: Literal["error", "keep", "drop"] = "error"
+    """What becomes of `reasoning_content` that the chat template does not render: the row is bad, it is written as
+    <think>…</think> in front of the answer, or it is left out."""
+    control_tokens: Literal["error", "text"] = "error"
+    """Tokens such as <|im_end|> in the text of a message: the row is bad, or they are encoded as ordinary text."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments for the chat template, such as `{enable_thinking: false}`. A row's own `chat_template_kwargs` win."""
     max_bad_rows: Annotated[Whole, Field(ge=0)] = 0
     """Rows that may be unusable before the run stops; they are left out and the first three shown."""
     packing: Flag = False
     """Join short rows into one sequence of max_length, without attention between them."""
     padding_free: Flag = False
     """Flatten a batch into one sequence instead of padding it."""
+
+    @property
+    def chats(self) -> dict[str, Any]:
+        """How conversations become tokens: the fields of `kdtrain.data.TemplateOptions`."""
+        names = ("train_on", "turns", "reasoning", "control_tokens", "chat_template_kwargs")
+        return {name: getattr(self, name) for name in names}
 
 
 class TeacherConfig(Section):

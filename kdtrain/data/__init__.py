@@ -19,6 +19,7 @@ with_images.py   the first rows with images, to try a run on
 errors.py        the error of a single row, and how its message shows values
 """
 
+from kdtrain.data.chat_template import TemplateOptions
 from kdtrain.data.collate import Collator, cut_rows, pad_rows
 from kdtrain.data.dataset import BuildReport, build_dataset
 from kdtrain.data.encoded_row import EncodedRow
@@ -34,6 +35,7 @@ __all__ = [
     "Epochs",
     "RowError",
     "Source",
+    "TemplateOptions",
     "build_dataset",
     "cut_rows",
     "encode_row",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from kdtrain.data.encoded_row import EncodedRow, Limits, truncate
@@ -29,6 +30,7 @@ VERSION = 4
 
 _FEATURES = datasets.Features(
     {
+        "raw": datasets.Value("int64"),  # the number of the raw row that it is made of
         # Fields of EncodedRow, and what is known of a row beside them.
         "input_ids": datasets.Sequence(datasets.Value("int32")),
         "labels": datasets.Sequence(datasets.Value("int32")),
@@ -59,8 +61,9 @@ def encode_cached(
 ) -> datasets.Dataset:
     """Encodes the rows of `read_all`, or reads what an earlier call stored.
 
-    Entries are folders in `cache_dir`, complete as soon as they are visible; a damaged one is made again. Returned are
-    as many rows in the same order, with the columns of `_FEATURES`; bad rows have a `problem` and no tokens.
+    Entries are folders in `cache_dir`, complete as soon as they are visible; a damaged one is made again. Returned is
+    every row in the same order, as one row or several, with the columns of `_FEATURES`; bad rows have a `problem` and
+    no tokens.
     """
     entry = cache_dir / f"encoded-{_key(raw, encoder, sources, limits)}"
     if (stored := _stored(entry, len(raw))) is not None:
@@ -71,6 +74,7 @@ def encode_cached(
         raw.map(
             _encode_batch,
             batched=True,
+            with_indices=True,
             batch_size=at_once,
             writer_batch_size=at_once,
             remove_columns=raw.column_names,
@@ -100,9 +104,10 @@ def _stored(entry: Path, rows: int) -> datasets.Dataset | None:
         parts = [datasets.Dataset.from_file(str(file)) for file in files]
     except (OSError, pa.ArrowException):
         return None
-    if sum(map(len, parts)) != rows or not parts:
+    if not parts:
         return None
-    return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    stored = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    return stored if len(np.unique(stored["raw"][:])) == rows else None
 
 
 def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], limits: Limits) -> str:
@@ -116,11 +121,11 @@ def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], 
         **tokenizer_content(tokenizer),
         "images": image_content(encoder.processing_class),
         "own_template": encoder.chat_template or encoder.processing_class.chat_template or tokenizer.chat_template,
-        "train_on": encoder.train_on,
+        "template": vars(encoder.options),
         "limits": [limits.max_length, limits.on_overlength],
         "columns": [dict(source.columns) if source.columns else None for source in sources],
         "answers": [source.answers for source in sources],
-        "libraries": [datasets.__version__, version("transformers"), version("trl")],  # trl: the training templates
+        "libraries": [datasets.__version__, version("transformers")],
     }
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for batch in raw.select_columns(["source", "problem", "text"]).iter(batch_size=rows_at_once(raw, 1000)):
@@ -156,7 +161,7 @@ def _workers(rows: int, num_proc: int | None) -> int | None:
 
 
 def _encode_batch(
-    batch: dict[str, list[Any]], encoder: RowEncoder, sources: Sequence[Source], limits: Limits
+    batch: dict[str, list[Any]], indices: list[int], encoder: RowEncoder, sources: Sequence[Source], limits: Limits
 ) -> dict[str, list[Any]]:
     problems, parsed = list(batch["problem"]), {}
     for i, text in enumerate(batch["text"]):
@@ -173,9 +178,13 @@ def _encode_batch(
     out: dict[str, list[Any]] = {name: [] for name in _FEATURES}
     for i, problem in enumerate(problems):
         result = encoded.get(i) or RowError(problem)
-        row = _record(_NOTHING, "bad", 0, str(result)) if isinstance(result, RowError) else _fitted(result, limits)
-        for name, value in row.items():
-            out[name].append(value)
+        if isinstance(result, RowError):
+            rows = [_record(_NOTHING, "bad", 0, str(result))]
+        else:
+            rows = [_fitted(row, limits) for row in result]
+        for row in rows:
+            for name, value in {"raw": indices[i], **row}.items():
+                out[name].append(value)
     return out
 
 

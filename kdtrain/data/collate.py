@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from kdtrain.data.batch import Batch, Rows, TeacherImages
+from kdtrain.data.chat_template import TemplateOptions
 from kdtrain.data.encoded_row import EncodedRow, Limits, tokenised_row, truncate
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.errors import RowError, show
@@ -64,7 +65,7 @@ class Collator:
             it runs as well; an equal one changes nothing.
         pad_to_multiple_of: rounds T up.
         max_length: limit in tokens; None for no limit.
-        train_on: for raw rows, see `encode_row`.
+        template: how raw conversations are rendered. One that becomes several rows makes the batch larger.
         on_overlength: `error`, `truncate` (from the right) or `drop`, for rows over `max_length`. A row that would lose
             a part of an image is dropped; one that loses its whole answer stays, with all its images, and supervises
             nothing.
@@ -84,7 +85,7 @@ class Collator:
     _: KW_ONLY
     pad_to_multiple_of: int | None = None
     max_length: int | None = None
-    train_on: str = "assistant"
+    template: TemplateOptions = field(default_factory=TemplateOptions)
     on_overlength: str = "error"
     text_column: str = "text"
 
@@ -107,7 +108,7 @@ class Collator:
         return image_content(student) != image_content(teacher) or vocabularies[0] != vocabularies[1]
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
-        encoded = self._encode(rows)
+        rows, encoded = self._encode_all(rows)
         fitting = [(i, row) for i, row in enumerate(map(self._fit, encoded)) if row is not None]
         if not fitting:
             raise DataError(
@@ -173,11 +174,11 @@ class Collator:
             return [image.load() for image in encoded.images]
 
     def has_images(self, row: Mapping[str, Any]) -> bool:
-        return self._model is not None and bool(self._encode([row])[0].images)
+        return self._model is not None and bool(self._encode([row])[0][0].images)
 
     def prepared_by(self, processing_class: Any, row: Mapping[str, Any]) -> Processed:
         """A row with images as a processor by itself prepares it, whether or not that agrees with what is stored."""
-        encoded = self._encode([row])[0]
+        encoded = self._encode([row])[0][-1]
         with _naming(row):
             return Multimodal(processing_class).process(str(encoded.text), self._load(row, encoded))
 
@@ -218,13 +219,19 @@ class Collator:
             return {**row, "text": row[self.text_column]}
         return row
 
-    def _encode(self, rows: Sequence[Mapping[str, Any]]) -> list[EncodedRow]:
+    def _encode_all(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedRow]]:
+        """The rows of the batch: a raw conversation may become several, which all carry it."""
+        encoded = self._encode(rows)
+        pairs = [(row, one) for row, several in zip(rows, encoded, strict=True) for one in several]
+        return [row for row, _ in pairs], [one for _, one in pairs]
+
+    def _encode(self, rows: Sequence[Mapping[str, Any]]) -> list[list[EncodedRow]]:
         """Tokenised rows as they are, raw rows through the encoder together, in the order of `rows`."""
         raw = [self._with_text(row) for row in rows if "input_ids" not in row]
         encoded = iter(self._raw_encoder().encode(raw, [os.getcwd()] * len(raw)) if raw else ())
         results = []
         for row in rows:
-            result = self._tokenised(row) if "input_ids" in row else next(encoded)
+            result = [self._tokenised(row)] if "input_ids" in row else next(encoded)
             if isinstance(result, RowError):
                 raise result
             results.append(result)
@@ -232,8 +239,8 @@ class Collator:
 
     def _raw_encoder(self) -> RowEncoder:
         """Made for the first raw row, since tokenised rows do without a fast tokenizer, and kept."""
-        if self._encoder is None or self._encoder.train_on != self.train_on:
-            self._encoder = RowEncoder(self.processing_class, self.train_on, keep_pixels=True)
+        if self._encoder is None or self._encoder.options != self.template:
+            self._encoder = RowEncoder(self.processing_class, keep_pixels=True, **vars(self.template))
         return self._encoder
 
     def _tokenised(self, row: Mapping[str, Any]) -> EncodedRow:

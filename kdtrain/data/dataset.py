@@ -8,9 +8,9 @@ Each row is encoded once, however often it appears in an epoch.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,7 @@ from kdtrain.data.cache import encode_cached
 from kdtrain.data.encoded_row import Limits
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.epochs import Epochs, mix
-from kdtrain.data.errors import RowError, show
-from kdtrain.data.files import folder_of
-from kdtrain.data.rows import Chat, parse_json, parse_row, prompt_of
+from kdtrain.data.errors import show
 from kdtrain.data.sources import Source, read_all
 from kdtrain.errors import DataError
 
@@ -91,6 +89,7 @@ def build_dataset(
     num_proc: int | None = None,
     cache_dir: str | None = None,
     new_parts: bool = False,
+    **options: Any,
 ) -> tuple[datasets.Dataset, BuildReport]:
     """Reads, mixes and encodes sources, in their order and unshuffled.
 
@@ -106,10 +105,12 @@ def build_dataset(
             let one of them call first: the others then read what it stored.
         new_parts: with fractional weights, return all rows once, and in `BuildReport.epochs` which of them make up each
             epoch: other ones every time. Sums are those of the first. Without effect beside `sample_limit`.
+        options: see `encode_row`.
 
     Returns:
         A data set with the columns `input_ids`, `labels` and `prompt_length` as of `EncodedRow`; `ce` (False: no
-        cross-entropy); `row_id` ("source:row" counted from 0, shared by repetitions). If any row has images, also
+        cross-entropy); `row_id` ("source:row" counted from 0, shared by repetitions; "source:row:turn" where each
+        answer of a conversation is a row). If any row has images, also
         `text` (the conversation as the processor takes it) and `images` (a list of {path, bytes}; none in the other
         rows): pixels are made by the collator. If any source has `answers="teacher"`, also `answers` (True: the row is
         a prompt that the teacher answers).
@@ -118,7 +119,7 @@ def build_dataset(
         DataError: nothing to read, too many bad rows, over-long rows with `error`, no row left, or a tokenizer or
             template that cannot serve the rows.
     """
-    encoder = RowEncoder(processing_class, train_on)
+    encoder = RowEncoder(processing_class, train_on, **options)
     limits = Limits(max_length, on_overlength)
     if not sources:
         raise DataError("there is no data source")
@@ -140,21 +141,30 @@ def build_dataset(
             encoded = encode_cached(raw, encoder, sources, limits, num_proc, folder)
             report = _count(encoded, raw, sources, limits)
             _refuse(encoded, raw, report, max_bad_rows, limits)
-            report.notes += _row_notes(encoded, raw) + _template_notes(raw, encoder, sources)
-            kept = _column(encoded, "status") == "ok"
+            report.notes += _row_notes(encoded, raw)
+            kept, made_of = _column(encoded, "status") == "ok", _column(encoded, "raw")
             if varies:
                 rows = np.flatnonzero(kept)
-                left = np.bincount(_column(raw, "source")[rows], minlength=len(sources)).tolist()
+                left = np.bincount(_column(raw, "source")[made_of[rows]], minlength=len(sources)).tolist()
                 report.epochs = Epochs(left, weights, seed)
                 epoch = rows[report.epochs.rows(0)]
             else:
-                rows = epoch = plan[kept[plan]]
+                planned = _made_of(plan, made_of)
+                rows = epoch = planned[kept[planned]]
             _count_tokens(encoded, epoch, limits, report)
             return _assemble(encoded, raw, sources, rows, bool(report.images)), report
     except OSError as error:  # sources raise DataError on their own: this is a full or read-only disk
         raise DataError(
             f"cannot write the data cache {show(str(folder), 400)}: {error}. Make room, or set cache_dir"
         ) from error
+
+
+def _made_of(plan: np.ndarray, made_of: np.ndarray) -> np.ndarray:
+    """The encoded rows of planned raw rows, in their order: a conversation may have become several."""
+    first = np.searchsorted(made_of, plan, side="left")
+    counts = np.searchsorted(made_of, plan, side="right") - first
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(first, counts) + within
 
 
 def _column(table: datasets.Dataset, name: str) -> np.ndarray:
@@ -165,14 +175,15 @@ def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[S
     """The report's numbers that count every row once."""
     status, length = _column(encoded, "status"), _column(encoded, "length")
     bad, kept = np.flatnonzero(status == "bad"), status == "ok"
-    by_teacher = np.array([sources[source].answers == "teacher" for source in raw["source"][:]])
+    made_of = _column(encoded, "raw")
+    by_teacher = np.array([sources[source].answers == "teacher" for source in raw["source"][:]])[made_of]
     # Counted in Arrow: the images' bytes are not read.
     images = np.asarray(pc.fill_null(pc.list_value_length(encoded.data.column("images")), 0))
     return BuildReport(
-        rows_read=len(encoded),
-        rows_kept=int(kept.sum()),
+        rows_read=len(raw),
+        rows_kept=len(np.unique(made_of[kept])),
         bad_rows=len(bad),
-        first_bad=[f"{_place(raw, i)}: {encoded[int(i)]['problem']}" for i in bad[:3]],
+        first_bad=[f"{_place(raw, made_of[i])}: {encoded[int(i)]['problem']}" for i in bad[:3]],
         truncated=int((kept & (length > (limits.max_length or length.max()))).sum()),
         dropped=int((status == "dropped").sum()),
         prompt_only_rows=int((_column(encoded, "prompt_only") & ~by_teacher).sum()),
@@ -192,12 +203,13 @@ def _refuse(
     if report.bad_rows > max_bad_rows:
         listed = "\n  ".join(report.first_bad)
         raise DataError(
-            f"{report.bad_rows} of {len(encoded)} rows cannot be used, and max_bad_rows is {max_bad_rows}. The first:\n"
+            f"{report.bad_rows} of {len(raw)} rows cannot be used, and max_bad_rows is {max_bad_rows}. The first:\n"
             f"  {listed}\nRepair them, or raise max_bad_rows to leave them out"
         )
     long = np.flatnonzero(_column(encoded, "status") == "long")
     if len(long):
-        listed = "\n  ".join(f"{_place(raw, i)}: {encoded[int(i)]['length']} tokens" for i in long[:3])
+        places = [(_place(raw, encoded[int(i)]["raw"]), encoded[int(i)]["length"]) for i in long[:3]]
+        listed = "\n  ".join(f"{place}: {length} tokens" for place, length in places)
         raise DataError(
             f"{len(long)} of {len(encoded)} rows are longer than max_length ({limits.max_length} tokens); the longest "
             f"has {report.longest}. The first:\n  {listed}\nRaise max_length, or set on_overlength to truncate (cuts "
@@ -217,45 +229,14 @@ def _place(raw: datasets.Dataset, i: int) -> str:
 
 def _row_notes(encoded: datasets.Dataset, raw: datasets.Dataset) -> list[str]:
     """What single rows have to say, each once, with how many rows say it and where the first one stands."""
-    rows: dict[str, list[int]] = {}
+    rows: dict[str, dict[int, None]] = {}
     counts = pc.fill_null(pc.list_value_length(encoded.data.column("notes")), 0)
+    some = encoded.select_columns(["raw", "notes"])
     for i in np.flatnonzero(np.asarray(counts)):
-        for note in encoded[int(i)]["notes"]:
-            rows.setdefault(note, []).append(int(i))
-    return [f"{note} ({len(where)} rows, the first: {_place(raw, where[0])})" for note, where in rows.items()]
-
-
-def _template_notes(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source]) -> list[str]:
-    """trl's training version of a template may render more than the tokenizer's own: both are compared on some rows."""
-    differing = checked = 0
-    for chat in islice(_chats(raw, sources), 32):
-        template = encoder.template(chat.tools is not None)
-        if template.replaced is None:
-            continue
-        try:
-            differing += template.own_text(chat) != template.render(chat, encoder.train_on).text
-        except RowError:
-            continue
-        checked += 1
-    if not differing:
-        return []
-    return [
-        f"{differing} of the first {checked} conversations are rendered by trl's training version of the chat template "
-        "to a text that differs from the tokenizer's own (which drops thinking blocks of earlier turns, for example): "
-        "the student is trained on the former"
-    ]
-
-
-def _chats(raw: datasets.Dataset, sources: Sequence[Source]) -> Iterator[Chat]:
-    for row in raw.select(range(min(len(raw), 64))):
-        source = sources[row["source"]]
-        try:
-            chat = parse_row(parse_json(row["text"], source.columns), folder_of(row["file"]))
-            chat = prompt_of(chat) if source.answers == "teacher" else chat
-        except RowError:
-            continue  # counted among the bad rows
-        if isinstance(chat, Chat):
-            yield chat
+        row = some[int(i)]
+        for note in row["notes"]:
+            rows.setdefault(note, {})[row["raw"]] = None
+    return [f"{note} ({len(where)} rows, the first: {_place(raw, next(iter(where)))})" for note, where in rows.items()]
 
 
 def _count_tokens(encoded: datasets.Dataset, epoch: np.ndarray, limits: Limits, report: BuildReport) -> None:
@@ -266,11 +247,24 @@ def _count_tokens(encoded: datasets.Dataset, epoch: np.ndarray, limits: Limits, 
     report.total_tokens = int(lengths[epoch].sum())
 
 
+def _row_ids(made_of: list[int], origin: list[int], numbers: list[int]) -> list[str]:
+    """`source:row`, and `source:row:turn` for each row of a conversation that became several."""
+    counts = Counter(made_of)
+    turn: Counter[int] = Counter()
+    ids = []
+    for i, source in zip(made_of, origin, strict=True):
+        ids.append(f"{source}:{numbers[i]}:{turn[i]}" if counts[i] > 1 else f"{source}:{numbers[i]}")
+        turn[i] += 1
+    return ids
+
+
 def _assemble(
     encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[Source], rows: np.ndarray, images: bool
 ) -> datasets.Dataset:
-    origin = raw["source"][:]
-    ids = [f"{source}:{row}" for source, row in zip(origin, raw["row"][:], strict=True)]
+    made_of = encoded["raw"][:]
+    sources_of = raw["source"][:]
+    origin = [sources_of[i] for i in made_of]
+    ids = _row_ids(made_of, origin, raw["row"][:])
     full = encoded.add_column("row_id", ids).add_column("ce", [sources[source].ce for source in origin])
     full = full.add_column("answers", [sources[source].answers == "teacher" for source in origin])
     if len(rows) != len(encoded) or (rows != np.arange(len(encoded))).any():

@@ -14,19 +14,34 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
-from kdtrain.data.chat_template import ChatTemplate, Rendered
+from kdtrain.data.chat_template import (
+    CONTROL_TOKENS,
+    REASONING,
+    SPLIT,
+    TURNS,
+    ChatTemplate,
+    Rendered,
+    TemplateOptions,
+)
 from kdtrain.data.encoded_row import EncodedRow
 from kdtrain.data.errors import RowError, show
 from kdtrain.data.multimodal import multimodal
-from kdtrain.data.parts import texts_of
+from kdtrain.data.parts import count_images, texts_of
 from kdtrain.data.rows import Chat, Pair, PlainText, parse_row, prompt_of
 from kdtrain.data.tokens import Tokens
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
 
+APART = (
+    "the answer begins inside of a token of the generation prompt: prompt and answer are tokenised apart, as they are "
+    "at inference"
+)
+STRADDLED = "the answer begins inside of a token of the generation prompt, which is left out of the prompt and the mask"
 TRAIN_ON = ("assistant", "last", "all")
+_CHOICES = {"train_on": TRAIN_ON, "turns": TURNS, "reasoning": REASONING, "control_tokens": CONTROL_TOKENS}
 
 
 def encode_row(
@@ -36,6 +51,7 @@ def encode_row(
     train_on: str,
     chat_template: str | None = None,
     folder: str | None = None,
+    **options: Any,
 ) -> EncodedRow:
     """Encodes one row, of any of the kinds in `kdtrain.data.rows`. For many rows keep a `RowEncoder`.
 
@@ -47,15 +63,19 @@ def encode_row(
             text is supervised as a whole.
         chat_template: used in place of the tokenizer's own.
         folder: what the paths of images are relative to; by default the current directory.
+        options: the other fields of `TemplateOptions`.
 
     Raises:
-        RowError: the row cannot be trained on.
+        RowError: the row cannot be trained on, or only as several: see `data.turns`.
         DataError: the tokenizer, its chat template or the processor cannot serve any row.
     """
-    encoded = RowEncoder(processing_class, train_on, chat_template).encode([row], [folder or os.getcwd()])[0]
+    encoder = RowEncoder(processing_class, train_on, chat_template, **options)
+    encoded = encoder.encode([row], [folder or os.getcwd()])[0]
     if isinstance(encoded, RowError):
         raise encoded
-    return encoded
+    if len(encoded) > 1:
+        raise RowError(f"the conversation becomes {len(encoded)} rows, one for each of its answers: {SPLIT}")
+    return encoded[0]
 
 
 class RowEncoder:
@@ -65,10 +85,18 @@ class RowEncoder:
     """
 
     def __init__(
-        self, processing_class: Any, train_on: str, chat_template: str | None = None, *, keep_pixels: bool = False
+        self,
+        processing_class: Any,
+        train_on: str,
+        chat_template: str | None = None,
+        *,
+        keep_pixels: bool = False,
+        **options: Any,
     ) -> None:
-        if train_on not in TRAIN_ON:
-            raise DataError(f"train_on must be one of {', '.join(TRAIN_ON)}, not {train_on!r}")
+        self.options = TemplateOptions(train_on, **options)
+        for name, known in _CHOICES.items():
+            if (value := getattr(self.options, name)) not in known:
+                raise DataError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         self.processing_class = processing_class
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if not getattr(self.tokenizer, "is_fast", False):
@@ -76,7 +104,6 @@ class RowEncoder:
                 f"{type(self.tokenizer).__name__} is no fast tokenizer, so its tokens cannot be mapped to characters: "
                 "load it with AutoTokenizer and a tokenizer.json"
             )
-        self.train_on = train_on
         self.chat_template = chat_template
         self.multimodal = multimodal(processing_class)
         self._keep_pixels = keep_pixels
@@ -98,7 +125,7 @@ class RowEncoder:
 
     def template(self, tools: bool = False) -> ChatTemplate:
         if tools not in self._templates:
-            self._templates[tools] = ChatTemplate(self.processing_class, self.chat_template, tools)
+            self._templates[tools] = ChatTemplate(self.processing_class, self.chat_template, tools, self.options)
         return self._templates[tools]
 
     def encode(
@@ -106,56 +133,59 @@ class RowEncoder:
         rows: Sequence[Mapping[str, Any]],
         folders: Sequence[str | None],
         teacher_answers: Sequence[bool] | None = None,
-    ) -> list[EncodedRow | RowError]:
-        """One result per row, in order: the tokens, or what is wrong with the row.
+    ) -> list[list[EncodedRow] | RowError]:
+        """One result per row, in order: the rows that it becomes, or what is wrong with it.
 
-        `folders` are what the paths of each row's images are relative to; `teacher_answers` says which rows lose their
-        own answer, see `kdtrain.data.rows.prompt_of`.
+        Several are those of a conversation whose turns cannot share one, see `ChatTemplate.render`. `folders` are what
+        the paths of each row's images are relative to; `teacher_answers` says which rows lose their own answer, see
+        `kdtrain.data.rows.prompt_of`.
         """
         self._follow_tokenizer()
-        results: list[EncodedRow | RowError | None] = [None] * len(rows)
-        chats: list[tuple[int, ChatTemplate, Rendered]] = []
-        notes: dict[int, tuple[str, ...]] = {}
+        results: list[list[EncodedRow] | RowError] = [[] for _ in rows]
+        chats: list[tuple[int, Chat, Rendered]] = []
         for i, row in enumerate(rows):
             try:
                 parsed = parse_row(row, folders[i])
                 if teacher_answers and teacher_answers[i]:
                     parsed = prompt_of(parsed)
-                notes[i] = parsed.notes
                 if isinstance(parsed, PlainText):
-                    results[i] = self._verified(self._encode_text(parsed))
+                    results[i] = [self._verified(self._encode_text(parsed), parsed.notes)]
                 elif isinstance(parsed, Pair):
-                    results[i] = self._verified(self._encode_pair(parsed))
-                elif parsed.images:
-                    results[i] = self._verified(self._encode_images(parsed))
+                    results[i] = [self._verified(self._encode_pair(parsed), parsed.notes)]
                 else:
-                    template = self.template(parsed.tools is not None)
-                    chats.append((i, template, template.render(parsed, self.train_on)))
+                    chats += [(i, parsed, rendered) for rendered in self._template_for(parsed).render(parsed)]
             except RowError as error:
                 results[i] = error
         # Conversations go to the tokenizer together: a call per row costs more than the tokenising itself.
-        for (i, template, rendered), tokens in zip(chats, self._tokenize([c[2].text for c in chats]), strict=True):
+        tokens = iter(self._tokenize([rendered.text for _, chat, rendered in chats if not chat.images]))
+        for i, chat, rendered in chats:
+            of_text = None if chat.images else next(tokens)
+            found = results[i]
+            if isinstance(found, RowError):
+                continue
             try:
-                results[i] = self._verified(self._mask(rendered, tokens, template))
+                encoded = self._mask(rendered, of_text) if of_text else self._encode_images(chat, rendered)
+                found.append(self._verified(encoded, (*chat.notes, *rendered.notes)))
             except RowError as error:
                 results[i] = error
-        for i, result in enumerate(results):
-            if isinstance(result, EncodedRow) and notes[i]:
-                results[i] = replace(result, notes=notes[i] + result.notes)
-        return [result for result in results if result is not None]
+        return results
 
-    def _encode_images(self, chat: Chat) -> EncodedRow:
+    def _template_for(self, chat: Chat) -> ChatTemplate:
+        if chat.images:
+            if self.multimodal is None:
+                name = show(str(self.tokenizer.name_or_path or type(self.tokenizer).__name__))
+                raise RowError(
+                    f"the row has images and the model {name} has no processor for images: take a vision-language "
+                    "model, or a text-only data set"
+                )
+            self.multimodal.refuse_text([text for message in chat.messages for text in texts_of(message["content"])])
+        return self.template(chat.tools is not None)
+
+    def _encode_images(self, chat: Chat, rendered: Rendered) -> EncodedRow:
         model = self.multimodal
-        if model is None:
-            name = show(str(self.tokenizer.name_or_path or type(self.tokenizer).__name__))
-            raise RowError(
-                f"the row has images and the model {name} has no processor for images: take a vision-language model, "
-                "or a text-only data set"
-            )
-        model.refuse_text([text for message in chat.messages for text in texts_of(message["content"])])
-        template = self.template(chat.tools is not None)
-        rendered = template.render(chat, self.train_on)
-        expanded, after_images, processed = model.expand(rendered, chat.images)
+        assert model is not None, "rows with images are refused without one"
+        images = chat.images[: count_images(chat.messages[: rendered.messages])]
+        expanded, after_images, processed = model.expand(rendered, images)
         # The processor gives ids without offsets. The same text tokenised here gives both, and the same ids, unless
         # the processor does more to the text than it hands to its tokenizer.
         tokens = self._tokenize([expanded.text])[0]
@@ -165,14 +195,16 @@ class RowEncoder:
                 f"tokenizer gives the same text {len(tokens.ids)} others, so the assistant's tokens cannot be told "
                 "from the rest"
             )
-        row = self._mask(expanded, tokens, template)
+        if rendered.cuts:
+            raise RowError("the text has control tokens, which cannot be encoded as text beside images")
+        row = self._mask(expanded, tokens, apart=False)  # the processor tokenises the text as a whole
         # `train_on: all` supervises the user's turns, too, but image tokens are never written by the model.
         labels = [IGNORE_INDEX if label in model.image_ids else label for label in row.labels]
         # Some families end an image with tokens that are no image ids (line breaks, an end marker): they reach as far
         # as the text after the last image.
         end = max(tokens.first_from(after_images), model.images_end(tokens.ids))
         kept = processed if self._keep_pixels else None
-        return replace(row, labels=labels, text=rendered.text, images=chat.images, images_end=end, processed=kept)
+        return replace(row, labels=labels, text=rendered.text, images=images, images_end=end, processed=kept)
 
     def _tokenize(self, texts: list[str]) -> list[Tokens]:
         if not texts:
@@ -187,6 +219,22 @@ class RowEncoder:
         pairs = zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True)
         return [Tokens(self.tokenizer, text, ids, offsets) for text, ids, offsets in pairs]
 
+    def _tokenize_apart(self, text: str, at: set[int]) -> Tokens:
+        """The tokens of the pieces of a text, cut at some characters."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        edges: dict[int, int] = {}
+        for start, end in pairwise([0, *sorted(at - {0, len(text)}), len(text)]):
+            edges[start] = len(ids)
+            (piece,) = self._tokenize([text[start:end]])
+            if start and piece.begins_with_a_space_of_its_own:
+                # SentencePiece puts a space in front of every text. Behind a line break there is none.
+                (longer,) = self._tokenize(["\n" + text[start:end]])
+                piece = longer.without(1)
+            ids += piece.ids
+            offsets += [(start + first, start + behind) for first, behind in piece.offsets]
+        return Tokens(self.tokenizer, text, ids, offsets, edges)
+
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -195,12 +243,20 @@ class RowEncoder:
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("a", verbose=False)["input_ids"][:1] == [bos] else []
 
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        return ids if ids[:1] == self._bos else self._bos + ids
+
     def _with_eos(self, ids: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id
         return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
+    def _to_eos(self, text: str) -> str:
+        """The text without white space behind an EOS that it ends with."""
+        eos = self.tokenizer.eos_token
+        return text.rstrip() if eos and text.rstrip().endswith(eos) else text
+
     def _encode_text(self, parsed: PlainText) -> EncodedRow:
-        ids = self._with_eos(self._bos + self._ids(parsed.text))
+        ids = self._with_eos(self._with_bos(self._ids(self._to_eos(parsed.text))))
         return EncodedRow(ids, [IGNORE_INDEX, *ids[1:]], 0, kind="text")
 
     def _encode_pair(self, pair: Pair) -> EncodedRow:
@@ -212,41 +268,61 @@ class RowEncoder:
         """
         prompt = self._ids(pair.prompt)
         if pair.completion is None:
-            ids = self._bos + prompt
+            ids = self._with_bos(prompt)
             return EncodedRow(ids, [IGNORE_INDEX] * len(ids), len(ids), kind="completion", prompt_only=True)
-        joint = self._ids(pair.prompt + pair.completion)
+        completion = self._to_eos(pair.completion)
+        joint = self._ids(pair.prompt + completion)
         if joint[: len(prompt)] != prompt:
-            joint = prompt + self._ids(pair.completion)
-        ids, start = self._with_eos(self._bos + joint), len(self._bos) + len(prompt)
-        first = 1 if self.train_on == "all" else max(start, 1)
+            joint = prompt + self._ids(completion)
+        ids, start = self._with_eos(self._with_bos(joint)), len(self._with_bos(prompt))
+        first = 1 if self.options.train_on == "all" else max(start, 1)
         unterminated = self.tokenizer.eos_token_id is None
         labels = [IGNORE_INDEX] * first + ids[first:]
         return EncodedRow(ids, labels, start, "completion", turn_starts=(start,), unterminated=unterminated)
 
-    def _mask(self, rendered: Rendered, tokens: Tokens, template: ChatTemplate) -> EncodedRow:
-        ids = tokens.ids
-        if rendered.prompt_end is None:
+    def _mask(self, rendered: Rendered, tokens: Tokens, apart: bool = True) -> EncodedRow:
+        """The tokens of a text with the labels of its turns.
+
+        apart: where a token has both the end of a prompt and the beginning of its answer, the two are tokenised apart:
+            the prompt then has the tokens that it has at inference. Otherwise such a token is in neither.
+        """
+        straddled = tuple(turn.start for turn in rendered.turns if tokens.straddled(turn.start))
+        if rendered.cuts or (straddled and apart):
+            tokens = self._tokenize_apart(rendered.text, {*rendered.cuts, *straddled})
+        ids = list(tokens.ids)
+        if not rendered.turns:
             return EncodedRow(ids, [IGNORE_INDEX] * len(ids), len(ids), prompt_only=True)
         labels = [IGNORE_INDEX] * len(ids)
-        starts, extended, unterminated = [], False, False
-        for start_char, end_char in rendered.turns:
-            start, end = tokens.first_from(start_char), tokens.first_from(end_char)
-            end, grew, stops = tokens.stop_at(start, end, template.stop_ids, template.added_ids)
-            labels[start:end] = ids[start:end]
-            # Of a token that straddles the edge: generation starts before it, supervision after it.
-            starts.append(tokens.complete_before(start_char))
-            extended, unterminated = extended or grew, unterminated or not stops
-        if self.train_on == "all":
-            labels, extended = list(ids), False
+        for turn in rendered.turns:
+            for start, end in turn.spans:
+                first, behind = tokens.first_from(start), tokens.first_from(end)
+                labels[first:behind] = ids[first:behind]
+        if self.options.train_on == "all":
+            labels = list(ids)
+            for start, end in rendered.excluded:
+                first, behind = tokens.first_from(start), tokens.first_from(end)
+                labels[first:behind] = [IGNORE_INDEX] * (behind - first)
+        if rendered.stop is not None:
+            ids.append(self.tokenizer.convert_tokens_to_ids(rendered.stop))
+            labels.append(ids[-1])
         labels[:1] = [IGNORE_INDEX]
-        prompt_length = tokens.complete_before(rendered.prompt_end)
-        return EncodedRow(ids, labels, prompt_length, "chat", False, tuple(starts), extended, unterminated)
+        starts = tuple(tokens.complete_before(turn.start) for turn in rendered.turns)
+        return EncodedRow(
+            ids,
+            labels,
+            starts[-1],
+            "chat",
+            turn_starts=starts,
+            extended=any(turn.extended for turn in rendered.turns),
+            unterminated=not all(turn.terminated for turn in rendered.turns),
+            notes=(APART if apart else STRADDLED,) if straddled else (),
+        )
 
-    def _verified(self, row: EncodedRow) -> EncodedRow:
+    def _verified(self, row: EncodedRow, notes: tuple[str, ...]) -> EncodedRow:
         if not row.input_ids:
             raise RowError("the row has no tokens")
         if not row.supervised and not row.prompt_only:
             raise RowError("no token is supervised: the answer is empty or the template leaves it out")
         if self.multimodal is not None and not row.images:
             self.multimodal.refuse_ids(row.input_ids)
-        return row
+        return replace(row, notes=(*notes, *row.notes)) if notes else row

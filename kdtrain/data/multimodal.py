@@ -126,9 +126,7 @@ class Multimodal:
             )
         expanded = recorder.texts[0]
         alignment = Alignment(rendered.text, expanded, self.placeholder)
-        turns = [(alignment.char(start), alignment.char(end)) for start, end in rendered.turns]
-        prompt_end = None if rendered.prompt_end is None else alignment.char(rendered.prompt_end)
-        return Rendered(expanded, turns, prompt_end), alignment.last_start, processed
+        return rendered.moved(expanded, alignment.char), alignment.last_start, processed
 
     def images_end(self, ids: Sequence[int]) -> int:
         """How many leading tokens reach up to and including the last one that stands for a part of an image."""

@@ -40,7 +40,7 @@ def read_data(
     common: dict[str, Any] = {
         "max_length": config.data.max_length,
         "on_overlength": config.data.on_overlength,
-        "train_on": config.data.train_on,
+        **config.data.chats,
         "max_bad_rows": config.data.max_bad_rows,
         "sample_limit": config.custom.sample_limit,
         "seed": seed,

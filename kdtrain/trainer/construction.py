@@ -17,6 +17,7 @@ from trl.experimental.gkd import GKDConfig
 from trl.trainer import sft_trainer
 
 from kdtrain.config.options import DistillationOptions
+from kdtrain.data import TemplateOptions
 from kdtrain.data.batch import Batch, forward_names
 from kdtrain.data.collate import Collator
 from kdtrain.data.with_images import first_batch_with_images
@@ -208,7 +209,7 @@ def default_collator(
         processing_class,
         max_length=args.max_length,
         on_overlength=getattr(args, "on_overlength", "truncate"),
-        train_on=getattr(args, "train_on", "assistant"),
+        template=TemplateOptions(**getattr(args, "chats", {})),
         pad_to_multiple_of=args.pad_to_multiple_of,
         text_column=args.dataset_text_field,
     )
