@@ -245,12 +245,10 @@ class ChatTemplate:
         The header is what the generation prompt is after a user's message. The model is given it at inference, and
         never has to write it. `anywhere`: there is no message before the answer, so all up to the header is given.
         """
-        header = self._generation_prompt
-        if not header.strip():
-            return start
-        at = text.find(header, start)
-        if at >= 0 and (anywhere or not self._added_pattern.sub("", text[start:at]).strip()):
-            return at + len(header)
+        for header in self._headers:
+            at = text.find(header, start)
+            if at >= 0 and (anywhere or not self._added_pattern.sub("", text[start:at]).strip()):
+                return at + len(header)
         return start
 
     def _turn(self, text: str, start: int, blocks: Sequence[tuple[int, int]], calls: bool) -> tuple[Turn, str | None]:
@@ -466,7 +464,14 @@ class ChatTemplate:
             without, full = self._probe_text(_QUESTION), self._probe_text(_QUESTION, generation_prompt=True)
         except RowError:
             return ""
-        return full[len(without) :] if full.startswith(without) else ""
+        # It may stand in place of what the template ends a text with (the EOS of Phi-3).
+        return full[max(edge for edge in _boundaries(full, self._added_pattern) if edge <= _common(without, full)) :]
+
+    @cached_property
+    def _headers(self) -> list[str]:
+        """The generation prompt and its beginnings, the longest first: thinking models open the thinking block in it."""
+        header = self._generation_prompt
+        return [header[:end] for end in reversed(_boundaries(header, self._added_pattern)) if header[:end].strip()]
 
     @cached_property
     def _arguments_as_text(self) -> bool:
@@ -722,8 +727,8 @@ def _common(one: str, other: str) -> int:
 
 
 def _boundaries(header: str, added: re.Pattern[str]) -> list[int]:
-    """Where a generation prompt can end: at its end, beside its added tokens, behind its lines, before its tags."""
-    found = {len(header)}
+    """Where a generation prompt can begin or end: beside its added tokens, behind its lines, before its tags."""
+    found = {0, len(header)}
     for match in added.finditer(header):
         found |= {match.start(), match.end()}
     found |= {match.end() for match in re.finditer(r"\n", header)} | {
