@@ -12,10 +12,8 @@ import argparse
 import os
 from collections import Counter
 
-from tests.templates.check import TRAIN_ON, verdicts
+from tests.templates.check import TRAIN_ON, judged
 from tests.templates.families import trl_names, trl_template
-from tests.templates.oracle import Oracle, Verdict
-from tests.templates.rows import kinds
 
 OUTCOMES = ("right", "refused", "wrong")
 
@@ -33,7 +31,7 @@ def main() -> None:
     print(f"{'template':34}" + "".join(f"{on:>24}" for on in TRAIN_ON))
     print(f"{'':34}" + f"{'right refused wrong':>24}" * len(TRAIN_ON))
     for name in names:
-        found = judged(name)
+        found = judged(trl_template(name))
         line, details = "", []
         for on, cells in found.items():
             count = Counter(verdict.outcome for verdict in cells.values())
@@ -45,12 +43,6 @@ def main() -> None:
             if (verdict.outcome == "wrong" and options.wrong) or (verdict.outcome == "refused" and options.refused):
                 print(f"    {verdict.outcome}: {name} | {kind} | {on} | {verdict.detail}")
     print(", ".join(f"{total[outcome]} {outcome}" for outcome in OUTCOMES), "of", sum(total.values()))
-
-
-def judged(name: str) -> dict[str, dict[str, Verdict]]:
-    template = trl_template(name)
-    oracle, rows = Oracle(template), kinds(template.control_token)
-    return {on: verdicts(template, rows, on, oracle) for on in TRAIN_ON}
 
 
 if __name__ == "__main__":

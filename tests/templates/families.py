@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import trl
@@ -73,7 +74,13 @@ _COHERE = Family(
     eos="<|END_OF_TURN_TOKEN|>",
     bos="<|begin_of_text|>",
 )
-_VLM = Family("llama3_1", ("<end_of_utterance>",), added=("<end_of_utterance>", "<image>"), eos="<end_of_utterance>", parts=True)  # fmt: skip
+_VLM = Family(
+    "llama3_1",
+    ("<end_of_utterance>",),
+    added=("<end_of_utterance>", "<image>"),
+    eos="<end_of_utterance>",
+    parts=True,
+)
 FAMILIES = {  # the longest beginning of a template's name counts
     "qwen": _CHATML,
     "nemotron_3": _CHATML,
@@ -122,14 +129,24 @@ def trl_names() -> list[str]:
 def trl_template(name: str) -> Template:
     family = FAMILIES[max((start for start in FAMILIES if name.startswith(start)), key=len)]
     text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-    return Template(name, family, with_template(real_tokenizer(family.tokenizer), family, text))
+    return Template(name, family, with_template(family_tokenizer(family), text))
 
 
-def with_template(tokenizer: PreTrainedTokenizerFast, family: Family, text: str) -> PreTrainedTokenizerFast:
-    own = copy.deepcopy(tokenizer)
-    new = [token for token in family.added if token not in own.get_vocab()]
-    own.add_tokens([AddedToken(token, special=True, normalized=False, rstrip=family.rstrip) for token in new])
-    own.bos_token, own.eos_token = family.bos or own.bos_token, family.eos or own.eos_token
-    own.pad_token = own.pad_token or own.eos_token
+@cache
+def family_tokenizer(family: Family) -> PreTrainedTokenizerFast:
+    return with_tokens(copy.deepcopy(real_tokenizer(family.tokenizer)), family)
+
+
+def with_tokens(tokenizer: PreTrainedTokenizerFast, family: Family) -> PreTrainedTokenizerFast:
+    new = [token for token in family.added if token not in tokenizer.get_vocab()]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False, rstrip=family.rstrip) for token in new])
+    tokenizer.bos_token, tokenizer.eos_token = family.bos or tokenizer.bos_token, family.eos or tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast, text: str) -> PreTrainedTokenizerFast:
+    """Shares the tokens and has a template of its own: copying a vocabulary takes seconds."""
+    own = copy.copy(tokenizer)
     own.chat_template = text
     return own

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import product
-from os.path import commonprefix
+from functools import cached_property, partial
+from itertools import pairwise, product
 from typing import Any
 
 from tests.templates.families import Template
@@ -51,21 +51,29 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Expected:
-    """Each of the `ways` is right: a list of encoded rows. `noted`: a note must say that it differs from inference."""
+class Way:
+    """Encoded rows that are right; `noted`: if a note says that prompt and answer differ from the rendering."""
 
-    ways: list[list[Encoded]]
+    rows: list[Encoded]
     noted: bool = False
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One assistant turn: `text` up to its end, of which `prompt` characters are the prompt. `after` is what follows."""
+    """One assistant turn: `text` up to its end, of which `prompt` characters are the prompt. `after` is what follows.
+
+    `noted`: prompt and answer together are not what the model is given at inference, or not what the template renders.
+    """
 
     text: str
     prompt: int
     after: str
-    noted: bool  # the prompt is not the model's own, and a note must say so
+    noted: bool
+
+
+# Where the model's own generation prompt goes on differently than the answer (it opens a thinking block), the prompt
+# may be what both share, in tokens or in characters, or the model's own if only white space comes in between.
+STYLES = ("tokens", "characters", "own")
 
 
 @dataclass
@@ -73,24 +81,27 @@ class Oracle:
     template: Template
     _memory: dict[str, str | Refusal] = field(default_factory=dict)
 
-    def expected(self, row: Row, train_on: str) -> Expected:
-        """Raises Refusal where the row cannot be trained on."""
+    def expected(self, row: Row, train_on: str, style: str) -> list[Way]:
+        """Each way is right. Raises Refusal where the row cannot be trained on."""
         messages, first = _messages(row)
         self._refuse_control_tokens(messages)
         refusals = []
         for form in self._forms(messages, row):
             try:
-                return form.expected(first, train_on)
+                return form.expected(first, train_on, style)
             except Refusal as refusal:
                 refusals.append(refusal)
         # A form that raises says less than one that renders too little.
         raise min(refusals, key=lambda refusal: refusal.kind == "raises")
 
+    @cached_property
+    def _special(self) -> set[str]:
+        return {str(token) for token in self.template.tokenizer.added_tokens_decoder.values() if token.special}
+
     def _refuse_control_tokens(self, messages: Messages) -> None:
-        special = {str(token) for token in self.template.tokenizer.added_tokens_decoder.values() if token.special}
         for message in messages:
             for text in (message.get("content"), message.get("reasoning_content")):
-                if found := [token for token in special if token in (text or "")]:
+                if found := [token for token in self._special if token in (text or "")]:
                     raise Refusal("control token", found[0])
 
     def _forms(self, messages: Messages, row: Row) -> Iterator[Conversation]:
@@ -160,90 +171,91 @@ class Conversation:
     tools: Any
     arguments: dict[str, Any]
 
-    def expected(self, first: int, train_on: str) -> Expected:
+    def expected(self, first: int, train_on: str, style: str) -> list[Way]:
         if self.said[-1]["role"] != "assistant":
             return self._prompt_only()
         trained = [i for i, message in enumerate(self.said) if message["role"] == "assistant" and i >= first]
         trained = [i for i in trained if self.said[i].get("weight", 1)]
         if not trained:
             raise Refusal("nothing trained", "every weight is 0")
-        if train_on == "last":
+        if train_on != "assistant":  # `all` supervises what is there, whoever wrote it
             trained = trained[-1:]
-        turns = [self._turn(i) for i in trained]
-        whole = self._own(len(self.messages), False)
-        noted = any(turn.noted or self._straddles(turn) for turn in turns)
-        # Together where each turn is rendered in the whole as it is alone: after its own prompt.
-        if all(whole.startswith(turn.text) or (self._ends_at_next(turn, whole)) for turn in turns):
-            rest = whole[len(turns[-1].text) :] if whole.startswith(turns[-1].text) else ""
-            ways = [[self._encoded(turns, after, train_on)] for after in dict.fromkeys((rest, ""))]
-        else:
-            ways = [
-                [self._encoded([turn], turn.after if after else "", train_on) for turn in turns]
-                for after in (True, False)
+        return self._ways([self._turn(i, style) for i in trained], style, train_on)
+
+    def _ways(self, turns: list[Turn], style: str, train_on: str) -> list[Way]:
+        """In one row where each turn is rendered before the last as it is alone, else each in a row of its own."""
+        last = turns[-1]
+        noted = any(turn.noted or self._apart(turn, style) for turn in turns)
+        if not all(last.text.startswith(turn.text) for turn in turns):
+            rows = [
+                [self._encoded([turn], turn.after if after else "", style, train_on) for turn in turns]
+                for after in (1, 0)
             ]
-        return Expected(ways, noted)
+            return [Way(row, noted) for row in rows]
+        whole = self._own(len(self.messages), False)
+        rest = whole[len(last.text) :] if whole.startswith(last.text) else ""
+        return [
+            Way([self._encoded(turns, after, style, train_on)], noted)
+            for after in dict.fromkeys((rest, last.after, ""))
+        ]
 
-    def _ends_at_next(self, turn: Turn, whole: str) -> bool:
-        stops = (*self.oracle.template.family.stops, *self.oracle.template.family.call_stops)
-        stop = next((stop for stop in stops if turn.text.endswith(stop)), "")
-        return self.oracle.template.family.next_role and whole == turn.text.removesuffix(stop)
-
-    def _prompt_only(self) -> Expected:
+    def _prompt_only(self) -> list[Way]:
         prompt = self._own(len(self.messages), True)
         self._refuse_lost(prompt, len(self.messages))
         ids = self.oracle.ids(prompt)
-        return Expected([[Encoded(ids, [IGNORED] * len(ids), len(ids))]])
+        return [Way([Encoded(ids, [IGNORED] * len(ids), len(ids))])]
 
     def _own(self, count: int, generation_prompt: bool) -> str:
         return self.oracle.render(self.messages[:count], generation_prompt, self.tools, self.arguments)
 
-    def _turn(self, i: int) -> Turn:
+    def _turn(self, i: int, style: str) -> Turn:
         text = self._own(i + 1, False)
         self._refuse_lost(text, i + 1)
-        prompt, noted = self._prompt_end(i, text)
+        prompt, begin, noted = self._prompt(i, text, style)
         family = self.oracle.template.family
         stops = family.stops
         if self.messages[i].get("tool_calls") and family.call_stops:
             stops = family.call_stops
         if family.next_role and not text.endswith(stops):
-            return Turn(text + stops[0], prompt, "", noted)
-        ends = [text.rfind(stop, prompt) + len(stop) for stop in stops if stop in text[prompt:]]
+            return Turn(prompt + text[begin:] + stops[0], len(prompt), "", noted)
+        ends = [text.rfind(stop, begin) + len(stop) for stop in stops if stop in text[begin:]]
         end = max(ends, default=len(text))
-        return Turn(text[:end], prompt, text[end:], noted)
+        return Turn(prompt + text[begin:end], len(prompt), text[end:], noted)
 
-    def _prompt_end(self, i: int, text: str) -> tuple[int, bool]:
-        """Where the prompt ends, and whether the model's own generation prompt goes on and a note must say so."""
+    def _prompt(self, i: int, text: str, style: str) -> tuple[str, int, bool]:
+        """The prompt, where the answer begins in `text`, and whether a note must say how they differ from inference."""
         header = self.oracle.header()
         try:
             prompt = self._own(i, True)
         except Refusal:
             prompt = ""
-        answer = self._answer_begins(i, text)
         if prompt and text.startswith(prompt):
-            extra = self.oracle.common(header, text[len(prompt) :]) if header else 0
-            if extra and not prompt.endswith(header):
-                return len(prompt) + extra, False
-            return len(prompt), False
+            # Some templates write a header behind the user's messages only.
+            missing = self.oracle.common(header, text[len(prompt) :]) if not prompt.endswith(header) else 0
+            return text[: len(prompt) + missing], len(prompt) + missing, False
+        answer = self._answer_begins(i, text)
         if prompt:
-            common = min(self.oracle.common(prompt, text), answer)
-            if common >= len(prompt.removesuffix(header)):
-                return common, True
+            characters = _shared(prompt, text)
+            common = min(characters if style == "characters" else self.oracle.common(prompt, text), answer)
+            if common > len(prompt.removesuffix(header)):
+                own = style == "own" and not prompt[common:].strip()
+                return prompt if own else text[:common], common, True
             if i:
                 raise Refusal("rewrites", f"{prompt[common:][:80]!r} becomes {text[common:][:80]!r}")
         if not header:
-            raise Refusal("raises", "no generation prompt")
+            return "", 0, False
         # Nothing to generate from before a first answer: its header is what stands before other answers.
         shared = [(self.oracle.common(header, text[at:]), at) for at in range(answer) if text[at] == header[0]]
         length, at = max(shared, default=(0, 0))
         if not length:
             raise Refusal("rewrites", "no header before the answer")
-        return at + length, False
+        return text[: at + length], at + length, False
 
     def _answer_begins(self, i: int, text: str) -> int:
         message, start = self.said[i], 0
         if i:
             with suppress(Refusal):
-                start = len(commonprefix([self._own(i, False), text]))
+                start = _shared(self._own(i, False), text)
         wanted = [*_words(message["content"]), *_words(message.get("reasoning_content", ""))]
         wanted += [call["function"]["name"] for call in message.get("tool_calls", [])]
         if "<b>" in message["content"]:
@@ -270,20 +282,22 @@ class Conversation:
             if _words(tool["function"]["description"])[0] not in text:
                 raise Refusal("lost", "tools")
 
-    def _straddles(self, turn: Turn) -> bool:
-        prompt = self.oracle.ids(turn.text[: turn.prompt])
-        return self.oracle.ids(turn.text)[: len(prompt)] != prompt
+    def _apart(self, turn: Turn, style: str) -> bool:
+        """Whether a token reaches over the prompt's end: then its ids and the answer's are tokenised apart."""
+        tokenizer, ids = self.oracle.template.tokenizer, self.oracle.ids(turn.text[: turn.prompt])
+        tokens = tokenizer(turn.text, add_special_tokens=False, return_offsets_mapping=True)
+        over = any(begin < turn.prompt < end for begin, end in tokens["offset_mapping"])
+        return tokens["input_ids"][: len(ids)] != ids or (style == "characters" and over)
 
-    def _encoded(self, turns: list[Turn], after: str, train_on: str) -> Encoded:
-        """The turns' ids, the tokeniser's own for every prompt: a token that reaches over its end is taken apart."""
-        pieces = [0, *(turn.prompt for turn in turns if self._straddles(turn))]
+    def _encoded(self, turns: list[Turn], after: str, style: str, train_on: str) -> Encoded:
+        cuts = [0, *(turn.prompt for turn in turns if self._apart(turn, style))]
         text = turns[-1].text + after
-        ids = self._pieces(text, pieces)
+        ids = self._pieces(text, cuts)
         labels = [IGNORED] * len(ids)
         start = 0
         for turn in turns:
-            start = len(self._pieces(text[: turn.prompt], pieces))
-            end = len(self._pieces(turn.text, pieces))
+            start = len(self._pieces(text[: turn.prompt], cuts))
+            end = len(self._pieces(turn.text, cuts))
             labels[start:end] = ids[start:end]
         if train_on == "all":
             labels = list(ids)
@@ -291,9 +305,8 @@ class Conversation:
         return Encoded(ids, labels, start)
 
     def _pieces(self, text: str, cuts: list[int]) -> list[int]:
-        cuts = [cut for cut in cuts if cut < len(text)]
-        pairs = zip(cuts, [*cuts[1:], len(text)], strict=True)
-        return [token for begin, end in pairs for token in self.oracle.ids(text[begin:end])]
+        edges = [*sorted(cut for cut in set(cuts) if cut < len(text)), len(text)]
+        return [token for begin, end in pairwise(edges) for token in self.oracle.ids(text[begin:end])]
 
 
 def _messages(row: Row) -> tuple[Messages, int]:
@@ -305,6 +318,11 @@ def _messages(row: Row) -> tuple[Messages, int]:
             if isinstance(call["function"]["arguments"], str):
                 call["function"]["arguments"] = json.loads(call["function"]["arguments"])
     return messages, len(row["prompt"]) if row.get("completion") else 0
+
+
+def _shared(text: str, other: str) -> int:
+    """Characters at the beginning of both."""
+    return next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
 
 
 def _words(text: str) -> list[str]:
@@ -320,17 +338,21 @@ class Verdict:
 def judge(oracle: Oracle, row: Row, train_on: str, got: list[Encoded] | str, noted: bool) -> Verdict:
     """`got`: the rows of the data set, or the reason why there is none."""
     try:
-        expected = oracle.expected(row, train_on)
+        first, *others = (partial(oracle.expected, row, train_on, style) for style in STYLES)
+        ways = first()
+        if isinstance(got, str):
+            return Verdict("wrong", f"refused: {got} | expected {show(oracle, ways[0].rows)}")
+        # The others are asked for where the first does not fit: they take as long again.
+        fitting = [way for way in ways if way.rows == got]
+        fitting = fitting or [way for other in others for way in other() if way.rows == got]
     except Refusal as refusal:
         if not isinstance(got, str):
             return Verdict("wrong", f"accepted, though {refusal}: {show(oracle, got)}")
         true = re.search(TRUE_REASONS[refusal.kind], got)
         return Verdict("refused", f"{refusal} | {got}") if true else Verdict("wrong", f"untrue: {got} | {refusal}")
-    if isinstance(got, str):
-        return Verdict("wrong", f"refused: {got} | expected {show(oracle, expected.ways[0])}")
-    if got not in expected.ways:
-        return Verdict("wrong", f"{show(oracle, got)} | expected {show(oracle, expected.ways[0])}")
-    if expected.noted and not noted:
+    if not fitting:
+        return Verdict("wrong", f"{show(oracle, got)} | expected {show(oracle, ways[0].rows)}")
+    if not noted and all(way.noted for way in fitting):
         return Verdict("wrong", f"no note: {show(oracle, got)}")
     return Verdict("right")
 
