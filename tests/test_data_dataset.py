@@ -10,9 +10,9 @@ import pytest
 from kdtrain.config.schema import DataSource
 from kdtrain.data import Source, build_dataset, encode_row
 from kdtrain.data import cache as encoding_module
-from kdtrain.data.chat_template import SPLIT
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.epochs import _shares
+from kdtrain.data.row_notes import SPLIT
 from kdtrain.errors import DataError
 from tests.test_data_encoder import FORGETFUL, LLAMA3, ROW, tokenizer_with
 

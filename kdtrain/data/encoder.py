@@ -20,7 +20,6 @@ from typing import Any
 from kdtrain.data.chat_template import (
     CONTROL_TOKENS,
     REASONING,
-    SPLIT,
     TURNS,
     ChatTemplate,
     Rendered,
@@ -30,16 +29,12 @@ from kdtrain.data.encoded_row import EncodedRow
 from kdtrain.data.errors import RowError, show
 from kdtrain.data.multimodal import multimodal
 from kdtrain.data.parts import count_images, texts_of
+from kdtrain.data.row_notes import APART, SPLIT, STRADDLED
 from kdtrain.data.rows import Chat, Pair, PlainText, parse_row, prompt_of
 from kdtrain.data.tokens import Tokens
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
 
-APART = (
-    "the answer begins inside of a token of the generation prompt: prompt and answer are tokenised apart, as they are "
-    "at inference"
-)
-STRADDLED = "the answer begins inside of a token of the generation prompt, which is left out of the prompt and the mask"
 TRAIN_ON = ("assistant", "last", "all")
 _CHOICES = {"train_on": TRAIN_ON, "turns": TURNS, "reasoning": REASONING, "control_tokens": CONTROL_TOKENS}
 

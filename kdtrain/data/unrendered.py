@@ -1,0 +1,82 @@
+"""What a chat template leaves out of a conversation: seen from a rendering with another word in every place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kdtrain.data.errors import RowError
+from kdtrain.data.messages import form_of, has_answer_text, has_reasoning, named_tool, probe
+from kdtrain.data.probed_template import ProbedTemplate
+from kdtrain.data.row_notes import EARLIER_REASONING, KWARGS_UNREAD, NAME_UNREAD
+from kdtrain.data.rows import Chat
+
+
+@dataclass(frozen=True)
+class Unrendered:
+    """What a template leaves out of conversations of one form."""
+
+    problem: str = ""
+    reasoning: tuple[int, ...] = ()  # messages whose reasoning is left out
+    notes: tuple[str, ...] = ()
+
+
+class UnrenderedFinder:
+    """Finds it once for each form of a conversation, which is all that it depends on beside the template."""
+
+    def __init__(self, template: ProbedTemplate, train_on: str) -> None:
+        self._template = template
+        self._train_on = train_on
+        self._known: dict[Any, Unrendered] = {}
+
+    def find(self, chat: Chat) -> Unrendered:
+        """Raises RowError where it is more than reasoning."""
+        form = form_of(chat)
+        if form not in self._known:
+            self._known[form] = self._probe(chat)
+        if problem := self._known[form].problem:
+            raise RowError(problem)
+        return self._known[form]
+
+    def _probe(self, chat: Chat) -> Unrendered:
+        words = replace(chat, messages=[probe(message, i) for i, message in enumerate(chat.messages)])
+        if chat.tools:
+            words = replace(words, tools=[named_tool(tool, f"kdprobetool{i}x") for i, tool in enumerate(chat.tools)])
+        last = len(chat.messages) - 1
+        ends = [last] if chat.prompt_only else chat.trained or [last]
+        reasoning: list[int] = []
+        notes = [KWARGS_UNREAD] if any(map(self._template.does_not_read, chat.template_kwargs)) else []
+        for end in ends if self._train_on == "assistant" else ends[-1:]:
+            try:
+                text = self._template.render(
+                    words.messages[: end + 1],
+                    words.tools,
+                    chat.template_kwargs,
+                    generation_prompt=chat.prompt_only,
+                )[0]
+            except RowError:
+                continue  # the row itself says why
+            if problem := next(_left_out(chat, end, text), ""):
+                return Unrendered(problem)
+            for i, message in enumerate(chat.messages[: end + 1]):
+                if has_reasoning(message) and f"kdprobereasoning{i}x" not in text:
+                    if i == end:
+                        reasoning.append(i)
+                    else:
+                        notes.append(EARLIER_REASONING)
+                if message.get("name") and message["role"] != "tool" and f"kdprobename{i}x" not in text:
+                    notes.append(NAME_UNREAD)
+        return Unrendered("", tuple(reasoning), tuple(dict.fromkeys(notes)))
+
+
+def _left_out(chat: Chat, end: int, text: str) -> Iterator[str]:
+    for i, message in enumerate(chat.messages[: end + 1]):
+        if f"kdprobecontent{i}x" not in text and has_answer_text(message):
+            yield f"the chat template leaves out messages[{i}], which has the role {message['role']}"
+        for j, _ in enumerate(message.get("tool_calls") or ()):
+            if f"kdprobecall{i}x{j}x" not in text:
+                yield f"the chat template leaves out messages[{i}].tool_calls[{j}]"
+    for j, _ in enumerate(chat.tools or ()):
+        if f"kdprobetool{j}x" not in text:
+            yield f"the chat template leaves out tools[{j}]: it is not made for tools"
