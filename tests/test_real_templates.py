@@ -58,7 +58,9 @@ def test_a_data_set_has_the_rows_of_the_encoder_and_leaves_out_those_that_it_ref
         if not isinstance(made, RowError)
         for one in made
     ]
-    found = [(":".join(row["row_id"].split(":")[:2]), row["input_ids"], row["labels"], row["prompt_length"]) for row in built]
+    found = [
+        (":".join(row["row_id"].split(":")[:2]), row["input_ids"], row["labels"], row["prompt_length"]) for row in built
+    ]
     assert found == expected
     assert len({row["row_id"] for row in built}) == len(built)
 
@@ -68,5 +70,9 @@ def test_a_long_answer_is_cut_from_the_right_and_keeps_its_prompt(name):
     template = trl_template(name)
     whole = RowEncoder(template.tokenizer, "last").encode([kinds("")["long"]], [None])[0][0]
     cut = truncate(whole, 300)
-    assert (cut.input_ids, cut.labels, cut.prompt_length) == (whole.input_ids[:300], whole.labels[:300], whole.prompt_length)
+    assert (cut.input_ids, cut.labels, cut.prompt_length) == (
+        whole.input_ids[:300],
+        whole.labels[:300],
+        whole.prompt_length,
+    )
     assert cut.labels[-1] == cut.input_ids[-1]

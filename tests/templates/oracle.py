@@ -17,6 +17,8 @@ from functools import cached_property, partial
 from itertools import pairwise, product
 from typing import Any
 
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from tests.templates.families import Template
 from tests.templates.rows import Row
 
@@ -96,7 +98,9 @@ class Oracle:
 
     @cached_property
     def _special(self) -> set[str]:
-        return {str(token) for token in self.template.tokenizer.added_tokens_decoder.values() if token.special}
+        """Thinking tags are what people write into content, special or not."""
+        tokens = self.template.tokenizer.added_tokens_decoder.values()
+        return {str(token) for token in tokens if token.special} - {"<think>", "</think>"}
 
     def _refuse_control_tokens(self, messages: Messages) -> None:
         for message in messages:
@@ -127,19 +131,23 @@ class Oracle:
         key = json.dumps([messages, generation_prompt, tools, arguments])
         if key not in self._memory:
             try:
-                self._memory[key] = self.template.tokenizer.apply_chat_template(
-                    copy.deepcopy(messages),
-                    tools=tools,
-                    add_generation_prompt=generation_prompt,
-                    tokenize=False,
-                    **arguments,
-                )
+                self._memory[key] = self._rendered(copy.deepcopy(messages), generation_prompt, tools, arguments)
             except Exception as error:  # a template may fail in any way
                 self._memory[key] = Refusal("raises", str(error))
         found = self._memory[key]
         if isinstance(found, Refusal):
             raise Refusal(found.kind, found.detail)
         return found
+
+    def _rendered(self, messages: Messages, generation_prompt: bool, tools: Any, arguments: dict[str, Any]) -> str:
+        tokenizer = self.template.tokenizer
+        options = {"tools": tools, "add_generation_prompt": generation_prompt, **arguments}
+        if any(message["content"] is None for message in messages):
+            # `apply_chat_template` removes a content of None, which DeepSeek's templates ask for.
+            tokens = tokenizer.special_tokens_map
+            texts, _ = render_jinja_template([messages], chat_template=tokenizer.chat_template, **options, **tokens)
+            return texts[0]
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
     def ids(self, text: str) -> list[int]:
         return self.template.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -180,7 +188,19 @@ class Conversation:
             raise Refusal("nothing trained", "every weight is 0")
         if train_on != "assistant":  # `all` supervises what is there, whoever wrote it
             trained = trained[-1:]
-        return self._ways([self._turn(i, style) for i in trained], style, train_on)
+        context = [i for i in trained[:-1] if self._cannot_begin(i)]
+        turns = [self._turn(i, style) for i in trained if i not in context]
+        return [Way(way.rows, way.noted or bool(context)) for way in self._ways(turns, style, train_on)]
+
+    def _cannot_begin(self, i: int) -> bool:
+        """An answer before any question, which some templates render as context only."""
+        if any(message["role"] == "user" for message in self.said[:i]):
+            return False
+        try:
+            self._own(i + 1, False)
+        except Refusal:
+            return True
+        return False
 
     def _ways(self, turns: list[Turn], style: str, train_on: str) -> list[Way]:
         """In one row where each turn is rendered before the last as it is alone, else each in a row of its own."""
