@@ -230,7 +230,12 @@ WRONG_WORLDS = {
     "prompts without answers": (
         lambda p: broken_data(p, '{"prompt": "What is it?"}\n' * 8),
         [],
-        "the first is number 0:0. Give it an answer",
+        "train.jsonl:1: there is no answer: give one, or let the teacher write it (answers: teacher in its source)",
+    ),
+    "evaluation on prompts without answers": (
+        lambda p: (p / "eval.jsonl").write_text('{"prompt": "What is it?"}\n'),
+        ["data.eval=eval.jsonl", "rlhf.lmbda=1"],
+        "eval.jsonl:1: there is no answer",
     ),
     "nothing that supervises": (
         lambda p: edit(p, data={"train": [{"path": "train.jsonl", "ce": False}]}),

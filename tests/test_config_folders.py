@@ -77,7 +77,7 @@ def test_another_spelling_of_the_same_folder_is_found_by_what_the_file_system_sa
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("dtyp", "did you mean 'dtype'?"), ("max_pixels", "see from_pretrained"), ("atn_implementation", "attn_implem")],
+    [("dtyp", "did you mean 'dtype'?"), ("of_another", "see from_pretrained"), ("atn_implementation", "attn_implem")],
 )
 def test_an_argument_that_no_one_takes_is_found_for_a_local_model(root, name, hint):
     (root / "models/student/config.json").write_text('{"model_type": "qwen3", "of_its_own": 1}')

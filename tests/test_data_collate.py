@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from kdtrain.data import Collator, RowError, encode_row, pad_rows
+from kdtrain.data import Collator, RowError, TemplateOptions, encode_row, pad_rows
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.errors import DataError
 from tests import tiny
-from tests.test_data_encoder import ROW, tokenizer_with
+from tests.test_data_encoder import FORGETFUL, ROW, tokenizer_with
 
 SHORT = {"prompt": "the", "completion": " path"}
 PROMPT = {"prompt": "the file it returns"}
@@ -41,7 +41,7 @@ def test_raw_rows_are_encoded_like_those_of_a_built_data_set(tokenizer):
     built = Collator(tokenizer)([encoded(row, tokenizer) for row in raw])
     direct = Collator(tokenizer)(raw)
     tiny.assert_same_batch(built, direct)
-    last = Collator(tokenizer, train_on="last")([ROW])
+    last = Collator(tokenizer, template=TemplateOptions("last"))([ROW])
     assert 0 < (last.labels != -100).sum() < (direct.labels[0] != -100).sum()
 
 
@@ -76,8 +76,9 @@ def test_raw_rows_of_a_batch_share_one_encoder_and_go_through_it_together(tokeni
     collate([ROW, tokenised, SHORT, PROMPT])
     collate([ROW])
     assert (len(made), calls) == (1, [3, 1])
-    collate.train_on = "last"
-    assert (collate([ROW]).labels != -100).sum() == (Collator(tokenizer, train_on="last")([ROW]).labels != -100).sum()
+    collate.template = TemplateOptions("last")
+    last = Collator(tokenizer, template=TemplateOptions("last"))
+    assert (collate([ROW]).labels != -100).sum() == (last([ROW]).labels != -100).sum()
     assert (collate([ROW]).labels != -100).sum() < (Collator(tokenizer)([ROW]).labels != -100).sum()
 
 
@@ -153,3 +154,14 @@ def test_rows_of_a_data_set_in_torch_format_are_accepted(tokenizer):
     row = encoded(ROW, tokenizer, ce=True, row_id="0:0")
     tensors = {**row, "input_ids": torch.tensor(row["input_ids"]), "labels": torch.tensor(row["labels"])}
     assert torch.equal(Collator(tokenizer)([tensors]).labels, Collator(tokenizer)([row]).labels)
+
+
+def test_a_raw_conversation_whose_turns_cannot_share_a_row_becomes_several_rows_of_the_batch():
+    tokenizer = tokenizer_with(FORGETFUL)
+    batch = Collator(tokenizer)([{**SHORT, "row_id": "a"}, {**ROW, "row_id": "b"}])
+    assert list(batch.rows.ids) == ["a", "b", "b"]
+    texts = [tokenizer.decode(row[row != -100]) for row in batch.labels]
+    assert texts[1:] == ["the one<|im_end|>", "two it is<|im_end|>"]
+    prompts = [tokenizer.decode(row[:n]) for row, n in zip(batch.model_inputs["input_ids"], batch.rows.prompt_lengths)]
+    assert prompts[1].endswith("first question<|im_end|>\n<|im_start|>assistant\n")
+    assert prompts[2].endswith("and then<|im_end|>\n<|im_start|>assistant\n")

@@ -2,9 +2,11 @@
 
 import base64
 import copy
+import io
 import json
 import os
 import re
+import unicodedata
 
 import datasets
 import pytest
@@ -16,6 +18,7 @@ from transformers import LlavaProcessor
 from kdtrain.data import Collator, RowError, Source, build_dataset, encode_row
 from kdtrain.data.alignment import Alignment
 from kdtrain.data.encoded_row import truncate
+from kdtrain.data.images import parse_image
 from kdtrain.data.parts import count_images
 from kdtrain.data.rows import parse_row
 from kdtrain.errors import DataError
@@ -185,7 +188,7 @@ def test_images_take_their_places_in_order():
         ({"messages": [QUESTION, ANSWER], "image": "a.png"}, [IMAGE, "What is this?"], "a"),
         (row("a.png", "b.png", messages=[user("x", IMAGE, IMAGE, "y"), ANSWER]), ["x", IMAGE, IMAGE, "y"], "ab"),
         (row("a.png", messages=[user(IMAGE, "x", *column), ANSWER]), [IMAGE, "x", IMAGE], "ac"),
-        (row("a.png", "b.png", messages=[user("<image>\nx<image>"), ANSWER]), [IMAGE, "\nx", IMAGE], "ab"),
+        (row("a.png", "b.png", messages=[user("<image>\nx<image>"), ANSWER]), [IMAGE, "x", IMAGE], "ab"),
         ({"messages": [user({"type": "image_url", "image_url": {"url": "d.png"}}, "x")]}, [IMAGE, "x"], "d"),
         (
             {"messages": [user({"type": "image", "path": "e.png"}, {"type": "image", "url": "f.png"})]},
@@ -223,7 +226,20 @@ BAD = [
     (row(b"GIF89a and then nothing"), "given as bytes cannot be read"),
     ({"messages": [user({"type": "video", "video": "a.mp4"}, "x"), ANSWER]}, "videos are not available yet"),
     ({"messages": TURNS, "videos": ["a.mp4"]}, "videos are not available yet"),
-    ({"messages": [user({"type": "audio", "audio": "a.wav"}, "x"), ANSWER]}, "part of the unknown type audio"),
+    ({"messages": [user({"type": "audio", "audio": "a.wav"}, "x"), ANSWER]}, "sounds are not available yet"),
+    ({"messages": [user({"type": "text", "text": "x", "image": "a.png"}), ANSWER]}, "text and an image in one"),
+    ({"messages": [user({"type": "image", "text": "x", "image": "a.png"}), ANSWER]}, "an image and text in one"),
+    ({"messages": [user({"type": "image", "image": "a.png", "path": "b.png"}, "x"), ANSWER]}, "has two images"),
+    ({"messages": [user({"type": "image", "image": "a.png", "base64": "iVBO"}, "x"), ANSWER]}, "has two images"),
+    ({"messages": [user({"type": "image", "image": "a.png", "image_url": "b.png"}), ANSWER]}, "image and image_url"),
+    (row({"path": "a.png", "url": "b.png"}), "path and url: keep the one"),
+    (row({"bytes": b"x", "url": "b.png"}), "bytes and another source"),
+    (row({"path": "a.png", "max_pixels": 200}), "max_pixels: the sizes of single images are not read"),
+    ({"messages": [user({"type": "image", "image": "a.png", "resized_height": 28}), ANSWER]}, "resized_height"),
+    ({"messages": [user({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}), ANSWER]}, "detail"),
+    (row("/8j/" + "4AAQ" * 2000), "8004 characters of text, /8j/4AAQ.*neither a path nor an image"),
+    (row("iVBORw0K" + "!" * 300), "308 characters of text"),
+    (row("/9j/" + "4AAQ" * 2000), "given as bytes cannot be read: its format is unknown"),
 ]
 
 
@@ -252,6 +268,15 @@ def test_an_image_is_the_same_however_it_is_given(llava, tmp_path):
         {"path": "elsewhere.png", "bytes": png(3)},
         png(3),
         f"data:image/png;base64,{encoded}",
+        f"data:image/png;base64,{encoded[:70]}\n{encoded[70:]}",
+        f"data:image/png;base64,{base64.urlsafe_b64encode(png(3)).decode().rstrip('=')}",
+        encoded,
+        {"base64": encoded},
+        {"bytes": {"base64": encoded}, "path": "sub/a b.png"},
+        {"type": "base64", "media_type": "image/png", "data": encoded},
+        {"type": "url", "url": "sub/a b.png"},
+        "file://sub/a%20b.png",
+        f"file://localhost{path}",
         picture(3),
         picture(3).convert("RGBA"),
     ]
@@ -260,6 +285,122 @@ def test_an_image_is_the_same_however_it_is_given(llava, tmp_path):
         loaded = one.images[0].load()
         assert loaded.mode == "RGB"
         assert loaded.tobytes() == picture(3).tobytes(), form
+
+
+def test_an_image_part_of_anthropics_holds_its_own_image(llava):
+    source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(png(3)).decode()}
+    messages = [user({"type": "image", "source": source}, "x"), ANSWER]
+    assert encode_row({"messages": messages}, llava, train_on="assistant").images == (parse_image(png(3), None),)
+    with pytest.raises(RowError, match="1 images in its column and 0 places"):
+        encode_row(row("a.png", messages=messages), llava, train_on="assistant", folder="/data")
+
+
+def test_a_jpeg_in_base64_is_an_image_although_it_looks_like_a_path(tmp_path):
+    buffer = io.BytesIO()
+    picture().save(buffer, "JPEG")
+    assert parse_image(base64.b64encode(buffer.getvalue()).decode(), None).data == buffer.getvalue()
+
+
+def test_bytes_that_differ_from_the_file_of_their_path_are_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(1))
+    assert parse_image({"bytes": png(1), "path": "a.png"}, str(tmp_path)).data == png(1)
+    with pytest.raises(RowError, match=r"its path .*a\.png is another image"):
+        parse_image({"bytes": png(2), "path": "a.png"}, str(tmp_path))
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_a_name_is_found_in_either_form_of_unicode(tmp_path, stored):
+    (tmp_path / unicodedata.normalize(stored, "é.png")).write_bytes(png())
+    for form in ("NFC", "NFD"):
+        assert parse_image(unicodedata.normalize(form, "é.png"), str(tmp_path)).load().size == (40, 32)
+
+
+def test_a_path_through_a_link_opens_the_file_that_the_system_opens(tmp_path):
+    (tmp_path / "far" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "inner")
+    (tmp_path / "a.png").write_bytes(png(1))
+    (tmp_path / "far" / "a.png").write_bytes(png(2))
+    assert parse_image("link/../a.png", str(tmp_path)).load().tobytes() == picture(2).tobytes()
+
+
+TRANSPARENT_ROUNDTRIPS = {
+    "RGBA": lambda: Image.new("RGBA", (8, 8), (255, 0, 0, 0)),
+    "LA": lambda: Image.new("LA", (8, 8), (0, 0)),
+    "half": lambda: Image.new("RGBA", (8, 8), (0, 0, 0, 128)),
+    "palette": lambda: Image.new("RGBA", (8, 8), (255, 0, 0, 0)).quantize(4),
+    "tRNS": lambda: Image.new("RGB", (8, 8), (1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPARENT_ROUNDTRIPS)
+def test_transparent_parts_are_white_and_counted(build, llava, tmp_path, kind):
+    image = TRANSPARENT_ROUNDTRIPS[kind]()
+    image.save(tmp_path / "a.png", **({"transparency": (1, 2, 3)} if kind == "tRNS" else {}))
+    expected = (127, 127, 127) if kind == "half" else (255, 255, 255)
+    in_memory = Image.open(tmp_path / "a.png") if kind == "tRNS" else image
+    for given in (str(tmp_path / "a.png"), in_memory):
+        assert parse_image(given, None).load().getpixel((4, 4)) == expected
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": TURNS}, row("a.png"), row("a.png")])
+    for _ in range(2):
+        _, report = build(path)
+        assert f"transparent parts of images were filled with white (2 rows, the first: {path}:2)" in report.notes
+
+
+def test_of_an_animation_the_first_frame_is_read_and_noted(tmp_path):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    for name in ("a.gif", "a.tiff"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        image, notes = parse_image(name, str(tmp_path)).load_noted()
+        assert image.getpixel((4, 4))[0] > 250
+        assert notes == ("of images with several frames or pages the first one is read",)
+    frames[0].save(tmp_path / "b.gif")
+    assert parse_image("b.gif", str(tmp_path)).load_noted()[1] == ()
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])
+def test_greyscale_of_16_bits_is_scaled_and_noted(tmp_path, file_format):
+    deep = Image.fromarray(torch.arange(0, 65536, 1024, dtype=torch.int32).reshape(8, 8).numpy().astype("uint16"))
+    deep.save(tmp_path / "a", file_format)
+    for given in (str(tmp_path / "a"), deep):
+        image, notes = parse_image(given, None).load_noted()
+        assert [image.getpixel((x, 7))[0] for x in range(8)] == list(range(224, 256, 4))
+        assert notes == ("greyscale images of 16 bits were brought to 8",)
+
+
+def test_pixels_without_a_known_white_are_refused(tmp_path):
+    for name, image in (
+        ("floating-point", Image.new("F", (8, 8), 0.5)),
+        ("32-bit", Image.new("I", (8, 8), 2**20)),
+    ):
+        image.save(tmp_path / "a.tiff")
+        with pytest.raises(RowError, match=f"a.tiff cannot be used: its pixels are {name} numbers"):
+            parse_image("a.tiff", str(tmp_path)).load()
+    with pytest.raises(RowError, match="floating-point"):
+        parse_image(Image.new("F", (8, 8), 0.5), None)
+
+
+@pytest.mark.parametrize(
+    ("mode", "white"), [("CMYK", (0, 0, 0, 0)), ("1", 1), ("P", 255), ("L", 255), ("YCbCr", (255, 128, 128))]
+)
+def test_other_modes_stay_as_they_were(tmp_path, mode, white):
+    image = Image.new("L", (8, 8), 255).quantize(4) if mode == "P" else Image.new(mode, (8, 8), white)
+    image.save(tmp_path / "a.tiff")
+    assert parse_image("a.tiff", str(tmp_path)).load_noted()[0].getpixel((4, 4)) == (255, 255, 255)
+    assert parse_image("a.tiff", str(tmp_path)).load_noted()[1] == ()
+
+
+LINE_BREAKS = ["<image>\nWhat?", "What?\n<image>", "<image>\r\nWhat?", "<image>What?"]
+
+
+@pytest.mark.parametrize("text", LINE_BREAKS)
+def test_the_line_break_beside_a_placeholder_is_not_part_of_the_question(processor, text):
+    marked = row(picture(), messages=[{"role": "user", "content": text}, ANSWER])
+    parts = [IMAGE, "What?"] if text.startswith("<") else ["What?", IMAGE]
+    as_at_inference = row(picture(), messages=[user(*parts), ANSWER])
+    one, two = (encode_row(data, processor, train_on="assistant") for data in (marked, as_at_inference))
+    assert (one.input_ids, one.labels) == (two.input_ids, two.labels)
+    note = "the line break beside <image> belongs to it and is left out"
+    assert one.notes == ((note,) if "\n" in text else ())
 
 
 def test_images_are_turned_upright_as_for_inference(llava, tmp_path):
@@ -527,3 +668,63 @@ def test_a_column_mapping_that_does_not_speak_of_images_keeps_them(tmp_path):
     source = Source(str(tmp_path / "d.jsonl"), columns={"messages": "dialog"})
     _, report = build_dataset([source], vision.make_llava(), max_length=None, on_overlength="error", train_on="last")
     assert report.images == 1
+
+
+def test_an_image_that_could_not_be_read_is_tried_again(build, tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(png())
+    path = write_lines(tmp_path / "a.jsonl", [row("a.png"), {"messages": TURNS}])
+    allowed = Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # as a limit, a right or a library that is put right later
+    for _ in range(2):
+        _, report = build(path, max_bad_rows=1)
+        assert report.bad_rows == 1
+        assert "a.png cannot be read: Image size (1280 pixels) exceeds limit" in report.first_bad[0]
+        (entry,) = (tmp_path / "cache").iterdir()
+        written = entry.stat().st_ctime_ns
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", allowed)
+    assert build(path, max_bad_rows=1)[1].bad_rows == 0
+    (entry,) = (tmp_path / "cache").iterdir()
+    assert entry.stat().st_ctime_ns > written
+    assert build(path)[1].images == 1
+
+
+def test_other_bad_rows_stay_as_they_were_stored(build, tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": []}, {"messages": TURNS}])
+    build(path, max_bad_rows=1)
+    monkeypatch.setattr("kdtrain.data.cache._encode_batch", None)
+    assert build(path, max_bad_rows=1)[1].bad_rows == 1
+
+
+def test_an_image_that_was_replaced_without_a_trace_in_size_and_time_is_encoded_anew(build, llava, tmp_path):
+    """As copies do that keep the times: before the run, and between two of its starts."""
+    image = tmp_path / "a.png"
+    small, large = (io.BytesIO() for _ in range(2))
+    Image.new("RGB", (16, 16)).save(small, "BMP")
+    Image.new("RGB", (64, 64)).save(large, "BMP")
+    image.write_bytes(small.getvalue().ljust(20000, b"\0"))
+    os.utime(image, (1, 1))
+    path = write_lines(tmp_path / "a.jsonl", [row("a.png")])
+    qwen = vision.make_qwen()
+    before, _ = build(path, processor=qwen)
+    image.write_bytes(large.getvalue().ljust(20000, b"\0"))
+    os.utime(image, (1, 1))
+    with pytest.raises(DataError, match=r"row 0:0: the processor gives it other tokens .* Start the run again"):
+        Collator(qwen)(list(before))
+    after, _ = build(path, processor=qwen)
+    assert len(Collator(qwen)(list(after)).rows.ids) == 1
+
+
+def test_the_most_unusual_images_of_each_source_are_known_with_their_places(build, tmp_path):
+    sizes = [(40, 40), (48, 40), (16, 60), (90, 90), (20, 20), (20, 120)]
+    for i, (width, height) in enumerate(sizes):
+        picture(i, width, height).save(tmp_path / f"{i}.png")
+    rows = [{"messages": TURNS}, row("0.png", "3.png"), *(row(f"{i}.png") for i in (1, 2, 4, 5, 0))]
+    one = write_lines(tmp_path / "one.jsonl", rows)
+    two = write_lines(tmp_path / "two.jsonl", [row("missing.png"), row("1.png")])
+    _, report = build(one, Source(str(two), weight=2), processor=vision.make_qwen(), max_bad_rows=1)
+    smallest, largest, narrowest, longest = 4, 1, 3, 5
+    assert report.image_extremes == [
+        *((at, f"{one}:{at + 1}") for at in (smallest, largest, narrowest, longest)),
+        (7, f"{two}:2"),
+    ]
+    assert build(write_lines(tmp_path / "text.jsonl", [{"messages": TURNS}]))[1].image_extremes == []

@@ -75,10 +75,26 @@ def test_what_the_processor_makes_of_a_row_is_what_the_batch_holds(processor):
         assert torch.equal(batch.model_inputs[name], value), name
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_rows_come_out_as_the_chat_template_of_the_processor_makes_them(processor, count):
+    """Ids and pixels of a row as at inference, where a template is applied to parts that hold their images."""
+    images = [picture(i, 40 + 25 * i, 32 + 10 * i) for i in range(count)]
+    parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "What?"}]
+    expected = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=True, return_dict=True, return_tensors="pt",
+        add_generation_prompt=True, processor_kwargs={"add_special_tokens": False},
+    )  # fmt: skip
+    batch = Collator(processor)([{"messages": [user(*parts)]}])
+    assert set(expected) == set(batch.model_inputs)
+    for name, value in expected.items():
+        assert torch.equal(batch.model_inputs[name], value), name
+
+
 SIZES = {
     "llava": {"pixel_values": [2, 0, 1]},
     "gemma3": {"pixel_values": [2, 0, 1]},
     "idefics3": {"pixel_values": [1, 1, 1], "pixel_attention_mask": [1, 1, 1]},
+    "onevision": {"pixel_values": [2, 0, 1], "image_sizes": [2, 0, 1], "batch_num_images": [1, 1, 1]},
     # Rounded to multiples of 16 pixels, 40 × 32 takes 6 × 4 or 4 × 4 patches of 8 × 8, and so on: see the grid.
     "qwen": {"pixel_values": [112, 0, 32], "image_grid_thw": [2, 0, 1]},
 }
@@ -117,6 +133,20 @@ def test_the_images_of_a_raw_row_are_read_and_processed_once_by_each_processor(l
     assert [count for count in seen if count] == student * 2
     assert both.teacher_images is not None
     assert torch.equal(alone.model_inputs["pixel_values"], both.model_inputs["pixel_values"])
+
+
+def test_a_stored_row_may_end_a_turn_where_its_template_does_not(processor):
+    """Only by one token: more is what the images or the processor no longer give."""
+    one = encode_row(ONE, processor, train_on="assistant")
+    stored = {"prompt_length": one.prompt_length, "text": one.text, "images": [image.record for image in one.images]}
+
+    def collated(*added):
+        ids, labels = [*one.input_ids, *added], [*one.labels, *added]
+        return Collator(processor)([{**stored, "input_ids": ids, "labels": labels}])
+
+    assert collated(2).model_inputs["input_ids"][0].tolist() == [*one.input_ids, 2]
+    with pytest.raises(DataError, match="the processor gives it other tokens"):
+        collated(2, 2)
 
 
 def test_images_of_fewer_tiles_are_padded_with_zeros():

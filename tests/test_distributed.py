@@ -107,6 +107,7 @@ LAYERS = {
     # transformers' own lists name layers that these towers do not have.
     "llava": ["LlamaDecoderLayer", "CLIPEncoderLayer"],
     "gemma3": ["Gemma3DecoderLayer", "SiglipEncoderLayer"],
+    "onevision": ["Qwen2DecoderLayer", "SiglipEncoderLayer"],
 }
 
 

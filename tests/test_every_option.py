@@ -118,7 +118,7 @@ def _build(arguments: TrainArguments) -> mock.Mock:
     calls.build_dataset.return_value = rows, BuildReport(images=1)
     calls.build_teacher.return_value = mock.Mock(vocab_size=320, module=teacher)
     names = ("load_model", "load_processing", "build_teacher", "write_answers", "freeze_parts", "check_named_parts")
-    names += ("Collator", "check_images_fit_teacher", "GKDTrainerWithMetrics", "check_startup")
+    names += ("Collator", "check_images", "GKDTrainerWithMetrics", "check_startup")
     with (
         mock.patch.multiple(build, **{name: getattr(calls, name) for name in names}),
         mock.patch.object(read_data, "build_dataset", calls.build_dataset),
@@ -271,6 +271,8 @@ CHANGES: dict[str, Change] = {
     "data.control_tokens": Change("text", built("build_dataset")),
     "data.chat_template_kwargs": Change({"enable_thinking": False}, built("build_dataset")),
     "data.max_bad_rows": Change(3, built("build_dataset")),
+    "data.image_root": Change("/pictures", built("build_dataset")),
+    "data.processor_kwargs": Change({"max_pixels": 4096}, built("load_processing")),
     "data.packing": Change(True, findings),
     "data.padding_free": Change(True, findings),
     "rlhf.teacher_model": Change("org/other", built("build_teacher")),
@@ -281,6 +283,7 @@ CHANGES: dict[str, Change] = {
     "rlhf.teacher.quantization": Change("8bit", findings),
     "rlhf.teacher.adapter": Change("org/adapter", built("build_teacher")),
     "rlhf.teacher.revision": Change("v2", built("build_teacher")),
+    "rlhf.teacher.processor_kwargs": Change({"max_pixels": 4096}, built("load_processing")),
     "rlhf.teacher.prefix": Change("Think.", findings),
     "rlhf.teacher.base_url": Change("http://127.0.0.1:1/v1", findings),
     "rlhf.teacher.model": Change("teacher", findings),

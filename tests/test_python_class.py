@@ -564,3 +564,16 @@ def test_a_row_that_no_batch_can_be_made_of_is_refused_at_construction(tmp_path,
     data = {"train_dataset": tiny.CHATS} | {side: rows}
     with pytest.raises(DataError, match=f"{side}: row 6: messages is empty"):
         GKDTrainerWithMetrics(student, teacher, make_args(tmp_path), processing_class=tiny.make_tokenizer(), **data)
+
+
+def test_tools_of_a_data_set_reach_the_batch_without_the_keys_of_other_rows(tmp_path, student, teacher):
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = "{{ tools | tojson }}" + tokenizer.chat_template
+    rows = [{**tiny.CHATS[0], "tools": [{"function": {"name": name, name: 1}}]} for name in ("a", "b")]
+    args = make_args(tmp_path)
+    made = []
+    for data in (rows, datasets.Dataset.from_list(rows)):
+        trainer = GKDTrainerWithMetrics(student, teacher, args, processing_class=tokenizer, train_dataset=data)
+        made.append(trainer.data_collator([trainer.train_dataset[i] for i in range(2)]).model_inputs["input_ids"])
+    assert torch.equal(*made)
+    assert "null" not in tokenizer.decode(made[0][1])

@@ -23,6 +23,10 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
     LlavaProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
@@ -158,7 +162,34 @@ def make_gemma3(markers: bool = True) -> Gemma3Processor:
     )
 
 
-FAMILIES = {"llava": make_llava, "qwen": make_qwen, "idefics3": make_idefics3, "gemma3": make_gemma3}
+class _OneVisionImagesOnly(LlavaOnevisionProcessor):
+    """Without the video processor, as above."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+        self.image_token, self.video_token = "<image>", "<video>"
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
+        self.num_image_tokens, self.vision_feature_select_strategy = 16, "full"
+        self.vision_aspect_ratio = "anyres_max_9"
+        super(LlavaOnevisionProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
+
+
+def make_onevision(markers: bool = True) -> LlavaOnevisionProcessor:
+    """A row's only image is cut into tiles; of several each is one tile."""
+    grid = [[32, 64], [64, 32], [64, 64]]
+    return _OneVisionImagesOnly(
+        LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, image_grid_pinpoints=grid),
+        _tokenizer("<image>", "<video>"),
+        chat_template=parts_template("<image>\\n", markers),
+    )
+
+
+FAMILIES = {
+    "llava": make_llava,
+    "qwen": make_qwen,
+    "idefics3": make_idefics3,
+    "gemma3": make_gemma3,
+    "onevision": make_onevision,
+}
 
 
 def make_llava_model(vocab_size: int, seed: int = 0, vision: int = 32, text: int = 32) -> LlavaForConditionalGeneration:
@@ -219,6 +250,17 @@ def make_model(family: str, processor: Any, seed: int = 0) -> Any:
             vision_config=vision, text_config={"model_type": "llama", **text}, image_token_id=image, scale_factor=2
         )
         return Idefics3ForConditionalGeneration(config)
+    if family == "onevision":
+        config = LlavaOnevisionConfig(
+            vision_config={**tower, "model_type": "siglip_vision_model", "num_hidden_layers": 2},
+            text_config={"model_type": "qwen2", **text, "max_position_embeddings": 1024},
+            image_token_index=processor.image_token_id,
+            image_token_id=processor.image_token_id,
+            image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
+            vision_feature_select_strategy="full",
+            vision_feature_layer=-1,
+        )
+        return LlavaOnevisionForConditionalGeneration(config)
     if family == "gemma3":
         vision = {**tower, "model_type": "siglip_vision_model", "num_hidden_layers": 2, "vision_use_head": False}
         config = Gemma3Config(

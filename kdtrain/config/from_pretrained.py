@@ -27,6 +27,12 @@ _REFUSED: Mapping[str, tuple[str, str]] = {
     "config": _NAMED,
     "state_dict": _NAMED,
 }
+# Settings of image processors, in every family's own words; no model's config has one of them.
+_OF_PROCESSORS = (
+    "max_pixels", "min_pixels", "size", "crop_size", "max_image_size", "resized_height", "resized_width",
+    "longest_edge", "shortest_edge", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad",
+    "do_convert_rgb", "do_image_splitting", "do_pan_and_scan", "image_mean", "image_std", "resample", "use_fast",
+)  # fmt: skip
 _HARMLESS = {"use_safetensors": True, "ignore_mismatched_sizes": False}
 _USUAL = (
     "dtype",
@@ -47,6 +53,10 @@ def loading_arguments(path: KeyPath, kwargs: Mapping[str, Any], model: str | Non
             reason, instead = _REFUSED[name]
             if value != _HARMLESS.get(name, ...):
                 yield Problem((*path, name), f"cannot be set: {reason}", instead, on_key=True)
+        elif name in _OF_PROCESSORS:
+            own = " (or rlhf.teacher.processor_kwargs)" if path[0] == "rlhf" else ""
+            hint = f"use data.processor_kwargs{own}"
+            yield Problem((*path, name), "a setting of the image processor, not of the model", hint, on_key=True)
         elif name in ("dtype", "torch_dtype"):
             if not isinstance(value, str) or value.removeprefix("torch.") not in get_args(Dtype):
                 yield Problem((*path, name), *choice(value, get_args(Dtype), name))
@@ -56,6 +66,16 @@ def loading_arguments(path: KeyPath, kwargs: Mapping[str, Any], model: str | Non
             yield Problem((*path, name), "unknown to from_pretrained and to this model's config", hint, on_key=True)
     if "dtype" in kwargs and "torch_dtype" in kwargs:
         yield Problem((*path, "torch_dtype"), "given twice: it is the old name of dtype", "keep dtype", on_key=True)
+
+
+def processor_arguments(path: KeyPath, kwargs: Mapping[str, Any]) -> Iterator[Problem]:
+    """What no setting of a processor may decide; which others it has is known when it is loaded."""
+    for name in kwargs:
+        if name in _REFUSED:
+            reason, instead = _REFUSED[name]
+            yield Problem((*path, name), f"cannot be set: {reason}", instead, on_key=True)
+        elif name in ("revision", "subfolder", "chat_template", "tokenizer", "use_fast"):
+            yield Problem((*path, name), "no setting of the image processor", "remove it", on_key=True)
 
 
 def _known(name: str, model: str | None) -> bool:
@@ -78,4 +98,5 @@ def _sources(model_type: str) -> list[Path]:
         return []
     root = source_folder("transformers")
     family = sorted((root / "models" / model_type.replace("-", "_").removesuffix("_text")).glob("*.py"))
+    family = [path for path in family if "processing" not in path.name]  # a processor's words are not the model's
     return [*family, root / "modeling_utils.py", root / "configuration_utils.py"] if family else []

@@ -17,6 +17,7 @@ _DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".csv", ".arrow"}
 _MODELS: tuple[KeyPath, ...] = (("model", "model"), ("rlhf", "teacher_model"), ("rlhf", "teacher", "adapter"))
 _PATHS: tuple[KeyPath, ...] = (
     ("training", "output_dir"),
+    ("data", "image_root"),
     ("training", "deepspeed"),
     ("training", "fsdp_config"),
     ("training", "accelerator_config"),

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 
 from kdtrain.config.folders import model_folders, output_folder
-from kdtrain.config.from_pretrained import loading_arguments
+from kdtrain.config.from_pretrained import loading_arguments, processor_arguments
 from kdtrain.config.schema import RunConfig, TeacherConfig
 from kdtrain.config.tree import KeyPath, Node, Problem, Written, dotted
 
 _SERVER = ("base_url", "model", "api_key_env", "top_k", "tail", "timeout_s", "max_retries", "concurrency")
 # By backend: the options of `rlhf.teacher` that it has, and which options name the teacher.
 _TEACHER_OPTIONS: dict[str, tuple[str, ...]] = {
-    "hf": ("dtype", "device_map", "quantization", "adapter", "revision", "prefix"),
+    "hf": ("dtype", "device_map", "quantization", "adapter", "revision", "prefix", "processor_kwargs"),
     "self": ("prefix",),
     "vllm": _SERVER,
     "openai": _SERVER,
@@ -145,6 +145,13 @@ def model_options(config: RunConfig, written: Written) -> Iterator[Problem]:
     yield from loading_arguments(path, kwargs, config.model.model)
 
 
+def processor_options(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Settings of processors that have their own option."""
+    yield from processor_arguments(("data", "processor_kwargs"), config.data.processor_kwargs)
+    own = config.rlhf.teacher.processor_kwargs or {}
+    yield from processor_arguments(("rlhf", "teacher", "processor_kwargs"), own)
+
+
 def idle_lora(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Adapter options of a run that trains all weights."""
     if config.tuner.train_type == "full":
@@ -227,6 +234,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (idle_distillation, (*_KD_SWITCHES, "rlhf.lmbda", "rlhf.seq_kd", "rlhf.sft_alpha")),
     (teacher_options, (*_KD_SWITCHES, "rlhf.teacher.backend", "rlhf.teacher_model_init_kwargs")),
     (model_options, ("model.init_kwargs", "model.model")),
+    (processor_options, ("data.processor_kwargs", "rlhf.teacher.processor_kwargs")),
     (idle_lora, ("tuner.train_type", "tuner.lora_dropout", "rlhf.disable_dropout")),
     (idle_ce, ("rlhf.llm_kd_weight", "rlhf.sft_alpha", "data.train")),
     (visual_options, ("custom.visual_kd",)),

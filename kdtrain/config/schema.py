@@ -104,9 +104,10 @@ class DataSource(Section):
     """Configuration (subset) of a hub data set."""
     split: Text = "train"
     """Split of a hub data set."""
-    columns: dict[str, Text] | None = None
+    columns: dict[str, Text | None] | None = None
     """Renames columns: the name kdtrain knows -> the name in the data, such as `{prompt: question}`. Other columns are
-    then not read, but for `images` and `image`."""
+    then not read, but for `images` and `image`; one that the rows would lose that way (`system`, `tools`, `input`) is
+    an error. `{input: null}` says that a column is not to be read."""
     streaming: Flag = False
     """Read while training instead of before it, for data larger than memory or disk."""
     limit: Count | None = None
@@ -169,6 +170,11 @@ class DataConfig(Section):
     """Arguments for the chat template, such as `{enable_thinking: false}`. A row's own `chat_template_kwargs` win."""
     max_bad_rows: Annotated[Whole, Field(ge=0)] = 0
     """Rows that may be unusable before the run stops; they are left out and the first three shown."""
+    image_root: Text | None = None
+    """Folder that relative paths of images are relative to; null: that of the data file."""
+    processor_kwargs: dict[str, Any] = {}
+    """Settings of the image processor in place of those saved with the model, such as `{max_pixels: 200704}`, for the
+    student and, unless it has its own, the teacher. The student's are saved with it."""
     packing: Flag = False
     """Join short rows into one sequence of max_length, without attention between them."""
     padding_free: Flag = False
@@ -197,6 +203,8 @@ class TeacherConfig(Section):
     """hf: folder of a LoRA adapter to put on the teacher. `teacher_model` may also be such a folder itself."""
     revision: Text | None = None
     """hf: branch, tag or commit on the hub."""
+    processor_kwargs: dict[str, Any] | None = None
+    """hf: settings of the teacher's image processor; null takes data.processor_kwargs, `{}` those saved with it."""
     prefix: Annotated[Any, Field(json_schema_extra={"type": ["array", "string", "object", "null"]})] = None
     """self, hf: messages only the teacher sees: a list of messages, a file, or `{column: name}`."""
     base_url: Text | None = None

@@ -16,13 +16,15 @@ import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from kdtrain.data.columns import parse_json
 from kdtrain.data.encoded_row import EncodedRow, Limits, truncate
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.errors import RowError
 from kdtrain.data.files import folder_of
-from kdtrain.data.images import Image
+from kdtrain.data.images import Image, ImageError
+from kdtrain.data.media import parse_media_row
 from kdtrain.data.multimodal import image_content, tokenizer_content
-from kdtrain.data.rows import Chat, parse_json, parse_row
+from kdtrain.data.rows import Chat
 from kdtrain.data.sources import Source, rows_at_once
 
 # Raise it with every change that makes the same row come out differently.
@@ -37,6 +39,7 @@ _FEATURES = datasets.Features(
         "prompt_length": datasets.Value("int32"),
         "status": datasets.Value("string"),  # ok | bad | long (over max_length, an error) | dropped
         "problem": datasets.Value("string"),
+        "again": datasets.Value("bool"),  # an image could not be read: next time it may be
         "length": datasets.Value("int32"),  # before truncation
         "supervised": datasets.Value("int32"),
         "kind": datasets.Value("string"),
@@ -46,6 +49,7 @@ _FEATURES = datasets.Features(
         "notes": datasets.List(datasets.Value("string")),
         # Of rows with images: the conversation before its images are expanded, and where the images are.
         "text": datasets.Value("large_string"),
+        "sizes": datasets.List(datasets.Value("int32")),
         "images": datasets.List({"path": datasets.Value("string"), "bytes": datasets.Value("large_binary")}),
     }
 )
@@ -66,7 +70,8 @@ def encode_cached(
     no tokens.
     """
     entry = cache_dir / f"encoded-{_key(raw, encoder, sources, limits)}"
-    if (stored := _stored(entry, len(raw))) is not None:
+    stored = _stored(entry, len(raw))
+    if stored is not None and not _is_repaired(stored, raw, encoder, sources, limits):
         return stored
     work = Path(tempfile.mkdtemp(prefix="encoding-", dir=cache_dir))
     at_once = rows_at_once(raw, 500)
@@ -110,6 +115,18 @@ def _stored(entry: Path, rows: int) -> datasets.Dataset | None:
     return stored if len(np.unique(stored["raw"][:])) == rows else None
 
 
+def _is_repaired(
+    stored: datasets.Dataset, raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], limits: Limits
+) -> bool:
+    """Whether an image that could not be read can be read now: rights, limits and libraries change."""
+    rows = np.array(stored["raw"][:])[np.array(stored["again"][:])]
+    for start in range(0, len(rows), 100):
+        some = rows[start : start + 100]
+        if set(_encode_batch(raw[some], list(some), encoder, sources, limits)["status"]) != {"bad"}:
+            return True
+    return False
+
+
 def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], limits: Limits) -> str:
     """A hash of all that the encoded rows depend on.
 
@@ -117,11 +134,12 @@ def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], 
     """
     tokenizer = encoder.tokenizer
     options = {
-        "version": VERSION,
+        "version": [VERSION, *_FEATURES],
         **tokenizer_content(tokenizer),
         "images": image_content(encoder.processing_class),
         "own_template": encoder.chat_template or encoder.processing_class.chat_template or tokenizer.chat_template,
         "template": vars(encoder.options),
+        "prompts": encoder.prompts,
         "limits": [limits.max_length, limits.on_overlength],
         "columns": [dict(source.columns) if source.columns else None for source in sources],
         "answers": [source.answers for source in sources],
@@ -132,21 +150,21 @@ def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], 
         digest.update(json.dumps(batch).encode())
     if encoder.multimodal is not None:
         for batch in raw.select_columns(["source", "text", "file"]).iter(batch_size=rows_at_once(raw, 1000)):
-            for image in _image_files(batch, sources):
+            for image in _image_files(batch, sources, encoder.image_root):
                 digest.update(image.identity)
     return digest.hexdigest()[:40]
 
 
-def _image_files(batch: dict[str, list[Any]], sources: Sequence[Source]) -> Iterator[Image]:
+def _image_files(batch: dict[str, list[Any]], sources: Sequence[Source], root: str | None) -> Iterator[Image]:
     """The images that stand in files of their own; the bytes of the others are in the rows' text."""
     for text, file, number in zip(batch["text"], batch["file"], batch["source"], strict=True):
         columns = sources[number].columns
-        # Image columns and parts are all called image, image_url or images; only a mapping can give them other names.
+        # Image columns and parts are called image…, or file_name; only a mapping can give them other names.
         # Parsing every row of a text data set twice would take longer.
-        if "image" not in text and not columns:
+        if "image" not in text and "file_name" not in text and not columns:
             continue
         try:
-            parsed = parse_row(parse_json(text, columns), folder_of(file))
+            parsed = parse_media_row(parse_json(text, columns), root or folder_of(file), True)
         except RowError:
             continue  # counted when it is encoded
         if isinstance(parsed, Chat):
@@ -178,10 +196,7 @@ def _encode_batch(
     out: dict[str, list[Any]] = {name: [] for name in _FEATURES}
     for i, problem in enumerate(problems):
         result = encoded.get(i) or RowError(problem)
-        if isinstance(result, RowError):
-            rows = [_record(_NOTHING, "bad", 0, str(result))]
-        else:
-            rows = [_fitted(row, limits) for row in result]
+        rows = [_bad(result)] if isinstance(result, RowError) else [_fitted(row, limits) for row in result]
         for row in rows:
             for name, value in {"raw": indices[i], **row}.items():
                 out[name].append(value)
@@ -189,6 +204,10 @@ def _encode_batch(
 
 
 _NOTHING = EncodedRow([], [], 0)
+
+
+def _bad(error: RowError) -> dict[str, Any]:
+    return {**_record(_NOTHING, "bad", 0, str(error)), "again": isinstance(error, ImageError)}
 
 
 def _fitted(row: EncodedRow, limits: Limits) -> dict[str, Any]:
@@ -204,5 +223,5 @@ def _record(row: EncodedRow, status: str, length: int, problem: str = "") -> dic
     """A row in the columns of `_FEATURES`."""
     same = {name: value for name, value in vars(row).items() if name in _FEATURES}
     images = [image.record for image in row.images]
-    found = {"status": status, "problem": problem, "length": length, "supervised": row.supervised}
+    found = {"status": status, "problem": problem, "again": False, "length": length, "supervised": row.supervised}
     return {**same, **found, "images": images}

@@ -69,6 +69,10 @@ class ChatTemplate:
 
     # ---- one conversation --------------------------------------------------------------------------------------------
 
+    @property
+    def text(self) -> str:
+        return self._template.text
+
     def render(self, chat: Chat) -> list[Rendered]:
         """One text, or one for each trained turn where they cannot share it.
 

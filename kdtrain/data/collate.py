@@ -70,6 +70,7 @@ class Collator:
             a part of an image is dropped; one that loses its whole answer stays, with all its images, and supervises
             nothing.
         text_column: for raw rows, the column that holds plain text.
+        image_root: for raw rows, the folder that relative paths of images are relative to; by default the current one.
 
     Calling it returns a `Batch`: tokens [B, T] padded on the right, and what is known of the rows. With a processor its
     inputs also have the other tensors that it makes per token ([B, T], zero for rows without images and in the
@@ -88,6 +89,7 @@ class Collator:
     template: TemplateOptions = field(default_factory=TemplateOptions)
     on_overlength: str = "error"
     text_column: str = "text"
+    image_root: str | None = None
 
     def __post_init__(self) -> None:
         Limits(self.max_length, self.on_overlength)  # checks both
@@ -193,6 +195,8 @@ class Collator:
         stored = encoded.input_ids
         if row.get("answers"):  # the text is the prompt; what follows it was generated
             stored = stored[: encoded.prompt_length]
+        elif len(stored) == len(processed.ids) + 1:  # the end of the last turn, which the template does not write
+            stored = stored[:-1]
         if processed.ids[: len(stored)] == stored and model.images_end(processed.ids) <= len(stored):
             return processed
         now, before = (sum(i in model.image_ids for i in ids) for ids in (processed.ids, stored))
@@ -228,7 +232,7 @@ class Collator:
     def _encode(self, rows: Sequence[Mapping[str, Any]]) -> list[list[EncodedRow]]:
         """Tokenised rows as they are, raw rows through the encoder together, in the order of `rows`."""
         raw = [self._with_text(row) for row in rows if "input_ids" not in row]
-        encoded = iter(self._raw_encoder().encode(raw, [os.getcwd()] * len(raw)) if raw else ())
+        encoded = iter(self._raw_encoder().encode(raw, [self.image_root or os.getcwd()] * len(raw)) if raw else ())
         results = []
         for row in rows:
             result = [self._tokenised(row)] if "input_ids" in row else next(encoded)

@@ -51,6 +51,9 @@ class BuildReport:
     stop_tokens_added: int = 0  # rows whose template marks the answer without the token that ends it
     unterminated_rows: int = 0  # with a supervised turn that ends without a stop token
     notes: list[str] = field(default_factory=list)
+    # The rows of the data set with the smallest, largest, narrowest and most elongated image of each source, and where
+    # they come from: tried first, so that an image that does not fit a model does not end the run in its middle.
+    image_extremes: list[tuple[int, str]] = field(default_factory=list)
     epochs: Epochs | None = None  # which rows of the data set make up each epoch; None: all, in every epoch
 
     def summary(self) -> str:
@@ -89,6 +92,8 @@ def build_dataset(
     num_proc: int | None = None,
     cache_dir: str | None = None,
     new_parts: bool = False,
+    prompts: bool = True,
+    image_root: str | None = None,
     **options: Any,
 ) -> tuple[datasets.Dataset, BuildReport]:
     """Reads, mixes and encodes sources, in their order and unshuffled.
@@ -105,6 +110,9 @@ def build_dataset(
             let one of them call first: the others then read what it stored.
         new_parts: with fractional weights, return all rows once, and in `BuildReport.epochs` which of them make up each
             epoch: other ones every time. Sums are those of the first. Without effect beside `sample_limit`.
+        prompts: whether rows without an answer can be used. Otherwise they are bad rows, and a conversation that goes
+            on after its last answer ends there.
+        image_root: folder that relative paths of images are relative to; by default that of the data file.
         options: see `encode_row`.
 
     Returns:
@@ -119,7 +127,9 @@ def build_dataset(
         DataError: nothing to read, too many bad rows, over-long rows with `error`, no row left, or a tokenizer or
             template that cannot serve the rows.
     """
-    encoder = RowEncoder(processing_class, train_on, **options)
+    if image_root is not None and not Path(image_root).is_dir():
+        raise DataError(f"image_root is no folder: {show(image_root, 400)}")
+    encoder = RowEncoder(processing_class, train_on, prompts=prompts, image_root=image_root, **options)
     limits = Limits(max_length, on_overlength)
     if not sources:
         raise DataError("there is no data source")
@@ -152,6 +162,7 @@ def build_dataset(
                 planned = _made_of(plan, made_of)
                 rows = epoch = planned[kept[planned]]
             _count_tokens(encoded, epoch, limits, report)
+            report.image_extremes = _image_extremes(encoded, raw, rows)
             return _assemble(encoded, raw, sources, rows, bool(report.images)), report
     except OSError as error:  # sources raise DataError on their own: this is a full or read-only disk
         raise DataError(
@@ -256,6 +267,25 @@ def _row_ids(made_of: list[int], origin: list[int], numbers: list[int]) -> list[
         ids.append(f"{source}:{numbers[i]}:{turn[i]}" if counts[i] > 1 else f"{source}:{numbers[i]}")
         turn[i] += 1
     return ids
+
+
+def _image_extremes(encoded: datasets.Dataset, raw: datasets.Dataset, rows: np.ndarray) -> list[tuple[int, str]]:
+    """See `BuildReport`; `rows` are those of the data set, among which a row may come more than once."""
+    column = encoded.data.column("sizes")
+    sides = np.asarray(pc.list_flatten(column)).reshape(-1, 2)
+    owner = np.repeat(np.arange(len(encoded)), np.asarray(pc.fill_null(pc.list_value_length(column), 0)) // 2)
+    kept = np.isin(owner, rows)
+    sides, owner = sides[kept].astype(np.int64), owner[kept]
+    made_of = _column(encoded, "raw")
+    source = _column(raw, "source")[made_of[owner]]
+    area, least = sides.prod(1), sides.min(1, initial=2**31)
+    chosen: dict[int, None] = {}
+    for number in np.unique(source):
+        of_source = np.flatnonzero(source == number)
+        for worth in (area, -area, least, least / sides.max(1)):
+            chosen[int(owner[of_source[worth[of_source].argmin()]])] = None
+    first = {int(row): at for at, row in reversed(list(enumerate(rows)))} if chosen else {}
+    return [(first[row], _place(raw, made_of[row])) for row in chosen]
 
 
 def _assemble(

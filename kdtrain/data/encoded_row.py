@@ -37,6 +37,7 @@ class EncodedRow:
     text: str | None = None  # of a row with images: the rendered conversation, one placeholder per image
     images: tuple[Image, ...] = ()
     notes: tuple[str, ...] = ()  # what the row says and is not used, or where it differs from inference
+    sizes: tuple[int, ...] = ()  # width and height of each image in pixels, one behind the other
     images_end: int = 0  # leading tokens that must stay, or the model would miss a part of an image
     processed: Processed | None = field(default=None, repr=False, compare=False)  # where `RowEncoder` keeps pixels
 

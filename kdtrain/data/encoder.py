@@ -27,10 +27,11 @@ from kdtrain.data.chat_template import (
 )
 from kdtrain.data.encoded_row import EncodedRow
 from kdtrain.data.errors import RowError, show
+from kdtrain.data.media import parse_media_row
 from kdtrain.data.multimodal import multimodal
 from kdtrain.data.parts import count_images, texts_of
 from kdtrain.data.row_notes import APART, SPLIT, STRADDLED
-from kdtrain.data.rows import Chat, Pair, PlainText, parse_row, prompt_of
+from kdtrain.data.rows import Chat, Pair, PlainText, answered, prompt_of
 from kdtrain.data.tokens import Tokens
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
@@ -76,7 +77,9 @@ def encode_row(
 class RowEncoder:
     """Encodes batches of rows with one tokenizer or processor, as `encode_row` does one.
 
+    `image_root` is what paths of images are relative to, instead of the folder of each row.
     `keep_pixels`: rows with images come with what the processor made of them. Not for a data set: it fills the memory.
+    `prompts`: rows without an answer can be used, see `kdtrain.data.rows.answered`.
     """
 
     def __init__(
@@ -85,7 +88,9 @@ class RowEncoder:
         train_on: str,
         chat_template: str | None = None,
         *,
+        image_root: str | None = None,
         keep_pixels: bool = False,
+        prompts: bool = True,
         **options: Any,
     ) -> None:
         self.options = TemplateOptions(train_on, **options)
@@ -101,7 +106,9 @@ class RowEncoder:
             )
         self.chat_template = chat_template
         self.multimodal = multimodal(processing_class)
+        self.image_root = image_root
         self._keep_pixels = keep_pixels
+        self.prompts = prompts
         self._templates: dict[bool, ChatTemplate] = {}
         self._bos: list[int] = []
         self._settings = ""
@@ -140,9 +147,13 @@ class RowEncoder:
         chats: list[tuple[int, Chat, Rendered]] = []
         for i, row in enumerate(rows):
             try:
-                parsed = parse_row(row, folders[i])
+                parsed = parse_media_row(row, self.image_root or folders[i], self.multimodal is not None)
                 if teacher_answers and teacher_answers[i]:
                     parsed = prompt_of(parsed)
+                elif not self.prompts:
+                    parsed = answered(parsed)
+                if isinstance(parsed, Chat) and parsed.unknown_keys:
+                    parsed = parsed.noting_keys(self.template(parsed.tools is not None).text)
                 if isinstance(parsed, PlainText):
                     results[i] = [self._verified(self._encode_text(parsed), parsed.notes)]
                 elif isinstance(parsed, Pair):
@@ -199,20 +210,19 @@ class RowEncoder:
         # as the text after the last image.
         end = max(tokens.first_from(after_images), model.images_end(tokens.ids))
         kept = processed if self._keep_pixels else None
-        return replace(row, labels=labels, text=rendered.text, images=images, images_end=end, processed=kept)
+        row = replace(row, labels=labels, notes=row.notes + processed.notes, sizes=processed.sizes)
+        return replace(row, text=rendered.text, images=images, images_end=end, processed=kept)
 
     def _tokenize(self, texts: list[str]) -> list[Tokens]:
         if not texts:
             return []
-        batch = self.tokenizer(
-            texts,
-            add_special_tokens=False,  # the chat template writes them itself
-            return_attention_mask=False,
-            return_offsets_mapping=True,
-            verbose=False,  # lengths are checked and reported here
-        )
-        pairs = zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True)
-        return [Tokens(self.tokenizer, text, ids, offsets) for text, ids, offsets in pairs]
+        # Calling the tokenizer itself takes half as long again: it copies every token into lists of its own.
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        encodings = backend.encode_batch(texts, add_special_tokens=False)  # the chat template writes them itself
+        return [Tokens(self.tokenizer, text, one.ids, one.offsets) for text, one in zip(texts, encodings, strict=True)]
 
     def _tokenize_apart(self, text: str, at: set[int]) -> Tokens:
         """The tokens of the pieces of a text, cut at some characters."""

@@ -9,9 +9,10 @@ hands to its tokenizer is recorded, and the turns are found again in it (alignme
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import ProcessorMixin
 from kdtrain.data.alignment import Alignment
 from kdtrain.data.chat_template import Rendered
 from kdtrain.data.errors import RowError, show
-from kdtrain.data.images import Image
+from kdtrain.data.images import Image, ImageError
 from kdtrain.errors import DataError
 
 _TEXT_TENSORS = ("input_ids", "attention_mask")
@@ -34,6 +35,8 @@ class Processed:
     ids: list[int]
     token_tensors: dict[str, torch.Tensor]  # the others with one entry per token, such as `token_type_ids`, [1, T, ...]
     visual: dict[str, torch.Tensor]  # such as `pixel_values`; what their first axis counts differs between families
+    notes: tuple[str, ...] = ()  # what was changed of the images before the processor saw them
+    sizes: tuple[int, ...] = ()  # width and height of each image in pixels, one behind the other
 
 
 class Multimodal:
@@ -85,12 +88,17 @@ class Multimodal:
         if recorder is not None:
             processor = copy.copy(processor)
             processor.tokenizer = recorder
-        arguments = {"images": list(images)} if images else {}
+        # The row's list in a list, as `apply_chat_template` gives it: in a flat one each image is a row of its own for
+        # some families (LLaVA-OneVision), which make more of it then.
+        arguments = {"images": [list(images)]} if images else {}
         try:
             # The chat template has written the special tokens already.
             out = processor(text=[text], add_special_tokens=False, return_tensors="pt", **arguments)
         except Exception as error:  # each processor has its own ways to refuse an image
-            raise RowError(
+            if missing := missing_setting(processor):
+                name = type(processor).__name__
+                raise DataError(f"{name} has no {missing}, without which it cannot count an image's tokens") from error
+            raise ImageError(
                 f"{type(self.processor).__name__} refuses the row: {show(str(error) or type(error).__name__, 400)}"
             ) from error
         if odd := [name for name, value in out.items() if not isinstance(value, torch.Tensor) or not value.dim()]:
@@ -118,7 +126,13 @@ class Multimodal:
             )
         # The ids alone do not say which characters they stand for; the recorded text can be tokenised with offsets.
         recorder = Recorder(self.tokenizer)
-        processed = self.process(rendered.text, [image.load() for image in images], recorder)
+        loaded = [image.load_noted() for image in images]
+        pixels = [image for image, _ in loaded]
+        processed = replace(
+            self.process(rendered.text, pixels, recorder),
+            notes=tuple(dict.fromkeys(note for _, notes in loaded for note in notes)),
+            sizes=tuple(side for image in pixels for side in image.size),
+        )
         if len(recorder.texts) != 1:
             raise DataError(
                 f"{type(self.processor).__name__} tokenises a row in {len(recorder.texts)} pieces, so the assistant's "
@@ -160,6 +174,13 @@ def reads_images(processing_class: Any) -> bool:
     """False for a tokenizer, or a processor without images."""
     found = getattr(processing_class, "image_processor", None)
     return isinstance(processing_class, ProcessorMixin) and found is not None
+
+
+def missing_setting(processor: Any) -> str | None:
+    """What a processor counts an image's tokens by and does not know; saved folders may lack it."""
+    takes = inspect.signature(type(processor).__init__).parameters
+    names = (name for name in ("patch_size", "num_image_tokens") if name in takes)
+    return next((name for name in names if getattr(processor, name, None) is None), None)
 
 
 def multimodal(processing_class: Any) -> Multimodal | None:

@@ -6,17 +6,23 @@ images. The images themselves are kept apart, in the order of their parts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdtrain.data.errors import RowError, show, type_name
-from kdtrain.data.images import Image, parse_image
+from kdtrain.data.images import Image, only_source, parse_image, refuse_sizes
 
 # What data sets in the manner of LLaVA write into the text where an image belongs.
 PLACEHOLDER = "<image>"
 VIDEO_COLUMNS = ("videos", "video")
+AUDIO_COLUMNS = ("audios", "audio")
 IMAGE_TYPES = ("image", "image_url")
 NO_VIDEOS = "videos are not available yet: remove the video or take its frames as images"
+NO_SOUNDS = "sounds are not available yet: remove the sound, or the row"
+# In the words of Hugging Face, OpenAI and Anthropic; the keys of an image that is the part itself stand behind them.
+_SOURCES = ("image", "image_url", "source")
+_DIRECT = ("bytes", "path", "url", "base64", "data")
 
 
 def image_part(part: Any, where: str) -> dict[str, Any] | None:
@@ -26,15 +32,29 @@ def image_part(part: Any, where: str) -> dict[str, Any] | None:
     type_ = part.get("type")
     if type_ is None and part.get("text") is None:
         type_ = next((name for name in IMAGE_TYPES if part.get(name) is not None), None)
+    image = any(not _empty(part.get(name)) for name in IMAGE_TYPES)
     if type_ is None or type_ == "text":
+        if image:
+            raise RowError(f"{where}.content has a part with text and an image in one: make two parts of it")
         return None
     if type_ not in IMAGE_TYPES:
         named = show(type_, 40)
-        raise RowError(NO_VIDEOS if "video" in named else f"{where}.content has a part of the unknown type {named}")
-    found = [part[key] for key in ("image", "image_url", "path", "url") if part.get(key) is not None]
-    if not found and (part.get("bytes") is not None or part.get("base64") is not None):
-        found = [part]
-    return {"type": "image", "value": found[0] if found else None, "index": part.get("index")}
+        if "video" in named or "audio" in named:
+            raise RowError(NO_VIDEOS if "video" in named else NO_SOUNDS)
+        raise RowError(f"{where}.content has a part of the unknown type {named}")
+    if part.get("text"):
+        raise RowError(f"{where}.content has a part with an image and text in one: make two parts of it")
+    return {"type": "image", "value": _own_image(part), "index": part.get("index")}
+
+
+def _own_image(part: Mapping[str, Any]) -> Any:
+    refuse_sizes(part)
+    value = only_source(part, _SOURCES)
+    if all(_empty(part.get(key)) for key in _DIRECT):
+        return value
+    if value is not None and any(part.get(key) not in (None, "", value) for key in _DIRECT):
+        raise RowError("an image part has two images: keep the one that is meant")
+    return part
 
 
 def merge_parts(parts: Sequence[dict[str, Any]]) -> str | list[dict[str, Any]]:
@@ -87,14 +107,17 @@ def _empty(value: Any) -> bool:
 
 def place_images(
     messages: list[dict[str, Any]], column: list[Any], folder: str | None
-) -> tuple[list[dict[str, Any]], tuple[Image, ...]]:
-    """Gives every image part its image and every image of the column its part.
+) -> tuple[list[dict[str, Any]], tuple[Image, ...], tuple[str, ...]]:
+    """Gives every image part its image and every image of the column its part; also notes.
 
     Parts without an image of their own take those of the column in order. Without any image part, the text is cut at
     `<image>` if it says so as often as there are images; and if it never does, all images go in front of the first
     user message's text. The parts that are returned are only `{"type": "image"}`, their images stand beside them.
     """
+    notes: tuple[str, ...] = ()
     if column and not count_images(messages):
+        if any(_BREAKS.search(text) for message in messages for text in texts_of(message["content"])):
+            notes = (f"the line break beside {PLACEHOLDER} belongs to it and is left out",)
         messages = _with_parts(messages, len(column))
     images, taken, placed = [], 0, []
     for number, message in enumerate(messages):
@@ -122,7 +145,7 @@ def place_images(
         placed.append({**message, "content": bare})
     if taken != len(column):
         raise RowError(f"the row has {len(column)} images in its column and {taken} places for them in its messages")
-    return placed, tuple(images)
+    return placed, tuple(images), notes
 
 
 def _with_parts(messages: list[dict[str, Any]], images: int) -> list[dict[str, Any]]:
@@ -138,11 +161,18 @@ def _with_parts(messages: list[dict[str, Any]], images: int) -> list[dict[str, A
     return [*messages[:first], {**messages[first], "content": parts}, *messages[first + 1 :]]
 
 
+_PLACE = re.compile(rf"(?:\r?\n)?{PLACEHOLDER}(?:\r?\n)?")
+_BREAKS = re.compile(rf"\n{PLACEHOLDER}|{PLACEHOLDER}\r?\n")
 _PART = {"type": "image", "value": None, "index": None}
 
 
 def _split(text: str) -> str | list[dict[str, Any]]:
-    pieces = text.split(PLACEHOLDER)
+    """Cuts text at the placeholders.
+
+    Data in the manner of LLaVA set each off with a line break, which is no part of the question: where a model wants
+    one there, its chat template writes it.
+    """
+    pieces = _PLACE.split(text)
     parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}]
     for piece in pieces[1:]:
         parts += [_PART, {"type": "text", "text": piece}]

@@ -18,12 +18,14 @@ from typing import Any
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 
+from kdtrain.data.columns import KNOWN_COLUMNS, NAMED_COLUMNS, ROW_COLUMNS, renamed, row_columns, wanted_columns
 from kdtrain.data.errors import show
 from kdtrain.data.files import RawRow, cannot_read, is_array, read_array, read_csv, read_lines
 from kdtrain.data.images import is_pil, png
-from kdtrain.data.parts import VIDEO_COLUMNS
-from kdtrain.data.rows import IMAGE_COLUMNS, KNOWN_COLUMNS, ROW_COLUMNS
+from kdtrain.data.media import BOX_COLUMN, PATH_COLUMNS
+from kdtrain.data.parts import AUDIO_COLUMNS, VIDEO_COLUMNS
 from kdtrain.errors import DataError
 
 _LINES = (".jsonl", ".ndjson")
@@ -55,7 +57,8 @@ class Source:
     path: str  # absolute local path, or the id of a data set on the hub
     name: str | None = None  # configuration, on the hub only
     split: str = "train"
-    columns: Mapping[str, str] | None = None  # canonical -> in the file, {"prompt": "question"}; others are ignored
+    # Canonical -> in the file, {"prompt": "question"}; others are ignored. A name -> None: not read.
+    columns: Mapping[str, str | None] | None = None
     limit: int | None = None  # only the first n rows
     weight: float = 1.0  # how many times each row appears per epoch, see `kdtrain.data.epochs`
     ce: bool = True  # False: the rows contribute no cross-entropy, the teacher alone supervises
@@ -110,11 +113,12 @@ def _check_source(source: Source) -> None:
     if source.answers not in ANSWERS:
         known = ", ".join(ANSWERS)
         raise DataError(f"{show(source.path)}: answers must be one of {known}, not {show(source.answers, 40)}")
-    for column in source.columns or ():
-        if column not in KNOWN_COLUMNS:
+    for column, name in (source.columns or {}).items():
+        allowed = KNOWN_COLUMNS if name is not None else NAMED_COLUMNS
+        if column not in allowed:
             raise DataError(
-                f"{show(source.path)}: columns maps to {show(column)!r}, which is not one of {', '.join(KNOWN_COLUMNS)}"
-                f"{_suggestion(column, KNOWN_COLUMNS)}. It reads canonical: column in the file"
+                f"{show(source.path)}: columns maps to {show(column)!r}, which is not one of {', '.join(allowed)}"
+                f"{_suggestion(column, allowed)}. It reads canonical: column in the file"
             )
 
 
@@ -167,24 +171,54 @@ def _table(source: Source, name: str, load: Any) -> Iterator[RawRow]:
         raise
     except Exception as error:  # each reader of `datasets` has its own errors
         raise cannot_read(name, error, 400) from error
-    mapped = set((source.columns or {}).values())
-    wanted = {*mapped, *IMAGE_COLUMNS} if mapped else set(KNOWN_COLUMNS)
+    mapped = set(renamed(source.columns).values())
+    wanted = wanted_columns(source.columns) if mapped else {*wanted_columns(source.columns), *PATH_COLUMNS}
     found = [column for column in table.column_names if column in wanted]
-    if not found or (mapped and not mapped & set(found)):
+    if not (mapped or set(KNOWN_COLUMNS)) & set(found):
         raise _no_columns(source, name, table.column_names)
     if source.limit is not None:
         table = table.select(range(min(source.limit, len(table))))
-    # Videos are named, never decoded: that a row has one is all the check in parts.py needs.
-    extra = {column: "present" for column in VIDEO_COLUMNS if column in table.column_names and not source.columns}
+    # Videos and sounds are named, never decoded: that a row has one is all the checks need (parts.py, media.py).
+    unread = () if source.columns else (*VIDEO_COLUMNS, *AUDIO_COLUMNS, BOX_COLUMN)
+    named = [column for column in unread if column in table.column_names and column not in found]
     features = _undecoded(table.select_columns(found).features)
-    batches = table.select_columns(found).with_format("arrow").iter(batch_size=rows_at_once(table, 1000))
-    for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
-        yield RawRow(name, number, json.dumps({**features.decode_example(row), **extra}, default=_portable))
+    batches = table.select_columns([*found, *named]).with_format("arrow").iter(batch_size=rows_at_once(table, 1000))
+    rows = (pair for batch in batches for pair in zip(batch.select(found).to_pylist(), _has(batch, named), strict=True))
+    for number, (row, has) in enumerate(rows, start=1):
+        decoded = features.decode_example(row)
+        given = {column: without_nulls(decoded[column], features[column]) for column in decoded}
+        yield RawRow(name, number, json.dumps({**given, **dict.fromkeys(has, "present")}, default=_portable))
+
+
+def _has(batch: pa.Table, columns: Sequence[str]) -> Iterator[list[str]]:
+    """For each row of a batch, those of the columns in which it has more than null or an empty list."""
+    full = []
+    for column in columns:
+        values = batch[column]
+        is_list = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
+        there = pc.greater(pc.list_value_length(values), 0) if is_list else values.is_valid()
+        full.append(pc.fill_null(there, False).to_pylist())
+    for row in range(len(batch)):
+        yield [column for column, there in zip(columns, full, strict=True) if there[row]]
 
 
 def rows_at_once(table: datasets.Dataset, most: int) -> int:
     """As many rows as 32 MiB of memory hold on average, at most `most`: rows may carry images."""
     return int(max(1, min(most, 2**25 * len(table.data) // max(table.data.nbytes, 1))))
+
+
+def without_nulls(value: Any, feature: Any) -> Any:
+    """Arrow gives every mapping the keys of all others, those of other tools and calls. JSON text keeps its nulls."""
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {key: without_nulls(inner, feature[key]) for key, inner in value.items() if inner is not None}
+    if isinstance(feature, (datasets.List, datasets.LargeList)) and isinstance(value, list):
+        return [without_nulls(inner, feature.feature) for inner in value]
+    return value
+
+
+def has_mappings(feature: Any) -> bool:
+    inner = getattr(feature, "feature", None)
+    return isinstance(feature, dict) or (inner is not None and has_mappings(inner))
 
 
 def _undecoded(feature: Any) -> Any:
@@ -249,7 +283,7 @@ def _hub(source: Source) -> Iterator[RawRow]:
 
 def _check_columns(source: Source, rows: list[RawRow]) -> None:
     """Refuses a source of which none of the first rows has a usable column; a single one without is a bad row."""
-    wanted = {source.columns.get(c) for c in ROW_COLUMNS} - {None} if source.columns else set(ROW_COLUMNS)
+    wanted = row_columns(source.columns)
     seen: dict[str, None] = {}
     for raw in rows:
         try:
@@ -258,15 +292,16 @@ def _check_columns(source: Source, rows: list[RawRow]) -> None:
             continue
         if isinstance(row, dict):
             seen.update(dict.fromkeys(row))
-    if seen and not wanted & set(seen):
+    never = set(renamed(source.columns).values()) - set(seen)
+    if seen and (never or not wanted & set(seen)):
         raise _no_columns(source, rows[0].file, list(seen))
 
 
 def _no_columns(source: Source, name: str, found: list[str]) -> DataError:
     listed = ", ".join(show(column, 60) for column in found)
-    if source.columns:
-        mapped = ", ".join(f"{c}: {show(f, 60)}" for c, f in source.columns.items())
-        wrong = next((f for f in source.columns.values() if f not in found), "")
+    if renaming := renamed(source.columns):
+        mapped = ", ".join(f"{c}: {show(f, 60)}" for c, f in renaming.items())
+        wrong = next((f for f in renaming.values() if f not in found), "")
         hint = _suggestion(wrong, found)
         return DataError(f"{show(name, 400)} has the columns {listed}, not those of columns ({mapped}){hint}")
     return DataError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from kdtrain.data.batch import Batch, received
 from kdtrain.data.collate import Collator
+from kdtrain.data.media import PATH_COLUMNS
 
 
 def first_batch_with_images(dataset: Any, collator: Any, tries: int = 32) -> Batch | None:
@@ -21,7 +22,7 @@ def first_row_with_images(dataset: Any, collator: Collator, tries: int = 32) -> 
 
 
 def _candidates(dataset: Any, tries: int) -> Iterator[Any]:
-    columns = {"images", "image"} & set(getattr(dataset, "column_names", None) or ())
+    columns = {"images", "image", *PATH_COLUMNS} & set(getattr(dataset, "column_names", None) or ())
     for i in range(len(dataset) if columns else min(tries, len(dataset))):
         row = dataset[i]
         if not columns or any(row[name] for name in columns):

@@ -25,7 +25,7 @@ from kdtrain.models.processing import load_processing
 from kdtrain.models.vocabulary import shared_vocabulary, vocabulary_size
 from kdtrain.runs.failures import readable_construction
 from kdtrain.runs.read_data import read_data
-from kdtrain.runs.teacher_answers import check_images_fit_teacher, write_answers
+from kdtrain.runs.teacher_answers import check_images, write_answers
 from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.argument_checks import check_teacher_is_another_model
@@ -79,7 +79,8 @@ def build_trainer(
     device = args.device  # also joins the process group
     prepare_deepspeed_run(args)
     _check_folders(config, given)
-    processing = load_processing(config.model.model, **_hub_options(config))
+    settings = config.data.processor_kwargs
+    processing = load_processing(config.model.model, processor_kwargs=settings, side="student", **_hub_options(config))
     data = read_data(config, args.seed, processing, reporter, given)
     student = given.model
     if student is None:
@@ -119,8 +120,7 @@ def build_trainer(
         )
         if data.report.epochs is not None:
             trainer.read_epochs(data.report.epochs)
-    if teacher.teacher is not None:
-        check_images_fit_teacher(data.train, collator)
+    check_images(data, collator)
     check_startup(trainer, config.training.get("greater_is_better"))
     return trainer, data.report
 
@@ -171,6 +171,11 @@ def _teacher(
     """The teacher, and the ids it shares with the student; without one, where nothing asks for it, all of them."""
     if not config.asks_teacher:
         return TeacherSide(None, None, student_size)
+    own = config.rlhf.teacher.processor_kwargs
+    prepared: dict[str, Any] = {
+        "processor_kwargs": config.data.processor_kwargs if own is None else own,
+        "side": "teacher",
+    }
     if given is None:
         name, options = config.rlhf.teacher_model, config.rlhf.teacher
         assert name is not None, "the config is checked for it"
@@ -178,7 +183,7 @@ def _teacher(
         if options.device_map is not None:
             kwargs["device_map"] = options.device_map
         hub = {**_hub_options(config), "revision": kwargs.pop("revision", None) or options.revision}
-        own_processing = load_processing(name, **hub)
+        own_processing = load_processing(name, **prepared, **hub)
         teacher = build_teacher(
             name, backend=options.backend, init_kwargs=kwargs, device=args.device, adapter=options.adapter, **hub
         )
@@ -186,7 +191,8 @@ def _teacher(
         teacher = given if isinstance(given, Teacher) else LocalTeacher(given)
         folder = getattr(getattr(teacher.module, "config", None), "_name_or_path", "")
         known = os.path.isdir(folder)  # of one built in memory, the tokens are taken for the student's
-        own_processing = load_processing(folder, trust_remote_code=args.trust_remote_code) if known else None
+        trust = args.trust_remote_code
+        own_processing = load_processing(folder, trust_remote_code=trust, **prepared) if known else None
     tokenizers = (getattr(one, "tokenizer", one) for one in (processing, own_processing))
     shared = shared_vocabulary(student_size, teacher.vocab_size, *tokenizers)
     return TeacherSide(teacher, own_processing or processing, shared)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from trl.experimental.gkd import GKDConfig
 
-from kdtrain.errors import CheckpointError, KdtrainError, PreflightError
+from kdtrain.errors import CheckpointError, DataError, KdtrainError, PreflightError
 
 
 @contextmanager
@@ -41,7 +41,18 @@ def readable_failures(args: GKDConfig) -> Iterator[None]:
             f"{args.max_length}. Lower training.per_device_train_batch_size (and raise gradient_accumulation_steps), "
             "lower data.max_length, or set training.gradient_checkpointing: true."
         ) from error
+    except DataError as error:
+        raise DataError(_of_worker(error)) from error
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
         raise CheckpointError(f"Writing {error.filename or args.output_dir} failed: {error.strerror}.") from error
+
+
+def _of_worker(error: DataError) -> str:
+    """What went wrong, without the traceback that a worker process of the data loader sends along as its text."""
+    text = str(error)
+    if not text.startswith("Caught ") or "\nOriginal Traceback" not in text:
+        return text
+    kind = type(error)
+    return text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2].strip()

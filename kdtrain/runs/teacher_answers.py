@@ -12,8 +12,9 @@ from trl.experimental.gkd import GKDConfig
 
 from kdtrain.config import RunConfig
 from kdtrain.config.adapters import adapter_base, is_adapter_folder
-from kdtrain.data import Collator
+from kdtrain.data import BuildReport, Collator
 from kdtrain.data.multimodal import image_content
+from kdtrain.errors import DataError
 from kdtrain.generation.answers import TeacherAnswers
 from kdtrain.losses.reduce import IGNORE_INDEX
 from kdtrain.preflight.model_checks import both_sides, check_models
@@ -54,7 +55,7 @@ def write_answers(
         generating=[module],
         only_errors=True,
     )
-    check_images_fit_teacher(data.train, collator)
+    check_images(data, collator)
     run_dir = Path(args.output_dir)
     answers = TeacherAnswers(
         module,
@@ -85,8 +86,25 @@ def write_answers(
     _count(config, data)
 
 
-def check_images_fit_teacher(train: datasets.Dataset, collator: Collator) -> None:
-    """Collate the largest of some rows with images now: what does not fit would end the run in its middle."""
+def check_images(data: RunData, collator: Collator) -> None:
+    """Collate the rows with the most unusual images now: what does not fit a model would end the run in its middle."""
+    _check_extremes(data.train, data.report, collator)
+    if data.evaluation is not None and data.evaluation_report is not None:
+        _check_extremes(data.evaluation, data.evaluation_report, collator)
+    _check_longest(data.train, collator)
+
+
+def _check_extremes(dataset: datasets.Dataset, report: BuildReport, collator: Collator) -> None:
+    for row, place in report.image_extremes:
+        if row >= len(dataset):  # a dry run keeps a few
+            continue
+        try:
+            collator([dataset[row]])
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
+
+
+def _check_longest(train: datasets.Dataset, collator: Collator) -> None:
     if "images" not in train.column_names:
         return
     some = train.select(range(0, len(train), max(len(train) // 256, 1)))

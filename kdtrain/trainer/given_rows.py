@@ -12,7 +12,9 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from kdtrain.data.collate import Collator
+from kdtrain.data.columns import KNOWN_COLUMNS
 from kdtrain.data.errors import RowError
+from kdtrain.data.sources import has_mappings, without_nulls
 from kdtrain.errors import ConfigError, DataError, NotAvailableError
 
 
@@ -60,7 +62,23 @@ def as_rows(name: str, data: Any) -> Any:
         raise DataError(
             f"{name}: a row must be a mapping such as {{'messages': […]}}; the first is a {type(data[0]).__name__}."
         )
-    return data if isinstance(data, Dataset) else RowsInMemory(data)
+    return _as_written(data) if isinstance(data, Dataset) else RowsInMemory(data)
+
+
+def _as_written(data: Dataset) -> Dataset:
+    """A data set whose tools and calls come without the keys of other rows, which Arrow fills in with null."""
+    features = {name: feature for name, feature in data.features.items() if name in KNOWN_COLUMNS}
+    if (
+        data.format["type"] is not None
+        or "input_ids" in data.column_names
+        or not any(map(has_mappings, features.values()))
+    ):
+        return data
+    return data.with_transform(functools.partial(_without_nulls, features))
+
+
+def _without_nulls(features: Mapping[str, Any], batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {name: [without_nulls(value, features.get(name)) for value in batch[name]] for name in batch}
 
 
 def check_raw_rows(collator: Any, name: str, data: Any) -> None:

@@ -1,0 +1,177 @@
+"""The columns that rows may have: which are read together, how they are renamed, and what is said of the others.
+
+A column that means something for training and is not read is never lost without a word: it is a note, or a bad row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kdtrain.data.errors import RowError, show
+from kdtrain.data.turns import blank
+
+# In this order: the first one that is present and not null says what kind of row it is. `messages` goes first because
+# published chat sets (ultrachat_200k) repeat the first user turn in a `prompt` column; `text` goes last because it is
+# often what somebody rendered from the others.
+ROW_COLUMNS = ("messages", "conversations", "prompt", "instruction", "query", "text")
+IMAGE_COLUMNS = ("images", "image")
+# What stands beside a conversation and is written by its chat template.
+CONTEXT_COLUMNS = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs")
+READ_WITH = {
+    "messages": CONTEXT_COLUMNS,
+    "conversations": CONTEXT_COLUMNS,
+    "prompt": ("completion", *CONTEXT_COLUMNS),
+    "instruction": ("input", "context", "output", "response", "history", *CONTEXT_COLUMNS),
+    "query": ("response", "history", *CONTEXT_COLUMNS),
+    "text": (),
+}
+KNOWN_COLUMNS = tuple(dict.fromkeys([*ROW_COLUMNS, *(c for read in READ_WITH.values() for c in read), *IMAGE_COLUMNS]))
+# What a pair or a question loses if a mapping leaves it out.
+_QUESTION_COLUMNS = ("instruction", "input", "context", "history")
+_OPTIONAL = frozenset((*CONTEXT_COLUMNS, *_QUESTION_COLUMNS, *IMAGE_COLUMNS)) - {"instruction"}
+_ANSWER_COLUMN = {"prompt": "completion", "instruction": "output", "query": "response"}
+_CHECKS = ("answer", "answers", "solution")
+_ANSWERS = ("answer", "solution", "completion", "output", "response", "chosen", "label")
+_PREFERENCES = ("label", "kto_tag", "chosen", "rejected", "rejected_response", "rejected_messages")
+# Columns that are not read anywhere and whose names say that they are meant for training: the thoughts behind an
+# answer, another answer, boxes in an image, retrieved documents, what is trained on. Not names such as source or score.
+_MEANT = (
+    *("reasoning", "reasoning_content", "thinking", "documents", *_CHECKS),
+    *("weight", "kd_weight", "loss", "loss_mask", "train", *_PREFERENCES),
+)
+NAMED_COLUMNS = (*KNOWN_COLUMNS, *_MEANT)
+_NAMED = frozenset(NAMED_COLUMNS) - {*IMAGE_COLUMNS}
+
+
+def renamed(columns: Mapping[str, str | None] | None) -> dict[str, str]:
+    """A mapping without the columns that it says are not read (`{input: null}`)."""
+    return {canonical: name for canonical, name in (columns or {}).items() if name is not None}
+
+
+def wanted_columns(columns: Mapping[str, str | None] | None) -> set[str]:
+    """The columns of a table that are read, or looked at to say that they are not."""
+    mapped = renamed(columns)
+    return {*mapped.values(), *IMAGE_COLUMNS, *_watched(mapped)} if mapped else set(NAMED_COLUMNS)
+
+
+def row_columns(columns: Mapping[str, str | None] | None) -> set[str]:
+    """The columns of a file of which a row needs one."""
+    mapped = renamed(columns)
+    return {mapped[column] for column in ROW_COLUMNS if column in mapped} if mapped else set(ROW_COLUMNS)
+
+
+def parse_json(text: str, columns: Mapping[str, str | None] | None) -> dict[str, Any]:
+    """A raw row's JSON text as columns under their canonical names."""
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise RowError(f"invalid JSON: {show(str(error))}") from None
+    except RecursionError:
+        raise RowError("invalid JSON: nested too deeply") from None
+    if not isinstance(row, dict):
+        raise RowError(f"expected a JSON object with columns, found {show(text, 40)}")
+    return _mapped(row, columns) if columns else row
+
+
+def _mapped(row: dict[str, Any], columns: Mapping[str, str | None]) -> dict[str, Any]:
+    mapped = renamed(columns)
+    if not mapped:
+        return {name: value for name, value in row.items() if name not in columns}
+    # Columns that are not mapped are not read: one may happen to have a canonical name and mean something else.
+    if missing := [name for canonical, name in mapped.items() if name not in row and canonical not in _OPTIONAL]:
+        raise RowError(f"no column {', '.join(show(name, 40) for name in missing)}")
+    settled = {*mapped.values(), *(c for c, name in columns.items() if name is None or name in row)}
+    for name in _watched(mapped):
+        if name not in settled and not _empty(row.get(name)):
+            raise RowError(_would_be_lost(name, row, mapped))
+    found = {canonical: row.get(name) for canonical, name in mapped.items()}
+    # Images are the exception: without them the row would be trained on as text that speaks of what is not there.
+    images = {} if not mapped.keys().isdisjoint(IMAGE_COLUMNS) else _only(row, IMAGE_COLUMNS, columns)
+    return {**found, **images}
+
+
+def _only(row: Mapping[str, Any], names: Sequence[str], columns: Mapping[str, str | None]) -> dict[str, Any]:
+    return {name: row[name] for name in names if name in row and name not in columns}
+
+
+def _watched(mapped: Mapping[str, str]) -> tuple[str, ...]:
+    """The columns that rows of this kind would lose if they were not mapped."""
+    kind = next((column for column in ROW_COLUMNS if column in mapped), None)
+    if kind in (None, "text"):
+        return ()
+    return CONTEXT_COLUMNS if kind in ("messages", "conversations") else (*CONTEXT_COLUMNS, *_QUESTION_COLUMNS)
+
+
+def _would_be_lost(name: str, row: Mapping[str, Any], mapped: Mapping[str, str]) -> str:
+    """Says how to map it: beside a prompt that is text, by the layout that becomes a conversation."""
+    better = dict(mapped)
+    if isinstance(row.get(mapped.get("prompt", "")), str):
+        names = {"prompt": "input" if name == "instruction" else "instruction", "completion": "output"}
+        better = {names.get(canonical, canonical): column for canonical, column in mapped.items()}
+    return (
+        f"the column {name} is not mapped and would be lost: map it (columns: {_yaml({**better, name: name})}), or say "
+        f"that it is not to be read (columns: {_yaml({**mapped, name: None})})"
+    )
+
+
+def _yaml(columns: Mapping[str, str | None]) -> str:
+    return "{" + ", ".join(f"{c}: {'null' if n is None else show(n, 40)}" for c, n in columns.items()) + "}"
+
+
+def check_preference(row: Mapping[str, Any], kind: str, has_answer: bool) -> None:
+    """Refuses an answer that is marked as bad (KTO), and pairs of a good and a bad one (DPO)."""
+    if has_answer and kind != "text":
+        for column in ("label", "kto_tag"):
+            if row.get(column) is not None and _truth(row[column]) is False:
+                raise RowError(
+                    f"{column} is false (KTO): its answer is one not to be learnt. Leave such rows out, or say that "
+                    f"the column means something else (columns: {{{column}: null}})"
+                )
+    if not has_answer and not blank(row.get("chosen")) and not blank(row.get("rejected")):
+        raise RowError(
+            f"chosen and rejected (DPO): preferences are not trained on. Map what is: columns: {{{kind}: {kind}}} for "
+            f"the prompts alone{_chosen(row['chosen'], kind)}"
+        )
+
+
+def _chosen(chosen: Any, kind: str) -> str:
+    first = chosen[0] if isinstance(chosen, (list, tuple)) else None
+    if isinstance(first, Mapping) and first.get("role") in ("user", "system"):
+        return ", columns: {messages: chosen} for the chosen answers"
+    answer = _ANSWER_COLUMN.get(kind)
+    return f", columns: {{{kind}: {kind}, {answer}: chosen}} for the chosen answers" if answer else ""
+
+
+def _empty(value: Any) -> bool:
+    """Says nothing, also as JSON text."""
+    return blank(value) or (isinstance(value, str) and value.strip() in ("[]", "{}", "null"))
+
+
+def _truth(value: Any) -> bool | None:
+    """Booleans, also as a CSV file writes them; classes that are numbers or words are none."""
+    if isinstance(value, bool):
+        return value
+    return {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+def unread_columns(row: Mapping[str, Any], kind: str) -> list[str]:
+    """The columns that mean something and that a row of this kind does not read."""
+    return [column for column in row if column in _NAMED and column != kind and column not in READ_WITH[kind]]
+
+
+def unread_note(value: Any, column: str, kind: str, text: str, has_answer: bool) -> str:
+    """What to say of such a column, if anything; `text` is all that the row does read."""
+    # ultrachat's prompt is the first message, a response may be the last one: what the row says anyway is not lost.
+    if _empty(value) or (isinstance(value, str) and value.strip() in text):
+        return ""
+    if column in ("label", "kto_tag") and (has_answer or not isinstance(value, str)):
+        good = kind != "text" and has_answer and _truth(value)
+        return f"rows whose {column} is true (KTO) are trained on" if good else ""
+    if column in _CHECKS and has_answer:
+        return ""  # what an answer is checked against
+    meant = not has_answer and column in _ANSWERS and isinstance(value, str)
+    answer = _ANSWER_COLUMN.get(kind) if meant else None
+    mapping = f": columns: {{{kind}: {kind}, {answer}: {column}}} makes it the answer" if answer else ""
+    return f"the column {column} is not read beside {kind}{mapping}"
