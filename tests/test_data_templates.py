@@ -6,7 +6,8 @@ from kdtrain.data import RowError, encode_row
 from tests import tiny
 from tests.templates.check import judged
 from tests.templates.families import Family, Template, with_template, with_tokens
-from tests.templates.rows import ANSWER, QUESTION, SECOND_ANSWER, SYSTEM, chat
+from tests.templates.oracle import Encoded, Oracle, judge
+from tests.templates.rows import ANSWER, QUESTION, SECOND_ANSWER, SYSTEM, TOOLS, calling, chat
 
 _THINK = "{% set c = m.content %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
 _TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -63,7 +64,8 @@ SHAPES = {
         "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}{% set c = m.content %}"
         "{% set r = m.reasoning_content or '' %}{% if '</think>' in c %}{% set r = c.split('</think>')[0].split('<th"
         "ink>')[-1].strip() %}{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-        "{{ '<|im_start|>assistant\n' }}{% if loop.index0 > n.last %}{{ '<think>\n' + r + '\n</think>\n\n' }}{% endif %}{{ c + '<|im_end|>\n' }}"
+        "{{ '<|im_start|>assistant\n' }}"
+        "{% if loop.index0 > n.last %}{{ '<think>\n' + r + '\n</think>\n\n' }}{% endif %}{{ c + '<|im_end|>\n' }}"
         "{% else %}" + _TURN + "{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
         ("<|im_end|>",),
@@ -72,9 +74,8 @@ SHAPES = {
     "Nemotron-3": (
         "{{ '<|im_start|>system\n<|im_end|>\n' if not messages or messages[0].role != 'system' }}"
         "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
-        "{% if '</think>' not in m.content %}{{ '<think></think>' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% else %}"
-        + _TURN
-        + "{% endif %}{% endfor %}"
+        "{% if '</think>' not in m.content %}{{ '<think></think>' }}{% endif %}"
+        "{{ m.content + '<|im_end|>\n' }}{% else %}" + _TURN + "{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
         ("<|im_end|>",),
         ("<think>", "</think>"),
@@ -90,8 +91,8 @@ SHAPES = {
     "Kimi-K2": (
         "{% for m in messages %}{% if loop.first and messages[0].role != 'system' %}"
         "{{ '<|im_system|>system<|im_middle|>You are Kimi.<|im_end|>' }}{% endif %}"
-        "{{ '<|im_' + m.role + '|>' + m.role + '<|im_middle|>' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}"
-        "{{ '<|im_assistant|>assistant<|im_middle|>' }}{% endif %}",
+        "{{ '<|im_' + m.role + '|>' + m.role + '<|im_middle|>' + m.content + '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_assistant|>assistant<|im_middle|>' }}{% endif %}",
         ("<|im_end|>",),
         ("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>"),
     ),
@@ -148,3 +149,25 @@ def test_what_the_oracle_says_is_said_once_without_it():
     )
     with pytest.raises(RowError, match="system"):
         prompt_and_answer("Mistral-Nemo", chat(SYSTEM, QUESTION, ANSWER))
+
+
+def test_the_oracle_sees_a_mask_a_prompt_and_a_reason_that_are_wrong():
+    shape = template("QwQ")
+    row = chat(QUESTION, ANSWER)
+    right = encode_row(row, shape.tokenizer, train_on="last")
+    start, ids, labels = right.prompt_length, right.input_ids, right.labels
+    header_too = [*labels[: start - 1], ids[start - 1], *labels[start:]]
+    without_stop = [*labels[:-2], -100, labels[-1]]
+    wrong = [
+        [Encoded(ids, header_too, start)],
+        [Encoded(ids, without_stop, start)],
+        [Encoded(ids, labels, start - 1)],
+        [Encoded(ids[1:], labels[1:], start - 1)],
+        "the row is bad",
+    ]
+    oracle = Oracle(shape)
+    assert judge(oracle, row, "last", [Encoded(ids, labels, start)], noted=True).outcome == "right"
+    assert "no note" in judge(oracle, row, "last", [Encoded(ids, labels, start)], noted=False).detail
+    assert {judge(oracle, row, "last", got, noted=True).outcome for got in wrong} == {"wrong"}
+    untrue = judge(oracle, chat(QUESTION, calling(), tools=TOOLS), "last", "the row is too long", noted=False)
+    assert untrue.outcome == "wrong"

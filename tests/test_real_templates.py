@@ -9,7 +9,7 @@ from kdtrain.data import RowError, Source, build_dataset
 from kdtrain.data.encoded_row import truncate
 from kdtrain.data.encoder import RowEncoder
 from tests.templates.check import TRAIN_ON, judged
-from tests.templates.families import trl_names, trl_template
+from tests.templates.families import named_template, names
 from tests.templates.real_tokenizers import INTEGRITY, CannotFetch, real_tokenizer
 from tests.templates.rows import kinds
 
@@ -31,11 +31,11 @@ def test_the_tokenizers_are_the_published_ones(tokenizers):
     assert sizes == {"qwen3": 151669, "gemma3": 262145, "llama3_1": 128256, "deepseek_v3": 128815, "gptoss": 200019}
 
 
-@pytest.mark.parametrize("name", trl_names())
+@pytest.mark.parametrize("name", names())
 def test_every_kind_of_row_comes_out_as_the_template_renders_it_or_is_refused_with_a_true_reason(name):
     wrong = [
         f"{kind}, train_on {train_on}: {verdict.detail}"
-        for train_on, cells in judged(trl_template(name)).items()
+        for train_on, cells in judged(named_template(name)).items()
         for kind, verdict in cells.items()
         if verdict.outcome == "wrong"
     ]
@@ -45,7 +45,7 @@ def test_every_kind_of_row_comes_out_as_the_template_renders_it_or_is_refused_wi
 @pytest.mark.parametrize("name", ["qwen3", "phi3", "gptoss", "deepseekv3"])
 @pytest.mark.parametrize("train_on", TRAIN_ON)
 def test_a_data_set_has_the_rows_of_the_encoder_and_leaves_out_those_that_it_refuses(name, train_on, tmp_path):
-    template = trl_template(name)
+    template = named_template(name)
     rows = kinds(template.control_token)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
     options = {"max_length": None, "on_overlength": "error", "cache_dir": str(tmp_path)}
@@ -67,7 +67,7 @@ def test_a_data_set_has_the_rows_of_the_encoder_and_leaves_out_those_that_it_ref
 
 @pytest.mark.parametrize("name", ["qwen3_5_think", "gemma3", "llama3_1"])
 def test_a_long_answer_is_cut_from_the_right_and_keeps_its_prompt(name):
-    template = trl_template(name)
+    template = named_template(name)
     whole = RowEncoder(template.tokenizer, "last").encode([kinds("")["long"]], [None])[0][0]
     cut = truncate(whole, 300)
     assert (cut.input_ids, cut.labels, cut.prompt_length) == (

@@ -13,7 +13,7 @@ import os
 from collections import Counter
 
 from tests.templates.check import TRAIN_ON, judged
-from tests.templates.families import trl_names, trl_template
+from tests.templates.families import named_template, names
 
 OUTCOMES = ("right", "refused", "wrong")
 
@@ -26,12 +26,12 @@ def main() -> None:
     parser.add_argument("--wrong", action="store_true", help="what came out in each wrong cell")
     parser.add_argument("--refused", action="store_true", help="the reason of each refused cell")
     options = parser.parse_args()
-    names = [name for name in trl_names() if name.startswith(tuple(options.names) or "")]
+    chosen = [name for name in names() if name.startswith(tuple(options.names) or "")]
     total: Counter[str] = Counter()
     print(f"{'template':34}" + "".join(f"{on:>24}" for on in TRAIN_ON))
     print(f"{'':34}" + f"{'right refused wrong':>24}" * len(TRAIN_ON))
-    for name in names:
-        found = judged(trl_template(name))
+    for name in chosen:
+        found = judged(named_template(name))
         line, details = "", []
         for on, cells in found.items():
             count = Counter(verdict.outcome for verdict in cells.values())

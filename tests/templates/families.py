@@ -122,11 +122,18 @@ class Template:
         return self.family.stops[0]
 
 
-def trl_names() -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob("*.jinja"))
+# The tokenizers' own templates, which differ from those that trl has of their families (Qwen3's has 4,116 characters).
+OWN = {"own qwen3": "qwen", "own gemma3": "gemma", "own llama3_1": "llama3", "own deepseek_v3": "deepseek"}
 
 
-def trl_template(name: str) -> Template:
+def names() -> list[str]:
+    return [*sorted(path.stem for path in FOLDER.glob("*.jinja")), *OWN]
+
+
+def named_template(name: str) -> Template:
+    if name in OWN:
+        family = FAMILIES[OWN[name]]
+        return Template(name, family, family_tokenizer(family))
     family = FAMILIES[max((start for start in FAMILIES if name.startswith(start)), key=len)]
     text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     return Template(name, family, with_template(family_tokenizer(family), text))

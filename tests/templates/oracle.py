@@ -35,12 +35,15 @@ class Refusal(Exception):
         self.kind, self.detail = kind, detail
 
 
-# What a true reason speaks of.
+# What a true reason speaks of; {detail} is the refusal's.
 TRUE_REASONS = {
-    "raises": "refuses|renders|cannot",
-    "lost": "render|drop|does not|nowhere|lost|leaves out|ignores",
-    "control token": "control token|special token|token",
-    "rewrites": "render|differ|rewrit|changes",
+    "raises": "{detail}|renders",
+    "tools": "tools",
+    "tool_calls": "tool_calls|tools",
+    "reasoning": "reasoning",
+    "role": "messages.*role",
+    "control token": "control token {detail}",
+    "rewrites": "renders .* differently",
     "nothing trained": "loss|weight|train|supervis",
 }
 
@@ -286,21 +289,20 @@ class Conversation:
     def _refuse_lost(self, text: str, count: int) -> None:
         """Thinking of earlier turns may be gone: the model does not meet it at inference either."""
         for i, message in enumerate(self.said[:count]):
-            content = message["content"]
-            if message["role"] == "assistant" and i + 1 < count:
-                content = content.split("</think>")[-1]
-            wanted = _words(content)
-            for call in message.get("tool_calls", []):
-                wanted += [call["function"]["name"], *_words(json.dumps(call["function"]["arguments"]))]
-            if message["role"] == "assistant" and i + 1 == count:
-                wanted += _words(message.get("reasoning_content", ""))
-            if gone := [word for word in wanted if word not in text]:
-                raise Refusal("lost", f"{message['role']}: {gone[0]}")
+            thinking, content = "", message["content"]
+            if message["role"] == "assistant" and "</think>" in content:
+                thinking, content = content.rsplit("</think>", 1)
+            thinking += message.get("reasoning_content", "")
+            calls = json.dumps([call["function"] for call in message.get("tool_calls", [])])
+            wanted = [("role", content), ("tool_calls", calls.replace("arguments", ""))]
+            if i + 1 == count:
+                wanted.append(("reasoning", thinking))
+            for what, words in wanted:
+                if gone := [word for word in _words(words.replace('"name"', "")) if word not in text]:
+                    raise Refusal(what, f"{message['role']}: {gone[0]}")
         for tool in self.tools or []:
-            if tool["function"]["name"] not in text.replace(json.dumps("ice_chart"), "", 0) or "harbour" not in text:
-                raise Refusal("lost", "tools")
-            if _words(tool["function"]["description"])[0] not in text:
-                raise Refusal("lost", "tools")
+            if gone := [word for word in _words(tool["function"]["description"]) if word not in text]:
+                raise Refusal("tools", gone[0])
 
     def _apart(self, turn: Turn, style: str) -> bool:
         """Whether a token reaches over the prompt's end: then its ids and the answer's are tokenised apart."""
@@ -368,7 +370,7 @@ def judge(oracle: Oracle, row: Row, train_on: str, got: list[Encoded] | str, not
     except Refusal as refusal:
         if not isinstance(got, str):
             return Verdict("wrong", f"accepted, though {refusal}: {show(oracle, got)}")
-        true = re.search(TRUE_REASONS[refusal.kind], got)
+        true = re.search(TRUE_REASONS[refusal.kind].format(detail=re.escape(refusal.detail)), got)
         return Verdict("refused", f"{refusal} | {got}") if true else Verdict("wrong", f"untrue: {got} | {refusal}")
     if not fitting:
         return Verdict("wrong", f"{show(oracle, got)} | expected {show(oracle, ways[0].rows)}")
