@@ -38,7 +38,7 @@ test-deepspeed: setup
 	$(VENV)/bin/python -m pytest tests/test_deepspeed.py
 
 test-real: setup
-	$(VENV)/bin/python -m pytest -m real
+	$(VENV)/bin/python -m pytest -m real tests/test_real_templates.py
 
 lint: setup
 	$(VENV)/bin/ruff check .
