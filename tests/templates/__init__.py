@@ -1,0 +1,1 @@
+"""Chat templates held against an oracle: `python -m tests.templates --table` prints templates × rows."""
