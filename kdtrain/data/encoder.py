@@ -300,12 +300,12 @@ class RowEncoder:
         labels = [IGNORE_INDEX] * len(ids)
         for turn in rendered.turns:
             for start, end in turn.spans:
-                first, behind = tokens.first_from(start), tokens.complete_before(end)
+                first, behind = tokens.first_from(start), tokens.end_of(end)
                 labels[first:behind] = ids[first:behind]
         if self.options.train_on == "all":
             labels = list(ids)
             for start, end in rendered.excluded:
-                first, behind = tokens.first_from(start), tokens.complete_before(end)
+                first, behind = tokens.first_from(start), tokens.end_of(end)
                 labels[first:behind] = [IGNORE_INDEX] * (behind - first)
         if rendered.stop is not None:
             ids.append(self.tokenizer.convert_tokens_to_ids(rendered.stop))

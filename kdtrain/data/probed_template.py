@@ -188,8 +188,12 @@ class ProbedTemplate:
         except RowError:
             return Ends(tuple(eos))
         if tail:
-            # Between two turns there has to be an end and a beginning: one token alone is the beginning.
-            found = [*eos, tail[0], *gap[: len(gap) > 1], *self._end_of_call()]
+            # What stands behind every answer, with or without a next message, is its end; the last of it stops the
+            # model. Between two turns there has to be a beginning as well: one token alone is that.
+            shared = [
+                one for one, other in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tail, gap, strict=False))
+            ]
+            found = [*eos, *(shared[-1:] or [tail[0], *gap[: len(gap) > 1]]), *self._end_of_call()]
             return Ends(tuple(dict.fromkeys(found)))
         # The next message ends the turn: with a token of its own, or with the one of its role (GLM).
         user = gap[0] if gap else None

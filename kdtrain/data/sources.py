@@ -286,5 +286,6 @@ def _no_columns(source: Source, name: str, found: list[str]) -> DataError:
         return DataError(f"{show(name, 400)} has the columns {listed}, not those of columns ({mapped}){hint}")
     return DataError(
         f"{show(name, 400)} has none of the columns {', '.join(ROW_COLUMNS)} but {listed}. Map them, for example "
-        "columns: {instruction: question, output: answer} (with the chat template) or {prompt: question, completion: answer}"
+        "columns: {instruction: question, output: answer} with the chat template, or {prompt: question, completion: "
+        "answer} without it"
     )

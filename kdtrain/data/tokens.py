@@ -37,6 +37,19 @@ class Tokens:
             token -= 1
         return token
 
+    def end_of(self, char: int) -> int:
+        """The first token behind a text that ends at a character.
+
+        A token that goes on behind it belongs to the text if it goes on with white space alone: some tokenizers take
+        what follows a special token into it (`rstrip`).
+        """
+        token = self.complete_before(char)
+        if token < len(self.ids) and char not in self.edges:
+            start, end = self.offsets[token]
+            if start < char < end and self.text[start:char].strip() and not self.text[char:end].strip():
+                return token + 1
+        return token
+
     def straddled(self, char: int) -> bool:
         """Whether a token begins before a character and ends behind it."""
         return self.complete_before(char) < self.first_from(char)
