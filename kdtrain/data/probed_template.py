@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -190,9 +190,7 @@ class ProbedTemplate:
         if tail:
             # What stands behind every answer, with or without a next message, is its end; the last of it stops the
             # model. Between two turns there has to be a beginning as well: one token alone is that.
-            shared = [
-                one for one, other in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tail, gap, strict=False))
-            ]
+            shared = tail[: common(tail, gap)]
             found = [*eos, *(shared[-1:] or [tail[0], *gap[: len(gap) > 1]]), *self._end_of_call()]
             return Ends(tuple(dict.fromkeys(found)))
         # The next message ends the turn: with a token of its own, or with the one of its role (GLM).
@@ -250,8 +248,8 @@ def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
-def common(one: str, other: str) -> int:
-    """How many leading characters two texts share."""
+def common(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many leading characters two texts share, or items two lists."""
     shorter = min(len(one), len(other))
     return next((i for i in range(shorter) if one[i] != other[i]), shorter)
 
