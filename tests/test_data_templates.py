@@ -2,7 +2,7 @@
 
 import pytest
 
-from kdtrain.data import RowError, encode_row
+from kdtrain.data import encode_row
 from tests import tiny
 from tests.templates.check import judged
 from tests.templates.families import Family, Template, with_template, with_tokens
@@ -147,8 +147,10 @@ def test_what_the_oracle_says_is_said_once_without_it():
         "<|im_start|>user\nWhich harbour freezes first?<|im_end|>\n<|im_start|>assistant\n",
         "Oulu, mostly in November.<|im_end|>",
     )
-    with pytest.raises(RowError, match="system"):
-        prompt_and_answer("Mistral-Nemo", chat(SYSTEM, QUESTION, ANSWER))
+    assert prompt_and_answer("Mistral-Nemo", chat(SYSTEM, QUESTION, ANSWER)) == (
+        f"<s>[INST]{SYSTEM['content']}\n\nWhich harbour freezes first?[/INST]",
+        "Oulu, mostly in November.</s>",
+    )
 
 
 def test_the_oracle_sees_a_mask_a_prompt_and_a_reason_that_are_wrong():

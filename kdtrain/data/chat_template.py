@@ -21,10 +21,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kdtrain.data.errors import RowError, show
-from kdtrain.data.messages import THINK, THINK_END, reasoning_moved, reasoning_of, rewritten, with_messages, written
+from kdtrain.data.messages import (
+    PROBE_WORDS,
+    THINK,
+    THINK_END,
+    probe,
+    reasoning_moved,
+    reasoning_of,
+    rewritten,
+    with_messages,
+    written,
+)
 from kdtrain.data.probed_template import ProbedTemplate, any_of, boundaries, common
 from kdtrain.data.rendered import Rendered, Turn
-from kdtrain.data.row_notes import FIRST_LEFT, OTHER_PROMPT, SPACE_KEPT, SPLIT, STOP_ADDED, THOUGHT
+from kdtrain.data.row_notes import FIRST_LEFT, OTHER_HISTORY, OTHER_PROMPT, SPACE_KEPT, SPLIT, STOP_ADDED, THOUGHT
 from kdtrain.data.rows import Chat
 from kdtrain.data.unrendered import UnrenderedFinder
 
@@ -170,11 +180,35 @@ class ChatTemplate:
             ends = [end for end in boundaries(header, self._template.added_pattern) if 0 < end <= reached]
             if ends:
                 return text, len(before) + max(ends), OTHER_PROMPT
+        start = self._answer_start(call, i, prompt, text)
+        if start is not None:
+            return prompt + text[start:], len(prompt), OTHER_HISTORY
         raise RowError(
             f"the chat template renders the messages before messages[{i}] differently once that answer follows: alone "
             f"…{_around(prompt, at)}…, with it …{_around(text, at)}…. What the student would be trained on is not what "
             "it is given at inference"
         )
+
+    def _answer_start(self, call: _Call, i: int, prompt: str, text: str) -> int | None:
+        """Where the answer `i` starts behind what is left of its prompt, seen from a rendering with other words in it.
+
+        None where the two do not end alike: the answer would not go on from the prompt as the template has it.
+        """
+        words = with_messages(call.chat, [i], lambda message: probe(message, i))
+        try:
+            other = self._render(replace(call, chat=words), i + 1)
+        except RowError:
+            return None
+        first = min((at for word in PROBE_WORDS if (at := other.find(word.format(i))) >= 0), default=-1)
+        if first < 0 or not text.startswith(other[:first]):
+            return None
+        for header in self._template.headers:
+            if prompt.endswith(header) and (at := other.rfind(header, 0, first)) >= 0:
+                return at + len(header)
+        ends = [match.end() for match in self._template.added_pattern.finditer(other, 0, first)]
+        if not ends or other[ends[-1] : first].strip() or not prompt.endswith(other[: ends[-1]][-8:]):
+            return None
+        return ends[-1]
 
     def _behind_header(self, text: str, start: int, *, anywhere: bool) -> int:
         """Some templates write no generation prompt after some messages, but a header in front of the answer.

@@ -14,6 +14,9 @@ THINK, THINK_END = "<think>", "</think>"
 
 Message = dict[str, Any]
 
+# What `probe` writes first of a message.
+PROBE_WORDS = ("kdprobe kdprobecontent{}x", "kdprobereasoning{}x", "kdprobecall{}x0x")
+
 
 def form_of(chat: Chat) -> Any:
     """All that decides what a template leaves out, beside the words."""

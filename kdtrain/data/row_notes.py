@@ -8,6 +8,10 @@ OTHER_PROMPT = (
     "they part, which is earlier than at inference. Give answers reasoning_content, or set data.chat_template_kwargs "
     "(enable_thinking: false, where the template knows it)"
 )
+OTHER_HISTORY = (
+    "the template renders earlier messages differently once the answer follows: the prompt is the one at inference, "
+    "and the answer goes on from it"
+)
 SPACE_KEPT = (
     "the template leaves out white space at the end of the generation prompt once the answer follows: it is kept, as "
     "at inference"

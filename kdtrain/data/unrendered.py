@@ -49,34 +49,38 @@ class UnrenderedFinder:
         notes = [KWARGS_UNREAD] if any(map(self._template.does_not_read, chat.template_kwargs)) else []
         for end in ends if self._train_on == "assistant" else ends[-1:]:
             try:
-                text = self._template.render(
-                    words.messages[: end + 1],
-                    words.tools,
-                    chat.template_kwargs,
-                    generation_prompt=chat.prompt_only,
-                )[0]
+                text = self._text(words, end + 1, chat.prompt_only)
+                # What the model is given is rendered without the answer, which can change it.
+                given = text if chat.prompt_only or not end else self._text(words, end, True)
             except RowError:
                 continue  # the row itself says why
-            if problem := next(_left_out(chat, end, text), ""):
+            if problem := next(_left_out(chat, end, given, text), ""):
                 return Unrendered(problem)
             for i, message in enumerate(chat.messages[: end + 1]):
-                if has_reasoning(message) and f"kdprobereasoning{i}x" not in text:
+                if has_reasoning(message) and f"kdprobereasoning{i}x" not in (text if i == end else given):
                     if i == end:
                         reasoning.append(i)
                     else:
                         notes.append(EARLIER_REASONING)
-                if message.get("name") and message["role"] != "tool" and f"kdprobename{i}x" not in text:
+                if message.get("name") and message["role"] != "tool" and f"kdprobename{i}x" not in given:
                     notes.append(NAME_UNREAD)
         return Unrendered("", tuple(reasoning), tuple(dict.fromkeys(notes)))
 
+    def _text(self, words: Chat, count: int, generation_prompt: bool) -> str:
+        messages = words.messages[:count]
+        return self._template.render(messages, words.tools, words.template_kwargs, generation_prompt=generation_prompt)[
+            0
+        ]
 
-def _left_out(chat: Chat, end: int, text: str) -> Iterator[str]:
+
+def _left_out(chat: Chat, end: int, given: str, answered: str) -> Iterator[str]:
     for i, message in enumerate(chat.messages[: end + 1]):
+        text = answered if i == end else given
         if f"kdprobecontent{i}x" not in text and has_answer_text(message):
             yield f"the chat template leaves out messages[{i}], which has the role {message['role']}"
         for j, _ in enumerate(message.get("tool_calls") or ()):
             if f"kdprobecall{i}x{j}x" not in text:
                 yield f"the chat template leaves out messages[{i}].tool_calls[{j}]"
     for j, _ in enumerate(chat.tools or ()):
-        if f"kdprobetool{j}x" not in text:
+        if f"kdprobetool{j}x" not in given:
             yield f"the chat template leaves out tools[{j}]: it is not made for tools"

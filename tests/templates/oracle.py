@@ -233,7 +233,7 @@ class Conversation:
 
     def _turn(self, i: int, style: str) -> Turn:
         text = self._own(i + 1, False)
-        self._refuse_lost(text, i + 1)
+        self._refuse_lost((self._given(i) or text) + text, i + 1)
         prompt, begin, noted = self._prompt(i, text, style)
         family = self.oracle.template.family
         stops = family.stops
@@ -245,13 +245,16 @@ class Conversation:
         end = max(ends, default=len(text))
         return Turn(prompt + text[begin:end], len(prompt), text[end:], noted)
 
+    def _given(self, i: int) -> str:
+        try:
+            return self._own(i, True)
+        except Refusal:
+            return ""
+
     def _prompt(self, i: int, text: str, style: str) -> tuple[str, int, bool]:
         """The prompt, where the answer begins in `text`, and whether a note must say how they differ from inference."""
         header = self.oracle.header()
-        try:
-            prompt = self._own(i, True)
-        except Refusal:
-            prompt = ""
+        prompt = self._given(i)
         if prompt and text.startswith(prompt):
             # Some templates write a header behind the user's messages only.
             missing = self.oracle.common(header, text[len(prompt) :]) if not prompt.endswith(header) else 0
@@ -263,6 +266,8 @@ class Conversation:
             if common > len(prompt.removesuffix(header)):
                 own = style == "own" and not prompt[common:].strip()
                 return prompt if own else text[:common], common, True
+            if i and (begin := self._goes_on(prompt, text, header, answer)) is not None:
+                return prompt, begin, True
             if i:
                 raise Refusal("rewrites", f"{prompt[common:][:80]!r} becomes {text[common:][:80]!r}")
         if not header:
@@ -273,6 +278,18 @@ class Conversation:
         if not length:
             raise Refusal("rewrites", "no header before the answer")
         return text[: at + length], at + length, False
+
+    def _goes_on(self, prompt: str, text: str, header: str, answer: int) -> int | None:
+        """Where the answer begins in a text whose earlier messages are not those of the prompt, if both end alike."""
+        if header:
+            at = text.rfind(header, 0, answer)
+            return at + len(header) if at >= 0 and prompt.endswith(header) else None
+        ends = [
+            text.rfind(token, 0, answer) + len(token)
+            for token in self.oracle.template.tokenizer.get_added_vocab()
+            if token in text[:answer] and prompt.endswith(token)
+        ]
+        return max((end for end in ends if not text[end:answer].strip()), default=None)
 
     def _answer_begins(self, i: int, text: str) -> int:
         message, start = self.said[i], 0
@@ -288,21 +305,21 @@ class Conversation:
 
     def _refuse_lost(self, text: str, count: int) -> None:
         """Thinking of earlier turns may be gone: the model does not meet it at inference either."""
+        wanted = []
         for i, message in enumerate(self.said[:count]):
             thinking, content = "", message["content"]
             if message["role"] == "assistant" and "</think>" in content:
                 thinking, content = content.rsplit("</think>", 1)
             thinking += message.get("reasoning_content", "")
             calls = json.dumps([call["function"] for call in message.get("tool_calls", [])])
-            wanted = [("role", content), ("tool_calls", calls.replace("arguments", ""))]
+            calls = calls.replace("arguments", "").replace('"name"', "")
+            wanted += [("role", message, content), ("tool_calls", message, calls)]
             if i + 1 == count:
-                wanted.append(("reasoning", thinking))
-            for what, words in wanted:
-                if gone := [word for word in _words(words.replace('"name"', "")) if word not in text]:
-                    raise Refusal(what, f"{message['role']}: {gone[0]}")
-        for tool in self.tools or []:
-            if gone := [word for word in _words(tool["function"]["description"]) if word not in text]:
-                raise Refusal("tools", gone[0])
+                wanted.append(("reasoning", message, thinking))
+        wanted += [("tools", {"role": "tools"}, tool["function"]["description"]) for tool in self.tools or []]
+        for what, message, words in sorted(wanted, key=lambda one: one[0] == "reasoning"):
+            if gone := [word for word in _words(words) if word not in text]:
+                raise Refusal(what, f"{message['role']}: {gone[0]}")
 
     def _apart(self, turn: Turn, style: str) -> bool:
         """Whether a token reaches over the prompt's end: then its ids and the answer's are tokenised apart."""
