@@ -221,7 +221,12 @@ class RowEncoder:
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = self.tokenizer.split_special_tokens
-        encodings = backend.encode_batch(texts, add_special_tokens=False)  # the chat template writes them itself
+        # Post-processing adds special tokens, which the chat template writes itself, and trims white space off offsets.
+        kept, backend.post_processor = backend.post_processor, None
+        try:
+            encodings = backend.encode_batch(texts, add_special_tokens=False)
+        finally:
+            backend.post_processor = kept
         return [Tokens(self.tokenizer, text, one.ids, one.offsets) for text, one in zip(texts, encodings, strict=True)]
 
     def _tokenize_apart(self, text: str, at: set[int]) -> Tokens:

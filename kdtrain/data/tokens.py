@@ -25,15 +25,14 @@ class Tokens:
         """The first token that begins at or after a character."""
         if char in self.edges:
             return self.edges[char]
-        token = bisect_left(self.offsets, (char, -1))
-        return token + 1 if self._begins_earlier(token, char) else token
+        return bisect_left(self.offsets, (char, -1))
 
     def complete_before(self, char: int) -> int:
         """How many leading tokens lie entirely before a character: a straddling one would give away the answer."""
         if char in self.edges:
             return self.edges[char]
         token = self.first_from(char)
-        while token and (self.offsets[token - 1][1] > char or self._begins_earlier(token - 1, char)):
+        while token and self.offsets[token - 1][1] > char:
             token -= 1
         return token
 
@@ -66,12 +65,3 @@ class Tokens:
         first = self.first_from(chars)
         offsets = [(start - chars, end - chars) for start, end in self.offsets[first:]]
         return Tokens(self.tokenizer, self.text[chars:], self.ids[first:], offsets)
-
-    def _begins_earlier(self, token: int, char: int) -> bool:
-        """Some tokenizers leave the leading space out of a token's offsets (`trim_offsets`): it begins before them."""
-        if not 0 < token < len(self.ids):
-            return False
-        gap_start, gap_end = self.offsets[token - 1][1], self.offsets[token][0]
-        if not gap_start < char <= gap_end or self.text[gap_start:gap_end].strip():
-            return False
-        return str(self.tokenizer.convert_ids_to_tokens(self.ids[token])).startswith(_SPACES)
