@@ -1,4 +1,4 @@
-"""What a chat template makes of a conversation beyond plain turns: what it leaves out, reasoning, calls, where turns end."""
+"""What a chat template makes of a conversation beyond plain turns: reasoning, tool calls, what it leaves out."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
@@ -37,9 +37,9 @@ THINKING = (
 )
 # As DeepSeek's: a thinking block is opened in the generation prompt, and cut out of every answer.
 OPENING = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' + "
-    "m.content.split('</think>')[-1] + '<|im_end|>\n' }}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
 USERS_AND_ASSISTANTS = (
     "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}{{ '<|im_start|>' + m.role + '\n' + m.content + "
