@@ -285,6 +285,7 @@ CHANGES: dict[str, Change] = {
     "rlhf.teacher.adapter": Change("org/adapter", built("build_teacher")),
     "rlhf.teacher.revision": Change("v2", built("build_teacher")),
     "rlhf.teacher.processor_kwargs": Change({"max_pixels": 4096}, built("load_processing")),
+    "rlhf.teacher.chat_template_kwargs": Change({"enable_thinking": True}, built("build_dataset")),
     "rlhf.teacher.prefix": Change("Think.", findings),
     "rlhf.teacher.base_url": Change("http://127.0.0.1:1/v1", findings),
     "rlhf.teacher.model": Change("teacher", findings),

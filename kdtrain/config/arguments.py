@@ -86,7 +86,7 @@ def build_train_arguments(config: RunConfig, hardware: Hardware | None = None) -
         raise ConfigError(f"training: {clean(str(error))}") from error
     attached = {name: value for name, value in config.options if name not in training_fields()}
     # What the trainer's constructor cannot do by itself, so that it notices, and what its own collator does.
-    attached |= {"tuner": config.tuner, "chats": config.data.chats, "on_overlength": config.data.on_overlength}
+    attached |= {"tuner": config.tuner, "chats": config.chats, "on_overlength": config.data.on_overlength}
     for name, value in attached.items():
         setattr(training_args, name, value)
     return TrainArguments(config, training_args)

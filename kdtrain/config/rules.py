@@ -17,7 +17,16 @@ from kdtrain.config.tree import KeyPath, Node, Problem, Written, dotted
 _SERVER = ("base_url", "model", "api_key_env", "top_k", "tail", "timeout_s", "max_retries", "concurrency")
 # By backend: the options of `rlhf.teacher` that it has, and which options name the teacher.
 _TEACHER_OPTIONS: dict[str, tuple[str, ...]] = {
-    "hf": ("dtype", "device_map", "quantization", "adapter", "revision", "prefix", "processor_kwargs"),
+    "hf": (
+        "dtype",
+        "device_map",
+        "quantization",
+        "adapter",
+        "revision",
+        "chat_template_kwargs",
+        "prefix",
+        "processor_kwargs",
+    ),
     "self": ("prefix",),
     "vllm": _SERVER,
     "openai": _SERVER,
@@ -178,6 +187,9 @@ def visual_options(config: RunConfig, written: Written) -> Iterator[Problem]:
         return
     if visual.weight == 0:
         yield from written.idle(["enabled"], "custom.visual_kd.weight is 0", *path)
+    elif config.rlhf.teacher.chat_template_kwargs:
+        message = "cannot be combined with custom.visual_kd yet: the teacher would read images among other tokens"
+        yield Problem(("rlhf", "teacher", "chat_template_kwargs"), message, "remove one of them", on_key=True)
     for name, target in visual.targets.items():
         if target.module and (target.student_module or target.teacher_module):
             message = "given together with student_module or teacher_module"
@@ -248,7 +260,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (processor_options, ("data.processor_kwargs", "rlhf.teacher.processor_kwargs")),
     (idle_lora, ("tuner.train_type", "tuner.lora_dropout", "rlhf.disable_dropout")),
     (idle_ce, ("rlhf.llm_kd_weight", "rlhf.sft_alpha", "data.train")),
-    (visual_options, ("custom.visual_kd",)),
+    (visual_options, ("custom.visual_kd", "rlhf.teacher.chat_template_kwargs")),
     (
         always_on_policy,
         ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.sft_alpha", "rlhf.seq_kd", "data.train", "data.eval"),

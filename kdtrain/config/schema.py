@@ -220,7 +220,7 @@ class DataConfig(Section):
 
     @property
     def chats(self) -> dict[str, Any]:
-        """How conversations become tokens: the fields of `kdtrain.data.TemplateOptions`."""
+        """Those of its options that say how conversations become tokens; see `RunConfig.chats`."""
         names = ("train_on", "turns", "reasoning", "control_tokens", "chat_template_kwargs")
         return {name: getattr(self, name) for name in names}
 
@@ -243,6 +243,12 @@ class TeacherConfig(Section):
     """hf: branch, tag or commit on the hub."""
     processor_kwargs: dict[str, Any] | None = None
     """hf: settings of the teacher's image processor; null takes data.processor_kwargs, `{}` those saved with it."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """hf: arguments for the chat template of the conversations as the teacher reads them, such as
+    `{enable_thinking: true}` where the student's are `{enable_thinking: false}`. They win over
+    `data.chat_template_kwargs` and over a row's own; what they lack is as for the student. Both models are compared on
+    the same answer: a row in which it has other tokens for the teacher is bad. Answers that are generated stand behind
+    the generation prompt of each."""
     prefix: Annotated[Any, Field(json_schema_extra={"type": ["array", "string", "object", "null"]})] = None
     """self, hf: messages only the teacher sees: a list of messages, a file, or `{column: name}`."""
     base_url: Text | None = None
@@ -363,6 +369,12 @@ class RunConfig(Section):
     def answers_from_teacher(self) -> bool:
         """Whether the teacher writes the answers of a data source before training."""
         return any(source.answers == "teacher" for source in (*self.data.train, *self.data.eval_sources))
+
+    @property
+    def chats(self) -> dict[str, Any]:
+        """How conversations become tokens: the fields of `kdtrain.data.TemplateOptions`."""
+        kwargs = self.rlhf.teacher.chat_template_kwargs if self.asks_teacher else {}
+        return {**self.data.chats, "teacher_chat_template_kwargs": kwargs or None}
 
     @property
     def asks_teacher(self) -> bool:

@@ -63,6 +63,26 @@ class TeacherImages:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherTokens:
+    """The rows as the teacher reads them, padded on the right, where it reads another text than the student.
+
+    Their supervised tokens are the student's: as many in every row, the same ids in the same order.
+    """
+
+    input_ids: torch.Tensor
+    """[B, T'] long, like the next two."""
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    """−100 where nothing is supervised."""
+    prompt_lengths: torch.Tensor | None = None
+    """[B] long: leading tokens that are the teacher's prompt."""
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """One micro-batch."""
 
@@ -75,6 +95,7 @@ class Batch:
     visual_sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """Per tensor of images: how many entries along its first axis each of the B rows owns."""
     teacher_images: TeacherImages | None = None
+    teacher_tokens: TeacherTokens | None = None
     generated_by: Literal["student", "teacher"] | None = None
     """Who wrote the answers; None are those of the data."""
     all_repeated: bool = False
@@ -152,20 +173,62 @@ class Batch:
 
     @property
     def teacher_inputs(self) -> Mapping[str, Any]:
-        """What the teacher's forward takes: its own images replace all of the student's, which it may not know."""
+        """What the teacher's forward takes: its own images replace all of the student's, which it may not know.
+
+        Raises:
+            DataError: it reads other tokens, in which `predicts_BT` would select others than the supervised ones.
+        """
+        if self.teacher_tokens is not None:
+            raise DataError(
+                "The teacher reads other tokens than the student (rlhf.teacher.chat_template_kwargs), whose positions "
+                "are not its own: take model_inputs and predicts_BT of batch.as_teacher_sees_it()."
+            )
         if self.teacher_images is None:
             return self.model_inputs
         students = {key: value for key, value in self.model_inputs.items() if key not in self.visual_sizes}
         return students | dict(self.teacher_images.inputs)
 
     def as_teacher_sees_it(self) -> Batch:
-        if self.teacher_images is None:
-            return self
-        sizes = self.teacher_images.sizes
-        return replace(self, model_inputs=self.teacher_inputs, visual_sizes=sizes, teacher_images=None)
+        """The batch with the teacher's inputs, and with its own labels and prompts where it reads other tokens.
+
+        The supervised tokens, `labels_S`, are the same, in the same order.
+
+        Raises:
+            DataError: they are not.
+        """
+        seen = self if self.teacher_tokens is None else self._with_teacher_tokens(self.teacher_tokens)
+        if seen.teacher_images is None:
+            return seen
+        sizes = seen.teacher_images.sizes
+        return replace(seen, model_inputs=seen.teacher_inputs, visual_sizes=sizes, teacher_images=None)
+
+    def _with_teacher_tokens(self, tokens: TeacherTokens) -> Batch:
+        per_token = {}  # of rows with images, which both read alike; those of text are 0
+        for name, values in self.token_level.items():
+            per_token[name] = values.new_zeros(*tokens.labels.shape, *values.shape[2:])
+            width = min(values.shape[1], tokens.labels.shape[1])
+            per_token[name][:, :width] = values[:, :width]
+        seen = replace(
+            self,
+            model_inputs={**self.model_inputs, **per_token, **tokens.inputs},
+            labels=tokens.labels,
+            rows=replace(self.rows, prompt_lengths=tokens.prompt_lengths, prompts=None),
+            teacher_tokens=None,
+        )
+        # By row as well: a token more in one and less in the next would be the same tokens in all.
+        same_counts = torch.equal(seen.predicts_BT.sum(1), self.predicts_BT.sum(1))
+        if not same_counts or not torch.equal(seen.labels_S, self.labels_S):
+            raise DataError(
+                "A batch has other supervised tokens for the teacher than for the student, and distillation compares "
+                "them one by one: give both the same, in the same order."
+            )
+        return seen
 
     def without_labels(self) -> Batch:
-        return replace(self, labels=torch.full_like(self.labels, IGNORE_INDEX))
+        tokens = self.teacher_tokens
+        if tokens is not None:
+            tokens = replace(tokens, labels=torch.full_like(tokens.labels, IGNORE_INDEX))
+        return replace(self, labels=torch.full_like(self.labels, IGNORE_INDEX), teacher_tokens=tokens)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Batch:
         """Accelerate's data loaders call this."""
@@ -184,7 +247,7 @@ class Batch:
             changes.append(changed is not tensor)
             return changed
 
-        rows, images = self.rows, self.teacher_images
+        rows, images, tokens = self.rows, self.teacher_images, self.teacher_tokens
         mapped = replace(
             self,
             model_inputs=_mapped(self.model_inputs, noted),
@@ -196,6 +259,7 @@ class Batch:
                 ce=_mapped(rows.ce, noted),
             ),
             teacher_images=None if images is None else replace(images, inputs=_mapped(images.inputs, noted)),
+            teacher_tokens=None if tokens is None else TeacherTokens(**_mapped(vars(tokens), noted)),
         )
         return mapped if any(changes) else self
 
@@ -252,15 +316,22 @@ def received(batch: Batch | Mapping[str, Any], accepted: frozenset[str] | None) 
 
     A mapping has `input_ids`, `attention_mask`, `labels` and whatever else the model takes; optionally `prompt_lengths`
     [B] (or trl's `prompts`), `ce_rows` [B], `row_ids`, `visual_sizes`, `teacher_inputs` and `teacher_visual_sizes`.
+    Where the teacher reads other tokens, `teacher_inputs` has `input_ids`, `attention_mask` and `labels` of its own as
+    well, and `prompt_lengths` where answers are generated.
     """
     found = batch if isinstance(batch, Batch) else _from_mapping(batch)
     inputs = found.model_inputs
     known = _TEXT | _FOR_ATTENTION | found.token_level.keys() | found.visual.keys()
     left_out = [key for key in inputs if not (accepted is None or key in accepted | known)]
-    if not left_out:
-        return found
-    _warn_left_out(tuple(left_out))
-    return replace(found, model_inputs={key: value for key, value in inputs.items() if key not in left_out})
+    if left_out:
+        _warn_left_out(tuple(left_out))
+        found = replace(found, model_inputs={key: value for key, value in inputs.items() if key not in left_out})
+    if found.teacher_tokens is not None and accepted is not None and found.unknown_inputs:
+        raise DataError(
+            f"Batches carry {', '.join(found.unknown_inputs)} for the student's tokens, and the teacher reads other "
+            "ones, which they do not fit."
+        )
+    return found
 
 
 def _from_mapping(batch: Mapping[str, Any]) -> Batch:
@@ -280,14 +351,33 @@ def _from_mapping(batch: Mapping[str, Any]) -> Batch:
         truncated=rest.pop("truncated", ()),
         places=rest.pop("places", None),
     )
-    images, sizes = rest.pop("teacher_inputs", None), rest.pop("teacher_visual_sizes", {})
+    tokens, images = _of_teacher(rest.pop("teacher_inputs", None))
+    sizes = rest.pop("teacher_visual_sizes", {})
     return Batch(
         labels=labels,
         rows=rows,
         visual_sizes=rest.pop("visual_sizes", {}),
         teacher_images=None if images is None else TeacherImages(inputs=images, sizes=sizes),
+        teacher_tokens=tokens,
         model_inputs=rest,
     )
+
+
+_TOKENS = ("input_ids", "attention_mask", "labels")
+
+
+def _of_teacher(inputs: Mapping[str, Any] | None) -> tuple[TeacherTokens | None, Mapping[str, Any] | None]:
+    """The tokens and the images that a user's collator gives for the teacher; None where it gives none."""
+    if inputs is None or "input_ids" not in inputs:
+        return None, inputs
+    if missing := [name for name in _TOKENS if inputs.get(name) is None]:
+        raise DataError(
+            f"The collator's teacher_inputs have input_ids and no {' or '.join(missing)}: give labels [B, T] with the "
+            "student's supervised tokens, and a mask, or leave the tokens out where both models read the same."
+        )
+    tokens = TeacherTokens(**{name: inputs[name] for name in _TOKENS}, prompt_lengths=inputs.get("prompt_lengths"))
+    images = {name: value for name, value in inputs.items() if name not in (*_TOKENS, "prompt_lengths")}
+    return tokens, images or None
 
 
 @functools.cache
@@ -301,6 +391,10 @@ def right_padded(batch: Batch) -> Batch:
     On the left it shifts the positions of models that count them from the first column, and stands between the virtual
     tokens of prompt tuning and the row.
     """
+    if (tokens := batch.teacher_tokens) is not None:
+        of_teacher = right_padded(Batch(model_inputs=tokens.inputs, labels=tokens.labels))
+        tokens = replace(tokens, **of_teacher.model_inputs, labels=of_teacher.labels)
+        batch = replace(batch, teacher_tokens=tokens)
     mask = batch.model_inputs.get("attention_mask")
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or bool(mask[:, 0].all()):
         return batch

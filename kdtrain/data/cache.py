@@ -52,6 +52,10 @@ _FEATURES = datasets.Features(
         "text": datasets.Value("large_string"),
         "sizes": datasets.List(datasets.Value("int32")),
         "images": datasets.List({"path": datasets.Value("string"), "bytes": datasets.Value("large_binary")}),
+        # The row as the teacher reads it, null where that is as the student does.
+        "teacher_input_ids": datasets.Sequence(datasets.Value("int32")),
+        "teacher_labels": datasets.Sequence(datasets.Value("int32")),
+        "teacher_prompt_length": datasets.Value("int32"),
     }
 )
 
@@ -212,12 +216,12 @@ def _bad(error: RowError) -> dict[str, Any]:
 
 
 def _fitted(row: EncodedRow, limits: Limits) -> dict[str, Any]:
-    length = len(row.input_ids)
-    if limits.max_length is None or length <= limits.max_length:
-        return _record(row, "ok", length)
+    if limits.max_length is None or row.longest <= limits.max_length:
+        return _record(row, "ok", len(row.input_ids))
     if limits.on_overlength == "truncate" and (cut := truncate(row, limits.max_length)):
-        return _record(cut, "ok", length)
-    return _record(_NOTHING, "long" if limits.on_overlength == "error" else "dropped", length)
+        return _record(cut, "ok", row.longest)
+    by_teacher = " (as the teacher reads it)" if len(row.input_ids) < row.longest else ""
+    return _record(_NOTHING, "long" if limits.on_overlength == "error" else "dropped", row.longest, by_teacher)
 
 
 def _record(row: EncodedRow, status: str, length: int, problem: str = "") -> dict[str, Any]:
@@ -225,4 +229,6 @@ def _record(row: EncodedRow, status: str, length: int, problem: str = "") -> dic
     same = {name: value for name, value in vars(row).items() if name in _FEATURES}
     images = [image.record for image in row.images]
     found = {"status": status, "problem": problem, "again": False, "length": length, "supervised": row.supervised}
-    return {**same, **found, "images": images}
+    names = ("input_ids", "labels", "prompt_length")
+    teacher = {f"teacher_{name}": row.teacher and getattr(row.teacher, name) for name in names}
+    return {**same, **found, **teacher, "images": images}

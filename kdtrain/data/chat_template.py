@@ -52,6 +52,8 @@ class TemplateOptions:
     reasoning: str = "error"
     control_tokens: str = "error"
     chat_template_kwargs: Mapping[str, Any] | None = None
+    teacher_chat_template_kwargs: Mapping[str, Any] | None = None
+    """`rlhf.teacher.chat_template_kwargs`: what the teacher's rendering has instead; see `teacher_view.py`."""
 
 
 class ChatTemplate:
@@ -71,6 +73,7 @@ class ChatTemplate:
         self._options = options or TemplateOptions()
         kwargs = self._options.chat_template_kwargs
         self._template = ProbedTemplate(processing_class, chat_template, tools, kwargs)
+        self._template.check_kwargs(self._options.teacher_chat_template_kwargs, "rlhf.teacher.chat_template_kwargs")
         self._unrendered = UnrenderedFinder(self._template, self._options.train_on)
         ends = self._template.ends.all
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -83,8 +86,8 @@ class ChatTemplate:
     def text(self) -> str:
         return self._template.text
 
-    def render(self, chat: Chat) -> list[Rendered]:
-        """One text, or one for each trained turn where they cannot share it.
+    def render(self, chat: Chat, *, split: bool = False) -> list[Rendered]:
+        """One text, or one for each trained turn where they cannot share it, or with `split`.
 
         Raises:
             RowError: the template cannot render the conversation as the model meets it, or leaves out a part of it.
@@ -95,13 +98,13 @@ class ChatTemplate:
         if chat.prompt_only:
             rendered = [Rendered(self._prompt(call, len(chat.messages)), messages=len(chat.messages))]
         else:
-            rendered = self._answered(call)
+            rendered = self._answered(call, split)
         rendered = [replace(one, notes=(*notes, *one.notes)) for one in rendered]
         if self._options.control_tokens == "text":
             rendered = [one.without_marks() for one in rendered]
         return rendered
 
-    def _answered(self, call: _Call) -> list[Rendered]:
+    def _answered(self, call: _Call, split: bool) -> list[Rendered]:
         wanted = call.chat.trained
         if not wanted:
             raise RowError("no turn is trained on: the loss is switched off in all of them")
@@ -112,11 +115,12 @@ class ChatTemplate:
             return [self._all(call, alone[-1])]
         if len(alone) == 1:
             return alone
-        if self._options.turns != "split" and (joint := self._joint(alone)) is not None:
+        split = split or self._options.turns == "split"
+        if not split and (joint := self._joint(alone)) is not None:
             return [joint]
         if self._options.turns == "joint":
             raise RowError(f"{SPLIT}, and data.turns is joint: set it to auto, or data.train_on to last")
-        note = () if self._options.turns == "split" else (SPLIT,)
+        note = () if split else (SPLIT,)
         return [replace(one, notes=(*note, *one.notes)) for one in alone]
 
     def _each_alone(self, call: _Call, wanted: list[int]) -> list[Rendered]:

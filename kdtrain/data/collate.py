@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from kdtrain.data.batch import Batch, Rows, TeacherImages
+from kdtrain.data.batch import Batch, Rows, TeacherImages, TeacherTokens
 from kdtrain.data.chat_template import TemplateOptions
 from kdtrain.data.encoded_row import EncodedRow, Limits, tokenised_row, truncate
 from kdtrain.data.encoder import RowEncoder
@@ -118,7 +118,7 @@ class Collator:
                 "images that do not fit into it"
             )
         kept = [(rows[i], row) for i, row in fitting]
-        truncated = [len(row.input_ids) < len(encoded[i].input_ids) for i, row in fitting]
+        truncated = [row is not encoded[i] for i, row in fitting]
         pairs = [(row.input_ids, row.labels) for _, row in fitting]
         tokens = pad_rows(pairs, self._pad_id, self.pad_to_multiple_of)
         batch = Batch(
@@ -131,8 +131,17 @@ class Collator:
                 truncated=truncated if any(truncated) else (),
                 places=[i for i, _ in fitting] if len(fitting) < len(rows) else None,
             ),
+            teacher_tokens=self._teacher_tokens([row for _, row in fitting]),
         )
         return batch if self._model is None else self._with_images(batch, kept, self._model)
+
+    def _teacher_tokens(self, rows: Sequence[EncodedRow]) -> TeacherTokens | None:
+        """The rows as the teacher reads them, where it reads any of them otherwise than the student."""
+        if not any(row.teacher for row in rows):
+            return None
+        read = [row.teacher or row for row in rows]
+        tokens = pad_rows([(row.input_ids, row.labels) for row in read], self._pad_id, self.pad_to_multiple_of)
+        return TeacherTokens(**tokens, prompt_lengths=torch.tensor([row.prompt_length for row in read]))
 
     def _with_images(self, batch: Batch, rows: list[tuple[dict[str, Any], EncodedRow]], model: Multimodal) -> Batch:
         # Those of a raw row were read when it was encoded, a moment ago; only another processor has to see them again.
@@ -258,11 +267,11 @@ class Collator:
         return replace(encoded, text=row["text"], images=images, images_end=images_end)
 
     def _fit(self, row: EncodedRow) -> EncodedRow | None:
-        if self.max_length is None or len(row.input_ids) <= self.max_length:
+        if self.max_length is None or row.longest <= self.max_length:
             return row
         if self.on_overlength == "error":
             raise DataError(
-                f"a row has {len(row.input_ids)} tokens, max_length is {self.max_length}: raise it, or set "
+                f"a row has {row.longest} tokens, max_length is {self.max_length}: raise it, or set "
                 "on_overlength to truncate or drop"
             )
         if self.on_overlength == "drop":
@@ -271,9 +280,20 @@ class Collator:
         if cut is None and row.images_end <= self.max_length:
             # `build_dataset` drops a row of which no answer is left. Here that could leave a batch without rows: it
             # stays, and supervises nothing.
-            ids = row.input_ids[: self.max_length]
-            return replace(row, input_ids=ids, labels=[IGNORE_INDEX] * len(ids), prompt_length=len(ids))
+            if row.teacher is None:
+                return self._unsupervised(row, self.max_length)
+            # One of the two texts may have some of an answer left, which is no prompt.
+            own, teacher = (
+                self._unsupervised(one, min([self.max_length, *(start for start in one.turn_starts[:1] if start)]))
+                for one in (row, row.teacher)
+            )
+            return replace(own, teacher=teacher)
         return cut
+
+    @staticmethod
+    def _unsupervised(row: EncodedRow, length: int) -> EncodedRow:
+        ids = row.input_ids[:length]
+        return replace(row, input_ids=ids, labels=[IGNORE_INDEX] * len(ids), prompt_length=len(ids))
 
 
 @contextmanager

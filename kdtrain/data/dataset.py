@@ -28,6 +28,7 @@ from kdtrain.data.epochs import Epochs, mix
 from kdtrain.data.errors import show
 from kdtrain.data.held_out import HeldOut
 from kdtrain.data.sources import Source, read_all, unread_of
+from kdtrain.data.teacher_view import NO_EFFECT
 from kdtrain.errors import DataError
 
 _NO_STOP = "the student will not learn to stop there"
@@ -54,6 +55,7 @@ class BuildReport:
     longest: int = 0  # tokens of a row before truncation
     stop_tokens_added: int = 0  # rows whose template marks the answer without the token that ends it
     unterminated_rows: int = 0  # with a supervised turn that ends without a stop token
+    teacher_text_rows: int = 0  # kept; the teacher reads another text than the student
     notes: list[str] = field(default_factory=list)
     # The rows of the data set with the smallest, largest, narrowest and most elongated image of each source, and where
     # they come from: tried first, so that an image that does not fit a model does not end the run in its middle.
@@ -78,6 +80,7 @@ class BuildReport:
             (self.image_rows, f"with images ({self.images} in all)"),
             (self.stop_tokens_added, "got the end-of-turn token into the mask, which the template's markers leave out"),
             (self.unterminated_rows, f"end a turn without an end-of-turn token: {_NO_STOP}"),
+            (self.teacher_text_rows, "have another text for the teacher (rlhf.teacher.chat_template_kwargs)"),
         )
         lines += [f"  {count} rows {what}" for count, what in counts if count]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
@@ -128,7 +131,9 @@ def build_dataset(
         answer of a conversation is a row). If any row has images, also
         `text` (the conversation as the processor takes it) and `images` (a list of {path, bytes}; none in the other
         rows): pixels are made by the collator. If any source has `answers="teacher"`, also `answers` (True: the row is
-        a prompt that the teacher answers).
+        a prompt that the teacher answers). If the teacher reads another text than the student in any row, also
+        `teacher_input_ids`, `teacher_labels` and `teacher_prompt_length` (None in the other rows): its supervised
+        tokens are those of `labels`, in their order.
 
     Raises:
         DataError: nothing to read, too many bad rows, over-long rows with `error`, no row left, or a tokenizer or
@@ -185,7 +190,7 @@ class EncodedSources:
 
     def dataset(self) -> datasets.Dataset:
         """What `build_dataset` returns."""
-        return _assemble(self.encoded, self.raw, self.sources, self.rows, bool(self.report.images))
+        return _assemble(self.encoded, self.raw, self.sources, self.rows, self.report)
 
 
 @contextmanager
@@ -230,6 +235,8 @@ def encode_sources(
             encoded = encode_cached(raw, encoder, sources, limits, num_proc, folder)
             report = _count(encoded, raw, sources, limits)
             report.notes += ([moved] if moved else []) + _unread(sources) + _row_notes(encoded, raw)
+            if encoder.options.teacher_chat_template_kwargs and not report.teacher_text_rows:
+                report.notes.append(NO_EFFECT)
             kept, made_of = _column(encoded, "status") == "ok", _column(encoded, "raw")
             if varies:
                 rows = np.flatnonzero(kept)
@@ -293,6 +300,9 @@ def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[S
         longest=int(length.max()),
         stop_tokens_added=sum(encoded["extended"][:]),
         unterminated_rows=sum(encoded["unterminated"][:]),
+        teacher_text_rows=len(
+            np.unique(made_of[np.asarray(pc.is_valid(encoded.data.column("teacher_prompt_length")))])
+        ),
     )
 
 
@@ -312,8 +322,8 @@ def _refuse(
         )
     long = np.flatnonzero(_column(encoded, "status") == "long")
     if len(long):
-        places = [(_place(raw, encoded[int(i)]["raw"]), encoded[int(i)]["length"]) for i in long[:3]]
-        listed = "\n  ".join(f"{place}: {length} tokens" for place, length in places)
+        first = [encoded[int(i)] for i in long[:3]]
+        listed = "\n  ".join(f"{_place(raw, row['raw'])}: {row['length']} tokens{row['problem']}" for row in first)
         raise DataError(
             f"{len(long)} of {len(encoded)} rows are longer than max_length ({limits.max_length} tokens); the longest "
             f"has {report.longest}. The first:\n  {listed}\nRaise max_length, or set on_overlength to truncate (cuts "
@@ -382,7 +392,7 @@ def _image_extremes(encoded: datasets.Dataset, raw: datasets.Dataset, rows: np.n
 
 
 def _assemble(
-    encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[Source], rows: np.ndarray, images: bool
+    encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[Source], rows: np.ndarray, report: BuildReport
 ) -> datasets.Dataset:
     made_of = encoded["raw"][:]
     sources_of = raw["source"][:]
@@ -393,6 +403,7 @@ def _assemble(
     if len(rows) != len(encoded) or (rows != np.arange(len(encoded))).any():
         full = full.select(rows)
     columns = ["input_ids", "labels", "prompt_length", "ce", "row_id"]
-    columns += ["text", "images"] if images else []
+    columns += ["text", "images"] if report.images else []
+    columns += [f"teacher_{name}" for name in ("input_ids", "labels", "prompt_length")] * bool(report.teacher_text_rows)
     columns += ["answers"] if any(source.answers == "teacher" for source in sources) else []
     return full.select_columns(columns)

@@ -40,10 +40,20 @@ class EncodedRow:
     sizes: tuple[int, ...] = ()  # width and height of each image in pixels, one behind the other
     images_end: int = 0  # leading tokens that must stay, or the model would miss a part of an image
     processed: Processed | None = field(default=None, repr=False, compare=False)  # where `RowEncoder` keeps pixels
+    teacher: EncodedRow | None = None  # the row as the teacher reads it, where that is other text; labels are the same
 
     @property
     def supervised(self) -> int:
         return len(self.labels) - self.labels.count(IGNORE_INDEX)
+
+    @property
+    def supervised_ids(self) -> list[int]:
+        return [label for label in self.labels if label != IGNORE_INDEX]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer of the two texts that student and teacher read."""
+        return max(len(self.input_ids), 0 if self.teacher is None else len(self.teacher.input_ids))
 
 
 def tokenised_row(row: Mapping[str, Any]) -> EncodedRow:
@@ -58,7 +68,22 @@ def tokenised_row(row: Mapping[str, Any]) -> EncodedRow:
     mask = _ints(row.get("completion_mask"))
     before_completion = next((i for i, on in enumerate(mask) if on), len(mask))  # 0 without a mask
     start = int(row.get("prompt_length", before_completion))
-    return EncodedRow(ids, labels, start, prompt_only=start == len(ids), turn_starts=(start,))
+    encoded = EncodedRow(ids, labels, start, prompt_only=start == len(ids), turn_starts=(start,))
+    return replace(encoded, teacher=_tokenised_teacher(row, encoded))
+
+
+def _tokenised_teacher(row: Mapping[str, Any], student: EncodedRow) -> EncodedRow | None:
+    ids = _ints(row.get("teacher_input_ids"))
+    if not ids:
+        return None
+    labels, start = _ints(row["teacher_labels"]), int(row["teacher_prompt_length"])
+    teacher = EncodedRow(ids, labels, start, prompt_only=student.prompt_only, turn_starts=(start,))
+    if len(labels) != len(ids) or student.supervised_ids != teacher.supervised_ids:
+        raise DataError(
+            f"a tokenised row ({show(row.get('row_id', 'no row_id'))}) needs teacher_labels as long as its "
+            "teacher_input_ids, and with the same supervised tokens as its labels"
+        )
+    return teacher
 
 
 def _labels(row: Mapping[str, Any], ids: list[int]) -> list[int]:
@@ -94,10 +119,13 @@ def truncate(row: EncodedRow, max_length: int) -> EncodedRow | None:
     """Cuts from the right: the system prompt stays, and no end token is made up for an answer without its end.
 
     The prompt to generate from becomes that of the last turn whose prompt still fits; there is none (0) if no turn's
-    does. None when nothing is left to train on or generate from, or a part of an image would be cut off.
+    does. None when nothing is left to train on or generate from, or a part of an image would be cut off. What the
+    teacher's text loses of the supervised tokens, the student's loses too, and the other way round.
     """
-    if len(row.input_ids) <= max_length:
+    if row.longest <= max_length:
         return row
+    if row.teacher is not None:
+        return _truncate_both(row, row.teacher, max_length)
     labels = row.labels[:max_length]
     if row.prompt_only or labels.count(IGNORE_INDEX) == max_length or row.images_end > max_length:
         return None
@@ -105,3 +133,26 @@ def truncate(row: EncodedRow, max_length: int) -> EncodedRow | None:
     fitting = [start for start in row.turn_starts if row.images_end <= start < max_length]
     start = fitting[-1] if fitting else 0
     return replace(row, input_ids=row.input_ids[:max_length], labels=labels, prompt_length=start)
+
+
+def _truncate_both(row: EncodedRow, teacher: EncodedRow, max_length: int) -> EncodedRow | None:
+    views = (row, teacher)
+    kept = min(sum(label != IGNORE_INDEX for label in view.labels[:max_length]) for view in views)
+    if row.prompt_only or not kept:
+        return None
+    ends = [_end(view, kept, max_length) for view in views]
+    # The prompt is that of the same turn for both: the last one that fits into both.
+    starts = zip(*(view.turn_starts for view in views), strict=True)
+    fitting = [pair for pair in starts if all(start < end for start, end in zip(pair, ends, strict=True))]
+    own, other = (
+        replace(view, input_ids=view.input_ids[:end], labels=view.labels[:end], prompt_length=start)
+        for view, end, start in zip(views, ends, fitting[-1] if fitting else (0, 0), strict=True)
+    )
+    return replace(own, teacher=other)
+
+
+def _end(row: EncodedRow, kept: int, max_length: int) -> int:
+    """Where a row ends that keeps its first supervised tokens only."""
+    if kept == row.supervised:
+        return min(len(row.input_ids), max_length)
+    return [i for i, label in enumerate(row.labels) if label != IGNORE_INDEX][kept - 1] + 1

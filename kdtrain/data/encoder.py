@@ -32,6 +32,16 @@ from kdtrain.data.multimodal import multimodal
 from kdtrain.data.parts import count_images, texts_of
 from kdtrain.data.row_notes import APART, SPLIT, STRADDLED
 from kdtrain.data.rows import Chat, Pair, PlainText, answered, prompt_of
+from kdtrain.data.teacher_view import (
+    OPTION,
+    OTHER_ANSWERS,
+    TeacherText,
+    as_teacher_reads,
+    teacher_notes,
+    teacher_options,
+    teacher_text,
+    with_teacher,
+)
 from kdtrain.data.tokens import Tokens
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
@@ -109,7 +119,7 @@ class RowEncoder:
         self.image_root = image_root
         self._keep_pixels = keep_pixels
         self.prompts = prompts
-        self._templates: dict[bool, ChatTemplate] = {}
+        self._templates: dict[tuple[bool, bool], ChatTemplate] = {}
         self._bos: list[int] = []
         self._settings = ""
         self._follow_tokenizer()
@@ -125,10 +135,12 @@ class RowEncoder:
         if settings != self._settings:
             self._settings, self._templates, self._bos = settings, {}, self._default_bos()
 
-    def template(self, tools: bool = False) -> ChatTemplate:
-        if tools not in self._templates:
-            self._templates[tools] = ChatTemplate(self.processing_class, self.chat_template, tools, self.options)
-        return self._templates[tools]
+    def template(self, tools: bool = False, teacher: bool = False) -> ChatTemplate:
+        key = (tools, teacher)
+        if key not in self._templates:
+            options = teacher_options(self.options) if teacher else self.options
+            self._templates[key] = ChatTemplate(self.processing_class, self.chat_template, tools, options)
+        return self._templates[key]
 
     def encode(
         self,
@@ -144,7 +156,7 @@ class RowEncoder:
         """
         self._follow_tokenizer()
         results: list[list[EncodedRow] | RowError] = [[] for _ in rows]
-        chats: list[tuple[int, Chat, Rendered]] = []
+        chats: list[tuple[int, Chat, Rendered, TeacherText | None]] = []
         for i, row in enumerate(rows):
             try:
                 parsed = parse_media_row(row, self.image_root or folders[i], self.multimodal is not None)
@@ -159,22 +171,56 @@ class RowEncoder:
                 elif isinstance(parsed, Pair):
                     results[i] = [self._verified(self._encode_pair(parsed), parsed.notes)]
                 else:
-                    chats += [(i, parsed, rendered) for rendered in self._template_for(parsed).render(parsed)]
+                    chats += [(i, parsed, *rendered) for rendered in self._render(parsed)]
             except RowError as error:
                 results[i] = error
         # Conversations go to the tokenizer together: a call per row costs more than the tokenising itself.
-        tokens = iter(self._tokenize([rendered.text for _, chat, rendered in chats if not chat.images]))
-        for i, chat, rendered in chats:
+        texts = [rendered.text for _, chat, rendered, _ in chats if not chat.images]
+        tokens, of_teachers = iter(self._tokenize(texts)), iter(self._tokenize_for_teachers(chats))
+        for i, chat, rendered, other in chats:
             of_text = None if chat.images else next(tokens)
+            of_teacher = None if other is None else next(of_teachers)
             found = results[i]
             if isinstance(found, RowError):
                 continue
             try:
                 encoded = self._mask(rendered, of_text) if of_text else self._encode_images(chat, rendered)
-                found.append(self._verified(encoded, (*chat.notes, *rendered.notes)))
+                encoded = self._verified(encoded, (*chat.notes, *rendered.notes))
+                if other is not None and of_teacher is not None:
+                    encoded = self._add_teacher(encoded, other, of_teacher)
+                found.append(encoded)
             except RowError as error:
                 results[i] = error
         return results
+
+    def _render(self, chat: Chat) -> list[tuple[Rendered, TeacherText | None]]:
+        """The texts that a conversation becomes, each with the teacher's where that is another."""
+        template = self._template_for(chat)
+        own, kwargs = template.render(chat), self.options.teacher_chat_template_kwargs
+        if not kwargs:
+            return [(one, None) for one in own]
+        of_teacher, read = self.template(chat.tools is not None, teacher=True), as_teacher_reads(chat, kwargs)
+        try:
+            others = of_teacher.render(read)
+            if len(others) < len(own):
+                others = of_teacher.render(read, split=True)
+        except RowError as error:
+            raise RowError(f"for the teacher ({OPTION}): {error}") from error
+        if len(own) < len(others):
+            own = template.render(chat, split=True)
+        if [one.messages for one in own] != [other.messages for other in others]:
+            raise RowError(OTHER_ANSWERS)
+        pairs = zip(own, others, strict=True)
+        return [(one, teacher_text(chat, one, other, self.options.train_on)) for one, other in pairs]
+
+    def _tokenize_for_teachers(self, chats: Sequence[tuple[int, Chat, Rendered, TeacherText | None]]) -> list[Tokens]:
+        return self._tokenize([other.rendered.text for *_, other in chats if other is not None])
+
+    def _add_teacher(self, row: EncodedRow, other: TeacherText, tokens: Tokens) -> EncodedRow:
+        teacher = self._mask(other.rendered, tokens, edges=other.edges)
+        notes = teacher_notes(row.notes, (*other.rendered.notes, *teacher.notes))
+        row = with_teacher(row, teacher)
+        return replace(row, notes=(*row.notes, *notes)) if notes else row
 
     def _template_for(self, chat: Chat) -> ChatTemplate:
         if chat.images:
@@ -290,15 +336,19 @@ class RowEncoder:
         labels = [IGNORE_INDEX] * first + ids[first:]
         return EncodedRow(ids, labels, start, "completion", turn_starts=(start,), unterminated=unterminated)
 
-    def _mask(self, rendered: Rendered, tokens: Tokens, apart: bool = True) -> EncodedRow:
+    def _mask(
+        self, rendered: Rendered, tokens: Tokens, apart: bool = True, edges: frozenset[int] = frozenset()
+    ) -> EncodedRow:
         """The tokens of a text with the labels of its turns.
 
         apart: where a token has both the end of a prompt and the beginning of its answer, the two are tokenised apart:
             the prompt then has the tokens that it has at inference. Otherwise such a token is in neither.
+        edges: characters that begin a token of their own in any case.
         """
         straddled = tuple(turn.start for turn in rendered.turns if tokens.straddled(turn.start))
-        if rendered.cuts or (straddled and apart):
-            tokens = self._tokenize_apart(rendered.text, {*rendered.cuts, *straddled})
+        within = tuple(edge for edge in edges if tokens.straddled(edge))
+        if rendered.cuts or within or (straddled and apart):
+            tokens = self._tokenize_apart(rendered.text, {*rendered.cuts, *straddled, *within})
         ids = list(tokens.ids)
         if not rendered.turns:
             return EncodedRow(ids, [IGNORE_INDEX] * len(ids), len(ids), prompt_only=True)

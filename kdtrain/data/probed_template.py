@@ -60,7 +60,7 @@ class ProbedTemplate:
         self._specials = dict(self._tokenizer.special_tokens_map)
         self._kwargs = dict(kwargs or {})
         self.text = chat_template or _own_template(processing_class, self._tokenizer, tools)
-        self._check_kwargs()
+        self.check_kwargs(kwargs, "data.chat_template_kwargs")
         self.marked = has_generation_markers(self.text)
         self._compiled = _compile_jinja_template(self.text)
         self.added = {token: id_ for token, id_ in self._tokenizer.get_added_vocab().items() if token.strip()}
@@ -234,12 +234,12 @@ class ProbedTemplate:
     def does_not_read(self, argument: str) -> bool:
         return argument in RESERVED_KWARGS or argument not in self.text
 
-    def _check_kwargs(self) -> None:
-        for name in self._kwargs:
+    def check_kwargs(self, kwargs: Mapping[str, Any] | None, option: str) -> None:
+        """Refuses arguments of an option that the template does not read."""
+        for name in kwargs or ():
             if self.does_not_read(name):
                 raise DataError(
-                    f"data.chat_template_kwargs has {show(name, 60)}, which the chat template of "
-                    f"{_name(self._tokenizer)} does not read"
+                    f"{option} has {show(name, 60)}, which the chat template of {_name(self._tokenizer)} does not read"
                 )
 
 

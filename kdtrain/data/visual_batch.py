@@ -125,6 +125,10 @@ def cut_rows(batch: Batch, kept: int) -> Batch:
         inputs, teacher_sizes = _cut_visual(teacher.inputs, teacher.sizes, kept)
         inputs |= {name: cut(name, value) for name, value in teacher.inputs.items() if name not in teacher.sizes}
         teacher = TeacherImages(inputs=inputs, sizes=teacher_sizes) if visual else None
+    tokens = batch.teacher_tokens
+    if tokens is not None:
+        first: dict[str, Any] = {name: value if value is None else value[:kept] for name, value in vars(tokens).items()}
+        tokens = replace(tokens, **first)
     rows: dict[str, Any] = {name: value if value is None else value[:kept] for name, value in vars(batch.rows).items()}
     if batch.rows.prompts is not None:
         rows["prompts"] = tuple(part[:kept] for part in batch.rows.prompts)
@@ -135,6 +139,7 @@ def cut_rows(batch: Batch, kept: int) -> Batch:
         rows=Rows(**rows),
         visual_sizes=sizes,
         teacher_images=teacher,
+        teacher_tokens=tokens,
     )
 
 

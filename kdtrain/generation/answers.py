@@ -25,7 +25,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from kdtrain.data.batch import Batch
 from kdtrain.data.images import stored_image
 from kdtrain.errors import NotAvailableError
-from kdtrain.generation.generate import generate_batch
+from kdtrain.generation.generate import completions
 from kdtrain.generation.sampling import generation_config, token_roles
 from kdtrain.losses.reduce import IGNORE_INDEX
 from kdtrain.models.vocabulary import vocabulary_size
@@ -123,9 +123,7 @@ class TeacherAnswers:
 
     def _answers(self, rows: list[dict[str, Any]]) -> list[Answer]:
         batch = self._collate(rows).as_teacher_sees_it().to(self._state.device)
-        done = generate_batch(self._teacher, batch, self._config, seed=0)
-        pairs = zip(done.model_inputs["input_ids"].cpu(), done.labels.cpu(), strict=True)
-        return [ids[labels != IGNORE_INDEX].numpy().astype(np.int32) for ids, labels in pairs]
+        return [np.array(ids, dtype=np.int32) for ids in completions(self._teacher, batch, self._config, seed=0)]
 
     def _stored(self) -> dict[str, Answer]:
         """Answers of an earlier run that was stopped."""
@@ -140,18 +138,24 @@ class TeacherAnswers:
     ) -> datasets.Dataset:
         """The rows with their answers, in a file of this rank: text for a teacher may be larger than memory."""
 
-        def answered(row: Mapping[str, Any], i: int) -> dict[str, Any]:
-            key = keys[i]
-            if key is None:
-                return {"input_ids": row["input_ids"], "labels": row["labels"]}
-            prompt, answer = row["input_ids"][: row["prompt_length"]], answers[key].tolist()
-            return {"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer}
+        prefixes = ("", "teacher_") if "teacher_input_ids" in dataset.column_names else ("",)
 
-        names = ["input_ids", "labels"]
-        tokens = dataset.select_columns([*names, "prompt_length"]).map(
+        def answered(row: Mapping[str, Any], i: int) -> dict[str, Any]:
+            key, tokens = keys[i], dict(row)
+            for prefix in prefixes:
+                length = tokens.pop(f"{prefix}prompt_length")
+                if key is not None and length is not None:  # the teacher's are null where it reads the student's
+                    prompt, answer = row[f"{prefix}input_ids"][:length], answers[key].tolist()
+                    tokens[f"{prefix}input_ids"] = prompt + answer
+                    tokens[f"{prefix}labels"] = [IGNORE_INDEX] * len(prompt) + answer
+            return tokens
+
+        names = [f"{prefix}{name}" for prefix in prefixes for name in ("input_ids", "labels")]
+        lengths = [f"{prefix}prompt_length" for prefix in prefixes]
+        tokens = dataset.select_columns([*names, *lengths]).map(
             answered,
             with_indices=True,
-            remove_columns=["prompt_length"],
+            remove_columns=lengths,
             features=datasets.Features({name: dataset.features[name] for name in names}),
             cache_file_name=str(self._folder / f"rows-{len(dataset)}-rank{self._state.process_index}.arrow"),
             load_from_cache_file=False,
@@ -169,14 +173,17 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _keys(dataset: datasets.Dataset) -> list[str | None]:
-    """What each row asks, its prompt and its images; None where it has an answer."""
+    """What each row asks, the teacher's prompt and its images; None where it has an answer."""
     columns = ["input_ids", "prompt_length", "answers"]
-    columns += [name for name in ("text", "images") if name in dataset.column_names]
+    more = ("text", "images", "teacher_input_ids", "teacher_prompt_length")
+    columns += [name for name in more if name in dataset.column_names]
     return [_key(row) if row["answers"] else None for row in dataset.select_columns(columns)]
 
 
 def _key(row: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(row["input_ids"][: row["prompt_length"]]).encode())
+    prefix = "" if row.get("teacher_input_ids") is None else "teacher_"
+    prompt = row[f"{prefix}input_ids"][: row[f"{prefix}prompt_length"]]
+    digest = hashlib.sha256(json.dumps(prompt).encode())
     for image in row.get("images") or ():
         digest.update(stored_image(image).identity)
     return digest.hexdigest()[:32]

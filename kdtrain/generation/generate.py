@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GenerationConfig
 
@@ -24,14 +25,20 @@ from kdtrain.losses.reduce import IGNORE_INDEX
 def generate_batch(
     model: nn.Module, batch: Batch, config: GenerationConfig, *, seed: int, multiple: int | None = None
 ) -> Batch:
-    """A copy of `batch` whose answers are sampled from `model`: prompt, then completion up to its first stop token.
+    """A copy of `batch` whose answers are sampled from `model`: `with_completions` of its `completions`."""
+    written = completions(model, batch, config, seed=seed)
+    return with_completions(batch, written, config.pad_token_id, multiple)
 
-    The completion is supervised, its stop token included. One that reached `max_new_tokens` gets no made-up stop token.
+
+def completions(model: nn.Module, batch: Batch, config: GenerationConfig, *, seed: int) -> list[list[int]]:
+    """What `model` writes behind each prompt of a batch, up to the first stop token, that included.
+
+    One that reached `max_new_tokens` gets no made-up stop token.
 
     Args:
         model: not wrapped.
+        batch: as this model sees it.
         seed: of the sampling, so that a resumed run samples what the uninterrupted one did.
-        multiple: pad the result to a multiple of this length.
     """
     prompts = _prompts(batch)
     device = batch.model_inputs["input_ids"].device
@@ -46,7 +53,7 @@ def generate_batch(
     if images:
         _check_images_in_prompts(model, batch, prompts)
     groups = answered_together(model, prompts, device, bool(images))
-    completions: list[list[int]] = [[] for _ in prompts]
+    written: list[list[int]] = [[] for _ in prompts]
     with seeded(seed, device):
         for group in groups:
             extra = {
@@ -55,20 +62,47 @@ def generate_batch(
             }
             sequences, width = call_generate(model, [prompts[i] for i in group], config, device, **extra, **images)
             for i, row in zip(group, sequences[:, width:].tolist(), strict=True):
-                completions[i] = _until_stop(row, config.eos_token_id)
-    rows = [
-        (prompt + completion, [IGNORE_INDEX] * len(prompt) + completion)
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-    tokens = {key: value.to(device) for key, value in pad_rows(rows, config.pad_token_id, multiple).items()}
+                written[i] = _until_stop(row, config.eos_token_id)
+    return written
+
+
+def with_completions(batch: Batch, written: Sequence[Sequence[int]], pad_id: int, multiple: int | None = None) -> Batch:
+    """The batch with each prompt followed by a completion, which is supervised, in place of its answers.
+
+    The same for a teacher that reads other tokens: its own prompt, and the same completion.
+
+    Args:
+        multiple: pad the result to a multiple of this length.
+    """
+    prompts, device = _prompts(batch), batch.model_inputs["input_ids"].device
+    tokens = _answered(prompts, written, pad_id, multiple, device)
     labels = tokens.pop("labels")
-    for key, values in per_token.items():
+    for key, values in batch.token_level.items():
         # What is generated is text, which is 0 in every processor's account of its tokens.
         grown = values.new_zeros(labels.shape)
         for row, value, prompt in zip(grown, values, prompts, strict=True):
             row[: len(prompt)] = value[: len(prompt)]
         tokens[key] = grown
-    return replace(batch, model_inputs={**batch.model_inputs, **tokens}, labels=labels)
+    teacher = batch.teacher_tokens
+    if teacher is not None:
+        of_teacher = _prompts(batch.as_teacher_sees_it())
+        teacher = replace(teacher, **_answered(of_teacher, written, pad_id, multiple, device))
+    return replace(batch, model_inputs={**batch.model_inputs, **tokens}, labels=labels, teacher_tokens=teacher)
+
+
+def _answered(
+    prompts: Sequence[list[int]],
+    written: Sequence[Sequence[int]],
+    pad_id: int,
+    multiple: int | None,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """Ids, mask and labels of prompts with their completions."""
+    rows = [
+        ([*prompt, *completion], [IGNORE_INDEX] * len(prompt) + [*completion])
+        for prompt, completion in zip(prompts, written, strict=True)
+    ]
+    return {key: value.to(device) for key, value in pad_rows(rows, pad_id, multiple).items()}
 
 
 def refuse_marked_answers(model: nn.Module) -> None:

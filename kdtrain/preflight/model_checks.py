@@ -102,8 +102,9 @@ def check_models(
     multiple = getattr(collator, "pad_to_multiple_of", None)
     findings = [finding for side in sides for finding in side.look.findings]
     for side in sides:
-        findings += length_findings(side, rows, multiple)
-        findings += rope_findings(side, rows)
+        read = [some for some in rows if some.side in (None, side.name)]
+        findings += length_findings(side, read, multiple)
+        findings += rope_findings(side, read)
     report(finding for finding in findings if finding.level == "error" or not only_errors)
     unseen = [side.name for side in sides if not side.look.looked]
     if unseen and is_main():

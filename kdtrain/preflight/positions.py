@@ -41,6 +41,8 @@ class RowLengths:
     """Rows that share a forward."""
     way_out: str
     """How they are made shorter, in words."""
+    side: Side | None = None
+    """The model that reads them; None is both."""
 
     @property
     def longest(self) -> int:
@@ -69,19 +71,19 @@ def rows_of_a_run(train: Any, evaluation: Any, args: Any, collator: Any, generat
     if hasattr(args, "tuner"):
         shorter += " (with data.on_overlength: truncate or drop)"
     evaluations = evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]
-    train_lengths = _lengths(train)
-    sets = [("training rows", train_lengths, args.train_batch_size)]
-    sets += [("evaluation rows", _lengths(data), args.eval_batch_size) for data in evaluations]
+    sets = [("training rows", train, args.train_batch_size)]
+    sets += [("evaluation rows", data, args.eval_batch_size) for data in evaluations]
     found = [
-        RowLengths(what, _collated(lengths, lengths, collator), size, shorter)
-        for what, lengths, size in sets
-        if lengths is not None
+        RowLengths(_named(what, side), _collated(lengths, lengths, collator), size, shorter, side)
+        for what, data, size in sets
+        for side, lengths in _lengths(data).items()
     ]
-    if generates and train_lengths is not None and "prompt_length" in train.column_names:
-        prompts = _collated(np.asarray(train["prompt_length"][:]), train_lengths, collator)
+    if generates and "prompt_length" in (getattr(train, "column_names", None) or ()):
         what = f"prompts with an answer of {in_rlhf}max_new_tokens ({args.max_new_tokens})"
         way_out = f"lower {in_rlhf}max_new_tokens or {in_data}max_length"
-        found.append(RowLengths(what, prompts + args.max_new_tokens, args.train_batch_size, way_out))
+        for side, lengths in _lengths(train).items():
+            prompts = _collated(_prompt_lengths(train, side), lengths, collator) + args.max_new_tokens
+            found.append(RowLengths(_named(what, side), prompts, args.train_batch_size, way_out, side))
     return [rows for rows in found if len(rows.lengths)]
 
 
@@ -98,19 +100,45 @@ def answered_rows(data: Any, args: Any) -> list[RowLengths]:
     """Rows whose answers a teacher is about to write (`answers: teacher`), with the longest that it may write."""
     if data is None or "answers" not in data.column_names:
         return []
-    prompts = np.asarray(data["prompt_length"][:])[np.asarray(data["answers"][:], dtype=bool)]
+    side: Side | None = "teacher" if "teacher_prompt_length" in data.column_names else None
+    prompts = _prompt_lengths(data, side)[np.asarray(data["answers"][:], dtype=bool)]
     what = f"prompts with the teacher's answer of rlhf.max_new_tokens ({args.max_new_tokens})"
     rows = RowLengths(what, prompts + args.max_new_tokens, args.eval_batch_size, "lower rlhf.max_new_tokens")
     return [rows] if len(prompts) else []
 
 
-def _lengths(data: Any) -> np.ndarray | None:
-    """Counted in Arrow: as Python lists the tokens of a large data set would fill the memory."""
-    if "input_ids" not in (getattr(data, "column_names", None) or ()) or not hasattr(data, "with_format"):
-        return None
-    tables = data.select_columns("input_ids").with_format("arrow").iter(batch_size=4096)
-    counts = [np.asarray(pc.list_value_length(table.column("input_ids"))) for table in tables]
-    return np.concatenate(counts) if counts else None
+def _named(what: str, side: Side | None) -> str:
+    return f"{what} (as the teacher reads them)" if side == "teacher" else what
+
+
+def _lengths(data: Any) -> dict[Side | None, np.ndarray]:
+    """Tokens of each row, by the model that reads them: None is both. Nothing where they are not known."""
+    columns = getattr(data, "column_names", None) or ()
+    if "input_ids" not in columns or not hasattr(data, "with_format") or not len(data):
+        return {}
+    own = _counts_of(data, "input_ids")
+    if "teacher_input_ids" not in columns:
+        return {None: own}
+    other = _counts_of(data, "teacher_input_ids")
+    return {"student": own, "teacher": np.where(other > 0, other, own)}
+
+
+def _counts_of(data: Any, column: str) -> np.ndarray:
+    """Counted in Arrow: as Python lists the tokens of a large data set would fill the memory. Null is 0."""
+    tables = data.select_columns(column).with_format("arrow").iter(batch_size=4096)
+    return np.concatenate([np.asarray(pc.fill_null(pc.list_value_length(table.column(column)), 0)) for table in tables])
+
+
+def _prompt_lengths(data: Any, side: Side | None) -> np.ndarray:
+    own = np.asarray(data["prompt_length"][:])
+    if side != "teacher":
+        return own
+    return np.array(
+        [
+            length if other is None else other
+            for other, length in zip(data["teacher_prompt_length"][:], own, strict=True)
+        ]
+    )
 
 
 # ---- how many positions there are ------------------------------------------------------------------------------------
@@ -192,9 +220,10 @@ def refuse_width(limits: Mapping[Side, int], batch: Batch) -> None:
 
     Before the forward, which on a GPU would leave an error that names nothing.
     """
-    width = batch.labels.shape[1]
+    tokens = batch.teacher_tokens
+    widths: dict[Side, int] = {"student": batch.labels.shape[1], "teacher": (tokens or batch).labels.shape[1]}
     for side, positions in limits.items():
-        if width > positions:
+        if (width := widths[side]) > positions:
             raise DataError(
                 f"A batch is {width} tokens long, and the {side} has {positions} positions. Lower max_length (of a "
                 "config data.max_length, with data.on_overlength: truncate or drop; of the trainer's class that of "

@@ -17,6 +17,8 @@ from kdtrain.data.batch import Batch
 from kdtrain.errors import DataError
 from kdtrain.models.vocabulary import vocabulary_size
 
+_COLUMNS = ("input_ids", "teacher_input_ids")
+
 
 def embedding_rows(model: PreTrainedModel) -> int:
     """Ids that a model can look up: 0 up to, and without, this number."""
@@ -44,12 +46,14 @@ def check_rows(data: Any, name: str, sizes: Mapping[str, int]) -> bool:
         if "input_ids" not in data.column_names:
             return True
         # All rows of the table, chosen or not: almost always that is enough, and takes no time.
-        chunks = data.data.column("input_ids").chunks
+        chunks = [chunk for name in _COLUMNS if name in data.column_names for chunk in data.data.column(name).chunks]
         if max((pc.max(chunk.flatten()).as_py() or 0 for chunk in chunks), default=0) < min(sizes.values()):
             return True
-    for i, row in enumerate(data.select_columns("input_ids") if isinstance(data, datasets.Dataset) else data):
-        if isinstance(row, Mapping) and "input_ids" in row:
-            largest = int(max(row["input_ids"], default=0))  # int: of data sets with a torch or numpy format
+    known = [column for column in _COLUMNS if column in getattr(data, "column_names", _COLUMNS)]
+    for i, row in enumerate(data.select_columns(known) if isinstance(data, datasets.Dataset) else data):
+        for column in known if isinstance(row, Mapping) else ():
+            ids = row.get(column)
+            largest = 0 if ids is None else int(max(ids, default=0))  # int: of data sets with a torch or numpy format
             if largest >= min(sizes.values()):
                 _refuse(largest, f"{name}: row {data[i].get('row_id', i)}", sizes)
     return True
@@ -59,6 +63,8 @@ def check_batch(batch: Batch, sizes: Mapping[str, int]) -> None:
     """The same of a batch, for rows that are tokenised while training; waits for the device."""
     ids: torch.Tensor = batch.model_inputs["input_ids"]
     largest = int(ids.max()) if ids.numel() else 0
+    if batch.teacher_tokens is not None:
+        largest = max(largest, int(batch.teacher_tokens.input_ids.max()))
     if largest >= min(sizes.values()):
         _refuse(largest, f"a batch (rows {', '.join(batch.rows.ids) or '?'})", sizes)
 

@@ -183,22 +183,24 @@ def _shown(split: str, rows: EncodedSources, row: int, processing: Any, apart: f
         ce=source.ce,
         length=encoded["length"],
         student=_view(encoded, processing, apart),
-        teacher=None,  # it reads what the student reads
+        teacher=None if encoded["teacher_input_ids"] is None else _view(encoded, processing, apart, "teacher_"),
         images=[image["path"] or f"{len(image['bytes']):,} bytes" for image in encoded["images"] or ()],
         notes=list(encoded["notes"] or ()),
         answered_by_teacher=source.answers == "teacher",
     )
 
 
-def _view(row: Mapping[str, Any], processing: Any, apart: frozenset[int]) -> View:
-    ids, labels = row["input_ids"], row["labels"]
+def _view(row: Mapping[str, Any], processing: Any, apart: frozenset[int], prefix: str = "") -> View:
+    ids, labels = row[f"{prefix}input_ids"], row[f"{prefix}labels"]
     tokenizer = getattr(processing, "tokenizer", processing)
-    return View(ids, labels, row["prompt_length"], segments(tokenizer, ids, labels, apart))
+    return View(ids, labels, row[f"{prefix}prompt_length"], segments(tokenizer, ids, labels, apart))
 
 
 def _bad_rows(split: str, rows: EncodedSources) -> Iterator[BadRow]:
     status = rows.encoded["status"][:]
     for row in (i for i, one in enumerate(status) if one != "ok"):
         encoded = rows.encoded[row]
-        reason = encoded["problem"] or f"{encoded['length']} tokens, and max_length is {rows.limits.max_length}"
+        reason = encoded["problem"]
+        if status[row] != "bad":  # what is said of it is which of its texts is too long
+            reason = f"{encoded['length']} tokens{reason}, and max_length is {rows.limits.max_length}"
         yield BadRow(rows.place(row), split, status[row], reason)

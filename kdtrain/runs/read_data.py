@@ -61,7 +61,7 @@ def encoding_options(config: RunConfig, seed: int, split: Literal["train", "eval
     return {
         "max_length": config.data.max_length,
         "on_overlength": config.data.on_overlength,
-        **config.data.chats,
+        **config.chats,
         "sample_limit": config.custom.sample_limit,
         "seed": seed,
         "num_proc": config.training.get("dataset_num_proc"),

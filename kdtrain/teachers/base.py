@@ -1,7 +1,9 @@
 """What the trainer expects of a teacher.
 
 Shapes: B rows, T positions, S supervised tokens, H hidden width, V vocabulary, K known tokens. Row i of a target is the
-distribution that predicts supervised token i of the batch, in the order of `Batch.labels_S`.
+distribution that predicts supervised token i of the batch, in the order of `Batch.labels_S`. Where the teacher reads
+another text than the student (`rlhf.teacher.chat_template_kwargs`), that token stands at another position of it:
+`Batch.as_teacher_sees_it` has both.
 """
 
 from __future__ import annotations
@@ -83,8 +85,9 @@ class Teacher(ABC):
     def targets(self, batch: Batch) -> Targets:
         """Targets at temperature 1 for the supervised tokens of a batch.
 
-        A teacher that looks answers up finds the rows' names in `batch.rows.ids`, one in this process what its forward
-        takes in `batch.teacher_inputs`.
+        A teacher that looks answers up finds the rows' names in `batch.rows.ids`. One in this process finds what its
+        forward takes, and the positions that predict a supervised token, in `model_inputs` and `predicts_BT` of
+        `batch.as_teacher_sees_it()`.
 
         Raises:
             TeacherError: no usable answer.

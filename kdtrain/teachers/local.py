@@ -70,7 +70,8 @@ class LocalTeacher(Teacher):
             self._head_unchecked, self._from_logits = False, reason is not None
             if reason is not None:
                 _report_logits(reason)
-        inputs, predicts_BT = batch.teacher_inputs, batch.predicts_BT
+        seen = batch.as_teacher_sees_it()  # its own tokens predict the same supervised ones, in the same order
+        inputs, predicts_BT = seen.model_inputs, seen.predicts_BT
 
         def keep(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, Head]:
             return predicting(hidden_BTH, predicts_BT)[predicts_BT.to(hidden_BTH.device)], self._lasting(head)

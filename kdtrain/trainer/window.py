@@ -20,7 +20,7 @@ from kdtrain.data.batch import Batch, received, right_padded
 from kdtrain.data.collate import Collator
 from kdtrain.data.visual_batch import cut_rows
 from kdtrain.errors import DataError, PreflightError
-from kdtrain.generation.generate import generate_batch
+from kdtrain.generation.generate import completions, with_completions
 from kdtrain.generation.sampling import generation_config, stable_seed, student_generates, token_roles
 from kdtrain.models.kinds import sees_images
 from kdtrain.preflight.token_ids import check_batch
@@ -180,14 +180,11 @@ def _generated(
     generated = []
     with unwrap_model_for_generation(wrapped, accelerator, **kwargs) as unwrapped:
         for i, batch in enumerate(batches):
-            prompts = batch.as_teacher_sees_it() if side == "teacher" else batch
-            done = generate_batch(
-                unwrapped, prompts, config, seed=stable_seed(f"{seed}:{i}"), multiple=args.pad_to_multiple_of
-            )
-            tokens = ("input_ids", "attention_mask", *batch.token_level)
-            # The images remain the student's.
-            inputs = {**batch.model_inputs, **{name: done.model_inputs[name] for name in tokens}}
-            batch = replace(batch, model_inputs=inputs, labels=done.labels, generated_by=side)
+            seen = batch.as_teacher_sees_it() if side == "teacher" else batch
+            written = completions(unwrapped, seen, config, seed=stable_seed(f"{seed}:{i}"))
+            # Behind the prompts of both: what the writer saw is not what the other one reads.
+            batch = with_completions(batch, written, config.pad_token_id, args.pad_to_multiple_of)
+            batch = replace(batch, generated_by=side)
             generated.append(batch.without_labels() if batch.all_repeated else batch)
     return generated
 
