@@ -1,7 +1,7 @@
 """What a chat template makes of a conversation beyond plain turns: reasoning, tool calls, what it leaves out."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from kdtrain.data import RowError, encode_row
@@ -152,8 +152,15 @@ def test_arguments_for_the_template_are_the_configs_and_a_rows_own_win():
     assert prompt(tokenizer, {**asked, "chat_template_kwargs": on}, chat_template_kwargs=off).endswith(plain)
 
 
+def test_a_template_that_is_no_template_names_the_tokenizer():
+    tokenizer = tokenizer_with("{% for m in messages %}")
+    tokenizer.name_or_path = "some/model"
+    with pytest.raises(DataError, match=r"of the tokenizer some/model cannot be read: Unexpected end"):
+        encode(tokenizer, rows_of(QUESTION, ANSWER))
+
+
 def test_arguments_that_the_template_does_not_read_are_an_error_of_the_config_and_a_note_of_the_row():
-    for name in ("thinking_budget", "messages"):
+    for name in ("thinking_budget", "messages", "im"):  # which stands in the template, in <|im_start|>
         with pytest.raises(DataError, match=f"data.chat_template_kwargs has {name}"):
             encode(tokenizer_with(), rows_of(QUESTION, ANSWER), chat_template_kwargs={name: 3})
     row = rows_of(QUESTION, ANSWER, chat_template_kwargs={"enable_thinking": False})
@@ -233,6 +240,36 @@ def test_an_answer_that_begins_with_a_line_break_keeps_it_and_the_prompt_its_own
     assert prompt(tokenizer, row).endswith("<|im_start|>assistant\n")
     asked = encode_row(rows_of(QUESTION), tokenizer, train_on="last").input_ids
     assert encode(tokenizer, row)[0].input_ids[: len(asked)] == asked
+
+
+def test_a_stop_token_that_takes_the_white_space_behind_it_is_supervised():
+    tokenizer = tokenizer_with()
+    tokenizer.add_tokens([AddedToken("<|done|>", rstrip=True, special=True)])  # as those of Phi-3
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "<|done|>")
+    row = rows_of(QUESTION, ANSWER, QUESTION, ANSWER)
+    assert supervised(tokenizer, row) == "the one<|done|>the one<|done|>"
+    assert prompt(tokenizer, row) == prompt(tokenizer, rows_of(QUESTION, ANSWER, QUESTION))
+
+
+def test_a_token_that_goes_on_into_the_next_turn_is_not_supervised():
+    template = (
+        "{% for m in messages %}{{ m.content if m.role == 'assistant' else 'the [INST] ' + m.content }}{{ ' ' }}"
+        "{% endfor %}"
+    )
+    tokenizer = tokenizer_with(template, eos=None)
+    assert "Ġthe" in tokenizer.tokenize("a the")
+    text = supervised(tokenizer, rows_of(QUESTION, ANSWER, QUESTION, ANSWER))
+    assert text == "the onethe one "
+
+
+def test_the_tokenizer_is_as_it_was_when_rows_are_encoded():
+    tokenizer = tokenizer_with(bos="<|endoftext|>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    before = tokenizer("the")["input_ids"]
+    encode(tokenizer, rows_of(QUESTION, ANSWER))
+    assert tokenizer("the")["input_ids"] == before
 
 
 def test_an_eos_behind_the_end_of_the_turn_is_not_supervised():

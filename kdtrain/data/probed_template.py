@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError, TemplateSyntaxError, meta
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 from trl.chat_template_utils import has_generation_markers
 
@@ -60,13 +60,20 @@ class ProbedTemplate:
         self._specials = dict(self._tokenizer.special_tokens_map)
         self._kwargs = dict(kwargs or {})
         self.text = chat_template or _own_template(processing_class, self._tokenizer, tools)
+        try:
+            _ = self._compiled
+        except TemplateSyntaxError as error:
+            raise DataError(f"the chat template of {_name(self._tokenizer)} cannot be read: {error}") from error
         self.check_kwargs(kwargs, "data.chat_template_kwargs")
         self.marked = has_generation_markers(self.text)
-        self._compiled = _compile_jinja_template(self.text)
         self.added = {token: id_ for token, id_ in self._tokenizer.get_added_vocab().items() if token.strip()}
         self.added_pattern = any_of(self.added)
         self._as_parts = False
         self._as_parts = not self._renders_question() and self._renders_question(as_parts=True)
+
+    @property
+    def _compiled(self) -> Template:
+        return _compile_jinja_template(self.text)  # which keeps it
 
     def render(
         self,
@@ -232,7 +239,12 @@ class ProbedTemplate:
         return ControlTokens({token for token in found if token.strip() and "think" not in token})
 
     def does_not_read(self, argument: str) -> bool:
-        return argument in RESERVED_KWARGS or argument not in self.text
+        """Whether an argument is one that the template does not look at, or that it gets anyway."""
+        return argument in RESERVED_KWARGS or argument not in self._reads
+
+    @cached_property
+    def _reads(self) -> set[str]:
+        return meta.find_undeclared_variables(self._compiled.environment.parse(self.text))
 
     def check_kwargs(self, kwargs: Mapping[str, Any] | None, option: str) -> None:
         """Refuses arguments of an option that the template does not read."""
