@@ -345,10 +345,9 @@ def test_colours_stand_in_for_the_marks_where_there_are_any(mixed):
         assert text_of(splits, force_terminal=True, **options) == text_of(splits)
 
 
-def test_no_color_is_followed(mixed, monkeypatch):
-    monkeypatch.setenv("NO_COLOR", "1")
-    splits = splits_of(mixed)
-    assert "⟦a token<|im_end|>⟧" in text_of(splits, force_terminal=True, color_system="standard")
+def test_no_color_is_followed(mixed):
+    terminal = {"force_terminal": True, "color_system": "standard", "_environ": {"NO_COLOR": "1"}}
+    assert "⟦a token<|im_end|>⟧" in text_of(splits_of(mixed), **terminal)
 
 
 def test_of_long_text_the_middle_is_left_out_and_the_answer_is_not(mixed):
