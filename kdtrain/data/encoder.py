@@ -1,11 +1,11 @@
 """Rows to tokens: `input_ids` and the `labels` that say which of them the student is trained on.
 
-Position t predicts label t + 1, so `labels[0]` is always -100. A conversation is rendered once as a whole and
-tokenised once; spans of characters become spans of tokens through the offsets of that one tokenisation. Tokenising the
-turns apart and gluing them would give ids that the model never sees at inference.
+Position t predicts label t + 1, so `labels[0]` is always -100. A rendered conversation (chat_template.py) is tokenised
+once; spans of characters become spans of tokens through the offsets of that tokenisation. Only where an answer begins
+inside of a token are prompt and answer tokenised apart: at inference the prompt is tokenised alone.
 
-A token that straddles the edge of a span counts as supervised only if it begins inside. A conversation with images is
-expanded by its processor first (multimodal.py), and must come out with the very ids that the processor gives it.
+A conversation with images is expanded by its processor first (multimodal.py), and must come out with the very ids that
+the processor gives it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 from kdtrain.data.chat_template import (
@@ -42,7 +41,7 @@ from kdtrain.data.teacher_view import (
     teacher_text,
     with_teacher,
 )
-from kdtrain.data.tokens import Tokens
+from kdtrain.data.tokens import Tokens, tokenize, tokenize_apart
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
 
@@ -176,7 +175,7 @@ class RowEncoder:
                 results[i] = error
         # Conversations go to the tokenizer together: a call per row costs more than the tokenising itself.
         texts = [rendered.text for _, chat, rendered, _ in chats if not chat.images]
-        tokens, of_teachers = iter(self._tokenize(texts)), iter(self._tokenize_for_teachers(chats))
+        tokens, of_teachers = iter(tokenize(self.tokenizer, texts)), iter(self._tokenize_for_teachers(chats))
         for i, chat, rendered, other in chats:
             of_text = None if chat.images else next(tokens)
             of_teacher = None if other is None else next(of_teachers)
@@ -214,7 +213,7 @@ class RowEncoder:
         return [(one, teacher_text(chat, one, other, self.options.train_on)) for one, other in pairs]
 
     def _tokenize_for_teachers(self, chats: Sequence[tuple[int, Chat, Rendered, TeacherText | None]]) -> list[Tokens]:
-        return self._tokenize([other.rendered.text for *_, other in chats if other is not None])
+        return tokenize(self.tokenizer, [other.rendered.text for *_, other in chats if other is not None])
 
     def _add_teacher(self, row: EncodedRow, other: TeacherText, tokens: Tokens) -> EncodedRow:
         teacher = self._mask(other.rendered, tokens, edges=other.edges)
@@ -240,7 +239,7 @@ class RowEncoder:
         expanded, after_images, processed = model.expand(rendered, images)
         # The processor gives ids without offsets. The same text tokenised here gives both, and the same ids, unless
         # the processor does more to the text than it hands to its tokenizer.
-        tokens = self._tokenize([expanded.text])[0]
+        tokens = tokenize(self.tokenizer, [expanded.text])[0]
         if tokens.ids != processed.ids:
             raise DataError(
                 f"{type(self.processing_class).__name__} gives a row with images {len(processed.ids)} tokens, and its "
@@ -258,38 +257,6 @@ class RowEncoder:
         kept = processed if self._keep_pixels else None
         row = replace(row, labels=labels, notes=row.notes + processed.notes, sizes=processed.sizes)
         return replace(row, text=rendered.text, images=images, images_end=end, processed=kept)
-
-    def _tokenize(self, texts: list[str]) -> list[Tokens]:
-        if not texts:
-            return []
-        # Calling the tokenizer itself takes half as long again: it copies every token into lists of its own.
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_padding()
-        backend.no_truncation()
-        backend.encode_special_tokens = self.tokenizer.split_special_tokens
-        # Post-processing adds special tokens, which the chat template writes itself, and trims white space off offsets.
-        kept, backend.post_processor = backend.post_processor, None
-        try:
-            encodings = backend.encode_batch(texts, add_special_tokens=False)
-        finally:
-            backend.post_processor = kept
-        return [Tokens(self.tokenizer, text, one.ids, one.offsets) for text, one in zip(texts, encodings, strict=True)]
-
-    def _tokenize_apart(self, text: str, at: set[int]) -> Tokens:
-        """The tokens of the pieces of a text, cut at some characters."""
-        ids: list[int] = []
-        offsets: list[tuple[int, int]] = []
-        edges: dict[int, int] = {}
-        for start, end in pairwise([0, *sorted(at - {0, len(text)}), len(text)]):
-            edges[start] = len(ids)
-            (piece,) = self._tokenize([text[start:end]])
-            if start and piece.begins_with_a_space_of_its_own:
-                # SentencePiece puts a space in front of every text. Behind a line break there is none.
-                (longer,) = self._tokenize(["\n" + text[start:end]])
-                piece = longer.without(1)
-            ids += piece.ids
-            offsets += [(start + first, start + behind) for first, behind in piece.offsets]
-        return Tokens(self.tokenizer, text, ids, offsets, edges)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -348,7 +315,7 @@ class RowEncoder:
         straddled = tuple(turn.start for turn in rendered.turns if tokens.straddled(turn.start))
         within = tuple(edge for edge in edges if tokens.straddled(edge))
         if rendered.cuts or within or (straddled and apart):
-            tokens = self._tokenize_apart(rendered.text, {*rendered.cuts, *straddled, *within})
+            tokens = tokenize_apart(self.tokenizer, rendered.text, {*rendered.cuts, *straddled, *within})
         ids = list(tokens.ids)
         if not rendered.turns:
             return EncodedRow(ids, [IGNORE_INDEX] * len(ids), len(ids), prompt_only=True)
