@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from kdtrain.data.errors import show
-from kdtrain.errors import DataError
+from kdtrain.data.errors import RowError, show
 
 
 class Alignment:
@@ -48,16 +47,16 @@ class Alignment:
                     return at
                 last = number == len(self._pieces) - 1
                 if not last and self._left[number] != self._right[number]:
-                    raise DataError(
+                    raise RowError(
                         f"the text {show(piece, 60)} between two images is found more than once in what the processor "
                         "makes of them, so the assistant's tokens cannot be told from the rest"
                     )
                 return self._right[number] + at - start
-        raise DataError("an assistant turn begins or ends inside an image placeholder")
+        raise RowError("an assistant turn begins or ends inside an image placeholder")
 
 
-def _lost(piece: str, expanded: str) -> DataError:
-    return DataError(
+def _lost(piece: str, expanded: str) -> RowError:
+    return RowError(
         f"the processor changes text besides its images, so the assistant's tokens cannot be told from the rest: "
         f"{show(piece, 80)} is not where it was in {show(expanded, 160)}"
     )

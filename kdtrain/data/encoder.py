@@ -241,7 +241,7 @@ class RowEncoder:
         # the processor does more to the text than it hands to its tokenizer.
         tokens = tokenize(self.tokenizer, [expanded.text])[0]
         if tokens.ids != processed.ids:
-            raise DataError(
+            raise RowError(
                 f"{type(self.processing_class).__name__} gives a row with images {len(processed.ids)} tokens, and its "
                 f"tokenizer gives the same text {len(tokens.ids)} others, so the assistant's tokens cannot be told "
                 "from the rest"
