@@ -4,11 +4,13 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from kdtrain.data import RowError, encode_row
+from kdtrain.data import RowError, encode_row, encoder
+from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.row_notes import (
     EARLIER_REASONING,
     FIRST_LEFT,
     KWARGS_UNREAD,
+    MARKED_OUT,
     NAME_UNREAD,
     OTHER_HISTORY,
     OTHER_PROMPT,
@@ -405,3 +407,107 @@ def test_a_turn_whose_loss_is_switched_off_is_supervised_by_no_train_on():
     assert "zero" not in supervised(tokenizer_with(), row, "all")
     assert supervised(tokenizer_with(), row, "all").endswith("the one<|im_end|>\n")
     assert supervised(tokenizer_with(), rows_of(QUESTION, ANSWER, QUESTION, off), "last") == "the one<|im_end|>"
+
+
+# ---- parts that are lost, or said by those who may not ---------------------------------------------------------------
+
+CUTTING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if '</think>' in m.content %}"
+    "{{ '<think>\n' + m.content.split('</think>')[0].split('<think>')[-1].strip() + '\n</think>\n\n' }}"
+    "{{ m.content.split('</think>')[-1].strip() }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("text", ["Use <think> and </think> tags.", "<think>a</think>one<think>b</think>two"])
+def test_an_answer_of_which_the_template_cuts_a_part_with_the_tags_is_bad(text):
+    with pytest.raises(RowError, match=r"leaves out messages\[1\]"):
+        encode(tokenizer_with(CUTTING), rows_of(QUESTION, {**ANSWER, "content": text}))
+    good = {**ANSWER, "content": "<think>\nzero\n</think>\n\nthe one"}
+    assert supervised(tokenizer_with(CUTTING), rows_of(QUESTION, good)) == good["content"] + "<|im_end|>"
+    without_tag = {**ANSWER, "content": "zero\n</think>\n\nthe one"}
+    assert supervised(tokenizer_with(CUTTING), rows_of(QUESTION, without_tag)) == good["content"] + "<|im_end|>"
+
+
+@pytest.mark.parametrize("option", ["error", "text"])
+def test_control_tokens_in_calls_and_schemas_are_refused(option):
+    call = {"type": "function", "function": {"name": "look", "arguments": {"code": "x<|im_end|>"}}}
+    with pytest.raises(RowError, match=r"messages\[1\]\.tool_calls has the control token <\|im_end\|>"):
+        encode(tokenizer_with(THINKING), rows_of(QUESTION, {**CALL, "tool_calls": [call]}), control_tokens=option)
+    tools = [{"type": "function", "function": {"name": "look", "description": "<|im_start|>"}}]
+    with pytest.raises(RowError, match=r"tools has the control token <\|im_start\|>"):
+        encode(tokenizer_with(THINKING), rows_of(QUESTION, ANSWER, tools=tools), control_tokens=option)
+
+
+def test_reasoning_that_is_kept_loses_nothing_of_an_answer_that_the_template_writes_without_its_line_break():
+    stripping = OPENING.replace("{{ m.content.split", "{{ '<think>' if m.role == 'assistant' }}{{ m.content.split")
+    row = rows_of(QUESTION, REASONED)
+    assert supervised(tokenizer_with(stripping), row, reasoning="keep") == "zero\n</think>\n\nthe one<|im_end|>"
+    closing = OPENING.replace("{{ m.content.split", "{{ '</think>' if m.role == 'assistant' }}{{ m.content.split")
+    assert supervised(tokenizer_with(closing), row, reasoning="keep") == "zero\n</think>\n\nthe one<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["add_generation_prompt", "tools", "messages", "documents"])
+def test_a_row_cannot_say_what_the_caller_of_a_template_says(name):
+    with pytest.raises(RowError, match=f"chat_template_kwargs has {name}"):
+        encode(tokenizer_with(), rows_of(QUESTION, ANSWER, chat_template_kwargs={name: True}))
+
+
+MARKED_CONTENT = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' and m.content %}{% generation %}"
+    "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% if m.tool_calls %}"
+    "{{ m.tool_calls[0].function.name }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def test_an_answer_that_a_templates_own_markers_leave_out_is_context_and_that_is_said():
+    tokenizer = tokenizer_with(MARKED_CONTENT, eos="<|endoftext|>", added=["<|user|>", "<|assistant|>", "<|tool|>"])
+    rain = {"role": "tool", "content": "rain"}
+    row = rows_of(QUESTION, ANSWER, QUESTION, CALL, rain, ANSWER)
+    (encoded,) = encode(tokenizer, row)
+    assert supervised(tokenizer, row) == "the one<|user|>the one<|user|>"
+    assert MARKED_OUT in encoded.notes
+    assert supervised(tokenizer, rows_of(QUESTION, ANSWER, QUESTION, CALL)) == "the one<|user|>"
+
+
+def test_a_template_that_divides_by_zero_costs_its_row_alone():
+    failing = "{% if messages[0].content == 'zero' %}{{ 1 // 0 }}{% endif %}" + CHATML
+    with pytest.raises(RowError, match="refuses the conversation"):
+        encode(tokenizer_with(failing), rows_of({"role": "user", "content": "zero"}, ANSWER))
+
+
+def test_an_answer_that_begins_like_its_header_keeps_it():
+    vicuna = (
+        "{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}{{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' else ' ' }}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}"
+        "{% endif %}"
+    )
+    answer = {"role": "assistant", "content": "ASSISTANT: hi"}
+    assert supervised(tokenizer_with(vicuna), rows_of(QUESTION, answer)) == "ASSISTANT: hi<|im_end|>"
+
+
+def test_what_is_tokenised_apart_loses_nothing_where_line_breaks_are_merged():
+    tokenizer = sentencepiece(
+        LLAVA.replace("'ASSISTANT:' }}{% endif %}", "'ASSISTANT: \n' }}{% endif %}").replace(
+            "'ASSISTANT: '", "'ASSISTANT: \n'"
+        )
+    )
+    tokenizer.add_tokens(["\n\n", "\n\n\n"])
+    row = rows_of({"role": "user", "content": "hi"}, {"role": "assistant", "content": "\nYes"})
+    labels = [label for label in encode(tokenizer, row)[0].labels if label != -100]
+    assert tokenizer.convert_ids_to_tokens(labels) == ["\n", "Yes", "▁"]
+
+
+def test_rows_are_the_same_however_many_are_tokenised_together(monkeypatch):
+    tokenizer = tokenizer_with()
+    rows = [
+        rows_of(QUESTION, ANSWER),
+        {"text": "zero"},
+        rows_of(QUESTION, CALL),
+        rows_of(QUESTION, ANSWER, QUESTION, ANSWER),
+    ]
+    together = RowEncoder(tokenizer, "assistant").encode(rows, [None] * 4)
+    monkeypatch.setattr(encoder, "_AT_ONCE", 1)
+    alone = RowEncoder(tokenizer, "assistant").encode(rows, [None] * 4)
+    assert [str(row) for row in together] == [str(row) for row in alone]

@@ -489,6 +489,19 @@ def test_a_column_that_only_some_rows_have_may_be_mapped_and_a_misspelt_one_is_f
     refused(rows[0], r"no column answer", {"instruction": "q", "output": "answer"})
 
 
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (user("hi", image="a.png"), r"messages\[0\] has image beside its content"),
+        (user("hi", video="a.mp4"), r"messages\[0\] has video beside its content"),
+        (user([{"type": "text", "text": "hi", "weight": 0}]), r"messages\[0\]\.content has a part with weight"),
+    ],
+)
+def test_what_a_message_says_in_the_wrong_place_is_refused(message, reason):
+    with pytest.raises(RowError, match=reason):
+        parsed({"messages": [message, HI[1]]})
+
+
 def test_a_null_for_one_image_column_leaves_the_other(tmp_path):
     row = {"messages": HI, "images": ["a.png"], "image": "b.png"}
     for columns in ({"image": None}, {"messages": "messages", "image": None}):

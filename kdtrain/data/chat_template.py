@@ -15,6 +15,7 @@ by rendering probes.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,9 +33,18 @@ from kdtrain.data.messages import (
     with_messages,
     written,
 )
-from kdtrain.data.probed_template import ProbedTemplate, any_of, boundaries, common
+from kdtrain.data.probed_template import RESERVED_KWARGS, ProbedTemplate, any_of, boundaries, common
 from kdtrain.data.rendered import Rendered, Turn
-from kdtrain.data.row_notes import FIRST_LEFT, OTHER_HISTORY, OTHER_PROMPT, SPACE_KEPT, SPLIT, STOP_ADDED, THOUGHT
+from kdtrain.data.row_notes import (
+    FIRST_LEFT,
+    MARKED_OUT,
+    OTHER_HISTORY,
+    OTHER_PROMPT,
+    SPACE_KEPT,
+    SPLIT,
+    STOP_ADDED,
+    THOUGHT,
+)
 from kdtrain.data.rows import Chat
 from kdtrain.data.unrendered import UnrenderedFinder
 
@@ -92,6 +102,8 @@ class ChatTemplate:
         Raises:
             RowError: the template cannot render the conversation as the model meets it, or leaves out a part of it.
         """
+        if reserved := RESERVED_KWARGS & chat.template_kwargs.keys():
+            raise RowError(f"chat_template_kwargs has {sorted(reserved)[0]}, which is not for a row to say")
         chat = self._without_control_tokens(chat)
         notes, chat, reasoning = self._check_rendered(chat)
         call = _Call(chat, reasoning)
@@ -163,12 +175,17 @@ class ChatTemplate:
         turn, stop = self._turn(text, start, blocks, bool(call.chat.messages[i].get("tool_calls")))
         if stop is not None:
             notes = (*notes, STOP_ADDED)
+        if not turn.spans:
+            notes = (*notes, MARKED_OUT)
         return Rendered(text, (turn,), i + 1, stop=stop, notes=notes)
 
     def _with_reasoning(self, call: _Call, i: int, prompt: str, text: str) -> tuple[str, int, list[tuple[int, int]]]:
         """The answer with reasoning that the template does not render, in the block that its prompt opens."""
-        start = len(prompt) if text.startswith(prompt) else self._diverging(call, i, prompt, text)[1]
-        return f"{prompt}{call.reasoning[i]}\n{THINK_END}\n\n{text[start:].lstrip()}", len(prompt), []
+        start = len(prompt)
+        if not text.startswith(prompt):
+            text, start, _ = self._diverging(call, i, prompt, text)
+        answer = text[start:].lstrip().removeprefix(THINK_END).lstrip()
+        return f"{prompt}{call.reasoning[i]}\n{THINK_END}\n\n{answer}", len(prompt), []
 
     def _diverging(self, call: _Call, i: int, prompt: str, text: str) -> tuple[str, int, str]:
         """Where the answer starts in a text that does not begin with its prompt; the text, and what to say of it."""
@@ -220,6 +237,9 @@ class ChatTemplate:
         The header is what the generation prompt is after a user's message. The model is given it at inference, and
         never has to write it. `anywhere`: there is no message before the answer, so all up to the header is given.
         """
+        header = self._template.generation_prompt
+        if header and text[:start].endswith(header):
+            return start
         for header in self._template.headers:
             at = text.find(header, start)
             if at >= 0 and (anywhere or not self._template.added_pattern.sub("", text[start:at]).strip()):
@@ -278,7 +298,7 @@ class ChatTemplate:
                 behind = self._stops_pattern.match(last.text, turn.end)
                 if behind is None:
                     return None
-                spans = (*turn.spans[:-1], (turn.spans[-1][0], behind.end()))
+                spans = (*turn.spans[:-1], (turn.spans[-1][0], behind.end())) if turn.spans else ()
                 turn = replace(turn, end=behind.end(), spans=spans)
             turns.append(turn)
         notes = tuple(dict.fromkeys(note for one in alone for note in one.notes if one is last or note != STOP_ADDED))
@@ -299,10 +319,15 @@ class ChatTemplate:
 
     def _without_control_tokens(self, chat: Chat) -> Chat:
         """Refuses control tokens in what people wrote, or marks them for `Rendered.cuts`."""
+        find = self._template.control_tokens.find
         found: dict[int, str] = {}
         for i, message in enumerate(chat.messages):
             for text in written(message):
-                found.update((i, token) for _, token in self._template.control_tokens.find(text))
+                found.update((i, token) for _, token in find(text))
+            if message.get("tool_calls"):
+                self._refuse_control_tokens(message["tool_calls"], f"messages[{i}].tool_calls")
+        if chat.tools:
+            self._refuse_control_tokens(chat.tools, "tools")
         if not found:
             return chat
         if self._options.control_tokens == "error":
@@ -314,6 +339,13 @@ class ChatTemplate:
         cut = self._template.control_tokens.mark
         messages = [rewritten(message, cut) if i in found else message for i, message in enumerate(chat.messages)]
         return replace(chat, messages=messages)
+
+    def _refuse_control_tokens(self, value: Any, where: str) -> None:
+        for _, token in self._template.control_tokens.find(json.dumps(value, ensure_ascii=False)):
+            raise RowError(
+                f"{where} has the control token {show(token, 60)}, which the model would take for one of the chat "
+                "template. Remove it"
+            )
 
     def _check_rendered(self, chat: Chat) -> tuple[tuple[str, ...], Chat, Mapping[int, str]]:
         """Refuses what the template leaves out of a conversation of this form; reasoning goes by the option.
@@ -333,8 +365,9 @@ class ChatTemplate:
         if self._options.reasoning == "drop":
             return found.notes, without, {}
         kept = with_messages(chat, found.reasoning, lambda message: reasoning_moved(message, keep=True))
-        if not self._unrendered.find(kept).reasoning:
-            return found.notes, kept, {}
+        found_kept = self._unrendered.find(kept)
+        if not found_kept.reasoning:
+            return found_kept.notes, kept, {}
         if self._template.generation_prompt.rstrip().endswith(THINK):
             reasoning = {i: reasoning_of(chat.messages[i]) for i in found.reasoning}
             return (*found.notes, THOUGHT), without, reasoning

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kdtrain.data.chat_template import (
@@ -45,6 +45,8 @@ from kdtrain.data.tokens import Tokens, tokenize, tokenize_apart
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
 
+# Characters of rendered text that are tokenised together.
+_AT_ONCE = 2**21
 TRAIN_ON = ("assistant", "last", "all")
 _CHOICES = {"train_on": TRAIN_ON, "turns": TURNS, "reasoning": REASONING, "control_tokens": CONTROL_TOKENS}
 
@@ -81,6 +83,16 @@ def encode_row(
     if len(encoded) > 1:
         raise RowError(f"the conversation becomes {len(encoded)} rows, one for each of its answers: {SPLIT}")
     return encoded[0]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A rendered conversation, or a part of it that is a row of its own."""
+
+    row: int  # the number of the row that it is made of
+    chat: Chat
+    rendered: Rendered
+    teacher: TeacherText | None
 
 
 class RowEncoder:
@@ -155,42 +167,57 @@ class RowEncoder:
         """
         self._follow_tokenizer()
         results: list[list[EncodedRow] | RowError] = [[] for _ in rows]
-        chats: list[tuple[int, Chat, Rendered, TeacherText | None]] = []
+        chats: list[_Text] = []
+        characters = 0
         for i, row in enumerate(rows):
             try:
-                parsed = parse_media_row(row, self.image_root or folders[i], self.multimodal is not None)
-                if teacher_answers and teacher_answers[i]:
-                    parsed = prompt_of(parsed)
-                elif not self.prompts:
-                    parsed = answered(parsed)
-                if isinstance(parsed, Chat) and parsed.unknown_keys:
-                    parsed = parsed.noting_keys(self.template(parsed.tools is not None).text)
+                parsed = self._parse(row, folders[i], bool(teacher_answers and teacher_answers[i]))
                 if isinstance(parsed, PlainText):
                     results[i] = [self._verified(self._encode_text(parsed), parsed.notes)]
                 elif isinstance(parsed, Pair):
                     results[i] = [self._verified(self._encode_pair(parsed), parsed.notes)]
                 else:
-                    chats += [(i, parsed, *rendered) for rendered in self._render(parsed)]
+                    texts = [_Text(i, parsed, *rendered) for rendered in self._render(parsed)]
+                    chats += texts
+                    characters += sum(len(text.rendered.text) for text in texts)
             except RowError as error:
                 results[i] = error
-        # Conversations go to the tokenizer together: a call per row costs more than the tokenising itself.
-        texts = [rendered.text for _, chat, rendered, _ in chats if not chat.images]
-        tokens, of_teachers = iter(tokenize(self.tokenizer, texts)), iter(self._tokenize_for_teachers(chats))
-        for i, chat, rendered, other in chats:
-            of_text = None if chat.images else next(tokens)
-            of_teacher = None if other is None else next(of_teachers)
-            found = results[i]
+            # Conversations go to the tokenizer together: a call per row costs more than the tokenising itself. But not
+            # too many: one whose turns are rows of their own becomes as many texts as it has turns.
+            if characters > _AT_ONCE:
+                self._encode_chats(chats, results)
+                chats, characters = [], 0
+        self._encode_chats(chats, results)
+        return results
+
+    def _parse(self, row: Mapping[str, Any], folder: str | None, teacher_answers: bool) -> Chat | Pair | PlainText:
+        parsed = parse_media_row(row, self.image_root or folder, self.multimodal is not None)
+        if teacher_answers:
+            parsed = prompt_of(parsed)
+        elif not self.prompts:
+            parsed = answered(parsed)
+        if isinstance(parsed, Chat) and parsed.unknown_keys:
+            parsed = parsed.noting_keys(self.template(parsed.tools is not None).text)
+        return parsed
+
+    def _encode_chats(self, texts: Sequence[_Text], results: list[list[EncodedRow] | RowError]) -> None:
+        """Puts the tokens of rendered conversations into the results of their rows."""
+        of_students = iter(tokenize(self.tokenizer, [one.rendered.text for one in texts if not one.chat.images]))
+        of_teachers = iter(tokenize(self.tokenizer, [one.teacher.rendered.text for one in texts if one.teacher]))
+        for one in texts:
+            tokens = None if one.chat.images else next(of_students)
+            teacher_tokens = next(of_teachers) if one.teacher else None
+            found = results[one.row]
             if isinstance(found, RowError):
                 continue
             try:
-                encoded = self._mask(rendered, of_text) if of_text else self._encode_images(chat, rendered)
-                encoded = self._verified(encoded, (*chat.notes, *rendered.notes))
-                if other is not None and of_teacher is not None:
-                    encoded = self._add_teacher(encoded, other, of_teacher)
+                encoded = self._mask(one.rendered, tokens) if tokens else self._encode_images(one.chat, one.rendered)
+                encoded = self._verified(encoded, (*one.chat.notes, *one.rendered.notes))
+                if one.teacher and teacher_tokens:
+                    encoded = self._add_teacher(encoded, one.teacher, teacher_tokens)
                 found.append(encoded)
             except RowError as error:
-                results[i] = error
-        return results
+                results[one.row] = error
 
     def _render(self, chat: Chat) -> list[tuple[Rendered, TeacherText | None]]:
         """The texts that a conversation becomes, each with the teacher's where that is another."""
@@ -211,9 +238,6 @@ class RowEncoder:
             raise RowError(OTHER_ANSWERS)
         pairs = zip(own, others, strict=True)
         return [(one, teacher_text(chat, one, other, self.options.train_on)) for one, other in pairs]
-
-    def _tokenize_for_teachers(self, chats: Sequence[tuple[int, Chat, Rendered, TeacherText | None]]) -> list[Tokens]:
-        return tokenize(self.tokenizer, [other.rendered.text for *_, other in chats if other is not None])
 
     def _add_teacher(self, row: EncodedRow, other: TeacherText, tokens: Tokens) -> EncodedRow:
         teacher = self._mask(other.rendered, tokens, edges=other.edges)
@@ -331,7 +355,7 @@ class RowEncoder:
                 labels[first:behind] = [IGNORE_INDEX] * (behind - first)
         if rendered.stop is not None:
             ids.append(self.tokenizer.convert_tokens_to_ids(rendered.stop))
-            labels.append(ids[-1])
+            labels.append(ids[-1] if rendered.turns[-1].spans else IGNORE_INDEX)
         labels[:1] = [IGNORE_INDEX]
         starts = tuple(tokens.complete_before(turn.start) for turn in rendered.turns)
         return EncodedRow(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,16 +16,18 @@ THINK, THINK_END = "<think>", "</think>"
 Message = dict[str, Any]
 
 # What `probe` writes first of a message.
-PROBE_WORDS = ("kdprobe kdprobecontent{}x", "kdprobereasoning{}x", "kdprobecall{}x0x")
+PROBE_WORDS = ("kdprobe kdprobecontent{}x", "kdprobe kdprobereasoning{}x", "kdprobereasoning{}x", "kdprobecall{}x0x")
+_TAGS = re.compile(f"({THINK}|{THINK_END})")
+# A thinking block; the first may be opened by the generation prompt.
+_THOUGHT = re.compile(f"\\A(?:(?!{THINK}).)*?{THINK_END}|{THINK}(?:(?!{THINK}).)*?{THINK_END}", re.DOTALL)
 
 
-def form_of(chat: Chat) -> Any:
-    """All that decides what a template leaves out, beside the words."""
+def form_of(chat: Chat, kwargs: Mapping[str, Any]) -> Any:
+    """All that decides what a template leaves out, beside the words; `kwargs` are those that it reads."""
     messages = tuple(
         (
             message["role"],
-            has_answer_text(message),
-            THINK_END in text_of(message),
+            tuple(_kinds(message)),
             "reasoning_content" in message,
             bool(message.get("name")),
             len(message.get("tool_calls") or ()),
@@ -32,8 +35,26 @@ def form_of(chat: Chat) -> Any:
         )
         for message in chat.messages
     )
-    kwargs = json.dumps(chat.template_kwargs, sort_keys=True, default=str) if chat.template_kwargs else ""
-    return messages, len(chat.tools or ()), kwargs, tuple(chat.trained)
+    arguments = json.dumps(kwargs, sort_keys=True, default=str) if kwargs else ""
+    return messages, len(chat.tools or ()), arguments, tuple(chat.trained)
+
+
+def _kinds(message: Message) -> Iterator[str]:
+    """What the pieces of a text are: a tag, thinking (what a closing tag follows), content, or nothing."""
+    pieces = _TAGS.split(text_of(message))
+    for i, piece in enumerate(pieces):
+        if i % 2:
+            yield piece
+        elif not piece.strip():
+            yield ""
+        else:
+            closed = message["role"] == "assistant" and pieces[i + 1 : i + 2] == [THINK_END]
+            yield "thinking" if closed else "content"
+
+
+def words_of(message: Message, i: int, kind: str) -> list[str]:
+    """The words that `probe` writes in place of the pieces of one kind."""
+    return [f"kdprobe{kind}{i}x{k}x" for k, found in enumerate(_kinds(message)) if found == kind]
 
 
 def text_of(message: Message) -> str:
@@ -45,31 +66,31 @@ def written(message: Message) -> list[str]:
     return [*texts_of(message["content"]), str(message.get("reasoning_content") or "")]
 
 
-def has_answer_text(message: Message) -> bool:
-    return bool(text_of(message).rpartition(THINK_END)[2].strip())
-
-
 def has_reasoning(message: Message) -> bool:
-    return bool(message.get("reasoning_content")) or THINK_END in text_of(message)
+    return bool(message.get("reasoning_content")) or "thinking" in _kinds(message)
 
 
 def probe(message: Message, i: int) -> Message:
     """The message with words of its own in every place."""
-    text = f"kdprobe kdprobecontent{i}x kdprobe" if has_answer_text(message) else ""
-    if THINK_END in text_of(message):
-        text = f"<think>\nkdprobereasoning{i}x\n</think>\n\n{text}"
-    content: Any = text
+    pieces = _TAGS.split(text_of(message))
+    for k, kind in enumerate(_kinds(message)):
+        if kind in ("thinking", "content"):
+            text = pieces[k]
+            before, behind = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+            word = f"kdprobereasoning{i}x kdprobe{kind}{i}x{k}x" if kind == "thinking" else f"kdprobe{kind}{i}x{k}x"
+            pieces[k] = f"{before}kdprobe {word} kdprobe{behind}"
+    content: Any = "".join(pieces)
     if not isinstance(message["content"], str):
         images = [part for part in message["content"] if part["type"] == "image"]
-        content = [*images, *([{"type": "text", "text": text}] if text else [])]
-    probe = {**message, "content": content}
+        content = [*images, *([{"type": "text", "text": content}] if content else [])]
+    words = {**message, "content": content}
     if message.get("reasoning_content"):
-        probe["reasoning_content"] = f"kdprobereasoning{i}x"
+        words["reasoning_content"] = f"kdprobereasoning{i}x"
     if message.get("name") and message["role"] != "tool":
-        probe["name"] = f"kdprobename{i}x"
+        words["name"] = f"kdprobename{i}x"
     if message.get("tool_calls"):
-        probe["tool_calls"] = [named_tool(call, f"kdprobecall{i}x{j}x") for j, call in enumerate(message["tool_calls"])]
-    return probe
+        words["tool_calls"] = [named_tool(call, f"kdprobecall{i}x{j}x") for j, call in enumerate(message["tool_calls"])]
+    return words
 
 
 def named_tool(tool: Message, name: str) -> Message:
@@ -96,7 +117,8 @@ def with_messages(chat: Chat, which: Sequence[int], change: Callable[[Message], 
 
 
 def reasoning_of(message: Message) -> str:
-    in_content = text_of(message).rpartition(THINK_END)[0].partition(THINK)[2]
+    before = text_of(message).rpartition(THINK_END)[0]
+    in_content = before.partition(THINK)[2] if THINK in before else before
     return str(message.get("reasoning_content") or in_content).strip("\n")
 
 
@@ -105,7 +127,7 @@ def reasoning_moved(message: Message, keep: bool) -> Message:
     rest = {key: value for key, value in message.items() if key != "reasoning_content"}
     reasoning, content = message.get("reasoning_content"), message["content"]
     if not keep and isinstance(content, str):
-        content = content.rpartition(THINK_END)[2].lstrip("\n")
+        content = _THOUGHT.sub("", content).lstrip("\n")
     if keep and reasoning and isinstance(content, str):
         content = f"<think>\n{reasoning}\n{THINK_END}\n\n{content}"
     return {**rest, "content": content}

@@ -198,6 +198,7 @@ def tokenizer_content(tokenizer: Any) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     content.pop("padding", None)  # both change with every call that pads or truncates
     content.pop("truncation", None)
+    content["split_special_tokens"] = tokenizer.split_special_tokens
     return {"tokenizer": content, "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()}}
 
 

@@ -44,6 +44,9 @@ class Ends:
     tool: str | None = None  # or a tool's
 
 
+_FAILURES = (TemplateError, TypeError, LookupError, ValueError, ArithmeticError, AttributeError, RecursionError)
+
+
 class ProbedTemplate:
     """Renders messages in the form that the template wants, and knows its habits.
 
@@ -134,7 +137,7 @@ class ProbedTemplate:
                 conversations=[messages], chat_template=self.text, return_assistant_tokens_mask=True, **arguments
             )
         # Templates are programs: besides their own raise_exception they trip over missing keys and wrong types.
-        except (TemplateError, TypeError, KeyError, IndexError, ValueError, AttributeError, RecursionError) as error:
+        except _FAILURES as error:
             raise RowError(f"the chat template refuses the conversation: {show(str(error))}") from error
         return texts[0], indices[0]
 

@@ -12,6 +12,7 @@ OTHER_HISTORY = (
     "the template renders earlier messages differently once the answer follows: the prompt is the one at inference, "
     "and the answer goes on from it"
 )
+MARKED_OUT = "the template has markers of what is trained, and none around an answer: it is context"
 SPACE_KEPT = (
     "the template leaves out white space at the end of the generation prompt once the answer follows: it is kept, as "
     "at inference"

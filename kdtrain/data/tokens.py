@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from kdtrain.data.errors import RowError, show
+
 # Byte-level vocabularies write a leading space as Ġ, SentencePiece ones as ▁.
 _SPACES = ("Ġ", "▁", " ")
 
@@ -95,9 +97,17 @@ def tokenize_apart(tokenizer: Any, text: str, at: set[int]) -> Tokens:
         edges[start] = len(ids)
         (piece,) = tokenize(tokenizer, [text[start:end]])
         if start and piece.begins_with_a_space_of_its_own:
-            # SentencePiece puts a space in front of every text. Behind a line break there is none.
-            (longer,) = tokenize(tokenizer, ["\n" + text[start:end]])
-            piece = longer.without(1)
+            piece = _behind_another(tokenizer, text[start:end])
         ids += piece.ids
         offsets += [(start + first, start + behind) for first, behind in piece.offsets]
     return Tokens(tokenizer, text, ids, offsets, edges)
+
+
+def _behind_another(tokenizer: Any, text: str) -> Tokens:
+    """The tokens of a text that does not begin a text: SentencePiece puts a space in front of those that do."""
+    for other in ("\n", ".", "\t"):
+        (longer,) = tokenize(tokenizer, [other + text])
+        piece = longer.without(len(other))
+        if piece.offsets and piece.offsets[0][0] == 0 and not piece.begins_with_a_space_of_its_own:
+            return piece
+    raise RowError(f"the tokenizer cannot tell …{show(text, 40)} from a text that begins so")

@@ -34,6 +34,7 @@ _ROLES = {
 SPEAKERS = {**_ROLES, "human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 _PLAIN = frozenset(("role", "content"))
 _READ = {*_PLAIN, "name", "tool_call_id", "tool_calls", "function_call", *REASONING}
+_MEDIA = ("image", "images", "image_url", "video", "videos", "video_url", "audio", "audios")
 _IDS = frozenset(("id", "uuid", "message_id", "parent_id"))  # mean nothing to a model
 
 
@@ -129,6 +130,10 @@ def read_content(content: Any, where: str) -> str | list[dict[str, Any]]:
         text = part.get("text") if isinstance(part, Mapping) else part
         if not isinstance(text, str):
             raise RowError(f"{where}.content has a part that is {type_name(text)}, not text")
+        if isinstance(part, Mapping) and (off := [key for key in SWITCHES if part.get(key, 1) in (0, False)]):
+            raise RowError(
+                f"{where}.content has a part with {off[0]}: a message is trained on or not, not a part of it"
+            )
         parts.append({"type": "text", "text": valid_unicode(text, where)})
     return merge_parts(parts)
 
@@ -175,6 +180,8 @@ def _message(message: Any, where: str) -> tuple[Message, dict[str, Any]]:
     if kept.keys() <= _PLAIN:
         return _with_content(kept, where), {}
     others = {key: value for key, value in kept.items() if key not in _READ and key not in _IDS and not blank(value)}
+    if media := [key for key in _MEDIA if key in others]:
+        raise RowError(f"{where} has {media[0]} beside its content: give it as a part of the content, or as a column")
     kept = {key: value for key, value in kept.items() if key in _READ or (key in others and key not in SWITCHES)}
     if role in ("assistant", _CALL):
         kept = _acting(kept, where)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kdtrain.data.errors import RowError
-from kdtrain.data.messages import form_of, has_answer_text, has_reasoning, named_tool, probe
+from kdtrain.data.messages import form_of, has_reasoning, named_tool, probe, words_of
 from kdtrain.data.probed_template import ProbedTemplate
 from kdtrain.data.row_notes import EARLIER_REASONING, KWARGS_UNREAD, NAME_UNREAD
 from kdtrain.data.rows import Chat
@@ -32,7 +32,8 @@ class UnrenderedFinder:
 
     def find(self, chat: Chat) -> Unrendered:
         """Raises RowError where it is more than reasoning."""
-        form = form_of(chat)
+        read = {name: one for name, one in chat.template_kwargs.items() if not self._template.does_not_read(name)}
+        form = form_of(chat, read)
         if form not in self._known:
             self._known[form] = self._probe(chat)
         if problem := self._known[form].problem:
@@ -57,7 +58,8 @@ class UnrenderedFinder:
             if problem := next(_left_out(chat, end, given, text), ""):
                 return Unrendered(problem)
             for i, message in enumerate(chat.messages[: end + 1]):
-                if has_reasoning(message) and f"kdprobereasoning{i}x" not in (text if i == end else given):
+                thought = [f"kdprobereasoning{i}x"] * has_reasoning(message) + words_of(message, i, "thinking")
+                if any(word not in (text if i == end else given) for word in thought):
                     if i == end:
                         reasoning.append(i)
                     else:
@@ -76,7 +78,10 @@ class UnrenderedFinder:
 def _left_out(chat: Chat, end: int, given: str, answered: str) -> Iterator[str]:
     for i, message in enumerate(chat.messages[: end + 1]):
         text = answered if i == end else given
-        if f"kdprobecontent{i}x" not in text and has_answer_text(message):
+        content = words_of(message, i, "content")
+        if i != end and message["role"] == "assistant":
+            content = content[-1:]  # what stands before the thinking of an earlier answer may go with it
+        if any(word not in text for word in content):
             yield f"the chat template leaves out messages[{i}], which has the role {message['role']}"
         for j, _ in enumerate(message.get("tool_calls") or ()):
             if f"kdprobecall{i}x{j}x" not in text:
