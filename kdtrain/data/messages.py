@@ -41,11 +41,12 @@ def form_of(chat: Chat, kwargs: Mapping[str, Any]) -> Any:
 
 def _kinds(message: Message) -> Iterator[str]:
     """What the pieces of a text are: a tag, thinking (what a closing tag follows), content, or nothing."""
-    pieces = _TAGS.split(text_of(message))
+    text = text_of(message)
+    pieces = _TAGS.split(text) if THINK_END in text or THINK in text else [text]
     for i, piece in enumerate(pieces):
         if i % 2:
             yield piece
-        elif not piece.strip():
+        elif not piece or piece.isspace():
             yield ""
         else:
             closed = message["role"] == "assistant" and pieces[i + 1 : i + 2] == [THINK_END]
