@@ -166,3 +166,18 @@ def test_a_raw_conversation_whose_turns_cannot_share_a_row_becomes_several_rows_
     prompts = [tokenizer.decode(ids[:length]) for ids, length in rows]
     assert prompts[1].endswith("first question<|im_end|>\n<|im_start|>assistant\n")
     assert prompts[2].endswith("and then<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_batch_knows_which_of_the_given_rows_each_of_its_rows_comes_from():
+    tokenizer = tokenizer_with(FORGETFUL)
+    late = {"messages": [*ROW["messages"][:2], {"role": "user", "content": "the path " * 60}, ROW["messages"][1]]}
+
+    def places(*rows, **options):
+        return Collator(tokenizer, **options)(list(rows)).rows.places
+
+    assert places(SHORT, SHORT) is None
+    assert places(SHORT, ROW, SHORT) == [0, 1, 1, 2]
+    dropping = {"max_length": 100, "on_overlength": "drop"}
+    assert places(ROW, late, SHORT, **dropping) == [0, 0, 1, 2]
+    assert places(SHORT, late, **dropping) is None
+    assert places(ROW, {"prompt": "the path " * 60}, **dropping) == [0, 0]

@@ -1,9 +1,15 @@
-"""FSDP2, and adapters under DDP: two gloo ranks equal one process."""
+"""FSDP2, adapters under DDP, chats that become several rows: two gloo ranks equal one process."""
 
+from types import SimpleNamespace
+
+import datasets
 import pytest
 import torch
 
+from kdtrain.data import Collator
+from kdtrain.trainer.window import _without_repeated_rows
 from tests import tiny
+from tests.test_data_encoder import FORGETFUL, tokenizer_with
 from tests.test_trainer import ROWS, make_trainer
 from tests.tiny_processors import FAMILIES, make_model, picture
 
@@ -109,6 +115,74 @@ LAYERS = {
     "gemma3": ["Gemma3DecoderLayer", "SiglipEncoderLayer"],
     "onevision": ["Qwen2DecoderLayer", "SiglipEncoderLayer"],
 }
+
+
+def conversation(*answers):
+    """One whose answers are a row each with a template that forgets."""
+    turns = [(("user", f"What is {i}?"), ("assistant", answer)) for i, answer in enumerate(answers)]
+    return {"messages": [{"role": role, "content": content} for turn in turns for role, content in turn]}
+
+
+LONG = "the path " * 60
+CONVERSATIONS = [
+    conversation("the first one", "a token and the student"), conversation("zero"),
+    conversation("the file it returns", "when they are equal", "two"), conversation("the path", "1 and 30"),
+    conversation("a first", "a second one"), conversation("it returns", "the file", "zero"), conversation("equal"),
+]  # fmt: skip
+
+
+def train_conversations(folder, count, world):
+    """An epoch of raw `messages` of which many become several rows; numbers of each window, weights, evaluation."""
+    rows = datasets.Dataset.from_list(CONVERSATIONS[:count])
+    trainer = make_trainer(
+        folder, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2), rows=rows,
+        tokenizer=tokenizer_with(FORGETFUL), sft_alpha=0.3, optim="sgd", learning_rate=0.1, max_grad_norm=1e9,
+        per_device_train_batch_size=4 // world, per_device_eval_batch_size=4 // world, num_train_epochs=1, max_steps=-1,
+        train_sampling_strategy="sequential", lr_scheduler_type="constant",
+    )  # fmt: skip
+    numbers = []
+    original = trainer.get_batch_samples
+    trainer.get_batch_samples = lambda *args: (result := original(*args), numbers.append(int(result[1])))[0]
+    trainer.train()
+    numbers += [
+        record[key] for record in trainer.state.log_history if "loss" in record for key in ("loss", "grad_norm")
+    ]
+    evaluation = trainer.evaluate(trainer.train_dataset)
+    numbers += [evaluation[key] for key in ("eval_loss", "eval_token_accuracy")]
+    return numbers + torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]).tolist()
+
+
+@pytest.mark.parametrize("count", [5, 6, 7])
+def test_conversations_that_become_several_rows_count_once_on_two_ranks(tmp_path, count):
+    expected = train_conversations(tmp_path / "one", count, 1)
+    for numbers in tiny.run_ranks(train_conversations, 2, tmp_path / "two", count, 2):
+        assert numbers == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rank", "epoch_rows", "rows", "kept"),
+    [
+        (0, 1, [("a b", "c"), ("d e", "f")], ["a b", "c"]),
+        (0, 1, [("a b", "c"), ("d e", LONG, "f")], ["a b", "c"]),  # as many rows in the batch as were drawn
+        (0, 1, [("a b", LONG, "c"), ("d e", "f")], ["a b"]),
+        (0, 1, [(LONG,), ("d e", "f")], []),
+        (1, 3, [("a b", "c"), ("d",)], ["a b", "c"]),
+        (1, 3, [("a",), ("d e", "f")], ["a"]),
+        (1, 2, [("a b", "c"), ("d e", "f")], []),
+        (1, 4, [("a b", "c"), ("d e", "f")], ["a b", "c", "d e", "f"]),
+    ],
+)
+def test_all_rows_of_a_repeated_conversation_are_cut_off_and_none_of_a_new_one(rank, epoch_rows, rows, kept):
+    tokenizer = tokenizer_with(FORGETFUL)
+    collate = Collator(tokenizer, max_length=100, on_overlength="drop")
+    batch = collate([conversation(*answers) for answers in rows])
+    state = SimpleNamespace(end_of_dataloader=True)
+    accelerator = SimpleNamespace(num_processes=2, process_index=rank, gradient_state=state)
+    cut = _without_repeated_rows(batch, accelerator, epoch_rows, 2)
+    answers = [tokenizer.decode(labels[labels != -100]).removesuffix("<|im_end|>") for labels in cut.labels]
+    assert [answer for answer in answers if answer] == kept
+    assert len(cut) == max(len(kept), 1)
+    assert cut.all_repeated == (not kept)
 
 
 def train_images(folder, family, ranks, images=4, **kwargs):

@@ -17,6 +17,7 @@ from kdtrain.runs.fit import fit
 from kdtrain.teachers import LocalTeacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
+from tests.test_data_encoder import FORGETFUL, ROW, tokenizer_with
 from tests.test_models_probe import Silent
 from tests.test_trainer import expected_terms, make_args, make_batch, make_trainer
 from tests.tiny_vision import make_vlm
@@ -368,6 +369,17 @@ def test_rows_longer_than_max_length_are_cut_told_once_and_counted(tmp_path, stu
         "2 of 8 rows were cut at max_length (64 tokens).",
     ]
     assert trainer.data_collator([*long]).labels.shape == (1, 64)
+
+
+def test_conversations_that_become_several_rows_are_told_once(tmp_path, student, teacher, caplog):
+    tokenizer = tokenizer_with(FORGETFUL)
+    with caplog.at_level(logging.WARNING):
+        make_trainer(tmp_path, student, teacher, tokenizer=tokenizer, max_steps=2).train()
+        assert "become several rows" not in caplog.text
+        make_trainer(tmp_path, student, teacher, rows=[ROW] * 4, tokenizer=tokenizer, max_steps=2).train()
+    told = [record.message for record in caplog.records if "become several rows" in record.message]
+    assert len(told) == 1
+    assert "per_device_train_batch_size (2)" in told[0]
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])

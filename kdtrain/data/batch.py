@@ -47,7 +47,7 @@ class Rows:
     truncated: Sequence[bool] = ()
     """Whether each row was cut at `max_length`; empty where none was."""
     places: Sequence[int] | None = None
-    """Where each row stood among those that were to be collated, where some were dropped."""
+    """Which of the rows to be collated each one comes from, in their order; None where each of them became one."""
 
     def name(self, row: int) -> str:
         return self.ids[row] if row < len(self.ids) and self.ids[row] else str(row)

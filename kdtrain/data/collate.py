@@ -110,7 +110,8 @@ class Collator:
         return image_content(student) != image_content(teacher) or vocabularies[0] != vocabularies[1]
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
-        rows, encoded = self._encode_all(rows)
+        given = len(rows)
+        places, rows, encoded = self._encode_all(rows)
         fitting = [(i, row) for i, row in enumerate(map(self._fit, encoded)) if row is not None]
         if not fitting:
             raise DataError(
@@ -118,6 +119,7 @@ class Collator:
                 "images that do not fit into it"
             )
         kept = [(rows[i], row) for i, row in fitting]
+        places = [places[i] for i, _ in fitting]
         truncated = [row is not encoded[i] for i, row in fitting]
         pairs = [(row.input_ids, row.labels) for _, row in fitting]
         tokens = pad_rows(pairs, self._pad_id, self.pad_to_multiple_of)
@@ -129,7 +131,7 @@ class Collator:
                 prompt_lengths=torch.tensor([row.prompt_length for _, row in fitting], dtype=torch.long),
                 ce=torch.tensor([bool(row.get("ce", True)) for row, _ in kept]),
                 truncated=truncated if any(truncated) else (),
-                places=[i for i, _ in fitting] if len(fitting) < len(rows) else None,
+                places=None if places == list(range(given)) else places,
             ),
             teacher_tokens=self._teacher_tokens([row for _, row in fitting]),
         )
@@ -232,11 +234,11 @@ class Collator:
             return {**row, "text": row[self.text_column]}
         return row
 
-    def _encode_all(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[EncodedRow]]:
-        """The rows of the batch: a raw conversation may become several, which all carry it."""
+    def _encode_all(self, rows: list[dict[str, Any]]) -> tuple[list[int], list[dict[str, Any]], list[EncodedRow]]:
+        """The rows of the batch: a raw conversation may become several, which all carry it and its place."""
         encoded = self._encode(rows)
-        pairs = [(row, one) for row, several in zip(rows, encoded, strict=True) for one in several]
-        return [row for row, _ in pairs], [one for _, one in pairs]
+        places = [place for place, several in enumerate(encoded) for _ in several]
+        return places, [rows[place] for place in places], [one for several in encoded for one in several]
 
     def _encode(self, rows: Sequence[Mapping[str, Any]]) -> list[list[EncodedRow]]:
         """Tokenised rows as they are, raw rows through the encoder together, in the order of `rows`."""

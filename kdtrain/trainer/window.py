@@ -60,6 +60,7 @@ class Receiver:
     ) -> None:
         self._trainer, self._accepted, self._embeddings = trainer, accepted, embeddings
         self._rows = self._truncated = 0
+        self._told_of_several = False
 
     def accept(self, batch: Batch | Mapping[str, Any]) -> Batch:
         """A batch without what the student's forward does not take."""
@@ -71,12 +72,25 @@ class Receiver:
         batch = self.accept(batch)
         if not isinstance(trainer.data_collator, Collator):  # a caller may replace it at any time
             batch = right_padded(batch)  # reads the mask, which a GPU would have to wait for
+        if train:
+            self._warn_of_several(batch)
         if not (train and args.dataloader_drop_last):
             size = trainer._train_batch_size if train else args.eval_batch_size
             batch = _without_repeated_rows(batch, trainer.accelerator, epoch_rows, size)
         if self._embeddings is not None:
             check_batch(batch, self._embeddings)
         return batch
+
+    def _warn_of_several(self, batch: Batch) -> None:
+        """Say once that rows of the data set become several of a batch, which takes more memory than was asked for."""
+        places = batch.rows.places or ()
+        if not self._told_of_several and len(set(places)) < len(places):
+            self._told_of_several = True
+            logger.warning(
+                "Some conversations become several rows, one for each answer: batches have more rows than "
+                "per_device_train_batch_size (%d). Lower it if they do not fit into memory.",
+                self._trainer.args.per_device_train_batch_size,
+            )
 
     def count_truncated(self, batches: Sequence[Batch]) -> None:
         """Count the rows of a window that were cut at `max_length`; the first is warned of."""
@@ -115,7 +129,7 @@ def _without_repeated_rows(batch: Batch, accelerator: Accelerator, epoch_rows: i
     new = min(max(remainder - accelerator.process_index * batch_size, 0), batch_size)
     if remainder == 0 or new == batch_size:
         return batch
-    if batch.rows.places is not None:  # the collator has dropped rows, new ones or repeated ones
+    if batch.rows.places is not None:  # the collator has dropped rows or made several of one, new or repeated
         new = sum(place < new for place in batch.rows.places)
     elif new > 0 and len(batch) != batch_size:
         raise DataError(
