@@ -110,3 +110,28 @@ def test_a_side_without_rows_is_an_error(sides, tmp_path):
     for share, training, purpose in ((0.001, False, "evaluate on"), (0.999, True, "train on")):
         with pytest.raises(DataError, match=rf"{100 * share}% of the 4 rows of data\.train leaves none to {purpose}"):
             read_all([in_memory(ROWS[:4])], tmp_path / "raw.arrow", HeldOut(share, training))
+
+
+@pytest.mark.parametrize("column", ["image", "image_path", "file_name"])
+def test_rows_that_differ_in_their_image_alone_fall_on_both_sides(sides, column):
+    rows = [{"query": "Which digit?", "response": str(i % 2), column: f"{i}.png"} for i in range(200)]
+    train, held_out = sides(in_memory(rows), share=0.2)
+    for side in (train, held_out):
+        assert {row["response"] for *_, row in side} == {"0", "1"}
+    assert 20 < len(held_out) < 60
+
+
+def test_a_question_is_on_one_side_in_whatever_layout_where_the_teacher_answers(sides):
+    def messages(i, answer):
+        return [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": answer}]
+
+    rows = []
+    for i in range(60):
+        rows.append({"messages": messages(i, "one")})
+        rows.append({"messages": json.dumps(messages(i, "two"))})
+        rows.append({"messages": {"role": ["user", "assistant"], "content": [f"question {i}", "three"]}})
+        rows.append({"instruction": f"question {i}", "output": "four"})
+    train, held_out = sides(in_memory(rows, answers="teacher"), share=0.3)
+    questions = [{number // 4 for _, number, _ in side} for side in (train, held_out)]
+    assert questions[1]
+    assert not questions[0] & questions[1]

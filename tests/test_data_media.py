@@ -40,7 +40,12 @@ def folder(tmp_path):
 def build(folder, qwen):
     def call(path, processor=qwen, **options):
         options = {"max_length": None, "on_overlength": "error", "train_on": "assistant", **options}
-        return build_dataset([Source(str(path))], processor, cache_dir=str(folder / "cache"), **options)
+        return build_dataset(
+            [path if isinstance(path, Source) else Source(str(path))],
+            processor,
+            cache_dir=str(folder / "cache"),
+            **options,
+        )
 
     return call
 
@@ -191,3 +196,26 @@ def test_an_image_folder_is_not_trained_on_as_captions_alone(build, folder):
     metadata.write_text(json.dumps({"file_name": "0001.png", "text": "a dog"}) + "\n")
     with pytest.raises(DataError, match=r"metadata\.jsonl:1: images need a conversation"):
         build(folder / "set")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_mapping_of_columns_loses_no_media(build, folder, suffix):
+    def write(name, row):
+        path = folder / f"{name}{suffix}"
+        datasets.Dataset.from_list([row]).to_parquet(str(path)) if suffix == ".parquet" else path.write_text(
+            json.dumps(row) + "\n"
+        )
+        return Source(str(path), columns={"messages": "talk"})
+
+    talk = chat("What?")["messages"]
+    _, report = build(write("path", {"talk": talk, "image_path": "a.png"}))
+    assert report.images == 1
+    _, report = build(write("boxes", {"talk": talk, "image": "a.png", "objects": {"bbox": [[1, 2, 3, 4]]}}))
+    assert report.notes[0].startswith("objects (boxes) is not read")
+    for column in ("videos", "audio"):
+        with pytest.raises(DataError, match="not available yet"):
+            build(write(column, {"talk": talk, column: ["a.mp4"]}))
+    not_read = Source(
+        write("path", {"talk": talk, "image_path": "a.png"}).path, columns={"messages": "talk", "image_path": None}
+    )
+    assert build(not_read)[1].images == 0

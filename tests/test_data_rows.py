@@ -502,6 +502,14 @@ def test_what_a_message_says_in_the_wrong_place_is_refused(message, reason):
         parsed({"messages": [message, HI[1]]})
 
 
+@pytest.mark.parametrize(
+    "text", ['{"prompt": "hi", "completion": "A", "completion": "B"}', '{"messages": [{"role": "user", "role": "x"}]}']
+)
+def test_a_key_that_stands_twice_is_a_bad_row(text):
+    with pytest.raises(RowError, match="the key (completion|role) stands there twice"):
+        parse_json(text, None)
+
+
 def test_a_null_for_one_image_column_leaves_the_other(tmp_path):
     row = {"messages": HI, "images": ["a.png"], "image": "b.png"}
     for columns in ({"image": None}, {"messages": "messages", "image": None}):
