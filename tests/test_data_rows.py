@@ -506,7 +506,7 @@ def test_what_a_message_says_in_the_wrong_place_is_refused(message, reason):
     "text", ['{"prompt": "hi", "completion": "A", "completion": "B"}', '{"messages": [{"role": "user", "role": "x"}]}']
 )
 def test_a_key_that_stands_twice_is_a_bad_row(text):
-    with pytest.raises(RowError, match="the key (completion|role) stands there twice"):
+    with pytest.raises(RowError, match=r"the key (completion|role) stands there twice"):
         parse_json(text, None)
 
 
