@@ -6,10 +6,11 @@ A column that means something for training and is not read is never lost without
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from kdtrain.data.errors import RowError, show
+from kdtrain.data.parts import AUDIO_COLUMNS, VIDEO_COLUMNS
 from kdtrain.data.turns import blank
 
 # In this order: the first one that is present and not null says what kind of row it is. `messages` goes first because
@@ -17,6 +18,12 @@ from kdtrain.data.turns import blank
 # often what somebody rendered from the others.
 ROW_COLUMNS = ("messages", "conversations", "prompt", "instruction", "query", "text")
 IMAGE_COLUMNS = ("images", "image")
+# Where an image is under another name. Of these a web address is the poorest: it stands for the image's origin beside
+# one that is there.
+PATH_COLUMNS = ("image_path", "image_paths", "file_name", "file_names", "image_url", "image_urls")
+BOX_COLUMN = "objects"  # of ms-swift
+# Refused or noted by their name alone: videos and sounds are never decoded.
+UNREAD_MEDIA = (*VIDEO_COLUMNS, *AUDIO_COLUMNS, BOX_COLUMN)
 # What stands beside a conversation and is written by its chat template.
 CONTEXT_COLUMNS = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs")
 READ_WITH = {
@@ -51,9 +58,16 @@ def renamed(columns: Mapping[str, str | None] | None) -> dict[str, str]:
 
 
 def wanted_columns(columns: Mapping[str, str | None] | None) -> set[str]:
-    """The columns of a table that are read, or looked at to say that they are not."""
+    """The columns of a table that are read, or looked at to say that they are not; without those of `unread_media`."""
     mapped = renamed(columns)
-    return {*mapped.values(), *IMAGE_COLUMNS, *_watched(mapped)} if mapped else set(NAMED_COLUMNS)
+    if not mapped:
+        return {*NAMED_COLUMNS, *PATH_COLUMNS}
+    return {*mapped.values(), *_carried(columns or {}), *_watched(mapped)} - {*unread_media(columns)}
+
+
+def unread_media(columns: Mapping[str, str | None] | None) -> list[str]:
+    """The columns of videos, sounds and boxes that the mapping says nothing of."""
+    return [name for name in UNREAD_MEDIA if name not in _settled(columns or {})]
 
 
 def row_columns(columns: Mapping[str, str | None] | None) -> set[str]:
@@ -87,13 +101,20 @@ def _mapped(row: dict[str, Any], columns: Mapping[str, str | None]) -> dict[str,
         if name not in settled and not _empty(row.get(name)):
             raise RowError(_would_be_lost(name, row, mapped))
     found = {canonical: row.get(name) for canonical, name in mapped.items()}
-    # Images are the exception: without them the row would be trained on as text that speaks of what is not there.
-    images = {} if not mapped.keys().isdisjoint(IMAGE_COLUMNS) else _only(row, IMAGE_COLUMNS, columns)
-    return {**found, **images}
+    return {**found, **{name: row[name] for name in _carried(columns) if name in row}}
 
 
-def _only(row: Mapping[str, Any], names: Sequence[str], columns: Mapping[str, str | None]) -> dict[str, Any]:
-    return {name: row[name] for name in names if name in row and name not in columns}
+def _carried(columns: Mapping[str, str | None]) -> list[str]:
+    """The columns that are the exception: without them a row would be trained on as text that speaks of what is not
+    there. A mapping that says which column the images are means that one alone.
+    """
+    images = () if not renamed(columns).keys().isdisjoint(IMAGE_COLUMNS) else (*IMAGE_COLUMNS, *PATH_COLUMNS)
+    return [name for name in (*images, *UNREAD_MEDIA) if name not in _settled(columns)]
+
+
+def _settled(columns: Mapping[str, str | None]) -> set[str | None]:
+    """The names that a mapping speaks of: columns it reads as something, or says are not read."""
+    return {*columns, *columns.values()}
 
 
 def _watched(mapped: Mapping[str, str]) -> tuple[str, ...]:

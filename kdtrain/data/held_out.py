@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kdtrain.data.columns import KNOWN_COLUMNS, parse_json
+from kdtrain.data.columns import IMAGE_COLUMNS, KNOWN_COLUMNS, parse_json
 from kdtrain.data.errors import RowError
 from kdtrain.data.files import RawRow
-from kdtrain.data.turns import SPEAKERS
+from kdtrain.data.media import images_by_name
+from kdtrain.data.rows import Chat, asked_in
+from kdtrain.data.turns import blank
 from kdtrain.errors import DataError
-
-_ANSWERS = ("completion", "output", "response")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class HeldOut:
     """One side of the training rows.
 
     The side of a row is a function of its content alone: of the columns that kdtrain reads, under their canonical
-    names, without those that are null; of its prompt where the teacher writes the answer. So rows that are equal there
+    names, without those that are empty; of its prompt where the teacher writes the answer. So rows that are equal there
     fall on one side, whatever their ids, their order, their file, the number of processes and the seed, and stay there
     when rows are added. About `share` of the distinct rows are held out, not exactly.
     """
@@ -52,17 +52,15 @@ def _content(raw: RawRow, columns: Mapping[str, str | None] | None, answers: str
     if raw.problem:
         raise RowError(raw.problem)
     row = parse_json(raw.text, columns)
-    read: Any = {column: row[column] for column in KNOWN_COLUMNS if row.get(column) is not None}
-    return json.dumps(_without_answer(read) if answers == "teacher" else read, sort_keys=True)
+    read = KNOWN_COLUMNS if answers != "teacher" else IMAGE_COLUMNS
+    said: dict[str, Any] = {column: row[column] for column in read if not blank(row.get(column))}
+    said |= images_by_name(row)
+    return json.dumps(said if answers != "teacher" else {**said, "asked": _asked(row)}, sort_keys=True)
 
 
-def _without_answer(read: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without what the teacher writes in its place, see `prompt_of`."""
-    left = {column: value for column, value in read.items() if column not in _ANSWERS}
-    for column in ("messages", "conversations"):
-        turns = left.get(column)
-        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
-            speaker = turns[-1].get("role") or turns[-1].get("from")
-            if SPEAKERS.get(str(speaker).lower()) == "assistant":
-                left[column] = turns[:-1]
-    return left
+def _asked(row: Mapping[str, Any]) -> Any:
+    """A row without what the teacher writes in its place, however the row writes it down."""
+    asked = asked_in(row)
+    if isinstance(asked, Chat):
+        return [asked.messages, asked.tools, dict(asked.template_kwargs)]
+    return asked.prompt

@@ -10,14 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from kdtrain.data.columns import BOX_COLUMN, IMAGE_COLUMNS, PATH_COLUMNS
 from kdtrain.data.errors import RowError
 from kdtrain.data.parts import AUDIO_COLUMNS, IMAGE_TYPES, NO_SOUNDS, PLACEHOLDER, texts_of
 from kdtrain.data.rows import Chat, Pair, PlainText, parse_row
 
-# Where an image is under another name than `images` or `image`. Of these a web address is the poorest: it stands for
-# the image's origin beside one that is there.
-PATH_COLUMNS = ("image_path", "image_paths", "file_name", "file_names", "image_url", "image_urls")
-BOX_COLUMN = "objects"  # of ms-swift
 MEDIA_COLUMNS = (*PATH_COLUMNS, *AUDIO_COLUMNS, BOX_COLUMN)
 _MEDIA = frozenset(MEDIA_COLUMNS)
 _IMAGE_FILE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?|avif|heic|jp2|ppm)$", re.IGNORECASE)
@@ -45,21 +42,20 @@ def _seen(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     if any(_holds(row.get(column)) for column in AUDIO_COLUMNS):
         raise RowError(NO_SOUNDS)
     notes = ("objects (boxes) is not read: what the model should say of them must stand in the text",)
-    if any(_holds(row.get(column)) for column in ("images", "image")) or _has_own_images(row):
-        images = []
-    else:
-        images = _named_images(row)
+    named = images_by_name(row)
+    images = next(iter(named.values()), [])
+    if any(others != images for others in named.values()):
+        raise RowError(f"the row has images in {' and '.join(named)}: keep one of the columns")
     return ({**row, "images": images} if images else row), (notes if _holds(row.get(BOX_COLUMN)) else ())
 
 
-def _named_images(row: Mapping[str, Any]) -> list[Any]:
+def images_by_name(row: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The images of a row's `PATH_COLUMNS`, of those that are read: none beside images of another place."""
+    if any(_holds(row.get(column)) for column in IMAGE_COLUMNS) or _has_own_images(row):
+        return {}
     found = {column: images for column in PATH_COLUMNS if (images := _images_of(column, row.get(column)))}
     local = {column: images for column, images in found.items() if not column.startswith("image_url")}
-    found = local or found
-    first = next(iter(found.values()), [])
-    if any(images != first for images in found.values()):
-        raise RowError(f"the row has images in {' and '.join(found)}: keep one of the columns")
-    return first
+    return local or found
 
 
 def _images_of(column: str, value: Any) -> list[Any]:

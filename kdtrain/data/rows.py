@@ -80,13 +80,9 @@ def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair 
     images are relative to; None refuses relative paths.
     """
     images = column_images(row)
-    kind = next((column for column in ROW_COLUMNS if row.get(column) is not None), None)
-    if kind is None:
-        found = ", ".join(show(column, 40) for column in row) or "nothing"
-        raise RowError(f"none of the columns {', '.join(ROW_COLUMNS)} has a value (found: {found})")
-    parsed = _READERS[kind](row)
+    kind = _kind(row)
+    parsed = _read(row, kind)
     if isinstance(parsed, Chat):
-        parsed = _with_context(parsed, row)
         if images or count_images(parsed.messages):
             messages, found_images, notes = place_images(parsed.messages, images, folder)
             parsed = replace(parsed, messages=messages, images=found_images, notes=parsed.notes + notes)
@@ -96,6 +92,24 @@ def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair 
     else:
         parsed = _without_context(parsed, row)
     return _with_notes(parsed, row, kind)
+
+
+def asked_in(row: Mapping[str, Any]) -> Chat | Pair:
+    """What a teacher is asked, of a raw row's text and context alone: its images are not looked for."""
+    return prompt_of(_read(row, _kind(row)))
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    kind = next((column for column in ROW_COLUMNS if row.get(column) is not None), None)
+    if kind is None:
+        found = ", ".join(show(column, 40) for column in row) or "nothing"
+        raise RowError(f"none of the columns {', '.join(ROW_COLUMNS)} has a value (found: {found})")
+    return kind
+
+
+def _read(row: Mapping[str, Any], kind: str) -> Chat | Pair | PlainText:
+    parsed = _READERS[kind](row)
+    return _with_context(parsed, row) if isinstance(parsed, Chat) else parsed
 
 
 def prompt_of(parsed: Chat | Pair | PlainText) -> Chat | Pair:

@@ -19,7 +19,17 @@ from typing import Any
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from kdtrain.data.columns import KNOWN_COLUMNS, NAMED_COLUMNS, ROW_COLUMNS, renamed, row_columns, wanted_columns
+from kdtrain.data.columns import (
+    KNOWN_COLUMNS,
+    NAMED_COLUMNS,
+    PATH_COLUMNS,
+    ROW_COLUMNS,
+    UNREAD_MEDIA,
+    renamed,
+    row_columns,
+    unread_media,
+    wanted_columns,
+)
 from kdtrain.data.csv_files import read_csv
 from kdtrain.data.errors import show, suggestion
 from kdtrain.data.files import CSV, FORMATS, JSON, TABLES, UNSAFE, RawRow, cannot_read, kind_of
@@ -27,8 +37,6 @@ from kdtrain.data.folders import files_in, files_matching, is_saved, unread_file
 from kdtrain.data.held_out import HeldOut
 from kdtrain.data.hub import load_from_hub
 from kdtrain.data.json_files import read_json
-from kdtrain.data.media import BOX_COLUMN, PATH_COLUMNS
-from kdtrain.data.parts import AUDIO_COLUMNS, VIDEO_COLUMNS
 from kdtrain.data.splits import DEFAULT_SPLIT, EVERY_SPLIT, names_split, parse_split, same_split
 from kdtrain.data.tables import is_empty, load_saved, load_table, portable, table_rows, table_size
 from kdtrain.errors import DataError
@@ -123,7 +131,7 @@ def _check_source(source: Source) -> None:
         known = ", ".join(ANSWERS)
         raise DataError(f"{show(source.path)}: answers must be one of {known}, not {show(source.answers, 40)}")
     for column, name in (source.columns or {}).items():
-        allowed = KNOWN_COLUMNS if name is not None else NAMED_COLUMNS
+        allowed = KNOWN_COLUMNS if name is not None else (*NAMED_COLUMNS, *PATH_COLUMNS, *UNREAD_MEDIA)
         if column not in allowed:
             raise DataError(
                 f"{show(source.path)}: columns maps to {show(column)!r}, which is not one of {', '.join(allowed)}"
@@ -234,12 +242,6 @@ def _file(source: Source, path: Path, split: str) -> Iterator[RawRow]:
         raise DataError(f"{name}: unknown format {kind or '(no suffix)'}. Use {FORMATS}")
 
 
-def _wanted(source: Source) -> set[str]:
-    """The columns that a row may have, by their names in the file."""
-    wanted = wanted_columns(source.columns)
-    return wanted if renamed(source.columns) else {*wanted, *PATH_COLUMNS}
-
-
 def _table(source: Source, name: str, load: Any) -> Iterator[RawRow]:
     """Rows of anything that `datasets` reads. Only the columns that are used are turned into Python objects."""
     try:
@@ -249,15 +251,14 @@ def _table(source: Source, name: str, load: Any) -> Iterator[RawRow]:
     except Exception as error:  # each reader of `datasets` has its own errors
         raise cannot_read(name, error, 400) from error
     mapped = set(renamed(source.columns).values())
-    wanted = _wanted(source)
+    wanted = wanted_columns(source.columns)
     found = [column for column in table.column_names if column in wanted]
     if not (mapped or set(KNOWN_COLUMNS)) & set(found):
         raise _no_columns(source, name, table.column_names)
     if source.limit is not None and all(part.whole for part in parse_split(source.split)):
         table = table.select(range(min(source.limit, len(table))))
     # Videos and sounds are named, never decoded: that a row has one is all the checks need (parts.py, media.py).
-    unread = () if source.columns else (*VIDEO_COLUMNS, *AUDIO_COLUMNS, BOX_COLUMN)
-    named = [column for column in unread if column in table.column_names and column not in found]
+    named = [column for column in unread_media(source.columns) if column in table.column_names]
     yield from table_rows(table, name, found, named)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from kdtrain.data.batch import Batch, received
 from kdtrain.data.collate import Collator
-from kdtrain.data.media import PATH_COLUMNS
+from kdtrain.data.columns import PATH_COLUMNS
 
 
 def first_batch_with_images(dataset: Any, collator: Any, tries: int = 32) -> Batch | None:
