@@ -79,6 +79,49 @@ def test_limit_and_slices_come_first(sides):
     assert prompts(train) | prompts(held_out) == {row["prompt"] for row in ROWS[500:900]}
 
 
+@pytest.mark.parametrize("columns", [None, {"query": "query", "response": "response"}])
+@pytest.mark.parametrize("column", ["images", "image", "image_path", "image_paths", "file_name", "image_url"])
+def test_rows_that_differ_by_their_image_alone_are_not_all_on_one_side(column, columns, sides):
+    """They were with image_path and the like: of each answer all rows, or none, were held out."""
+    rows = [{"query": "Which digit?", "response": "Three", column: f"{i}.png"} for i in range(200)]
+    for answers in ("data", "teacher"):
+        held_out = sides(in_memory(rows, columns=columns, answers=answers), share=0.3)[1]
+        assert 30 < len(held_out) < 90
+
+
+def test_a_file_name_that_is_no_image_does_not_part_equal_rows(sides):
+    rows = [{**row, "file_name": f"{j}.py"} for row in ROWS[:100] for j in range(3)]
+    train, held_out = sides(in_memory(rows), share=0.3)
+    assert not prompts(train) & prompts(held_out)
+
+
+ASKED = {
+    "messages as JSON text": lambda q, a: {"messages": json.dumps(talk(q, a))},
+    "messages in lists": lambda q, a: {"messages": {"role": ["user", "assistant"], "content": [q, a]}},
+    "conversations as JSON text": lambda q, a: {
+        "conversations": json.dumps([{"from": "human", "value": q}, {"from": "gpt", "value": a}])
+    },
+    "conversations in lists": lambda q, a: {"conversations": {"from": ["human", "gpt"], "value": [q, a]}},
+    "a completion of messages": lambda q, a: {"prompt": talk(q), "completion": talk(q, a)[1:]},
+    "alpaca": lambda q, a: {"instruction": "Answer.", "input": q, "output": a, "text": f"Answer. {q} {a}"},
+    "query": lambda q, a: {"query": q, "response": a, "text": f"{q} {a}"},
+    "two of the forms": lambda q, a: {"messages": json.dumps(talk(q, a))} if a < "a1" else {"messages": talk(q)},
+    "a column that is not read": lambda q, a: {"messages": talk(q, a), "prompt": a},
+}
+
+
+def talk(*texts):
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=False)]
+
+
+@pytest.mark.parametrize("form", ASKED)
+def test_where_the_teacher_answers_the_form_of_the_same_prompt_does_not_matter(form, sides):
+    rows = [ASKED[form](f"q{i}", f"a{j} {i}") for i in range(100) for j in range(3)]
+    train, held_out = sides(in_memory(rows, answers="teacher"), share=0.3)
+    assert not {number // 3 for _, number, _ in train} & {number // 3 for _, number, _ in held_out}
+    assert 30 < len(held_out) < 150
+
+
 @pytest.mark.parametrize("form", ["pair", "messages", "conversations"])
 def test_where_the_teacher_answers_the_same_prompt_is_on_one_side(form, sides):
     def row(question, answer):

@@ -38,14 +38,10 @@ def folder(tmp_path):
 
 @pytest.fixture
 def build(folder, qwen):
-    def call(path, processor=qwen, **options):
+    def call(path, processor=qwen, columns=None, **options):
         options = {"max_length": None, "on_overlength": "error", "train_on": "assistant", **options}
-        return build_dataset(
-            [path if isinstance(path, Source) else Source(str(path))],
-            processor,
-            cache_dir=str(folder / "cache"),
-            **options,
-        )
+        source = Source(str(path), columns=columns)
+        return build_dataset([source], processor, cache_dir=str(folder / "cache"), **options)
 
     return call
 
@@ -177,6 +173,56 @@ def test_other_names_are_read_from_tables_and_lines_and_count_for_the_cache(buil
         (folder / "a.png").write_bytes(png(ord("a")))
 
 
+MAPPED = {"query": "question", "response": "answer"}
+BESIDE = {
+    "image_path": ({"image_path": "a.png"}, 1, "", ""),
+    "image_paths": ({"image_paths": ["a.png", "b.png"]}, 2, "", ""),
+    "file_name": ({"file_name": "a.png"}, 1, "", ""),
+    "image_url": ({"image_url": "https://example.org/a.png"}, 0, "images are not downloaded", ""),
+    "videos": ({"videos": ["a.mp4"]}, 0, "videos are not available yet", ""),
+    "audio": ({"audio": "a.wav"}, 0, "sounds are not available yet", ""),
+    "objects": ({"objects": {"bbox": [[1, 2]]}}, 0, "", "objects (boxes) is not read"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("column", BESIDE)
+def test_a_mapping_that_does_not_speak_of_media_keeps_them(column, suffix, build, folder):
+    """They were dropped, and the row trained on blind."""
+    beside, images, bad, note = BESIDE[column]
+    path, row = folder / f"a{suffix}", {"question": "What?", "answer": "cat", **beside}
+    write_lines(path, [row]) if suffix == ".jsonl" else datasets.Dataset.from_list([row]).to_parquet(str(path))
+    if bad:
+        with pytest.raises(DataError, match=bad):
+            build(path, columns=MAPPED)
+    else:
+        report = build(path, columns=MAPPED)[1]
+        assert report.images == images
+        assert [text.startswith(note) for text in report.notes] == [True] * bool(note)
+    report = build(path, columns={**MAPPED, column: None})[1]
+    assert (report.rows_kept, report.images, list(report.notes)) == (1, 0, [])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_mapping_of_the_image_means_that_one_alone_and_of_other_columns_what_it_says(suffix, build, folder):
+    row = {"question": "What?", "answer": "cat", "picture": "b.png", "image_path": "missing.png", "system": "x"}
+    path = folder / f"a{suffix}"
+    write_lines(path, [row]) if suffix == ".jsonl" else datasets.Dataset.from_list([row]).to_parquet(str(path))
+    assert build(path, columns={**MAPPED, "image": "picture", "system": None})[1].images == 1
+    assert build(path, columns={**MAPPED, "system": "image_path"})[1].images == 0
+    write_lines(folder / "b.jsonl", [{**row, "videos": ["a.mp4"]}])
+    with pytest.raises(DataError, match="videos are not available yet"):
+        build(folder / "b.jsonl", columns={**MAPPED, "image": "picture", "system": None})
+
+
+def test_a_mapping_that_leaves_out_a_column_keeps_the_media_of_a_table(build, folder):
+    path = folder / "a.parquet"
+    datasets.Dataset.from_list([chat(videos=["a.mp4"], system="x")]).to_parquet(str(path))
+    with pytest.raises(DataError, match="videos are not available yet"):
+        build(path, columns={"system": None})
+    assert build(path, columns={"system": None, "videos": None})[1].rows_kept == 1
+
+
 def test_sounds_and_boxes_of_tables_are_not_decoded_and_not_forgotten(build, folder):
     rows = [chat("<image>What?", image="a.png", objects={"bbox": [[1, 2, 3, 4]]})]
     datasets.Dataset.from_list(rows).to_parquet(str(folder / "boxes.parquet"))
@@ -196,26 +242,3 @@ def test_an_image_folder_is_not_trained_on_as_captions_alone(build, folder):
     metadata.write_text(json.dumps({"file_name": "0001.png", "text": "a dog"}) + "\n")
     with pytest.raises(DataError, match=r"metadata\.jsonl:1: images need a conversation"):
         build(folder / "set")
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_a_mapping_of_columns_loses_no_media(build, folder, suffix):
-    def write(name, row):
-        path = folder / f"{name}{suffix}"
-        datasets.Dataset.from_list([row]).to_parquet(str(path)) if suffix == ".parquet" else path.write_text(
-            json.dumps(row) + "\n"
-        )
-        return Source(str(path), columns={"messages": "talk"})
-
-    talk = chat("What?")["messages"]
-    _, report = build(write("path", {"talk": talk, "image_path": "a.png"}))
-    assert report.images == 1
-    _, report = build(write("boxes", {"talk": talk, "image": "a.png", "objects": {"bbox": [[1, 2, 3, 4]]}}))
-    assert report.notes[0].startswith("objects (boxes) is not read")
-    for column in ("videos", "audio"):
-        with pytest.raises(DataError, match="not available yet"):
-            build(write(column, {"talk": talk, column: ["a.mp4"]}))
-    not_read = Source(
-        write("path", {"talk": talk, "image_path": "a.png"}).path, columns={"messages": "talk", "image_path": None}
-    )
-    assert build(not_read)[1].images == 0

@@ -110,8 +110,8 @@ class DataSource(Section):
     is validation is dev) and `all` is every file. With a slice, `train[:90%]` or `[100:200]`, also of a single file."""
     columns: dict[str, Text | None] | None = None
     """Renames columns: the name kdtrain knows -> the name in the data, such as `{prompt: question}`. Other columns are
-    then not read, but for `images` and `image`; one that the rows would lose that way (`system`, `tools`, `input`) is
-    an error. `{input: null}` says that a column is not to be read."""
+    then not read, but for those of images, videos and sounds; one that the rows would lose that way
+    (`system`, `tools`, `input`) is an error. `{input: null}` says that a column is not to be read."""
     streaming: Flag = False
     """Read while training instead of before it, for data larger than memory or disk."""
     limit: Count | None = None

@@ -13,6 +13,7 @@ from kdtrain.data.errors import RowError
 from kdtrain.data.files import RawRow
 from kdtrain.data.media import images_by_name
 from kdtrain.data.rows import Chat, asked_in
+from kdtrain.data.turns import blank
 from kdtrain.errors import DataError
 
 
@@ -21,7 +22,7 @@ class HeldOut:
     """One side of the training rows.
 
     The side of a row is a function of its content alone: of the columns that kdtrain reads, under their canonical
-    names, without those that are null; of its prompt where the teacher writes the answer. So rows that are equal there
+    names, without those that are empty; of its prompt where the teacher writes the answer. So rows that are equal there
     fall on one side, whatever their ids, their order, their file, the number of processes and the seed, and stay there
     when rows are added. About `share` of the distinct rows are held out, not exactly.
     """
@@ -52,7 +53,7 @@ def _content(raw: RawRow, columns: Mapping[str, str | None] | None, answers: str
         raise RowError(raw.problem)
     row = parse_json(raw.text, columns)
     read = KNOWN_COLUMNS if answers != "teacher" else IMAGE_COLUMNS
-    said: dict[str, Any] = {column: row[column] for column in read if row.get(column) is not None}
+    said: dict[str, Any] = {column: row[column] for column in read if not blank(row.get(column))}
     said |= images_by_name(row)
     return json.dumps(said if answers != "teacher" else {**said, "asked": _asked(row)}, sort_keys=True)
 
