@@ -10,10 +10,9 @@ from typing import Any
 
 from kdtrain.data.parts import texts_of
 from kdtrain.data.rows import Chat
+from kdtrain.data.turns import Message
 
 THINK, THINK_END = "<think>", "</think>"
-
-Message = dict[str, Any]
 
 # What `probe` writes first of a message.
 PROBE_WORDS = ("kdprobe kdprobecontent{}x", "kdprobe kdprobereasoning{}x", "kdprobereasoning{}x", "kdprobecall{}x0x")
