@@ -14,6 +14,7 @@ from kdtrain.data.row_notes import (
     NAME_UNREAD,
     OTHER_HISTORY,
     OTHER_PROMPT,
+    SPACE_KEPT,
     THOUGHT,
 )
 from kdtrain.errors import DataError
@@ -427,6 +428,25 @@ def test_an_answer_of_which_the_template_cuts_a_part_with_the_tags_is_bad(text):
     assert supervised(tokenizer_with(CUTTING), rows_of(QUESTION, good)) == good["content"] + "<|im_end|>"
     without_tag = {**ANSWER, "content": "zero\n</think>\n\nthe one"}
     assert supervised(tokenizer_with(CUTTING), rows_of(QUESTION, without_tag)) == good["content"] + "<|im_end|>"
+
+
+def test_what_stands_before_the_thinking_of_an_earlier_answer_may_go_with_it_as_at_inference():
+    earlier = {**ANSWER, "content": "one<think>a</think>two"}
+    row = rows_of(QUESTION, earlier, QUESTION, ANSWER)
+    assert supervised(tokenizer_with(CUTTING), row, "last") == "the one<|im_end|>"
+    with pytest.raises(RowError, match=r"leaves out messages\[1\]"):
+        encode(tokenizer_with(CUTTING), row)
+
+
+def test_white_space_that_ends_the_generation_prompt_stays_in_it():
+    # As Nemotron 3: <think> and a line break in the prompt, <think></think> in front of an answer without thinking.
+    template = OPENING.replace(
+        "{{ m.content.split", "{{ '<think></think>' if m.role == 'assistant' }}{{ m.content.split"
+    )
+    tokenizer, row = tokenizer_with(template), rows_of(QUESTION, ANSWER)
+    assert prompt(tokenizer, row).endswith("<|im_start|>assistant\n<think>\n")
+    assert supervised(tokenizer, row) == "</think>the one<|im_end|>"
+    assert encode(tokenizer, row)[0].notes == (SPACE_KEPT,)
 
 
 @pytest.mark.parametrize("option", ["error", "text"])
