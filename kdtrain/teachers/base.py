@@ -9,7 +9,7 @@ another text than the student (`rlhf.teacher.chat_template_kwargs`), that token 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +48,42 @@ class Targets:
     cross-entropy only, and count in D like all."""
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What an answer is asked for, as the teacher reads it."""
+
+    ids: Sequence[int]
+    """Token ids, up to and including its generation prompt."""
+    seed: int
+    """Of the sampling of this answer alone, so that answers do not depend on who shares a request."""
+    chat: Mapping[str, Any] | None = None
+    """`messages`, and `tools`, `chat_template_kwargs` and `images` where there are any: of a teacher that reads no
+    token ids. None where the caller has only the ids."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is written."""
+
+    temperature: float | None
+    """None takes the most likely token each time."""
+    max_new_tokens: int
+    stop_ids: Sequence[int]
+    """Tokens that end an answer."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """One answer."""
+
+    ids: list[int]
+    """Up to and including the stop token; without one where it was cut at `max_new_tokens`."""
+    cut: bool
+    """Whether it was cut."""
+    refused: str | None = None
+    """Why there is no usable answer (a content filter, an empty one): the row is bad. `ids` is then empty."""
+
+
 class Teacher(ABC):
     """Turns batches into targets for their supervised tokens.
 
@@ -59,9 +95,14 @@ class Teacher(ABC):
     module: nn.Module | None = None
     """The transformers model, where there is one in this process: it is what writes answers and has features."""
 
+    lookahead: int = 0
+    """Optimizer windows that `prepare` is called ahead of the one that trains, where their answers are the data's."""
+    waited_s: float = 0.0
+    """Seconds that `targets` has waited for answers that were not there yet, since the teacher was made."""
+
     @property
     def can_generate(self) -> bool:
-        """Whether it can write answers (`seq_kd`, `answers: teacher`)."""
+        """Whether it can write answers (`seq_kd`, `answers: teacher`): by its module, or by `write`."""
         return self.module is not None
 
     @property
@@ -73,9 +114,10 @@ class Teacher(ABC):
         """Go where it will run; called once, when the trainer is built."""
 
     def prepare(self, window: Sequence[Batch]) -> None:  # noqa: B027
-        """Called before the first batch of an optimizer window, and before each one of an evaluation.
+        """Called once for every optimizer window before its first batch, and before each batch of an evaluation.
 
-        The time to send requests, or to read ahead.
+        The time to send requests, or to read ahead: it must not wait for them. Windows come in the order in which they
+        train, up to `lookahead` of them before it is their turn.
 
         Args:
             window: this rank's batches, with the answers that will be trained on.
@@ -92,6 +134,17 @@ class Teacher(ABC):
         Raises:
             TeacherError: no usable answer.
         """
+
+    def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Written]:
+        """Answers to prompts, where the teacher has no module that writes them.
+
+        Raises:
+            TeacherError: no usable answer.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot write answers")
+
+    def close(self) -> None:  # noqa: B027
+        """The run is over, one way or another: let go of threads and connections. May be called twice."""
 
 
 def teacher_autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
