@@ -80,7 +80,8 @@ class ServedTeacher(Teacher):
         rows = rows_to_score(batch)
         if not any(rows in window.unanswered for window in self._windows):
             self.prepare([batch])
-        window = next(window for window in self._windows if rows in window.unanswered)
+        # The newest: an evaluation may come upon rows of windows that are prepared ahead, which stay as they are.
+        window = next(window for window in reversed(self._windows) if rows in window.unanswered)
         found = [self._wait(window.scores[row]) for row in rows if row is not None]
         window.unanswered.remove(rows)
         if not window.unanswered:
