@@ -52,6 +52,7 @@ class Servers:
         raise NotImplementedError
 
     urls: tuple[str, ...]
+    concurrency: int
     counts: Counts
     verify: Callable[[str], Awaitable[None]] | None = None
     """Called with a server's address when a connection to it was opened anew, before a reply that came over it is
