@@ -245,6 +245,15 @@ def test_top_k_targets_teach_a_student_with_an_adapter_on_its_head(tmp_path, tea
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize(
+    ("tail", "beta", "warned"), [("renormalize", 0.5, 1), ("renormalize", 0.0, 0), ("bucket", 0.5, 0)]
+)
+def test_the_class_too_warns_of_a_tail_that_is_renormalized(tmp_path, teacher, caplog, tail, beta, warned):
+    for one in ({"extra": {"teacher": OwnTeacher(teacher)}}, {"teacher": teacher}):  # the second one gives no top k
+        make_trainer(tmp_path, None, **{"teacher": None, **one}, tail=tail, beta=beta)
+    assert sum("by 28 degrees at beta 0.5" in record.message for record in caplog.records) == warned
+
+
 # ---- what a teacher cannot do ----------------------------------------------------------------------------------------
 
 VISUAL = {"enabled": True, "weight": 0.1, "targets": {"aligner": {"module": "aligner"}}}

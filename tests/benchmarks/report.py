@@ -149,8 +149,8 @@ def _angles(part: list[dict[str, Any]]) -> str:
         for row in part
     ]
     return (
-        "The teacher's probabilities fall as 1/rank, with noise (standard deviation 0.3) on its logits; the student's "
-        "logits are the teacher's with noise of the size in the first column. Angles are those of the gradients with "
+        "The teacher's probabilities fall as 1/rank, with noise (standard deviation 0.3) on its logits; the student's\n"
+        "logits are the teacher's with noise of the size in the first column. Angles are those of the gradients with\n"
         "respect to the student's logits.\n\n"
         + _table(["case", "mass of the K", "divergence, nats", "bucket", "renormalize both", "truncate"], rows)
     )
