@@ -10,8 +10,9 @@ from operator import attrgetter
 
 from kdtrain.config.folders import model_folders, output_folder
 from kdtrain.config.from_pretrained import loading_arguments, processor_arguments
+from kdtrain.config.options import RENORMALIZED
 from kdtrain.config.schema import RunConfig, TeacherConfig
-from kdtrain.config.server_urls import wrong_address
+from kdtrain.config.server_urls import check_server_urls
 from kdtrain.config.splits import share_rows
 from kdtrain.config.tree import KeyPath, Node, Problem, Written, dotted
 
@@ -164,9 +165,8 @@ def teacher_options(config: RunConfig, written: Written) -> Iterator[Problem]:
 def _served(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Addresses that a key or data must not be sent to, and options of targets or answers where there are none."""
     teacher, path = config.rlhf.teacher, ("rlhf", "teacher")
-    for number, url in enumerate(teacher.base_url or ()):
-        if found := wrong_address(url, has_key=teacher.api_key_env is not None):
-            yield Problem((*path, "base_url", number), found)
+    with_key = teacher.api_key_env is not None
+    yield from check_server_urls((*path, "base_url"), teacher.base_url or (), with_key=with_key)
     if config.options.visual_kd is not None:
         message = f"has no features to compare ({teacher.backend} is a server), which custom.visual_kd needs"
         yield Problem((*path, "backend"), message, "use backend: hf, or set custom.visual_kd.enabled: false")
@@ -174,6 +174,14 @@ def _served(config: RunConfig, written: Written) -> Iterator[Problem]:
         yield from written.idle(["top_k", "tail", "lookahead"], "rlhf.llm_kd_weight is 0", *path)
     if not (config.answers_from_teacher or config.rlhf.seq_kd):
         yield from written.idle(["api", "max_requests"], "the teacher writes no answers", *path)
+
+
+def renormalized_tail(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Top-k targets without their tail, where the student's own mass counts in the divergence."""
+    teacher = config.rlhf.teacher
+    in_force = config.options.lm_kd_active and config.rlhf.beta > 0 and teacher.backend not in ("hf", "self")
+    if in_force and teacher.tail == "renormalize":
+        yield Problem(("rlhf", "teacher", "tail"), RENORMALIZED, "use tail: bucket", level="warning")
 
 
 def model_options(config: RunConfig, written: Written) -> Iterator[Problem]:
@@ -287,6 +295,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (teacher_is_named, (*_KD_SWITCHES, "rlhf.teacher_model", "rlhf.teacher", "tuner.train_type")),
     (idle_distillation, (*_KD_SWITCHES, "rlhf.lmbda", "rlhf.seq_kd", "rlhf.sft_alpha")),
     (teacher_options, (*_KD_SWITCHES, "rlhf.teacher.backend", "rlhf.teacher_model_init_kwargs")),
+    (renormalized_tail, (*_KD_SWITCHES, "rlhf.teacher", "rlhf.beta")),
     (model_options, ("model.init_kwargs", "model.model")),
     (processor_options, ("data.processor_kwargs", "rlhf.teacher.processor_kwargs")),
     (idle_lora, ("tuner.train_type", "tuner.lora_dropout", "rlhf.disable_dropout")),
