@@ -11,7 +11,7 @@ from kdtrain.data import Collator
 from kdtrain.errors import PreflightError
 from kdtrain.losses import TopKLogprobs
 from kdtrain.preflight.alignment import check_alignment, compare_with_neighbours, few_rows, neighbours
-from kdtrain.preflight.dependence import with_changed_tokens
+from kdtrain.teachers.dependence import with_changed_tokens
 from kdtrain.teachers import LocalTeacher, Targets, Teacher
 from tests import tiny
 from tests.test_trainer import make_trainer

@@ -27,8 +27,8 @@ from kdtrain.data.collate import Collator
 from kdtrain.losses.reduce import IGNORE_INDEX
 from kdtrain.losses.topk import TopKLogprobs, teacher_tail
 from kdtrain.models.probe import OPTION_OF
-from kdtrain.preflight.dependence import Dependence, dependence, log_probabilities, part_of, with_changed_tokens
-from kdtrain.teachers.base import DenseTargets, Targets, Teacher
+from kdtrain.teachers.base import Targets, Teacher
+from kdtrain.teachers.dependence import Dependence, Scores, dependence, log_probabilities, part_of, with_changed_tokens
 
 Side = Literal["before", "after"]
 
@@ -137,9 +137,7 @@ def neighbours(batch: Batch) -> torch.Tensor:
     return three[seen.predicts_BT.to(ids_BT.device)]
 
 
-def _scored(
-    scores: DenseTargets | TopKLogprobs | torch.Tensor, ids_SX: torch.Tensor, vocab_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _scored(scores: Scores, ids_SX: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """−log p of ids [S, X] and the entropy [S], on the CPU; a few rows at a time, for a vocabulary is wide."""
     parts = []
     for start in range(0, len(ids_SX), _ROWS_AT_ONCE):
@@ -153,7 +151,7 @@ def _scored(
     return torch.cat(nlls), torch.cat(entropies)
 
 
-def _entropy(scores: DenseTargets | TopKLogprobs | torch.Tensor, vocab_size: int) -> torch.Tensor:
+def _entropy(scores: Scores, vocab_size: int) -> torch.Tensor:
     if isinstance(scores, TopKLogprobs):
         known = scores.logprobs.float()
         log_tail = teacher_tail(known, torch.zeros_like(known[:, :1], dtype=torch.bool))[:, 0]

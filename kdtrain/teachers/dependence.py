@@ -21,6 +21,7 @@ from kdtrain.losses.topk import TopKLogprobs, teacher_tail
 from kdtrain.teachers.base import DenseTargets, Targets
 
 Dependence = Literal["aligned", "before", "after"]
+Scores = DenseTargets | TopKLogprobs | torch.Tensor
 
 # A change of a log-probability that is none: rounding, measured at positions that cannot change, or a tenth of what the
 # changed token moves elsewhere.
@@ -30,9 +31,7 @@ _LEAST = -30.0
 _LIKELY = 8
 
 
-def log_probabilities(
-    scores: DenseTargets | TopKLogprobs | torch.Tensor, ids_SX: torch.Tensor, vocab_size: int
-) -> torch.Tensor:
+def log_probabilities(scores: Scores, ids_SX: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """[S, X] log p of ids under the targets, float32; ids below 0 get any number."""
     if isinstance(scores, TopKLogprobs):
         indices, known = scores.indices.to(ids_SX.device), scores.logprobs.float().to(ids_SX.device)
@@ -46,9 +45,7 @@ def log_probabilities(
     return torch.log_softmax(logits.float(), -1).gather(1, ids)
 
 
-def part_of(
-    scores: DenseTargets | TopKLogprobs | torch.Tensor, rows: slice
-) -> DenseTargets | TopKLogprobs | torch.Tensor:
+def part_of(scores: Scores, rows: slice) -> Scores:
     return replace(scores, hidden=scores.hidden[rows]) if isinstance(scores, DenseTargets) else scores[rows]
 
 
@@ -120,17 +117,14 @@ def dependence(
         first += count
         if j is None:
             continue
-        scores = [part_of(one.scores, own) for one in (targets, other)]
-        ids = torch.cat([batch.labels_S[own].unique()[:_LIKELY].expand(count, -1).cpu(), *map(_likely, scores)], 1)
-        both = [log_probabilities(one, ids, vocab_size).cpu() for one in scores]
-        moved = (both[0].clamp(min=_LEAST) - both[1].clamp(min=_LEAST)).abs().amax(1)
-        if (verdict := _dependence(moved, j)) is not None:
+        scores = part_of(targets.scores, own), part_of(other.scores, own)
+        if (verdict := dependence_of_row(*scores, batch.labels_S[own], j, vocab_size)) is not None:
             found.append(verdict)
     most = Counter(found).most_common(1)
     return most[0][0] if most and most[0][1] > len(found) / 2 else None
 
 
-def _likely(scores: DenseTargets | TopKLogprobs | torch.Tensor) -> torch.Tensor:
+def _likely(scores: Scores) -> torch.Tensor:
     """[S, X] ids that have the most of the mass, on the CPU."""
     if isinstance(scores, TopKLogprobs):
         order = scores.logprobs.topk(min(_LIKELY, scores.logprobs.shape[1]), -1).indices
@@ -139,8 +133,14 @@ def _likely(scores: DenseTargets | TopKLogprobs | torch.Tensor) -> torch.Tensor:
     return logits.topk(min(_LIKELY, logits.shape[1]), -1).indices.cpu()
 
 
-def _dependence(moved_S: torch.Tensor, j: int) -> Dependence | None:
-    """Of one row, in which token j was changed."""
+def dependence_of_row(
+    first: Scores, second: Scores, labels_S: torch.Tensor, j: int, vocab_size: int
+) -> Dependence | None:
+    """The same of one row: its targets before and after token j was changed."""
+    row = labels_S.unique()[:_LIKELY].expand(len(labels_S), -1).cpu()
+    ids = torch.cat([row, _likely(first), _likely(second)], 1)
+    before, after = (log_probabilities(one, ids, vocab_size).cpu().clamp(min=_LEAST) for one in (first, second))
+    moved_S = (before - after).abs().amax(1)
     rounding = float(moved_S[:j].max()) if j else 0.0
     three = moved_S[j : j + 3]
     threshold = max(_UNMOVED, _ROUNDING * rounding, _SHARE * float(three.max()))
