@@ -11,10 +11,24 @@ from operator import attrgetter
 from kdtrain.config.folders import model_folders, output_folder
 from kdtrain.config.from_pretrained import loading_arguments, processor_arguments
 from kdtrain.config.schema import RunConfig, TeacherConfig
+from kdtrain.config.server_urls import wrong_address
 from kdtrain.config.splits import share_rows
 from kdtrain.config.tree import KeyPath, Node, Problem, Written, dotted
 
-_SERVER = ("base_url", "model", "api_key_env", "top_k", "tail", "timeout_s", "max_retries", "concurrency")
+_SERVER = (
+    "base_url",
+    "model",
+    "api_key_env",
+    "api",
+    "max_requests",
+    "top_k",
+    "tail",
+    "timeout_s",
+    "max_retries",
+    "concurrency",
+    "lookahead",
+    "chat_template_kwargs",
+)
 # By backend: the options of `rlhf.teacher` that it has, and which options name the teacher.
 _TEACHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "hf": (
@@ -133,6 +147,8 @@ def teacher_options(config: RunConfig, written: Written) -> Iterator[Problem]:
     for name in TeacherConfig.model_fields:
         if name not in ("backend", *_TEACHER_OPTIONS[backend]):
             yield from written.idle([name], reason, "rlhf", "teacher")
+    if config.rlhf.teacher.is_served:
+        yield from _served(config, written)
     kwargs = config.rlhf.teacher_model_init_kwargs or {}
     path = ("rlhf", "teacher_model_init_kwargs")
     if backend != "hf" and kwargs and config.asks_teacher:
@@ -143,6 +159,21 @@ def teacher_options(config: RunConfig, written: Written) -> Iterator[Problem]:
             message = f"given twice, here and in rlhf.teacher.{option}"
             yield Problem((*path, name), message, "keep one of them", on_key=True)
     yield from loading_arguments(path, kwargs, config.rlhf.teacher_model)
+
+
+def _served(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Addresses that a key or data must not be sent to, and options of targets or answers where there are none."""
+    teacher, path = config.rlhf.teacher, ("rlhf", "teacher")
+    for number, url in enumerate(teacher.base_url or ()):
+        if found := wrong_address(url, has_key=teacher.api_key_env is not None):
+            yield Problem((*path, "base_url", number), found)
+    if config.options.visual_kd is not None:
+        message = f"has no features to compare ({teacher.backend} is a server), which custom.visual_kd needs"
+        yield Problem((*path, "backend"), message, "use backend: hf, or set custom.visual_kd.enabled: false")
+    if not config.options.lm_kd_active:
+        yield from written.idle(["top_k", "tail", "lookahead"], "rlhf.llm_kd_weight is 0", *path)
+    if not (config.answers_from_teacher or config.rlhf.seq_kd):
+        yield from written.idle(["api", "max_requests"], "the teacher writes no answers", *path)
 
 
 def model_options(config: RunConfig, written: Written) -> Iterator[Problem]:

@@ -21,12 +21,12 @@ from kdtrain.errors import ConfigError
 from kdtrain.models.kinds import sees_images
 from kdtrain.models.loading import load_model
 from kdtrain.models.parts import adapter_exclusions, check_named_parts, freeze_parts
-from kdtrain.models.processing import load_processing
+from kdtrain.models.processing import load_processing, load_tokenizer
 from kdtrain.models.vocabulary import shared_vocabulary, vocabulary_size
 from kdtrain.runs.failures import readable_construction
 from kdtrain.runs.read_data import read_data
 from kdtrain.runs.teacher_answers import check_images, write_answers
-from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
+from kdtrain.teachers import LocalTeacher, Teacher, build_teacher, connect_teacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.argument_checks import check_teacher_is_another_model
 from kdtrain.trainer.deepspeed import prepare_deepspeed_run
@@ -127,15 +127,15 @@ def build_trainer(
 
 def _check_folders(config: RunConfig, given: Given) -> None:
     """What can be seen of the models before anything is loaded."""
-    if config.answers_from_teacher and isinstance(given.teacher, Teacher) and given.teacher.module is None:
+    if config.answers_from_teacher and isinstance(given.teacher, Teacher) and not given.teacher.can_generate:
         raise ConfigError(
-            "answers: teacher needs a teacher that can write: a model in this process. The "
-            f"{type(given.teacher).__name__} handed over has none (its module is None). Hand over a model, or remove "
-            "answers: teacher."
+            f"answers: teacher needs a teacher that can write, and the {type(given.teacher).__name__} handed over "
+            "cannot (its module is None, and can_generate false). Hand over a model, or remove answers: teacher."
         )
     if given.model is None:
         require_sound(Path(config.model.model), "student")
-    if given.teacher is None and config.asks_teacher and config.rlhf.teacher_model:
+    loads_teacher = given.teacher is None and config.asks_teacher and not config.rlhf.teacher.is_served
+    if loads_teacher and config.rlhf.teacher_model:
         require_sound(Path(config.rlhf.teacher_model), "teacher")
 
 
@@ -176,6 +176,8 @@ def _teacher(
         "processor_kwargs": config.data.processor_kwargs if own is None else own,
         "side": "teacher",
     }
+    if given is None and config.rlhf.teacher.is_served:
+        return _served_teacher(config, processing, student_size)
     if given is None:
         name, options = config.rlhf.teacher_model, config.rlhf.teacher
         assert name is not None, "the config is checked for it"
@@ -184,9 +186,7 @@ def _teacher(
             kwargs["device_map"] = options.device_map
         hub = {**_hub_options(config), "revision": kwargs.pop("revision", None) or options.revision}
         own_processing = load_processing(name, **prepared, **hub)
-        teacher = build_teacher(
-            name, backend=options.backend, init_kwargs=kwargs, device=args.device, adapter=options.adapter, **hub
-        )
+        teacher = build_teacher(name, init_kwargs=kwargs, device=args.device, adapter=options.adapter, **hub)
     else:
         teacher = given if isinstance(given, Teacher) else LocalTeacher(given)
         folder = getattr(getattr(teacher.module, "config", None), "_name_or_path", "")
@@ -196,3 +196,15 @@ def _teacher(
     tokenizers = (getattr(one, "tokenizer", one) for one in (processing, own_processing))
     shared = shared_vocabulary(student_size, teacher.vocab_size, *tokenizers)
     return TeacherSide(teacher, own_processing or processing, shared)
+
+
+def _served_teacher(
+    config: RunConfig, processing: PreTrainedTokenizerBase | ProcessorMixin, student_size: int
+) -> TeacherSide:
+    """A server's teacher: its tokenizer is that of `teacher_model`, or taken for the student's; the probe compares."""
+    name, options = config.rlhf.teacher_model, config.rlhf.teacher
+    own = None if name is None else load_tokenizer(name, **{**_hub_options(config), "revision": None})
+    tokenizers = (getattr(one, "tokenizer", one) for one in (processing, own))
+    # How many columns the server's model has is not known; what counts are the student's.
+    shared = shared_vocabulary(student_size, student_size, *tokenizers)
+    return TeacherSide(connect_teacher(options, shared), own or processing, shared)

@@ -23,6 +23,8 @@ class ServedTeacher(Teacher):
         top_k: K.
         route: how tokens are scored; None until the probe has found out.
         lookahead: see `Teacher.lookahead`.
+        api: how answers are written, see `rlhf.teacher.api`; the probe decides where it is `auto`.
+        max_requests: requests for answers that may be sent; None is no limit.
     """
 
     def __init__(
@@ -34,13 +36,14 @@ class ServedTeacher(Teacher):
         top_k: int,
         route: Route | None = None,
         lookahead: int = 2,
+        api: str = "auto",
+        max_requests: int | None = None,
     ) -> None:
         self.servers, self.model, self.route = servers, model, route
         self.vocab_size, self.top_k, self.lookahead = vocab_size, top_k, lookahead
         self.writes_targets = False
         """Whether the log-probabilities of an answer that the server writes are its targets; the probe decides."""
-        self.api = "completions"
-        """`completions`, or `chat` for a server that only writes; the probe decides."""
+        self.api, self.max_requests = api, max_requests
 
     def prepare(self, window: Sequence[Batch]) -> None:
         """Send the requests for a window's rows, each once."""
