@@ -88,7 +88,7 @@ def make_qwen3(
             "pad_token_id": 3,
             "bos_token_id": None,
             **kwargs,
-        },  # fmt: skip
+        },
     )
     return Qwen3ForCausalLM(config)
 

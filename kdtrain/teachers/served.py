@@ -19,6 +19,7 @@ from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.teachers.base import Prompt, Sampling, Targets, Teacher, Written
 from kdtrain.teachers.http import Servers
 from kdtrain.teachers.replies import Route, Scored, read_scores, scoring_payload
+from kdtrain.teachers.served_writing import Each, answers, write_completion
 
 
 class ServedTeacher(Teacher):
@@ -87,9 +88,19 @@ class ServedTeacher(Teacher):
             self._windows.remove(window)
         return Targets(_joined(found, min(self.top_k, self.vocab_size)).to(batch.labels.device))
 
-    def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Written]:
-        """Answers through the same server."""
-        raise NotImplementedError
+    @property
+    def can_generate(self) -> bool:
+        """See `Teacher.can_generate`."""
+        return True
+
+    def write(self, prompts: Sequence[Prompt], sampling: Sampling, each: Each | None = None) -> list[Written]:
+        """Answers through the same server, as many asked for at a time as it may be asked."""
+
+        async def ask(prompt: Prompt) -> Written:
+            return await write_completion(self.servers, self.model, prompt, sampling, vocab_size=self.vocab_size)
+
+        slots = self.servers.concurrency * len(self.servers.urls)
+        return self.servers.run(answers(prompts, ask, slots, each))
 
     def close(self) -> None:
         """See `Teacher.close`."""
