@@ -1,6 +1,6 @@
 """Figures that a server's answers are judged by.
 
-Shapes: S positions, K known tokens, O = K + 1 outcomes (the known tokens, and any other).
+Shapes: S positions, K known tokens.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kdtrain.losses.topk import TopKLogprobs, teacher_tail
+from kdtrain.losses.topk import TopKLogprobs
 
 _LEAST = -30.0
-_TEMPERATURES = tuple(2 ** (i / 8) for i in range(-24, 25))  # 1/8 to 8
 
 
 def difference(first: TopKLogprobs, second: TopKLogprobs) -> float:
@@ -44,33 +43,33 @@ class SamplingFit:
 
     tokens: int
     z: float
-    """(Σ −log p of what was drawn − Σ entropy) in standard deviations: within ±3 where they are."""
-    temperature: float
-    """The written tokens were drawn as if at this temperature, where the log-probabilities are at 1."""
+    """Standard deviations: within ±3 where they are. Above, the tokens were drawn from something flatter (at a higher
+    temperature) than what is reported; below, from something sharper."""
 
 
 def sampling_fit(targets: TopKLogprobs, drawn_S: Sequence[int]) -> SamplingFit:
     """Compare the log-probabilities with tokens that the server drew at temperature 1.
 
-    If a token is drawn by p, −log p of it is the entropy of p in the mean, whatever p is; the same holds with all
-    tokens beyond the K as one. If the server softens or sharpens what it reports, but not what it draws by, it is not.
+    Whatever p is, if tokens are drawn by it: they are among the K as often as the mass of these says, and for those
+    that are, −log p is in the mean the entropy of p among the K. Both in standard deviations, and their mean in its
+    own; what a server softens or sharpens when it reports moves both in the same direction.
     """
-    known = targets.logprobs.double().clamp(min=_LEAST)
-    log_p_SO = torch.cat([known, teacher_tail(known, torch.zeros_like(known[:, :1], dtype=torch.bool))], 1)
-    log_p_SO = torch.log_softmax(log_p_SO, -1)
+    known_SK = targets.logprobs.double().clamp(min=_LEAST)
     named_SK = targets.indices == torch.tensor(drawn_S)[:, None]
-    outcome_S = torch.where(named_SK.any(-1), named_SK.int().argmax(-1), known.shape[1])
-    p_SO = log_p_SO.exp()
-    entropy_S = -(p_SO * log_p_SO).sum(-1)
-    variance_S = (p_SO * log_p_SO.square()).sum(-1) - entropy_S.square()
-    surprise_S = -log_p_SO.gather(1, outcome_S[:, None])[:, 0]
-    z = float((surprise_S - entropy_S).sum()) / max(math.sqrt(float(variance_S.sum())), 1e-6)
-    return SamplingFit(len(drawn_S), z, _best_temperature(log_p_SO, outcome_S))
+    named_S = named_SK.any(-1)
+    mass_S = known_SK.exp().sum(-1).clamp(max=1.0)
+    outside = _in_deviations((~named_S).double() - (1 - mass_S), mass_S * (1 - mass_S))
+
+    log_p_SK = torch.log_softmax(known_SK[named_S], -1)
+    p_SK = log_p_SK.exp()
+    entropy_S = -(p_SK * log_p_SK).sum(-1)
+    surprise_S = -(log_p_SK * named_SK[named_S]).sum(-1)
+    among = _in_deviations(surprise_S - entropy_S, (p_SK * log_p_SK.square()).sum(-1) - entropy_S.square())
+    found = [z for z in (outside, among) if z is not None]
+    return SamplingFit(len(drawn_S), sum(found) / math.sqrt(max(len(found), 1)))
 
 
-def _best_temperature(log_p_SO: torch.Tensor, outcome_S: torch.Tensor) -> float:
-    def likelihood(temperature: float) -> float:
-        tempered = torch.log_softmax(log_p_SO / temperature, -1)
-        return float(tempered.gather(1, outcome_S[:, None]).sum())
-
-    return max(_TEMPERATURES, key=likelihood)
+def _in_deviations(deviation_S: torch.Tensor, variance_S: torch.Tensor) -> float | None:
+    """None where nothing can vary: every token is known, or one alone."""
+    variance = float(variance_S.clamp(min=0).sum())
+    return float(deviation_S.sum()) / math.sqrt(variance) if variance > 0.1 else None

@@ -22,7 +22,7 @@ _IMPOSSIBLE = -9999.0  # vLLM's, where JSON has no infinity
 _ANSWER_TOKENS = 32
 _FEWEST_DRAWN = 48  # tokens, to say something about how they are drawn
 _SAME_TARGETS = 1e-3  # nats
-_SURE = 5.0  # standard deviations
+_SURE, _CERTAIN = 5.0, 7.0  # standard deviations, of some 200 tokens
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,11 @@ def _judge_drawing(asker: Asker, answers: Sequence[Answer], scored: Sequence[Top
         asker.say("info", "base_url", message)
     else:
         # Other servers than vLLM may draw through filters that nobody can switch off: then the scores are right.
-        certain = asker.route == "prompt_logprobs" and not 0.8 < fit.temperature < 1.25
+        certain = asker.route == "prompt_logprobs" and abs(fit.z) > _CERTAIN
         message = (
             f"The server does not draw by the log-probabilities that it reports: {fit.tokens} tokens, written at "
-            f"temperature 1, are {abs(fit.z):.0f} standard deviations off, as if drawn at {fit.temperature:.2g}"
+            f"temperature 1, come from something {'flatter' if fit.z > 0 else 'sharper'} ({abs(fit.z):.0f} standard "
+            "deviations)"
         )
         hint = (
             "it applies a temperature or a filter of its own: start vLLM with --logprobs-mode raw_logprobs, and with "
