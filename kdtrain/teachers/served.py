@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kdtrain.data.batch import Batch
+from kdtrain.ranks import rank, world_size
 from kdtrain.teachers.base import Prompt, Sampling, Targets, Teacher, Written
+from kdtrain.teachers.chat_writing import write_chat
 from kdtrain.teachers.http import Servers
 from kdtrain.teachers.replies import Route
-from kdtrain.teachers.served_writing import Each, answers, write_completion
+from kdtrain.teachers.served_writing import Budget, Each, answers, write_completion
 
 
 class ServedTeacher(Teacher):
@@ -44,7 +46,9 @@ class ServedTeacher(Teacher):
         self.vocab_size, self.top_k, self.lookahead = vocab_size, top_k, lookahead
         self.writes_targets = False
         """Whether the log-probabilities of an answer that the server writes are its targets; the probe decides."""
-        self.api, self.max_requests = api, max_requests
+        self.api = api
+        share = None if max_requests is None else max_requests // world_size() + (rank() < max_requests % world_size())
+        self.budget = Budget(share)
 
     def prepare(self, window: Sequence[Batch]) -> None:
         """Send the requests for a window's rows, each once."""
@@ -59,11 +63,19 @@ class ServedTeacher(Teacher):
         """See `Teacher.can_generate`."""
         return True
 
+    @property
+    def has_targets(self) -> bool:
+        """See `Teacher.has_targets`: text has none."""
+        return self.api != "chat"
+
     def write(self, prompts: Sequence[Prompt], sampling: Sampling, each: Each | None = None) -> list[Written]:
         """Answers through the same server, as many asked for at a time as it may be asked."""
 
         async def ask(prompt: Prompt) -> Written:
-            return await write_completion(self.servers, self.model, prompt, sampling, vocab_size=self.vocab_size)
+            server, before = (self.servers, self.model), self.budget.take
+            if self.api == "chat":
+                return await write_chat(*server, prompt, sampling, before)
+            return await write_completion(*server, prompt, sampling, vocab_size=self.vocab_size, before=before)
 
         slots = self.servers.concurrency * len(self.servers.urls)
         return self.servers.run(answers(prompts, ask, slots, each))

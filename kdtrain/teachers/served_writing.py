@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from kdtrain.errors import TeacherError
 from kdtrain.teachers.base import Prompt, Sampling, Written
 from kdtrain.teachers.http import ReplyError, Servers
 
@@ -26,7 +27,31 @@ _PLAIN_SAMPLING = {
     "frequency_penalty": 0.0,
 }
 _ID = "token_id:"  # in front of the ids that stand where texts of tokens would
-_SEEDS = 2**31  # some servers keep 32 bits
+SEEDS = 2**31  # some servers keep 32 bits
+
+
+class Budget:
+    """How many requests for answers may be sent.
+
+    Args:
+        most: in this process; None is no limit.
+    """
+
+    def __init__(self, most: int | None) -> None:
+        self.most, self.sent = most, 0
+
+    def take(self) -> None:
+        """Count one that is about to be sent.
+
+        Raises:
+            TeacherError: it would be one too many.
+        """
+        if self.most is not None and self.sent >= self.most:
+            raise TeacherError(
+                f"rlhf.teacher.max_requests: {self.sent} requests for answers were sent by this process, and no more "
+                "may be. The answers that came are kept: raise max_requests, or go on with --resume auto."
+            )
+        self.sent += 1
 
 
 async def answers(
@@ -67,6 +92,7 @@ async def write_completion(
     vocab_size: int,
     logprobs: int = 0,
     keep: Callable[[Any, list[int]], None] = lambda reply, ids: None,
+    before: Callable[[], None] | None = None,
 ) -> Written:
     """One answer.
 
@@ -75,6 +101,7 @@ async def write_completion(
         vocab_size: an answer with other ids is refused.
         logprobs: how many of the most likely tokens come with each token of the answer.
         keep: called with the reply and the answer's ids; may raise `ReplyError` like anything that reads a reply.
+        before: see `Servers.post`.
 
     Raises:
         TeacherError: no usable answer.
@@ -85,7 +112,8 @@ async def write_completion(
         keep(reply, written.ids)
         return written
 
-    return await servers.post("/completions", completion_payload(model, prompt, sampling, logprobs), read)
+    payload = completion_payload(model, prompt, sampling, logprobs)
+    return await servers.post("/completions", payload, read, before=before)
 
 
 def completion_payload(model: str, prompt: Prompt, sampling: Sampling, logprobs: int) -> dict[str, Any]:
@@ -95,7 +123,7 @@ def completion_payload(model: str, prompt: Prompt, sampling: Sampling, logprobs:
         "prompt": list(prompt.ids),
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature or 0.0,
-        "seed": prompt.seed % _SEEDS,
+        "seed": prompt.seed % SEEDS,
         **_PLAIN_SAMPLING,
         "stop_token_ids": list(sampling.stop_ids),
         **({"logit_bias": {str(i): -100 for i in sampling.forbidden_ids}} if sampling.forbidden_ids else {}),
