@@ -11,8 +11,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from kdtrain.errors import TeacherError
+from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.teachers.base import Prompt, Sampling, Written
 from kdtrain.teachers.http import ReplyError, Servers
+from kdtrain.teachers.replies import Scored, read_scores
 
 Each = Callable[[int, Written], None]
 """Called with the number of a prompt and its answer as soon as that is there, in the thread of the event loop."""
@@ -27,6 +29,7 @@ _PLAIN_SAMPLING = {
     "frequency_penalty": 0.0,
 }
 _ID = "token_id:"  # in front of the ids that stand where texts of tokens would
+_SCORES = ("tokens", "token_logprobs", "top_logprobs")
 SEEDS = 2**31  # some servers keep 32 bits
 
 
@@ -161,6 +164,23 @@ def read_completion(reply: Any, prompt: Sequence[int], sampling: Sampling, vocab
     if finish not in ("stop", "length"):
         raise ReplyError(f"finish_reason is {finish!r:.40}, neither stop nor length")
     return Written(ids, cut=not ended)
+
+
+def read_answer_scores(
+    reply: Any, prompt: Sequence[int], answer: Sequence[int], top_k: int, vocab_size: int
+) -> TopKLogprobs:
+    """The targets of an answer's tokens, from the reply that has it; see `read_scores`.
+
+    At temperature 1 whatever the sampling temperature: such are the log-probabilities of servers that are asked so.
+    """
+    scores = only_choice(reply).get("logprobs")
+    if not isinstance(scores, dict) or not all(isinstance(scores.get(name), list) for name in _SCORES):
+        raise ReplyError("the answer came without the log-probabilities that were asked for")
+    # As an echo of the last token of the prompt and the answer.
+    before = {"tokens": f"{_ID}{prompt[-1]}", "token_logprobs": None, "top_logprobs": None}
+    echo = {"index": 0, "logprobs": {name: [before[name], *scores[name]] for name in _SCORES}}
+    row = Scored((prompt[-1], *answer), tuple(range(1, len(answer) + 1)))
+    return read_scores("echo", {"choices": [echo]}, [row], top_k, vocab_size)[0]
 
 
 def only_choice(reply: Any) -> dict[str, Any]:
