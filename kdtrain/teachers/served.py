@@ -10,16 +10,20 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from kdtrain.data.batch import Batch
 from kdtrain.errors import PreflightError, TeacherError
 from kdtrain.losses.topk import TopKLogprobs
+from kdtrain.ranks import rank, world_size
 from kdtrain.teachers.base import Prompt, Sampling, Targets, Teacher, Written
+from kdtrain.teachers.chat_writing import write_chat
 from kdtrain.teachers.http import Servers
 from kdtrain.teachers.replies import Route, Scored, read_scores, scoring_payload
-from kdtrain.teachers.served_writing import Each, answers, write_completion
+from kdtrain.teachers.served_writing import Budget, Each, answers, read_answer_scores, write_completion
 
 
 class ServedTeacher(Teacher):
@@ -52,8 +56,11 @@ class ServedTeacher(Teacher):
         self.vocab_size, self.top_k, self.lookahead = vocab_size, top_k, lookahead
         self.writes_targets = False
         """Whether the log-probabilities of an answer that the server writes are its targets; the probe decides."""
-        self.api, self.max_requests = api, max_requests
+        self.api = api
+        share = None if max_requests is None else max_requests // world_size() + (rank() < max_requests % world_size())
+        self.budget = Budget(share)
         self._windows: deque[_Window] = deque()
+        self._written: dict[Scored, _Score] = {}
 
     def prepare(self, window: Sequence[Batch]) -> None:
         """Send the requests for a window's rows, each once; none for rows that are on their way already.
@@ -94,24 +101,59 @@ class ServedTeacher(Teacher):
         """See `Teacher.can_generate`."""
         return True
 
+    @property
+    def has_targets(self) -> bool:
+        """See `Teacher.has_targets`: text has none."""
+        return self.api != "chat"
+
     def write(self, prompts: Sequence[Prompt], sampling: Sampling, each: Each | None = None) -> list[Written]:
-        """Answers through the same server, as many asked for at a time as it may be asked."""
+        """Answers through the same server, as many asked for at a time as it may be asked.
 
-        async def ask(prompt: Prompt) -> Written:
-            return await write_completion(self.servers, self.model, prompt, sampling, vocab_size=self.vocab_size)
-
+        Where the server gives the targets of what it writes, they are kept until answers are written again.
+        """
+        self._written = {}
+        with_targets = sampling.targets and self.writes_targets
         slots = self.servers.concurrency * len(self.servers.urls)
+        ask = partial(self._ask_chat, sampling) if self.api == "chat" else partial(self._ask, sampling, with_targets)
         return self.servers.run(answers(prompts, ask, slots, each))
+
+    async def _ask_chat(self, sampling: Sampling, prompt: Prompt) -> Written:
+        return await write_chat(self.servers, self.model, prompt, sampling, self.budget.take)
+
+    async def _ask(self, sampling: Sampling, with_targets: bool, prompt: Prompt) -> Written:
+        top_k = min(self.top_k, self.vocab_size)
+
+        def keep(reply: Any, ids: list[int]) -> None:
+            if with_targets and ids:
+                found = read_answer_scores(reply, prompt.ids, ids, top_k, self.vocab_size)
+                start, row = len(prompt.ids), (*prompt.ids, *ids)
+                future: Future[list[TopKLogprobs]] = Future()
+                future.set_result([found])
+                self._written[Scored(row, tuple(range(start, len(row))))] = _Score(future, 0)
+
+        return await write_completion(
+            self.servers,
+            self.model,
+            prompt,
+            sampling,
+            vocab_size=self.vocab_size,
+            logprobs=top_k if with_targets else 0,
+            keep=keep,
+            before=self.budget.take,
+        )
 
     def close(self) -> None:
         """See `Teacher.close`."""
         self._windows.clear()
+        self._written = {}
         self.servers.close()
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
     def _sent(self, row: Scored) -> _Score | None:
-        """The request that asks for a row, of any window that is still wanted."""
+        """The request that asks for a row, of any window that is still wanted, or that has written it."""
+        if row in self._written:
+            return self._written[row]
         return next((window.scores[row] for window in self._windows if row in window.scores), None)
 
     def _send(self, rows: Sequence[Scored]) -> dict[Scored, _Score]:
