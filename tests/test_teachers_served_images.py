@@ -56,16 +56,17 @@ def connect():
 
 @pytest.fixture
 def batch_of(tmp_path, processor):
-    def call(*rows, keep_chats=True, **options):
-        for i in range(3):
-            (tmp_path / f"{i}.png").write_bytes(vision.png(i))
-        path = write_lines(tmp_path / "rows.jsonl", list(rows))
-        options = {"max_length": None, "on_overlength": "error", "train_on": "assistant", **options}
-        cache = str(tmp_path / "cache")
-        dataset, _ = build_dataset([Source(path)], processor, keep_chats=keep_chats, cache_dir=cache, **options)
-        return Collator(processor)(list(dataset))
+    return lambda *rows, **options: make_batch(processor, tmp_path, rows, **options)
 
-    return call
+
+def make_batch(processor, folder, rows, **options):
+    """One batch of rows that have been through a file, as a run reads them."""
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(vision.png(i))
+    path = write_lines(folder / "rows.jsonl", list(rows))
+    options = {"max_length": None, "on_overlength": "error", "train_on": "assistant", "keep_chats": True, **options}
+    dataset, _ = build_dataset([Source(path)], processor, cache_dir=str(folder / "cache"), **options)
+    return Collator(processor)(list(dataset))
 
 
 def row(*images, messages=TALK):
