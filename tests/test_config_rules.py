@@ -477,3 +477,24 @@ def test_the_tokenizer_of_a_teacher_on_a_server_must_be_there(tmp_path: Any) -> 
     assert "no such folder" in found["rlhf.teacher_model"]
     found = errors(config(**SERVER, rlhf__teacher_model=str(tmp_path)))
     assert "has no tokenizer" in found["rlhf.teacher_model"]
+
+
+SERVED_TEACHER = {"backend": "vllm", "base_url": "http://127.0.0.1:8000/v1", "model": "teacher"}
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"beta": 0.5, "tail": "renormalize"}, True),
+        ({"beta": 0.0, "tail": "renormalize"}, False),
+        ({"beta": 0.5, "tail": "bucket"}, False),
+        ({"beta": 0.5, "tail": "renormalize", "backend": "hf"}, False),  # its targets are no top k
+    ],
+)
+def test_a_tail_that_is_renormalized_beside_beta_is_warned_of_with_the_measured_angle(options, warned):
+    teacher = {**SERVED_TEACHER, "tail": options["tail"], "backend": options.get("backend", "vllm")}
+    found = check_config(config(rlhf__beta=options["beta"], rlhf__teacher=teacher)).warnings
+    about = [warning for warning in found if "28 degrees at beta 0.5" in warning.message]
+    assert len(about) == warned
+    if warned:
+        assert (about[0].path, about[0].hint) == ("rlhf.teacher.tail", "use tail: bucket")

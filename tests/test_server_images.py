@@ -10,7 +10,7 @@ from kdtrain.teachers.served_images import image_is_seen
 from tests import tiny_processors as vision
 from tests.test_data_images import ANSWER, IMAGE, TURNS, user
 from tests.test_teachers_served_images import TALK, image_row, in_process, make_batch, row
-from tests.vllm_server import serve
+from tests.vllm_server import running
 
 pytestmark = pytest.mark.server
 K = 16
@@ -41,7 +41,7 @@ def teacher(processor, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
-    with serve(folder / "model", folder / "server.log") as url:
+    with running(str(folder / "model"), folder / "server.log") as url:
         servers = Servers([url])
         yield ServedTeacher(servers, model="teacher", vocab_size=384, top_k=K, route="prompt_logprobs")
         servers.close()

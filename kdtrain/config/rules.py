@@ -10,6 +10,7 @@ from operator import attrgetter
 
 from kdtrain.config.folders import model_folders, output_folder
 from kdtrain.config.from_pretrained import loading_arguments, processor_arguments
+from kdtrain.config.options import RENORMALIZED
 from kdtrain.config.schema import RunConfig, TeacherConfig
 from kdtrain.config.server_urls import check_server_urls
 from kdtrain.config.splits import share_rows
@@ -175,6 +176,14 @@ def _served(config: RunConfig, written: Written) -> Iterator[Problem]:
         yield from written.idle(["api", "max_requests"], "the teacher writes no answers", *path)
 
 
+def renormalized_tail(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Top-k targets without their tail, where the student's own mass counts in the divergence."""
+    teacher = config.rlhf.teacher
+    in_force = config.options.lm_kd_active and config.rlhf.beta > 0 and teacher.backend not in ("hf", "self")
+    if in_force and teacher.tail == "renormalize":
+        yield Problem(("rlhf", "teacher", "tail"), RENORMALIZED, "use tail: bucket", level="warning")
+
+
 def model_options(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Student options hidden in `init_kwargs`."""
     kwargs, path = config.model.init_kwargs, ("model", "init_kwargs")
@@ -286,6 +295,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (teacher_is_named, (*_KD_SWITCHES, "rlhf.teacher_model", "rlhf.teacher", "tuner.train_type")),
     (idle_distillation, (*_KD_SWITCHES, "rlhf.lmbda", "rlhf.seq_kd", "rlhf.sft_alpha")),
     (teacher_options, (*_KD_SWITCHES, "rlhf.teacher.backend", "rlhf.teacher_model_init_kwargs")),
+    (renormalized_tail, (*_KD_SWITCHES, "rlhf.teacher", "rlhf.beta")),
     (model_options, ("model.init_kwargs", "model.model")),
     (processor_options, ("data.processor_kwargs", "rlhf.teacher.processor_kwargs")),
     (idle_lora, ("tuner.train_type", "tuner.lora_dropout", "rlhf.disable_dropout")),

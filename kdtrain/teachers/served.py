@@ -20,6 +20,7 @@ from kdtrain.teachers.base import Prompt, Sampling, Targets, Teacher, Written
 from kdtrain.teachers.http import Servers
 from kdtrain.teachers.replies import Route, Scored, read_scores, scoring_payload
 from kdtrain.teachers.served_images import ImageRow, score_images, with_images
+from kdtrain.teachers.served_writing import Each, answers, write_completion
 
 Row = Scored | ImageRow
 
@@ -83,16 +84,27 @@ class ServedTeacher(Teacher):
         rows = rows_to_score(batch)
         if not any(rows in window.unanswered for window in self._windows):
             self.prepare([batch])
-        window = next(window for window in self._windows if rows in window.unanswered)
+        # The newest: an evaluation may come upon rows of windows that are prepared ahead, which stay as they are.
+        window = next(window for window in reversed(self._windows) if rows in window.unanswered)
         found = [self._wait(window.scores[row]) for row in rows if row is not None]
         window.unanswered.remove(rows)
         if not window.unanswered:
             self._windows.remove(window)
         return Targets(_joined(found, min(self.top_k, self.vocab_size)).to(batch.labels.device))
 
-    def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Written]:
-        """Answers through the same server."""
-        raise NotImplementedError
+    @property
+    def can_generate(self) -> bool:
+        """See `Teacher.can_generate`."""
+        return True
+
+    def write(self, prompts: Sequence[Prompt], sampling: Sampling, each: Each | None = None) -> list[Written]:
+        """Answers through the same server, as many asked for at a time as it may be asked."""
+
+        async def ask(prompt: Prompt) -> Written:
+            return await write_completion(self.servers, self.model, prompt, sampling, vocab_size=self.vocab_size)
+
+        slots = self.servers.concurrency * len(self.servers.urls)
+        return self.servers.run(answers(prompts, ask, slots, each))
 
     def close(self) -> None:
         """See `Teacher.close`."""
