@@ -226,4 +226,6 @@ def _served_teacher(
     tokenizers = (getattr(one, "tokenizer", one) for one in (processing, own))
     # How many columns the server's model has is not known; what counts are the student's.
     shared = shared_vocabulary(student_size, student_size, *tokenizers)
-    return TeacherSide(connect_teacher(options, shared), own or processing, shared)
+    # A server prepares images by itself, in its own way: here they go through the student's processor alone.
+    own = processing if isinstance(processing, ProcessorMixin) else own or processing
+    return TeacherSide(connect_teacher(options, shared), own, shared)
