@@ -6,6 +6,7 @@ import torch
 
 from kdtrain.data import Collator, Source, build_dataset
 from kdtrain.generation.answers import TeacherAnswers
+from kdtrain.generation.writers import LocalWriter
 from tests.tiny_processors import make_llava, make_llava_model, png
 
 
@@ -31,16 +32,10 @@ def test_a_teacher_never_writes_a_token_that_stands_for_an_image(tmp_path):
         teacher.lm_head.weight[image] = 2 * teacher.lm_head.weight[logits.argmax()]
         assert teacher(**inputs).logits[0, -1].argmax() == image
 
-    answers = TeacherAnswers(
-        teacher,
-        llava,
-        collate,
-        tmp_path / "answers",
-        identity={},
-        max_new_tokens=4,
-        vocabulary=len(llava.tokenizer),
-        batch_size=1,
+    writer = LocalWriter(
+        teacher, llava, collate, max_new_tokens=4, vocabulary=len(llava.tokenizer), batch_size=1, device="cpu"
     )
+    answers = TeacherAnswers(writer, tmp_path / "answers", identity={})
     filled = answers.fill(data)
     written = [label for label in filled[0]["labels"] if label != -100]
     assert written

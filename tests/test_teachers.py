@@ -261,7 +261,7 @@ VISUAL = {"enabled": True, "weight": 0.1, "targets": {"aligner": {"module": "ali
 
 @pytest.mark.parametrize("options", [{"seq_kd": True}, {"visual_kd": VISUAL}])
 def test_a_teacher_that_is_no_model_cannot_write_answers_nor_show_features(tmp_path, teacher, options):
-    with pytest.raises(ValueError, match="need a teacher that is a model in this process"):
+    with pytest.raises(ValueError, match=r"needs? a teacher that is a model in this process"):
         make_trainer(tmp_path, None, None, extra={"teacher": OwnTeacher(teacher)}, **options)
 
 
@@ -270,5 +270,5 @@ def test_what_a_teacher_says_it_can_do_is_what_it_is_asked_for(teacher):
     writes = type("Writes", (OwnTeacher,), {"can_generate": True})(teacher)
     check_teacher_can(writes, options)
     options.visual_kd = VISUAL
-    with pytest.raises(ValueError, match="need a teacher"):
+    with pytest.raises(ValueError, match="needs a teacher"):
         check_teacher_can(writes, options)

@@ -12,7 +12,7 @@ from kdtrain.config.folders import model_folders, output_folder
 from kdtrain.config.from_pretrained import loading_arguments, processor_arguments
 from kdtrain.config.options import RENORMALIZED
 from kdtrain.config.schema import RunConfig, TeacherConfig
-from kdtrain.config.server_urls import wrong_address
+from kdtrain.config.server_urls import check_server_urls
 from kdtrain.config.splits import share_rows
 from kdtrain.config.tree import KeyPath, Node, Problem, Written, dotted
 
@@ -165,9 +165,8 @@ def teacher_options(config: RunConfig, written: Written) -> Iterator[Problem]:
 def _served(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Addresses that a key or data must not be sent to, and options of targets or answers where there are none."""
     teacher, path = config.rlhf.teacher, ("rlhf", "teacher")
-    for number, url in enumerate(teacher.base_url or ()):
-        if found := wrong_address(url, has_key=teacher.api_key_env is not None):
-            yield Problem((*path, "base_url", number), found)
+    with_key = teacher.api_key_env is not None
+    yield from check_server_urls((*path, "base_url"), teacher.base_url or (), with_key=with_key)
     if config.options.visual_kd is not None:
         message = f"has no features to compare ({teacher.backend} is a server), which custom.visual_kd needs"
         yield Problem((*path, "backend"), message, "use backend: hf, or set custom.visual_kd.enabled: false")

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,71 +20,56 @@ import datasets
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from kdtrain.data.batch import Batch
 from kdtrain.data.images import stored_image
-from kdtrain.errors import NotAvailableError
-from kdtrain.generation.generate import completions
-from kdtrain.generation.sampling import generation_config, token_roles
+from kdtrain.generation.writers import Writer, prompt_ids
 from kdtrain.losses.reduce import IGNORE_INDEX
-from kdtrain.models.vocabulary import vocabulary_size
 from kdtrain.ranks import is_main
+from kdtrain.teachers.base import Written
 
 logger = logging.getLogger(__name__)
 
-Answer = np.ndarray
-"""Token ids, int32: as lists they would take ten times the memory."""
-Collate = Callable[[list[dict[str, Any]]], Batch]
+
+@dataclass(frozen=True)
+class Answer:
+    """What is kept of an answer."""
+
+    ids: np.ndarray
+    """Token ids, int32: as lists they would take ten times the memory."""
+    cut: bool
+    refused: str | None = None
 
 
 class TeacherAnswers:
-    """Generates and remembers a teacher's answers.
+    """Gets and remembers a teacher's answers.
 
     Args:
-        teacher: put on the device and into eval mode.
-        processing_class: what the rows were encoded with.
+        writer: writes them.
         folder: where answers are kept; made when the first one is.
         identity: whatever names the teacher and its loading; other values are other answers.
-        vocabulary: token ids that both models know; the teacher's others (padding) are never generated.
         progress: called with the number of answers there are, and how many are needed; on the main process only.
     """
 
     def __init__(
         self,
-        teacher: PreTrainedModel,
-        processing_class: Any,
-        collate: Collate,
+        writer: Writer,
         folder: Path,
         *,
         identity: Mapping[str, Any],
-        max_new_tokens: int,
-        vocabulary: int,
-        batch_size: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        if is_deepspeed_zero3_enabled():
-            raise NotAvailableError(
-                "answers: teacher is not available under DeepSpeed ZeRO-3, which keeps the teacher in pieces until "
-                "training begins: generate them in a run of its own (training.max_steps: 1) without it."
-            )
-        roles = token_roles(processing_class, teacher, range(vocabulary, vocabulary_size(teacher)))
-        self._config = generation_config(roles.stop, roles.pad, None, max_new_tokens, roles.forbidden)
-        self._stops, self._collate, self._batch_size, self._progress = set(roles.stop), collate, batch_size, progress
-        self._state = PartialState()
-        if getattr(teacher, "hf_device_map", None) is None:
-            teacher.to(self._state.device)
-        self._teacher = teacher.eval()
-        settings = {**identity, "stops": roles.stop, "max_new_tokens": max_new_tokens, "vocabulary": vocabulary}
+        self._writer, self._progress, self._state = writer, progress, PartialState()
+        settings = {**identity, **writer.settings}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
         self._folder = folder / digest[:16]
 
     def fill(self, dataset: datasets.Dataset) -> datasets.Dataset:
         """The data set with an answer in every row whose column `answers` is true, supervised as in `generate_batch`.
 
-        A collective: the ranks share the work, and all of them get all answers.
+        A collective: the ranks share the work, and all of them get all answers. A row without a usable answer keeps
+        its prompt alone; `refused` has what became of it.
         """
+        self.refused: dict[int, str] = {}
         if "answers" not in dataset.column_names:
             return dataset
         keys = _keys(dataset)
@@ -92,7 +78,8 @@ class TeacherAnswers:
         known = dict(gather_object(list(self._stored().items())))
         made = self._generate(dataset, keys, [i for key, i in wanted.items() if key not in known], len(wanted))
         known |= dict(gather_object(made))
-        cut = sum(self._stops.isdisjoint(known[key].tolist()) for key in wanted)
+        self.refused = {i: reason for i, key in enumerate(keys) if key is not None and (reason := known[key].refused)}
+        cut = sum(known[key].cut for key in wanted)
         if cut and is_main():
             logger.warning("%d of the teacher's %d answers reached rlhf.max_new_tokens.", cut, len(wanted))
         return self._with_answers(dataset, keys, known)
@@ -100,38 +87,38 @@ class TeacherAnswers:
     def _generate(
         self, dataset: datasets.Dataset, keys: Sequence[str | None], missing: Sequence[int], total: int
     ) -> list[tuple[str, Answer]]:
-        """This rank's share of the missing answers, written down batch by batch."""
+        """This rank's share of the missing answers, each on disk as soon as it is there."""
         lengths = dataset["prompt_length"][:]
         # The longest first: if memory is short, that is known at once.
         order = sorted(missing, key=lambda i: -lengths[i])
-        state, made = self._state, []
-        own = order[state.process_index :: state.num_processes]
+        ranks, made = self._state.num_processes, dict[str, Answer]()
+        own = order[self._state.process_index :: ranks]
         self._folder.mkdir(parents=True, exist_ok=True)
-        for start in range(0, len(own), self._batch_size):
-            batch = own[start : start + self._batch_size]
-            answers = [
-                (str(keys[i]), ids) for i, ids in zip(batch, self._answers([dataset[i] for i in batch]), strict=True)
-            ]
-            with open(self._folder / f"rank{state.process_index}.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"prompt": key, "answer": ids.tolist()}) + "\n" for key, ids in answers)
+        with open(self._folder / f"rank{self._state.process_index}.jsonl", "ab") as file:
+            if file.tell():
+                file.write(b"\n")  # behind a line of which a killed run has written a part
+
+            def keep(answers: Sequence[tuple[int, Written]]) -> None:
+                for i, written in answers:
+                    file.write(_line(str(keys[i]), written))
+                    made[str(keys[i])] = Answer(np.array(written.ids, dtype=np.int32), written.cut, written.refused)
                 file.flush()
                 os.fsync(file.fileno())
-            made += answers
-            if is_main():
-                self._progress(min(total - len(missing) + len(made) * state.num_processes, total), total)
-        return made
+                if is_main():
+                    self._progress(min(total - len(missing) + len(made) * ranks, total), total)
 
-    def _answers(self, rows: list[dict[str, Any]]) -> list[Answer]:
-        batch = self._collate(rows).as_teacher_sees_it().to(self._state.device)
-        return [np.array(ids, dtype=np.int32) for ids in completions(self._teacher, batch, self._config, seed=0)]
+            self._writer.write(dataset, own, keys, keep)
+        return list(made.items())
 
     def _stored(self) -> dict[str, Answer]:
         """Answers of an earlier run that was stopped."""
-        return {
-            record["prompt"]: np.array(record["answer"], dtype=np.int32)
-            for file in sorted(self._folder.glob("rank*.jsonl"))
-            for record in _lines(file)
-        }
+        stored = {}
+        for file in sorted(self._folder.glob("rank*.jsonl")):
+            for record in _lines(file):
+                ids = np.array(record["answer"], dtype=np.int32)
+                cut = record.get("cut", self._writer.stops.isdisjoint(record["answer"]))
+                stored[record["prompt"]] = Answer(ids, cut, record.get("refused"))
+        return stored
 
     def _with_answers(
         self, dataset: datasets.Dataset, keys: Sequence[str | None], answers: Mapping[str, Answer]
@@ -145,7 +132,7 @@ class TeacherAnswers:
             for prefix in prefixes:
                 length = tokens.pop(f"{prefix}prompt_length")
                 if key is not None and length is not None:  # the teacher's are null where it reads the student's
-                    prompt, answer = row[f"{prefix}input_ids"][:length], answers[key].tolist()
+                    prompt, answer = row[f"{prefix}input_ids"][:length], answers[key].ids.tolist()
                     tokens[f"{prefix}input_ids"] = prompt + answer
                     tokens[f"{prefix}labels"] = [IGNORE_INDEX] * len(prompt) + answer
             return tokens
@@ -162,6 +149,13 @@ class TeacherAnswers:
             desc="Answers",
         )
         return datasets.concatenate_datasets([dataset.remove_columns(names), tokens], axis=1)
+
+
+def _line(key: str, written: Written) -> bytes:
+    record = {"prompt": key, "answer": written.ids, "cut": written.cut}
+    if written.refused is not None:
+        record["refused"] = written.refused
+    return json.dumps(record).encode() + b"\n"
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -181,9 +175,7 @@ def _keys(dataset: datasets.Dataset) -> list[str | None]:
 
 
 def _key(row: Mapping[str, Any]) -> str:
-    prefix = "" if row.get("teacher_input_ids") is None else "teacher_"
-    prompt = row[f"{prefix}input_ids"][: row[f"{prefix}prompt_length"]]
-    digest = hashlib.sha256(json.dumps(prompt).encode())
+    digest = hashlib.sha256(json.dumps(prompt_ids(row)).encode())
     for image in row.get("images") or ():
         digest.update(stored_image(image).identity)
     return digest.hexdigest()[:32]

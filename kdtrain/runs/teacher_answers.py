@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+from accelerate import PartialState
 from transformers import PreTrainedModel
 from trl.experimental.gkd import GKDConfig
 
 from kdtrain.config import RunConfig
 from kdtrain.config.adapters import adapter_base, is_adapter_folder
+from kdtrain.config.schema import DataSource
 from kdtrain.data import BuildReport, Collator
-from kdtrain.data.multimodal import image_content
+from kdtrain.data.multimodal import image_content, image_token_ids
 from kdtrain.errors import DataError
 from kdtrain.generation.answers import TeacherAnswers
+from kdtrain.generation.sampling import turn_ends
+from kdtrain.generation.writers import AskingWriter, LocalWriter, Writer
 from kdtrain.losses.reduce import IGNORE_INDEX
 from kdtrain.preflight.model_checks import both_sides, check_models
 from kdtrain.preflight.positions import answered_rows
@@ -24,6 +29,7 @@ from kdtrain.runs.failures import readable_failures
 from kdtrain.runs.folder import ANSWERS
 from kdtrain.runs.signals import interrupting
 from kdtrain.runs.status import write_status
+from kdtrain.teachers.base import Sampling
 
 if TYPE_CHECKING:
     from kdtrain.runs.build import Reporter, TeacherSide
@@ -43,8 +49,9 @@ def write_answers(
     dry_run: bool,
 ) -> None:
     """Put the teacher's answers into the rows that ask for them; in a dry run, into those of its one window."""
-    module: Any = teacher.teacher and teacher.teacher.module
-    if getattr(module, "hf_device_map", None) is None and not args.deepspeed:
+    assert teacher.teacher is not None, "the config asks for one"
+    module: Any = teacher.teacher.module
+    if module is not None and getattr(module, "hf_device_map", None) is None and not args.deepspeed:
         module.to(args.device)
     # The trainer checks both models, but only when the answers are written.
     check_models(
@@ -52,20 +59,15 @@ def write_answers(
         [*answered_rows(data.train, args), *answered_rows(data.evaluation, args)],
         collator,
         data.train,
-        generating=[module],
+        generating=[] if module is None else [module],
         only_errors=True,
     )
     check_images(data, collator)
     run_dir = Path(args.output_dir)
     answers = TeacherAnswers(
-        module,
-        collator.processing_class,
-        collator,
+        _writer(config, args, student, teacher, collator),
         run_dir / ANSWERS,
         identity=_identity(config, args, module, teacher.processing),
-        max_new_tokens=config.rlhf.max_new_tokens,
-        vocabulary=teacher.shared_vocabulary,
-        batch_size=args.per_device_eval_batch_size,
         progress=reporter.answers,
     )
     if dry_run:
@@ -82,8 +84,72 @@ def write_answers(
     )
     with readable_failures(args), interrupting(kept):
         data.train = answers.fill(data.train)
-        data.evaluation = data.evaluation and answers.fill(data.evaluation)
+        data.train = without_refused(data.train, answers.refused, config, config.data.train, data.report)
+        if data.evaluation is not None and data.evaluation_report is not None:
+            data.evaluation = answers.fill(data.evaluation)
+            of = (config.data.eval_sources or config.data.train, data.evaluation_report)
+            data.evaluation = without_refused(data.evaluation, answers.refused, config, *of)
     _count(config, data)
+
+
+def _writer(
+    config: RunConfig, args: GKDConfig, student: PreTrainedModel, side: TeacherSide, collator: Collator
+) -> Writer:
+    """Who writes: the teacher's model where it is in this process, or the teacher by its own means."""
+    teacher, processing = side.teacher, collator.processing_class
+    assert teacher is not None
+    if teacher.module is not None:
+        return LocalWriter(
+            teacher.module,
+            processing,
+            collator,
+            max_new_tokens=config.rlhf.max_new_tokens,
+            vocabulary=side.shared_vocabulary,
+            batch_size=args.per_device_eval_batch_size,
+            device=PartialState().device,
+        )
+    # What ends the teacher's answers itself is known by its tokenizer alone.
+    of_teacher = getattr(side.processing, "tokenizer", side.processing)
+    stops = turn_ends(processing, student.generation_config, of_teacher)
+    images = sorted(image_token_ids(processing))
+    sampling = Sampling(None, config.rlhf.max_new_tokens, stops, images)
+    return AskingWriter(teacher, sampling, seed=args.seed, vocabulary=side.shared_vocabulary)
+
+
+def without_refused(
+    dataset: datasets.Dataset,
+    refused: Mapping[int, str],
+    config: RunConfig,
+    sources: Sequence[DataSource],
+    report: BuildReport,
+) -> datasets.Dataset:
+    """The rows that have an answer. The others are bad rows, of which there may be `data.max_bad_rows`.
+
+    Raises:
+        DataError: there are more, or no row is left.
+    """
+    if not refused:
+        return dataset
+    ids = {i: dataset[i]["row_id"] for i in refused}
+    found = {ids[i]: reason for i, reason in sorted(refused.items())}  # a row that comes twice is one
+    first = [f"{sources[int(row.split(':')[0])].path}, row {row}: {reason}" for row, reason in found.items()]
+    report.bad_rows += len(found)
+    report.first_bad = [*report.first_bad, *first][:3]
+    if report.bad_rows > config.data.max_bad_rows or len(refused) == len(dataset):
+        listed = "\n  ".join(first[:3])
+        raise DataError(
+            f"{len(found)} rows got no usable answer from the teacher, {report.bad_rows} rows cannot be used in all, "
+            f"and max_bad_rows is {config.data.max_bad_rows}. The first:\n  {listed}\nThe other answers are kept. "
+            "Remove these rows, or raise max_bad_rows to leave them out, and go on with --resume auto"
+        )
+    left = [i for i in range(len(dataset)) if i not in refused]
+    places = {old: new for new, old in enumerate(left)}
+    report.image_extremes = [(places[i], place) for i, place in report.image_extremes if i in places]
+    report.rows_kept -= len(found)
+    if report.epochs is not None:
+        report.epochs = report.epochs.without(sorted(refused))
+    report.rows_per_epoch = len(left) if report.epochs is None else len(report.epochs)
+    return dataset.select(left)
 
 
 def check_images(data: RunData, collator: Collator) -> None:
@@ -113,18 +179,21 @@ def _check_longest(train: datasets.Dataset, collator: Collator) -> None:
         collator([row])
 
 
-def _identity(config: RunConfig, args: GKDConfig, teacher: PreTrainedModel, processing: Any) -> dict[str, Any]:
+def _identity(config: RunConfig, args: GKDConfig, teacher: PreTrainedModel | None, processing: Any) -> dict[str, Any]:
     """All that answers depend on beside the prompt: they are kept by it, and written anew where it is another."""
+    options = config.rlhf.teacher
+    if teacher is None:  # where the server stands, and how fast it is asked, does not matter
+        return {"served": options.model, "api": options.api, "kwargs": options.chat_template_kwargs}
     name = config.rlhf.teacher_model
     assert name is not None, "the config is checked for it"
-    folders = [name, *([adapter_base(name)] if is_adapter_folder(name) else []), config.rlhf.teacher.adapter or ""]
+    folders = [name, *([adapter_base(name)] if is_adapter_folder(name) else []), options.adapter or ""]
     files = [file for folder in folders if folder for file in Path(folder).glob("*.safetensors")]
     return {
         "model": name,
         "weights": sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files),
         "dtype": teacher.dtype,
         "kwargs": args.teacher_model_init_kwargs,
-        "options": config.rlhf.teacher.model_dump(mode="json"),
+        "options": options.model_dump(mode="json"),
         "processor": image_content(processing),
     }
 

@@ -9,7 +9,7 @@ another text than the student (`rlhf.teacher.chat_template_kwargs`), that token 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +70,10 @@ class Sampling:
     max_new_tokens: int
     stop_ids: Sequence[int]
     """Tokens that end an answer."""
+    forbidden_ids: Sequence[int] = ()
+    """Tokens that no answer may have: they stand for images."""
+    targets: bool = False
+    """Whether the targets of the answers will be asked for next: a teacher that has them already keeps them."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,17 @@ class Teacher(ABC):
             TeacherError: no usable answer.
         """
 
-    def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Written]:
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        each: Callable[[int, Written], None] | None = None,
+    ) -> list[Written]:
         """Answers to prompts, where the teacher has no module that writes them.
+
+        Args:
+            each: called with the number of a prompt and its answer once that is there, perhaps in another thread. No
+                more answers are asked for meanwhile than can be lost.
 
         Raises:
             TeacherError: no usable answer.

@@ -61,8 +61,10 @@ def check_teacher_can(teacher: Teacher | None, options: DistillationOptions) -> 
         )
     if teacher is None:
         return
-    if (options.seq_kd and not teacher.can_generate) or (options.visual_kd is not None and not teacher.has_features):
-        raise ValueError("seq_kd and visual KD need a teacher that is a model in this process.")
+    if options.seq_kd and not teacher.can_generate:
+        raise ValueError("seq_kd needs a teacher that is a model in this process, or one that can write answers.")
+    if options.visual_kd is not None and not teacher.has_features:
+        raise ValueError("Visual KD needs a teacher that is a model in this process.")
 
 
 def check_options(trainer: GKDTrainerWithMetrics, options: DistillationOptions) -> None:

@@ -1,0 +1,208 @@
+"""Answers that a server writes."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from kdtrain.data.batch import Batch, Rows
+from kdtrain.errors import TeacherError
+from kdtrain.generation.generate import completions
+from kdtrain.generation.sampling import generation_config
+from kdtrain.teachers.base import Prompt, Sampling
+from kdtrain.teachers.http import ReplyError, Servers
+from kdtrain.teachers.served import ServedTeacher
+from kdtrain.teachers.served_writing import completion_payload, read_completion
+from tests.stub_server import StubServer
+
+PROMPTS = [[1, 20, 30], [40, 50, 60, 70, 80], [90], [33, 44]]
+
+
+@pytest.fixture
+def server(teacher, tokenizer):
+    with StubServer(teacher, tokenizer) as server:
+        yield server
+
+
+def served(server, **options):
+    options = {"concurrency": 2, "max_retries": 2, "timeout_s": 20, **options}
+    return ServedTeacher(Servers([server.url], **options), model="teacher", vocab_size=320, top_k=8)
+
+
+@pytest.fixture
+def asked(server):
+    teacher = served(server)
+    yield teacher
+    teacher.close()
+
+
+def prompts(seed=0):
+    return [Prompt(ids, seed + i) for i, ids in enumerate(PROMPTS)]
+
+
+def sampling(**changes):
+    return Sampling(**{"temperature": None, "max_new_tokens": 12, "stop_ids": [2, 0], **changes})
+
+
+def local(model, ids, max_new_tokens=12, stops=(2, 0)):
+    tokens = torch.tensor([ids])
+    batch = Batch(
+        model_inputs={"input_ids": tokens, "attention_mask": torch.ones_like(tokens)},
+        labels=torch.full_like(tokens, -100),
+        rows=Rows(prompt_lengths=torch.tensor([len(ids)])),
+    )
+    return completions(model, batch, generation_config(list(stops), 3, None, max_new_tokens), seed=0)[0]
+
+
+# ---- what is asked and what comes ------------------------------------------------------------------------------------
+
+
+def test_greedy_answers_are_those_of_the_same_model_in_this_process(asked, teacher):
+    written = asked.write(prompts(), sampling())
+    assert [one.ids for one in written] == [local(teacher, ids) for ids in PROMPTS]
+
+
+def test_an_answer_ends_with_its_stop_token_or_is_cut(asked, teacher):
+    plain = local(teacher, PROMPTS[1], stops=())
+    stop = next(token for token in plain[2:] if plain.index(token) >= 2)
+    ended, cut = (asked.write([prompts()[1]], sampling(stop_ids=stops))[0] for stops in ([stop], []))
+    assert (ended.ids, ended.cut) == (plain[: plain.index(stop) + 1], False)
+    assert (cut.ids, cut.cut) == (plain, True)
+
+
+def test_no_setting_of_the_server_reaches_an_answer(asked, server):
+    asked.write(prompts()[:1], sampling(temperature=0.5))
+    sent = server.requests[-1].body
+    plain = {"top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1}
+    plain |= {"presence_penalty": 0, "frequency_penalty": 0}
+    assert {name: sent[name] for name in plain} == plain
+    assert (sent["temperature"], sent["stop_token_ids"], sent["max_tokens"]) == (0.5, [2, 0], 12)
+
+
+def test_a_sampled_answer_depends_on_its_seed_alone(server):
+    together, alone = served(server, concurrency=4), served(server, concurrency=1)
+    first = together.write(prompts(), sampling(temperature=1.0))
+    assert first == [alone.write([one], sampling(temperature=1.0))[0] for one in prompts()]
+    assert first != together.write(prompts(seed=100), sampling(temperature=1.0))
+
+
+def test_as_many_answers_are_asked_for_at_a_time_as_may_be(server):
+    server.delay_s = 0.1
+    served(server, concurrency=3).write([*prompts(), *prompts()], sampling(max_new_tokens=2))
+    assert server.most_in_flight == 3
+
+
+def test_an_answer_is_handed_over_before_the_next_one_is_asked_for(server):
+    seen = []
+    each = lambda i, written: seen.append((i, len(server.requests)))  # noqa: E731
+    served(server, concurrency=1).write(prompts(), sampling(), each)
+    assert seen == [(0, 1), (1, 2), (2, 3), (3, 4)]
+
+
+def test_what_was_asked_for_when_another_request_failed_is_handed_over(server):
+    """It is paid for."""
+
+    def fail_the_first(request):
+        if request.body["prompt"] == PROMPTS[0]:
+            return 401, {}, b"{}"
+        server.stopping.wait(0.3)
+        return None
+
+    server.on_request = fail_the_first
+    seen = []
+    with pytest.raises(TeacherError, match="401"):
+        served(server, concurrency=2).write(prompts(), sampling(), lambda i, written: seen.append(i))
+    assert seen == [1]
+    assert len(server.requests) == 2
+
+
+def test_a_server_without_ids_cannot_write_and_says_so(server, asked):
+    server.token_ids = False
+    with pytest.raises(TeacherError, match=r"no token ids.*cannot write"):
+        asked.write(prompts()[:1], sampling())
+
+
+def test_ids_may_stand_in_place_of_the_texts_of_tokens(server, asked, teacher):
+    """As older servers have them."""
+
+    def without(request, reply):
+        del reply["choices"][0]["token_ids"], reply["choices"][0]["prompt_token_ids"]
+        return reply
+
+    server.on_reply = without
+    assert asked.write(prompts()[:1], sampling())[0].ids == local(teacher, PROMPTS[0])
+
+
+# ---- replies that are refused ----------------------------------------------------------------------------------------
+
+REPLY = {
+    "choices": [
+        {
+            "index": 0,
+            "token_ids": [5, 6, 2],
+            "prompt_token_ids": [1, 20, 30],
+            "logprobs": {"tokens": ["token_id:5", "token_id:6", "token_id:2"]},
+            "finish_reason": "stop",
+            "stop_reason": None,
+        }
+    ]
+}
+
+
+def read(**changes):
+    reply = copy.deepcopy(REPLY)
+    ids = changes.get("token_ids")
+    if isinstance(ids, list):
+        changes = {"logprobs": {"tokens": [f"token_id:{i}" for i in ids]}, **changes}
+    reply["choices"][0] |= changes
+    return read_completion(reply, [1, 20, 30], sampling(max_new_tokens=4, forbidden_ids=[9]), 320)
+
+
+def test_a_good_reply_is_read():
+    assert (read().ids, read().cut) == ([5, 6, 2], False)
+    assert read(finish_reason="length", token_ids=[5, 6, 7, 8]).cut
+    assert read(finish_reason="length", token_ids=[5]).cut  # the server's own limit
+    assert not read(token_ids=[5, 7], stop_reason=7).cut  # a stop token of the server's model
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_ids": [5, 320, 2]}, "token 1 of the answer is 320"),
+        ({"token_ids": [5, -1, 2]}, "token 1 of the answer is -1"),
+        ({"token_ids": [5, 2, 6, 2]}, "does not follow stop_token_ids"),
+        ({"token_ids": [5, 6]}, "its last token is 6"),
+        ({"token_ids": []}, "it has no token"),
+        ({"token_ids": [5, 6, 7, 8, 2]}, "5 tokens, and 4 were asked for"),
+        ({"token_ids": [5, 9, 2]}, "stands for an image"),
+        ({"token_ids": [5, "6", 2], "logprobs": None}, "no id"),
+        ({"token_ids": [5, 7, 2], "logprobs": REPLY["choices"][0]["logprobs"]}, "differ"),
+        ({"token_ids": None, "logprobs": {"tokens": ["a", "b", "c"]}}, "no token ids"),
+        ({"token_ids": None, "logprobs": None}, "no token ids"),
+        ({"prompt_token_ids": [1, 20]}, "another prompt"),
+        ({"finish_reason": "abort"}, "finish_reason is 'abort'"),
+        ({"finish_reason": None}, "finish_reason is None"),
+    ],
+)
+def test_a_reply_that_is_not_as_it_must_be_is_refused(changes, message):
+    with pytest.raises(ReplyError, match=message):
+        read(**changes)
+
+
+@pytest.mark.parametrize("reply", [None, [], {}, {"choices": None}, {"choices": []}, {"choices": [1]}])
+def test_a_reply_without_one_choice_is_refused(reply):
+    with pytest.raises(ReplyError, match="where one answer was asked for"):
+        read_completion(reply, [1], sampling(), 320)
+
+
+def test_a_content_filter_is_a_refusal_and_no_answer():
+    found = read(finish_reason="content_filter")
+    assert (found.ids, "content filter" in found.refused) == ([], True)
+
+
+def test_seeds_fit_the_32_bits_that_some_servers_keep():
+    seeds = [completion_payload("m", Prompt([1], seed), sampling(), 0)["seed"] for seed in (7, 2**62 + 5)]
+    assert seeds == [7, 5]
+    assert json.dumps(seeds)
+    assert torch.Generator().manual_seed(seeds[1])
