@@ -99,7 +99,7 @@ def build_trainer(
     if args.ddp_find_unused_parameters is None and dense_text:
         # It uses all its weights in every step; only experts and vision encoders may go without a gradient.
         args.ddp_find_unused_parameters = False
-    teacher = _teacher(config, args, processing, vocabulary_size(student), given.teacher)
+    teacher = teacher_side(config, args, processing, vocabulary_size(student), given.teacher)
     collator = Collator(processing, teacher.processing, pad_to_multiple_of=args.pad_to_multiple_of)
     if config.answers_from_teacher:
         write_answers(config, args, data, student, teacher, collator, reporter, dry_run)
@@ -161,12 +161,12 @@ def _peft_config(config: RunConfig, student: PreTrainedModel) -> LoraConfig | No
     )
 
 
-def _teacher(
+def teacher_side(
     config: RunConfig,
     args: GKDConfig,
     processing: PreTrainedTokenizerBase | ProcessorMixin,
     student_size: int,
-    given: nn.Module | Teacher | None,
+    given: nn.Module | Teacher | None = None,
 ) -> TeacherSide:
     """The teacher, and the ids it shares with the student; without one, where nothing asks for it, all of them."""
     if not config.asks_teacher:
