@@ -11,8 +11,8 @@ from kdtrain.data import Collator
 from kdtrain.errors import PreflightError
 from kdtrain.losses import TopKLogprobs
 from kdtrain.preflight.alignment import check_alignment, compare_with_neighbours, few_rows, neighbours
-from kdtrain.teachers.dependence import with_changed_tokens
 from kdtrain.teachers import LocalTeacher, Targets, Teacher
+from kdtrain.teachers.dependence import with_changed_tokens
 from tests import tiny
 from tests.test_trainer import make_trainer
 

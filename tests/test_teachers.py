@@ -269,7 +269,7 @@ def test_a_teacher_that_is_no_model_cannot_write_answers_nor_show_features(tmp_p
 
 
 def test_what_a_teacher_says_it_can_do_is_what_it_is_asked_for(teacher):
-    options = SimpleNamespace(needs_teacher=True, seq_kd=True, visual_kd=None, llm_kd_weight=1.0)
+    options = SimpleNamespace(needs_teacher=True, lm_kd_active=True, seq_kd=True, visual_kd=None, llm_kd_weight=1.0)
     writes = type("Writes", (OwnTeacher,), {"can_generate": True})(teacher)
     check_teacher_can(writes, options)
     options.visual_kd = VISUAL

@@ -110,7 +110,8 @@ def _fit_here(config: RunConfig, resume: str | None, dry_run: bool, quiet: bool,
     result = run_fit(arguments, reporter, resume=resume, dry_run=dry_run)
     if is_main():
         what = "dry run passed" if dry_run else f"{result.steps} steps, model in {result.run_dir}"
-        typer.echo(f"{what} ({result.seconds:.0f} s)")
+        cost = "".join(f", {count:,} {name.replace('_', ' ')}" for name, count in result.teacher.items())
+        typer.echo(f"{what} ({result.seconds:.0f} s)" + (f"; the teacher's answers:{cost[1:]}" if cost else ""))
         if dry_run:
             typer.echo(f"{describe(result.metrics)}  peak_memory_gib {result.metrics['peak_memory_gib']:.2f}")
     process.end_rank(0)

@@ -99,6 +99,8 @@ def idle_distillation(config: RunConfig, written: Written) -> Iterator[Problem]:
     if not config.options.needs_teacher:
         yield from written.idle(["eval_kd"], "nothing asks the teacher", "rlhf")
     sampling = ["temperature"] if config.answers_from_teacher else ["temperature", "max_new_tokens"]
+    if config.answers_from_teacher and rlhf.teacher.is_served and rlhf.teacher.api != "completions":
+        sampling = []  # messages are answered at this temperature
     sampled = [name for name in ("lmbda", "seq_kd") if getattr(rlhf, name)]
     if not config.options.lm_kd_active:
         zero = "rlhf.llm_kd_weight is 0"
@@ -170,6 +172,10 @@ def _served(config: RunConfig, written: Written) -> Iterator[Problem]:
     if config.options.visual_kd is not None:
         message = f"has no features to compare ({teacher.backend} is a server), which custom.visual_kd needs"
         yield Problem((*path, "backend"), message, "use backend: hf, or set custom.visual_kd.enabled: false")
+    if config.options.lm_kd_active and teacher.api == "chat":
+        message = f"only writes answers, and rlhf.llm_kd_weight is {config.rlhf.llm_kd_weight:g}: text has no"
+        hint = "set rlhf.llm_kd_weight: 0, or use a server with log-probabilities of prompts (vLLM) and api: auto"
+        yield Problem((*path, "api"), f"{message} log-probabilities to learn from", hint, on_key=True)
     if not config.options.lm_kd_active:
         yield from written.idle(["top_k", "tail", "lookahead"], "rlhf.llm_kd_weight is 0", *path)
     if not (config.answers_from_teacher or config.rlhf.seq_kd):

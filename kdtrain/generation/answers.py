@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from kdtrain.data.errors import RowError
 from kdtrain.data.images import stored_image
 from kdtrain.generation.writers import Writer, prompt_ids
 from kdtrain.losses.reduce import IGNORE_INDEX
@@ -38,6 +39,10 @@ class Answer:
     """Token ids, int32: as lists they would take ten times the memory."""
     cut: bool
     refused: str | None = None
+    message: Mapping[str, Any] | None = None
+    """The answer, where it is not tokens yet: see `message_answers.py`."""
+    labels: np.ndarray | None = None
+    """int32, where not all of `ids` is supervised."""
 
 
 class TeacherAnswers:
@@ -72,12 +77,16 @@ class TeacherAnswers:
         self.refused: dict[int, str] = {}
         if "answers" not in dataset.column_names:
             return dataset
-        keys = _keys(dataset)
+        keys = _keys(dataset, by_message=self._writer.encoder is not None)
         wanted = {key: i for i, key in enumerate(keys) if key is not None}
         # Together, before any rank writes: all have to see the same ones missing.
         known = dict(gather_object(list(self._stored().items())))
-        made = self._generate(dataset, keys, [i for key, i in wanted.items() if key not in known], len(wanted))
+        missing = [i for key, i in wanted.items() if key not in known]
+        if missing and is_main():
+            self._writer.announce(dataset, missing)
+        made = self._generate(dataset, keys, missing, len(wanted))
         known |= dict(gather_object(made))
+        known |= {key: self._encoded(dataset[i], known[key]) for key, i in wanted.items() if known[key].message}
         self.refused = {i: reason for i, key in enumerate(keys) if key is not None and (reason := known[key].refused)}
         cut = sum(known[key].cut for key in wanted)
         if cut and is_main():
@@ -93,6 +102,8 @@ class TeacherAnswers:
         order = sorted(missing, key=lambda i: -lengths[i])
         ranks, made = self._state.num_processes, dict[str, Answer]()
         own = order[self._state.process_index :: ranks]
+        if not own:
+            return []
         self._folder.mkdir(parents=True, exist_ok=True)
         with open(self._folder / f"rank{self._state.process_index}.jsonl", "ab") as file:
             if file.tell():
@@ -101,7 +112,8 @@ class TeacherAnswers:
             def keep(answers: Sequence[tuple[int, Written]]) -> None:
                 for i, written in answers:
                     file.write(_line(str(keys[i]), written))
-                    made[str(keys[i])] = Answer(np.array(written.ids, dtype=np.int32), written.cut, written.refused)
+                    ids = np.array(written.ids, dtype=np.int32)
+                    made[str(keys[i])] = Answer(ids, written.cut, written.refused, written.message)
                 file.flush()
                 os.fsync(file.fileno())
                 if is_main():
@@ -117,8 +129,21 @@ class TeacherAnswers:
             for record in _lines(file):
                 ids = np.array(record["answer"], dtype=np.int32)
                 cut = record.get("cut", self._writer.stops.isdisjoint(record["answer"]))
-                stored[record["prompt"]] = Answer(ids, cut, record.get("refused"))
+                stored[record["prompt"]] = Answer(ids, cut, record.get("refused"), record.get("message"))
         return stored
+
+    def _encoded(self, row: Mapping[str, Any], answer: Answer) -> Answer:
+        """An answer that is a message, as tokens behind the prompt of a row. What is kept on disk is the message: other
+        options of the data make other tokens of it, and it is paid for."""
+        assert answer.message is not None
+        assert self._writer.encoder is not None, "who writes messages can encode them"
+        try:
+            ids, labels = self._writer.encoder.encode(row, answer.message, answer.cut)
+        except RowError as error:
+            return replace(answer, refused=str(error), message=None)
+        all_supervised = ids == labels
+        of_labels = None if all_supervised else np.array(labels, dtype=np.int32)
+        return replace(answer, ids=np.array(ids, dtype=np.int32), message=None, labels=of_labels)
 
     def _with_answers(
         self, dataset: datasets.Dataset, keys: Sequence[str | None], answers: Mapping[str, Answer]
@@ -132,9 +157,10 @@ class TeacherAnswers:
             for prefix in prefixes:
                 length = tokens.pop(f"{prefix}prompt_length")
                 if key is not None and length is not None:  # the teacher's are null where it reads the student's
-                    prompt, answer = row[f"{prefix}input_ids"][:length], answers[key].ids.tolist()
-                    tokens[f"{prefix}input_ids"] = prompt + answer
-                    tokens[f"{prefix}labels"] = [IGNORE_INDEX] * len(prompt) + answer
+                    prompt, answer = row[f"{prefix}input_ids"][:length], answers[key]
+                    labels = answer.ids if answer.labels is None else answer.labels
+                    tokens[f"{prefix}input_ids"] = prompt + answer.ids.tolist()
+                    tokens[f"{prefix}labels"] = [IGNORE_INDEX] * len(prompt) + labels.tolist()
             return tokens
 
         names = [f"{prefix}{name}" for prefix in prefixes for name in ("input_ids", "labels")]
@@ -152,9 +178,8 @@ class TeacherAnswers:
 
 
 def _line(key: str, written: Written) -> bytes:
-    record = {"prompt": key, "answer": written.ids, "cut": written.cut}
-    if written.refused is not None:
-        record["refused"] = written.refused
+    record: dict[str, Any] = {"prompt": key, "answer": written.ids, "cut": written.cut}
+    record |= {name: value for name in ("refused", "message") if (value := getattr(written, name)) is not None}
     return json.dumps(record).encode() + b"\n"
 
 
@@ -166,16 +191,17 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
             continue  # written only in part when the run was killed
 
 
-def _keys(dataset: datasets.Dataset) -> list[str | None]:
-    """What each row asks, the teacher's prompt and its images; None where it has an answer."""
+def _keys(dataset: datasets.Dataset, by_message: bool) -> list[str | None]:
+    """What each row asks, the teacher's prompt or messages and their images; None where it has an answer."""
     columns = ["input_ids", "prompt_length", "answers"]
-    more = ("text", "images", "teacher_input_ids", "teacher_prompt_length")
+    more = ("text", "images", "chat", "teacher_input_ids", "teacher_prompt_length")
     columns += [name for name in more if name in dataset.column_names]
-    return [_key(row) if row["answers"] else None for row in dataset.select_columns(columns)]
+    return [_key(row, by_message) if row["answers"] else None for row in dataset.select_columns(columns)]
 
 
-def _key(row: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(prompt_ids(row)).encode())
+def _key(row: Mapping[str, Any], by_message: bool) -> str:
+    asked = row["chat"] if by_message else json.dumps(prompt_ids(row))
+    digest = hashlib.sha256(asked.encode())
     for image in row.get("images") or ():
         digest.update(stored_image(image).identity)
     return digest.hexdigest()[:32]

@@ -5,6 +5,8 @@ A writer is given prompts and hands over answers as they come; what is kept of t
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -13,11 +15,15 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.data.batch import Batch
+from kdtrain.data.images import stored_image
 from kdtrain.errors import NotAvailableError
 from kdtrain.generation.generate import completions
+from kdtrain.generation.message_answers import MessageEncoder
 from kdtrain.generation.sampling import generation_config, stable_seed, token_roles
 from kdtrain.models.vocabulary import vocabulary_size
 from kdtrain.teachers.base import Prompt, Sampling, Teacher, Written
+
+logger = logging.getLogger(__name__)
 
 Collate = Callable[[list[dict[str, Any]]], Batch]
 Done = Callable[[Sequence[tuple[int, Written]]], None]
@@ -31,6 +37,12 @@ class Writer(Protocol):
     """What answers depend on beside the prompt and whatever names the teacher."""
     stops: frozenset[int]
     """Tokens that end an answer."""
+
+    encoder: MessageEncoder | None
+    """Makes tokens of answers that are messages, where they are."""
+
+    def announce(self, dataset: datasets.Dataset, rows: Sequence[int]) -> None:
+        """Say what answering some rows of a data set will take."""
 
     def write(self, dataset: datasets.Dataset, rows: Sequence[int], keys: Sequence[str | None], done: Done) -> None:
         """Answer some rows of a data set, in any order; `keys` names the prompts of all of its rows."""
@@ -68,11 +80,15 @@ class LocalWriter:
             teacher.to(device)
         self._teacher = teacher.eval()
         self.stops = frozenset(roles.stop)
+        self.encoder: MessageEncoder | None = None
         self.settings: Mapping[str, Any] = {
             "stops": roles.stop,
             "max_new_tokens": max_new_tokens,
             "vocabulary": vocabulary,
         }
+
+    def announce(self, dataset: datasets.Dataset, rows: Sequence[int]) -> None:
+        """Nothing: it costs time alone, which the progress shows."""
 
     def write(self, dataset: datasets.Dataset, rows: Sequence[int], keys: Sequence[str | None], done: Done) -> None:
         """See `Writer.write`."""
@@ -89,18 +105,37 @@ class AskingWriter:
     Args:
         sampling: how it writes.
         seed: of the run, which the seed of each answer is made of.
+        vocabulary: token ids that the student can be taught.
+        encoder: for a teacher that answers in messages.
     """
 
-    def __init__(self, teacher: Teacher, sampling: Sampling, *, seed: int, vocabulary: int) -> None:
-        self._teacher, self._sampling, self._seed = teacher, sampling, seed
+    def __init__(
+        self,
+        teacher: Teacher,
+        sampling: Sampling,
+        *,
+        seed: int,
+        vocabulary: int,
+        encoder: MessageEncoder | None = None,
+    ) -> None:
+        self._teacher, self._sampling, self._seed, self.encoder = teacher, sampling, seed, encoder
         self.stops = frozenset(sampling.stop_ids)
-        self.settings: Mapping[str, Any] = {
-            "stops": list(sampling.stop_ids),
-            "max_new_tokens": sampling.max_new_tokens,
-            "vocabulary": vocabulary,
-            # What the most likely token is does not depend on a seed.
-            "sampled": None if sampling.temperature is None else [sampling.temperature, seed],
-        }
+        settings: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens}
+        if sampling.temperature is not None:  # what the most likely token is does not depend on a seed
+            settings |= {"temperature": sampling.temperature, "seed": seed}
+        if encoder is None:  # of messages, tokens are made later
+            settings |= {"stops": list(sampling.stop_ids), "vocabulary": vocabulary}
+        self.settings: Mapping[str, Any] = settings
+
+    def announce(self, dataset: datasets.Dataset, rows: Sequence[int]) -> None:
+        """Rows and tokens, which may cost money, before the first request."""
+        lengths = dataset.select_columns(["prompt_length"])[:]["prompt_length"]
+        logger.info(
+            "The teacher is asked for %s answers: about %s prompt tokens, and up to %s tokens of answers.",
+            f"{len(rows):,}",
+            f"{sum(lengths[i] for i in rows):,}",
+            f"{len(rows) * self._sampling.max_new_tokens:,}",
+        )
 
     def write(self, dataset: datasets.Dataset, rows: Sequence[int], keys: Sequence[str | None], done: Done) -> None:
         """See `Writer.write`."""
@@ -108,7 +143,11 @@ class AskingWriter:
         self._teacher.write(asked, self._sampling, lambda i, written: done([(rows[i], written)]))
 
     def _prompt(self, row: Mapping[str, Any], key: str) -> Prompt:
-        return Prompt(prompt_ids(row), seed=stable_seed(f"answer:{self._seed}:{key}"), chat=row.get("chat"))
+        chat = row.get("chat")
+        if chat is not None:
+            images = [stored_image(record) for record in row.get("images") or ()]
+            chat = {**json.loads(chat), "images": images}
+        return Prompt(prompt_ids(row), seed=stable_seed(f"answer:{self._seed}:{key}"), chat=chat)
 
 
 def prompt_ids(row: Mapping[str, Any]) -> list[int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 from trl.experimental.gkd import GKDConfig
 
@@ -19,6 +21,7 @@ from kdtrain.data import BuildReport, Collator
 from kdtrain.data.multimodal import image_content, image_token_ids
 from kdtrain.errors import DataError
 from kdtrain.generation.answers import TeacherAnswers
+from kdtrain.generation.message_answers import MessageEncoder
 from kdtrain.generation.sampling import turn_ends
 from kdtrain.generation.writers import AskingWriter, LocalWriter, Writer
 from kdtrain.losses.reduce import IGNORE_INDEX
@@ -28,14 +31,17 @@ from kdtrain.ranks import is_main
 from kdtrain.runs.failures import readable_failures
 from kdtrain.runs.folder import ANSWERS
 from kdtrain.runs.signals import interrupting
-from kdtrain.runs.status import write_status
-from kdtrain.teachers.base import Sampling
+from kdtrain.runs.status import teacher_cost, write_status
+from kdtrain.teachers.base import Sampling, Teacher
 
 if TYPE_CHECKING:
     from kdtrain.runs.build import Reporter, TeacherSide
     from kdtrain.runs.read_data import RunData
 
 logger = logging.getLogger(__name__)
+
+_BY = {True: "token ids", False: "messages"}
+WRITING = "the teacher writes answers"
 
 
 def write_answers(
@@ -65,9 +71,9 @@ def write_answers(
     check_images(data, collator)
     run_dir = Path(args.output_dir)
     answers = TeacherAnswers(
-        _writer(config, args, student, teacher, collator),
+        _writer(config, args, data, student, teacher, collator),
         run_dir / ANSWERS,
-        identity=_identity(config, args, module, teacher.processing),
+        identity=_identity(config, args, teacher),
         progress=reporter.answers,
     )
     if dry_run:
@@ -77,12 +83,12 @@ def write_answers(
         data.report.epochs = None  # a few rows are left, enough for its window
     elif is_main():
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_status(run_dir, "running", message="the teacher writes answers")
+        write_status(run_dir, "running", message=WRITING)
     kept = (
         f"Stopped while the teacher was answering. What it has answered is kept in {run_dir / ANSWERS}; go on with: "
         "kdtrain fit CONFIG --resume auto"
     )
-    with readable_failures(args), interrupting(kept):
+    with readable_failures(args), interrupting(kept), _counted(teacher.teacher, run_dir):
         data.train = answers.fill(data.train)
         data.train = without_refused(data.train, answers.refused, config, config.data.train, data.report)
         if data.evaluation is not None and data.evaluation_report is not None:
@@ -93,7 +99,12 @@ def write_answers(
 
 
 def _writer(
-    config: RunConfig, args: GKDConfig, student: PreTrainedModel, side: TeacherSide, collator: Collator
+    config: RunConfig,
+    args: GKDConfig,
+    data: RunData,
+    student: PreTrainedModel,
+    side: TeacherSide,
+    collator: Collator,
 ) -> Writer:
     """Who writes: the teacher's model where it is in this process, or the teacher by its own means."""
     teacher, processing = side.teacher, collator.processing_class
@@ -108,12 +119,75 @@ def _writer(
             batch_size=args.per_device_eval_batch_size,
             device=PartialState().device,
         )
+    messages = not teacher.has_targets
+    for rows in (data.train, data.evaluation):
+        _check_askable(rows, messages)
     # What ends the teacher's answers itself is known by its tokenizer alone.
     of_teacher = getattr(side.processing, "tokenizer", side.processing)
     stops = turn_ends(processing, student.generation_config, of_teacher)
-    images = sorted(image_token_ids(processing))
-    sampling = Sampling(None, config.rlhf.max_new_tokens, stops, images)
-    return AskingWriter(teacher, sampling, seed=args.seed, vocabulary=side.shared_vocabulary)
+    return AskingWriter(
+        teacher,
+        # Some APIs refuse temperature 0, so that there the config has the say.
+        Sampling(
+            config.rlhf.temperature if messages else None,
+            config.rlhf.max_new_tokens,
+            stops,
+            sorted(image_token_ids(processing)),
+        ),
+        seed=args.seed,
+        vocabulary=side.shared_vocabulary,
+        encoder=_encoder(config, processing, stops) if messages else None,
+    )
+
+
+def _encoder(config: RunConfig, processing: Any, stops: Sequence[int]) -> MessageEncoder:
+    names = ("reasoning", "control_tokens", "chat_template_kwargs")
+    options = {name: value for name, value in config.data.chats.items() if name in names}
+    teacher_kwargs = config.rlhf.teacher.chat_template_kwargs
+    return MessageEncoder(processing, frozenset(stops), teacher_kwargs=teacher_kwargs, **options)
+
+
+def _check_askable(rows: datasets.Dataset | None, messages: bool) -> None:
+    """Refuse rows that a server cannot be asked, before the first request.
+
+    Raises:
+        DataError: text where it reads messages, or images where it reads token ids.
+    """
+    if rows is None or "answers" not in rows.column_names:
+        return
+    asked = rows.filter(lambda answers: answers, input_columns="answers")
+    if messages:
+        wrong = [row["row_id"] for row in asked.select_columns(["row_id", "chat"]) if '"messages"' not in row["chat"]]
+        problem = "a prompt that is text, and the teacher reads messages (rlhf.teacher.api: chat)"
+        hint = "Give prompts as lists of messages"
+    else:
+        some = asked.select_columns(["row_id", "images"]) if "images" in asked.column_names else ()
+        wrong = [row["row_id"] for row in some if row["images"]]
+        problem = "images, and the teacher is asked by token ids, which have none in them"
+        hint = "Set rlhf.teacher.api: chat, with rlhf.llm_kd_weight: 0"
+    if wrong:
+        raise DataError(f"{len(wrong)} rows with answers: teacher (the first: {wrong[0]}) have {problem}. {hint}.")
+
+
+@contextmanager
+def _counted(teacher: Teacher, run_dir: Path) -> Iterator[None]:
+    """Write into the run's status what the answers have cost, whatever ends them."""
+    counts = getattr(getattr(teacher, "servers", None), "counts", None)
+    if counts is None:
+        yield
+        return
+    before, start = teacher_cost(run_dir), vars(counts).copy()
+    try:
+        yield
+        ranks = gather_object([vars(counts)])
+    except BaseException:
+        ranks = [vars(counts)]  # the others may not come
+        raise
+    finally:
+        if run_dir.is_dir():
+            spent = {name: sum(rank[name] for rank in ranks) - start[name] for name in start}
+            total = {name: before.get(name, 0) + count for name, count in spent.items()}
+            write_status(run_dir, "running", message=WRITING, teacher=total)
 
 
 def without_refused(
@@ -179,11 +253,13 @@ def _check_longest(train: datasets.Dataset, collator: Collator) -> None:
         collator([row])
 
 
-def _identity(config: RunConfig, args: GKDConfig, teacher: PreTrainedModel | None, processing: Any) -> dict[str, Any]:
+def _identity(config: RunConfig, args: GKDConfig, side: TeacherSide) -> dict[str, Any]:
     """All that answers depend on beside the prompt: they are kept by it, and written anew where it is another."""
-    options = config.rlhf.teacher
-    if teacher is None:  # where the server stands, and how fast it is asked, does not matter
-        return {"served": options.model, "api": options.api, "kwargs": options.chat_template_kwargs}
+    options, teacher = config.rlhf.teacher, side.teacher
+    assert teacher is not None
+    if teacher.module is None:  # where a server stands, and how fast it is asked, does not matter
+        return {"teacher": type(teacher).__name__, "model": options.model, "by": _BY[teacher.has_targets]}
+    module: Any = teacher.module
     name = config.rlhf.teacher_model
     assert name is not None, "the config is checked for it"
     folders = [name, *([adapter_base(name)] if is_adapter_folder(name) else []), options.adapter or ""]
@@ -191,10 +267,10 @@ def _identity(config: RunConfig, args: GKDConfig, teacher: PreTrainedModel | Non
     return {
         "model": name,
         "weights": sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files),
-        "dtype": teacher.dtype,
+        "dtype": module.dtype,
         "kwargs": args.teacher_model_init_kwargs,
         "options": options.model_dump(mode="json"),
-        "processor": image_content(processing),
+        "processor": image_content(side.processing),
     }
 
 

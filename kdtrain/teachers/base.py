@@ -86,6 +86,9 @@ class Written:
     """Whether it was cut."""
     refused: str | None = None
     """Why there is no usable answer (a content filter, an empty one): the row is bad. `ids` is then empty."""
+    message: Mapping[str, Any] | None = None
+    """The answer as a message, of a teacher that writes text. `ids` is then empty: they are those of the student's chat
+    template."""
 
 
 class Teacher(ABC):
@@ -108,6 +111,11 @@ class Teacher(ABC):
     def can_generate(self) -> bool:
         """Whether it can write answers (`seq_kd`, `answers: teacher`): by its module, or by `write`."""
         return self.module is not None
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether it has targets; without, it only writes answers."""
+        return True
 
     @property
     def has_features(self) -> bool:

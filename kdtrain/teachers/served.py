@@ -10,20 +10,27 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from kdtrain.data.batch import Batch
 from kdtrain.errors import PreflightError, TeacherError
 from kdtrain.losses.topk import TopKLogprobs
+from kdtrain.ranks import rank, world_size
 from kdtrain.teachers.base import Prompt, Sampling, Targets, Teacher, Written
+from kdtrain.teachers.chat_writing import write_chat
 from kdtrain.teachers.http import Servers
 from kdtrain.teachers.replies import Route, Scored, read_scores, scoring_payload
-from kdtrain.teachers.served_writing import Each, answers, write_completion
+from kdtrain.teachers.served_images import ImageRow, score_images, with_images
+from kdtrain.teachers.served_writing import Budget, Each, answers, read_answer_scores, write_completion
+
+Row = Scored | ImageRow
 
 
 class ServedTeacher(Teacher):
-    """Top-k targets from `POST /completions`.
+    """Top-k targets from `POST /completions`, and of rows with images from `POST /chat/completions`.
 
     Args:
         servers: where the model runs.
@@ -52,8 +59,11 @@ class ServedTeacher(Teacher):
         self.vocab_size, self.top_k, self.lookahead = vocab_size, top_k, lookahead
         self.writes_targets = False
         """Whether the log-probabilities of an answer that the server writes are its targets; the probe decides."""
-        self.api, self.max_requests = api, max_requests
+        self.api = api
+        share = None if max_requests is None else max_requests // world_size() + (rank() < max_requests % world_size())
+        self.budget = Budget(share)
         self._windows: deque[_Window] = deque()
+        self._written: dict[Scored, _Score] = {}
 
     def prepare(self, window: Sequence[Batch]) -> None:
         """Send the requests for a window's rows, each once; none for rows that are on their way already.
@@ -81,7 +91,8 @@ class ServedTeacher(Teacher):
         rows = rows_to_score(batch)
         if not any(rows in window.unanswered for window in self._windows):
             self.prepare([batch])
-        window = next(window for window in self._windows if rows in window.unanswered)
+        # The newest: an evaluation may come upon rows of windows that are prepared ahead, which stay as they are.
+        window = next(window for window in reversed(self._windows) if rows in window.unanswered)
         found = [self._wait(window.scores[row]) for row in rows if row is not None]
         window.unanswered.remove(rows)
         if not window.unanswered:
@@ -93,33 +104,71 @@ class ServedTeacher(Teacher):
         """See `Teacher.can_generate`."""
         return True
 
+    @property
+    def has_targets(self) -> bool:
+        """See `Teacher.has_targets`: text has none."""
+        return self.api != "chat"
+
     def write(self, prompts: Sequence[Prompt], sampling: Sampling, each: Each | None = None) -> list[Written]:
-        """Answers through the same server, as many asked for at a time as it may be asked."""
+        """Answers through the same server, as many asked for at a time as it may be asked.
 
-        async def ask(prompt: Prompt) -> Written:
-            return await write_completion(self.servers, self.model, prompt, sampling, vocab_size=self.vocab_size)
-
+        Where the server gives the targets of what it writes, they are kept until answers are written again.
+        """
+        self._written = {}
+        with_targets = sampling.targets and self.writes_targets
         slots = self.servers.concurrency * len(self.servers.urls)
+        ask = partial(self._ask_chat, sampling) if self.api == "chat" else partial(self._ask, sampling, with_targets)
         return self.servers.run(answers(prompts, ask, slots, each))
+
+    async def _ask_chat(self, sampling: Sampling, prompt: Prompt) -> Written:
+        return await write_chat(self.servers, self.model, prompt, sampling, self.budget.take)
+
+    async def _ask(self, sampling: Sampling, with_targets: bool, prompt: Prompt) -> Written:
+        top_k = min(self.top_k, self.vocab_size)
+
+        def keep(reply: Any, ids: list[int]) -> None:
+            if with_targets and ids:
+                found = read_answer_scores(reply, prompt.ids, ids, top_k, self.vocab_size)
+                start, row = len(prompt.ids), (*prompt.ids, *ids)
+                future: Future[list[TopKLogprobs]] = Future()
+                future.set_result([found])
+                self._written[Scored(row, tuple(range(start, len(row))))] = _Score(future, 0)
+
+        return await write_completion(
+            self.servers,
+            self.model,
+            prompt,
+            sampling,
+            vocab_size=self.vocab_size,
+            logprobs=top_k if with_targets else 0,
+            keep=keep,
+            before=self.budget.take,
+        )
 
     def close(self) -> None:
         """See `Teacher.close`."""
         self._windows.clear()
+        self._written = {}
         self.servers.close()
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
-    def _sent(self, row: Scored) -> _Score | None:
-        """The request that asks for a row, of any window that is still wanted."""
+    def _sent(self, row: Row) -> _Score | None:
+        """The request that asks for a row, of any window that is still wanted, or that has written it."""
+        if row in self._written:
+            return self._written[row]
         return next((window.scores[row] for window in self._windows if row in window.scores), None)
 
-    def _send(self, rows: Sequence[Scored]) -> dict[Scored, _Score]:
+    def _send(self, rows: Sequence[Row]) -> dict[Row, _Score]:
         """Ask for rows in as many requests as may be in flight; several rows share one only where there are more."""
         in_flight = self.servers.concurrency * len(self.servers.urls)
-        size = max(1, -(-len(rows) // in_flight))
-        scores: dict[Scored, _Score] = {}
-        for start in range(0, len(rows), size):
-            shared = rows[start : start + size]
+        of_text = [row for row in rows if isinstance(row, Scored)]
+        size = max(1, -(-len(of_text) // in_flight))
+        scores: dict[Row, _Score] = {
+            row: _Score(self.servers.start(self._score_images(row)), 0) for row in rows if isinstance(row, ImageRow)
+        }
+        for start in range(0, len(of_text), size):
+            shared = of_text[start : start + size]
             reply = self._request(shared)
             scores |= {row: _Score(reply, place) for place, row in enumerate(shared)}
         return scores
@@ -131,6 +180,10 @@ class ServedTeacher(Teacher):
         payload = scoring_payload(route, self.model, rows, top_k)
         read = lambda reply: read_scores(route, reply, rows, top_k, vocab_size)  # noqa: E731
         return self.servers.start(self.servers.post("/completions", payload, read))
+
+    async def _score_images(self, row: ImageRow) -> list[TopKLogprobs]:
+        top_k = min(self.top_k, self.vocab_size)
+        return [await score_images(self.servers, self.model, row, top_k=top_k, vocab_size=self.vocab_size)]
 
     def _wait(self, score: _Score) -> TopKLogprobs:
         begun = time.perf_counter()
@@ -154,16 +207,16 @@ class _Score:
 class _Window:
     """What `prepare` was called for."""
 
-    unanswered: list[tuple[Scored | None, ...]]
+    unanswered: list[tuple[Row | None, ...]]
     """The rows of each batch that `targets` was not called for yet."""
-    scores: dict[Scored, _Score]
+    scores: dict[Row, _Score]
     """By what was asked, so that no answer can belong to another row."""
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
-def rows_to_score(batch: Batch) -> tuple[Scored | None, ...]:
+def rows_to_score(batch: Batch) -> tuple[Row | None, ...]:
     """The rows as the teacher reads them, without padding and what stands behind the last supervised token.
 
     None for a row without supervised tokens.
@@ -179,15 +232,11 @@ def rows_to_score(batch: Batch) -> tuple[Scored | None, ...]:
     if mask_BT.shape != ids_BT.shape:
         raise PreflightError("A served teacher needs an attention_mask [B, T] that says which tokens are padding.")
     rows = zip(ids_BT.tolist(), mask_BT.bool().tolist(), seen.predicts_BT.tolist(), strict=True)
-    return tuple(_row_to_score(*row) for row in rows)
+    scored = tuple(_row_to_score(*row) for row in rows)
+    return with_images(seen, scored) if seen.has_images else scored
 
 
 def _check_only_tokens(batch: Batch) -> None:
-    if batch.has_images:
-        raise PreflightError(
-            "A batch has images, and a served teacher is asked for the log-probabilities of tokens alone: use "
-            "rlhf.teacher.backend: hf, or data without images."
-        )
     if unknown := batch.unknown_inputs:
         raise PreflightError(
             f"Batches carry {', '.join(unknown)}, which cannot be sent to a served teacher: it would read other rows "

@@ -10,8 +10,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from kdtrain.errors import TeacherError
+from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.teachers.base import Prompt, Sampling, Written
 from kdtrain.teachers.http import ReplyError, Servers
+from kdtrain.teachers.replies import Scored, read_scores
 
 Each = Callable[[int, Written], None]
 """Called with the number of a prompt and its answer as soon as that is there, in the thread of the event loop."""
@@ -26,7 +29,32 @@ _PLAIN_SAMPLING = {
     "frequency_penalty": 0.0,
 }
 _ID = "token_id:"  # in front of the ids that stand where texts of tokens would
-_SEEDS = 2**31  # some servers keep 32 bits
+_SCORES = ("tokens", "token_logprobs", "top_logprobs")
+SEEDS = 2**31  # some servers keep 32 bits
+
+
+class Budget:
+    """How many requests for answers may be sent.
+
+    Args:
+        most: in this process; None is no limit.
+    """
+
+    def __init__(self, most: int | None) -> None:
+        self.most, self.sent = most, 0
+
+    def take(self) -> None:
+        """Count one that is about to be sent.
+
+        Raises:
+            TeacherError: it would be one too many.
+        """
+        if self.most is not None and self.sent >= self.most:
+            raise TeacherError(
+                f"rlhf.teacher.max_requests: {self.sent} requests for answers were sent by this process, and no more "
+                "may be. The answers that came are kept: raise max_requests, or go on with --resume auto."
+            )
+        self.sent += 1
 
 
 async def answers(
@@ -67,6 +95,7 @@ async def write_completion(
     vocab_size: int,
     logprobs: int = 0,
     keep: Callable[[Any, list[int]], None] = lambda reply, ids: None,
+    before: Callable[[], None] | None = None,
 ) -> Written:
     """One answer.
 
@@ -75,6 +104,7 @@ async def write_completion(
         vocab_size: an answer with other ids is refused.
         logprobs: how many of the most likely tokens come with each token of the answer.
         keep: called with the reply and the answer's ids; may raise `ReplyError` like anything that reads a reply.
+        before: see `Servers.post`.
 
     Raises:
         TeacherError: no usable answer.
@@ -85,7 +115,8 @@ async def write_completion(
         keep(reply, written.ids)
         return written
 
-    return await servers.post("/completions", completion_payload(model, prompt, sampling, logprobs), read)
+    payload = completion_payload(model, prompt, sampling, logprobs)
+    return await servers.post("/completions", payload, read, before=before)
 
 
 def completion_payload(model: str, prompt: Prompt, sampling: Sampling, logprobs: int) -> dict[str, Any]:
@@ -95,7 +126,7 @@ def completion_payload(model: str, prompt: Prompt, sampling: Sampling, logprobs:
         "prompt": list(prompt.ids),
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature or 0.0,
-        "seed": prompt.seed % _SEEDS,
+        "seed": prompt.seed % SEEDS,
         **_PLAIN_SAMPLING,
         "stop_token_ids": list(sampling.stop_ids),
         **({"logit_bias": {str(i): -100 for i in sampling.forbidden_ids}} if sampling.forbidden_ids else {}),
@@ -133,6 +164,23 @@ def read_completion(reply: Any, prompt: Sequence[int], sampling: Sampling, vocab
     if finish not in ("stop", "length"):
         raise ReplyError(f"finish_reason is {finish!r:.40}, neither stop nor length")
     return Written(ids, cut=not ended)
+
+
+def read_answer_scores(
+    reply: Any, prompt: Sequence[int], answer: Sequence[int], top_k: int, vocab_size: int
+) -> TopKLogprobs:
+    """The targets of an answer's tokens, from the reply that has it; see `read_scores`.
+
+    At temperature 1 whatever the sampling temperature: such are the log-probabilities of servers that are asked so.
+    """
+    scores = only_choice(reply).get("logprobs")
+    if not isinstance(scores, dict) or not all(isinstance(scores.get(name), list) for name in _SCORES):
+        raise ReplyError("the answer came without the log-probabilities that were asked for")
+    # As an echo of the last token of the prompt and the answer.
+    before = {"tokens": f"{_ID}{prompt[-1]}", "token_logprobs": None, "top_logprobs": None}
+    echo = {"index": 0, "logprobs": {name: [before[name], *scores[name]] for name in _SCORES}}
+    row = Scored((prompt[-1], *answer), tuple(range(1, len(answer) + 1)))
+    return read_scores("echo", {"choices": [echo]}, [row], top_k, vocab_size)[0]
 
 
 def only_choice(reply: Any) -> dict[str, Any]:

@@ -61,6 +61,12 @@ def check_teacher_can(teacher: Teacher | None, options: DistillationOptions) -> 
         )
     if teacher is None:
         return
+    if options.lm_kd_active and not teacher.has_targets:
+        raise ValueError(
+            f"The teacher only writes answers, and llm_kd_weight is {options.llm_kd_weight:g}, which needs its "
+            "log-probabilities. Set rlhf.llm_kd_weight: 0 (with answers: teacher in the data source this is "
+            "sequence-level distillation), or use a server that gives log-probabilities of prompts, such as vLLM."
+        )
     if options.seq_kd and not teacher.can_generate:
         raise ValueError("seq_kd needs a teacher that is a model in this process, or one that can write answers.")
     if options.visual_kd is not None and not teacher.has_features:
