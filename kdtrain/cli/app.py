@@ -134,7 +134,8 @@ def validate(
     """
     from kdtrain.config import check_config
 
-    process.set_up_logging("text", debug)
+    if deep:
+        process.set_up_logging("text", debug)
     result = check_config(config, overrides or [], model_files=True)
     findings = [*result.errors, *result.warnings]
     if deep and not result.errors:
