@@ -105,7 +105,7 @@ def build_trainer(
     if args.ddp_find_unused_parameters is None and dense_text:
         # It uses all its weights in every step; only experts and vision encoders may go without a gradient.
         args.ddp_find_unused_parameters = False
-    teacher = _teacher(config, args, processing, vocabulary_size(student), given.teacher)
+    teacher = teacher_side(config, args, processing, vocabulary_size(student), given.teacher)
     if teacher.teacher is not None and given.teacher is None:
         at_the_end.callback(teacher.teacher.close)
     if isinstance(teacher.teacher, ServedTeacher) and teacher.teacher.route is None:
@@ -171,12 +171,12 @@ def _peft_config(config: RunConfig, student: PreTrainedModel) -> LoraConfig | No
     )
 
 
-def _teacher(
+def teacher_side(
     config: RunConfig,
     args: GKDConfig,
     processing: PreTrainedTokenizerBase | ProcessorMixin,
     student_size: int,
-    given: nn.Module | Teacher | None,
+    given: nn.Module | Teacher | None = None,
 ) -> TeacherSide:
     """The teacher, and the ids it shares with the student; without one, where nothing asks for it, all of them."""
     if not config.asks_teacher:
