@@ -78,7 +78,7 @@ def test_a_teacher_that_looks_its_answers_up_by_row_trains_as_the_model_that_gav
         trainer = make_trainer(tmp_path, None, None, rows=rows, max_steps=3, extra={"teacher": one})
         trainer.train()
         results.append([record["loss"] for record in trainer.state.log_history if "loss" in record])
-    assert sorted(one.asked) == sorted(stored)
+    assert set(one.asked) == set(stored)
     assert results[0] == pytest.approx(results[1], rel=1e-4)
     assert results[0][0] > 0
 
@@ -92,6 +92,9 @@ def test_a_teacher_is_placed_once_and_told_of_each_window_before_it_is_asked(tmp
     )  # fmt: skip
     assert own.calls == [("place", "cpu")]
     trainer.train()
+    # First come the two questions of `preflight/alignment.py`.
+    assert [name for name, _ in own.calls[:5]] == ["place", *["prepare", "targets"] * 2]
+    del own.calls[1:5]
     assert [name for name, _ in own.calls] == ["place", *["prepare", *["targets"] * 3] * 2]
     for i in (1, 5):
         window, asked = own.calls[i][1], [labels for _, labels in own.calls[i + 1 : i + 4]]

@@ -23,10 +23,11 @@ from kdtrain.models.loading import load_model
 from kdtrain.models.parts import adapter_exclusions, check_named_parts, freeze_parts
 from kdtrain.models.processing import load_processing, load_tokenizer
 from kdtrain.models.vocabulary import shared_vocabulary, vocabulary_size
+from kdtrain.preflight.server import check_server, rows_to_ask_about
 from kdtrain.runs.failures import readable_construction
-from kdtrain.runs.read_data import read_data
+from kdtrain.runs.read_data import RunData, read_data
 from kdtrain.runs.teacher_answers import check_images, write_answers
-from kdtrain.teachers import LocalTeacher, Teacher, build_teacher, connect_teacher
+from kdtrain.teachers import LocalTeacher, ServedTeacher, Teacher, build_teacher, connect_teacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.argument_checks import check_teacher_is_another_model
 from kdtrain.trainer.deepspeed import prepare_deepspeed_run
@@ -100,6 +101,8 @@ def build_trainer(
         # It uses all its weights in every step; only experts and vision encoders may go without a gradient.
         args.ddp_find_unused_parameters = False
     teacher = _teacher(config, args, processing, vocabulary_size(student), given.teacher)
+    if isinstance(teacher.teacher, ServedTeacher) and teacher.teacher.route is None:
+        _probe(config, args, data, teacher.teacher, processing)
     collator = Collator(processing, teacher.processing, pad_to_multiple_of=args.pad_to_multiple_of)
     if config.answers_from_teacher:
         write_answers(config, args, data, student, teacher, collator, reporter, dry_run)
@@ -198,6 +201,22 @@ def _teacher(
     return TeacherSide(teacher, own_processing or processing, shared)
 
 
+def _probe(config: RunConfig, args: GKDConfig, data: RunData, teacher: ServedTeacher, processing: Any) -> None:
+    """Find out what the server really does, before anything is paid for or trained on it."""
+    report, options = data.report, config.options
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * args.max_steps
+    epochs = rows / report.rows_per_epoch if rows > 0 else args.num_train_epochs
+    check_server(
+        teacher,
+        rows_to_ask_about(data.train),
+        processing,
+        scores=options.lm_kd_active,
+        writes=config.answers_from_teacher or (options.lm_kd_active and options.seq_kd),
+        tokens=round(report.total_tokens * epochs),
+        chat_template_kwargs={**config.data.chat_template_kwargs, **config.rlhf.teacher.chat_template_kwargs},
+    )
+
+
 def _served_teacher(
     config: RunConfig, processing: PreTrainedTokenizerBase | ProcessorMixin, student_size: int
 ) -> TeacherSide:
@@ -207,4 +226,6 @@ def _served_teacher(
     tokenizers = (getattr(one, "tokenizer", one) for one in (processing, own))
     # How many columns the server's model has is not known; what counts are the student's.
     shared = shared_vocabulary(student_size, student_size, *tokenizers)
-    return TeacherSide(connect_teacher(options, shared), own or processing, shared)
+    # A server prepares images by itself, in its own way: here they go through the student's processor alone.
+    own = processing if isinstance(processing, ProcessorMixin) else own or processing
+    return TeacherSide(connect_teacher(options, shared), own, shared)

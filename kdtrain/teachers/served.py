@@ -23,11 +23,14 @@ from kdtrain.teachers.base import Prompt, Sampling, Targets, Teacher, Written
 from kdtrain.teachers.chat_writing import write_chat
 from kdtrain.teachers.http import Servers
 from kdtrain.teachers.replies import Route, Scored, read_scores, scoring_payload
+from kdtrain.teachers.served_images import ImageRow, score_images, with_images
 from kdtrain.teachers.served_writing import Budget, Each, answers, read_answer_scores, write_completion
+
+Row = Scored | ImageRow
 
 
 class ServedTeacher(Teacher):
-    """Top-k targets from `POST /completions`.
+    """Top-k targets from `POST /completions`, and of rows with images from `POST /chat/completions`.
 
     Args:
         servers: where the model runs.
@@ -88,7 +91,8 @@ class ServedTeacher(Teacher):
         rows = rows_to_score(batch)
         if not any(rows in window.unanswered for window in self._windows):
             self.prepare([batch])
-        window = next(window for window in self._windows if rows in window.unanswered)
+        # The newest: an evaluation may come upon rows of windows that are prepared ahead, which stay as they are.
+        window = next(window for window in reversed(self._windows) if rows in window.unanswered)
         found = [self._wait(window.scores[row]) for row in rows if row is not None]
         window.unanswered.remove(rows)
         if not window.unanswered:
@@ -149,19 +153,22 @@ class ServedTeacher(Teacher):
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
-    def _sent(self, row: Scored) -> _Score | None:
+    def _sent(self, row: Row) -> _Score | None:
         """The request that asks for a row, of any window that is still wanted, or that has written it."""
         if row in self._written:
             return self._written[row]
         return next((window.scores[row] for window in self._windows if row in window.scores), None)
 
-    def _send(self, rows: Sequence[Scored]) -> dict[Scored, _Score]:
+    def _send(self, rows: Sequence[Row]) -> dict[Row, _Score]:
         """Ask for rows in as many requests as may be in flight; several rows share one only where there are more."""
         in_flight = self.servers.concurrency * len(self.servers.urls)
-        size = max(1, -(-len(rows) // in_flight))
-        scores: dict[Scored, _Score] = {}
-        for start in range(0, len(rows), size):
-            shared = rows[start : start + size]
+        of_text = [row for row in rows if isinstance(row, Scored)]
+        size = max(1, -(-len(of_text) // in_flight))
+        scores: dict[Row, _Score] = {
+            row: _Score(self.servers.start(self._score_images(row)), 0) for row in rows if isinstance(row, ImageRow)
+        }
+        for start in range(0, len(of_text), size):
+            shared = of_text[start : start + size]
             reply = self._request(shared)
             scores |= {row: _Score(reply, place) for place, row in enumerate(shared)}
         return scores
@@ -173,6 +180,10 @@ class ServedTeacher(Teacher):
         payload = scoring_payload(route, self.model, rows, top_k)
         read = lambda reply: read_scores(route, reply, rows, top_k, vocab_size)  # noqa: E731
         return self.servers.start(self.servers.post("/completions", payload, read))
+
+    async def _score_images(self, row: ImageRow) -> list[TopKLogprobs]:
+        top_k = min(self.top_k, self.vocab_size)
+        return [await score_images(self.servers, self.model, row, top_k=top_k, vocab_size=self.vocab_size)]
 
     def _wait(self, score: _Score) -> TopKLogprobs:
         begun = time.perf_counter()
@@ -196,16 +207,16 @@ class _Score:
 class _Window:
     """What `prepare` was called for."""
 
-    unanswered: list[tuple[Scored | None, ...]]
+    unanswered: list[tuple[Row | None, ...]]
     """The rows of each batch that `targets` was not called for yet."""
-    scores: dict[Scored, _Score]
+    scores: dict[Row, _Score]
     """By what was asked, so that no answer can belong to another row."""
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
-def rows_to_score(batch: Batch) -> tuple[Scored | None, ...]:
+def rows_to_score(batch: Batch) -> tuple[Row | None, ...]:
     """The rows as the teacher reads them, without padding and what stands behind the last supervised token.
 
     None for a row without supervised tokens.
@@ -221,15 +232,11 @@ def rows_to_score(batch: Batch) -> tuple[Scored | None, ...]:
     if mask_BT.shape != ids_BT.shape:
         raise PreflightError("A served teacher needs an attention_mask [B, T] that says which tokens are padding.")
     rows = zip(ids_BT.tolist(), mask_BT.bool().tolist(), seen.predicts_BT.tolist(), strict=True)
-    return tuple(_row_to_score(*row) for row in rows)
+    scored = tuple(_row_to_score(*row) for row in rows)
+    return with_images(seen, scored) if seen.has_images else scored
 
 
 def _check_only_tokens(batch: Batch) -> None:
-    if batch.has_images:
-        raise PreflightError(
-            "A batch has images, and a served teacher is asked for the log-probabilities of tokens alone: use "
-            "rlhf.teacher.backend: hf, or data without images."
-        )
     if unknown := batch.unknown_inputs:
         raise PreflightError(
             f"Batches carry {', '.join(unknown)}, which cannot be sent to a served teacher: it would read other rows "

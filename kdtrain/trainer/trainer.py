@@ -202,7 +202,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._guard = NonFiniteGuard(self)
         self._sampler: EpochSampler | None = None
         self.begun = False  # whether the first batch was read
-        self.startup_checked = False
+        self.startup_checked = self.alignment_checked = False
         self.summed_from = 0  # the step that upstream's sum of losses begins at
         self._unlogged = RestoreUnlogged(self)
         for callback in (self._unlogged, WatchGradients(self), WatchRounding(self)):
