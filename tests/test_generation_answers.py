@@ -84,6 +84,21 @@ def served(project, server, *, rlhf=None, **teacher):
     return str(project / "config.yaml")
 
 
+def is_for_an_answer(request):
+    """Rather than what the server is asked before the run."""
+    body = request.body or {}
+    return "stop_token_ids" in body or (request.path == "/v1/chat/completions" and body["max_tokens"] > 1)
+
+
+def answers_asked(server):
+    return [request for request in server.requests if is_for_an_answer(request)]
+
+
+def reply_with(server, reply):
+    """Answer by `reply`, which gets the request."""
+    server.on_request = lambda request: reply(request) if is_for_an_answer(request) else None
+
+
 def records(project):
     """What is kept of answers."""
     files = sorted((project / "run" / "teacher_answers").rglob("rank*.jsonl"))
@@ -121,7 +136,7 @@ def test_a_server_answers_as_the_same_model_in_this_process(project, server, mon
     assert of_server == rows
     assert len(rows) == 24
     # Nothing is scored where there is no KD, and of equal prompts one is asked.
-    assert len(server.requests) == 6
+    assert len(answers_asked(server)) == 6
 
 
 def test_what_answers_cost_is_in_the_status_and_in_the_result(project, server, caplog):
@@ -130,7 +145,6 @@ def test_what_answers_cost_is_in_the_status_and_in_the_result(project, server, c
     answers = records(project)
     cost = {
         "requests": 6,
-        "retries": 0,
         "prompt_tokens": 144,
         "completion_tokens": sum(len(a["answer"]) for a in answers),
     }
@@ -164,10 +178,12 @@ def test_a_run_that_is_killed_pays_for_no_answer_twice(project, server, launch):
         return (429, {"Retry-After": "0"}, b"{}") if number % 3 == 0 else None
 
     def pay(request, found):
-        paid.append(tuple(request.body["prompt"]))
+        if is_for_an_answer(request):
+            paid.append(tuple(request.body["prompt"]))
         return found
 
-    server.on_request, server.on_reply = reply, pay
+    reply_with(server, reply)
+    server.on_reply = pay
     process = run(config, *launch)
     try:
         assert hanging.wait(timeout=90), process.stderr.read()
@@ -191,28 +207,28 @@ def test_a_torn_line_costs_its_own_answer_alone(project, server):
     whole = file.read_bytes()
     file.write_bytes(whole[:-20])
     kdtrain.fit(config, resume="auto")
-    assert len(server.requests) == 7
+    assert len(answers_asked(server)) == 7
     kdtrain.fit(config, resume="auto")
-    assert len(server.requests) == 7
+    assert len(answers_asked(server)) == 7
 
 
 def test_answers_are_kept_whatever_the_address_and_the_pace(project, server):
     kdtrain.fit(served(project, server))
     with StubServer(server.model, server.tokenizer) as other:
         kdtrain.fit(served(project, other, concurrency=5, timeout_s=9, max_retries=1), resume="auto")
-        assert not other.requests
+        assert not answers_asked(other)
         kdtrain.fit(served(project, other, rlhf={"max_new_tokens": 7}), resume="auto")
-        assert len(other.requests) == 6
+        assert len(answers_asked(other)) == 6
 
 
 def test_max_requests_ends_the_run_with_the_answers_kept(project, server):
     config = served(project, server, max_requests=4, concurrency=1)
     with pytest.raises(TeacherError, match="max_requests"):
         kdtrain.fit(config)
-    assert len(records(project)) == len(server.requests) == 4
+    assert len(records(project)) == len(answers_asked(server)) == 4
     assert (status(project)["exit_code"], status(project)["teacher"]["requests"]) == (4, 4)
     kdtrain.fit(config, resume="auto")
-    assert (len(server.requests), status(project)["teacher"]["requests"]) == (6, 6)
+    assert (len(answers_asked(server)), status(project)["teacher"]["requests"]) == (6, 6)
 
 
 def test_a_server_that_is_asked_by_token_ids_is_asked_nothing_about_images(tmp_path):
@@ -235,7 +251,7 @@ def asked(request):
 
 
 def test_an_answer_in_words_becomes_what_the_same_answer_in_the_data_becomes(project, server, tokenizer, monkeypatch):
-    server.on_request = lambda request: say(f"It is {asked(request)}")
+    reply_with(server, lambda request: say(f"It is {asked(request)}"))
     rows = trained_on(monkeypatch)
     kdtrain.fit(served(project, server, api="chat"))
     for chat, (ids, labels, start) in zip(tiny.CHATS, rows, strict=False):
@@ -246,12 +262,12 @@ def test_an_answer_in_words_becomes_what_the_same_answer_in_the_data_becomes(pro
         assert (ids, labels, start) == (data.input_ids[:end], data.labels[:end], data.prompt_length)
         assert set(data.labels[end:]) <= {-100}
         assert ids[-1] == tokenizer.eos_token_id
-    assert {request.path for request in server.requests} == {"/v1/chat/completions"}
-    assert status(project)["teacher"] == {"requests": 6, "retries": 0, "prompt_tokens": 60, "completion_tokens": 12}
+    assert {request.path for request in answers_asked(server)} == {"/v1/chat/completions"}
+    assert status(project)["teacher"] == {"requests": 6, "prompt_tokens": 60, "completion_tokens": 12}
 
 
 def test_an_answer_that_was_cut_gets_no_end_of_turn(project, server, tokenizer, monkeypatch, caplog):
-    server.on_request = lambda request: say("It is the", "length")
+    reply_with(server, lambda request: say("It is the", "length"))
     rows = trained_on(monkeypatch)
     kdtrain.fit(served(project, server, api="chat"))
     assert all(tokenizer.decode(ids[start:]) == "It is the" for ids, _, start in rows)
@@ -260,7 +276,7 @@ def test_an_answer_that_was_cut_gets_no_end_of_turn(project, server, tokenizer, 
 
 def test_refusals_and_empty_answers_are_bad_rows_and_paid_for_once(project, server, monkeypatch):
     replies = {"What is 0?": say(None, "content_filter"), "What is 1?": say("")}
-    server.on_request = lambda request: replies.get(asked(request), say("Yes."))
+    reply_with(server, lambda request: replies.get(asked(request), say("Yes.")))
     config = served(project, server, api="chat")
     with pytest.raises(DataError) as caught:
         kdtrain.fit(config)
@@ -270,11 +286,11 @@ def test_refusals_and_empty_answers_are_bad_rows_and_paid_for_once(project, serv
     rows = trained_on(monkeypatch)
     kdtrain.fit(config, ["data.max_bad_rows=8"], resume="auto")
     assert len(rows) == 16
-    assert len(server.requests) == 6
+    assert len(answers_asked(server)) == 6
 
 
 def test_reasoning_of_the_teacher_goes_by_the_option_and_is_not_paid_for_again(project, server, tokenizer, monkeypatch):
-    server.on_request = lambda request: say("Yes.", reasoning_content="Hm.")
+    reply_with(server, lambda request: say("Yes.", reasoning_content="Hm."))
     config = served(project, server, api="chat")
     with pytest.raises(DataError, match="does not render the reasoning"):
         kdtrain.fit(config)
@@ -286,13 +302,13 @@ def test_reasoning_of_the_teacher_goes_by_the_option_and_is_not_paid_for_again(p
     kdtrain.fit(config, ["data.reasoning=drop"], resume="auto")
     (ids, _, start), *_ = rows
     assert tokenizer.decode(ids[start:]) == "Yes.<|im_end|>"
-    assert len(server.requests) == 6
+    assert len(answers_asked(server)) == 6
 
 
 def test_sampled_answers_have_a_seed_each_and_the_temperature_of_the_config(project, server):
-    server.on_request = lambda request: say("Yes.")
+    reply_with(server, lambda request: say("Yes."))
     kdtrain.fit(served(project, server, api="chat", rlhf={"temperature": 0.3}))
-    bodies = [request.body for request in server.requests]
+    bodies = [request.body for request in answers_asked(server)]
     assert {body["temperature"] for body in bodies} == {0.3}
     assert len({body["seed"] for body in bodies}) == 6
 
@@ -300,14 +316,14 @@ def test_sampled_answers_have_a_seed_each_and_the_temperature_of_the_config(proj
 def test_words_have_no_log_probabilities_to_learn_from(project, server):
     with pytest.raises(ConfigError, match=r"api.*only writes answers, and rlhf.llm_kd_weight is 1"):
         kdtrain.fit(served(project, server, api="chat", rlhf={"llm_kd_weight": 1.0}))
-    assert not server.requests
+    assert not answers_asked(server)
 
 
 def test_a_prompt_that_is_text_cannot_be_asked_in_messages(project, server):
     (project / "train.jsonl").write_text('{"prompt": "One and"}\n' * 8)
     with pytest.raises(DataError, match="a prompt that is text, and the teacher reads messages"):
         kdtrain.fit(served(project, server, api="chat"))
-    assert not server.requests
+    assert not answers_asked(server)
 
 
 def test_the_rows_of_an_epoch_stay_in_proportion_when_some_are_left_out():

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BY = {True: "token ids", False: "messages"}
+_COST = ("requests", "prompt_tokens", "completion_tokens")
 WRITING = "the teacher writes answers"
 
 
@@ -173,22 +174,19 @@ def check_askable(rows: datasets.Dataset | None, messages: bool) -> None:
 @contextmanager
 def _counted(teacher: Teacher, run_dir: Path) -> Iterator[None]:
     """Write into the run's status what the answers have cost, whatever ends them."""
-    counts = getattr(getattr(teacher, "servers", None), "counts", None)
-    if counts is None:
+    spent = getattr(getattr(teacher, "budget", None), "spent", None)
+    if spent is None:
         yield
         return
-    before, start = teacher_cost(run_dir), vars(counts).copy()
+    before, of_ranks = teacher_cost(run_dir), []
     try:
         yield
-        ranks = gather_object([vars(counts)])
-    except BaseException:
-        ranks = [vars(counts)]  # the others may not come
-        raise
-    finally:
+        of_ranks = gather_object([vars(spent)])
+    finally:  # after an error the other ranks may not come
         if run_dir.is_dir():
-            spent = {name: sum(rank[name] for rank in ranks) - start[name] for name in start}
-            total = {name: before.get(name, 0) + count for name, count in spent.items()}
-            write_status(run_dir, "running", message=WRITING, teacher=total)
+            ranks = of_ranks or [vars(spent)]
+            cost = {name: before.get(name, 0) + sum(rank[name] for rank in ranks) for name in _COST}
+            write_status(run_dir, "running", message=WRITING, teacher=cost)
 
 
 def without_refused(
