@@ -187,7 +187,7 @@ class StubServer:
         if body.get("model") not in (None, self.name):
             raise Refused(404, f"The model `{body['model']}` does not exist.", "NotFoundError", "model")
         for key, neutral in NEUTRAL.items():
-            if body.get(key) not in (None, neutral):
+            if body.get(key) not in (None, neutral) and (key, body[key]) != ("top_k", -1):  # 0 or -1 is all
                 raise Refused(400, f"the stub does not know {key}: {body[key]!r}", param=key)
         limits = {"logprobs": "sample", "top_logprobs": "sample", "prompt_logprobs": "prompt"}
         for key, kind in limits.items():

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from kdtrain.data import Collator, cut_rows
 from kdtrain.data import batch as module
 from kdtrain.data.batch import Batch, Rows, TeacherImages, received
+from kdtrain.data.images import Image
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
 from tests import tiny
@@ -35,6 +36,8 @@ def make_batch(**changes):
             ce=torch.tensor([True, False, True]),
             truncated=[False, True, False],
             places=[0, 2, 3],
+            chats=['{"messages": []}', None, '{"prompt": "a"}'],
+            images=[(Image("/a.png"), Image(data=b"b")), (), (Image("/c.png"),)],
         ),
         "visual_sizes": {"pixel_values": [2, 0, 1]},
         "teacher_images": TeacherImages(
@@ -68,8 +71,8 @@ def test_every_key_of_a_users_batch_comes_to_its_place():
     batch = received(given, frozenset({"input_ids"}))
     assert batch.rows.prompts == (prompts, mask)
     assert list(given) == keys  # the user's own stays as it was
-    batch = dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, prompts=None))
-    tiny.assert_same_batch(batch, expected)
+    rows = dataclasses.replace(batch.rows, prompts=None, chats=expected.rows.chats, images=expected.rows.images)
+    tiny.assert_same_batch(dataclasses.replace(batch, rows=rows), expected)
 
 
 def test_a_batch_of_tokens_and_labels_alone_says_nothing_of_its_rows():
@@ -187,6 +190,7 @@ def test_the_first_rows_of_a_batch_keep_all_that_is_theirs():
     assert {len(value) for name, value in cut.model_inputs.items()} == {2}
     assert (cut.rows.ids, cut.rows.truncated, cut.rows.places) == (["a", "b"], [False, True], [0, 2])
     assert (cut.rows.prompt_lengths.tolist(), cut.rows.ce.tolist()) == ([2, 1], [True, False])
+    assert (cut.rows.chats, cut.rows.images) == (['{"messages": []}', None], batch.rows.images[:2])
     assert [len(tensor) for tensor in cut.rows.prompts] == [2, 2]
     assert (cut.visual_sizes, cut.teacher_images.sizes) == ({"pixel_values": [2, 0]}, {"pixel_values": [4, 0]})
     assert len(cut.teacher_images.inputs["pixel_values"]) == 4

@@ -202,8 +202,6 @@ NOT_YET: list[tuple[str, Any]] = [
     ("rlhf__teacher__quantization", "8bit"),
     ("rlhf__teacher__backend", "self"),
     ("rlhf__teacher__backend", "local-toggle"),
-    ("rlhf__teacher__backend", "vllm"),
-    ("rlhf__teacher__backend", "openai"),
     ("rlhf__teacher__backend", "cache"),
     ("rlhf__teacher__prefix", [{"role": "system", "content": "x"}]),
     ("model__adapter", "org/adapter"),
@@ -428,3 +426,75 @@ def test_what_only_the_datas_answers_would_use_is_idle_where_the_student_writes_
     changes: dict[str, Any], path: str
 ) -> None:
     assert path in [found.path for found in warnings(config(**changes, rlhf__lmbda=1))]
+
+
+SERVER: dict[str, Any] = {
+    "rlhf__teacher__backend": "vllm",
+    "rlhf__teacher__base_url": "http://127.0.0.1:8000/v1",
+    "rlhf__teacher__model": "teacher",
+}
+
+
+@pytest.mark.parametrize("backend", ["vllm", "openai"])
+def test_a_teacher_on_a_server_needs_its_address_and_its_name_there(backend: str) -> None:
+    found = errors(config(rlhf={"teacher": {"backend": backend}}))
+    assert list(found) == ["rlhf.teacher.base_url", "rlhf.teacher.model"]
+    assert errors(config(**SERVER, rlhf__teacher_model=None)) == {}
+
+
+def test_several_servers_are_a_list_and_each_address_is_checked() -> None:
+    two = ["http://127.0.0.1:8000/v1", "http://127.0.0.1:8001/v1"]
+    assert errors(config(**{**SERVER, "rlhf__teacher__base_url": two})) == {}
+    found = errors(config(**{**SERVER, "rlhf__teacher__base_url": [two[0], "ftp://127.0.0.1/v1"]}))
+    assert list(found) == ["rlhf.teacher.base_url[1]"]
+    found = errors(config(**{**SERVER, "rlhf__teacher__base_url": [two[0], two[0]]}))
+    assert "twice" in found["rlhf.teacher.base_url"]
+
+
+def test_a_server_has_no_features_for_visual_kd() -> None:
+    found = errors(config(**SERVER, custom__visual_kd__enabled=True))
+    assert "no features" in found["rlhf.teacher.backend"]
+
+
+def idle_options(source: Any) -> str:
+    return " ".join(f"{found.path} {found.message}" for found in warnings(source) if "no effect" in found.message)
+
+
+def test_options_of_targets_or_answers_that_nobody_asks_for_are_idle() -> None:
+    answers = {"data__train": [{"path": "org/rows", "answers": "teacher"}]}
+    idle = idle_options(config(**SERVER, rlhf__teacher__api="completions", rlhf__teacher__max_requests=3))
+    assert "api" in idle
+    assert "max_requests" in idle
+    written = {**SERVER, **answers, "rlhf__llm_kd_weight": 0.0, "rlhf__teacher__api": "chat"}
+    idle = idle_options(config(**written, rlhf__teacher__top_k=3, rlhf__teacher__lookahead=1))
+    assert "top_k" in idle
+    assert "lookahead" in idle
+    assert "api" not in idle
+
+
+def test_the_tokenizer_of_a_teacher_on_a_server_must_be_there(tmp_path: Any) -> None:
+    found = errors(config(**SERVER, rlhf__teacher_model=str(tmp_path / "missing")))
+    assert "no such folder" in found["rlhf.teacher_model"]
+    found = errors(config(**SERVER, rlhf__teacher_model=str(tmp_path)))
+    assert "has no tokenizer" in found["rlhf.teacher_model"]
+
+
+SERVED_TEACHER = {"backend": "vllm", "base_url": "http://127.0.0.1:8000/v1", "model": "teacher"}
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"beta": 0.5, "tail": "renormalize"}, True),
+        ({"beta": 0.0, "tail": "renormalize"}, False),
+        ({"beta": 0.5, "tail": "bucket"}, False),
+        ({"beta": 0.5, "tail": "renormalize", "backend": "hf"}, False),  # its targets are no top k
+    ],
+)
+def test_a_tail_that_is_renormalized_beside_beta_is_warned_of_with_the_measured_angle(options, warned):
+    teacher = {**SERVED_TEACHER, "tail": options["tail"], "backend": options.get("backend", "vllm")}
+    found = check_config(config(rlhf__beta=options["beta"], rlhf__teacher=teacher)).warnings
+    about = [warning for warning in found if "28 degrees at beta 0.5" in warning.message]
+    assert len(about) == warned
+    if warned:
+        assert (about[0].path, about[0].hint) == ("rlhf.teacher.tail", "use tail: bucket")

@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from kdtrain.config.schema import DataSource
-from kdtrain.data import Source, build_dataset, encode_row
+from kdtrain.data import Collator, Source, build_dataset, encode_row
 from kdtrain.data import cache as encoding_module
 from kdtrain.data.cache_folder import default_cache_folder
 from kdtrain.data.encoder import RowEncoder
@@ -488,3 +488,112 @@ def test_an_unwritable_cache_says_so(tokenizer, tmp_path):
             train_on="last",
             cache_dir=str(tmp_path / "file" / "cache"),
         )
+
+
+# ---- rows that carry their conversation ------------------------------------------------------------------------------
+
+TALK = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "what is zero"},
+    {"role": "assistant", "content": "the zero path"},
+    {"role": "user", "content": "and one"},
+    {"role": "assistant", "content": "the one path"},
+]
+TOOLS = [{"type": "function", "function": {"name": "count", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def chats_of(dataset):
+    return [text and json.loads(text) for text in dataset["chat"][:]]
+
+
+def test_rows_carry_their_conversation_only_where_it_is_asked_for(build, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [ROW, pair(1)])
+    assert "chat" not in build(path)[0].column_names
+    kept, _ = build(path, keep_chats=True)  # stored under another key than the rows without
+    assert "chat" in kept.column_names
+    assert "chat" not in build(path)[0].column_names
+    assert chats_of(kept)[0]["messages"] == ROW["messages"]
+
+
+def test_the_conversation_of_a_row_ends_with_the_last_answer_that_it_trains(build, tmp_path):
+    later = [{"role": "user", "content": "thanks"}]
+    off = [*TALK[:4], {**TALK[4], "weight": 0}]
+    rows = [
+        {"messages": TALK},
+        {"messages": TALK + later},
+        {"messages": off},
+        {"messages": TALK[:2]},
+        {"prompt": TALK[:2], "completion": TALK[2:3]},
+    ]
+    dataset, _ = build(write_lines(tmp_path / "a.jsonl", rows), keep_chats=True)
+    assert [len(chat["messages"]) for chat in chats_of(dataset)] == [5, 6, 3, 2, 3]  # the second is a prompt
+    assert chats_of(dataset)[4]["messages"] == TALK[:3]
+    prompts, _ = build(Source(str(tmp_path / "a.jsonl"), answers="teacher"), keep_chats=True)
+    assert [chat["messages"] for chat in chats_of(prompts)] == [(TALK + later)[:n] for n in (4, 6, 2, 2, 2)]
+    answered, _ = build(write_lines(tmp_path / "b.jsonl", rows[:2]), keep_chats=True, prompts=False)
+    assert [chat["messages"] for chat in chats_of(answered)] == [TALK, TALK]
+
+
+def test_each_row_of_a_split_conversation_carries_its_own_part(build, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": TALK}])
+    dataset, _ = build(path, keep_chats=True, turns="split")
+    assert [chat["messages"] for chat in chats_of(dataset)] == [TALK[:3], TALK]
+
+
+def test_text_rows_carry_their_prompt_and_answer_and_plain_text_nothing(build, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [pair(1), {"prompt": "what"}, {"text": "zero"}])
+    dataset, _ = build(path, keep_chats=True)
+    assert chats_of(dataset) == [
+        {"prompt": "the 1", "completion": " path 1"},
+        {"prompt": "what", "completion": None},
+        None,
+    ]
+
+
+def test_a_row_that_is_cut_carries_the_turns_that_begin_in_it(build, tmp_path, tokenizer):
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": TALK}])
+    second = encode_row({"messages": TALK}, tokenizer, train_on="assistant").turn_starts[1]
+    for max_length, messages in ((second + 1, 5), (second, 3), (second - 1, 3)):
+        dataset, report = build(path, keep_chats=True, max_length=max_length, on_overlength="truncate")
+        assert report.truncated == 1
+        assert len(chats_of(dataset)[0]["messages"]) == messages
+        assert dataset[0]["labels"][-1] != -100 or messages == 3
+    both = {"keep_chats": True, "max_length": 4, "on_overlength": "truncate", "train_on": "all"}
+    assert chats_of(build(path, **both)[0]) == [None]  # within the first prompt
+    assert chats_of(build(write_lines(tmp_path / "b.jsonl", [pair("one and one and one")]), **both)[0]) == [None]
+
+
+def test_a_dropped_row_leaves_its_conversation_with_it(build, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": TALK}, {"messages": TALK[:3]}, "broken", pair(3)])
+    dataset, report = build(path, keep_chats=True, max_length=60, on_overlength="drop", max_bad_rows=1)
+    assert (report.dropped, report.bad_rows) == (1, 1)
+    assert dataset["row_id"][:] == ["0:1", "0:3"]
+    assert chats_of(dataset)[0]["messages"] == TALK[:3]
+    assert chats_of(dataset)[1]["prompt"] == "the 3"
+
+
+def test_the_template_arguments_of_a_conversation_are_the_teachers(build, tmp_path):
+    template = (
+        "{% if a or b %}{% endif %}{% if tools %}{{ tools|tojson }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    rows = [{"messages": TALK[:3], "chat_template_kwargs": {"b": 2}}, {"messages": TALK[:3], "tools": TOOLS}]
+    options = {"chat_template_kwargs": {"a": 0, "b": 0}, "teacher_chat_template_kwargs": {"a": 1}}
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    dataset, _ = build(path, tokenizer=tokenizer_with(template), keep_chats=True, **options)
+    chats = chats_of(dataset)
+    assert [chat["chat_template_kwargs"] for chat in chats] == [{"a": 1, "b": 2}, {"a": 1, "b": 0}]
+    assert [chat["tools"] for chat in chats] == [None, TOOLS]
+
+
+def test_a_batch_has_the_conversations_of_its_rows(build, tmp_path, tokenizer):
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": TALK}, {"text": "zero"}])
+    collate = Collator(tokenizer)
+    dataset, _ = build(path, keep_chats=True)
+    batch = collate(list(dataset))
+    assert list(batch.rows.chats) == dataset["chat"][:]
+    assert batch.rows.chats[1] is None
+    assert list(batch.rows.images) == [(), ()]
+    without = collate(list(build(path)[0]))
+    assert (without.rows.chats, without.rows.images) == ((), ())

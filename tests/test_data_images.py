@@ -728,3 +728,19 @@ def test_the_most_unusual_images_of_each_source_are_known_with_their_places(buil
         (7, f"{two}:2"),
     ]
     assert build(write_lines(tmp_path / "text.jsonl", [{"messages": TURNS}]))[1].image_extremes == []
+
+
+def test_a_row_with_images_carries_its_messages_and_a_batch_the_pictures(build, tmp_path, llava):
+    (tmp_path / "a.png").write_bytes(png(1))
+    messages = [user("one", IMAGE, "and", IMAGE), ANSWER, user(IMAGE, "last"), ANSWER]
+    data = [base64.b64encode(png(i)).decode() for i in (2, 3)]
+    rows = [
+        {"messages": messages, "images": ["a.png", *(f"data:image/png;base64,{text}" for text in data)]},
+        {"messages": TURNS},
+    ]
+    dataset, _ = build(write_lines(tmp_path / "a.jsonl", rows), keep_chats=True)
+    chats = [json.loads(text)["messages"] for text in dataset["chat"][:]]
+    assert chats == [messages, TURNS]
+    images = Collator(llava)(list(dataset)).rows.images
+    assert [image.content() for image in images[0]] == [png(1), png(2), png(3)]
+    assert images[1] == ()

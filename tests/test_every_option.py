@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 from unittest import mock
@@ -28,6 +29,7 @@ from kdtrain.feature_kd.term import feature_terms
 from kdtrain.runs import build, read_data
 from kdtrain.runs.build import Given, build_trainer
 from kdtrain.runs.launch import launch_command, wanted_processes
+from kdtrain.teachers import build as teachers
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
 from tests.test_feature_kd_term import enlarged
@@ -99,6 +101,13 @@ def built(name: str) -> Callable[[dict[str, Any]], Outcome]:
     return observe
 
 
+def connected(config: dict[str, Any]) -> Outcome:
+    """What a teacher on a server and its connections are made with."""
+    with mock.patch.object(teachers, "Servers") as servers, mock.patch.object(teachers, "ServedTeacher") as teacher:
+        teachers.connect_teacher(ConfigLoader.load(config).rlhf.teacher, 320)
+    return servers.call_args, teacher.call_args.kwargs
+
+
 def frozen(config: dict[str, Any]) -> Outcome:
     """The parts that are frozen."""
     return _build(arguments(config)).freeze_parts.call_args.kwargs
@@ -123,7 +132,7 @@ def _build(arguments: TrainArguments) -> mock.Mock:
         mock.patch.multiple(build, **{name: getattr(calls, name) for name in names}),
         mock.patch.object(read_data, "build_dataset", calls.build_dataset),
     ):
-        build_trainer(arguments.config, arguments.training_args, mock.Mock(), True, Given())
+        build_trainer(arguments.config, arguments.training_args, mock.Mock(), True, Given(), ExitStack())
     return calls
 
 
@@ -242,6 +251,12 @@ LORA = {"tuner.train_type": "lora"}
 VISUAL = {"custom.visual_kd.enabled": True}
 VIT = {**VISUAL, "custom.visual_kd.targets": {"vit": {}, "aligner": {}}}
 
+SERVED = {
+    "rlhf.teacher.backend": "vllm",
+    "rlhf.teacher.base_url": "http://127.0.0.1:9/v1",
+    "rlhf.teacher.model": "teacher",
+}
+
 CHANGES: dict[str, Change] = {
     "model.model": Change("org/other", built("load_model")),
     "model.revision": Change("v2", built("load_model")),
@@ -287,14 +302,17 @@ CHANGES: dict[str, Change] = {
     "rlhf.teacher.processor_kwargs": Change({"max_pixels": 4096}, built("load_processing")),
     "rlhf.teacher.chat_template_kwargs": Change({"enable_thinking": True}, built("build_dataset")),
     "rlhf.teacher.prefix": Change("Think.", findings),
-    "rlhf.teacher.base_url": Change("http://127.0.0.1:1/v1", findings),
-    "rlhf.teacher.model": Change("teacher", findings),
-    "rlhf.teacher.api_key_env": Change("KEY", findings),
-    "rlhf.teacher.top_k": Change(5, findings),
+    "rlhf.teacher.base_url": Change(["http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1"], connected, SERVED),
+    "rlhf.teacher.model": Change("other", connected, SERVED),
+    "rlhf.teacher.api_key_env": Change("KEY", connected, SERVED),
+    "rlhf.teacher.top_k": Change(5, connected, SERVED),
     "rlhf.teacher.tail": Change("renormalize", loss_of_top_k),
-    "rlhf.teacher.timeout_s": Change(5.0, findings),
-    "rlhf.teacher.max_retries": Change(1, findings),
-    "rlhf.teacher.concurrency": Change(2, findings),
+    "rlhf.teacher.timeout_s": Change(5.0, connected, SERVED),
+    "rlhf.teacher.max_retries": Change(1, connected, SERVED),
+    "rlhf.teacher.concurrency": Change(2, connected, SERVED),
+    "rlhf.teacher.lookahead": Change(0, connected, SERVED),
+    "rlhf.teacher.api": Change("completions", connected, SERVED),
+    "rlhf.teacher.max_requests": Change(7, connected, SERVED),
     "rlhf.teacher.path": Change("targets", findings),
     "rlhf.llm_kd_weight": Change(0.5, loss),
     "rlhf.sft_alpha": Change(0.5, loss),

@@ -290,12 +290,29 @@ def test_masked_columns_of_a_bias_are_no_nan_and_equal_the_dense_loss(side, dive
     torch.testing.assert_close(result.loss, dense.loss)
 
 
-def test_top_k_targets_and_masked_columns_are_refused_together():
-    problem = make(bias=True) | {"teacher_hidden": None, "teacher_weight": None}
+@pytest.mark.parametrize("k", [5, 290])  # with 290 the bucket holds masked columns alone
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("beta", [0, 0.3, 1])
+def test_top_k_targets_beside_masked_columns_are_those_of_the_columns_that_are_left(k, tail, beta):
+    problem = make(bias=True) | {"teacher_hidden": None, "teacher_weight": None, "teacher_bias": None}
+    problem["labels"] = torch.where(problem["labels"] < 0, -100, problem["labels"] % 290)
+    targets = topk_of(torch.randn(37, 290, generator=torch.Generator().manual_seed(1)), k)
+    options = {"targets": targets, "tail": tail, "ce_weight": 0.5, "beta": beta}
+    short = {name: problem[f"student_{name}"].detach()[:290].clone().requires_grad_() for name in ("weight", "bias")}
+    hidden = problem["student_hidden"].detach().clone().requires_grad_()
+    expected = fused_distillation_loss(
+        hidden, short["weight"], problem["labels"], student_bias=short["bias"], **options
+    )
     with torch.no_grad():
         problem["student_bias"][290:] = -INF
-    with pytest.raises(ValueError, match="cannot be combined"):
-        fused_distillation_loss(**problem, targets=certain(37))
+    result = fused_distillation_loss(**problem, **options)
+    torch.testing.assert_close(result.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    found = torch.autograd.grad(result.loss, trained(problem))
+    wanted = torch.autograd.grad(expected.loss, [hidden, *short.values()])
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine[: len(theirs)], theirs, rtol=1e-4, atol=1e-6)
+        assert not mine[len(theirs) :].any()
+    assert result.num_agree == expected.num_agree
 
 
 WRONG = {

@@ -79,10 +79,16 @@ def make_qwen3(
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=256,
         initializer_range=0.2,
-        **{"tie_word_embeddings": True, "eos_token_id": 2, "pad_token_id": 3, "bos_token_id": None, **kwargs},
+        **{
+            "head_dim": 16,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+            "eos_token_id": 2,
+            "pad_token_id": 3,
+            "bos_token_id": None,
+            **kwargs,
+        },
     )
     return Qwen3ForCausalLM(config)
 

@@ -108,7 +108,7 @@ def _from_sections(config: RunConfig) -> dict[str, Any]:
     loading.setdefault("dtype", loading.pop("torch_dtype", rlhf.teacher.dtype))
     kwargs["teacher_model_init_kwargs"] = loading
     kwargs["max_length"] = config.data.max_length
-    if config.options.needs_teacher and rlhf.teacher_model:
+    if config.options.needs_teacher and rlhf.teacher_model and rlhf.teacher.backend == "hf":
         kwargs["teacher_model_name_or_path"] = rlhf.teacher_model
     return kwargs
 

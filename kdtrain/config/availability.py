@@ -11,15 +11,15 @@ from typing import Any
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.tree import KeyPath, Problem
 
-# Option -> what it is called in the message, and the only value there is so far.
-NOT_AVAILABLE: dict[str, tuple[str, Any]] = {
-    "model.quantization": ("a quantised student", None),
-    "model.adapter": ("going on with an adapter", None),
-    "data.packing": ("packing", False),
-    "data.padding_free": ("padding-free training", False),
-    "rlhf.teacher.backend": ("a teacher of this kind", "hf"),
-    "rlhf.teacher.quantization": ("a quantised teacher", None),
-    "rlhf.teacher.prefix": ("a prefix for the teacher", None),
+# Option -> what it is called in the message, and the values there are so far.
+NOT_AVAILABLE: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "model.quantization": ("a quantised student", (None,)),
+    "model.adapter": ("going on with an adapter", (None,)),
+    "data.packing": ("packing", (False,)),
+    "data.padding_free": ("padding-free training", (False,)),
+    "rlhf.teacher.backend": ("a teacher of this kind", ("hf", "vllm", "openai")),
+    "rlhf.teacher.quantization": ("a quantised teacher", (None,)),
+    "rlhf.teacher.prefix": ("a prefix for the teacher", (None,)),
 }
 
 
@@ -28,7 +28,7 @@ def check_available(config: RunConfig) -> list[Problem]:
     used: list[tuple[KeyPath, str]] = [
         (tuple(option.split(".")), what)
         for option, (what, available) in NOT_AVAILABLE.items()
-        if attrgetter(option)(config) != available
+        if attrgetter(option)(config) not in available
     ]
     for part, sources in (("train", config.data.train), ("eval", config.data.eval_sources)):
         used += [(("data", part, i, "streaming"), "streaming") for i, source in enumerate(sources) if source.streaming]

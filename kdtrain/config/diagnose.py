@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from kdtrain.errors import ConfigError
 
-Level = Literal["error", "warning"]
+Level = Literal["error", "warning", "info"]
 
 _SECRET_NAME = re.compile(r"(?i)(key|token|passw(or)?d|secret)(_env)?$")
 _PUBLIC_NAMES = {"eos_token", "pad_token", "bos_token", "unk_token"}
@@ -90,7 +90,7 @@ def dotted(path: Sequence[str | int]) -> str:
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One mistake (`error`) or one option without effect (`warning`)."""
+    """One mistake (`error`), one option without effect (`warning`), or, of a deep check, one fact (`info`)."""
 
     level: Level
     path: str

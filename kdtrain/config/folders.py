@@ -44,6 +44,8 @@ def broken_models(config: RunConfig) -> Iterator[Problem]:
 def model_folders(config: RunConfig, written: Written) -> Iterator[Problem]:
     """A local model must be a model folder; only those in use are checked."""
     used = [(path, name, "config.json") for path, name, _ in _models(config)]
+    if config.rlhf.teacher.is_served and config.asks_teacher:
+        yield from _tokenizer_folder(config)
     if config.rlhf.teacher.adapter:
         used.append((("rlhf", "teacher", "adapter"), config.rlhf.teacher.adapter, ADAPTER_CONFIG))
     for path, name, file in used:
@@ -58,6 +60,15 @@ def model_folders(config: RunConfig, written: Written) -> Iterator[Problem]:
             yield Problem(path, f"a file, not a model folder: {name}", f"give the folder with its {file}")
         else:
             yield Problem(path, f"not a model folder, it has no {file}: {name}", "give a model folder or a hub id")
+
+
+def _tokenizer_folder(config: RunConfig) -> Iterator[Problem]:
+    """Of a teacher on a server, `teacher_model` names the tokenizer alone."""
+    folder = Path(config.rlhf.teacher_model or "")
+    if folder.is_absolute() and not any((folder / file).exists() for file in _TOKENIZERS):
+        message = f"{'has no tokenizer' if folder.is_dir() else 'no such folder'}: {folder}"
+        hint = "give the folder or hub id of the served model's tokenizer, or remove it where that is the student's"
+        yield Problem(("rlhf", "teacher_model"), message, hint)
 
 
 def _adapter_folder(path: KeyPath, name: str) -> Iterator[Problem]:

@@ -10,11 +10,26 @@ from operator import attrgetter
 
 from kdtrain.config.folders import model_folders, output_folder
 from kdtrain.config.from_pretrained import loading_arguments, processor_arguments
+from kdtrain.config.options import RENORMALIZED
 from kdtrain.config.schema import RunConfig, TeacherConfig
+from kdtrain.config.server_urls import check_server_urls
 from kdtrain.config.splits import share_rows
 from kdtrain.config.tree import KeyPath, Node, Problem, Written, dotted
 
-_SERVER = ("base_url", "model", "api_key_env", "top_k", "tail", "timeout_s", "max_retries", "concurrency")
+_SERVER = (
+    "base_url",
+    "model",
+    "api_key_env",
+    "api",
+    "max_requests",
+    "top_k",
+    "tail",
+    "timeout_s",
+    "max_retries",
+    "concurrency",
+    "lookahead",
+    "chat_template_kwargs",
+)
 # By backend: the options of `rlhf.teacher` that it has, and which options name the teacher.
 _TEACHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "hf": (
@@ -84,6 +99,8 @@ def idle_distillation(config: RunConfig, written: Written) -> Iterator[Problem]:
     if not config.options.needs_teacher:
         yield from written.idle(["eval_kd"], "nothing asks the teacher", "rlhf")
     sampling = ["temperature"] if config.answers_from_teacher else ["temperature", "max_new_tokens"]
+    if config.answers_from_teacher and rlhf.teacher.is_served and rlhf.teacher.api != "completions":
+        sampling = []  # messages are answered at this temperature
     sampled = [name for name in ("lmbda", "seq_kd") if getattr(rlhf, name)]
     if not config.options.lm_kd_active:
         zero = "rlhf.llm_kd_weight is 0"
@@ -133,6 +150,8 @@ def teacher_options(config: RunConfig, written: Written) -> Iterator[Problem]:
     for name in TeacherConfig.model_fields:
         if name not in ("backend", *_TEACHER_OPTIONS[backend]):
             yield from written.idle([name], reason, "rlhf", "teacher")
+    if config.rlhf.teacher.is_served:
+        yield from _served(config, written)
     kwargs = config.rlhf.teacher_model_init_kwargs or {}
     path = ("rlhf", "teacher_model_init_kwargs")
     if backend != "hf" and kwargs and config.asks_teacher:
@@ -143,6 +162,32 @@ def teacher_options(config: RunConfig, written: Written) -> Iterator[Problem]:
             message = f"given twice, here and in rlhf.teacher.{option}"
             yield Problem((*path, name), message, "keep one of them", on_key=True)
     yield from loading_arguments(path, kwargs, config.rlhf.teacher_model)
+
+
+def _served(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Addresses that a key or data must not be sent to, and options of targets or answers where there are none."""
+    teacher, path = config.rlhf.teacher, ("rlhf", "teacher")
+    with_key = teacher.api_key_env is not None
+    yield from check_server_urls((*path, "base_url"), teacher.base_url or (), with_key=with_key)
+    if config.options.visual_kd is not None:
+        message = f"has no features to compare ({teacher.backend} is a server), which custom.visual_kd needs"
+        yield Problem((*path, "backend"), message, "use backend: hf, or set custom.visual_kd.enabled: false")
+    if config.options.lm_kd_active and teacher.api == "chat":
+        message = f"only writes answers, and rlhf.llm_kd_weight is {config.rlhf.llm_kd_weight:g}: text has no"
+        hint = "set rlhf.llm_kd_weight: 0, or use a server with log-probabilities of prompts (vLLM) and api: auto"
+        yield Problem((*path, "api"), f"{message} log-probabilities to learn from", hint, on_key=True)
+    if not config.options.lm_kd_active:
+        yield from written.idle(["top_k", "tail", "lookahead"], "rlhf.llm_kd_weight is 0", *path)
+    if not (config.answers_from_teacher or config.rlhf.seq_kd):
+        yield from written.idle(["api", "max_requests"], "the teacher writes no answers", *path)
+
+
+def renormalized_tail(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Top-k targets without their tail, where the student's own mass counts in the divergence."""
+    teacher = config.rlhf.teacher
+    in_force = config.options.lm_kd_active and config.rlhf.beta > 0 and teacher.backend not in ("hf", "self")
+    if in_force and teacher.tail == "renormalize":
+        yield Problem(("rlhf", "teacher", "tail"), RENORMALIZED, "use tail: bucket", level="warning")
 
 
 def model_options(config: RunConfig, written: Written) -> Iterator[Problem]:
@@ -256,6 +301,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (teacher_is_named, (*_KD_SWITCHES, "rlhf.teacher_model", "rlhf.teacher", "tuner.train_type")),
     (idle_distillation, (*_KD_SWITCHES, "rlhf.lmbda", "rlhf.seq_kd", "rlhf.sft_alpha")),
     (teacher_options, (*_KD_SWITCHES, "rlhf.teacher.backend", "rlhf.teacher_model_init_kwargs")),
+    (renormalized_tail, (*_KD_SWITCHES, "rlhf.teacher", "rlhf.beta")),
     (model_options, ("model.init_kwargs", "model.model")),
     (processor_options, ("data.processor_kwargs", "rlhf.teacher.processor_kwargs")),
     (idle_lora, ("tuner.train_type", "tuner.lora_dropout", "rlhf.disable_dropout")),

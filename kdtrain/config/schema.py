@@ -43,6 +43,17 @@ def _name_list(value: Any) -> Any:
     return _names(value)
 
 
+def _urls(value: Any) -> Any:
+    """One address or several, as a tuple."""
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    if not items or not all(isinstance(item, str) and item for item in items):
+        raise wrong("expected an address such as http://127.0.0.1:8000/v1, or a list of them")
+    if len(set(items)) < len(items):
+        raise wrong("the same address is listed twice")
+    return tuple(items)
+
+
+Urls = Annotated[tuple[str, ...], BeforeValidator(_urls), Field(json_schema_extra={"type": ["string", "array"]})]
 Names = Annotated[Any, BeforeValidator(_names), Field(json_schema_extra={"type": ["string", "array"]})]
 NameList = Annotated[tuple[str, ...], BeforeValidator(_name_list)]
 
@@ -244,31 +255,48 @@ class TeacherConfig(Section):
     processor_kwargs: dict[str, Any] | None = None
     """hf: settings of the teacher's image processor; null takes data.processor_kwargs, `{}` those saved with it."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """hf: arguments for the chat template of the conversations as the teacher reads them, such as
+    """hf, vllm, openai: arguments for the chat template of the conversations as the teacher reads them, such as
     `{enable_thinking: true}` where the student's are `{enable_thinking: false}`. They win over
     `data.chat_template_kwargs` and over a row's own; what they lack is as for the student. Both models are compared on
     the same answer: a row in which it has other tokens for the teacher is bad. Answers that are generated stand behind
     the generation prompt of each."""
     prefix: Annotated[Any, Field(json_schema_extra={"type": ["array", "string", "object", "null"]})] = None
     """self, hf: messages only the teacher sees: a list of messages, a file, or `{column: name}`."""
-    base_url: Text | None = None
-    """vllm, openai: address of the API, such as `http://127.0.0.1:8000/v1`."""
+    base_url: Urls | None = None
+    """vllm, openai: address of the API, such as `http://127.0.0.1:8000/v1`, or a list of servers of the same model,
+    over which requests are spread."""
     model: Text | None = None
-    """vllm, openai: the server's name for the teacher."""
+    """vllm, openai: the server's name for the teacher. `teacher_model` may name its tokenizer, by default the
+    student's."""
     api_key_env: Text | None = None
     """vllm, openai: name of the environment variable that holds the API key; never the key itself."""
+    api: Literal["auto", "completions", "chat"] = "auto"
+    """vllm, openai: how the teacher is asked to write answers: token ids to `/completions`, messages to
+    `/chat/completions` (all that most APIs offer; only for answers, without a KD weight), or the first where it
+    works."""
+    max_requests: Count | None = None
+    """vllm, openai: requests for answers after which the run stops, with all answers kept; null: no limit."""
     top_k: Count = 64
-    """vllm, openai: most likely tokens asked for per position."""
+    """vllm, openai: most likely tokens asked for per position. A vLLM server gives up to its `--max-logprobs`, 20
+    unless raised."""
     tail: Tail = DEFAULT_TAIL
     """vllm, openai, cache: probability outside the top k as one bucket, or dropped by renormalising both sides."""
     timeout_s: Positive = 60.0
     """vllm, openai: seconds to wait for one reply."""
     max_retries: Annotated[Whole, Field(ge=0)] = 5
-    """vllm, openai: further attempts after a failed request."""
+    """vllm, openai: further attempts after a failed connection, a 429 or a 5xx."""
     concurrency: Count = 8
-    """vllm, openai: requests in flight at a time."""
+    """vllm, openai: requests in flight at a time, per server and process."""
+    lookahead: Annotated[Whole, Field(ge=0)] = 2
+    """vllm, openai: optimizer steps whose targets are fetched ahead, while earlier ones train; not of answers that are
+    generated for the step."""
     path: Text | None = None
     """cache: folder written by `kdtrain cache`."""
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the teacher runs on a server."""
+        return self.backend in ("vllm", "openai")
 
     @field_validator("backend", mode="before")
     @classmethod

@@ -14,6 +14,7 @@ tokens.py        spans of characters -> spans of tokens
 encoder.py       row -> input_ids, labels, prompt_length
 multimodal.py    what a processor makes of text and images
 alignment.py     where the text between the images is in what a processor makes of it
+conversation.py  the messages of a row, kept beside its tokens
 encoded_row.py   a row as tokens, rows that were tokens already, and what becomes of those that are too long
 cache.py         all rows encoded, in parallel, cached by content
 segments.py      the text of a row's tokens, cut where supervision begins and ends

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from kdtrain.data.images import Image
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX, next_token_labels
 
@@ -48,6 +49,11 @@ class Rows:
     """Whether each row was cut at `max_length`; empty where none was."""
     places: Sequence[int] | None = None
     """Which of the rows to be collated each one comes from, in their order; None where each of them became one."""
+    chats: Sequence[str | None] = ()
+    """Their conversations as of `kdtrain.data.conversation`, for a teacher that reads messages; empty where the data
+    set does not keep them."""
+    images: Sequence[Sequence[Image]] = ()
+    """Beside `chats`: the images of each row, in the order of its image parts, and maybe more of a row that was cut."""
 
     def name(self, row: int) -> str:
         return self.ids[row] if row < len(self.ids) and self.ids[row] else str(row)

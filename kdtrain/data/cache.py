@@ -56,6 +56,7 @@ _FEATURES = datasets.Features(
         "teacher_input_ids": datasets.Sequence(datasets.Value("int32")),
         "teacher_labels": datasets.Sequence(datasets.Value("int32")),
         "teacher_prompt_length": datasets.Value("int32"),
+        "chat": datasets.Value("large_string"),  # null unless the encoder keeps it
     }
 )
 
@@ -145,6 +146,7 @@ def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], 
         "own_template": encoder.chat_template or encoder.processing_class.chat_template or tokenizer.chat_template,
         "template": vars(encoder.options),
         "prompts": encoder.prompts,
+        "chats": encoder.keep_chats,
         "limits": [limits.max_length, limits.on_overlength],
         "columns": [dict(source.columns) if source.columns else None for source in sources],
         "answers": [source.answers for source in sources],

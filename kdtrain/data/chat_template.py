@@ -177,7 +177,7 @@ class ChatTemplate:
             notes = (*notes, STOP_ADDED)
         if not turn.spans:
             notes = (*notes, MARKED_OUT)
-        return Rendered(text, (turn,), i + 1, stop=stop, notes=notes)
+        return Rendered(text, (replace(turn, messages=i + 1),), i + 1, stop=stop, notes=notes)
 
     def _with_reasoning(self, call: _Call, i: int, prompt: str, text: str) -> tuple[str, int, list[tuple[int, int]]]:
         """The answer with reasoning that the template does not render, in the block that its prompt opens."""

@@ -132,6 +132,7 @@ class Collator:
                 ce=torch.tensor([bool(row.get("ce", True)) for row, _ in kept]),
                 truncated=truncated if any(truncated) else (),
                 places=None if places == list(range(given)) else places,
+                **_conversations([row for row, _ in kept]),
             ),
             teacher_tokens=self._teacher_tokens([row for _, row in fitting]),
         )
@@ -296,6 +297,14 @@ class Collator:
     def _unsupervised(row: EncodedRow, length: int) -> EncodedRow:
         ids = row.input_ids[:length]
         return replace(row, input_ids=ids, labels=[IGNORE_INDEX] * len(ids), prompt_length=len(ids))
+
+
+def _conversations(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The `chats` and `images` of rows whose data set keeps them, see `build_dataset`."""
+    if not all("input_ids" in row and "chat" in row for row in rows):
+        return {}
+    images = [tuple(stored_image(record) for record in row.get("images") or ()) for row in rows]
+    return {"chats": [row["chat"] for row in rows], "images": images}
 
 
 @contextmanager

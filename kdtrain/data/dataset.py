@@ -102,6 +102,7 @@ def build_dataset(
     held_out: HeldOut | None = None,
     prompts: bool = True,
     image_root: str | None = None,
+    keep_chats: bool = False,
     **options: Any,
 ) -> tuple[datasets.Dataset, BuildReport]:
     """Reads, mixes and encodes sources, in their order and unshuffled.
@@ -123,6 +124,7 @@ def build_dataset(
         prompts: whether rows without an answer can be used. Otherwise they are bad rows, and a conversation that goes
             on after its last answer ends there.
         image_root: folder that relative paths of images are relative to; by default that of the data file.
+        keep_chats: rows come with their conversation, for a teacher that reads messages.
         options: see `encode_row`.
 
     Returns:
@@ -133,7 +135,8 @@ def build_dataset(
         rows): pixels are made by the collator. If any source has `answers="teacher"`, also `answers` (True: the row is
         a prompt that the teacher answers). If the teacher reads another text than the student in any row, also
         `teacher_input_ids`, `teacher_labels` and `teacher_prompt_length` (None in the other rows): its supervised
-        tokens are those of `labels`, in their order.
+        tokens are those of `labels`, in their order. With `keep_chats` also `chat`, as of `kdtrain.data.conversation`:
+        up to the last answer that the row trains, and None for plain text and for rows cut within their first prompt.
 
     Raises:
         DataError: nothing to read, too many bad rows, over-long rows with `error`, no row left, or a tokenizer or
@@ -153,6 +156,7 @@ def build_dataset(
         held_out=held_out,
         prompts=prompts,
         image_root=image_root,
+        keep_chats=keep_chats,
         **options,
     ) as rows:
         rows.refuse(max_bad_rows)
@@ -170,6 +174,7 @@ class EncodedSources:
     limits: Limits
     rows: np.ndarray  # numbers of the encoded rows that make up the data set, as often as it repeats them
     report: BuildReport
+    keep_chats: bool = False
 
     @cached_property
     def made_of(self) -> np.ndarray:
@@ -190,7 +195,7 @@ class EncodedSources:
 
     def dataset(self) -> datasets.Dataset:
         """What `build_dataset` returns."""
-        return _assemble(self.encoded, self.raw, self.sources, self.rows, self.report)
+        return _assemble(self.encoded, self.raw, self.sources, self.rows, self.report, self.keep_chats)
 
 
 @contextmanager
@@ -248,7 +253,7 @@ def encode_sources(
                 rows = epoch = planned[kept[planned]]
             _count_tokens(encoded, epoch, limits, report)
             report.image_extremes = _image_extremes(encoded, raw, rows)
-            yield EncodedSources(raw, encoded, sources, sizes, limits, rows, report)
+            yield EncodedSources(raw, encoded, sources, sizes, limits, rows, report, encoder.keep_chats)
     except OSError as error:  # sources raise DataError on their own: this is a full or read-only disk
         raise DataError(
             f"cannot write the data cache {show(str(folder), 400)}: {error}. Make room, or set cache_dir"
@@ -392,7 +397,12 @@ def _image_extremes(encoded: datasets.Dataset, raw: datasets.Dataset, rows: np.n
 
 
 def _assemble(
-    encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[Source], rows: np.ndarray, report: BuildReport
+    encoded: datasets.Dataset,
+    raw: datasets.Dataset,
+    sources: Sequence[Source],
+    rows: np.ndarray,
+    report: BuildReport,
+    keep_chats: bool,
 ) -> datasets.Dataset:
     made_of = encoded["raw"][:]
     sources_of = raw["source"][:]
@@ -406,4 +416,5 @@ def _assemble(
     columns += ["text", "images"] if report.images else []
     columns += [f"teacher_{name}" for name in ("input_ids", "labels", "prompt_length")] * bool(report.teacher_text_rows)
     columns += ["answers"] if any(source.answers == "teacher" for source in sources) else []
+    columns += ["chat"] * keep_chats
     return full.select_columns(columns)

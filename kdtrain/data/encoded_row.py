@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kdtrain.data.conversation import first_messages
 from kdtrain.data.errors import show
 from kdtrain.data.images import Image
 from kdtrain.data.multimodal import Processed
@@ -32,6 +33,7 @@ class EncodedRow:
     kind: str = "chat"  # chat | completion | text
     prompt_only: bool = False
     turn_starts: tuple[int, ...] = ()  # prompt lengths of the supervised turns, for truncated rows
+    turn_messages: tuple[int, ...] = ()  # of the conversation, up to and with each of these turns
     extended: bool = False  # the stop token was outside the template's markers and was added to the mask
     unterminated: bool = False  # a supervised turn ends without a token that would make the model stop
     text: str | None = None  # of a row with images: the rendered conversation, one placeholder per image
@@ -41,6 +43,7 @@ class EncodedRow:
     images_end: int = 0  # leading tokens that must stay, or the model would miss a part of an image
     processed: Processed | None = field(default=None, repr=False, compare=False)  # where `RowEncoder` keeps pixels
     teacher: EncodedRow | None = None  # the row as the teacher reads it, where that is other text; labels are the same
+    chat: str | None = None  # as of conversation.py, where `RowEncoder` keeps it
 
     @property
     def supervised(self) -> int:
@@ -132,7 +135,8 @@ def truncate(row: EncodedRow, max_length: int) -> EncodedRow | None:
     # All images of the row reach the model, so that a prompt to generate from needs all of their tokens.
     fitting = [start for start in row.turn_starts if row.images_end <= start < max_length]
     start = fitting[-1] if fitting else 0
-    return replace(row, input_ids=row.input_ids[:max_length], labels=labels, prompt_length=start)
+    cut = replace(row, input_ids=row.input_ids[:max_length], labels=labels, prompt_length=start)
+    return _with_turns(cut, len(fitting))
 
 
 def _truncate_both(row: EncodedRow, teacher: EncodedRow, max_length: int) -> EncodedRow | None:
@@ -148,7 +152,14 @@ def _truncate_both(row: EncodedRow, teacher: EncodedRow, max_length: int) -> Enc
         replace(view, input_ids=view.input_ids[:end], labels=view.labels[:end], prompt_length=start)
         for view, end, start in zip(views, ends, fitting[-1] if fitting else (0, 0), strict=True)
     )
-    return replace(own, teacher=other)
+    return _with_turns(replace(own, teacher=other), len(fitting))
+
+
+def _with_turns(row: EncodedRow, turns: int) -> EncodedRow:
+    """A row that was cut, with the conversation up to the last of its turns that begins in it."""
+    if row.chat is None or (turns and not row.turn_messages):
+        return row
+    return replace(row, chat=first_messages(row.chat, row.turn_messages[turns - 1]) if turns else None)
 
 
 def _end(row: EncodedRow, kept: int, max_length: int) -> int:

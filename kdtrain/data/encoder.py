@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from kdtrain.data.chat_template import (
     Rendered,
     TemplateOptions,
 )
+from kdtrain.data.conversation import chat_text, pair_text
 from kdtrain.data.encoded_row import EncodedRow
 from kdtrain.data.errors import RowError, show
 from kdtrain.data.media import parse_media_row
@@ -101,6 +102,7 @@ class RowEncoder:
     `image_root` is what paths of images are relative to, instead of the folder of each row.
     `keep_pixels`: rows with images come with what the processor made of them. Not for a data set: it fills the memory.
     `prompts`: rows without an answer can be used, see `kdtrain.data.rows.answered`.
+    `keep_chats`: rows come with their conversation, see conversation.py.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class RowEncoder:
         image_root: str | None = None,
         keep_pixels: bool = False,
         prompts: bool = True,
+        keep_chats: bool = False,
         **options: Any,
     ) -> None:
         self.options = TemplateOptions(train_on, **options)
@@ -130,6 +133,7 @@ class RowEncoder:
         self.image_root = image_root
         self._keep_pixels = keep_pixels
         self.prompts = prompts
+        self.keep_chats = keep_chats
         self._templates: dict[tuple[bool, bool], ChatTemplate] = {}
         self._bos: list[int] = []
         self._settings = ""
@@ -175,7 +179,8 @@ class RowEncoder:
                 if isinstance(parsed, PlainText):
                     results[i] = [self._verified(self._encode_text(parsed), parsed.notes)]
                 elif isinstance(parsed, Pair):
-                    results[i] = [self._verified(self._encode_pair(parsed), parsed.notes)]
+                    encoded = self._verified(self._encode_pair(parsed), parsed.notes)
+                    results[i] = [self._with_chat(encoded, pair_text, parsed)]
                 else:
                     texts = [_Text(i, parsed, *rendered) for rendered in self._render(parsed)]
                     chats += texts
@@ -215,9 +220,12 @@ class RowEncoder:
                 encoded = self._verified(encoded, (*one.chat.notes, *one.rendered.notes))
                 if one.teacher and teacher_tokens:
                     encoded = self._add_teacher(encoded, one.teacher, teacher_tokens)
-                found.append(encoded)
+                found.append(self._with_chat(encoded, chat_text, one.chat, one.rendered.messages, self.options))
             except RowError as error:
                 results[one.row] = error
+
+    def _with_chat(self, row: EncodedRow, text: Callable[..., str], *arguments: Any) -> EncodedRow:
+        return replace(row, chat=text(*arguments)) if self.keep_chats else row
 
     def _render(self, chat: Chat) -> list[tuple[Rendered, TeacherText | None]]:
         """The texts that a conversation becomes, each with the teacher's where that is another."""
@@ -364,6 +372,7 @@ class RowEncoder:
             starts[-1],
             "chat",
             turn_starts=starts,
+            turn_messages=tuple(turn.messages for turn in rendered.turns),
             extended=any(turn.extended for turn in rendered.turns),
             unterminated=not all(turn.terminated for turn in rendered.turns),
             notes=(APART if apart else STRADDLED,) if straddled else (),

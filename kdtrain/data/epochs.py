@@ -54,6 +54,7 @@ class Epochs:
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        self._weights, self._seed = list(weights), seed
         self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self._sizes = list(sizes)
         self._copies, self._rests = [], []
@@ -64,6 +65,14 @@ class Epochs:
 
     def __len__(self) -> int:
         return sum(c * size + rest.rows for c, size, rest in zip(self._copies, self._sizes, self._rests, strict=True))
+
+    def without(self, rows: Sequence[int]) -> Epochs:
+        """The epochs of the data set without some of its rows."""
+        sources = np.searchsorted(self._starts, rows, side="right") - 1
+        gone = np.bincount(sources, minlength=len(self._sizes))
+        return Epochs(
+            [size - int(count) for size, count in zip(self._sizes, gone, strict=True)], self._weights, self._seed
+        )
 
     def rows(self, epoch: int) -> np.ndarray:
         """Row numbers of an epoch, counted from 0; each source's copies first, then its rest."""

@@ -254,6 +254,16 @@ def png(image: Any) -> bytes:
     return buffer.getvalue()
 
 
+def blanked(image: Image) -> Image:
+    """An image of the same size in one colour: its mean, or another where it has only one colour itself."""
+    pil, _ = _pil()
+    pixels = image.load()
+    colour = pixels.resize((1, 1), pil.Resampling.BOX).getpixel((0, 0))
+    if all(low == high for low, high in pixels.getextrema()):
+        colour = tuple(0 if value > 127 else 255 for value in colour)
+    return Image(None, png(pil.new("RGB", pixels.size, colour)))
+
+
 def _upright_rgb(image: Any) -> tuple[Any, tuple[str, ...]]:
     pil, ops = _pil()
     image = ops.exif_transpose(image)

@@ -20,6 +20,7 @@ class Turn:
     spans: tuple[tuple[int, int], ...]
     terminated: bool = True  # it ends with a token that makes the model stop
     extended: bool = False  # that token stands outside of the template's own markers
+    messages: int = 0  # of the conversation, up to and with its own
 
 
 @dataclass(frozen=True)

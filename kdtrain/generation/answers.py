@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,80 +20,75 @@ import datasets
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from kdtrain.data.batch import Batch
+from kdtrain.data.errors import RowError
 from kdtrain.data.images import stored_image
-from kdtrain.errors import NotAvailableError
-from kdtrain.generation.generate import completions
-from kdtrain.generation.sampling import generation_config, token_roles
+from kdtrain.generation.writers import Writer, prompt_ids
 from kdtrain.losses.reduce import IGNORE_INDEX
-from kdtrain.models.vocabulary import vocabulary_size
 from kdtrain.ranks import is_main
+from kdtrain.teachers.base import Written
 
 logger = logging.getLogger(__name__)
 
-Answer = np.ndarray
-"""Token ids, int32: as lists they would take ten times the memory."""
-Collate = Callable[[list[dict[str, Any]]], Batch]
+
+@dataclass(frozen=True)
+class Answer:
+    """What is kept of an answer."""
+
+    ids: np.ndarray
+    """Token ids, int32: as lists they would take ten times the memory."""
+    cut: bool
+    refused: str | None = None
+    message: Mapping[str, Any] | None = None
+    """The answer, where it is not tokens yet: see `message_answers.py`."""
+    labels: np.ndarray | None = None
+    """int32, where not all of `ids` is supervised."""
 
 
 class TeacherAnswers:
-    """Generates and remembers a teacher's answers.
+    """Gets and remembers a teacher's answers.
 
     Args:
-        teacher: put on the device and into eval mode.
-        processing_class: what the rows were encoded with.
+        writer: writes them.
         folder: where answers are kept; made when the first one is.
         identity: whatever names the teacher and its loading; other values are other answers.
-        vocabulary: token ids that both models know; the teacher's others (padding) are never generated.
         progress: called with the number of answers there are, and how many are needed; on the main process only.
     """
 
     def __init__(
         self,
-        teacher: PreTrainedModel,
-        processing_class: Any,
-        collate: Collate,
+        writer: Writer,
         folder: Path,
         *,
         identity: Mapping[str, Any],
-        max_new_tokens: int,
-        vocabulary: int,
-        batch_size: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        if is_deepspeed_zero3_enabled():
-            raise NotAvailableError(
-                "answers: teacher is not available under DeepSpeed ZeRO-3, which keeps the teacher in pieces until "
-                "training begins: generate them in a run of its own (training.max_steps: 1) without it."
-            )
-        roles = token_roles(processing_class, teacher, range(vocabulary, vocabulary_size(teacher)))
-        self._config = generation_config(roles.stop, roles.pad, None, max_new_tokens, roles.forbidden)
-        self._stops, self._collate, self._batch_size, self._progress = set(roles.stop), collate, batch_size, progress
-        self._state = PartialState()
-        if getattr(teacher, "hf_device_map", None) is None:
-            teacher.to(self._state.device)
-        self._teacher = teacher.eval()
-        settings = {**identity, "stops": roles.stop, "max_new_tokens": max_new_tokens, "vocabulary": vocabulary}
+        self._writer, self._progress, self._state = writer, progress, PartialState()
+        settings = {**identity, **writer.settings}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
         self._folder = folder / digest[:16]
 
     def fill(self, dataset: datasets.Dataset) -> datasets.Dataset:
         """The data set with an answer in every row whose column `answers` is true, supervised as in `generate_batch`.
 
-        A collective: the ranks share the work, and all of them get all answers.
+        A collective: the ranks share the work, and all of them get all answers. A row without a usable answer keeps
+        its prompt alone; `refused` has what became of it.
         """
+        self.refused: dict[int, str] = {}
         if "answers" not in dataset.column_names:
             return dataset
-        keys = _keys(dataset)
+        keys = _keys(dataset, by_message=self._writer.encoder is not None)
         wanted = {key: i for i, key in enumerate(keys) if key is not None}
         # Together, before any rank writes: all have to see the same ones missing.
         known = dict(gather_object(list(self._stored().items())))
-        made = self._generate(dataset, keys, [i for key, i in wanted.items() if key not in known], len(wanted))
+        missing = [i for key, i in wanted.items() if key not in known]
+        if missing and is_main():
+            self._writer.announce(dataset, missing)
+        made = self._generate(dataset, keys, missing, len(wanted))
         known |= dict(gather_object(made))
-        cut = sum(self._stops.isdisjoint(known[key].tolist()) for key in wanted)
+        known |= {key: self._encoded(dataset[i], known[key]) for key, i in wanted.items() if known[key].message}
+        self.refused = {i: reason for i, key in enumerate(keys) if key is not None and (reason := known[key].refused)}
+        cut = sum(known[key].cut for key in wanted)
         if cut and is_main():
             logger.warning("%d of the teacher's %d answers reached rlhf.max_new_tokens.", cut, len(wanted))
         return self._with_answers(dataset, keys, known)
@@ -100,38 +96,54 @@ class TeacherAnswers:
     def _generate(
         self, dataset: datasets.Dataset, keys: Sequence[str | None], missing: Sequence[int], total: int
     ) -> list[tuple[str, Answer]]:
-        """This rank's share of the missing answers, written down batch by batch."""
+        """This rank's share of the missing answers, each on disk as soon as it is there."""
         lengths = dataset["prompt_length"][:]
         # The longest first: if memory is short, that is known at once.
         order = sorted(missing, key=lambda i: -lengths[i])
-        state, made = self._state, []
-        own = order[state.process_index :: state.num_processes]
+        ranks, made = self._state.num_processes, dict[str, Answer]()
+        own = order[self._state.process_index :: ranks]
+        if not own:
+            return []
         self._folder.mkdir(parents=True, exist_ok=True)
-        for start in range(0, len(own), self._batch_size):
-            batch = own[start : start + self._batch_size]
-            answers = [
-                (str(keys[i]), ids) for i, ids in zip(batch, self._answers([dataset[i] for i in batch]), strict=True)
-            ]
-            with open(self._folder / f"rank{state.process_index}.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"prompt": key, "answer": ids.tolist()}) + "\n" for key, ids in answers)
+        with open(self._folder / f"rank{self._state.process_index}.jsonl", "ab") as file:
+            if file.tell():
+                file.write(b"\n")  # behind a line of which a killed run has written a part
+
+            def keep(answers: Sequence[tuple[int, Written]]) -> None:
+                for i, written in answers:
+                    file.write(_line(str(keys[i]), written))
+                    ids = np.array(written.ids, dtype=np.int32)
+                    made[str(keys[i])] = Answer(ids, written.cut, written.refused, written.message)
                 file.flush()
                 os.fsync(file.fileno())
-            made += answers
-            if is_main():
-                self._progress(min(total - len(missing) + len(made) * state.num_processes, total), total)
-        return made
+                if is_main():
+                    self._progress(min(total - len(missing) + len(made) * ranks, total), total)
 
-    def _answers(self, rows: list[dict[str, Any]]) -> list[Answer]:
-        batch = self._collate(rows).as_teacher_sees_it().to(self._state.device)
-        return [np.array(ids, dtype=np.int32) for ids in completions(self._teacher, batch, self._config, seed=0)]
+            self._writer.write(dataset, own, keys, keep)
+        return list(made.items())
 
     def _stored(self) -> dict[str, Answer]:
         """Answers of an earlier run that was stopped."""
-        return {
-            record["prompt"]: np.array(record["answer"], dtype=np.int32)
-            for file in sorted(self._folder.glob("rank*.jsonl"))
-            for record in _lines(file)
-        }
+        stored = {}
+        for file in sorted(self._folder.glob("rank*.jsonl")):
+            for record in _lines(file):
+                ids = np.array(record["answer"], dtype=np.int32)
+                cut = record.get("cut", self._writer.stops.isdisjoint(record["answer"]))
+                stored[record["prompt"]] = Answer(ids, cut, record.get("refused"), record.get("message"))
+        return stored
+
+    def _encoded(self, row: Mapping[str, Any], answer: Answer) -> Answer:
+        """An answer that is a message, as tokens behind the prompt of a row. What is kept on disk is the message: other
+        options of the data make other tokens of it, and it is paid for."""
+        assert answer.message is not None
+        assert self._writer.encoder is not None, "who writes messages can encode them"
+        try:
+            ids, labels = self._writer.encoder.encode(row, answer.message, answer.cut)
+        except RowError as error:
+            return replace(answer, refused=str(error), message=None)
+        all_supervised = ids == labels
+        of_labels = None if all_supervised else np.array(labels, dtype=np.int32)
+        return replace(answer, ids=np.array(ids, dtype=np.int32), message=None, labels=of_labels)
 
     def _with_answers(
         self, dataset: datasets.Dataset, keys: Sequence[str | None], answers: Mapping[str, Answer]
@@ -145,9 +157,10 @@ class TeacherAnswers:
             for prefix in prefixes:
                 length = tokens.pop(f"{prefix}prompt_length")
                 if key is not None and length is not None:  # the teacher's are null where it reads the student's
-                    prompt, answer = row[f"{prefix}input_ids"][:length], answers[key].tolist()
-                    tokens[f"{prefix}input_ids"] = prompt + answer
-                    tokens[f"{prefix}labels"] = [IGNORE_INDEX] * len(prompt) + answer
+                    prompt, answer = row[f"{prefix}input_ids"][:length], answers[key]
+                    labels = answer.ids if answer.labels is None else answer.labels
+                    tokens[f"{prefix}input_ids"] = prompt + answer.ids.tolist()
+                    tokens[f"{prefix}labels"] = [IGNORE_INDEX] * len(prompt) + labels.tolist()
             return tokens
 
         names = [f"{prefix}{name}" for prefix in prefixes for name in ("input_ids", "labels")]
@@ -164,6 +177,12 @@ class TeacherAnswers:
         return datasets.concatenate_datasets([dataset.remove_columns(names), tokens], axis=1)
 
 
+def _line(key: str, written: Written) -> bytes:
+    record: dict[str, Any] = {"prompt": key, "answer": written.ids, "cut": written.cut}
+    record |= {name: value for name in ("refused", "message") if (value := getattr(written, name)) is not None}
+    return json.dumps(record).encode() + b"\n"
+
+
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
     for line in file.read_bytes().splitlines():
         try:
@@ -172,18 +191,17 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
             continue  # written only in part when the run was killed
 
 
-def _keys(dataset: datasets.Dataset) -> list[str | None]:
-    """What each row asks, the teacher's prompt and its images; None where it has an answer."""
+def _keys(dataset: datasets.Dataset, by_message: bool) -> list[str | None]:
+    """What each row asks, the teacher's prompt or messages and their images; None where it has an answer."""
     columns = ["input_ids", "prompt_length", "answers"]
-    more = ("text", "images", "teacher_input_ids", "teacher_prompt_length")
+    more = ("text", "images", "chat", "teacher_input_ids", "teacher_prompt_length")
     columns += [name for name in more if name in dataset.column_names]
-    return [_key(row) if row["answers"] else None for row in dataset.select_columns(columns)]
+    return [_key(row, by_message) if row["answers"] else None for row in dataset.select_columns(columns)]
 
 
-def _key(row: Mapping[str, Any]) -> str:
-    prefix = "" if row.get("teacher_input_ids") is None else "teacher_"
-    prompt = row[f"{prefix}input_ids"][: row[f"{prefix}prompt_length"]]
-    digest = hashlib.sha256(json.dumps(prompt).encode())
+def _key(row: Mapping[str, Any], by_message: bool) -> str:
+    asked = row["chat"] if by_message else json.dumps(prompt_ids(row))
+    digest = hashlib.sha256(asked.encode())
     for image in row.get("images") or ():
         digest.update(stored_image(image).identity)
     return digest.hexdigest()[:32]

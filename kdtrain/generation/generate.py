@@ -40,7 +40,7 @@ def completions(model: nn.Module, batch: Batch, config: GenerationConfig, *, see
         batch: as this model sees it.
         seed: of the sampling, so that a resumed run samples what the uninterrupted one did.
     """
-    prompts = _prompts(batch)
+    prompts = prompts_of(batch)
     device = batch.model_inputs["input_ids"].device
     if batch.unknown_inputs:
         raise DataError(
@@ -74,7 +74,7 @@ def with_completions(batch: Batch, written: Sequence[Sequence[int]], pad_id: int
     Args:
         multiple: pad the result to a multiple of this length.
     """
-    prompts, device = _prompts(batch), batch.model_inputs["input_ids"].device
+    prompts, device = prompts_of(batch), batch.model_inputs["input_ids"].device
     tokens = _answered(prompts, written, pad_id, multiple, device)
     labels = tokens.pop("labels")
     for key, values in batch.token_level.items():
@@ -85,7 +85,7 @@ def with_completions(batch: Batch, written: Sequence[Sequence[int]], pad_id: int
         tokens[key] = grown
     teacher = batch.teacher_tokens
     if teacher is not None:
-        of_teacher = _prompts(batch.as_teacher_sees_it())
+        of_teacher = prompts_of(batch.as_teacher_sees_it())
         teacher = replace(teacher, **_answered(of_teacher, written, pad_id, multiple, device))
     return replace(batch, model_inputs={**batch.model_inputs, **tokens}, labels=labels, teacher_tokens=teacher)
 
@@ -128,7 +128,7 @@ def _check_images_in_prompts(model: Any, batch: Batch, prompts: Sequence[Sequenc
             )
 
 
-def _prompts(batch: Batch) -> list[list[int]]:
+def prompts_of(batch: Batch) -> list[list[int]]:
     """Each row's prompt without padding."""
     ids = batch.model_inputs["input_ids"]
     if batch.rows.prompt_lengths is not None:

@@ -1,16 +1,19 @@
 """Cross-entropy and divergence from materialised logits: the reference that faster paths are compared with.
 
-Shapes: N supervised tokens, V vocabulary. The contract is that of a fused loss (sums and one differentiable scalar),
-so that the trainer does not know which of them it calls.
+Shapes: N supervised tokens, V vocabulary, K known tokens. The contract is that of a fused loss (sums and one
+differentiable scalar), so that the trainer does not know which of them it calls.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from kdtrain.losses.divergence import entropy, generalized_jsd
-from kdtrain.losses.kinds import Divergence
+from kdtrain.losses.kinds import Divergence, Tail
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, normaliser
+from kdtrain.losses.topk import TopKLogprobs, check_targets, coarse_grain
 
 
 def dense_distillation_loss(
@@ -18,12 +21,14 @@ def dense_distillation_loss(
     labels: torch.Tensor,
     teacher_logits: torch.Tensor | None = None,
     *,
+    targets: TopKLogprobs | None = None,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     ce_mask: torch.Tensor | None = None,
     beta: float = 0.5,
     temperature: float = 1.0,
     divergence: Divergence = "jsd",
+    tail: Tail = "bucket",
     num_items: torch.Tensor | int | None = None,
 ) -> FusedLoss:
     """(kd_weight · Σ divergence + ce_weight · Σ cross-entropy) / num_items over tokens whose label is not −100.
@@ -31,9 +36,12 @@ def dense_distillation_loss(
     Args:
         student_logits: [N, V].
         labels: [N], already shifted: row i of the logits predicts labels[i]; −100 is ignored.
-        teacher_logits: [N, V], no graph. None skips the divergence, whatever kd_weight says.
+        teacher_logits: [N, V], no graph. Without them and without targets there is no divergence, whatever kd_weight
+            says.
+        targets: a top-k teacher instead: row i is the teacher of token i, [N, K].
         kd_weight, ce_weight: ≥ 0. At kd_weight 0 the divergence is not computed.
         ce_mask: [N] bool, tokens that take part in the cross-entropy; None is all of them. The others still count in D.
+        beta, temperature, divergence, tail: as in `generalized_jsd` and `topk_divergence`.
         num_items: D; None is the number of supervised tokens in `labels`.
 
     The cross-entropy is that of temperature 1; all sums are computed in float32. With no supervised token every sum is
@@ -42,31 +50,34 @@ def dense_distillation_loss(
     Raises:
         ValueError: shapes that do not fit, a negative weight, and what `generalized_jsd` refuses.
     """
-    _check(student_logits, labels, teacher_logits, kd_weight, ce_weight)
+    _check(student_logits, labels, teacher_logits, targets, kd_weight, ce_weight, tail)
     keep = labels != IGNORE_INDEX
     student = student_logits[keep].float()
-    targets = labels[keep]
+    kept_labels = labels[keep]
     num_tokens = keep.sum()
 
     # cross_entropy ignores by the same index, and its "sum" over nothing is a 0 that still has a gradient path.
-    ce_targets = targets if ce_mask is None else targets.masked_fill(~ce_mask[keep], IGNORE_INDEX)
-    ce_sum = torch.nn.functional.cross_entropy(student, ce_targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    ce_labels = kept_labels if ce_mask is None else kept_labels.masked_fill(~ce_mask[keep], IGNORE_INDEX)
+    ce_sum = torch.nn.functional.cross_entropy(student, ce_labels, ignore_index=IGNORE_INDEX, reduction="sum")
     loss = (
         ce_weight * ce_sum if ce_weight > 0 else student[:0].sum()
     )  # an empty sum: 0 with a gradient path, −inf or not
     kd_sum = num_agree = teacher_entropy = None
     with torch.no_grad():
-        top1 = student.argmax(-1)
-        num_correct = (top1 == targets).sum()
+        num_correct = (student.argmax(-1) == kept_labels).sum()
         student_entropy = entropy(student).sum()
-    if teacher_logits is not None:
-        teacher = teacher_logits[keep].to(device=student.device, dtype=torch.float32)
+    compared = None
+    if targets is not None:
+        compared = _with_topk(student, targets[keep.to(targets.indices.device)], tail)
+    elif teacher_logits is not None:
+        compared = _with_logits(student, teacher_logits[keep])
+    if compared is not None:
         if kd_weight > 0:
-            kd_sum = generalized_jsd(student, teacher, beta, temperature, divergence).sum()
+            kd_sum = generalized_jsd(compared.student, compared.teacher, beta, temperature, divergence).sum()
             loss = loss + kd_weight * kd_sum
+        num_agree = compared.num_agree
         with torch.no_grad():
-            num_agree = (top1 == teacher.argmax(-1)).sum()
-            teacher_entropy = entropy(teacher).sum()
+            teacher_entropy = entropy(compared.teacher).sum()
     return FusedLoss(
         loss=loss / normaliser(num_items, num_tokens),
         kd_sum=None if kd_sum is None else kd_sum.detach(),
@@ -79,12 +90,38 @@ def dense_distillation_loss(
     )
 
 
+class _Compared(NamedTuple):
+    """What the divergence is taken of, float32, over the same outcomes on both sides."""
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    num_agree: torch.Tensor
+
+
+def _with_logits(student: torch.Tensor, teacher: torch.Tensor) -> _Compared:
+    teacher = teacher.to(device=student.device, dtype=torch.float32)
+    return _Compared(student, teacher, (student.argmax(-1) == teacher.argmax(-1)).sum())
+
+
+def _with_topk(student: torch.Tensor, targets: TopKLogprobs, tail: Tail) -> _Compared:
+    """The student over the outcomes that the teacher is known by; they agree on the most likely token it named."""
+    known, teacher = coarse_grain(student, targets, tail)
+    targets = targets.to(student.device)
+    top = targets.logprobs.argmax(-1, keepdim=True)  # a missing entry has −inf
+    top_ids = targets.indices.gather(1, top).clamp(min=0)
+    with torch.no_grad():
+        agree = (student.gather(1, top_ids) == student.amax(-1, keepdim=True)).sum()
+    return _Compared(known, teacher, agree)
+
+
 def _check(
     student_logits: torch.Tensor,
     labels: torch.Tensor,
     teacher_logits: torch.Tensor | None,
+    targets: TopKLogprobs | None,
     kd_weight: float,
     ce_weight: float,
+    tail: Tail,
 ) -> None:
     if student_logits.ndim != 2 or labels.shape != student_logits.shape[:1]:
         raise ValueError(
@@ -96,5 +133,9 @@ def _check(
             f"student logits are {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)}: "
             "both must be [N, V] over the same tokens and the same vocabulary"
         )
+    if teacher_logits is not None and targets is not None:
+        raise ValueError("pass a teacher's logits or its top-k targets, not both")
+    if targets is not None:
+        check_targets(targets, len(labels), student_logits.shape[1], tail)
     if not (kd_weight >= 0 and ce_weight >= 0):
         raise ValueError(f"weights must be non-negative, got kd_weight={kd_weight}, ce_weight={ce_weight}")

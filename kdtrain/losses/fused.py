@@ -196,10 +196,6 @@ def _to_fused_loss(loss: torch.Tensor, sums: list[torch.Tensor], call: Call) -> 
 
 def _with_masked_columns(hidden: torch.Tensor, labels: torch.Tensor, call: Call) -> FusedLoss:
     """The same sums from whole logits that autograd knows, for heads that mask columns."""
-    if call.targets is not None:
-        raise ValueError(
-            "top-k targets and a head whose bias is −inf for some tokens cannot be combined: slice those tokens off"
-        )
     teacher_logits = None
     with torch.autocast(hidden.device.type, enabled=False):
         if call.teacher is not None and call.teacher_hidden is not None:
@@ -208,12 +204,14 @@ def _with_masked_columns(hidden: torch.Tensor, labels: torch.Tensor, call: Call)
             call.student.differentiable_logits(hidden),
             labels,
             teacher_logits,
+            targets=call.targets,
             kd_weight=call.options.kd_weight,
             ce_weight=call.options.ce_weight,
             ce_mask=call.ce_mask,
             beta=call.options.beta,
             temperature=call.options.temperature,
             divergence=call.options.divergence,
+            tail=call.options.tail,
             num_items=call.num_items,
         )
 

@@ -159,10 +159,13 @@ def coarse_grain(student_logits: torch.Tensor, targets: TopKLogprobs, tail: Tail
         return student, teacher
     known = known_columns(targets, logits.shape[1], logits.device)
     everything = known.all(-1, keepdim=True)
+    # A student may mask columns by −inf: then nothing can be left although there are more columns than known ones.
+    impossible = known | (logits == -torch.inf)
+    nothing_left = impossible.all(-1, keepdim=True)
     # By the logits that are left rather than as 1 − Σ, which has no digits where the tail is small. A row with nothing
     # left gets numbers to work on, whose result is not used: the gradient of log 0 would be NaN.
-    left = log_p.masked_fill(known & ~everything, -torch.inf)
-    student_tail = torch.logsumexp(left, -1, keepdim=True).masked_fill(everything, -torch.inf)
+    left = torch.where(nothing_left, 0.0, log_p.masked_fill(impossible, -torch.inf))
+    student_tail = torch.logsumexp(left, -1, keepdim=True).masked_fill(nothing_left, -torch.inf)
     return torch.cat([student, student_tail], 1), torch.cat([teacher, teacher_tail(teacher, everything)], 1)
 
 

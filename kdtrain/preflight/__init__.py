@@ -10,5 +10,6 @@ A run is checked in this order, each step before the next one costs more:
 | while the trainer is built | arguments, vocabularies, token ids | `trainer/argument_checks.py`, `token_ids.py` |
 | then | both models on a few tokens and an image, positions against lengths | `model_checks.py`, `positions.py` |
 | then | visual features and their projectors | `feature_kd/term.py` |
+| then | whether the teacher's targets stand at the right tokens | `alignment.py` |
 | before the first step | steps, optimizer, scheduler, the best metric | `trainer/startup_checks.py` |
 """

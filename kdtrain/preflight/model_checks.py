@@ -124,14 +124,14 @@ def check_models(
 
 
 def report(findings: Iterable[Problem]) -> None:
-    """Log the warnings, on the main process, and raise the errors, all in one."""
+    """Log the warnings and what is worth knowing, on the main process, and raise the errors, all in one."""
     errors = []
     for finding in dict.fromkeys(findings):
         text = f"{finding.message} {finding.hint}".strip()
         if finding.level == "error":
             errors.append(text)
         elif is_main():
-            logger.warning(text)
+            logger.log(logging.INFO if finding.level == "info" else logging.WARNING, "%s", text)
     if errors:
         raise PreflightError("\n".join(errors))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,12 +22,13 @@ from kdtrain.errors import ConfigError
 from kdtrain.models.kinds import sees_images
 from kdtrain.models.loading import load_model
 from kdtrain.models.parts import adapter_exclusions, check_named_parts, freeze_parts
-from kdtrain.models.processing import load_processing
+from kdtrain.models.processing import load_processing, load_tokenizer
 from kdtrain.models.vocabulary import shared_vocabulary, vocabulary_size
+from kdtrain.preflight.server import check_server, rows_to_ask_about
 from kdtrain.runs.failures import readable_construction
-from kdtrain.runs.read_data import read_data
+from kdtrain.runs.read_data import RunData, read_data
 from kdtrain.runs.teacher_answers import check_images, write_answers
-from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
+from kdtrain.teachers import LocalTeacher, ServedTeacher, Teacher, build_teacher, connect_teacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.argument_checks import check_teacher_is_another_model
 from kdtrain.trainer.deepspeed import prepare_deepspeed_run
@@ -73,9 +75,13 @@ class TeacherSide(NamedTuple):
 
 
 def build_trainer(
-    config: RunConfig, args: GKDConfig, reporter: Reporter, dry_run: bool, given: Given
+    config: RunConfig, args: GKDConfig, reporter: Reporter, dry_run: bool, given: Given, at_the_end: ExitStack
 ) -> tuple[GKDTrainerWithMetrics, BuildReport]:
-    """Rows, student, teacher and trainer; what costs little comes first."""
+    """Rows, student, teacher and trainer; what costs little comes first.
+
+    Args:
+        at_the_end: closes the teacher, unless it was given.
+    """
     device = args.device  # also joins the process group
     prepare_deepspeed_run(args)
     _check_folders(config, given)
@@ -99,7 +105,11 @@ def build_trainer(
     if args.ddp_find_unused_parameters is None and dense_text:
         # It uses all its weights in every step; only experts and vision encoders may go without a gradient.
         args.ddp_find_unused_parameters = False
-    teacher = _teacher(config, args, processing, vocabulary_size(student), given.teacher)
+    teacher = teacher_side(config, args, processing, vocabulary_size(student), given.teacher)
+    if teacher.teacher is not None and given.teacher is None:
+        at_the_end.callback(teacher.teacher.close)
+    if isinstance(teacher.teacher, ServedTeacher) and teacher.teacher.route is None:
+        _probe(config, args, data, teacher.teacher, processing)
     collator = Collator(processing, teacher.processing, pad_to_multiple_of=args.pad_to_multiple_of)
     if config.answers_from_teacher:
         write_answers(config, args, data, student, teacher, collator, reporter, dry_run)
@@ -127,15 +137,15 @@ def build_trainer(
 
 def _check_folders(config: RunConfig, given: Given) -> None:
     """What can be seen of the models before anything is loaded."""
-    if config.answers_from_teacher and isinstance(given.teacher, Teacher) and given.teacher.module is None:
+    if config.answers_from_teacher and isinstance(given.teacher, Teacher) and not given.teacher.can_generate:
         raise ConfigError(
-            "answers: teacher needs a teacher that can write: a model in this process. The "
-            f"{type(given.teacher).__name__} handed over has none (its module is None). Hand over a model, or remove "
-            "answers: teacher."
+            f"answers: teacher needs a teacher that can write, and the {type(given.teacher).__name__} handed over "
+            "cannot (its module is None, and can_generate false). Hand over a model, or remove answers: teacher."
         )
     if given.model is None:
         require_sound(Path(config.model.model), "student")
-    if given.teacher is None and config.asks_teacher and config.rlhf.teacher_model:
+    loads_teacher = given.teacher is None and config.asks_teacher and not config.rlhf.teacher.is_served
+    if loads_teacher and config.rlhf.teacher_model:
         require_sound(Path(config.rlhf.teacher_model), "teacher")
 
 
@@ -161,12 +171,12 @@ def _peft_config(config: RunConfig, student: PreTrainedModel) -> LoraConfig | No
     )
 
 
-def _teacher(
+def teacher_side(
     config: RunConfig,
     args: GKDConfig,
     processing: PreTrainedTokenizerBase | ProcessorMixin,
     student_size: int,
-    given: nn.Module | Teacher | None,
+    given: nn.Module | Teacher | None = None,
 ) -> TeacherSide:
     """The teacher, and the ids it shares with the student; without one, where nothing asks for it, all of them."""
     if not config.asks_teacher:
@@ -176,6 +186,8 @@ def _teacher(
         "processor_kwargs": config.data.processor_kwargs if own is None else own,
         "side": "teacher",
     }
+    if given is None and config.rlhf.teacher.is_served:
+        return _served_teacher(config, processing, student_size)
     if given is None:
         name, options = config.rlhf.teacher_model, config.rlhf.teacher
         assert name is not None, "the config is checked for it"
@@ -184,9 +196,7 @@ def _teacher(
             kwargs["device_map"] = options.device_map
         hub = {**_hub_options(config), "revision": kwargs.pop("revision", None) or options.revision}
         own_processing = load_processing(name, **prepared, **hub)
-        teacher = build_teacher(
-            name, backend=options.backend, init_kwargs=kwargs, device=args.device, adapter=options.adapter, **hub
-        )
+        teacher = build_teacher(name, init_kwargs=kwargs, device=args.device, adapter=options.adapter, **hub)
     else:
         teacher = given if isinstance(given, Teacher) else LocalTeacher(given)
         folder = getattr(getattr(teacher.module, "config", None), "_name_or_path", "")
@@ -196,3 +206,33 @@ def _teacher(
     tokenizers = (getattr(one, "tokenizer", one) for one in (processing, own_processing))
     shared = shared_vocabulary(student_size, teacher.vocab_size, *tokenizers)
     return TeacherSide(teacher, own_processing or processing, shared)
+
+
+def _probe(config: RunConfig, args: GKDConfig, data: RunData, teacher: ServedTeacher, processing: Any) -> None:
+    """Find out what the server really does, before anything is paid for or trained on it."""
+    report, options = data.report, config.options
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * args.max_steps
+    epochs = rows / report.rows_per_epoch if rows > 0 else args.num_train_epochs
+    check_server(
+        teacher,
+        rows_to_ask_about(data.train),
+        processing,
+        scores=options.lm_kd_active,
+        writes=config.answers_from_teacher or (options.lm_kd_active and options.seq_kd),
+        tokens=round(report.total_tokens * epochs),
+        chat_template_kwargs={**config.data.chat_template_kwargs, **config.rlhf.teacher.chat_template_kwargs},
+    )
+
+
+def _served_teacher(
+    config: RunConfig, processing: PreTrainedTokenizerBase | ProcessorMixin, student_size: int
+) -> TeacherSide:
+    """A server's teacher: its tokenizer is that of `teacher_model`, or taken for the student's; the probe compares."""
+    name, options = config.rlhf.teacher_model, config.rlhf.teacher
+    own = None if name is None else load_tokenizer(name, **{**_hub_options(config), "revision": None})
+    tokenizers = (getattr(one, "tokenizer", one) for one in (processing, own))
+    # How many columns the server's model has is not known; what counts are the student's.
+    shared = shared_vocabulary(student_size, student_size, *tokenizers)
+    # A server prepares images by itself, in its own way: here they go through the student's processor alone.
+    own = processing if isinstance(processing, ProcessorMixin) else own or processing
+    return TeacherSide(connect_teacher(options, shared), own, shared)

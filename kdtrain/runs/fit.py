@@ -26,7 +26,7 @@ from kdtrain.runs.launch import check_world
 from kdtrain.runs.log import JsonlLogger
 from kdtrain.runs.plan import plan
 from kdtrain.runs.signals import StopRequest
-from kdtrain.runs.status import tracked_status, write_status
+from kdtrain.runs.status import teacher_cost, tracked_status, write_status
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.row_order import planned_steps
 
@@ -42,6 +42,8 @@ class RunResult:
     seconds: float
     metrics: dict[str, float]
     """The last training record and the last evaluation."""
+    teacher: dict[str, int]
+    """What answers written by a server have cost, as in `status.json`; empty where there are none."""
 
 
 def fit(
@@ -68,7 +70,7 @@ def fit(
             args.report_to = []  # a tracker would take it for a run
         else:
             at_the_end.enter_context(tracked_status(run_dir))
-        trainer, report = build_trainer(config, args, reporter, dry_run, given or Given())
+        trainer, report = build_trainer(config, args, reporter, dry_run, given or Given(), at_the_end)
         check_world(trainer.accelerator, config)
         if is_main():
             reporter.plan(plan(trainer, config, report))
@@ -83,7 +85,8 @@ def fit(
                 write_config(run_dir, config)
                 write_status(run_dir, "running")
                 metrics = _train_and_save(trainer, run_dir, checkpoint)
-    return RunResult(Path(args.output_dir), trainer.state.global_step, time.perf_counter() - started, metrics)
+    seconds, steps = time.perf_counter() - started, trainer.state.global_step
+    return RunResult(Path(args.output_dir), steps, seconds, metrics, teacher_cost(run_dir))
 
 
 def _train_and_save(trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: Path | None) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kdtrain.config import RunConfig
 from kdtrain.data import BuildReport
 from kdtrain.models.parts import count_parameters, trained_parts
+from kdtrain.teachers import ServedTeacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.row_order import planned_steps, rows_per_batch
 
@@ -38,6 +39,9 @@ def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport)
 
 
 def _describe_teacher(trainer: GKDTrainerWithMetrics, config: RunConfig) -> str:
+    if isinstance(trainer.teacher, ServedTeacher):
+        where = ", ".join(trainer.teacher.servers.urls)
+        return f"{trainer.teacher.model} at {where}, its {trainer.teacher.top_k} most likely tokens"
     if trainer.teacher_model is None:
         return type(trainer.teacher).__name__
     parameters, _ = count_parameters(trainer.teacher_model)

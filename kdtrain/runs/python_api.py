@@ -29,6 +29,7 @@ _IDLE: tuple[tuple[str, KeyPath, tuple[str, ...], str], ...] = (
     ("model", ("model",), ("dtype", "attn_implementation", "init_kwargs"), "the model is loaded already"),
     ("teacher", ("rlhf",), ("teacher_model_init_kwargs",), "the teacher is loaded already"),
     ("teacher", ("rlhf", "teacher"), ("dtype", "device_map", "adapter", "revision"), "the teacher is loaded already"),
+    ("teacher", ("rlhf", "teacher"), ("backend", "base_url", "model", "top_k"), "the teacher was handed over"),
     ("train", ("data", "train", 0), ("name", "split"), "the rows were handed over"),
     ("eval", ("data", "eval", 0), ("name", "split"), "the rows were handed over"),
 )

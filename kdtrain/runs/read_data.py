@@ -69,6 +69,8 @@ def encoding_options(config: RunConfig, seed: int, split: Literal["train", "eval
         "cache_dir": config.data.cache_dir,
         "held_out": HeldOut(share, training=split == "train") if (share := config.data.eval_share) else None,
         "prompts": split == "train" and _all_generated(config),
+        # Only messages carry images to a server, and some servers read nothing else.
+        "keep_chats": config.asks_teacher and config.rlhf.teacher.is_served,
     }
 
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 from trl.experimental.gkd import GKDConfig
 
 from kdtrain.config import RunConfig
 from kdtrain.config.adapters import adapter_base, is_adapter_folder
+from kdtrain.config.schema import DataSource
 from kdtrain.data import BuildReport, Collator
-from kdtrain.data.multimodal import image_content
+from kdtrain.data.multimodal import image_content, image_token_ids
 from kdtrain.errors import DataError
 from kdtrain.generation.answers import TeacherAnswers
+from kdtrain.generation.message_answers import MessageEncoder
+from kdtrain.generation.sampling import turn_ends
+from kdtrain.generation.writers import AskingWriter, LocalWriter, Writer
 from kdtrain.losses.reduce import IGNORE_INDEX
 from kdtrain.preflight.model_checks import both_sides, check_models
 from kdtrain.preflight.positions import answered_rows
@@ -23,13 +31,18 @@ from kdtrain.ranks import is_main
 from kdtrain.runs.failures import readable_failures
 from kdtrain.runs.folder import ANSWERS
 from kdtrain.runs.signals import interrupting
-from kdtrain.runs.status import write_status
+from kdtrain.runs.status import teacher_cost, write_status
+from kdtrain.teachers.base import Sampling, Teacher
 
 if TYPE_CHECKING:
     from kdtrain.runs.build import Reporter, TeacherSide
     from kdtrain.runs.read_data import RunData
 
 logger = logging.getLogger(__name__)
+
+_BY = {True: "token ids", False: "messages"}
+_COST = ("requests", "prompt_tokens", "completion_tokens")
+WRITING = "the teacher writes answers"
 
 
 def write_answers(
@@ -43,8 +56,9 @@ def write_answers(
     dry_run: bool,
 ) -> None:
     """Put the teacher's answers into the rows that ask for them; in a dry run, into those of its one window."""
-    module: Any = teacher.teacher and teacher.teacher.module
-    if getattr(module, "hf_device_map", None) is None and not args.deepspeed:
+    assert teacher.teacher is not None, "the config asks for one"
+    module: Any = teacher.teacher.module
+    if module is not None and getattr(module, "hf_device_map", None) is None and not args.deepspeed:
         module.to(args.device)
     # The trainer checks both models, but only when the answers are written.
     check_models(
@@ -52,20 +66,15 @@ def write_answers(
         [*answered_rows(data.train, args), *answered_rows(data.evaluation, args)],
         collator,
         data.train,
-        generating=[module],
+        generating=[] if module is None else [module],
         only_errors=True,
     )
     check_images(data, collator)
     run_dir = Path(args.output_dir)
     answers = TeacherAnswers(
-        module,
-        collator.processing_class,
-        collator,
+        _writer(config, args, data, student, teacher, collator),
         run_dir / ANSWERS,
-        identity=_identity(config, args, module, teacher.processing),
-        max_new_tokens=config.rlhf.max_new_tokens,
-        vocabulary=teacher.shared_vocabulary,
-        batch_size=args.per_device_eval_batch_size,
+        identity=_identity(config, args, teacher),
         progress=reporter.answers,
     )
     if dry_run:
@@ -75,15 +84,145 @@ def write_answers(
         data.report.epochs = None  # a few rows are left, enough for its window
     elif is_main():
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_status(run_dir, "running", message="the teacher writes answers")
+        write_status(run_dir, "running", message=WRITING)
     kept = (
         f"Stopped while the teacher was answering. What it has answered is kept in {run_dir / ANSWERS}; go on with: "
         "kdtrain fit CONFIG --resume auto"
     )
-    with readable_failures(args), interrupting(kept):
+    with readable_failures(args), interrupting(kept), _counted(teacher.teacher, run_dir):
         data.train = answers.fill(data.train)
-        data.evaluation = data.evaluation and answers.fill(data.evaluation)
+        data.train = without_refused(data.train, answers.refused, config, config.data.train, data.report)
+        if data.evaluation is not None and data.evaluation_report is not None:
+            data.evaluation = answers.fill(data.evaluation)
+            of = (config.data.eval_sources or config.data.train, data.evaluation_report)
+            data.evaluation = without_refused(data.evaluation, answers.refused, config, *of)
     _count(config, data)
+
+
+def _writer(
+    config: RunConfig,
+    args: GKDConfig,
+    data: RunData,
+    student: PreTrainedModel,
+    side: TeacherSide,
+    collator: Collator,
+) -> Writer:
+    """Who writes: the teacher's model where it is in this process, or the teacher by its own means."""
+    teacher, processing = side.teacher, collator.processing_class
+    assert teacher is not None
+    if teacher.module is not None:
+        return LocalWriter(
+            teacher.module,
+            processing,
+            collator,
+            max_new_tokens=config.rlhf.max_new_tokens,
+            vocabulary=side.shared_vocabulary,
+            batch_size=args.per_device_eval_batch_size,
+            device=PartialState().device,
+        )
+    messages = not teacher.has_targets
+    for rows in (data.train, data.evaluation):
+        check_askable(rows, messages)
+    # What ends the teacher's answers itself is known by its tokenizer alone.
+    of_teacher = getattr(side.processing, "tokenizer", side.processing)
+    stops = turn_ends(processing, student.generation_config, of_teacher)
+    return AskingWriter(
+        teacher,
+        # Some APIs refuse temperature 0, so that there the config has the say.
+        Sampling(
+            config.rlhf.temperature if messages else None,
+            config.rlhf.max_new_tokens,
+            stops,
+            sorted(image_token_ids(processing)),
+        ),
+        seed=args.seed,
+        vocabulary=side.shared_vocabulary,
+        encoder=_encoder(config, processing, stops) if messages else None,
+    )
+
+
+def _encoder(config: RunConfig, processing: Any, stops: Sequence[int]) -> MessageEncoder:
+    names = ("reasoning", "control_tokens", "chat_template_kwargs")
+    options = {name: value for name, value in config.data.chats.items() if name in names}
+    teacher_kwargs = config.rlhf.teacher.chat_template_kwargs
+    return MessageEncoder(processing, frozenset(stops), teacher_kwargs=teacher_kwargs, **options)
+
+
+def check_askable(rows: datasets.Dataset | None, messages: bool) -> None:
+    """Refuse rows that a server cannot be asked, before the first request.
+
+    Raises:
+        DataError: text where it reads messages, or images where it reads token ids.
+    """
+    if rows is None or "answers" not in rows.column_names:
+        return
+    # Not `filter`, which would leave a file beside the encoded rows.
+    names = ["row_id", "answers", *({"chat", "images"} & set(rows.column_names))]
+    asked = (row for row in rows.select_columns(names) if row["answers"])
+    if messages:
+        wrong = [row["row_id"] for row in asked if '"messages"' not in row["chat"]]
+        problem = "a prompt that is text, and the teacher reads messages (rlhf.teacher.api: chat)"
+        hint = "Give prompts as lists of messages"
+    else:
+        wrong = [row["row_id"] for row in asked if row.get("images")]
+        problem = "images, and the teacher is asked by token ids, which have none in them"
+        hint = "Set rlhf.teacher.api: chat, with rlhf.llm_kd_weight: 0"
+    if wrong:
+        raise DataError(f"{len(wrong)} rows with answers: teacher (the first: {wrong[0]}) have {problem}. {hint}.")
+
+
+@contextmanager
+def _counted(teacher: Teacher, run_dir: Path) -> Iterator[None]:
+    """Write into the run's status what the answers have cost, whatever ends them."""
+    spent = getattr(getattr(teacher, "budget", None), "spent", None)
+    if spent is None:
+        yield
+        return
+    before, of_ranks = teacher_cost(run_dir), []
+    try:
+        yield
+        of_ranks = gather_object([vars(spent)])
+    finally:  # after an error the other ranks may not come
+        if run_dir.is_dir():
+            ranks = of_ranks or [vars(spent)]
+            cost = {name: before.get(name, 0) + sum(rank[name] for rank in ranks) for name in _COST}
+            write_status(run_dir, "running", message=WRITING, teacher=cost)
+
+
+def without_refused(
+    dataset: datasets.Dataset,
+    refused: Mapping[int, str],
+    config: RunConfig,
+    sources: Sequence[DataSource],
+    report: BuildReport,
+) -> datasets.Dataset:
+    """The rows that have an answer. The others are bad rows, of which there may be `data.max_bad_rows`.
+
+    Raises:
+        DataError: there are more, or no row is left.
+    """
+    if not refused:
+        return dataset
+    ids = {i: dataset[i]["row_id"] for i in refused}
+    found = {ids[i]: reason for i, reason in sorted(refused.items())}  # a row that comes twice is one
+    first = [f"{sources[int(row.split(':')[0])].path}, row {row}: {reason}" for row, reason in found.items()]
+    report.bad_rows += len(found)
+    report.first_bad = [*report.first_bad, *first][:3]
+    if report.bad_rows > config.data.max_bad_rows or len(refused) == len(dataset):
+        listed = "\n  ".join(first[:3])
+        raise DataError(
+            f"{len(found)} rows got no usable answer from the teacher, {report.bad_rows} rows cannot be used in all, "
+            f"and max_bad_rows is {config.data.max_bad_rows}. The first:\n  {listed}\nThe other answers are kept. "
+            "Remove these rows, or raise max_bad_rows to leave them out, and go on with --resume auto"
+        )
+    left = [i for i in range(len(dataset)) if i not in refused]
+    places = {old: new for new, old in enumerate(left)}
+    report.image_extremes = [(places[i], place) for i, place in report.image_extremes if i in places]
+    report.rows_kept -= len(found)
+    if report.epochs is not None:
+        report.epochs = report.epochs.without(sorted(refused))
+    report.rows_per_epoch = len(left) if report.epochs is None else len(report.epochs)
+    return dataset.select(left)
 
 
 def check_images(data: RunData, collator: Collator) -> None:
@@ -113,19 +252,24 @@ def _check_longest(train: datasets.Dataset, collator: Collator) -> None:
         collator([row])
 
 
-def _identity(config: RunConfig, args: GKDConfig, teacher: PreTrainedModel, processing: Any) -> dict[str, Any]:
+def _identity(config: RunConfig, args: GKDConfig, side: TeacherSide) -> dict[str, Any]:
     """All that answers depend on beside the prompt: they are kept by it, and written anew where it is another."""
+    options, teacher = config.rlhf.teacher, side.teacher
+    assert teacher is not None
+    if teacher.module is None:  # where a server stands, and how fast it is asked, does not matter
+        return {"teacher": type(teacher).__name__, "model": options.model, "by": _BY[teacher.has_targets]}
+    module: Any = teacher.module
     name = config.rlhf.teacher_model
     assert name is not None, "the config is checked for it"
-    folders = [name, *([adapter_base(name)] if is_adapter_folder(name) else []), config.rlhf.teacher.adapter or ""]
+    folders = [name, *([adapter_base(name)] if is_adapter_folder(name) else []), options.adapter or ""]
     files = [file for folder in folders if folder for file in Path(folder).glob("*.safetensors")]
     return {
         "model": name,
         "weights": sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files),
-        "dtype": teacher.dtype,
+        "dtype": module.dtype,
         "kwargs": args.teacher_model_init_kwargs,
-        "options": config.rlhf.teacher.model_dump(mode="json"),
-        "processor": image_content(processing),
+        "options": options.model_dump(mode="json"),
+        "processor": image_content(side.processing),
     }
 
 

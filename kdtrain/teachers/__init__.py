@@ -1,7 +1,17 @@
 """Teachers: everything that can turn a batch into targets for a student."""
 
 from kdtrain.teachers.base import DenseTargets, Targets, Teacher, teacher_autocast
-from kdtrain.teachers.build import build_teacher
+from kdtrain.teachers.build import build_teacher, connect_teacher
 from kdtrain.teachers.local import LocalTeacher
+from kdtrain.teachers.served import ServedTeacher
 
-__all__ = ["DenseTargets", "LocalTeacher", "Targets", "Teacher", "build_teacher", "teacher_autocast"]
+__all__ = [
+    "DenseTargets",
+    "LocalTeacher",
+    "ServedTeacher",
+    "Targets",
+    "Teacher",
+    "build_teacher",
+    "connect_teacher",
+    "teacher_autocast",
+]

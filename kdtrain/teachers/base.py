@@ -9,7 +9,7 @@ another text than the student (`rlhf.teacher.chat_template_kwargs`), that token 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +70,10 @@ class Sampling:
     max_new_tokens: int
     stop_ids: Sequence[int]
     """Tokens that end an answer."""
+    forbidden_ids: Sequence[int] = ()
+    """Tokens that no answer may have: they stand for images."""
+    targets: bool = False
+    """Whether the targets of the answers will be asked for next: a teacher that has them already keeps them."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,9 @@ class Written:
     """Whether it was cut."""
     refused: str | None = None
     """Why there is no usable answer (a content filter, an empty one): the row is bad. `ids` is then empty."""
+    message: Mapping[str, Any] | None = None
+    """The answer as a message, of a teacher that writes text. `ids` is then empty: they are those of the student's chat
+    template."""
 
 
 class Teacher(ABC):
@@ -97,6 +104,8 @@ class Teacher(ABC):
 
     lookahead: int = 0
     """Optimizer windows that `prepare` is called ahead of the one that trains, where their answers are the data's."""
+    waits: bool = False
+    """Whether `targets` may wait for answers, and counts that in `waited_s`; it is then logged."""
     waited_s: float = 0.0
     """Seconds that `targets` has waited for answers that were not there yet, since the teacher was made."""
 
@@ -104,6 +113,11 @@ class Teacher(ABC):
     def can_generate(self) -> bool:
         """Whether it can write answers (`seq_kd`, `answers: teacher`): by its module, or by `write`."""
         return self.module is not None
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether it has targets; without, it only writes answers."""
+        return True
 
     @property
     def has_features(self) -> bool:
@@ -117,7 +131,9 @@ class Teacher(ABC):
         """Called once for every optimizer window before its first batch, and before each batch of an evaluation.
 
         The time to send requests, or to read ahead: it must not wait for them. Windows come in the order in which they
-        train, up to `lookahead` of them before it is their turn.
+        train, up to `lookahead` of them before it is their turn; one whose answers are generated comes when it is its
+        turn, and so after those that were read ahead. Now and then a window is never asked for: an epoch or the run
+        ends early, or a callback has its answers generated after all; it then comes again, with these.
 
         Args:
             window: this rank's batches, with the answers that will be trained on.
@@ -135,8 +151,17 @@ class Teacher(ABC):
             TeacherError: no usable answer.
         """
 
-    def write(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Written]:
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        each: Callable[[int, Written], None] | None = None,
+    ) -> list[Written]:
         """Answers to prompts, where the teacher has no module that writes them.
+
+        Args:
+            each: called with the number of a prompt and its answer once that is there, perhaps in another thread. No
+                more answers are asked for meanwhile than can be lost.
 
         Raises:
             TeacherError: no usable answer.
@@ -144,7 +169,11 @@ class Teacher(ABC):
         raise NotImplementedError(f"{type(self).__name__} cannot write answers")
 
     def close(self) -> None:  # noqa: B027
-        """The run is over, one way or another: let go of threads and connections. May be called twice."""
+        """Let go of threads and connections; may be called twice.
+
+        `kdtrain fit` does at the end of a run, one way or another, with a teacher that it has made. One that was handed
+        over may serve another run: closing it is up to who made it. The trainer never does, since it can train again.
+        """
 
 
 def teacher_autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:

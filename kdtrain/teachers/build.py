@@ -7,33 +7,31 @@ from typing import Any
 
 import torch
 
-from kdtrain.errors import NotAvailableError
+from kdtrain.config.schema import TeacherConfig
 from kdtrain.models.loading import add_adapter, load_with_adapter
 from kdtrain.teachers.base import Teacher
+from kdtrain.teachers.http import Servers
 from kdtrain.teachers.local import LocalTeacher
+from kdtrain.teachers.served import ServedTeacher
 
 
 def build_teacher(
     model: str,
     *,
-    backend: str = "hf",
     init_kwargs: Mapping[str, Any] | None = None,
     device: torch.device | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
     adapter: str | None = None,
 ) -> Teacher:
-    """Load or connect to a teacher.
+    """Load a transformers model as a teacher.
 
     Args:
-        model: folder or hub id (`hf`); the folder of an adapter stands for the adapter on its base.
-        backend: `hf`, a transformers model in this process; the others are not available yet.
+        model: folder or hub id; the folder of an adapter stands for the adapter on its base.
         init_kwargs: arguments of `from_pretrained`; `dtype` is "auto" when missing. Never changed.
         device: where it will run, which dtype "auto" depends on.
         adapter: folder of an adapter that goes on top of `model`.
     """
-    if backend != "hf":
-        raise NotAvailableError(f"rlhf.teacher.backend: {backend} is not available yet; use hf.")
     kwargs = dict(init_kwargs or {})
     module = load_with_adapter(
         model,
@@ -44,3 +42,33 @@ def build_teacher(
         init_kwargs=kwargs,
     )
     return LocalTeacher(module if adapter is None else add_adapter(module, adapter))
+
+
+def connect_teacher(options: TeacherConfig, vocab_size: int) -> ServedTeacher:
+    """A teacher on a server. Nothing is asked of it yet: see `server_probe`.
+
+    Args:
+        options: of the backends `vllm` and `openai`.
+        vocab_size: leading token ids that the student can be taught; the server's model may have more.
+
+    Raises:
+        PreflightError: the variable of `api_key_env` is not set.
+    """
+    assert options.base_url is not None, "the config is checked for it"
+    assert options.model is not None
+    servers = Servers(
+        options.base_url,
+        api_key_env=options.api_key_env,
+        timeout_s=options.timeout_s,
+        max_retries=options.max_retries,
+        concurrency=options.concurrency,
+    )
+    return ServedTeacher(
+        servers,
+        model=options.model,
+        vocab_size=vocab_size,
+        top_k=options.top_k,
+        lookahead=options.lookahead,
+        api=options.api,
+        max_requests=options.max_requests,
+    )

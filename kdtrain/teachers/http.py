@@ -134,6 +134,7 @@ class Servers:
         *,
         server: str | None = None,
         verified: bool = True,
+        before: Callable[[], None] | None = None,
     ) -> T:
         """What `read` makes of the JSON reply to a request.
 
@@ -145,12 +146,13 @@ class Servers:
             path: below the base URL, such as `/completions`; `/../tokenize` stands beside it.
             server: ask this one alone.
             verified: False for the requests that `verify` itself sends.
+            before: called before each attempt; what it raises ends the request.
 
         Raises:
             TeacherError: no usable reply; names the teacher's endpoint, the status or what is wrong, and never a key.
         """
         body = json.dumps(payload, allow_nan=False, separators=(",", ":")).encode()
-        return await _Request(self, "POST", path, body, server, verified).answer(read)
+        return await _Request(self, "POST", path, body, server, verified, before).answer(read)
 
     async def get(self, path: str, read: Callable[[Any], T], *, server: str | None = None, verified: bool = True) -> T:
         """As `post`."""
@@ -169,11 +171,18 @@ class _Request:
     """One request with its attempts."""
 
     def __init__(
-        self, servers: Servers, method: str, path: str, body: bytes | None, url: str | None, verified: bool
+        self,
+        servers: Servers,
+        method: str,
+        path: str,
+        body: bytes | None,
+        url: str | None,
+        verified: bool,
+        before: Callable[[], None] | None = None,
     ) -> None:
         self.servers, self.pool = servers, servers._pool()
         self.method, self.path, self.body = method, path, body
-        self.url, self.verified = url, verified
+        self.url, self.verified, self.before = url, verified, before
         self.left_s = servers.timeout_s * (servers.max_retries + 1)
         self.failed = self.malformed = 0
         self.last: Server | None = None
@@ -198,13 +207,15 @@ class _Request:
         hold_s = server.held_until - loop.time()
         if hold_s > 0:
             await self._pause(server, hold_s, Failure("busy", "it asked to wait", 429))
+        if self.before is not None:
+            self.before()
         began = loop.time()
         timeout_s = min(self.servers.timeout_s, self.left_s)
         result = await server.ask(self.method, self.path, self.body, timeout_s)
         self.left_s -= loop.time() - began
         self.servers.counts.requests += 1
         if isinstance(result, Reply):
-            _count_tokens(self.servers.counts, result.value)
+            count_tokens(self.servers.counts, result.value)
         self.pool.note(server, result)
         return result
 
@@ -280,7 +291,8 @@ def _bearer(variable: str) -> Bearer:
     return Bearer(key)
 
 
-def _count_tokens(counts: Counts, reply: Any) -> None:
+def count_tokens(counts: Counts, reply: Any) -> None:
+    """Add the tokens that a reply's `usage` says."""
     usage = reply.get("usage") if isinstance(reply, dict) else None
     if not isinstance(usage, dict):
         return

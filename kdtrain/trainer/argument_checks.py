@@ -13,7 +13,7 @@ from trl.experimental.gkd import GKDConfig
 
 from kdtrain.config import TrainArguments
 from kdtrain.config.adapters import is_adapter_folder
-from kdtrain.config.options import DistillationOptions
+from kdtrain.config.options import RENORMALIZED, DistillationOptions
 from kdtrain.config.schema import TunerConfig
 from kdtrain.config.training_rules import refused_loader_options
 from kdtrain.errors import ConfigError, NotAvailableError, PreflightError
@@ -47,6 +47,9 @@ def check_teacher_arguments(
         )
     if not options.needs_teacher and (teacher_model is not None or teacher is not None):
         logger.warning("No KD is active (llm_kd_weight is 0, visual KD is off): the teacher is not used.")
+    gives_top_k = teacher is not None and teacher.module is None
+    if gives_top_k and options.lm_kd_active and options.tail == "renormalize" and options.beta > 0:
+        logger.warning("tail: renormalize %s. Use tail: bucket.", RENORMALIZED)
 
 
 def check_teacher_can(teacher: Teacher | None, options: DistillationOptions) -> None:
@@ -58,8 +61,16 @@ def check_teacher_can(teacher: Teacher | None, options: DistillationOptions) -> 
         )
     if teacher is None:
         return
-    if (options.seq_kd and not teacher.can_generate) or (options.visual_kd is not None and not teacher.has_features):
-        raise ValueError("seq_kd and visual KD need a teacher that is a model in this process.")
+    if options.lm_kd_active and not teacher.has_targets:
+        raise ValueError(
+            f"The teacher only writes answers, and llm_kd_weight is {options.llm_kd_weight:g}, which needs its "
+            "log-probabilities. Set rlhf.llm_kd_weight: 0 (with answers: teacher in the data source this is "
+            "sequence-level distillation), or use a server that gives log-probabilities of prompts, such as vLLM."
+        )
+    if options.seq_kd and not teacher.can_generate:
+        raise ValueError("seq_kd needs a teacher that is a model in this process, or one that can write answers.")
+    if options.visual_kd is not None and not teacher.has_features:
+        raise ValueError("Visual KD needs a teacher that is a model in this process.")
 
 
 def check_options(trainer: GKDTrainerWithMetrics, options: DistillationOptions) -> None:

@@ -265,10 +265,16 @@ def check_both_models(trainer: GKDTrainerWithMetrics) -> dict[Side, int]:
     teacher = trainer.unwrap(trainer.teacher_model)  # DeepSpeed's engine has a config of its own
     sides = both_sides(trainer.model, trainer.teacher, collator, teacher)
     may_generate = [(trainer.model, options.lmbda > 0), (teacher, options.seq_kd)]
-    generating = [model for model, may in may_generate if may and options.lm_kd_active]
+    generating = [model for model, may in may_generate if may and options.lm_kd_active and model is not None]
     check_models(
         sides,
-        rows_of_a_run(train, trainer.eval_dataset, trainer.args, collator, generates=bool(generating)),
+        rows_of_a_run(
+            train,
+            trainer.eval_dataset,
+            trainer.args,
+            collator,
+            generates=any(may for _, may in may_generate) and options.lm_kd_active,
+        ),
         collator,
         train,
         generating=generating,

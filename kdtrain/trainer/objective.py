@@ -18,7 +18,6 @@ from torch import nn
 
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
-from kdtrain.errors import NotAvailableError
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.fused import head_distillation_loss
@@ -245,13 +244,8 @@ class _StudentForward:
         )
 
     def _from_logits(self, part: _Part) -> FusedLoss:
-        scores = part.scores
-        if isinstance(scores, TopKLogprobs):
-            raise NotAvailableError(
-                "A teacher that gives its most likely tokens only needs a student whose head is a plain linear layer."
-            )
-        student_NV, teacher_NV = part.outputs, None
-        if scores is not None:
+        scores, student_NV, teacher_NV = part.scores, part.outputs, None
+        if scores is not None and not isinstance(scores, TopKLogprobs):
             teacher_NV = (scores if isinstance(scores, torch.Tensor) else scores.logits()).to(student_NV.device)
         if self.targets is not None:  # padding beyond the shared range takes no part
             vocabulary = self.objective.vocabulary
@@ -265,12 +259,14 @@ class _StudentForward:
             student_NV,
             part.labels,
             teacher_NV,
+            targets=scores.to(student_NV.device) if isinstance(scores, TopKLogprobs) else None,
             kd_weight=options.kd_weight,
             ce_weight=options.ce_weight,
             ce_mask=part.ce_mask,
             beta=options.beta,
             temperature=options.temperature,
             divergence=options.divergence,
+            tail=options.tail,
             num_items=part.num_items,
         )
 

@@ -1,5 +1,7 @@
 """What upstream finds out only while training begins, tried before: steps, optimizer, scheduler, the best metric.
 
+And whether the teacher's targets stand at the right tokens, which nobody else finds out.
+
 Optimizer and scheduler are built over a weight of their own and thrown away: the model and the run stay as they were.
 """
 
@@ -14,7 +16,13 @@ from transformers import SchedulerType, get_scheduler
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.training_args import OptimizerNames
 
+from kdtrain.data.batch import right_padded
+from kdtrain.data.collate import Collator
 from kdtrain.errors import KdtrainError, PreflightError
+from kdtrain.models.probe import own_random_state
+from kdtrain.preflight.alignment import check_alignment, few_rows
+from kdtrain.preflight.model_checks import report
+from kdtrain.teachers import teacher_autocast
 from kdtrain.trainer.best_metric import set_direction
 from kdtrain.trainer.row_order import planned_steps, rows_per_batch
 
@@ -33,6 +41,7 @@ def check_startup(trainer: GKDTrainerWithMetrics, greater_is_better: bool | None
     if not trainer.is_deepspeed_enabled:  # which makes them itself
         _try_optimizer(trainer)
         _try_scheduler(trainer)
+    _check_alignment(trainer)
     trainer.startup_checked = True
 
 
@@ -73,6 +82,26 @@ def _check_steps(trainer: GKDTrainerWithMetrics) -> None:
             "training.dataloader_drop_last not one is left, and nothing would be trained. Lower "
             "training.per_device_train_batch_size, or remove dataloader_drop_last."
         )
+
+
+def _check_alignment(trainer: GKDTrainerWithMetrics) -> None:
+    """Ask the teacher about a few rows of the data, once in the life of a trainer."""
+    if trainer.alignment_checked or trainer.teacher is None or not trainer.options.lm_kd_active:
+        return
+    trainer.alignment_checked = True
+    with own_random_state(trainer.args.device):  # a user's collator may draw
+        batch = few_rows(trainer.train_dataset, trainer.data_collator, trainer.args.per_device_train_batch_size)
+    if batch is None:
+        return
+    batch = trainer.receiver.accept(trainer._prepare_inputs(batch))
+    if not isinstance(trainer.data_collator, Collator):
+        batch = right_padded(batch)
+    with own_random_state(trainer.args.device), teacher_autocast(trainer.accelerator):
+        report(check_alignment(trainer.teacher, batch, any_rank=lambda own: _on_any_rank(trainer, own)))
+
+
+def _on_any_rank(trainer: GKDTrainerWithMetrics, own: bool) -> bool:
+    return bool(trainer.accelerator.gather(torch.tensor([own], device=trainer.accelerator.device)).any())
 
 
 def _try_optimizer(trainer: GKDTrainerWithMetrics) -> None:

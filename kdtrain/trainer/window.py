@@ -20,11 +20,13 @@ from kdtrain.data.batch import Batch, received, right_padded
 from kdtrain.data.collate import Collator
 from kdtrain.data.visual_batch import cut_rows
 from kdtrain.errors import DataError, PreflightError
+from kdtrain.generation.asking import answered_by
 from kdtrain.generation.generate import completions, with_completions
 from kdtrain.generation.sampling import generation_config, stable_seed, student_generates, token_roles
 from kdtrain.models.kinds import sees_images
 from kdtrain.preflight.token_ids import check_batch
 from kdtrain.ranks import is_main
+from kdtrain.teachers.base import Sampling
 from kdtrain.trainer import argument_checks
 
 if TYPE_CHECKING:
@@ -149,6 +151,17 @@ def options_of_window(trainer: GKDTrainerWithMetrics) -> DistillationOptions:
     return options
 
 
+def writer_of(
+    trainer: GKDTrainerWithMetrics, options: DistillationOptions, step: int
+) -> Literal["student", "teacher"] | None:
+    """Who writes the answers of the window that follows `step` steps; None where they are the data's."""
+    if not options.lm_kd_active:  # CE is not taught on the student's own answers, and visual KD compares no text
+        return None
+    if student_generates(trainer.args.seed, step, options.lmbda):
+        return "student"
+    return "teacher" if options.seq_kd else None
+
+
 def collect(
     trainer: GKDTrainerWithMetrics, batches: list[Batch], options: DistillationOptions, device: torch.device
 ) -> tuple[list[Batch], Window]:
@@ -159,18 +172,18 @@ def collect(
         options: of `options_of_window`.
     """
     trainer.receiver.count_truncated(batches)
-    on_policy = False
-    if options.lm_kd_active:  # CE is not taught on the student's own answers, and visual KD compares no text
-        on_policy = student_generates(trainer.args.seed, trainer.state.global_step, options.lmbda)
-        if on_policy or options.seq_kd:
-            batches = _generated(trainer, batches, "student" if on_policy else "teacher", options)
+    writer = writer_of(trainer, options, trainer.state.global_step)
+    if writer == "teacher" and trainer.teacher_model is None:
+        batches = _asked(trainer, batches, options)
+    elif writer is not None:
+        batches = _generated(trainer, batches, writer, options)
     check_images_on_all_ranks(trainer, batches)
     new_images = _some_new_image(trainer, batches)
     if trainer.visual is not None:
         trainer.visual.count(batches)
         trainer.visual.projectors.zero_grad()  # upstream zeroes the model's gradients only
     share = _aux_share(trainer, batches, device) if trainer.has_aux_loss else 1.0
-    return batches, Window(options, new_images, on_policy, share)
+    return batches, Window(options, new_images, writer == "student", share)
 
 
 def _generated(
@@ -201,6 +214,24 @@ def _generated(
             batch = replace(batch, generated_by=side)
             generated.append(batch.without_labels() if batch.all_repeated else batch)
     return generated
+
+
+def _asked(trainer: GKDTrainerWithMetrics, batches: list[Batch], options: DistillationOptions) -> list[Batch]:
+    """The batches with answers of a teacher that has no model in this process."""
+    assert trainer.teacher is not None, "seq_kd has asked for one"
+    student: Any = trainer.unwrap(trainer.model)
+    of_teacher: Any = getattr(trainer.data_collator, "teacher_processing_class", None)
+    of_teacher = getattr(of_teacher, "tokenizer", of_teacher)  # all that is known of what ends its answers itself
+    roles = token_roles(trainer.processing_class, student, (), of_teacher)
+    sampling = Sampling(options.temperature, options.max_new_tokens, roles.stop, roles.forbidden, targets=True)
+    return answered_by(
+        trainer.teacher,
+        batches,
+        sampling,
+        seed=f"teacher:{trainer.args.seed}:{trainer.state.global_step}",
+        pad_id=roles.pad,
+        multiple=trainer.args.pad_to_multiple_of,
+    )
 
 
 def num_supervised(batches: Sequence[Batch], accelerator: Accelerator, device: torch.device) -> torch.Tensor:

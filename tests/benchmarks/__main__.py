@@ -3,7 +3,8 @@
     python -m tests.benchmarks                    what the requirements speak about, 15 to 20 minutes; writes results.*
     python -m tests.benchmarks --quick            small sizes, about a minute: does everything run?
     python -m tests.benchmarks --full             the whole grid of sizes, β, heads and dtypes; takes hours
-    python -m tests.benchmarks --only loss        loss, memory, step, parts or visual, printed; --out DIR writes it
+    python -m tests.benchmarks --only loss        loss, memory, step, parts, visual or angles, printed; --out DIR writes
+                                                  it. angles, which no machine changes, into the results that are there
 
 On a machine with CUDA the loss is measured there instead; `--cpu` measures the CPU all the same.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import json
 import logging
 import os
 import sys
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks import gpu, parts, report, requirements, step, visual
+from tests.benchmarks import angles, gpu, parts, report, requirements, step, visual
 from tests.benchmarks.cases import LossCase, errors, expected, forward_backward, make_inputs
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.memory import limit_memory, memory_of_losses
@@ -37,7 +39,7 @@ _ENVIRONMENT = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "PYTHONWARNINGS": "ignore",
 }
-PARTS = ("loss", "memory", "step", "parts", "visual")
+PARTS = ("loss", "memory", "step", "parts", "visual", "angles")
 EAGER = [name for name, peer in PEERS.items() if not peer.compiled]
 
 
@@ -56,10 +58,14 @@ def main() -> None:
         results |= _on_cuda(options)
     else:
         limit_memory()
-        measure = {"loss": _loss, "memory": _memory, "step": _step, "parts": _parts, "visual": _visual}
+        measure = {
+            "loss": _loss, "memory": _memory, "step": _step, "parts": _parts, "visual": _visual, "angles": _angles
+        }  # fmt: skip
         for name in [options.only] if options.only else PARTS:
             results |= measure[name](options)
     results["settings"]["minutes"] = round((time.monotonic() - started) / 60, 1)
+    if options.only == "angles" and options.out is not None and (options.out / report.DATA).exists():
+        results = json.loads((options.out / report.DATA).read_text()) | {"angles": results["angles"]}
     if not options.quick:
         results["required"] = [dataclasses.asdict(row) for row in requirements.rows(results)]
     print(report.as_markdown(results))
@@ -159,6 +165,11 @@ def _visual(options: argparse.Namespace) -> dict[str, Any]:
         case = dataclasses.replace(case, vocab=2048, layers=2, student_widths=(64, 128), teacher_widths=(128, 256))
     # A step is short beside the noise that the limit must be told from.
     return {"visual": [visual.measure_overhead(case, 4 * options.rounds)]}
+
+
+def _angles(options: argparse.Namespace) -> dict[str, Any]:
+    cases = [dataclasses.replace(case, vocab=2048) for case in angles.CASES] if options.quick else angles.CASES
+    return {"angles": [angles.measure_angles(case) for case in cases]}
 
 
 def _on_cuda(options: argparse.Namespace) -> dict[str, Any]:

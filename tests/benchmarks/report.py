@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import requirements
+from tests.benchmarks.angles import TAILS
 from tests.benchmarks.gpu import FOUR_GEMMS
 from tests.benchmarks.memory import format_result
 from tests.benchmarks.peers import PEERS
 from tests.benchmarks.step import PATHS
 
+DATA = "results.json"
 _METHOD = """\
 Every row is one loss, kd_weight · mean JSD_β + ce_weight · mean CE over supervised tokens, by different code; a test
 holds that values and gradients agree. Times are forward and backward, {threads} thread(s), all implementations in one
@@ -24,7 +26,7 @@ may use 13 GiB, gradients included and inputs not. Errors are relative, by norm,
 def write(results: dict[str, Any], folder: Path) -> list[Path]:
     """`results.md` and `results.json` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    markdown, data = folder / "results.md", folder / "results.json"
+    markdown, data = folder / "results.md", folder / DATA
     markdown.write_text(as_markdown(results))
     data.write_text(json.dumps(results, indent=1, ensure_ascii=False, default=str) + "\n")
     return [markdown, data]
@@ -141,6 +143,19 @@ def _visual(part: list[dict[str, Any]]) -> str:
     )
 
 
+def _angles(part: list[dict[str, Any]]) -> str:
+    rows = [
+        [row["title"], f"{row['mass']:.2f}", f"{row['divergence']:.4f}", *(f"{row['degrees'][t]:.1f}°" for t in TAILS)]
+        for row in part
+    ]
+    return (
+        "The teacher's probabilities fall as 1/rank, with noise (standard deviation 0.3) on its logits; the student's\n"
+        "logits are the teacher's with noise of the size in the first column. Angles are those of the gradients with\n"
+        "respect to the student's logits.\n\n"
+        + _table(["case", "mass of the K", "divergence, nats", "bucket", "renormalize both", "truncate"], rows)
+    )
+
+
 def _cuda(part: list[dict[str, Any]]) -> str:
     memory = [
         {"title": row["title"], "peers": {n: f["memory"] for n, f in row["peers"].items() if "memory" in f}}
@@ -156,6 +171,7 @@ _SECTIONS = [
     ("step", "One training step", _steps),
     ("parts", "Where the time goes in ours", _parts),
     ("visual", "What visual KD adds to a step", _visual),
+    ("angles", "Top-k: angle to the gradient of the full distributions", _angles),
     ("cuda", "On a GPU", _cuda),
 ]
 

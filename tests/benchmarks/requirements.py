@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tests.benchmarks.angles import AngleCase
 from tests.benchmarks.cases import GIB, LossCase
 from tests.benchmarks.gpu import FOUR_GEMMS
 from tests.benchmarks.peers import OURS, PEERS
@@ -48,6 +49,7 @@ STEPS: list[tuple[StepCase, dict[str, tuple[float, float | None]]]] = [
 PARTS = [(LARGE, 0.10), (LossCase(vocab=151936, dtype="bfloat16"), 0.25)]
 GEMM_RATE = 0.85
 VISUAL = (VisualCase(), 0.03)
+ANGLES = [(AngleCase(), 20.0), (AngleCase(gap=0.1), 20.0)]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def rows(results: dict[str, Any]) -> list[Row]:
     if "cuda" in results:
         return list(_cuda(results))
     found: list[Row] = []
-    for part, judge in (("loss", _loss), ("memory", _memory), ("step", _step), ("parts", _parts), ("visual", _visual)):
+    judges = {"loss": _loss, "memory": _memory, "step": _step, "parts": _parts, "visual": _visual, "angles": _angles}
+    for part, judge in judges.items():
         if part in results:
             found.extend(judge(results))
     return found
@@ -128,6 +131,14 @@ def _visual(results: dict[str, Any]) -> Iterator[Row]:
     value = "not measured" if found is None else f"{found:+.1%}"
     holds = None if found is None else found <= limit
     yield Row(f"overhead of visual KD, {case}", "the step without it", f"≤ {limit:.0%}", value, holds)
+
+
+def _angles(results: dict[str, Any]) -> Iterator[Row]:
+    for case, limit in ANGLES:
+        found = next((row["degrees"]["bucket"] for row in results["angles"] if row["title"] == str(case)), None)
+        value = "not measured" if found is None else f"{found:.1f}°"
+        holds = None if found is None else found < limit
+        yield Row(f"gradient angle with the bucket, {case}", "full distributions", f"< {limit:g}°", value, holds)
 
 
 def _cuda(results: dict[str, Any]) -> Iterator[Row]:

@@ -1,0 +1,1 @@
+"""The questions of `server_probe`, by what they are about."""
