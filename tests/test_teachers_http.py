@@ -102,7 +102,7 @@ def drip(request):
     return 200, {"Content-Length": "1000000"}, pieces()
 
 
-def stuck_on(stub, within_s=60):
+def stuck_on(stub, within_s=200):
     """Wait until a request has come in."""
     until = time.monotonic() + within_s
     while not stub.requests:
@@ -701,25 +701,23 @@ def test_ctrl_c_while_waiting_ends_a_process_within_a_second(stub):
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "interrupted\n"
     assert time.monotonic() - began < 1  # what comes after is Python's own end, which takes long with torch
-    assert process.communicate(timeout=60) == ("", "")
+    assert process.communicate(timeout=200) == ("", "")
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("ending", ["", "raise SystemExit(0)"], ids=["end of the script", "SystemExit"])
-def test_an_interpreter_ends_quietly_with_requests_in_flight(stub, ending):
+def test_an_interpreter_ends_quietly_with_requests_in_flight(stub):
     stub.on_request = lambda request: HANG
     process = started(
-        f"""
+        """
         servers = Servers([sys.argv[1]], timeout_s=60)
         for _ in range(20):
             future = servers.start(servers.get("/models", dict))
         sys.stdin.readline()
-        {ending}
         """,
         stub.url,
     )
     stuck_on(stub)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=200)
     assert (out, err, process.returncode) == ("", "", 0)
 
 
@@ -729,7 +727,9 @@ def test_workers_of_the_data_loader_leave_the_connections_alone(stub, connect):
     before = stub.connections
     loader = torch.utils.data.DataLoader(Rows(servers), num_workers=2, multiprocessing_context="fork")
     for _ in range(2):
-        assert len(list(loader)) == 8
+        closing_s = torch.cat(list(loader))
+        assert len(closing_s) == 8
+        assert closing_s.max() < 3  # nothing waits for the parent's thread, which is not there
         assert ask(servers) == expected
     assert stub.connections == before
     assert servers.counts.retries == 0
@@ -746,9 +746,10 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         gc.collect()
+        began = time.monotonic()
         if index == 7:
             self.servers.close()
-        return index
+        return time.monotonic() - began
 
 
 def test_a_forked_process_may_ask_over_connections_of_its_own(stub, connect):

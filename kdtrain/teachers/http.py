@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import random
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kdtrain.config.server_urls import check_server_urls
-from kdtrain.errors import ConfigError, PreflightError, TeacherError
+from kdtrain.errors import ConfigError, TeacherError
 from kdtrain.teachers.event_loop import EventLoop
 from kdtrain.teachers.pool import Pool
 from kdtrain.teachers.server import Bearer, Failure, Reply, ReplyError, Server
@@ -103,7 +102,7 @@ class Servers:
         used: the server may have been restarted with another model. Raises TeacherError. What it asks, it asks with
         `verified=False`."""
         self._api_key_env = api_key_env
-        self._auth = None if api_key_env is None else _bearer(api_key_env)
+        self._auth = None if api_key_env is None else Bearer.of(api_key_env)
         self._random = random.Random()  # its own: pauses must not move the generators that training draws from
         self._bound_to: asyncio.AbstractEventLoop | None = None
         self._bound: Pool
@@ -276,19 +275,6 @@ class _Request:
         if failure.kind == "refused" and failure.status is not None:
             return StatusError(message, failure.status)
         return TeacherError(message) if failure.kind in ("refused", "malformed") else NoAnswerError(message)
-
-
-def _bearer(variable: str) -> Bearer:
-    """The key, checked: HTTP libraries repeat a header that they refuse."""
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise PreflightError(f"rlhf.teacher.api_key_env: the variable {variable} is not set. Set it to the key.")
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise PreflightError(
-            f"rlhf.teacher.api_key_env: what the variable {variable} holds is no key: it has spaces, line breaks or "
-            "characters beyond ASCII. Set it to the key alone."
-        )
-    return Bearer(key)
 
 
 def count_tokens(counts: Counts, reply: Any) -> None:

@@ -10,6 +10,7 @@ import email.utils
 import ipaddress
 import json
 import math
+import os
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import httpx2
 
 from kdtrain.config.diagnose import HIDDEN, clean
 from kdtrain.config.server_urls import is_loopback, is_metadata_address
+from kdtrain.errors import PreflightError
 
 LONGEST_REPLY = 256 * 2**20
 """Bytes. 8,192 tokens with 128 entries each take some 70 MiB."""
@@ -84,6 +86,19 @@ class Bearer(httpx2.Auth):
 
     def __init__(self, key: str) -> None:
         self._key = key
+
+    @classmethod
+    def of(cls, variable: str) -> Bearer:
+        """The key in an environment variable, checked here: HTTP libraries repeat a header that they refuse."""
+        key = os.environ.get(variable, "").strip()
+        if not key:
+            raise PreflightError(f"rlhf.teacher.api_key_env: the variable {variable} is not set. Set it to the key.")
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise PreflightError(
+                f"rlhf.teacher.api_key_env: what the variable {variable} holds is no key: it has spaces, line breaks "
+                "or characters beyond ASCII. Set it to the key alone."
+            )
+        return cls(key)
 
     def auth_flow(self, request: httpx2.Request) -> Generator[httpx2.Request, httpx2.Response, None]:
         request.headers["Authorization"] = f"Bearer {self._key}"
