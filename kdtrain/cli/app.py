@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,12 +18,14 @@ import typer
 
 from kdtrain import __version__
 from kdtrain.cli import process
-from kdtrain.errors import ConfigError, KdtrainError, NotAvailableError
+from kdtrain.errors import ConfigError, KdtrainError, NotAvailableError, PreflightError
 from kdtrain.ranks import is_main, under_launcher
 from kdtrain.runs.signals import keyboard_interrupts_named
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig
+    from kdtrain.config.diagnose import Diagnostic
+    from kdtrain.config.load import CheckResult
 
 logger = logging.getLogger("kdtrain")
 
@@ -118,26 +121,56 @@ def _fit_here(config: RunConfig, resume: str | None, dry_run: bool, quiet: bool,
 def validate(
     config: ConfigFile,
     overrides: Overrides = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Not available yet: look at files, models, devices.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also ask the teacher: its server, or its weights on a few rows.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Findings as JSON on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Tracebacks and the libraries' own messages.")] = False,
 ) -> None:
-    """Check a config file: every problem at once, each with its place. Does not import torch; under a second."""
+    """Check a config file: every problem at once, each with its place. Does not import torch; under a second.
+
+    --deep goes on to what only the world can tell. It reads a few rows, asks the teacher's server what it does (or
+    loads the teacher), and lists what it found, with what to do about it; the exit code is 3 where fit would stop.
+    """
     from kdtrain.config import check_config
 
     if deep:
-        raise NotAvailableError("validate --deep is not available yet; kdtrain fit CONFIG --dry-run builds everything.")
+        process.set_up_logging("text", debug)
     result = check_config(config, overrides or [], model_files=True)
     findings = [*result.errors, *result.warnings]
+    if deep and not result.errors:
+        with keyboard_interrupts_named():
+            findings += _deep_findings(result)
     if as_json:
-        typer.echo(json.dumps([finding.to_dict() for finding in findings], indent=2))
+        process.write_out(json.dumps([finding.to_dict() for finding in findings], indent=2) + "\n")
     else:
-        for finding in findings:
-            typer.echo(finding.render() + "\n", err=finding.level != "error")
-        counts = ((len(result.errors), "error"), (len(result.warnings), "warning"))
-        found = ", ".join(f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in counts if count)
-        typer.echo(f"{config}: {found or 'no problems found'}")
-    if result.errors:
-        raise typer.Exit(ConfigError.exit_code)
+        _show_findings(config, findings, numbered=deep)
+    if any(finding.level == "error" for finding in findings):
+        raise typer.Exit(ConfigError.exit_code if result.errors else PreflightError.exit_code)
+
+
+def _show_findings(config: Path, findings: Sequence[Diagnostic], *, numbered: bool) -> None:
+    for number, finding in enumerate(findings, start=1):
+        text = f"{number}. {finding.render()}" if numbered else finding.render()
+        typer.echo(text + "\n", err=finding.level != "error" and not numbered)
+    counts = ((sum(finding.level == level for finding in findings), level) for level in ("error", "warning"))
+    found = ", ".join(f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in counts if count)
+    typer.echo(f"{config}: {found or 'no problems found'}")
+
+
+def _deep_findings(result: CheckResult) -> list[Diagnostic]:
+    """What is found beyond the static check, with its places."""
+    from rich.console import Console
+
+    waiting = Console(stderr=True)
+    with (
+        waiting.status("asking the teacher …") if waiting.is_terminal else nullcontext()
+    ):  # some seconds without a sign
+        from kdtrain.runs.deep import deep_findings
+
+        process.quiet_libraries(keep_bars=False)
+        assert result.config is not None
+        return result.placed(deep_findings(result.config))
 
 
 @app.command()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -47,6 +47,13 @@ class CheckResult:
     """None where there are errors."""
     errors: list[Diagnostic] = field(default_factory=list)
     warnings: list[Diagnostic] = field(default_factory=list)
+    root: Node | None = field(default=None, repr=False)
+    """The config as it was written, for the places of what is found later."""
+
+    def placed(self, problems: Iterable[Problem]) -> list[Diagnostic]:
+        """Further findings, with their places in the config."""
+        assert self.root is not None
+        return [tree.to_diagnostic(problem, self.root) for problem in problems]
 
 
 def check_config(source: FileOrMapping, overrides: Sequence[str] = (), *, model_files: bool = False) -> CheckResult:
@@ -76,7 +83,7 @@ def check_config(source: FileOrMapping, overrides: Sequence[str] = (), *, model_
     diagnostics = sorted((tree.to_diagnostic(problem, root) for problem in [*problems, *found]), key=_order)
     errors = [diagnostic for diagnostic in diagnostics if diagnostic.level == "error"]
     warnings = [diagnostic for diagnostic in diagnostics if diagnostic.level == "warning"]
-    return CheckResult(None if errors else config, errors, warnings)
+    return CheckResult(None if errors else config, errors, warnings, root)
 
 
 class ConfigLoader:

@@ -44,20 +44,19 @@ def check_server(
         PreflightError: the run would fail, or train on wrong targets.
     """
 
-    def ask() -> ProbeResult:
-        return probe(
-            teacher,
-            rows,
-            getattr(tokenizer, "tokenizer", tokenizer),
-            scores=scores,
-            writes=writes,
-            tokens=tokens,
-            chat_template_kwargs=chat_template_kwargs,
+    options = {"scores": scores, "writes": writes}
+    result = _by_one_rank(
+        lambda: ask_server(
+            teacher, rows, tokenizer, **options, tokens=tokens, chat_template_kwargs=chat_template_kwargs
         )
-
-    result = _by_one_rank(ask)
+    )
     settle(teacher, result)
     _report(teacher, result)
+
+
+def ask_server(teacher: ServedTeacher, rows: Sequence[Sequence[int]], tokenizer: Any, **options: Any) -> ProbeResult:
+    """As `probe`, also with a processor in place of its tokenizer."""
+    return probe(teacher, rows, getattr(tokenizer, "tokenizer", tokenizer), **options)
 
 
 def _by_one_rank(ask: Callable[[], ProbeResult]) -> ProbeResult:
