@@ -462,7 +462,7 @@ def idle_options(source: Any) -> str:
 
 def test_options_of_targets_or_answers_that_nobody_asks_for_are_idle() -> None:
     answers = {"data__train": [{"path": "org/rows", "answers": "teacher"}]}
-    idle = idle_options(config(**SERVER, rlhf__teacher__api="chat", rlhf__teacher__max_requests=3))
+    idle = idle_options(config(**SERVER, rlhf__teacher__api="completions", rlhf__teacher__max_requests=3))
     assert "api" in idle
     assert "max_requests" in idle
     written = {**SERVER, **answers, "rlhf__llm_kd_weight": 0.0, "rlhf__teacher__api": "chat"}

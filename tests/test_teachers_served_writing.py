@@ -11,10 +11,13 @@ from kdtrain.errors import TeacherError
 from kdtrain.generation.generate import completions
 from kdtrain.generation.sampling import generation_config
 from kdtrain.teachers.base import Prompt, Sampling
+from kdtrain.teachers.chat_writing import read_chat
 from kdtrain.teachers.http import ReplyError, Servers
 from kdtrain.teachers.served import ServedTeacher
 from kdtrain.teachers.served_writing import completion_payload, read_completion
+from tests import tiny
 from tests.stub_server import StubServer
+from tests.test_trainer import make_trainer
 
 PROMPTS = [[1, 20, 30], [40, 50, 60, 70, 80], [90], [33, 44]]
 
@@ -206,3 +209,194 @@ def test_seeds_fit_the_32_bits_that_some_servers_keep():
     assert seeds == [7, 5]
     assert json.dumps(seeds)
     assert torch.Generator().manual_seed(seeds[1])
+
+
+# ---- seq_kd ----------------------------------------------------------------------------------------------------------
+
+ROWS = [{**row, "row_id": f"0:{i}"} for i, row in enumerate(tiny.CHATS * 2)]
+
+
+def train(folder, url, *, ranks=1, accumulate=1, writes_targets=False, resume=None, steps=3, **options):
+    """Losses and answers of some steps; what a rank answered comes in the order of its batches."""
+    servers = Servers([url], concurrency=4, timeout_s=20)
+    teacher = ServedTeacher(
+        servers, model="teacher", vocab_size=320, top_k=options.pop("top_k", 320), route="prompt_logprobs"
+    )
+    teacher.writes_targets = writes_targets
+    trainer = make_trainer(
+        folder, None, None, rows=ROWS, extra={"teacher": teacher}, seq_kd=True, lmbda=0.0, max_new_tokens=6,
+        temperature=1.0, max_steps=steps, per_device_train_batch_size=4 // ranks // accumulate,
+        gradient_accumulation_steps=accumulate, train_sampling_strategy="sequential", logging_steps=1,
+        save_strategy="steps", save_steps=1, learning_rate=1e-3, **options,
+    )  # fmt: skip
+    answers = []
+    original = teacher.write
+
+    def write(prompts, sampling, each=None):
+        written = original(prompts, sampling, each)
+        answers.extend((list(prompt.ids), one.ids) for prompt, one in zip(prompts, written, strict=True))
+        return written
+
+    teacher.write = write
+    trainer.train(resume_from_checkpoint=resume)
+    teacher.close()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    return losses, answers
+
+
+def scored_rows(server, answers):
+    """Those with the answers. Before a training some rows of the data are scored as well."""
+    written = [prompt + ids for prompt, ids in answers]
+    asked = (request.body["prompt"] for request in server.requests if "prompt_logprobs" in request.body)
+    return [ids for prompt in asked for ids in prompt if ids in written]
+
+
+def test_seq_kd_trains_on_answers_of_a_server(tmp_path, server):
+    losses, answers = train(tmp_path, server.url)
+    assert len(answers) == 12
+    assert all(1 <= len(ids) <= 6 for _, ids in answers)
+    sent = [request.body for request in server.requests if "stop_token_ids" in request.body]
+    assert sorted(body["prompt"] for body in sent) == sorted(prompt for prompt, _ in answers)
+    # What is scored is what was written, at all of its positions.
+    assert sorted(scored_rows(server, answers)) == sorted(prompt + ids for prompt, ids in answers)
+    assert all(loss > 0 for loss in losses)
+
+
+def test_answers_do_not_depend_on_micro_batches_nor_on_ranks(tmp_path, server):
+    losses, answers = train(tmp_path / "one", server.url)
+    accumulated, same = train(tmp_path / "accumulated", server.url, accumulate=2)
+    assert same == answers
+    assert accumulated == pytest.approx(losses, rel=1e-4)
+    ranks = tiny.run_ranks(train_rank, 2, tmp_path / "ranks", server.url)
+    assert sorted(answer for _, own in ranks for answer in own) == sorted(answers)
+    for found, _ in ranks:
+        assert found == pytest.approx(losses, rel=1e-4)
+
+
+def train_rank(folder, url):
+    return train(folder, url, ranks=2)
+
+
+def test_a_resumed_run_asks_for_the_same_answers(tmp_path, server):
+    losses, answers = train(tmp_path, server.url)
+    again, rest = train(tmp_path, server.url, resume=str(tmp_path / "checkpoint-1"))
+    assert rest == answers[4:]
+    assert again[-2:] == losses[-2:]
+
+
+def test_targets_that_came_with_the_answers_are_not_asked_for_again(tmp_path, server):
+    expected, answers = train(tmp_path / "scored", server.url, top_k=8)
+    server.requests.clear()
+    losses, same = train(tmp_path / "written", server.url, top_k=8, writes_targets=True)
+    assert same == answers
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert not scored_rows(server, answers)
+    asked = [request.body for request in server.requests if "stop_token_ids" in request.body]
+    assert len(asked) == len(answers)
+    assert all(body["logprobs"] == 8 for body in asked)
+
+
+def test_a_teacher_that_only_writes_is_refused_where_its_distributions_are_needed(tmp_path, server):
+    teacher = served(server)
+    teacher.api = "chat"
+    for options in ({}, {"seq_kd": True}):
+        with pytest.raises(ValueError, match="only writes answers, and llm_kd_weight is 1"):
+            make_trainer(tmp_path, None, None, extra={"teacher": teacher}, **options)
+
+
+# ---- answers in messages ---------------------------------------------------------------------------------------------
+
+
+def message(content="Yes.", finish_reason="stop", **more):
+    return {"choices": [{"index": 0, "message": {"content": content, **more}, "finish_reason": finish_reason}]}
+
+
+def test_a_message_is_asked_for_as_the_row_has_it(server):
+    teacher = served(server)
+    teacher.api = "chat"
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": 1}}}
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    server.on_request = lambda request: message()
+    chat = {"messages": messages, "tools": tools, "chat_template_kwargs": {"enable_thinking": False}}
+    written = teacher.write([Prompt([1], 2**40 + 3, chat)], sampling(temperature=0.7))
+    assert written[0].message == {"role": "assistant", "content": "Yes."}
+    (sent,) = server.requests
+    assert sent.path == "/v1/chat/completions"
+    assert (sent.body["tools"], sent.body["chat_template_kwargs"]) == (tools, {"enable_thinking": False})
+    assert sent.body["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"at": 1}'
+    assert {name: sent.body[name] for name in ("temperature", "max_tokens", "seed")} == {
+        "temperature": 0.7, "max_tokens": 12, "seed": 3,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reply", "cut", "expected"),
+    [
+        (message(), False, {"content": "Yes."}),
+        (message("Ye", "length"), True, {"content": "Ye"}),
+        (message(reasoning_content="hm", reasoning=None), False, {"content": "Yes.", "reasoning_content": "hm"}),
+        (message(reasoning="hm"), False, {"content": "Yes.", "reasoning": "hm"}),
+        (message(None, "tool_calls", tool_calls=[{"id": "1"}]), False, {"content": "", "tool_calls": [{"id": "1"}]}),
+        (message(tool_calls=[], function_call=None, refusal=""), False, {"content": "Yes."}),
+    ],
+)
+def test_what_a_message_says_is_kept(reply, cut, expected):
+    found = read_chat(reply)
+    assert (found.cut, found.refused, found.message) == (cut, None, {"role": "assistant", **expected})
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (message(None, "content_filter"), "the server's content filter refused the answer"),
+        (message(None, refusal="I can't\x1b[2J help."), "the teacher refused to answer: I can't\\x1b[2J help."),
+        (message(""), "the answer is empty"),
+        (message(" \n"), "the answer is empty"),
+        (message(None, "length", reasoning="hm"), "the answer was cut in its reasoning: raise rlhf.max_new_tokens"),
+        (message(None, "length"), "the answer was cut before it began: raise rlhf.max_new_tokens"),
+        (message("", "length", tool_calls=[{}]), "the answer was cut in a tool call: raise rlhf.max_new_tokens"),
+    ],
+)
+def test_a_message_without_a_usable_answer_is_refused_with_the_reason(reply, reason):
+    found = read_chat(reply)
+    assert (found.ids, found.message) == ([], None)
+    assert found.refused == reason
+
+
+@pytest.mark.parametrize(
+    ("reply", "problem"),
+    [
+        ({"choices": [{"finish_reason": "stop"}]}, "has no message"),
+        (message(finish_reason="error"), "finish_reason is 'error'"),
+        (message(["a"]), "content is no text"),
+        ({"choices": []}, "where one answer was asked for"),
+    ],
+)
+def test_a_reply_that_is_no_message_is_refused(reply, problem):
+    with pytest.raises(ReplyError, match=problem):
+        read_chat(reply)
+
+
+def test_no_more_requests_are_sent_than_max_requests(server):
+    """Those that are repeated count: some APIs have them paid."""
+    busy = iter([True, False, False, False, False])
+    server.on_request = lambda request: (429, {"Retry-After": "0"}, b"{}") if next(busy) else None
+    teacher = ServedTeacher(
+        Servers([server.url], concurrency=1), model="teacher", vocab_size=320, top_k=8, max_requests=3
+    )
+    seen = []
+    with pytest.raises(TeacherError, match="max_requests: 3 requests") as caught:
+        teacher.write(prompts(), sampling(), lambda i, written: seen.append(i))
+    assert caught.value.exit_code == 4
+    assert (seen, len(server.requests)) == ([0, 1], 3)
+
+
+def test_ranks_share_max_requests(server, monkeypatch):
+    budgets = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        teacher = ServedTeacher(Servers([server.url]), model="t", vocab_size=320, top_k=8, max_requests=5)
+        budgets.append(teacher.budget.most)
+    assert budgets == [3, 2]

@@ -37,9 +37,10 @@ def _prompts(batch: Batch, seed: str) -> list[Prompt]:
             "seq_kd: a batch has images, and a served teacher is asked for answers to tokens alone. Use "
             "rlhf.teacher.backend: hf, data without images, or rlhf.seq_kd: false."
         )
-    ids = prompts_of(batch.as_teacher_sees_it())
-    names = batch.rows.ids or ids  # rows without a name go by what they ask
-    return [Prompt(one, stable_seed(f"{seed}:{name}")) for one, name in zip(ids, names, strict=True)]
+    names = batch.rows.ids or [""] * len(batch)
+    prompts = zip(prompts_of(batch.as_teacher_sees_it()), names, strict=True)
+    # Rows without a name go by what they ask.
+    return [Prompt(ids, stable_seed(f"{seed}:{name or ids}")) for ids, name in prompts]
 
 
 def _answered(batch: Batch, answers: Iterator[Written], pad_id: int, multiple: int | None) -> Batch:

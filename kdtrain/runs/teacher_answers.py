@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BY = {True: "token ids", False: "messages"}
+_COST = ("requests", "prompt_tokens", "completion_tokens")
 WRITING = "the teacher writes answers"
 
 
@@ -121,7 +122,7 @@ def _writer(
         )
     messages = not teacher.has_targets
     for rows in (data.train, data.evaluation):
-        _check_askable(rows, messages)
+        check_askable(rows, messages)
     # What ends the teacher's answers itself is known by its tokenizer alone.
     of_teacher = getattr(side.processing, "tokenizer", side.processing)
     stops = turn_ends(processing, student.generation_config, of_teacher)
@@ -147,7 +148,7 @@ def _encoder(config: RunConfig, processing: Any, stops: Sequence[int]) -> Messag
     return MessageEncoder(processing, frozenset(stops), teacher_kwargs=teacher_kwargs, **options)
 
 
-def _check_askable(rows: datasets.Dataset | None, messages: bool) -> None:
+def check_askable(rows: datasets.Dataset | None, messages: bool) -> None:
     """Refuse rows that a server cannot be asked, before the first request.
 
     Raises:
@@ -155,14 +156,15 @@ def _check_askable(rows: datasets.Dataset | None, messages: bool) -> None:
     """
     if rows is None or "answers" not in rows.column_names:
         return
-    asked = rows.filter(lambda answers: answers, input_columns="answers")
+    # Not `filter`, which would leave a file beside the encoded rows.
+    names = ["row_id", "answers", *({"chat", "images"} & set(rows.column_names))]
+    asked = (row for row in rows.select_columns(names) if row["answers"])
     if messages:
-        wrong = [row["row_id"] for row in asked.select_columns(["row_id", "chat"]) if '"messages"' not in row["chat"]]
+        wrong = [row["row_id"] for row in asked if '"messages"' not in row["chat"]]
         problem = "a prompt that is text, and the teacher reads messages (rlhf.teacher.api: chat)"
         hint = "Give prompts as lists of messages"
     else:
-        some = asked.select_columns(["row_id", "images"]) if "images" in asked.column_names else ()
-        wrong = [row["row_id"] for row in some if row["images"]]
+        wrong = [row["row_id"] for row in asked if row.get("images")]
         problem = "images, and the teacher is asked by token ids, which have none in them"
         hint = "Set rlhf.teacher.api: chat, with rlhf.llm_kd_weight: 0"
     if wrong:
@@ -172,22 +174,19 @@ def _check_askable(rows: datasets.Dataset | None, messages: bool) -> None:
 @contextmanager
 def _counted(teacher: Teacher, run_dir: Path) -> Iterator[None]:
     """Write into the run's status what the answers have cost, whatever ends them."""
-    counts = getattr(getattr(teacher, "servers", None), "counts", None)
-    if counts is None:
+    spent = getattr(getattr(teacher, "budget", None), "spent", None)
+    if spent is None:
         yield
         return
-    before, start = teacher_cost(run_dir), vars(counts).copy()
+    before, of_ranks = teacher_cost(run_dir), []
     try:
         yield
-        ranks = gather_object([vars(counts)])
-    except BaseException:
-        ranks = [vars(counts)]  # the others may not come
-        raise
-    finally:
+        of_ranks = gather_object([vars(spent)])
+    finally:  # after an error the other ranks may not come
         if run_dir.is_dir():
-            spent = {name: sum(rank[name] for rank in ranks) - start[name] for name in start}
-            total = {name: before.get(name, 0) + count for name, count in spent.items()}
-            write_status(run_dir, "running", message=WRITING, teacher=total)
+            ranks = of_ranks or [vars(spent)]
+            cost = {name: before.get(name, 0) + sum(rank[name] for rank in ranks) for name in _COST}
+            write_status(run_dir, "running", message=WRITING, teacher=cost)
 
 
 def without_refused(

@@ -6,7 +6,6 @@ not here, since what teachers are does not depend on how rows are encoded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from kdtrain.data.errors import show
@@ -15,18 +14,16 @@ from kdtrain.errors import TeacherError
 from kdtrain.teachers.base import Prompt, Sampling, Written
 from kdtrain.teachers.chat_messages import chat_payload
 from kdtrain.teachers.http import ReplyError, Servers
-from kdtrain.teachers.served_writing import SEEDS, only_choice
+from kdtrain.teachers.served_writing import SEEDS, Budget, only_choice
 
 _ENDED = ("stop", "tool_calls", "function_call")
 
 
-async def write_chat(
-    servers: Servers, model: str, prompt: Prompt, sampling: Sampling, before: Callable[[], None] | None = None
-) -> Written:
+async def write_chat(servers: Servers, model: str, prompt: Prompt, sampling: Sampling, budget: Budget) -> Written:
     """One answer, as a message.
 
     Args:
-        before: see `Servers.post`.
+        budget: what the request is taken from.
 
     Raises:
         TeacherError: no usable answer; one that the server refuses to give is `Written.refused`.
@@ -41,7 +38,7 @@ async def write_chat(
         "top_p": 1.0,
         "seed": prompt.seed % SEEDS,
     }
-    return await servers.post("/chat/completions", payload, read_chat, before=before)
+    return await servers.post("/chat/completions", payload, budget.reading(read_chat), before=budget.take)
 
 
 def read_chat(reply: Any) -> Written:

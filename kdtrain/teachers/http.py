@@ -215,7 +215,7 @@ class _Request:
         self.left_s -= loop.time() - began
         self.servers.counts.requests += 1
         if isinstance(result, Reply):
-            _count_tokens(self.servers.counts, result.value)
+            count_tokens(self.servers.counts, result.value)
         self.pool.note(server, result)
         return result
 
@@ -291,7 +291,8 @@ def _bearer(variable: str) -> Bearer:
     return Bearer(key)
 
 
-def _count_tokens(counts: Counts, reply: Any) -> None:
+def count_tokens(counts: Counts, reply: Any) -> None:
+    """Add the tokens that a reply's `usage` says."""
     usage = reply.get("usage") if isinstance(reply, dict) else None
     if not isinstance(usage, dict):
         return

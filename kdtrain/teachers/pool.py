@@ -28,13 +28,17 @@ class Pool:
     """
 
     def __init__(self, urls: Sequence[str], auth: Bearer | None, concurrency: int) -> None:
+        self.servers: list[Server] = []
+        refused = ""
         try:
-            self.servers = [Server(url, auth, concurrency) for url in urls]
-        except (ImportError, ValueError) as error:  # httpx2 repeats the proxy's address, password included
+            self.servers += [Server(url, auth, concurrency) for url in urls]
+        except (ImportError, ValueError) as error:
+            refused = type(error).__name__  # no more of it: its text and its frames have the proxy's password
+        if refused:
             raise PreflightError(
-                f"The proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names cannot be used ({type(error).__name__}). "
+                f"The proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names cannot be used ({refused}). "
                 "Repair the variable, or except the teacher's host with NO_PROXY."
-            ) from None
+            )
         self._concurrency = concurrency
         self._waiting: list[asyncio.Future[None]] = []
 

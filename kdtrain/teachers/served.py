@@ -43,6 +43,8 @@ class ServedTeacher(Teacher):
         max_requests: requests for answers that may be sent; None is no limit.
     """
 
+    waits = True
+
     def __init__(
         self,
         servers: Servers,
@@ -121,7 +123,7 @@ class ServedTeacher(Teacher):
         return self.servers.run(answers(prompts, ask, slots, each))
 
     async def _ask_chat(self, sampling: Sampling, prompt: Prompt) -> Written:
-        return await write_chat(self.servers, self.model, prompt, sampling, self.budget.take)
+        return await write_chat(self.servers, self.model, prompt, sampling, self.budget)
 
     async def _ask(self, sampling: Sampling, with_targets: bool, prompt: Prompt) -> Written:
         top_k = min(self.top_k, self.vocab_size)
@@ -142,7 +144,7 @@ class ServedTeacher(Teacher):
             vocab_size=self.vocab_size,
             logprobs=top_k if with_targets else 0,
             keep=keep,
-            before=self.budget.take,
+            budget=self.budget,
         )
 
     def close(self) -> None:

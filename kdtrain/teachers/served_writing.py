@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from kdtrain.errors import TeacherError
 from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.teachers.base import Prompt, Sampling, Written
-from kdtrain.teachers.http import ReplyError, Servers
+from kdtrain.teachers.http import Counts, ReplyError, Servers, count_tokens
 from kdtrain.teachers.replies import Scored, read_scores
+
+T = TypeVar("T")
 
 Each = Callable[[int, Written], None]
 """Called with the number of a prompt and its answer as soon as that is there, in the thread of the event loop."""
@@ -34,14 +36,14 @@ SEEDS = 2**31  # some servers keep 32 bits
 
 
 class Budget:
-    """How many requests for answers may be sent.
+    """How many requests for answers may be sent, and what those that were have cost.
 
     Args:
         most: in this process; None is no limit.
     """
 
     def __init__(self, most: int | None) -> None:
-        self.most, self.sent = most, 0
+        self.most, self.spent = most, Counts()
 
     def take(self) -> None:
         """Count one that is about to be sent.
@@ -49,12 +51,21 @@ class Budget:
         Raises:
             TeacherError: it would be one too many.
         """
-        if self.most is not None and self.sent >= self.most:
+        if self.most is not None and self.spent.requests >= self.most:
             raise TeacherError(
-                f"rlhf.teacher.max_requests: {self.sent} requests for answers were sent by this process, and no more "
-                "may be. The answers that came are kept: raise max_requests, or go on with --resume auto."
+                f"rlhf.teacher.max_requests: {self.spent.requests} requests for answers were sent by this process, and "
+                "no more may be. The answers that came are kept: raise max_requests, or go on with --resume auto."
             )
-        self.sent += 1
+        self.spent.requests += 1
+
+    def reading(self, read: Callable[[Any], T]) -> Callable[[Any], T]:
+        """`read`, which also counts the tokens of the replies that it gets, usable or not: they are paid for."""
+
+        def counted(reply: Any) -> T:
+            count_tokens(self.spent, reply)
+            return read(reply)
+
+        return counted
 
 
 async def answers(
@@ -95,7 +106,7 @@ async def write_completion(
     vocab_size: int,
     logprobs: int = 0,
     keep: Callable[[Any, list[int]], None] = lambda reply, ids: None,
-    before: Callable[[], None] | None = None,
+    budget: Budget,
 ) -> Written:
     """One answer.
 
@@ -104,7 +115,7 @@ async def write_completion(
         vocab_size: an answer with other ids is refused.
         logprobs: how many of the most likely tokens come with each token of the answer.
         keep: called with the reply and the answer's ids; may raise `ReplyError` like anything that reads a reply.
-        before: see `Servers.post`.
+        budget: what the request is taken from.
 
     Raises:
         TeacherError: no usable answer.
@@ -116,7 +127,7 @@ async def write_completion(
         return written
 
     payload = completion_payload(model, prompt, sampling, logprobs)
-    return await servers.post("/completions", payload, read, before=before)
+    return await servers.post("/completions", payload, budget.reading(read), before=budget.take)
 
 
 def completion_payload(model: str, prompt: Prompt, sampling: Sampling, logprobs: int) -> dict[str, Any]:
