@@ -1,5 +1,7 @@
 """Which rows are trained on and evaluated, in every epoch, on any number of ranks, and after a resume."""
 
+from contextlib import ExitStack
+
 import datasets
 import numpy as np
 import pytest
@@ -95,7 +97,7 @@ def test_a_config_with_half_a_source_trains_on_another_half_in_every_epoch(proje
     overrides = [f"data.train={half}", f"data.eval={half}", "training.max_steps=-1", "training.num_train_epochs=2"]
     arguments = ConfigLoader.load_training_config(str(project / "config.yaml"), overrides=overrides)
     reporter = ConsoleReporter(Console(quiet=True), quiet=True)
-    trainer, report = build_trainer(arguments.config, arguments.training_args, reporter, False, Given())
+    trainer, report = build_trainer(arguments.config, arguments.training_args, reporter, False, Given(), ExitStack())
     assert report.rows_per_epoch == 12
     assert len(trainer.train_dataset) == 24
     assert len(trainer.eval_dataset) == 12

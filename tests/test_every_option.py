@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 from unittest import mock
@@ -131,7 +132,7 @@ def _build(arguments: TrainArguments) -> mock.Mock:
         mock.patch.multiple(build, **{name: getattr(calls, name) for name in names}),
         mock.patch.object(read_data, "build_dataset", calls.build_dataset),
     ):
-        build_trainer(arguments.config, arguments.training_args, mock.Mock(), True, Given())
+        build_trainer(arguments.config, arguments.training_args, mock.Mock(), True, Given(), ExitStack())
     return calls
 
 

@@ -1,6 +1,7 @@
 """Vision runs in which images are rare: what is not trained by a window is left alone, and what is, is trained."""
 
 import json
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_biases_of_projectors_do_not_decay(models, tmp_path):  # noqa: F811
 
     file = write_config(models, tmp_path, training__weight_decay=0.5, training__optim="adamw_torch")
     arguments = ConfigLoader.load_training_config(file)
-    trainer, _ = build_trainer(arguments.config, arguments.training_args, Silent(), False, Given())
+    trainer, _ = build_trainer(arguments.config, arguments.training_args, Silent(), False, Given(), ExitStack())
     decay = {id(p): g["weight_decay"] for g in trainer.create_optimizer().param_groups for p in g["params"]}
     named = dict(trainer.visual.projectors.named_parameters())
     assert {name: decay[id(p)] for name, p in named.items()} == {

@@ -138,6 +138,8 @@ def describe(logs: Mapping[str, Any]) -> str:
     parts = [f"{prefix}{key} {logs[prefix + key]:.4g}" for key in _SHOWN if prefix + key in logs]
     if "tokens_per_second" in logs:
         parts.append(f"{logs['tokens_per_second']:,.0f} tok/s")
+    if "teacher_wait_fraction" in logs:
+        parts.append(f"teacher {logs['teacher_wait_fraction']:.0%} wait")
     return "  ".join(parts)
 
 

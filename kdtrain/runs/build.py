@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -74,9 +75,13 @@ class TeacherSide(NamedTuple):
 
 
 def build_trainer(
-    config: RunConfig, args: GKDConfig, reporter: Reporter, dry_run: bool, given: Given
+    config: RunConfig, args: GKDConfig, reporter: Reporter, dry_run: bool, given: Given, at_the_end: ExitStack
 ) -> tuple[GKDTrainerWithMetrics, BuildReport]:
-    """Rows, student, teacher and trainer; what costs little comes first."""
+    """Rows, student, teacher and trainer; what costs little comes first.
+
+    Args:
+        at_the_end: closes the teacher, unless it was given.
+    """
     device = args.device  # also joins the process group
     prepare_deepspeed_run(args)
     _check_folders(config, given)
@@ -101,6 +106,8 @@ def build_trainer(
         # It uses all its weights in every step; only experts and vision encoders may go without a gradient.
         args.ddp_find_unused_parameters = False
     teacher = teacher_side(config, args, processing, vocabulary_size(student), given.teacher)
+    if teacher.teacher is not None and given.teacher is None:
+        at_the_end.callback(teacher.teacher.close)
     if isinstance(teacher.teacher, ServedTeacher) and teacher.teacher.route is None:
         _probe(config, args, data, teacher.teacher, processing)
     collator = Collator(processing, teacher.processing, pad_to_multiple_of=args.pad_to_multiple_of)

@@ -76,6 +76,7 @@ class _EndBeforeTheStep(TrainerCallback):
 def one_window(trainer: GKDTrainerWithMetrics) -> dict[str, float]:
     """One optimizer window forward and backward through everything a real run uses, without the step; its metrics."""
     trainer.add_callback(_EndBeforeTheStep())
+    trainer.read_ahead.lookahead = 0  # nothing is asked of a teacher that is not used
     with suppress(_WindowDone):
         trainer.train()
     return trainer.window_metrics()

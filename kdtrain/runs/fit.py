@@ -70,7 +70,7 @@ def fit(
             args.report_to = []  # a tracker would take it for a run
         else:
             at_the_end.enter_context(tracked_status(run_dir))
-        trainer, report = build_trainer(config, args, reporter, dry_run, given or Given())
+        trainer, report = build_trainer(config, args, reporter, dry_run, given or Given(), at_the_end)
         check_world(trainer.accelerator, config)
         if is_main():
             reporter.plan(plan(trainer, config, report))

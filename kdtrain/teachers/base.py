@@ -104,6 +104,8 @@ class Teacher(ABC):
 
     lookahead: int = 0
     """Optimizer windows that `prepare` is called ahead of the one that trains, where their answers are the data's."""
+    waits: bool = False
+    """Whether `targets` may wait for answers, and counts that in `waited_s`; it is then logged."""
     waited_s: float = 0.0
     """Seconds that `targets` has waited for answers that were not there yet, since the teacher was made."""
 
@@ -129,7 +131,9 @@ class Teacher(ABC):
         """Called once for every optimizer window before its first batch, and before each batch of an evaluation.
 
         The time to send requests, or to read ahead: it must not wait for them. Windows come in the order in which they
-        train, up to `lookahead` of them before it is their turn.
+        train, up to `lookahead` of them before it is their turn; one whose answers are generated comes when it is its
+        turn, and so after those that were read ahead. Now and then a window is never asked for: an epoch or the run
+        ends early, or a callback has its answers generated after all; it then comes again, with these.
 
         Args:
             window: this rank's batches, with the answers that will be trained on.
@@ -165,7 +169,11 @@ class Teacher(ABC):
         raise NotImplementedError(f"{type(self).__name__} cannot write answers")
 
     def close(self) -> None:  # noqa: B027
-        """The run is over, one way or another: let go of threads and connections. May be called twice."""
+        """Let go of threads and connections; may be called twice.
+
+        `kdtrain fit` does at the end of a run, one way or another, with a teacher that it has made. One that was handed
+        over may serve another run: closing it is up to who made it. The trainer never does, since it can train again.
+        """
 
 
 def teacher_autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:

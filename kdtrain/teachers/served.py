@@ -43,6 +43,8 @@ class ServedTeacher(Teacher):
         max_requests: requests for answers that may be sent; None is no limit.
     """
 
+    waits = True
+
     def __init__(
         self,
         servers: Servers,

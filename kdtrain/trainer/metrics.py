@@ -52,7 +52,7 @@ HIGHER_IS_BETTER = {
     "token_accuracy": True,
     "teacher_agreement": True,
 }
-_KEYS = (*LOSS_TERMS, *TOKEN_SUMS, "windows", "on_policy_windows")
+_KEYS = (*LOSS_TERMS, *TOKEN_SUMS, "windows", "on_policy_windows", "teacher_wait_s")
 
 Metrics = Mapping[str, Sequence[torch.Tensor]]
 
@@ -131,6 +131,8 @@ def training_metrics(reduced: Reduced, seconds: float) -> dict[str, float]:
     record["on_policy_fraction"] = reduced.sums["on_policy_windows"] / max(reduced.sums["windows"], 1)
     if seconds > 0:
         record["tokens_per_second"] = reduced.sums["input_tokens"] / seconds
+        if reduced.counts["teacher_wait_s"]:
+            record["teacher_wait_fraction"] = reduced.sums["teacher_wait_s"] / reduced.num_processes / seconds
     record["peak_memory_gib"] = reduced.peak_memory_gib
     return record
 

@@ -30,7 +30,6 @@ What is overridden, and why:
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import os
@@ -69,6 +68,7 @@ from kdtrain.trainer.given_rows import check_raw_rows, check_stream, placeholder
 from kdtrain.trainer.guard import NonFiniteGuard
 from kdtrain.trainer.live_option import LiveOption
 from kdtrain.trainer.objective import warn_of_logits
+from kdtrain.trainer.read_ahead import ReadAhead
 from kdtrain.trainer.row_order import EpochSampler, SetEpoch
 from kdtrain.trainer.startup_checks import check_startup, readable_beginning
 from kdtrain.trainer.unlogged import RestoreUnlogged, save_unlogged
@@ -198,6 +198,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.by_images_alone = trained_by_images_alone(self.model)
         if self.by_images_alone:
             keep_a_path(self.model)
+        self.read_ahead = ReadAhead(self)
         self.stopwatch = metrics.Stopwatch()
         self._guard = NonFiniteGuard(self)
         self._sampler: EpochSampler | None = None
@@ -234,6 +235,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._unlogged.checkpoint = None
         self.begun = False
         self._window = None
+        self.read_ahead.forget()
         self.receiver.start_counting()
         with readable_beginning(self):
             if not self.startup_checked:
@@ -285,17 +287,14 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """Collect one window, replace its answers where it is generated, and count D on what will be trained on."""
         self.stopwatch.start()
         self.begun = True
-        options, rows = options_of_window(self), self.rows_per_epoch()
-        given = [
-            self.receiver.receive(self._prepare_inputs(batch), rows, train=True)
-            for batch in itertools.islice(epoch_iterator, num_batches)
-        ]
+        options = options_of_window(self)
+        given = self.read_ahead.take(epoch_iterator, num_batches)
         batches, self._window = collect(self, given, options, device)
         for name, value in (("windows", 1.0), ("on_policy_windows", float(self._window.on_policy))):
             self._metrics["train"][name].append(torch.tensor(value))
         num_items = num_supervised(batches, self.accelerator, device) // self.get_tp_size() if batches else None
         if self.teacher is not None and options.needs_teacher:
-            self.teacher.prepare(batches)
+            self.read_ahead.prepare(batches, options)
         return batches, num_items
 
     def _prepare_inputs(self, inputs: Batch | Mapping[str, Any]) -> Batch:
@@ -369,8 +368,13 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def _run_teacher_forward(self, batch: Batch) -> Targets:
         """The teacher's targets for the supervised tokens; also fires the hooks of visual KD."""
         assert self.teacher is not None, "the loss asks for a teacher that was never built"
+        before = self.teacher.waited_s
         with teacher_autocast(self.accelerator):
-            return self.teacher.targets(batch)
+            targets = self.teacher.targets(batch)
+        if self.teacher.waits and self.model.training:
+            waited = torch.tensor(self.teacher.waited_s - before, dtype=torch.float64)
+            self._metrics["train"]["teacher_wait_s"].append(waited)
+        return targets
 
     def _check_head(self, model: nn.Module) -> None:
         """What could not be compared before the model was wrapped: see `why_no_loss_head`."""

@@ -151,6 +151,17 @@ def options_of_window(trainer: GKDTrainerWithMetrics) -> DistillationOptions:
     return options
 
 
+def writer_of(
+    trainer: GKDTrainerWithMetrics, options: DistillationOptions, step: int
+) -> Literal["student", "teacher"] | None:
+    """Who writes the answers of the window that follows `step` steps; None where they are the data's."""
+    if not options.lm_kd_active:  # CE is not taught on the student's own answers, and visual KD compares no text
+        return None
+    if student_generates(trainer.args.seed, step, options.lmbda):
+        return "student"
+    return "teacher" if options.seq_kd else None
+
+
 def collect(
     trainer: GKDTrainerWithMetrics, batches: list[Batch], options: DistillationOptions, device: torch.device
 ) -> tuple[list[Batch], Window]:
@@ -161,20 +172,18 @@ def collect(
         options: of `options_of_window`.
     """
     trainer.receiver.count_truncated(batches)
-    on_policy = False
-    if options.lm_kd_active:  # CE is not taught on the student's own answers, and visual KD compares no text
-        on_policy = student_generates(trainer.args.seed, trainer.state.global_step, options.lmbda)
-        if not on_policy and options.seq_kd and trainer.teacher_model is None:
-            batches = _asked(trainer, batches, options)
-        elif on_policy or options.seq_kd:
-            batches = _generated(trainer, batches, "student" if on_policy else "teacher", options)
+    writer = writer_of(trainer, options, trainer.state.global_step)
+    if writer == "teacher" and trainer.teacher_model is None:
+        batches = _asked(trainer, batches, options)
+    elif writer is not None:
+        batches = _generated(trainer, batches, writer, options)
     check_images_on_all_ranks(trainer, batches)
     new_images = _some_new_image(trainer, batches)
     if trainer.visual is not None:
         trainer.visual.count(batches)
         trainer.visual.projectors.zero_grad()  # upstream zeroes the model's gradients only
     share = _aux_share(trainer, batches, device) if trainer.has_aux_loss else 1.0
-    return batches, Window(options, new_images, on_policy, share)
+    return batches, Window(options, new_images, writer == "student", share)
 
 
 def _generated(

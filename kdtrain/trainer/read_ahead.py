@@ -1,0 +1,96 @@
+"""Windows that are read before it is their turn, so that a teacher can be asked for their targets meanwhile.
+
+Nothing that is trained depends on it: which rows a window has is decided by the data loader, and all else (options, who
+writes the answers, D) when the window trains. A checkpoint counts the windows that were trained; after a resume those
+that had only been read are read again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kdtrain.config.options import DistillationOptions
+from kdtrain.data.batch import Batch
+from kdtrain.trainer.window import writer_of
+
+if TYPE_CHECKING:
+    from kdtrain.trainer.trainer import GKDTrainerWithMetrics
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A window as the data loader gave it."""
+
+    batches: list[Batch]
+    prepared: bool
+    """Whether the teacher was told of it ahead."""
+
+
+class ReadAhead:
+    """Reads the windows of an epoch, and tells the teacher of each one once.
+
+    Up to `lookahead` windows of the same epoch are read ahead, never past the last step. Those that the teacher or the
+    student will write answers for are told to the teacher when they have them. Whether they will is seen from seed and
+    step; where a callback has changed `lmbda` or `seq_kd` since, the window is told of when it trains, as it is then.
+    """
+
+    def __init__(self, trainer: GKDTrainerWithMetrics) -> None:
+        self._trainer = trainer
+        self._iterator: Iterator[Any] = iter(())
+        self._waiting: deque[_Read] = deque()
+        self._taken = _Read([], prepared=False)
+        self.lookahead = 0 if trainer.teacher is None else trainer.teacher.lookahead
+        """Windows; see `Teacher.lookahead`."""
+
+    def forget(self) -> None:
+        """Drop what was read and not trained."""
+        self._iterator = iter(())
+        self._waiting.clear()
+
+    def take(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Batch]:
+        """The window whose turn it is, as received: `num_batches` of them, or fewer where the epoch ends."""
+        if epoch_iterator is not self._iterator:  # an epoch may end early
+            self.forget()
+            self._iterator = epoch_iterator
+        if not self._waiting:
+            self._waiting.append(_Read(list(self._received(num_batches)), prepared=False))
+        self._taken = self._waiting.popleft()
+        return self._taken.batches
+
+    def prepare(self, batches: Sequence[Batch], options: DistillationOptions) -> None:
+        """Tell the teacher of the window that trains now, unless that was done ahead, and of the next ones.
+
+        Args:
+            batches: of this window, with the answers that it trains on.
+            options: of this window.
+        """
+        trainer = self._trainer
+        assert trainer.teacher is not None
+        step = trainer.state.global_step
+        if not self._taken.prepared or writer_of(trainer, options, step) is not None:
+            trainer.teacher.prepare(batches)
+        steps_left = trainer.state.max_steps - step - 1
+        while len(self._waiting) < min(self.lookahead, steps_left):
+            if not (following := list(self._until_the_end(trainer.args.gradient_accumulation_steps))):
+                break
+            is_data = writer_of(trainer, options, step + 1 + len(self._waiting)) is None
+            if is_data:
+                trainer.teacher.prepare(following)
+            self._waiting.append(_Read(following, prepared=is_data))
+
+    def _received(self, count: int) -> Iterator[Batch]:
+        """Each batch is received as soon as it is read: what the loader says of the end holds for the last one read."""
+        trainer, rows = self._trainer, self._trainer.rows_per_epoch()
+        for batch in itertools.islice(self._iterator, count):
+            yield trainer.receiver.receive(trainer._prepare_inputs(batch), rows, train=True)
+
+    def _until_the_end(self, count: int) -> Iterator[Batch]:
+        """As many, but the loader is not asked for more than it has: it would take the epoch for finished."""
+        for _ in range(count):
+            if self._trainer.accelerator.gradient_state.end_of_dataloader:
+                return
+            yield from self._received(1)
