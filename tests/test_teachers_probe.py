@@ -408,15 +408,16 @@ def test_one_rank_asks_for_all(fails):
     assert results == [True, True] if fails else [("prompt_logprobs", True)] * 2
 
 
-def test_rows_are_asked_about_as_the_teacher_reads_them_and_without_images():
+def test_rows_are_asked_about_as_the_teacher_reads_them_and_of_those_with_images_the_answers():
     data = datasets.Dataset.from_dict(
         {
-            "input_ids": [[1] * 20, [2] * 20, [3] * 20, [4] * 2],
-            "teacher_input_ids": [[9] * 20, None, [8] * 20, None],
+            "input_ids": [[1] * 20, [2] * 20, [3] * 40, [4] * 2],
+            "labels": [[-100] * 20, [2] * 20, [-100] * 20 + [3] * 20, [4] * 2],
+            "teacher_input_ids": [[9] * 20, None, [8] * 40, None],
             "images": [None, None, ["an image"], None],
         }
     )
-    assert rows_to_ask_about(data) == [[9] * 20, [2] * 20]
+    assert rows_to_ask_about(data) == [[9] * 20, [2] * 20, [3] * 20]
 
 
 def test_the_difference_of_answers_counts_by_probability():

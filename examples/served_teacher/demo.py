@@ -5,7 +5,7 @@
 It runs five commands and prints each of them, so that any of them can be run again by hand:
 
     prepare.py, kdtrain fit teacher.yaml   the quickstart's rows and teacher, unless the teacher is there already
-    vllm serve ...                         the teacher, on a free port, until the demo ends
+    vLLM's server                          of the teacher, on a free port, until the demo ends
     kdtrain validate --deep distill.yaml   what the server really does
     kdtrain fit distill.yaml               the student
 
@@ -46,36 +46,38 @@ On a GPU: pip install vllm. Then run this again."""
 
 
 def main(overrides: list[str], teacher: Path = TEACHER) -> None:
-    vllm = find_vllm()
-    if vllm is None:
+    python = find_vllm()
+    if python is None:
         sys.exit(INSTALL)
     if not (QUICKSTART / "build" / "stamp.json").exists():
         run(sys.executable, QUICKSTART / "prepare.py")
     if not (teacher / "model.safetensors").exists():
         run(sys.executable, "-m", "kdtrain", "fit", QUICKSTART / "teacher.yaml")
     shutil.rmtree(RUNS / "distill", ignore_errors=True)  # `fit` refuses to write over an earlier run
-    with serve(vllm, teacher) as url:
+    with serve(python, teacher) as url:
         options = [f"rlhf.teacher.base_url={url}", *overrides]
         run(sys.executable, "-m", "kdtrain", "validate", "--deep", CONFIG, *options)
         run(sys.executable, "-m", "kdtrain", "fit", CONFIG, *options)
 
 
 def find_vllm() -> Path | None:
-    """The command `vllm` of an environment that has it."""
-    named = os.environ.get("KDTRAIN_VLLM_PYTHON")
-    places = [Path(named).with_name("vllm")] if named else [HERE.parents[1] / ".venv-server" / "bin" / "vllm"]
-    on_path = shutil.which("vllm")
-    return next((place for place in [*places, *([Path(on_path)] if on_path else [])] if place.exists()), None)
+    """The Python of an environment that has vLLM."""
+    named, command = os.environ.get("KDTRAIN_VLLM_PYTHON"), shutil.which("vllm")
+    places = [Path(named)] if named else [HERE.parents[1] / ".venv-server" / "bin" / "python"]
+    places += [Path(command).with_name("python")] if command else []
+    return next((place for place in places if place.exists()), None)
 
 
 @contextlib.contextmanager
-def serve(vllm: Path, teacher: Path) -> Iterator[str]:
+def serve(python: Path, teacher: Path) -> Iterator[str]:
     """The base URL of a server of this model, on this machine alone; it ends with the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [vllm, "serve", teacher, "--served-model-name", "teacher", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--max-logprobs", "64", "--dtype", "float32", "--enforce-eager"]
+    # As `vllm serve` does, which does not start in the CPU build: its package has another name.
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", teacher, "--served-model-name", "teacher"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-logprobs", "64"]
+    command += ["--dtype", "float32", "--enforce-eager"]
     RUNS.mkdir(parents=True, exist_ok=True)
     log = RUNS / "server.log"
     print(f"\n$ {shown(command)} > {log} &", flush=True)
