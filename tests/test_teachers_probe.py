@@ -1,6 +1,5 @@
 """A server that lies is found out before a step is taken on its answers, and one that does not is left alone."""
 
-import dataclasses
 import json
 import logging
 
@@ -16,8 +15,10 @@ from kdtrain.teachers.http import Servers
 from kdtrain.teachers.probing.figures import difference, sampling_fit
 from kdtrain.teachers.served import ServedTeacher
 from kdtrain.teachers.server_probe import probe
-from tests import tiny
+from tests import test_teachers_served_images as images
+from tests import tiny, tiny_processors
 from tests.stub_server import StubServer
+from tests.vision_stub import VisionStub
 
 ROUTES = ("prompt_logprobs", "echo")
 K = 64
@@ -230,16 +231,18 @@ def test_another_model_after_a_restart_is_found():
         teacher.close()
 
 
-def test_a_row_with_an_image_is_not_asked_about_as_text():
-    """The server would ignore the image; until it can be sent, the run refuses."""
-    batch = Collator(tiny.make_tokenizer())(tiny.CHATS[:2])
-    batch = dataclasses.replace(batch, model_inputs={**batch.model_inputs, "pixel_values": torch.zeros(2, 3, 4, 4)})
-    with StubServer(model(), tiny.make_tokenizer()) as server:
-        teacher = teacher_on(server, route="prompt_logprobs")
-        with pytest.raises(PreflightError, match="image"):
-            teacher.targets(batch)
-        assert not server.requests
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_server_that_does_not_look_at_images_is_found(tmp_path, blind):
+    processor = tiny_processors.make_llava()
+    vlm = tiny_processors.make_llava_model(len(processor.tokenizer)).eval()
+    batch = images.make_batch(processor, tmp_path, images.ROWS)
+    texts = [row[row != -100].tolist() * 3 for row in batch.labels]
+    with VisionStub(vlm, processor, blind=blind) as server:
+        teacher = teacher_on(server, k=8, vocab_size=len(processor.tokenizer))
+        result = probe(teacher, texts, processor.tokenizer, scores=True, image_row=images.image_row(batch))
         teacher.close()
+    assert ("The image of a row is seen" in [finding.message for finding in result.findings]) is not blind
+    assert [error.message[:34] for error in said(result, "error")] == ["The server does not look at images"] * blind
 
 
 # ---- servers that do not ---------------------------------------------------------------------------------------------
@@ -408,15 +411,16 @@ def test_one_rank_asks_for_all(fails):
     assert results == [True, True] if fails else [("prompt_logprobs", True)] * 2
 
 
-def test_rows_are_asked_about_as_the_teacher_reads_them_and_without_images():
+def test_rows_are_asked_about_as_the_teacher_reads_them_and_of_those_with_images_the_answers():
     data = datasets.Dataset.from_dict(
         {
-            "input_ids": [[1] * 20, [2] * 20, [3] * 20, [4] * 2],
-            "teacher_input_ids": [[9] * 20, None, [8] * 20, None],
+            "input_ids": [[1] * 20, [2] * 20, [3] * 40, [4] * 2],
+            "labels": [[-100] * 20, [2] * 20, [-100] * 20 + [3] * 20, [4] * 2],
+            "teacher_input_ids": [[9] * 20, None, [8] * 40, None],
             "images": [None, None, ["an image"], None],
         }
     )
-    assert rows_to_ask_about(data) == [[9] * 20, [2] * 20]
+    assert rows_to_ask_about(data) == [[9] * 20, [2] * 20, [3] * 20]
 
 
 def test_the_difference_of_answers_counts_by_probability():

@@ -151,11 +151,17 @@ def validate(
 
 def _show_findings(config: Path, findings: Sequence[Diagnostic], *, numbered: bool) -> None:
     for number, finding in enumerate(findings, start=1):
-        text = f"{number}. {finding.render()}" if numbered else finding.render()
+        # Of what is well, the line in the file need not be shown.
+        text = finding.render() if finding.level != "info" else f"{finding.headline}{_hint(finding)}"
+        text = f"{number}. {text}" if numbered else text
         typer.echo(text + "\n", err=finding.level != "error" and not numbered)
     counts = ((sum(finding.level == level for finding in findings), level) for level in ("error", "warning"))
     found = ", ".join(f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in counts if count)
     typer.echo(f"{config}: {found or 'no problems found'}")
+
+
+def _hint(finding: Diagnostic) -> str:
+    return f"\n  = {finding.hint}" if finding.hint else ""
 
 
 def _deep_findings(result: CheckResult) -> list[Diagnostic]:

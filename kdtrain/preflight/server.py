@@ -10,9 +10,12 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from kdtrain.data.with_images import first_batch_with_images
+from kdtrain.losses.reduce import IGNORE_INDEX
 from kdtrain.preflight.model_checks import report
 from kdtrain.ranks import is_main
-from kdtrain.teachers.served import ServedTeacher
+from kdtrain.teachers.served import ServedTeacher, rows_to_score
+from kdtrain.teachers.served_images import ImageRow
 from kdtrain.teachers.server_probe import ProbeResult, probe
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,8 @@ def check_server(
     writes: bool,
     tokens: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    teacher_processing: Any = None,
+    image_row: ImageRow | None = None,
 ) -> None:
     """Find out what the server does, and set the teacher by it; a collective.
 
@@ -39,24 +44,37 @@ def check_server(
         writes: whether it needs answers.
         tokens: that the run will ask about, for an estimate of its time.
         chat_template_kwargs: as conversations are rendered for the teacher.
+        teacher_processing: what the config names as the teacher's tokenizer.
+        image_row: of `row_with_image`.
 
     Raises:
         PreflightError: the run would fail, or train on wrong targets.
     """
 
-    options = {"scores": scores, "writes": writes}
-    result = _by_one_rank(
-        lambda: ask_server(
-            teacher, rows, tokenizer, **options, tokens=tokens, chat_template_kwargs=chat_template_kwargs
-        )
-    )
+    options = {
+        "scores": scores,
+        "writes": writes,
+        "tokens": tokens,
+        "chat_template_kwargs": chat_template_kwargs,
+        "teacher_processing": teacher_processing,
+        "image_row": image_row,
+    }
+    result = _by_one_rank(lambda: ask_server(teacher, rows, tokenizer, **options))
     settle(teacher, result)
     _report(teacher, result)
 
 
-def ask_server(teacher: ServedTeacher, rows: Sequence[Sequence[int]], tokenizer: Any, **options: Any) -> ProbeResult:
-    """As `probe`, also with a processor in place of its tokenizer."""
-    return probe(teacher, rows, getattr(tokenizer, "tokenizer", tokenizer), **options)
+def ask_server(
+    teacher: ServedTeacher,
+    rows: Sequence[Sequence[int]],
+    tokenizer: Any,
+    *,
+    teacher_processing: Any = None,
+    **options: Any,
+) -> ProbeResult:
+    """As `probe`, also with processors in place of their tokenizers."""
+    own, other = (getattr(one, "tokenizer", one) for one in (tokenizer, teacher_processing))
+    return probe(teacher, rows, own, teacher_tokenizer=other, **options)
 
 
 def _by_one_rank(ask: Callable[[], ProbeResult]) -> ProbeResult:
@@ -98,18 +116,34 @@ def _report(teacher: ServedTeacher, result: ProbeResult) -> None:
 
 
 def rows_to_ask_about(data: Any) -> list[list[int]]:
-    """Token ids of a few rows as the teacher reads them, without images; of encoded rows.
+    """Token ids of a few rows as the teacher reads them; of rows with images their answers alone. Of encoded rows.
 
     Args:
-        data: has a column `input_ids`, and `teacher_input_ids` where the teacher reads other tokens.
+        data: has columns `input_ids` and `labels`, and `teacher_input_ids` where the teacher reads other tokens.
     """
     known = getattr(data, "column_names", None) or ()
-    columns = [name for name in ("input_ids", "teacher_input_ids", "images") if name in known]
+    columns = [name for name in ("input_ids", "labels", "teacher_input_ids", "images") if name in known]
     if "input_ids" not in columns:
         return []
     some = data.select_columns(columns)[:_LOOKED_AT]
-    own = some.get("teacher_input_ids") or [None] * len(some["input_ids"])
-    images = some.get("images") or [None] * len(some["input_ids"])
-    rows = [list(other or ids) for ids, other, image in zip(some["input_ids"], own, images, strict=True) if not image]
+    rows = [_text_of({name: values[i] for name, values in some.items()}) for i in range(len(some["input_ids"]))]
     enough = [row for row in rows if len(row) >= _ENOUGH] or rows
     return [list(row) for row in dict.fromkeys(map(tuple, enough))][:_FEW]
+
+
+def _text_of(row: Mapping[str, Any]) -> list[int]:
+    if row.get("images"):
+        return [label for label in row["labels"] if label != IGNORE_INDEX]
+    return list(row.get("teacher_input_ids") or row["input_ids"])
+
+
+def row_with_image(data: Any, collator: Any) -> ImageRow | None:
+    """A row whose image the server must look at; None where there is none.
+
+    Raises:
+        PreflightError: such a row cannot be sent.
+    """
+    batch = first_batch_with_images(data, collator) if "images" in (getattr(data, "column_names", None) or ()) else None
+    if batch is None:
+        return None
+    return next((row for row in rows_to_score(batch) if isinstance(row, ImageRow)), None)

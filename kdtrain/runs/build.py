@@ -24,7 +24,7 @@ from kdtrain.models.loading import load_model
 from kdtrain.models.parts import adapter_exclusions, check_named_parts, freeze_parts
 from kdtrain.models.processing import load_processing, load_tokenizer
 from kdtrain.models.vocabulary import shared_vocabulary, vocabulary_size
-from kdtrain.preflight.server import check_server, rows_to_ask_about
+from kdtrain.preflight.server import check_server, row_with_image, rows_to_ask_about
 from kdtrain.runs.failures import readable_construction
 from kdtrain.runs.read_data import RunData, read_data
 from kdtrain.runs.teacher_answers import check_images, write_answers
@@ -108,9 +108,9 @@ def build_trainer(
     teacher = teacher_side(config, args, processing, vocabulary_size(student), given.teacher)
     if teacher.teacher is not None and given.teacher is None:
         at_the_end.callback(teacher.teacher.close)
-    if isinstance(teacher.teacher, ServedTeacher) and teacher.teacher.route is None:
-        _probe(config, args, data, teacher.teacher, processing)
     collator = Collator(processing, teacher.processing, pad_to_multiple_of=args.pad_to_multiple_of)
+    if isinstance(teacher.teacher, ServedTeacher) and teacher.teacher.route is None:
+        _probe(config, args, data, teacher.teacher, collator)
     if config.answers_from_teacher:
         write_answers(config, args, data, student, teacher, collator, reporter, dry_run)
     # The trainer refuses what it cannot follow itself. Here both were followed above, or a warning said why not.
@@ -208,7 +208,7 @@ def teacher_side(
     return TeacherSide(teacher, own_processing or processing, shared)
 
 
-def _probe(config: RunConfig, args: GKDConfig, data: RunData, teacher: ServedTeacher, processing: Any) -> None:
+def _probe(config: RunConfig, args: GKDConfig, data: RunData, teacher: ServedTeacher, collator: Collator) -> None:
     """Find out what the server really does, before anything is paid for or trained on it."""
     report, options = data.report, config.options
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * args.max_steps
@@ -216,11 +216,13 @@ def _probe(config: RunConfig, args: GKDConfig, data: RunData, teacher: ServedTea
     check_server(
         teacher,
         rows_to_ask_about(data.train),
-        processing,
+        collator.processing_class,
         scores=options.lm_kd_active,
         writes=config.answers_from_teacher or (options.lm_kd_active and options.seq_kd),
         tokens=round(report.total_tokens * epochs),
         chat_template_kwargs={**config.data.chat_template_kwargs, **config.rlhf.teacher.chat_template_kwargs},
+        teacher_processing=collator.teacher_processing_class,
+        image_row=row_with_image(data.train, collator) if options.lm_kd_active else None,
     )
 
 

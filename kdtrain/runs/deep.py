@@ -26,10 +26,10 @@ from kdtrain.errors import KdtrainError
 from kdtrain.models.probe import OPTION_OF
 from kdtrain.models.processing import load_processing
 from kdtrain.preflight.alignment import check_alignment, few_rows
-from kdtrain.preflight.server import ask_server, rows_to_ask_about, settle
-from kdtrain.runs.build import TeacherSide, teacher_side
+from kdtrain.preflight.server import ask_server, row_with_image, rows_to_ask_about, settle
+from kdtrain.runs.build import teacher_side
 from kdtrain.runs.read_data import encoding_options, sources_of
-from kdtrain.teachers import teacher_autocast
+from kdtrain.teachers import Teacher, teacher_autocast
 from kdtrain.teachers.served import ServedTeacher
 
 _FIRST_ROWS = 64  # of each source
@@ -79,10 +79,12 @@ def _look(config: RunConfig, args: GKDConfig, findings: list[Problem]) -> None:
             teacher = teacher_side(config, args, processing, size)
             assert teacher.teacher is not None
             at_the_end.callback(teacher.teacher.close)
+        collator = Collator(processing, teacher.processing)
         if isinstance(teacher.teacher, ServedTeacher):
-            _ask(config, args, teacher.teacher, teacher.processing, data, findings)
+            with _as_finding(findings, ("rlhf", "teacher", "base_url")):
+                _ask(config, args, teacher.teacher, collator, data, findings)
         if config.options.lm_kd_active and not any(finding.level == "error" for finding in findings):
-            _align(args, teacher, Collator(processing, teacher.processing), data, findings)
+            _align(args, teacher.teacher, collator, data, findings)
 
 
 @contextmanager
@@ -117,7 +119,7 @@ def _first_rows(config: RunConfig, args: GKDConfig, processing: Any) -> Any:
 
 
 def _ask(
-    config: RunConfig, args: GKDConfig, teacher: ServedTeacher, processing: Any, data: Any, findings: list[Problem]
+    config: RunConfig, args: GKDConfig, teacher: ServedTeacher, collator: Collator, data: Any, findings: list[Problem]
 ) -> None:
     """What the server does; the teacher then asks as the run would."""
     rows = rows_to_ask_about(data)
@@ -126,20 +128,20 @@ def _ask(
     result = ask_server(
         teacher,
         rows,
-        processing,
+        collator.processing_class,
         scores=config.options.lm_kd_active,
         writes=config.answers_from_teacher or config.rlhf.seq_kd,
         tokens=round(mean * steps * (config.launch.num_processes or 1)) if steps > 0 else None,
         chat_template_kwargs={**config.data.chat_template_kwargs, **config.rlhf.teacher.chat_template_kwargs},
+        teacher_processing=collator.teacher_processing_class,
+        image_row=row_with_image(data, collator) if config.options.lm_kd_active else None,
     )
     findings += result.findings
     settle(teacher, result)
 
 
-def _align(args: GKDConfig, side: TeacherSide, collator: Collator, data: Any, findings: list[Problem]) -> None:
+def _align(args: GKDConfig, teacher: Teacher, collator: Collator, data: Any, findings: list[Problem]) -> None:
     """Whether the teacher's targets stand at the right tokens."""
-    teacher = side.teacher
-    assert teacher is not None
     batch = few_rows(data, collator, args.per_device_train_batch_size)
     option = ("rlhf", "teacher", "base_url") if teacher.module is None else OPTION_OF["teacher"]
     if batch is None:

@@ -13,6 +13,7 @@ Each reply is also read as in a run, which refuses wrong ids, counts and ranks, 
 | a text | another tokenizer |
 | answers, written at temperature 1, and their scores | whether an answer has ids, and comes with its targets |
 | a chat | another template, or end of turn |
+| a row with its image, and with a blank one | whether the image is seen |
 
 A temperature that the server applies on its own to what it reports shows in its answers: they are not drawn by these
 log-probabilities. One that it applies to both cannot be found out: such a server is another model, a consistent one.
@@ -27,11 +28,13 @@ from typing import Any
 from kdtrain.config.tree import Problem
 from kdtrain.errors import TeacherError
 from kdtrain.teachers.probing.ask import Asker, ProbeOver, is_not_there
-from kdtrain.teachers.probing.scores import Fingerprint, compare_answers, compare_servers, find_route
+from kdtrain.teachers.probing.images import check_images
+from kdtrain.teachers.probing.scores import Fingerprint, Speed, compare_answers, compare_servers, find_route
 from kdtrain.teachers.probing.text import check_chats, check_tokenizer
 from kdtrain.teachers.probing.writing import Writing, check_writing
 from kdtrain.teachers.replies import Route, Scored
 from kdtrain.teachers.served import ServedTeacher
+from kdtrain.teachers.served_images import ImageRow
 
 _MOST_TOKENS = 96  # of a row that is asked about
 
@@ -63,6 +66,8 @@ def probe(
     writes: bool = False,
     tokens: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    teacher_tokenizer: Any = None,
+    image_row: ImageRow | None = None,
 ) -> ProbeResult:
     """Ask the server for what is known already, and compare; 13 requests, and two for each further server.
 
@@ -73,9 +78,11 @@ def probe(
         writes: whether answers are needed.
         tokens: of all rows that a run will ask about, for the time that this takes.
         chat_template_kwargs: as conversations are rendered for the teacher.
+        teacher_tokenizer: what the config names as the teacher's, for a server that renders no chats.
+        image_row: a row with images, where the data have one.
     """
     asker = Asker(teacher, _short(rows), tokenizer, min(teacher.top_k, teacher.vocab_size))
-    speed, fingerprint, writing = 0.0, None, Writing()
+    speed, fingerprint, writing = Speed(), None, Writing()
     try:
         _check_models(asker)
         first = find_route(asker, needed=scores)
@@ -86,11 +93,14 @@ def probe(
             fingerprint = Fingerprint(asker.rows[0], first, asker.route, asker.top_k, asker.tolerance)
         check_tokenizer(asker)
         writing = check_writing(asker, scores=scores, writes=writes)
-        check_chats(asker, chat_template_kwargs or {})
+        check_chats(asker, chat_template_kwargs or {}, teacher_tokenizer)
+        if image_row is not None and scores:
+            check_images(asker, image_row)
         _estimate(asker, speed, tokens)
     except ProbeOver:
         pass
-    return ProbeResult(asker.findings, asker.route, writing.api, writing.has_targets, speed, fingerprint)
+    speed_found = speed.tokens_per_second
+    return ProbeResult(asker.findings, asker.route, writing.api, writing.has_targets, speed_found, fingerprint)
 
 
 def _short(rows: Sequence[Sequence[int]]) -> list[Scored]:
@@ -121,13 +131,13 @@ def _names(reply: Any) -> list[str]:
     return [str(one.get("id")) for one in data if isinstance(one, dict)] if isinstance(data, list) else []
 
 
-def _estimate(asker: Asker, speed: float, tokens: int | None) -> None:
+def _estimate(asker: Asker, speed: Speed, tokens: int | None) -> None:
     """How long a run waits for the server, at most."""
-    if not speed:
+    if not speed.tokens_per_second:
         return
-    text = f"It scores {speed:,.0f} tokens/s, one request at a time"
+    text = f"It answers for a row in {1000 * speed.latency:,.0f} ms, and scores {speed.tokens_per_second:,.0f} tokens/s"
     if tokens is not None:
-        minutes = tokens / speed / 60
+        minutes = tokens / speed.tokens_per_second / 60
         took = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
-        text += f": {took} at most for the {tokens:,} tokens of this run; requests run side by side"
+        text += f" one request at a time: {took} at most for the {tokens:,} tokens of this run; they run side by side"
     asker.say("info", "base_url", text)

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -38,8 +39,9 @@ def find_route(asker: Asker, *, needed: bool) -> TopKLogprobs | None:
         except TeacherError as error:
             reasons.append(f"By {route}: {error}")
             continue
-        how = f"Tokens are scored by {route}, as ids, with the {asker.top_k} most likely at each"
-        asker.say("info", "base_url", how)
+        mass = float(targets.logprobs.double().exp().sum(-1).mean())
+        how = f"the {asker.top_k} most likely at each have {mass:.0%} of the probability in the mean"
+        asker.say("info", "base_url", f"Tokens are scored by {route}, as ids; {how}")
         return targets
     asker.route = None
     if needed:
@@ -78,8 +80,16 @@ def _limits(message: str, wanted: int) -> list[int]:
     return named[:1] or [guess for guess in _GUESSES if guess < wanted]
 
 
-def compare_answers(asker: Asker, first: TopKLogprobs) -> float:
-    """The same row in other company, with one token changed, at another temperature and again; tokens per second."""
+class Speed(NamedTuple):
+    """How fast rows are scored, one request at a time."""
+
+    tokens_per_second: float = 0.0
+    latency: float = 0.0
+    """Seconds for a request with one row."""
+
+
+def compare_answers(asker: Asker, first: TopKLogprobs) -> Speed:
+    """The same row in other company, with one token changed, at another temperature and again."""
     row = asker.rows[0]
     try:
         begun = time.perf_counter()
@@ -88,7 +98,9 @@ def compare_answers(asker: Asker, first: TopKLogprobs) -> float:
         reversed_ = asker.score(asker.rows[::-1])[::-1]
         changed = _with_one_changed(asker, row, first)
         tempered = asker.score([row], temperature=0.5)[0]
+        begun = time.perf_counter()
         again = asker.score([row])[0]
+        latency = time.perf_counter() - begun
     except TeacherError as error:
         asker.say("error", "base_url", f"The server answers for one row, and not for others: {error}")
         raise ProbeOver from None
@@ -111,10 +123,10 @@ def compare_answers(asker: Asker, first: TopKLogprobs) -> float:
         )
     if changed is not None:
         _judge_change(asker, *changed)
-    if difference(first, tempered) > asker.tolerance:
-        message = "The server applies the temperature of a request to these log-probabilities; it is asked at 1"
-        asker.say("info", "base_url", message)
-    return sum(len(one.ids) for one in asker.rows) / max(seconds, 1e-6)
+    moved = difference(first, tempered) > asker.tolerance
+    what = "changes these log-probabilities; it is asked at 1" if moved else "does not change these log-probabilities"
+    asker.say("info", "base_url", f"The temperature of a request {what}")
+    return Speed(sum(len(one.ids) for one in asker.rows) / max(seconds, 1e-6), latency)
 
 
 def _with_one_changed(asker: Asker, row: Scored, first: TopKLogprobs) -> tuple[Dependence | None, float] | None:

@@ -68,36 +68,45 @@ def _first(theirs: Sequence[int], own: Sequence[int]) -> str:
     return ""
 
 
-def check_chats(asker: Asker, chat_template_kwargs: Mapping[str, Any]) -> None:
-    """Is a chat rendered there as here, up to the token that ends a turn?"""
+def check_chats(asker: Asker, chat_template_kwargs: Mapping[str, Any], teacher_tokenizer: Any = None) -> None:
+    """Is a chat rendered there as here, up to the token that ends a turn?
+
+    Args:
+        teacher_tokenizer: says how the server renders chats, where it does not say so itself.
+    """
     payload: dict[str, Any] = {"model": asker.teacher.model, "messages": _CHAT}  # with a generation prompt
     if chat_template_kwargs:
         payload["chat_template_kwargs"] = dict(chat_template_kwargs)
-    own_template = getattr(asker.tokenizer, "chat_template", None)
+    has_template = bool(getattr(asker.tokenizer, "chat_template", None))
     try:
         theirs = asker.post("/../tokenize", payload, _tokens)
     except TeacherError as error:
-        if is_not_there(error) or own_template is None:
+        if is_not_there(error) and getattr(teacher_tokenizer, "chat_template", None):
+            theirs = _rendered(teacher_tokenizer, chat_template_kwargs)
+        elif is_not_there(error) or not has_template:
             asker.say("info", "model", "Its chat template is not known: it does not render chats (/tokenize)")
+            return
         else:
             asker.say("warning", "model", f"The server cannot render a chat, and the student can: {error}", _SENT_AS)
-        return
-    if own_template is None:
-        message = "The server has a chat template, and the student's tokenizer none: a chat teacher of a base student"
+            return
+    if not has_template:
+        message = "The teacher has a chat template, and the student's tokenizer none: a chat teacher of a base student"
         asker.say("warning", "model", message, _SENT_AS)
         return
-    text = asker.tokenizer.apply_chat_template(
-        _CHAT, tokenize=False, **{"add_generation_prompt": True, **chat_template_kwargs}
-    )
-    own = list(asker.tokenizer(text, add_special_tokens=False)["input_ids"])
+    own = _rendered(asker.tokenizer, chat_template_kwargs)
     if theirs == own:
         asker.say("info", "model", "A chat is rendered there as here, and a turn ends with the same token")
         return
     ends = _end_of_turn(asker.tokenizer, theirs), _end_of_turn(asker.tokenizer, own)
     turn = "" if ends[0] == ends[1] else f"; a turn ends with {ends[0]!r} there and with {ends[1]!r} here"
-    asker.say(
-        "warning", "model", f"The server renders chats otherwise than the student{_first(theirs, own)}{turn}", _SENT_AS
-    )
+    message = f"The teacher renders chats otherwise than the student{_first(theirs, own)}{turn}"
+    asker.say("warning", "model", message, _SENT_AS)
+
+
+def _rendered(tokenizer: Any, chat_template_kwargs: Mapping[str, Any]) -> list[int]:
+    options = {"add_generation_prompt": True, **chat_template_kwargs}
+    text = tokenizer.apply_chat_template(_CHAT, tokenize=False, **options)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 _SENT_AS = (
