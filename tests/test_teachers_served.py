@@ -472,9 +472,9 @@ def test_two_ranks_ask_for_their_own_rows_and_train_as_one(tmp_path, server):
     for losses, found in tiny.run_ranks(train_on_ranks, 2, tmp_path, server.url, 2):
         assert losses == pytest.approx(expected, rel=1e-5)
         assert found == pytest.approx(weights, rel=1e-4, abs=1e-6)
-    alignment = 2 * len(tiny.CHATS)  # asked about by each rank before the first step
-    assert len(sent(server)) == len(asked) + alignment
-    assert {tuple(row) for row in sent(server)} == {tuple(row) for row in asked}
+    # With windows asked for ahead, one process has rows on their way that a rank alone has not.
+    assert {tuple(ids) for ids in sent(server)} == {tuple(ids) for ids in asked}
+    assert len(asked) <= len(sent(server)) <= 3 * 4
 
 
 # ---- waiting ---------------------------------------------------------------------------------------------------------

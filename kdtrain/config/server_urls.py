@@ -130,9 +130,3 @@ def _forms(address: IPAddress) -> list[IPAddress]:
     if inner is None and (address in _NAT64 or 1 < int(address) < 2**32):
         inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return [address] if inner is None else [address, inner]
-
-
-def wrong_address(url: str, *, has_key: bool) -> str | None:
-    """What is wrong with the base URL of a server; None where nothing is."""
-    found = _problem(url, has_key)
-    return None if found is None else found[0]
