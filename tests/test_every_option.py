@@ -311,7 +311,7 @@ CHANGES: dict[str, Change] = {
     "rlhf.teacher.max_retries": Change(1, connected, SERVED),
     "rlhf.teacher.concurrency": Change(2, connected, SERVED),
     "rlhf.teacher.lookahead": Change(0, connected, SERVED),
-    "rlhf.teacher.api": Change("chat", connected, SERVED),
+    "rlhf.teacher.api": Change("completions", connected, SERVED),
     "rlhf.teacher.max_requests": Change(7, connected, SERVED),
     "rlhf.teacher.path": Change("targets", findings),
     "rlhf.llm_kd_weight": Change(0.5, loss),

@@ -8,7 +8,9 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import kdtrain
 from kdtrain.data.batch import Batch
 from kdtrain.teachers import ServedTeacher
 from kdtrain.teachers.http import Servers
@@ -134,6 +136,31 @@ def test_ten_steps_with_all_tokens_named_end_at_the_weights_of_the_run_in_proces
         f"{teacher.waited_s / took:.0%} of {took:.1f} s (in process {alone:.1f} s)"
     )
     assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert moved > 1e-4
+    assert apart <= 1e-4
+
+
+@pytest.mark.parametrize("backend", ["vllm", "openai"])
+def test_kdtrain_fit_with_all_tokens_named_ends_at_the_weights_of_the_run_in_process(
+    project, url, model, tokenizer, say, backend
+):
+    """From the same YAML, but for `rlhf.teacher`; the server is probed before."""
+    local = tiny.save_model(model, tokenizer, project / "teacher")
+    served = {"backend": backend, "base_url": url, "model": "teacher", "top_k": V, "timeout_s": 120}
+    steps = ["training.max_steps=10", "training.learning_rate=2e-5", "data.eval=null", "training.eval_strategy=no"]
+    teachers = {
+        "run": [f"rlhf.teacher_model={local}"],
+        "served": ["rlhf.teacher_model=null", *(f"rlhf.teacher.{key}={value}" for key, value in served.items())],
+    }
+    weights = []
+    for run, overrides in teachers.items():
+        overrides = [*overrides, *steps, f"training.output_dir={project / run}"]
+        kdtrain.fit(project / "config.yaml", overrides, quiet=True)
+        weights.append(load_file(project / run / "model.safetensors"))
+    start = load_file(project / "student" / "model.safetensors")
+    expected, found = weights
+    apart, moved = (max(float((one[n] - expected[n]).abs().max()) for n in expected) for one in (found, start))
+    say(f"kdtrain fit, {backend}, k = V: weights apart by {apart:.1e} after 10 steps that moved them by {moved:.1e}")
     assert moved > 1e-4
     assert apart <= 1e-4
 

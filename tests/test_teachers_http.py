@@ -490,6 +490,19 @@ def test_a_dead_server_is_left_out_with_one_warning_and_comes_back(two, connect,
     assert f"{first.url} answers again" in caplog.text
 
 
+def test_a_server_that_was_left_out_is_tried_by_one_request(two, connect, monkeypatch):
+    monkeypatch.setattr(pool, "_LEFT_OUT_S", 1.0)
+    first, _ = two
+    servers = connect(*two, timeout_s=2.0)
+    first.stop()
+    ask_many(servers, 12)
+    first.on_request = lambda request: HANG
+    first.start()
+    time.sleep(1.1)
+    ask_many(servers, 12)
+    assert len(first.requests) == 1
+
+
 def test_a_failing_server_does_not_cost_a_pause_while_another_one_answers(two, connect, monkeypatch):
     monkeypatch.setattr(http, "_FIRST_PAUSE_S", 5.0)
     first, _ = two
@@ -578,6 +591,22 @@ def test_a_connection_that_only_a_check_opened_is_checked_too(stub, connect):
     before = len(calls)
     ask(servers)
     assert len(calls) > before
+
+
+def test_a_connection_opened_during_a_check_needs_another_one(stub, connect):
+    servers = connect(stub)
+    watch_models(servers, ask(servers, 5, 6, 7))
+    check = servers.verify
+
+    async def restarted_right_after(url):
+        await check(url)
+        stub.restart(tiny.make_qwen3(seed=77))
+        await servers.get("/models", dict, server=url, verified=False)
+
+    servers.verify = restarted_right_after
+    ask(servers)
+    with pytest.raises(TeacherError, match="has another model"):
+        ask(servers)
 
 
 def test_a_server_that_dies_before_its_check_is_one_that_does_not_answer(two, connect):
@@ -728,6 +757,7 @@ def test_a_forked_process_may_ask_over_connections_of_its_own(stub, connect):
     before = stub.connections
     child = os.fork()
     if child == 0:
+        signal.alarm(20)
         right = False
         try:
             right = ask(servers) == expected

@@ -15,8 +15,9 @@ from kdtrain.errors import PreflightError, TeacherError
 from kdtrain.losses import TopKLogprobs
 from kdtrain.teachers import ServedTeacher, Targets, Teacher
 from kdtrain.teachers.http import Servers
-from kdtrain.teachers.replies import scoring_payload
+from kdtrain.teachers.replies import read_scores, scoring_payload
 from kdtrain.teachers.served import rows_to_score
+from kdtrain.teachers.server import strict_json
 from tests import tiny
 from tests.stub_server import StubServer
 from tests.test_trainer import make_batch, make_trainer
@@ -426,6 +427,7 @@ def train(folder, teacher=None, model=None, steps=4, **kwargs):
     """Losses of a training, and the weights after it."""
     extra = {"extra": {"teacher": teacher, "eval_dataset": tiny.CHATS[:3]}} if teacher is not None else {}
     trainer = make_trainer(folder, tiny.make_qwen3(seed=1), model, max_steps=steps, **extra, **kwargs)
+    trainer.alignment_checked = True  # which asks about a few rows as well
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     return losses, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
@@ -445,8 +447,8 @@ def test_a_training_with_accumulation_and_evaluations_is_that_of_the_same_target
     assert losses == pytest.approx(expected, rel=1e-4)
     # AdamW turns rounding of a gradient near 0 into a step of the learning rate.
     assert (weights - expected_weights).norm() <= 1e-3 * (expected_weights - initial_weights()).norm()
-    alignment = 2 * len(tiny.CHATS)  # asked about before the first step
-    assert len(sent(server)) == alignment + 5 * 2 + 3 * 3  # it evaluates after its last step as well
+    # Rows of the steps and of three evaluations; some of these are on their way for a step that comes.
+    assert 5 * 2 < len(sent(server)) <= 5 * 2 + 3 * 3
 
 
 def initial_weights():
@@ -470,28 +472,36 @@ def test_two_ranks_ask_for_their_own_rows_and_train_as_one(tmp_path, server):
     for losses, found in tiny.run_ranks(train_on_ranks, 2, tmp_path, server.url, 2):
         assert losses == pytest.approx(expected, rel=1e-5)
         assert found == pytest.approx(weights, rel=1e-4, abs=1e-6)
-    assert sorted(sent(server)) == asked
+    alignment = 2 * len(tiny.CHATS)  # asked about by each rank before the first step
+    assert len(sent(server)) == len(asked) + alignment
+    assert {tuple(row) for row in sent(server)} == {tuple(row) for row in asked}
 
 
 # ---- waiting ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lookahead", [2, 0])
-def test_windows_asked_for_ahead_hide_replies_of_50_ms_behind_steps_of_200(connect, server, lookahead):
-    """2 rows of 512 tokens a step; by hand, as the trainer does. Asked for when they train, they are waited for."""
+@pytest.mark.parametrize(("lookahead", "k"), [(2, 64), (2, 4), (0, 4)])
+def test_windows_asked_for_ahead_hide_replies_of_50_ms_behind_steps_of_200(connect, server, lookahead, k):
+    """2 rows of 512 tokens a step, as the trainer asks. Asked for when they train, they are waited for."""
     server.restart(tiny.make_qwen3(seed=2, max_position_embeddings=1024))
     windows = [[as_batch(rows_of(512, 512, seed=seed))] for seed in range(8)]
-    true_replies = {}
+    replies = {}
     for (batch,) in windows:  # made before: the stub's model and its JSON are no part of a server's 50 ms
         for row in rows_to_score(batch):
             reply = httpx2.post(
-                server.url + "/completions", json=scoring_payload("prompt_logprobs", "teacher", [row], 64)
+                server.url + "/completions", json=scoring_payload("prompt_logprobs", "teacher", [row], k)
             )
-            true_replies[row.ids] = (200, {"Content-Type": "application/json"}, reply.content)
-    server.on_request = lambda request: true_replies[tuple(request.body["prompt"][0])]
+            replies[row.ids] = (200, {"Content-Type": "application/json"}, reply.content)
+    begun = time.perf_counter()
+    for row in rows_to_score(windows[0][0]):
+        read_scores("prompt_logprobs", strict_json(replies[row.ids][2]), [row], k, V)
+    reading = time.perf_counter() - begun
+    if reading > 0.12:
+        pytest.skip(f"reading the replies of a step takes {reading:.2f} s: this machine is too busy to tell")
+    server.on_request = lambda request: replies[tuple(request.body["prompt"][0])]
     server.delay_s = 0.05
-    teacher = connect(lookahead=lookahead, top_k=64)
+    teacher = connect(lookahead=lookahead, top_k=k)
     steps, ahead = [], iter(windows)
     for later in itertools.islice(ahead, lookahead):
         teacher.prepare(later)
@@ -504,5 +514,5 @@ def test_windows_asked_for_ahead_hide_replies_of_50_ms_behind_steps_of_200(conne
         time.sleep(0.2)
         steps.append((teacher.waited_s - waited, time.perf_counter() - begun))
     waited, took = (sum(column) for column in zip(*steps[1:], strict=True))
-    print(f"lookahead {lookahead}: waited {waited / took:.1%} of {took:.2f} s")
+    print(f"lookahead {lookahead}, k = {k}: waited {waited / took:.1%} of {took:.2f} s")
     assert (waited < 0.05 * took) == (lookahead > 0), steps

@@ -61,6 +61,9 @@ class Set(TrainerCallback):
     def __init__(self, options):
         self.options, self.epoch_goes_on = options, []
 
+    def on_train_begin(self, args, state, control, **_):
+        self.trainer.teacher.calls.clear()  # of the checks before the first step
+
     def on_step_end(self, args, state, control, **_):
         for name, value in self.options.get(state.global_step, {}).items():
             setattr(self.trainer, name, value)

@@ -160,7 +160,7 @@ def check_askable(rows: datasets.Dataset | None, messages: bool) -> None:
     names = ["row_id", "answers", *({"chat", "images"} & set(rows.column_names))]
     asked = (row for row in rows.select_columns(names) if row["answers"])
     if messages:
-        wrong = [row["row_id"] for row in asked if '"messages"' not in row["chat"]]
+        wrong = [row["row_id"] for row in asked if '"messages"' not in (row.get("chat") or "")]
         problem = "a prompt that is text, and the teacher reads messages (rlhf.teacher.api: chat)"
         hint = "Give prompts as lists of messages"
     else:

@@ -88,7 +88,8 @@ def _by_prompt_logprobs(choice: Choice) -> Entries:
     if read is not None:
         _check_same_tokens(choice, choice.per_token(read, "prompt_token_ids"), list(choice.row.ids))
     items = asked.values
-    asked.refuse_first([type(item) is not dict for item in items], "an entry of prompt_logprobs is no object")
+    if set(map(type, items)) - {dict}:
+        asked.refuse_first([type(item) is not dict for item in items], "an entry of prompt_logprobs is no object")
     logprobs_E = _logprobs(asked, [item.get("logprob") for item in items])
     ranks = [item.get("rank") for item in items]
     known = not set(map(type, ranks)) - {int} and max(ranks, default=0) < 2**31

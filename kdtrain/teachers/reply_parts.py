@@ -100,7 +100,7 @@ class Asked:
         if not ("".join(names).isascii() and all(map(str.isdecimal, names))):
             wrong = [not (name.isascii() and name.isdecimal()) for name in names]
             self.refuse_first(wrong, "an entry is named by something that is no token id")
-        if any(len(name) > 9 for name in names):
+        if max(map(len, names), default=0) > 9:
             self.refuse_first([len(name) > 9 for name in names], "a token id has more than nine digits")
         return np.fromiter(map(int, names), np.int64, len(names))
 
