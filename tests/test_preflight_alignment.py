@@ -10,7 +10,15 @@ import torch
 from kdtrain.data import Collator
 from kdtrain.errors import PreflightError
 from kdtrain.losses import TopKLogprobs
-from kdtrain.preflight.alignment import check_alignment, compare_with_neighbours, few_rows, neighbours
+from kdtrain.preflight.alignment import (
+    Alignment,
+    Gap,
+    alignment_findings,
+    check_alignment,
+    compare_with_neighbours,
+    few_rows,
+    neighbours,
+)
 from kdtrain.teachers import LocalTeacher, Targets, Teacher
 from kdtrain.teachers.dependence import with_changed_tokens
 from tests import tiny
@@ -261,3 +269,21 @@ def _two_ranks(folder):
 
 def test_all_ranks_ask_as_often_and_refuse_together(tmp_path):
     assert tiny.run_ranks(_two_ranks, 2, str(tmp_path)) == [(2, True), (2, True)]
+
+
+def figures(**changes):
+    """Of a teacher whose targets fit the token before as well as their entropy says."""
+    given = {"tokens": 100, "nll": 6.0, "entropy": 2.0, "before": Gap(2.0, -4.0, 0.1), "after": Gap(7.0, 1.0, 0.1)}
+    return Alignment(**{**given, **changes})
+
+
+def test_a_few_tokens_prove_nothing_against_stored_targets():
+    assert [finding.level for finding in alignment_findings(figures(), None, 320)] == ["error"]
+    assert [finding.level for finding in alignment_findings(figures(tokens=5), None, 320)] == ["warning"]
+
+
+def test_a_fit_that_is_better_than_the_entropy_allows_is_asked_about_again():
+    right = figures(nll=2.0, before=Gap(7.0, 5.0, 0.1), after=Gap(7.0, 5.0, 0.1))
+    assert right.settles_it(320)
+    assert not dataclasses.replace(right, nll=1.0).settles_it(320)
+    assert not dataclasses.replace(right, tokens=5).settles_it(320)
