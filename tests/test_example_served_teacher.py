@@ -59,6 +59,7 @@ def kdtrain(*arguments):
 
 
 @pytest.mark.server
+@pytest.mark.timeout(900)  # five processes that import torch, beside a server
 def test_both_configs_train_on_a_real_server(small):
     folder, overrides = small
     with vllm_server.running(str(folder / "build" / "teacher_init"), folder / "server.log", max_logprobs=64) as url:
