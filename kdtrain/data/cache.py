@@ -110,7 +110,7 @@ def encode_cached(
 
 
 def _stored(entry: Path, rows: int) -> datasets.Dataset | None:
-    files = sorted(entry.glob("*.arrow"))
+    files = sorted(entry.glob("rows*.arrow"))  # datasets leaves files of its own beside them
     try:
         parts = [datasets.Dataset.from_file(str(file)) for file in files]
     except (OSError, pa.ArrowException):

@@ -47,7 +47,8 @@ def check_teacher_arguments(
         )
     if not options.needs_teacher and (teacher_model is not None or teacher is not None):
         logger.warning("No KD is active (llm_kd_weight is 0, visual KD is off): the teacher is not used.")
-    gives_top_k = teacher is not None and teacher.module is None
+    # Of a config's own server the config's check has said it, with its place.
+    gives_top_k = teacher is not None and teacher.module is None and not hasattr(args, "chats")
     if gives_top_k and options.lm_kd_active and options.tail == "renormalize" and options.beta > 0:
         logger.warning("tail: renormalize %s. Use tail: bucket.", RENORMALIZED)
 
