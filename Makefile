@@ -48,7 +48,7 @@ $(SERVER_VENV)/installed: Makefile
 	touch $@
 
 test-server: setup $(SERVER_VENV)/installed
-	KDTRAIN_VLLM_PYTHON="$$(cd $(SERVER_VENV)/bin && pwd)/python" $(VENV)/bin/python -m pytest -m server tests/test_server*.py
+	KDTRAIN_VLLM_PYTHON="$$(cd $(SERVER_VENV)/bin && pwd)/python" $(VENV)/bin/python -m pytest -m server tests/test_server*.py tests/test_example_served_teacher.py
 
 test-real: setup
 	$(VENV)/bin/python -m pytest -m real tests/test_real_templates.py
