@@ -91,6 +91,7 @@ def _compare_with_scores(asker: Asker, answers: Sequence[Answer]) -> bool:
         return False
     _judge_drawing(asker, answers, scored)
     apart = _targets_apart(answers, scored)
+    why: str | None
     if apart is None:
         why = "it gives no log-probabilities by ids beside them"
     elif apart > _SAME_TARGETS:
