@@ -122,7 +122,7 @@ def _check_models(asker: Asker) -> None:
             asker.say("error", "base_url", str(error), "is the server running, and is this its address?")
             raise ProbeOver from None
         if names and asker.teacher.model not in names:
-            shown = ", ".join(name[:80] for name in names[:5])
+            shown = ", ".join(servers.hide(name)[:80] for name in names[:5])
             asker.say("error", "model", f"{url} has no model named {asker.teacher.model}. It has: {shown}")
             raise ProbeOver
 
