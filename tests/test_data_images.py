@@ -730,6 +730,20 @@ def test_the_most_unusual_images_of_each_source_are_known_with_their_places(buil
     assert build(write_lines(tmp_path / "text.jsonl", [{"messages": TURNS}]))[1].image_extremes == []
 
 
+def test_a_row_that_is_cut_behind_a_later_image_carries_the_turns_that_begin_in_it(build, tmp_path, llava):
+    messages = [user("one"), ANSWER, user(IMAGE, "two"), ANSWER, user("three"), ANSWER]
+    image = "data:image/png;base64," + base64.b64encode(png(1)).decode()
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": messages, "images": [image]}])
+    whole, _ = build(path)
+    labels = whole[0]["labels"]
+    answers = [i for i in range(1, len(labels)) if labels[i - 1] == -100 != labels[i]]
+    for turns, start in enumerate(answers[1:], start=2):  # the first one stands before the image
+        options = {"keep_chats": True, "max_length": start + 1, "on_overlength": "truncate"}
+        dataset, report = build(path, **options)
+        assert report.truncated == 1
+        assert len(json.loads(dataset["chat"][0])["messages"]) == 2 * turns
+
+
 def test_a_row_with_images_carries_its_messages_and_a_batch_the_pictures(build, tmp_path, llava):
     (tmp_path / "a.png").write_bytes(png(1))
     messages = [user("one", IMAGE, "and", IMAGE), ANSWER, user(IMAGE, "last"), ANSWER]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -20,7 +21,10 @@ from kdtrain.data.epochs import Epochs
 from kdtrain.errors import ConfigError, DataError, TeacherError
 from kdtrain.generation.answers import TeacherAnswers
 from kdtrain.generation.writers import LocalWriter
-from kdtrain.runs.teacher_answers import check_askable
+from kdtrain.runs.build import TeacherSide
+from kdtrain.runs.teacher_answers import _identity, check_askable
+from kdtrain.teachers import ServedTeacher
+from kdtrain.teachers.http import Servers
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
 from tests.stub_server import StubServer
@@ -219,6 +223,15 @@ def test_answers_are_kept_whatever_the_address_and_the_pace(project, server):
         assert not answers_asked(other)
         kdtrain.fit(served(project, other, rlhf={"max_new_tokens": 7}), resume="auto")
         assert len(answers_asked(other)) == 6
+
+
+def test_answers_of_a_teacher_that_was_handed_over_are_kept_by_the_model_that_it_asks_for(server):
+    config = SimpleNamespace(rlhf=SimpleNamespace(teacher=SimpleNamespace(model=None)))
+    found = []
+    for name in ("small", "large", "small"):
+        teacher = ServedTeacher(Servers([server.url]), model=name, vocab_size=320, top_k=8)
+        found.append(_identity(config, None, TeacherSide(teacher, None, 320)))
+    assert found[0] == found[2] != found[1]
 
 
 def test_max_requests_ends_the_run_with_the_answers_kept(project, server):

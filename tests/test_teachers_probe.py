@@ -98,6 +98,24 @@ class Sharpened(Tempered):
     temperature = 0.6
 
 
+class Processed(StubServer):
+    """What stands beside an answer is at the temperature that it was written at: vLLM's processed_logprobs."""
+
+    def _choice(self, body, ids):
+        self.temperature, self.prompt_length = body.get("temperature", 1.0), len(ids)
+        return super()._choice(body, ids)
+
+    def _scores(self, ids, positions, k):
+        found = super()._scores(ids, positions, k)
+        if positions and positions.start >= self.prompt_length:
+            for at in found:
+                values = torch.tensor([entry["logprob"] for entry in at.values()]) / self.temperature
+                rest = torch.logsumexp(values, 0) if self.temperature != 1 else 0.0
+                for entry, value in zip(at.values(), (values - rest).tolist(), strict=True):
+                    entry["logprob"] = value
+        return found
+
+
 class Stale(StubServer):
     """A prefix cache that answers for what was asked before."""
 
@@ -308,6 +326,14 @@ def test_nothing_is_found_where_nothing_is_wrong(name, route):
     assert result.route == route
     assert len(server.requests) < 25
     assert result.writes_targets == (name != "rounding")
+
+
+def test_what_stands_beside_an_answer_is_no_target_where_it_follows_the_temperature_of_the_answer():
+    with Processed(model(), tiny.make_tokenizer()) as server:
+        result = probed(server, writes=True)
+    assert not result.writes_targets
+    assert any("change with the temperature" in finding.message for finding in said(result, "info"))
+    assert said(result, "error") == said(result, "warning") == []
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -378,6 +378,30 @@ def test_a_reply_that_is_no_message_is_refused(reply, problem):
         read_chat(reply)
 
 
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda key: message(None, refusal=f"not for {key}"),
+        lambda key: message(None, refusal="x" * 60 + key),
+        lambda key: message(finish_reason=key),
+        lambda key: message(finish_reason="x" * 20 + key),
+    ],
+)
+def test_a_key_that_a_server_sends_back_is_neither_kept_nor_shown(server, monkeypatch, lie):
+    key = "sk-0123456789abcdefghij"
+    monkeypatch.setenv("TEACHER_KEY", key)
+    teacher = served(server, api_key_env="TEACHER_KEY")
+    teacher.api = "chat"
+    server.on_request = lambda request: lie(key)
+    try:
+        (written,) = teacher.write([Prompt([1], 0, {"messages": [{"role": "user", "content": "Hi"}]})], sampling())
+        said = str(written)
+    except TeacherError as error:
+        said = str(error)
+    teacher.close()
+    assert key[:6] not in said
+
+
 def test_no_more_requests_are_sent_than_max_requests(server):
     """Those that are repeated count: some APIs have them paid."""
     busy = iter([True, False, False, False, False])

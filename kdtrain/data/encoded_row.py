@@ -136,7 +136,7 @@ def truncate(row: EncodedRow, max_length: int) -> EncodedRow | None:
     fitting = [start for start in row.turn_starts if row.images_end <= start < max_length]
     start = fitting[-1] if fitting else 0
     cut = replace(row, input_ids=row.input_ids[:max_length], labels=labels, prompt_length=start)
-    return _with_turns(cut, len(fitting))
+    return _with_turns(cut, sum(start < max_length for start in row.turn_starts))
 
 
 def _truncate_both(row: EncodedRow, teacher: EncodedRow, max_length: int) -> EncodedRow | None:
@@ -156,7 +156,7 @@ def _truncate_both(row: EncodedRow, teacher: EncodedRow, max_length: int) -> Enc
 
 
 def _with_turns(row: EncodedRow, turns: int) -> EncodedRow:
-    """A row that was cut, with the conversation up to the last of its turns that begins in it."""
+    """A row that was cut, with the conversation up to the last of its first `turns`, which begin in it."""
     if row.chat is None or (turns and not row.turn_messages):
         return row
     return replace(row, chat=first_messages(row.chat, row.turn_messages[turns - 1]) if turns else None)

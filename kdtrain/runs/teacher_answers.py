@@ -33,6 +33,7 @@ from kdtrain.runs.folder import ANSWERS
 from kdtrain.runs.signals import interrupting
 from kdtrain.runs.status import teacher_cost, write_status
 from kdtrain.teachers.base import Sampling, Teacher
+from kdtrain.teachers.served import ServedTeacher
 
 if TYPE_CHECKING:
     from kdtrain.runs.build import Reporter, TeacherSide
@@ -257,7 +258,8 @@ def _identity(config: RunConfig, args: GKDConfig, side: TeacherSide) -> dict[str
     options, teacher = config.rlhf.teacher, side.teacher
     assert teacher is not None
     if teacher.module is None:  # where a server stands, and how fast it is asked, does not matter
-        return {"teacher": type(teacher).__name__, "model": options.model, "by": _BY[teacher.has_targets]}
+        model = teacher.model if isinstance(teacher, ServedTeacher) else options.model
+        return {"teacher": type(teacher).__name__, "model": model, "by": _BY[teacher.has_targets]}
     module: Any = teacher.module
     name = config.rlhf.teacher_model
     assert name is not None, "the config is checked for it"

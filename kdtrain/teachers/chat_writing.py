@@ -6,6 +6,7 @@ not here, since what teachers are does not depend on how rows are encoded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from kdtrain.data.errors import show
@@ -14,7 +15,7 @@ from kdtrain.errors import TeacherError
 from kdtrain.teachers.base import Prompt, Sampling, Written
 from kdtrain.teachers.chat_messages import chat_payload
 from kdtrain.teachers.http import ReplyError, Servers
-from kdtrain.teachers.served_writing import SEEDS, Budget, only_choice
+from kdtrain.teachers.served_writing import SEEDS, Budget, only_choice, unknown_end
 
 _ENDED = ("stop", "tool_calls", "function_call")
 
@@ -38,11 +39,15 @@ async def write_chat(servers: Servers, model: str, prompt: Prompt, sampling: Sam
         "top_p": 1.0,
         "seed": prompt.seed % SEEDS,
     }
-    return await servers.post("/chat/completions", payload, budget.reading(read_chat), before=budget.take)
+    read = budget.reading(lambda reply: read_chat(reply, servers.hide))
+    return await servers.post("/chat/completions", payload, read, before=budget.take)
 
 
-def read_chat(reply: Any) -> Written:
+def read_chat(reply: Any, hide: Callable[[str], str] = str) -> Written:
     """The answer in a reply. One without text or calls, or that a filter has stopped, is refused with the reason.
+
+    Args:
+        hide: takes the key out of a text that is shown and kept.
 
     Raises:
         ReplyError: no message, or an end that is not known.
@@ -54,9 +59,9 @@ def read_chat(reply: Any) -> Written:
     if not isinstance(message, dict):
         raise ReplyError("the reply has no message")
     if not blank(message.get("refusal")):
-        return _refused(f"the teacher refused to answer: {show(str(message['refusal']), 80)}")
+        return _refused(f"the teacher refused to answer: {show(hide(str(message['refusal'])), 80)}")
     if finish != "length" and finish not in _ENDED:
-        raise ReplyError(f"finish_reason is {finish!r:.40}, neither stop nor length")
+        raise unknown_end(finish)
     return _answer(message, cut=finish == "length")
 
 

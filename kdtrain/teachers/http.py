@@ -123,6 +123,10 @@ class Servers:
         """Cancel what is in flight and end the thread. May be called twice."""
         self._finalizer()
 
+    def hide(self, text: str) -> str:
+        """What a server sent, without the key; before anything is cut off from it, or a part of the key may be left."""
+        return text if self._auth is None else self._auth.hide(text)
+
     # --- in the event loop ---
 
     async def post(

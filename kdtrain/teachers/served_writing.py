@@ -173,7 +173,7 @@ def read_completion(reply: Any, prompt: Sequence[int], sampling: Sampling, vocab
             "and generation config do not name"
         )
     if finish not in ("stop", "length"):
-        raise ReplyError(f"finish_reason is {finish!r:.40}, neither stop nor length")
+        raise unknown_end(finish)
     return Written(ids, cut=not ended)
 
 
@@ -192,6 +192,12 @@ def read_answer_scores(
     echo = {"index": 0, "logprobs": {name: [before[name], *scores[name]] for name in _SCORES}}
     row = Scored((prompt[-1], *answer), tuple(range(1, len(answer) + 1)))
     return read_scores("echo", {"choices": [echo]}, [row], top_k, vocab_size)[0]
+
+
+def unknown_end(finish: Any) -> ReplyError:
+    """An error about a `finish_reason`; whole or not at all, for a key that is cut is not recognised as one."""
+    shown = repr(finish)
+    return ReplyError(f"finish_reason is {shown if len(shown) <= 40 else 'a long text'}, neither stop nor length")
 
 
 def only_choice(reply: Any) -> dict[str, Any]:

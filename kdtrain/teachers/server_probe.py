@@ -12,6 +12,7 @@ Each reply is also read as in a run, which refuses wrong ids, counts and ranks, 
 | the row, of each further server | another model |
 | a text | another tokenizer |
 | answers, written at temperature 1, and their scores | whether an answer has ids, and comes with its targets |
+| their first tokens, written at another temperature | whether what comes with an answer is at temperature 1 then too |
 | a chat | another template, or end of turn |
 | a row with its image, and with a blank one | whether the image is seen |
 
@@ -69,7 +70,7 @@ def probe(
     teacher_tokenizer: Any = None,
     image_row: ImageRow | None = None,
 ) -> ProbeResult:
-    """Ask the server for what is known already, and compare; 13 requests, and two for each further server.
+    """Ask the server for what is known already, and compare; 14 requests, and two for each further server.
 
     Args:
         rows: token ids of three rows or so of the user's data, as the teacher reads them.
@@ -121,7 +122,7 @@ def _check_models(asker: Asker) -> None:
             asker.say("error", "base_url", str(error), "is the server running, and is this its address?")
             raise ProbeOver from None
         if names and asker.teacher.model not in names:
-            shown = ", ".join(name[:80] for name in names[:5])
+            shown = ", ".join(servers.hide(name)[:80] for name in names[:5])
             asker.say("error", "model", f"{url} has no model named {asker.teacher.model}. It has: {shown}")
             raise ProbeOver
 

@@ -22,6 +22,7 @@ _IMPOSSIBLE = -9999.0  # vLLM's, where JSON has no infinity
 _ANSWER_TOKENS = 32
 _FEWEST_DRAWN = 48  # tokens, to say something about how they are drawn
 _SAME_TARGETS = 1e-3  # nats
+_OTHER_TEMPERATURE = 0.5
 _SURE, _CERTAIN = 5.0, 7.0  # standard deviations, of some 200 tokens
 
 
@@ -90,16 +91,35 @@ def _compare_with_scores(asker: Asker, answers: Sequence[Answer]) -> bool:
         return False
     _judge_drawing(asker, answers, scored)
     apart = _targets_apart(answers, scored)
-    if apart is not None and apart <= _SAME_TARGETS:
-        asker.say(
-            "info", "base_url", f"Answers come with their targets (they differ by {apart:.1g} nats from the scores)"
-        )
+    why: str | None
+    if apart is None:
+        why = "it gives no log-probabilities by ids beside them"
+    elif apart > _SAME_TARGETS:
+        why = f"the log-probabilities beside an answer differ by {apart:.2g} nats from its score"
+    elif (why := _moved_by_temperature(asker, answers, scored)) is None:
+        text = f"Answers come with their targets (they differ by {apart:.1g} nats from the scores)"
+        asker.say("info", "base_url", text)
         return True
-    why = (
-        "it gives none by ids" if apart is None else f"those beside an answer differ by {apart:.2g} nats from its score"
-    )
     asker.say("info", "base_url", f"Answers are scored in a second request: {why}")
     return False
+
+
+def _moved_by_temperature(asker: Asker, answers: Sequence[Answer], scored: Sequence[TopKLogprobs]) -> str | None:
+    """Why the log-probabilities beside answers are no targets, although they are at temperature 1; None: they are.
+
+    A run has answers written at its own temperature. What the first token of an answer is drawn by depends on the
+    prompt alone, so that the score which is known already tells it.
+    """
+    prompts = [answer.prompt for answer in answers]
+    payload = {**_payload(asker, prompts), "temperature": _OTHER_TEMPERATURE, "max_tokens": 1}
+    try:
+        again = asker.post("/completions", payload, lambda reply: _read_answers(reply, prompts))
+    except TeacherError as error:
+        return f"it does not write them at another temperature: {error}"
+    apart = _targets_apart(again, scored)
+    if apart is not None and apart <= _SAME_TARGETS:
+        return None
+    return "the log-probabilities beside an answer change with the temperature that it is written at"
 
 
 def _judge_drawing(asker: Asker, answers: Sequence[Answer], scored: Sequence[TopKLogprobs]) -> None:
