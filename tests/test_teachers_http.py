@@ -144,6 +144,13 @@ def test_a_silent_and_a_dripping_server_end_within_the_total_limit(stub, connect
     assert 0.6 < time.monotonic() - began < 1.5
 
 
+def test_a_server_without_tls_that_is_asked_for_it_is_told_apart_from_one_that_is_not_there(stub):
+    servers = Servers([stub.url.replace("http:", "https:")], max_retries=0)
+    with pytest.raises(NoAnswerError, match="does not speak https"):
+        servers.run(servers.get("/models", dict))
+    servers.close()
+
+
 def test_a_reply_that_comes_too_late_once_is_asked_for_again(stub, connect):
     servers = connect(stub, timeout_s=0.5)
     expected = ask(servers)

@@ -367,6 +367,33 @@ def test_a_server_that_is_not_there_and_a_model_that_it_does_not_have_are_named(
     assert server.url in error.message
 
 
+def test_what_is_wrong_is_said_once_in_whole_sentences():
+    with StubServer(model(), tiny.make_tokenizer(), completions=False) as server:
+        teacher = teacher_on(server)
+        with pytest.raises(PreflightError) as no_scores:
+            check_server(teacher, rows(), tiny.make_tokenizer(), scores=True, writes=False)
+    with pytest.raises(PreflightError) as not_there:
+        check_server(teacher, rows(), tiny.make_tokenizer(), scores=True, writes=False)
+    teacher.close()
+    text = str(no_scores.value)
+    assert ".." not in text.replace("/..", "")
+    assert text.count("status 404") == 1
+    assert "By prompt_logprobs and by echo: " in text
+    assert text.endswith(
+        "Use a vLLM server; or set rlhf.llm_kd_weight: 0, and let this one write answers (answers: teacher)."
+    )
+    assert str(not_there.value).endswith("Check that the server runs and that rlhf.teacher.base_url is its address.")
+
+
+@pytest.mark.parametrize(("count", "said"), [(60, "seconds at most"), (60_000_000, "hours at most")])
+def test_the_time_of_a_run_is_told_in_units_that_fit_it(count, said):
+    with StubServer(model(), tiny.make_tokenizer()) as server:
+        teacher = teacher_on(server)
+        result = probe(teacher, rows(), tiny.make_tokenizer(), scores=True, tokens=count)
+        teacher.close()
+    assert any(said in finding.message for finding in result.findings)
+
+
 def test_a_server_without_completions_writes_answers_to_chats_and_gives_no_targets():
     with StubServer(model(), tiny.make_tokenizer(), completions=False) as server:
         result = probed(server, scores=False, writes=True)

@@ -104,7 +104,7 @@ def _report(teacher: ServedTeacher, result: ProbeResult) -> None:
     """Raise the errors, log the warnings, and what is well as one line."""
     well = [finding for finding in result.findings if finding.level == "info"]
     rest = [finding for finding in result.findings if finding.level != "info"]
-    report(replace(one, message=f"{one.message}.", hint=f"{one.hint}." if one.hint else "") for one in rest)
+    report(replace(one, message=_ended(one.message), hint=_ended(one.hint[:1].upper() + one.hint[1:])) for one in rest)
     if is_main() and well:
         route = f"scored by {result.route}, {result.tokens_per_second:,.0f} tokens/s" if result.route else result.api
         logger.info(
@@ -113,6 +113,11 @@ def _report(teacher: ServedTeacher, result: ProbeResult) -> None:
             route,
             len(well),
         )
+
+
+def _ended(text: str) -> str:
+    """A finding's words, which stand alone in a list, as a sentence among others."""
+    return text if not text or text.endswith((".", "?")) else f"{text}."
 
 
 def rows_to_ask_about(data: Any) -> list[list[int]]:

@@ -74,6 +74,8 @@ class Failure:
             return "Redirects are not followed: if that is the server you mean, write its address into base_url."
         if status is not None and status < 500:
             return "The server refuses the request: see its log for the reason."
+        if "WRONG_VERSION_NUMBER" in self.what:  # OpenSSL's words for a reply that is no TLS
+            return "The server there does not speak https: write rlhf.teacher.base_url with http://."
         if self.kind == "unreachable":
             return "Check that the server runs and that rlhf.teacher.base_url is its address."
         if self.kind == "failed":

@@ -119,7 +119,7 @@ def _check_models(asker: Asker) -> None:
         except TeacherError as error:
             if is_not_there(error):
                 continue
-            asker.say("error", "base_url", str(error), "is the server running, and is this its address?")
+            asker.say("error", "base_url", str(error).removesuffix("."))
             raise ProbeOver from None
         if names and asker.teacher.model not in names:
             shown = ", ".join(servers.hide(name)[:80] for name in names[:5])
@@ -138,7 +138,12 @@ def _estimate(asker: Asker, speed: Speed, tokens: int | None) -> None:
         return
     text = f"It answers for a row in {1000 * speed.latency:,.0f} ms, and scores {speed.tokens_per_second:,.0f} tokens/s"
     if tokens is not None:
-        minutes = tokens / speed.tokens_per_second / 60
-        took = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
+        took = _duration(tokens / speed.tokens_per_second)
         text += f" one request at a time: {took} at most for the {tokens:,} tokens of this run; they run side by side"
     asker.say("info", "base_url", text)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} seconds"
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"

@@ -31,13 +31,13 @@ _DEPENDS: dict[Dependence | None, str] = {
 
 def find_route(asker: Asker, *, needed: bool) -> TopKLogprobs | None:
     """Score one row by the first way that the server knows; its targets."""
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for route in _ROUTES if asker.rows else ():
         asker.route = route
         try:
             targets = _within_limit(asker, needed)
         except TeacherError as error:
-            reasons.append(f"By {route}: {error}")
+            reasons.setdefault(str(error).removesuffix("."), []).append(f"by {route}")
             continue
         mass = float(targets.logprobs.double().exp().sum(-1).mean())
         how = f"the {asker.top_k} most likely at each have {mass:.0%} of the probability in the mean"
@@ -45,7 +45,8 @@ def find_route(asker: Asker, *, needed: bool) -> TopKLogprobs | None:
         return targets
     asker.route = None
     if needed:
-        message = "The server gives no usable log-probabilities of given tokens. " + " ".join(reasons)
+        why = [f"{' and '.join(ways).capitalize()}: {reason}" for reason, ways in reasons.items()]
+        message = ". ".join(["The server gives no usable log-probabilities of given tokens", *why])
         hint = "use a vLLM server; or set rlhf.llm_kd_weight: 0, and let this one write answers (answers: teacher)"
         asker.say("error", "base_url", message, hint)
     return None
