@@ -20,12 +20,13 @@ def server():
         yield server
 
 
-def train(folder, server, lookahead, rows=tiny.CHATS, top_k=320, callbacks=(), **kwargs):
+def train(folder, server, lookahead, rows=tiny.CHATS, top_k=320, callbacks=(), writes_targets=False, **kwargs):
     """The records and weights of a run."""
     servers = Servers([server.url], timeout_s=30.0, max_retries=0)
     teacher = ServedTeacher(
         servers, model="teacher", vocab_size=320, top_k=top_k, route="prompt_logprobs", lookahead=lookahead
     )
+    teacher.writes_targets = writes_targets
     extra = {"teacher": teacher, "callbacks": list(callbacks), "eval_dataset": rows[:2]}
     try:
         trainer = make_trainer(folder, rows=rows, extra=extra, seed=SEED, **kwargs)
@@ -82,3 +83,13 @@ def test_replies_that_take_50_ms_are_not_waited_for_by_steps_of_200(tmp_path, se
     print(f"lookahead {lookahead}: {fractions}")
     assert fractions[0] > 0.05
     assert (fractions[1] > 0.05) == waits
+
+
+def test_the_time_in_which_the_teacher_writes_is_waited(tmp_path, server):
+    """Targets come with the answers: nothing else is asked of the server."""
+    server.delay_s = 0.3
+    options = {"seq_kd": True, "lmbda": 0.0, "max_new_tokens": 4, "max_steps": 2, "logging_steps": 1}
+    options |= {"eval_strategy": "steps", "eval_steps": 1}  # which leaves the model in evaluation mode
+    records, _ = train(tmp_path, server, 0, writes_targets=True, **options)
+    fractions = [record["teacher_wait_fraction"] for record in records if "loss" in record]
+    assert min(fractions) > 0.3

@@ -105,7 +105,7 @@ class Teacher(ABC):
     lookahead: int = 0
     """Optimizer windows that `prepare` is called ahead of the one that trains, where their answers are the data's."""
     waits: bool = False
-    """Whether `wait` and `targets` wait for answers, and count that in `waited_s`; it is then logged."""
+    """Whether `wait`, `targets` and `write` wait for answers, and count that in `waited_s`; it is then logged."""
     waited_s: float = 0.0
     """Seconds that they have waited for answers that were not there yet, since the teacher was made."""
 
