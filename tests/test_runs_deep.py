@@ -108,6 +108,12 @@ def test_a_teacher_with_another_vocabulary_is_an_error_at_its_name(project, conf
     code, out, _ = validate(project, config)
     assert code == 3
     assert "error: rlhf.teacher_model: Student and teacher have different vocabularies" in out
+    with StubServer(tiny.make_qwen3(seed=2, hidden=48), other) as server:
+        named = served(config, server)
+        named["rlhf"]["teacher_model"] = "./other"
+        code, out, _ = validate(project, named)
+    assert code == 3
+    assert "error: rlhf.teacher_model: Student and teacher have different vocabularies" in out
 
 
 def test_rows_that_cannot_be_read_are_an_error_at_the_data(project, config):

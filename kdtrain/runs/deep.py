@@ -22,7 +22,7 @@ from kdtrain.config.adapters import adapter_base, is_adapter_folder
 from kdtrain.config.arguments import build_train_arguments
 from kdtrain.config.tree import KeyPath, Problem
 from kdtrain.data import Collator, build_dataset
-from kdtrain.errors import KdtrainError
+from kdtrain.errors import KdtrainError, VocabularyError
 from kdtrain.models.probe import OPTION_OF
 from kdtrain.models.processing import load_processing
 from kdtrain.preflight.alignment import check_alignment, few_rows
@@ -93,7 +93,8 @@ def _as_finding(findings: list[Problem], option: KeyPath) -> Iterator[None]:
     try:
         yield
     except KdtrainError as error:
-        findings.append(Problem(option, str(error).removesuffix(".")))
+        where = OPTION_OF["teacher"] if isinstance(error, VocabularyError) else option
+        findings.append(Problem(where, str(error).removesuffix(".")))
         raise _Stopped from None
 
 
