@@ -105,9 +105,9 @@ class Teacher(ABC):
     lookahead: int = 0
     """Optimizer windows that `prepare` is called ahead of the one that trains, where their answers are the data's."""
     waits: bool = False
-    """Whether `targets` may wait for answers, and counts that in `waited_s`; it is then logged."""
+    """Whether `targets` and `write` may wait for answers, and count that in `waited_s`; it is then logged."""
     waited_s: float = 0.0
-    """Seconds that `targets` has waited for answers that were not there yet, since the teacher was made."""
+    """Seconds that both have waited for answers that were not there yet, since the teacher was made."""
 
     @property
     def can_generate(self) -> bool:

@@ -120,7 +120,11 @@ class ServedTeacher(Teacher):
         with_targets = sampling.targets and self.writes_targets
         slots = self.servers.concurrency * len(self.servers.urls)
         ask = partial(self._ask_chat, sampling) if self.api == "chat" else partial(self._ask, sampling, with_targets)
-        return self.servers.run(answers(prompts, ask, slots, each))
+        begun = time.perf_counter()
+        try:
+            return self.servers.run(answers(prompts, ask, slots, each))
+        finally:
+            self.waited_s += time.perf_counter() - begun
 
     async def _ask_chat(self, sampling: Sampling, prompt: Prompt) -> Written:
         return await write_chat(self.servers, self.model, prompt, sampling, self.budget)

@@ -371,10 +371,16 @@ class GKDTrainerWithMetrics(GKDTrainer):
         before = self.teacher.waited_s
         with teacher_autocast(self.accelerator):
             targets = self.teacher.targets(batch)
-        if self.teacher.waits and self.model.training:
+        if self.model.training:
+            self.count_waiting(before)
+        return targets
+
+    def count_waiting(self, before: float) -> None:
+        """Count what training has waited for the teacher since its `waited_s` was `before`."""
+        assert self.teacher is not None, "somebody was waited for"
+        if self.teacher.waits:
             waited = torch.tensor(self.teacher.waited_s - before, dtype=torch.float64)
             self._metrics["train"]["teacher_wait_s"].append(waited)
-        return targets
 
     def _check_head(self, model: nn.Module) -> None:
         """What could not be compared before the model was wrapped: see `why_no_loss_head`."""

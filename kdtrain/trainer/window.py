@@ -224,7 +224,8 @@ def _asked(trainer: GKDTrainerWithMetrics, batches: list[Batch], options: Distil
     of_teacher = getattr(of_teacher, "tokenizer", of_teacher)  # all that is known of what ends its answers itself
     roles = token_roles(trainer.processing_class, student, (), of_teacher)
     sampling = Sampling(options.temperature, options.max_new_tokens, roles.stop, roles.forbidden, targets=True)
-    return answered_by(
+    before = trainer.teacher.waited_s
+    answered = answered_by(
         trainer.teacher,
         batches,
         sampling,
@@ -232,6 +233,8 @@ def _asked(trainer: GKDTrainerWithMetrics, batches: list[Batch], options: Distil
         pad_id=roles.pad,
         multiple=trainer.args.pad_to_multiple_of,
     )
+    trainer.count_waiting(before)
+    return answered
 
 
 def num_supervised(batches: Sequence[Batch], accelerator: Accelerator, device: torch.device) -> torch.Tensor:
