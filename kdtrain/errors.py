@@ -53,6 +53,8 @@ class TeacherError(KdtrainError):
     """The teacher failed while training."""
 
     exit_code = 4
+    between_steps: bool = False
+    """Whether all ranks raise it between two optimizer steps: the state can then be saved."""
 
 
 class NonFiniteError(KdtrainError):

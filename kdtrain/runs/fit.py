@@ -8,20 +8,21 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PrinterCallback
 
 from kdtrain.config import TrainArguments
-from kdtrain.errors import Interrupted
+from kdtrain.errors import Interrupted, TeacherError
 from kdtrain.ranks import is_main
 from kdtrain.runs.build import Given, Reporter, build_trainer
 from kdtrain.runs.callbacks import CheckWrapped, StopOnSignal, one_window
 from kdtrain.runs.checkpoints import checkpoint_to_resume, steps_done
 from kdtrain.runs.failures import readable_failures
-from kdtrain.runs.folder import LOG, require_usable, write_config
+from kdtrain.runs.folder import CHECKPOINT, LOG, require_usable, write_config
 from kdtrain.runs.launch import check_world
 from kdtrain.runs.log import JsonlLogger
 from kdtrain.runs.plan import plan
@@ -99,7 +100,8 @@ def _train_and_save(trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: P
     steps, _ = planned_steps(trainer, trainer.rows_per_epoch())
     with request.listening():
         if checkpoint is None or done < steps:
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            with _state_saved_where_the_teacher_fails(trainer, run_dir):
+                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         else:  # transformers compares with max_steps after a step only, and would take one more
             logger.warning("%s is at step %d of %d: nothing is left to train.", checkpoint.name, done, steps)
             trainer._load_from_checkpoint(str(checkpoint))
@@ -116,3 +118,18 @@ def _train_and_save(trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: P
     for key in ("loss", "eval_loss"):
         metrics |= next((record for record in reversed(trainer.state.log_history) if key in record), {})
     return metrics
+
+
+@contextmanager
+def _state_saved_where_the_teacher_fails(trainer: GKDTrainerWithMetrics, run_dir: Path) -> Iterator[None]:
+    """Save a checkpoint of the last step where a teacher gives no answer: a server may be there again later."""
+    try:
+        yield
+    except TeacherError as error:
+        step, alone = trainer.state.global_step, trainer.accelerator.num_processes == 1
+        folder = run_dir / f"{CHECKPOINT}{step}"
+        if step and (error.between_steps or alone) and not folder.exists():
+            trainer._save_checkpoint(trainer.model, trial=None)
+        if folder.exists():
+            error.args = (f"{error} The state of step {step} is saved: go on with --resume auto.",)
+        raise

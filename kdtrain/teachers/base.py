@@ -105,9 +105,9 @@ class Teacher(ABC):
     lookahead: int = 0
     """Optimizer windows that `prepare` is called ahead of the one that trains, where their answers are the data's."""
     waits: bool = False
-    """Whether `targets` and `write` may wait for answers, and count that in `waited_s`; it is then logged."""
+    """Whether `wait`, `targets` and `write` wait for answers, and count that in `waited_s`; it is then logged."""
     waited_s: float = 0.0
-    """Seconds that both have waited for answers that were not there yet, since the teacher was made."""
+    """Seconds that they have waited for answers that were not there yet, since the teacher was made."""
 
     @property
     def can_generate(self) -> bool:
@@ -137,6 +137,15 @@ class Teacher(ABC):
 
         Args:
             window: this rank's batches, with the answers that will be trained on.
+        """
+
+    def wait(self, window: Sequence[Batch]) -> None:  # noqa: B027
+        """Wait until the targets of a window are there; called before its first forward where `waits` is true.
+
+        A teacher that fails does so here: between two steps, where all ranks can stop and the state can be saved.
+
+        Raises:
+            TeacherError: no usable answer.
         """
 
     @abstractmethod

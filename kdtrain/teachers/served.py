@@ -91,15 +91,27 @@ class ServedTeacher(Teacher):
             PreflightError: as `prepare`.
         """
         rows = rows_to_score(batch)
-        if not any(rows in window.unanswered for window in self._windows):
-            self.prepare([batch])
-        # The newest: an evaluation may come upon rows of windows that are prepared ahead, which stay as they are.
-        window = next(window for window in reversed(self._windows) if rows in window.unanswered)
+        window = self._window_of(batch, rows)
         found = [self._wait(window.scores[row]) for row in rows if row is not None]
         window.unanswered.remove(rows)
         if not window.unanswered:
             self._windows.remove(window)
         return Targets(_joined(found, min(self.top_k, self.vocab_size)).to(batch.labels.device))
+
+    def wait(self, window: Sequence[Batch]) -> None:
+        """See `Teacher.wait`."""
+        for batch in window:
+            rows = rows_to_score(batch)
+            scores = self._window_of(batch, rows).scores
+            for row in rows:
+                if row is not None:
+                    self._wait(scores[row])
+
+    def _window_of(self, batch: Batch, rows: tuple[Row | None, ...]) -> _Window:
+        """The newest: an evaluation may come upon rows of windows that are prepared ahead, which stay as they are."""
+        if not any(rows in window.unanswered for window in self._windows):
+            self.prepare([batch])
+        return next(window for window in reversed(self._windows) if rows in window.unanswered)
 
     @property
     def can_generate(self) -> bool:

@@ -71,6 +71,7 @@ from kdtrain.trainer.objective import warn_of_logits
 from kdtrain.trainer.read_ahead import ReadAhead
 from kdtrain.trainer.row_order import EpochSampler, SetEpoch
 from kdtrain.trainer.startup_checks import check_startup, readable_beginning
+from kdtrain.trainer.teacher_failures import raised_on_all_ranks
 from kdtrain.trainer.unlogged import RestoreUnlogged, save_unlogged
 from kdtrain.trainer.watch import WatchGradients, WatchRounding
 from kdtrain.trainer.window import Window, check_images_on_all_ranks, collect, num_supervised, options_of_window
@@ -290,11 +291,14 @@ class GKDTrainerWithMetrics(GKDTrainer):
         options = options_of_window(self)
         given = self.read_ahead.take(epoch_iterator, num_batches)
         batches, self._window = collect(self, given, options, device)
-        for name, value in (("windows", 1.0), ("on_policy_windows", float(self._window.on_policy))):
-            self._metrics["train"][name].append(torch.tensor(value))
         num_items = num_supervised(batches, self.accelerator, device) // self.get_tp_size() if batches else None
         if self.teacher is not None and options.needs_teacher:
             self.read_ahead.prepare(batches, options)
+            if self.teacher.waits:
+                with raised_on_all_ranks(self.accelerator), self.count_waiting():
+                    self.teacher.wait(batches)
+        for name, value in (("windows", 1.0), ("on_policy_windows", float(self._window.on_policy))):
+            self._metrics["train"][name].append(torch.tensor(value))
         return batches, num_items
 
     def _prepare_inputs(self, inputs: Batch | Mapping[str, Any]) -> Batch:
@@ -368,16 +372,16 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def _run_teacher_forward(self, batch: Batch) -> Targets:
         """The teacher's targets for the supervised tokens; also fires the hooks of visual KD."""
         assert self.teacher is not None, "the loss asks for a teacher that was never built"
-        before = self.teacher.waited_s
-        with teacher_autocast(self.accelerator):
-            targets = self.teacher.targets(batch)
-        if self.model.training:
-            self.count_waiting(before)
-        return targets
+        counted = self.count_waiting() if self.model.training else contextlib.nullcontext()
+        with teacher_autocast(self.accelerator), counted:
+            return self.teacher.targets(batch)
 
-    def count_waiting(self, before: float) -> None:
-        """Count what training has waited for the teacher since its `waited_s` was `before`."""
-        assert self.teacher is not None, "somebody was waited for"
+    @contextlib.contextmanager
+    def count_waiting(self) -> Iterator[None]:
+        """The time that training waits for the teacher, into the metrics."""
+        assert self.teacher is not None
+        before = self.teacher.waited_s
+        yield
         if self.teacher.waits:
             waited = torch.tensor(self.teacher.waited_s - before, dtype=torch.float64)
             self._metrics["train"]["teacher_wait_s"].append(waited)

@@ -28,6 +28,7 @@ from kdtrain.preflight.token_ids import check_batch
 from kdtrain.ranks import is_main
 from kdtrain.teachers.base import Sampling
 from kdtrain.trainer import argument_checks
+from kdtrain.trainer.teacher_failures import raised_on_all_ranks
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
@@ -224,17 +225,15 @@ def _asked(trainer: GKDTrainerWithMetrics, batches: list[Batch], options: Distil
     of_teacher = getattr(of_teacher, "tokenizer", of_teacher)  # all that is known of what ends its answers itself
     roles = token_roles(trainer.processing_class, student, (), of_teacher)
     sampling = Sampling(options.temperature, options.max_new_tokens, roles.stop, roles.forbidden, targets=True)
-    before = trainer.teacher.waited_s
-    answered = answered_by(
-        trainer.teacher,
-        batches,
-        sampling,
-        seed=f"teacher:{trainer.args.seed}:{trainer.state.global_step}",
-        pad_id=roles.pad,
-        multiple=trainer.args.pad_to_multiple_of,
-    )
-    trainer.count_waiting(before)
-    return answered
+    with raised_on_all_ranks(trainer.accelerator), trainer.count_waiting():
+        return answered_by(
+            trainer.teacher,
+            batches,
+            sampling,
+            seed=f"teacher:{trainer.args.seed}:{trainer.state.global_step}",
+            pad_id=roles.pad,
+            multiple=trainer.args.pad_to_multiple_of,
+        )
 
 
 def num_supervised(batches: Sequence[Batch], accelerator: Accelerator, device: torch.device) -> torch.Tensor:

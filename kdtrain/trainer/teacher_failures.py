@@ -1,0 +1,32 @@
+"""A teacher that fails one rank: all of them stop, and between two steps, so that the state can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+
+from kdtrain.errors import TeacherError
+
+
+@contextmanager
+def raised_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
+    """Run what asks the teacher before a window's first forward; a collective.
+
+    Without this, the other ranks would wait for the gradients of the one that has failed.
+
+    Raises:
+        TeacherError: it failed this rank, or another one; with `between_steps`.
+    """
+    error = None
+    try:
+        yield
+    except TeacherError as raised:
+        error = raised
+    failed = torch.tensor([error is not None], device=accelerator.device)
+    if bool(accelerator.gather(failed).any()):
+        error = error or TeacherError("The teacher failed another rank, whose message says how.")
+        error.between_steps = True
+        raise error
