@@ -136,7 +136,9 @@ def test_quiet_says_nothing_and_json_says_objects(project, kdtrain):
     code, _, err = kdtrain("fit", "config.yaml", "--log-format", "json", "training.output_dir=b")
     assert code == 0
     events = [json.loads(line) for line in err.splitlines()]
-    assert {event["event"] for event in events} == {"data", "plan", "log"}
+    assert {event["event"] for event in events} == {"data", "plan", "log", "message"}
+    (message,) = [event for event in events if event["event"] == "message"]
+    assert "hardly better" in message["message"], message
 
 
 def test_several_sources_are_mixed_and_ce_false_leaves_the_teacher_alone(project, kdtrain):
@@ -585,10 +587,11 @@ def test_validate_of_a_good_file(kdtrain):
     assert kdtrain("validate", "config.yaml") == (0, "config.yaml: no problems found\n", "")
 
 
-def test_validate_deep_is_not_available_yet(kdtrain):
-    code, _, err = kdtrain("validate", "config.yaml", "--deep")
-    assert code == 2
-    assert "not available yet" in err
+def test_validate_deep_asks_the_teacher(kdtrain):
+    code, out, err = kdtrain("validate", "config.yaml", "--deep")
+    assert code == 0, err
+    assert "1. config.yaml:" in out
+    assert "hardly better" in out + err
 
 
 def test_preview_shows_rows_and_needs_no_weights(project, kdtrain):

@@ -98,6 +98,19 @@ class Sharpened(Tempered):
     temperature = 0.6
 
 
+class Renormalised(StubServer):
+    """What it reports is normalised over the tokens that it names, so that nothing is left for the others."""
+
+    def _scores(self, ids, positions, k):
+        found = super()._scores(ids, positions, k)
+        for at in found:
+            named = sorted((entry["logprob"] for entry in at.values()), reverse=True)[:k]
+            rest = float(torch.logsumexp(torch.tensor(named), 0))
+            for entry in at.values():
+                entry["logprob"] -= rest
+        return found
+
+
 class Processed(StubServer):
     """What stands beside an answer is at the temperature that it was written at: vLLM's processed_logprobs."""
 
@@ -199,6 +212,7 @@ LIES = {
         each_position(lambda at: {name: min(value + 0.7, 0.0) for name, value in at.items()}),
         "add up to more than 1|not one of|differ for the token",
     ),
+    "normalised over the k alone": (Renormalised, {}, "add up to more than 1"),
     "foreign tokenizer": (StubServer, {"tokenizer": foreign()}, "another tokenizer than the student"),
     "stale cache": (Stale, {}, "come from a cache"),
     "NaN": (StubServer, each_position(lambda at: dict.fromkeys(at, float("nan"))), "NaN|not a number|no JSON"),
@@ -502,3 +516,11 @@ def test_what_is_drawn_tells_the_temperature_that_it_was_drawn_at(temperature, k
     else:
         assert abs(fit.z) > 4
         assert (fit.z > 0) == (temperature > 1)
+
+
+def test_what_is_drawn_tells_that_nothing_was_left_for_the_tokens_that_are_not_named():
+    torch.manual_seed(0)
+    known = torch.randn(200, 64).log_softmax(-1)
+    drawn = torch.multinomial(torch.cat([known.exp() * 0.9, torch.full((200, 1), 0.1)], 1), 1)[:, 0].tolist()
+    fit = sampling_fit(TopKLogprobs(torch.arange(64).expand(200, -1).contiguous(), known), drawn)
+    assert fit.z > 7

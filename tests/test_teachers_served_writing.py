@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from kdtrain.teachers.chat_writing import read_chat
 from kdtrain.teachers.http import ReplyError, Servers
 from kdtrain.teachers.served import ServedTeacher
 from kdtrain.teachers.served_writing import completion_payload, read_completion
+from kdtrain.trainer import GKDTrainerWithMetrics
+from kdtrain.trainer.metrics import Stopwatch
 from tests import tiny
 from tests.stub_server import StubServer
 from tests.test_trainer import make_trainer
@@ -260,6 +263,23 @@ def test_seq_kd_trains_on_answers_of_a_server(tmp_path, server):
     # What is scored is what was written, at all of its positions.
     assert sorted(scored_rows(server, answers)) == sorted(prompt + ids for prompt, ids in answers)
     assert all(loss > 0 for loss in losses)
+
+
+def test_waiting_for_answers_counts_in_the_share_of_waiting(tmp_path, server, monkeypatch):
+    """Replies take a fifth of a second, four at a time, and each record is of one step, in a lap of ten seconds."""
+    logged, original = [], GKDTrainerWithMetrics.log
+
+    def log(self, logs, *args):
+        logged.append(logs)
+        original(self, logs, *args)
+
+    monkeypatch.setattr(GKDTrainerWithMetrics, "log", log)
+    monkeypatch.setattr(Stopwatch, "lap", lambda self: 10.0)
+    server.on_request = lambda request: time.sleep(0.2 if "stop_token_ids" in request.body else 0)
+    train(tmp_path, server.url, writes_targets=True, top_k=8, steps=2)
+    shares = [logs["teacher_wait_fraction"] for logs in logged if "loss" in logs]
+    assert len(shares) == 2
+    assert min(shares) >= 0.2 / 10
 
 
 def test_answers_do_not_depend_on_micro_batches_nor_on_ranks(tmp_path, server):

@@ -266,3 +266,17 @@ class Ready(Asked):
 
 def test_it_is_zero_for_one_that_could_have_waited(tmp_path):
     assert wait_fractions(tmp_path, teacher=Ready()) == [0.0, 0.0]
+
+
+class Waited(Asked):
+    """Waits before each window, a second."""
+
+    waited_s = 0.0
+
+    def wait(self, window):
+        self.waited_s += 1.0
+
+
+def test_waiting_before_a_window_counts_behind_an_evaluation_too(tmp_path):
+    """Three windows of six batches in all, which wait a quarter of a second each as well."""
+    assert wait_fractions(tmp_path, teacher=Waited()) == pytest.approx([(3 + 6 * 0.25) / 10] * 2)

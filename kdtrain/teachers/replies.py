@@ -167,7 +167,7 @@ def _most_likely(found: Entries, k: int, vocab_size: int) -> TopKLogprobs:
     if found.ranks_E is not None:
         ranks_SK = _ranks(found.ranks_E, places, is_actual_E, k)[order].reshape(-1, k)
         _check_ranks(choice, ranks_SK, logprobs_SK)
-    return _as_targets(choice, ids_SK, logprobs_SK)
+    return _as_targets(choice, ids_SK, logprobs_SK, extra_S)
 
 
 def _check_entries(found: Entries, vocab_size: int) -> None:
@@ -203,9 +203,10 @@ def _check_ranks(choice: Choice, ranks_SK: np.ndarray, logprobs_SK: np.ndarray) 
     )
 
 
-def _as_targets(choice: Choice, ids_SK: np.ndarray, logprobs_SK: np.ndarray) -> TopKLogprobs:
+def _as_targets(choice: Choice, ids_SK: np.ndarray, logprobs_SK: np.ndarray, extra_S: np.ndarray) -> TopKLogprobs:
     impossible = logprobs_SK <= _IMPOSSIBLE
     logprobs = np.where(impossible, -np.inf, np.minimum(logprobs_SK, 0.0)).astype(np.float32)
-    mass_S = np.exp(logprobs.astype(np.float64)).sum(1)
+    # With the token that was sent: it shows where a server normalises over the k most likely alone.
+    mass_S = np.exp(logprobs.astype(np.float64)).sum(1) + np.exp(extra_S)
     choice.refuse_first(mass_S > 1 + _EXCESS_MASS, "its probabilities add up to more than 1")
     return TopKLogprobs(torch.from_numpy(np.where(impossible, -1, ids_SK)), torch.from_numpy(logprobs))

@@ -290,13 +290,12 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.begun = True
         options = options_of_window(self)
         given = self.read_ahead.take(epoch_iterator, num_batches)
-        with self._count_waiting(True):  # for what the teacher writes
-            batches, self._window = collect(self, given, options, device)
+        batches, self._window = collect(self, given, options, device)
         num_items = num_supervised(batches, self.accelerator, device) // self.get_tp_size() if batches else None
         if self.teacher is not None and options.needs_teacher:
             self.read_ahead.prepare(batches, options)
             if self.teacher.waits:
-                with raised_on_all_ranks(self.accelerator), self._count_waiting(True):
+                with raised_on_all_ranks(self.accelerator), self.count_waiting():
                     self.teacher.wait(batches)
         for name, value in (("windows", 1.0), ("on_policy_windows", float(self._window.on_policy))):
             self._metrics["train"][name].append(torch.tensor(value))
@@ -373,22 +372,17 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def _run_teacher_forward(self, batch: Batch) -> Targets:
         """The teacher's targets for the supervised tokens; also fires the hooks of visual KD."""
         assert self.teacher is not None, "the loss asks for a teacher that was never built"
-        with teacher_autocast(self.accelerator), self._count_waiting(self.model.training):
+        counted = self.count_waiting() if self.model.training else contextlib.nullcontext()
+        with teacher_autocast(self.accelerator), counted:
             return self.teacher.targets(batch)
 
     @contextlib.contextmanager
-    def _count_waiting(self, training: bool) -> Iterator[None]:
-        """The time that training waits for the teacher, into the metrics.
-
-        Args:
-            training: said, since the model is still in evaluation mode before the first window and after evaluations.
-        """
-        if self.teacher is None:
-            yield
-            return
+    def count_waiting(self) -> Iterator[None]:
+        """The time that training waits for the teacher, into the metrics."""
+        assert self.teacher is not None
         before = self.teacher.waited_s
         yield
-        if self.teacher.waits and training:
+        if self.teacher.waits:
             waited = torch.tensor(self.teacher.waited_s - before, dtype=torch.float64)
             self._metrics["train"]["teacher_wait_s"].append(waited)
 

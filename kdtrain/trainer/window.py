@@ -225,7 +225,7 @@ def _asked(trainer: GKDTrainerWithMetrics, batches: list[Batch], options: Distil
     of_teacher = getattr(of_teacher, "tokenizer", of_teacher)  # all that is known of what ends its answers itself
     roles = token_roles(trainer.processing_class, student, (), of_teacher)
     sampling = Sampling(options.temperature, options.max_new_tokens, roles.stop, roles.forbidden, targets=True)
-    with raised_on_all_ranks(trainer.accelerator):
+    with raised_on_all_ranks(trainer.accelerator), trainer.count_waiting():
         return answered_by(
             trainer.teacher,
             batches,

@@ -14,6 +14,7 @@ import torch
 from kdtrain.losses.topk import TopKLogprobs
 
 _LEAST = -30.0
+_LEAST_VARIANCE = 0.1
 
 
 def difference(first: TopKLogprobs, second: TopKLogprobs) -> float:
@@ -70,6 +71,8 @@ def sampling_fit(targets: TopKLogprobs, drawn_S: Sequence[int]) -> SamplingFit:
 
 
 def _in_deviations(deviation_S: torch.Tensor, variance_S: torch.Tensor) -> float | None:
-    """None where nothing can vary: every token is known, or one alone."""
-    variance = float(variance_S.clamp(min=0).sum())
-    return float(deviation_S.sum()) / math.sqrt(variance) if variance > 0.1 else None
+    """None where nothing can vary, and nothing does: every token is known, or one alone."""
+    variance, deviation = float(variance_S.clamp(min=0).sum()), float(deviation_S.sum())
+    if variance <= _LEAST_VARIANCE and abs(deviation) < 1:
+        return None
+    return deviation / math.sqrt(max(variance, _LEAST_VARIANCE))
