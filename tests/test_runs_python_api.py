@@ -136,7 +136,7 @@ def test_a_teacher_that_only_gives_targets_is_refused_where_it_has_to_write(proj
             raise AssertionError
 
     answers = [f"data.train={{path: {project}/train.jsonl, answers: teacher}}"]
-    with pytest.raises(ConfigError, match=r"a teacher that can write.*Targets handed over has none"):
+    with pytest.raises(ConfigError, match=r"a teacher that can write.*Targets handed over cannot"):
         kdtrain.fit(project / "config.yaml", answers, teacher=Targets(), quiet=True)
     assert not (project / "run").exists()
 

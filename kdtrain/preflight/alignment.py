@@ -259,6 +259,8 @@ def check_alignment(
 
 def _asked_again(teacher: Teacher, batch: Batch, targets: Targets) -> Dependence | None:
     """What the targets depend on, from the same rows with one token changed in each."""
+    if teacher.waits and batch.has_images:
+        return None  # a server is given conversations there, not tokens that can be changed
     changed = with_changed_tokens(batch)
     if changed is None:
         return None
@@ -266,7 +268,7 @@ def _asked_again(teacher: Teacher, batch: Batch, targets: Targets) -> Dependence
         teacher.prepare([changed.batch])
         other = teacher.targets(changed.batch)
     except Exception:
-        if teacher.module is not None:
+        if teacher.module is not None or teacher.waits:
             raise
         return None  # a teacher of the user's own that has stored its answers has none for such a row
     return dependence(batch, targets, changed, other, teacher.vocab_size)

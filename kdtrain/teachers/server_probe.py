@@ -70,7 +70,7 @@ def probe(
     teacher_tokenizer: Any = None,
     image_row: ImageRow | None = None,
 ) -> ProbeResult:
-    """Ask the server for what is known already, and compare; 14 requests, and two for each further server.
+    """Ask the server for what is known already, and compare; 19 requests, and two for each further server.
 
     Args:
         rows: token ids of three rows or so of the user's data, as the teacher reads them.

@@ -18,7 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from kdtrain.data.batch import right_padded
 from kdtrain.data.collate import Collator
-from kdtrain.errors import KdtrainError, PreflightError
+from kdtrain.errors import KdtrainError, PreflightError, TeacherError
 from kdtrain.models.probe import own_random_state
 from kdtrain.preflight.alignment import check_alignment, few_rows
 from kdtrain.preflight.model_checks import report
@@ -96,8 +96,11 @@ def _check_alignment(trainer: GKDTrainerWithMetrics) -> None:
     batch = trainer.receiver.accept(trainer._prepare_inputs(batch))
     if not isinstance(trainer.data_collator, Collator):
         batch = right_padded(batch)
-    with own_random_state(trainer.args.device), teacher_autocast(trainer.accelerator):
-        report(check_alignment(trainer.teacher, batch, any_rank=lambda own: _on_any_rank(trainer, own)))
+    try:
+        with own_random_state(trainer.args.device), teacher_autocast(trainer.accelerator):
+            report(check_alignment(trainer.teacher, batch, any_rank=lambda own: _on_any_rank(trainer, own)))
+    except TeacherError as error:
+        raise PreflightError(str(error)) from error  # nothing is trained yet, and nothing to be saved
 
 
 def _on_any_rank(trainer: GKDTrainerWithMetrics, own: bool) -> bool:

@@ -53,15 +53,21 @@ def check_writing(asker: Asker, *, scores: bool, writes: bool) -> Writing:
 def _written(asker: Asker, *, writes: bool) -> list[Answer] | None:
     """Two answers for each row, behind its beginning; None where the server says no ids."""
     prompts = [row.ids[: max(1, len(row.ids) * quarter // 4)] for row in asker.rows for quarter in (1, 2)]
-    payload = _payload(asker, prompts)
     try:
-        return asker.post("/completions", payload, lambda reply: _read_answers(reply, prompts))
+        return [_answer_to(asker, prompt, seed) for seed, prompt in enumerate(prompts)]
     except TeacherError as error:
         needed = writes and asker.teacher.api == "completions"
         level: Level = "error" if needed else "info"
         hint = "set rlhf.teacher.api: chat" if needed else ""
         asker.say(level, "api", f"The server does not write answers to token ids: {error}", hint)
         return None
+
+
+def _answer_to(asker: Asker, prompt: tuple[int, ...], seed: int) -> Answer:
+    """One answer, in a request of its own: those that share a seed are drawn alike, and count as fewer."""
+    payload = {**_payload(asker, [prompt]), "seed": seed}
+    (answer,) = asker.post("/completions", payload, lambda reply: _read_answers(reply, [prompt]))
+    return answer
 
 
 def _check_chat_api(asker: Asker) -> None:
