@@ -416,7 +416,7 @@ def test_answers_that_were_stored_are_not_generated_again(models, prompts, tmp_p
     shutil.copy(whole.run_dir / "status.json", tmp_path / "part" / "run")  # by which the folder is a run's
     resumed, again = run(models, tmp_path / "part", resume="auto", **options)
     now = (part / "rank0.jsonl").read_text().splitlines()
-    assert len(now) == 3 + len(lines) - 3  # the broken line, and one for each that was missing behind it
+    assert len(now) == 3 + 1 + len(lines) - 3  # the broken line, and one for each that was missing
     assert [record["loss"] for record in again] == [record["loss"] for record in records]
     assert_same_weights(weights(whole.run_dir), weights(resumed.run_dir), 0.0)
 

@@ -105,9 +105,11 @@ class TeacherAnswers:
         if not own:
             return []
         self._folder.mkdir(parents=True, exist_ok=True)
-        with open(self._folder / f"rank{self._state.process_index}.jsonl", "ab") as file:
-            if file.tell():
-                file.write(b"\n")  # behind a line of which a killed run has written a part
+        path = self._folder / f"rank{self._state.process_index}.jsonl"
+        torn = path.exists() and not path.read_bytes().endswith(b"\n")  # a killed run has written a part of a line
+        with open(path, "ab") as file:
+            if torn:
+                file.write(b"\n")
 
             def keep(answers: Sequence[tuple[int, Written]]) -> None:
                 for i, written in answers:
