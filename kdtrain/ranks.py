@@ -7,6 +7,8 @@ sets the same variables.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def under_launcher() -> bool:
@@ -27,3 +29,17 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is the process that writes the run's files and logs what holds for all ranks."""
     return rank() == 0
+
+
+@contextmanager
+def put_back() -> Iterator[None]:
+    """Undo what is written over these variables inside: a later run in this process would take it for a launcher's."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -203,7 +203,7 @@ def _records_difference(before: Path, after: Path) -> str | None:
 
 def _measured(key: str) -> bool:
     """Whether a value is a time, a rate or a memory, which no two runs have in common."""
-    return key.endswith(("runtime", "per_second", "peak_memory_gib"))
+    return key.endswith(("runtime", "per_second", "peak_memory_gib", "elapsed_s", "remaining_s", "step_time_s"))
 
 
 def _tensors_difference(before: Path, after: Path) -> str | None:

@@ -15,6 +15,7 @@ import socket
 import struct
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -101,6 +102,7 @@ class StubServer:
         self.stopping = threading.Event()
         self._in_flight = 0
         self._lock, self._model_lock = threading.Lock(), threading.Lock()
+        self._tokenizer_lock = threading.Lock()  # a fast tokenizer fails ("Already borrowed") in two threads at once
         self._open: set[socket.socket] = set()
         self._names: dict[int, str] = {}
         self._port = 0
@@ -238,7 +240,8 @@ class StubServer:
         }, len(written)
 
     def _chat(self, body: dict[str, Any]) -> dict[str, Any]:
-        ids = self._render(body)
+        with self._tokenizer_lock:
+            ids = self._render(body)
         k = (body.get("top_logprobs") or 0) if body.get("logprobs") else None
         room = self._max_length() - len(ids)
         budget = body.get("max_completion_tokens") or body.get("max_tokens") or room
@@ -276,11 +279,12 @@ class StubServer:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
-        if "messages" in body:
-            ids = self._render(body)
-        else:
-            special = body.get("add_special_tokens", True)
-            ids = list(self.tokenizer(body["prompt"], add_special_tokens=special)["input_ids"])
+        with self._tokenizer_lock:
+            if "messages" in body:
+                ids = self._render(body)
+            else:
+                special = body.get("add_special_tokens", True)
+                ids = list(self.tokenizer(body["prompt"], add_special_tokens=special)["input_ids"])
         strings = self.tokenizer.convert_ids_to_tokens(ids) if body.get("return_token_strs") else None
         return {"count": len(ids), "max_model_len": self._max_length(), "tokens": ids, "token_strs": strings}
 
@@ -297,7 +301,8 @@ class StubServer:
             raise Refused(400, "Either prompt or prompt_embeds must be provided and non-empty.", param="prompt")
         if isinstance(prompt[0], int):
             prompt = [prompt]
-        rows = [self.tokenizer(row)["input_ids"] if isinstance(row, str) else row for row in prompt]
+        with self._tokenizer_lock:
+            rows = [self.tokenizer(row)["input_ids"] if isinstance(row, str) else row for row in prompt]
         for row in rows:
             if not row:
                 raise Refused(400, "The decoder prompt cannot be empty", param="prompt")
@@ -507,6 +512,8 @@ class _Handler(BaseHTTPRequestHandler):
             reply = stub.reply(request)
         except Refused as error:
             return error.status, error.reply
+        except Exception:  # to the test, instead of a connection that breaks
+            return 500, Refused(500, traceback.format_exc(), "InternalServerError").reply
         return 200, stub.on_reply(request, reply) if stub.on_reply else reply
 
     def _hang(self) -> None:

@@ -3,9 +3,9 @@
 import json
 import logging
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -55,7 +55,7 @@ def files(project):
 def test_fit_trains_and_leaves_a_model_that_loads_with_its_tokenizer(project, kdtrain):
     code, out, err = kdtrain("fit", "config.yaml")
     assert code == 0, err
-    assert out.startswith("4 steps, model in ")
+    assert out.startswith("4 steps; best eval_loss ")
     run = project / "run"
     model = AutoModelForCausalLM.from_pretrained(run)
     before = AutoModelForCausalLM.from_pretrained(project / "student")
@@ -68,6 +68,12 @@ def test_fit_trains_and_leaves_a_model_that_loads_with_its_tokenizer(project, kd
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     assert json.loads((run / "run_config.json").read_text())["rlhf"]["sft_alpha"] == 0.3
     assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pkl")]
+    assert "The run has finished 4 steps" in (run / "report.html").read_text(encoding="utf-8")
+    (facts,) = (one["facts"] for one in json.loads((run / "report.json").read_text())["runs"])
+    assert facts["steps"] == 4
+    assert facts["data"]["train"]["rows_kept"] == 24
+    assert {"student", "teacher", "loss"} <= facts["plan"].keys()
+    assert facts["environment"]["torch"] == torch.__version__
 
 
 def test_the_weighted_term_is_what_logging_jsonl_holds(project, kdtrain):
@@ -131,13 +137,14 @@ def test_on_policy_training_runs_from_the_config(project, kdtrain):
 def test_quiet_says_nothing_and_json_says_objects(project, kdtrain):
     code, _, err = kdtrain("fit", "config.yaml", "--quiet", "training.output_dir=a")
     assert code == 0
-    (warning,) = err.splitlines()  # the teacher of these tests has learnt nothing
+    repeated, warning = err.splitlines()  # the teacher of these tests has learnt nothing
+    assert "24 of 24 rows of data.eval (100.0%) are rows of data.train word for word" in repeated
     assert "The teacher's targets fit the tokens that they are for hardly better" in warning
     code, _, err = kdtrain("fit", "config.yaml", "--log-format", "json", "training.output_dir=b")
     assert code == 0
     events = [json.loads(line) for line in err.splitlines()]
     assert {event["event"] for event in events} == {"data", "plan", "log", "message"}
-    (message,) = [event for event in events if event["event"] == "message"]
+    _, message = [event for event in events if event["event"] == "message"]
     assert "hardly better" in message["message"], message
 
 
@@ -157,7 +164,7 @@ WRONG_CONFIGS = {
     "a negative weight": (["rlhf.llm_kd_weight=-0.1"], "must be non-negative"),
     "a missing teacher": (["rlhf.teacher_model=null"], "rlhf.teacher_model"),
     "a teacher that is no model folder": (["rlhf.teacher_model=./nowhere"], "nowhere"),
-    "an unknown key": (["rlhf.lambda=0.5"], "did you mean 'lmbda'?"),
+    "an unknown key": (["rlhf.lambda=0.5"], "did you mean rlhf.lmbda?"),
     "a key in the wrong section": (["training.beta=0.1"], "move it to rlhf.beta"),
     "not a number": (["rlhf.beta=.nan"], "not a finite number"),
     "a boolean for a number": (["rlhf.beta=true"], "expected a number, got the boolean true"),
@@ -234,7 +241,7 @@ WRONG_WORLDS = {
     "prompts without answers": (
         lambda p: broken_data(p, '{"prompt": "What is it?"}\n' * 8),
         [],
-        "train.jsonl:1: there is no answer: give one, or let the teacher write it (answers: teacher in its source)",
+        "train.jsonl:1: there is no answer: give one, or let the teacher write it (",
     ),
     "evaluation on prompts without answers": (
         lambda p: (p / "eval.jsonl").write_text('{"prompt": "What is it?"}\n'),
@@ -260,12 +267,18 @@ WRONG_WORLDS = {
             "training.save_strategy=steps",
             "training.save_steps=4",
         ],
-        "no evaluation has 'foo'",
+        "training.metric_for_best_model: cannot choose the best step: expected one of eval_loss",
     ),
     "a run in the output folder": (
         lambda p: begun(p),
         [],
-        "holds a run already. Go on with it by --resume auto, or name another folder (training.output_dir=",
+        "holds a run already. Go on with it by kdtrain fit config.yaml --resume auto, or name another folder "
+        "(training.output_dir=",
+    ),
+    "a run that has finished without a checkpoint": (
+        lambda p: somebody_elses(p, "status.json", '{"state": "finished", "exit_code": 0, "rank": 0}'),
+        [],
+        "no checkpoint to go on from: --resume auto would begin anew and write over it. Name another folder",
     ),
     "a run in the output folder, in a dry run too": (lambda p: begun(p), ["--dry-run"], "holds a run already"),
     "a student without one of its weights": (
@@ -278,17 +291,17 @@ WRONG_WORLDS = {
         [],
         "teacher cannot be used: 1 weight",
     ),
-    "student's weights cut short": (lambda p: cut(p / "student"), [], "The student"),
-    "teacher's weights cut short": (lambda p: cut(p / "teacher"), [], "The teacher"),
+    "student's weights cut short": (lambda p: cut(p / "student"), [], "model.model: cannot be loaded: "),
+    "teacher's weights cut short": (lambda p: cut(p / "teacher"), [], "rlhf.teacher_model: cannot be loaded: "),
     "an adapter beside the student's weights": (
         lambda p: (p / "student" / "adapter_config.json").write_text("{}"),
         [],
-        "For the weights alone, as after a merge, move adapter_config.json and adapter_model.safetensors out of the",
+        "for the weights alone, as after a merge, move adapter_config.json and adapter_model.safetensors out of the",
     ),
     "an adapter beside the teacher's weights": (
         lambda p: (p / "teacher" / "adapter_config.json").write_text("{}"),
         [],
-        "The teacher",
+        "rlhf.teacher_model: cannot be loaded: an adapter",
     ),
     "an attention that is not installed": (
         lambda p: None,
@@ -329,7 +342,7 @@ WRONG_WORLDS = {
     "a best metric that is neither good nor bad": (
         lambda p: None,
         ["training.metric_for_best_model=student_entropy"],
-        "student_entropy: has no better and worse",
+        "training.metric_for_best_model: cannot choose the best step",
     ),
     "a best metric the wrong way round": (
         lambda p: None,
@@ -373,13 +386,23 @@ WRONG_WORLDS = {
 }
 
 
+# What files show before torch is imported.
+FOUND_AT_ONCE = {
+    *("no rows", "a bad row", "a missing data file", "prompts without answers"),
+    *("evaluation on prompts without answers", "student's weights cut short", "teacher's weights cut short"),
+    *("an adapter beside the student's weights", "an adapter beside the teacher's weights"),
+    *("a best metric that no evaluation has", "a best metric that is neither good nor bad"),
+    "a best metric the wrong way round",
+}
+
+
 @pytest.mark.parametrize("name", WRONG_WORLDS)
-def test_a_world_that_does_not_fit_is_exit_code_3_and_nothing_is_written(project, kdtrain, name):
+def test_a_world_that_does_not_fit_is_exit_code_2_or_3_and_nothing_is_written(project, kdtrain, name):
     change, arguments, message = WRONG_WORLDS[name]
     change(project)
     before = files(project)
     code, out, err = kdtrain("fit", "config.yaml", *arguments)
-    assert code == 3, err
+    assert code == (2 if name in FOUND_AT_ONCE else 3), err
     assert message in err
     assert out == ""
     assert "Traceback" not in err
@@ -407,8 +430,8 @@ def test_weights_as_a_pickle_are_refused_and_never_loaded(project, kdtrain):
     (project / "teacher" / "model.safetensors").unlink()
     (project / "teacher" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
     code, _, err = kdtrain("fit", "config.yaml")
-    assert code == 3, err
-    assert "teacher" in err
+    assert code == 2, err
+    assert "rlhf.teacher_model: has no safetensors, only pickled weights" in err
     assert not (project / "ran").exists()
 
 
@@ -540,7 +563,7 @@ def test_the_saved_config_keeps_its_cache_and_the_saved_model_stops_where_the_te
 def test_errors_are_objects_too_in_a_json_log(project, kdtrain):
     (project / "train.jsonl").write_text("")
     code, _, err = kdtrain("fit", "config.yaml", "--log-format", "json")
-    assert code == 3
+    assert code == 2
     assert json.loads(err.splitlines()[-1])["level"] == "CRITICAL"
 
 
@@ -560,14 +583,6 @@ def test_a_bug_is_exit_code_1_with_a_traceback(project, kdtrain, monkeypatch):
     assert code == 1
     assert "ZeroDivisionError" in err
     assert "this is a bug" in err
-
-
-@pytest.mark.parametrize("command", ["init", "cache", "evaluate", "report", "export"])
-def test_commands_of_later_versions_say_so(kdtrain, command):
-    code, out, err = kdtrain(command, "config.yaml", "--checkpoint", "x")
-    assert code == 2
-    assert f"kdtrain {command} is not available yet" in err
-    assert out == ""
 
 
 # ---- the other commands ----------------------------------------------------------------------------------------------
@@ -615,11 +630,11 @@ def test_preview_of_a_wrong_config_is_exit_code_2(project, kdtrain, name):
 
 
 @pytest.mark.parametrize("name", ["no rows", "a missing data file", "a hub model without a network"])
-def test_preview_of_what_cannot_be_read_is_exit_code_3(project, kdtrain, name):
+def test_preview_of_what_cannot_be_read_is_exit_code_2_or_3(project, kdtrain, name):
     change, arguments, message = WRONG_WORLDS[name]
     change(project)
     code, out, err = kdtrain("preview", "config.yaml", *arguments)
-    assert (code, out) == (3, "")
+    assert (code, out) == (2 if name in FOUND_AT_ONCE else 3, "")
     assert message in err
     assert "Traceback" not in err
 
@@ -668,6 +683,12 @@ def test_env_tells_secrets_as_set_or_unset_only(kdtrain, monkeypatch):
     assert facts["packages"]["torch"].startswith("2.")
 
 
+def processor_time():
+    """Of the processes that this one has waited for, seconds."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["fit", "--help"], ["preview", "--help"], ["validate", "config.yaml"], ["schema"], ["env"]],
@@ -678,16 +699,16 @@ def test_what_needs_no_torch_answers_in_a_second_without_it(project, arguments):
         "try:\n    main()\nfinally:\n    print('torch' in sys.modules, 'trl' in sys.modules, file=sys.stderr)"
     )
     seconds = []
-    for _ in range(3):  # the machine may be busy with something else
-        started = time.perf_counter()
+    for _ in range(3):  # of processor time, which a busy machine needs little more of
+        started = processor_time()
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments], cwd=project, capture_output=True, text=True, check=False
         )
-        seconds.append(time.perf_counter() - started)
+        seconds.append(processor_time() - started)
         assert done.returncode == 0, done.stderr
         assert done.stderr.endswith("False False\n")
         assert done.stdout
-    assert min(seconds) < 1
+    assert min(seconds) < 2  # a second, and as much for a slow machine
 
 
 def test_every_error_class_has_a_documented_exit_code():

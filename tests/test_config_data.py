@@ -58,7 +58,7 @@ def test_mistakes_in_sources_to_evaluate_on_keep_their_paths() -> None:
         config(data__eval=[{"path": "a.jsonl", "limitt": 1}, {"path": "b.jsonl", "weight": -1}], **EVALUATED)
     )
     assert list(found) == ["data.eval[0].limitt", "data.eval[1].weight"]
-    assert "did you mean 'limit'" in found["data.eval[0].limitt"]
+    assert "did you mean data.eval.limit" in found["data.eval[0].limitt"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 
 from kdtrain.config import check_config
+from kdtrain.config.folders import broken_models
 
 
 @pytest.fixture
@@ -116,16 +117,16 @@ def test_arguments_of_a_model_that_cannot_be_looked_at_are_left_to_its_loading(r
     ("change", "message"),
     [
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 8), "cannot be loaded: model.safetensors is"),
-        (lambda f: (f / "model.safetensors").unlink(), "has no weights: neither model.safetensors nor"),
+        (lambda f: (f / "model.safetensors").unlink(), "has no weights, neither model.safetensors nor"),
         (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "has no tokenizer"),
         (lambda f: (f / "config.json").write_text("{"), "cannot be loaded: config.json is not valid JSON"),
     ],
 )
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 def test_validate_looks_into_the_models_folders(project, change, message, whose):
-    assert check_config(project / "config.yaml", model_files=True).errors == []
+    assert check_config(project / "config.yaml", files=broken_models).errors == []
     change(project / whose)
-    found = check_config(project / "config.yaml", model_files=True).errors
+    found = check_config(project / "config.yaml", files=broken_models).errors
     assert [error.path for error in found] == ["model.model" if whose == "student" else "rlhf.teacher_model"]
     assert message in found[0].message
     assert check_config(project / "config.yaml").errors == []  # a run finds it in its preflight, with exit code 3
@@ -133,4 +134,4 @@ def test_validate_looks_into_the_models_folders(project, change, message, whose)
 
 def test_a_teacher_that_is_not_asked_need_not_be_sound(project):
     (project / "teacher" / "model.safetensors").unlink()
-    assert check_config(project / "config.yaml", ["rlhf.llm_kd_weight=0"], model_files=True).errors == []
+    assert check_config(project / "config.yaml", ["rlhf.llm_kd_weight=0"], files=broken_models).errors == []

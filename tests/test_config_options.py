@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,10 @@ OTHER: dict[str, Any] = {
     "seq_kd": True,
     "temperature": 0.5,
     "max_new_tokens": 7,
+    "generation": {"top_k": 5},
+    "samples_per_prompt": 2,
+    "select": "best",
+    "select_regex": "([0-9]+)",
     "disable_dropout": False,
     "eval_kd": False,
     "tail": "renormalize",
@@ -71,6 +76,10 @@ def test_numbers_of_numpy_are_numbers() -> None:
         ({"kd_temperature": 0}, "kd_temperature: must be above 0, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1, got 0"),
         ({"max_new_tokens": 1.5}, "max_new_tokens: expected a whole number, got the number 1.5"),
+        (
+            {"max_new_tokens": {"from": 9, "to": 4, "over": 1}},
+            "max_new_tokens.to: must be at least from (9), got 4: the limit grows from one to the other",
+        ),
         ({"eval_kd": 1}, "eval_kd: expected true or false, got the number 1"),
         (
             {"tail": "renormalise"},
@@ -101,3 +110,38 @@ def test_without_kd_is_cross_entropy_alone() -> None:
     options = read(**OTHER).without_kd()
     assert not options.needs_teacher
     assert options.ce_weight == 1.0
+
+
+# ---- a limit that grows ----------------------------------------------------------------------------------------------
+
+
+def limits(first: int, last: int, over: float, steps: int) -> list[int]:
+    options = read(max_new_tokens={"from": first, "to": last, "over": over})
+    return [options.new_tokens(step, steps) for step in range(steps)]
+
+
+def test_a_limit_grows_by_equal_parts_rounded_down_and_then_stays() -> None:
+    found = limits(64, 512, 0.3, 1000)
+    assert found[0] == 64
+    assert found == [64 + (512 - 64) * step // 300 if step < 300 else 512 for step in range(1000)]
+    # 0.55 · 100 is above 55 in floating point: step 11 would have a token less, and step 55 not yet the last limit.
+    assert limits(1, 11, 0.55, 100)[11] == 3
+    assert limits(1, 8, 0.55, 100)[54:56] == [7, 8]
+    assert limits(1, 8, 0.7, 10) == [1, 2, 3, 4, 5, 6, 7, 8, 8, 8]
+    assert limits(5, 5, 1.0, 3) == [5, 5, 5]
+    assert limits(1, 9, 0.3, 1) == [1]
+
+
+def test_where_the_steps_are_not_known_yet_it_is_the_largest() -> None:
+    growing = read(max_new_tokens={"from": 64, "to": 512, "over": 0.3})
+    assert growing.new_tokens(0, 0) == growing.most_new_tokens == 512
+    assert (read().new_tokens(7, 10), read().most_new_tokens) == (128, 128)
+
+
+def test_a_config_hands_a_growing_limit_on_as_what_trackers_can_write() -> None:
+    run = config({"max_new_tokens": {"from": 4, "to": 8, "over": 0.5}})
+    args = build_train_arguments(run, Hardware(None, bf16=False, fp16=False, tf32=False)).training_args
+    assert json.loads(args.to_json_string())["max_new_tokens"] == {"from": 4, "to": 8, "over": 0.5}
+    assert DistillationOptions.from_args(args) == run.options
+    written = RunConfig.model_validate_json(run.model_dump_json())  # of a run folder
+    assert written == run

@@ -62,6 +62,11 @@ WRONG_VALUES: list[tuple[str, Any, str]] = [
     ("rlhf__temperature", 0, "above 0"),
     ("rlhf__temperature", 1.5, "at most 1"),
     ("rlhf__max_new_tokens", 0, "at least 1"),
+    (
+        "rlhf__max_new_tokens",
+        [4, 8],
+        "expected a whole number, got a list | or write a limit that grows",
+    ),
     ("rlhf__max_new_tokens", 12.5, "expected a whole number, got the number 12.5"),
     ("rlhf__divergence", "jsd_scale", "expected one of jsd, jsd_scaled, mixed_kl, got text 'jsd_scale' | did you mean"),
     ("rlhf__rlhf_type", "dpo", "expected gkd, got text 'dpo'"),
@@ -132,7 +137,7 @@ def test_right_values_pass(option: str, value: Any) -> None:
 
 
 UNKNOWN: list[tuple[str, str]] = [
-    ("rlhf__lambda", "did you mean 'lmbda'?"),
+    ("rlhf__lambda", "did you mean rlhf.lmbda?"),
     ("rlhf__learning_rate", "move it to training.learning_rate"),
     ("data__beta", "move it to rlhf.beta"),
     ("beta", "move it to rlhf.beta"),
@@ -140,14 +145,14 @@ UNKNOWN: list[tuple[str, str]] = [
     ("tuner__teacher_model", "move it to rlhf.teacher_model"),
     ("rlhf__num_processes", "move it to launch.num_processes"),
     ("training__llm_kd_weight", "move it to rlhf.llm_kd_weight"),
-    ("training__learning_rat", "did you mean 'learning_rate'?"),
+    ("training__learning_rat", "did you mean training.learning_rate?"),
     ("training__lr", "use training.learning_rate"),
     ("training__warmup_ratio", "warmup_steps"),
     ("data__lerning_rate", "did you mean training.learning_rate?"),
-    ("modle", "did you mean 'model'?"),
+    ("modle", "did you mean model?"),
     ("rlhf.beta", "nest it, one level per dot: rlhf: {beta: ...}"),
-    ("rlhf__teacher__base_ulr", "did you mean 'base_url'?"),
-    ("custom__visual_kd__wieght", "did you mean 'weight'?"),
+    ("rlhf__teacher__base_ulr", "did you mean rlhf.teacher.base_url?"),
+    ("custom__visual_kd__wieght", "did you mean custom.visual_kd.weight?"),
     ("training__teacher_model_name_or_path", "use rlhf.teacher_model"),
     ("training__model_init_kwargs", "use model.init_kwargs"),
     ("training__trust_remote_code", "move it to model.trust_remote_code"),
@@ -200,11 +205,6 @@ def test_every_refused_field_is_a_field_of_the_installed_trl() -> None:
 NOT_YET: list[tuple[str, Any]] = [
     ("model__quantization", "4bit"),
     ("rlhf__teacher__quantization", "8bit"),
-    ("rlhf__teacher__backend", "self"),
-    ("rlhf__teacher__backend", "local-toggle"),
-    ("rlhf__teacher__backend", "cache"),
-    ("rlhf__teacher__prefix", [{"role": "system", "content": "x"}]),
-    ("model__adapter", "org/adapter"),
     ("data__packing", True),
     ("data__padding_free", True),
 ]
@@ -280,12 +280,55 @@ CONFLICTS: list[tuple[dict[str, Any], str, str]] = [
     ),
 ]
 
+ITSELF = {"backend": "self"}
+CONFLICTS += [
+    ({"rlhf": {"teacher": ITSELF}}, "rlhf.teacher.weights", "base needs tuner.train_type: lora"),
+    ({"rlhf": {"teacher": {**ITSELF, "weights": "live"}}}, "rlhf.teacher.weights", "their divergence is 0"),
+    (
+        {"rlhf": {"teacher": ITSELF}, "tuner__train_type": "lora", "custom__visual_kd__enabled": True},
+        "rlhf.teacher.backend",
+        "features are those of the same modules",
+    ),
+    ({"rlhf": {"teacher": {**ITSELF, "weights": "ema", "ema_decay": 1}}}, "rlhf.teacher.ema_decay", "must be below 1"),
+]
+
 
 @pytest.mark.parametrize(("changes", "path", "expected"), CONFLICTS)
 def test_options_that_cannot_go_together_are_an_error(changes: dict[str, Any], path: str, expected: str) -> None:
     found = errors(config(**changes))
     assert list(found) == [path]
     assert expected in found[path]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"from": 8, "to": 8, "over": 1}, {}),
+        (
+            {"from": 64, "to": 8, "over": 0.3},
+            {"to": "must be at least from (64), got 8: the limit grows from one to the"},
+        ),
+        ({"from": 64, "to": 512}, {"over": "is required | the share of all steps over which it grows, such as 0.3"}),
+        ({"from": 0, "to": 2, "over": 0}, {"from": "must be at least 1, got 0", "over": "must be above 0, got 0"}),
+        ({"from": 1, "to": 2.5, "over": 30}, {"to": "whole number, got the number 2.5", "over": "at most 1, got 30"}),
+        ({"form": 1, "to": 2, "over": 1}, {"form": "did you mean rlhf.max_new_tokens.from?", "from": "is required"}),
+        ({}, {"from": "is required", "to": "is required", "over": "is required"}),
+    ],
+)
+def test_each_part_of_a_growing_limit_is_checked_where_it_stands(value: Any, expected: dict[str, str]) -> None:
+    found = errors(config(rlhf__max_new_tokens=value))
+    assert set(found) == {f"rlhf.max_new_tokens.{name}" for name in expected}
+    for name, text in expected.items():
+        assert text in found[f"rlhf.max_new_tokens.{name}"]
+
+
+def test_the_schema_for_editors_knows_both_forms_of_the_limit() -> None:
+    schema = json_schema()
+    number, growing = schema["$defs"]["RlhfConfig"]["properties"]["max_new_tokens"]["oneOf"]
+    assert number == {"type": "integer", "minimum": 1}
+    parts = schema["$defs"][growing["$ref"].rsplit("/", 1)[1]]
+    assert sorted(parts["required"]) == ["from", "over", "to"]
+    assert all(part["description"] for part in parts["properties"].values())
 
 
 def test_answers_from_the_teacher_need_one_though_the_loss_does_not() -> None:
@@ -297,6 +340,7 @@ def test_answers_from_the_teacher_need_one_though_the_loss_does_not() -> None:
     assert not warnings(config(**asking, **options))
 
 
+GROWING = {"from": 4, "to": 8, "over": 0.5}
 IDLE: list[tuple[dict[str, Any], str, str]] = [
     ({"rlhf__llm_kd_weight": 0}, "rlhf.teacher_model", "none is loaded"),
     ({"rlhf": {"llm_kd_weight": 0, "sft_alpha": 0.5}}, "rlhf.sft_alpha", "cross-entropy has weight 1.0"),
@@ -305,7 +349,34 @@ IDLE: list[tuple[dict[str, Any], str, str]] = [
     ({"rlhf": {"llm_kd_weight": 0, "beta": 0.1}}, "rlhf.beta", "rlhf.llm_kd_weight is 0"),
     ({"rlhf": {"llm_kd_weight": 0, "eval_kd": True}}, "rlhf.eval_kd", "nothing asks the teacher"),
     ({"rlhf__lmbda": 0, "rlhf__temperature": 0.5}, "rlhf.temperature", "nothing is sampled"),
+    (
+        {"rlhf__lmbda": 0, "rlhf__samples_per_prompt": 4, "rlhf__select_regex": "(a)"},
+        "rlhf.samples_per_prompt",
+        "no effect: rlhf.lmbda is 0, the student writes no answers (the same goes for select_regex)",
+    ),
+    ({"rlhf": {"llm_kd_weight": 0, "select": "best"}}, "rlhf.select", "rlhf.llm_kd_weight is 0"),
+    ({"rlhf__select": "best"}, "rlhf.select", "no effect: rlhf.samples_per_prompt is 1"),
     ({"rlhf__lmbda": 0, "rlhf__max_new_tokens": 5}, "rlhf.max_new_tokens", "nothing is sampled"),
+    ({"rlhf__lmbda": 0, "rlhf__max_new_tokens": GROWING}, "rlhf.max_new_tokens", "nothing is sampled"),
+    (
+        {
+            "rlhf": {"teacher_model": "org/teacher", "lmbda": 0, "max_new_tokens": GROWING},
+            "data__train": {"path": "a.jsonl", "answers": "teacher"},
+        },
+        "rlhf.max_new_tokens.from",
+        "no effect: no step samples, and answers that are written before training may have `to` tokens (the same goes",
+    ),
+    ({"rlhf__lmbda": 0, "rlhf__generation": {"top_k": 5}}, "rlhf.generation.top_k", "the student writes no answers"),
+    (
+        {"rlhf__lmbda": 0, "rlhf__generation": {"top_p": 0.9, "min_p": 0.1, "batch_size": 5}},
+        "rlhf.generation.top_p",
+        "(rlhf.lmbda is 0) (the same goes for min_p, batch_size)",
+    ),
+    (
+        {"rlhf__lmbda": 0, "rlhf__seq_kd": True, "rlhf__generation": {"min_p": 0.1, "batch_size": 5}},
+        "rlhf.generation.min_p",
+        "(rlhf.lmbda is 0)",
+    ),
     ({"rlhf__eval_kd": False}, "rlhf.eval_kd", "no data.eval"),
     ({"rlhf__teacher": {"base_url": "http://h/v1"}}, "rlhf.teacher.base_url", "no effect: rlhf.teacher.backend is hf"),
     ({"rlhf__teacher": {"top_k": 5}}, "rlhf.teacher.top_k", "no effect: rlhf.teacher.backend is hf"),
@@ -320,7 +391,39 @@ IDLE: list[tuple[dict[str, Any], str, str]] = [
     ({"training__save_strategy": "no", "training__save_steps": 5}, "training.save_steps", "save_strategy is no"),
     ({"training__save_total_limit": 1}, "training.save_total_limit", "2 checkpoints are kept"),
     ({"training__disable_tqdm": False}, "training.disable_tqdm", "its own progress"),
+    (
+        {"rlhf": {"teacher": {**ITSELF, "weights": "ema"}, "teacher_model": "org/teacher"}},
+        "rlhf.teacher_model",
+        "backend is self",
+    ),
+    (
+        {"rlhf": {"teacher": {**ITSELF, "ema_decay": 0.9}, "sft_alpha": 0.1}, "tuner__train_type": "lora"},
+        "rlhf.teacher.ema_decay",
+        "weights is base",
+    ),
 ]
+
+
+SAME_WORDS: list[tuple[dict[str, Any], bool]] = [
+    ({"sft_alpha": 0.0}, True),
+    ({"sft_alpha": 0.1, "lmbda": 1.0}, True),  # the student's own answers take no cross-entropy
+    ({"sft_alpha": 0.1, "lmbda": 0.5}, False),
+    ({"sft_alpha": 0.0, "teacher": {**ITSELF, "chat_template_kwargs": {"enable_thinking": True}}}, False),
+    ({"sft_alpha": 0.0, "teacher": {**ITSELF, "prefix": [{"role": "system", "content": "Be brief."}]}}, False),
+]
+
+
+@pytest.mark.parametrize(("rlhf", "warned"), SAME_WORDS)
+def test_a_base_that_reads_the_same_and_nothing_beside_it_is_warned_of(rlhf: dict[str, Any], warned: bool) -> None:
+    found = warnings(config(rlhf={"teacher": ITSELF, **rlhf}, tuner__train_type="lora"))
+    assert any("teaches nothing" in warning.message for warning in found) == warned
+
+
+def test_a_prefix_without_a_teacher_offers_the_student_itself() -> None:
+    prefix = [{"role": "system", "content": "Be brief."}]
+    (found,) = check_config(config(rlhf={"teacher": {"prefix": prefix}})).errors
+    assert found.path == "rlhf.teacher_model"
+    assert "set rlhf.teacher.backend: self" in (found.hint or "")
 
 
 @pytest.mark.parametrize(("changes", "path", "expected"), IDLE)
@@ -337,6 +440,10 @@ def test_an_option_without_effect_gets_one_warning(changes: dict[str, Any], path
         {"rlhf": {"llm_kd_weight": 0, "seq_kd": False, "lmbda": 0, "sft_alpha": 0}},
         {"rlhf__lmbda": 0, "rlhf__seq_kd": True, "rlhf__temperature": 0.5},
         {"tuner": {"train_type": "lora", "lora_rank": 8}},
+        {"rlhf": {"teacher": ITSELF, "sft_alpha": 0.1}, "tuner": {"train_type": "lora"}},
+        {"rlhf": {"teacher": {**ITSELF, "weights": "ema", "ema_decay": 0.9}}},
+        {"rlhf": {"teacher": {**ITSELF, "weights": "live", "prefix": [{"role": "system", "content": "x"}]}}},
+        {"rlhf": {"teacher": {**ITSELF, "weights": "live", "chat_template_kwargs": {"enable_thinking": True}}}},
         {
             "data__eval": "e.jsonl",
             "training__eval_strategy": "steps",

@@ -120,6 +120,21 @@ def test_a_file_that_cannot_be_read_is_an_error(name: str, tmp_path: Path) -> No
     assert "cannot read" in error.message
 
 
+@pytest.mark.parametrize(
+    ("written", "warned"),
+    [("#### (\\S+)", True), ("'#### (\\S+)'", False), ("null  # none", False), ("", False)],
+)
+def test_an_expression_that_is_a_comment_is_a_warning(written: str, warned: bool, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {model: m}\ndata: {train: x.jsonl}\nrlhf:\n  teacher_model: t\n  lmbda: 1.0\n"
+        f"  select_regex: {written}\ntraining: {{output_dir: out}}\n"
+    )
+    found = [warning for warning in check_config(path).warnings if warning.path == "rlhf.select_regex"]
+    assert ["what begins with # is a comment" in warning.message for warning in found] == [True] * warned
+    assert all(warning.line == 6 for warning in found)
+
+
 def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xef\xbb\xbfmodel:\r\n  model: a\r\n  modle: b\r\n")
@@ -155,7 +170,7 @@ def test_a_mistake_is_shown_with_its_line_a_caret_and_what_was_meant(tmp_path: P
         "run.yaml:3:3: error: rlhf.lambda: unknown key 'lambda' in rlhf\n"
         "  3 |   lambda: 0.5\n"
         "    |   ^^^^^^\n"
-        "    = did you mean 'lmbda'?"
+        "    = did you mean rlhf.lmbda?"
     )
 
 

@@ -155,7 +155,7 @@ def test_bad_rows_are_counted_and_the_first_three_shown_with_their_lines(build, 
 
 def test_more_bad_rows_than_allowed_stop_the_run_and_are_listed(build, tmp_path):
     path = broken_file(tmp_path)
-    with pytest.raises(DataError, match=r"6 of 8 rows cannot be used, and max_bad_rows is 5") as caught:
+    with pytest.raises(DataError, match=r"6 of 8 rows cannot be used, and data.max_bad_rows is 5") as caught:
         build(path, max_bad_rows=5)
     assert f"{path}:3: invalid JSON" in str(caught.value)
     assert f"{path}:6" in str(caught.value)
@@ -175,7 +175,7 @@ def test_columns_are_mapped_and_the_others_ignored(build, tmp_path, tokenizer):
     dataset, report = build(Source(path, columns={"prompt": "question", "completion": "answer"}))
     assert tokenizer.decode(dataset[0]["input_ids"]) == "the 0 path<|im_end|>"
     assert report.notes == []
-    with pytest.raises(DataError, match=r"columns question, answer, messages, text, not .*did you mean question"):
+    with pytest.raises(DataError, match=r"columns question, answer, messages, text, not .*Did you mean question"):
         build(Source(path, columns={"prompt": "qestion"}))
     with pytest.raises(DataError, match=r"'promt', which is not one of .*did you mean prompt"):
         build(Source(path, columns={"promt": "question"}))
@@ -184,7 +184,7 @@ def test_columns_are_mapped_and_the_others_ignored(build, tmp_path, tokenizer):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.csv"])
 def test_a_file_without_a_known_column_lists_what_it_has(name, build, tmp_path):
     FORMATS[name]([{"question": "x", "answer": "y"}], tmp_path / name)
-    with pytest.raises(DataError, match=r"none of the columns messages, .* but question, answer\. Map them"):
+    with pytest.raises(DataError, match=r"none of the columns messages, .* but question, answer\. Write the source as"):
         build(tmp_path / name)
 
 
@@ -202,7 +202,7 @@ def test_a_missing_file_suggests_its_neighbour(build, tmp_path):
         ("empty.json", b"[]", "has no rows"),
         ("broken.json", b'[{"text": "a"},', "is not valid JSON"),
         ("a.parquet", b"nonsense", "cannot read .*a.parquet"),
-        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], "cannot read .*cut.jsonl.gz"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:-20], "cannot read .*cut.jsonl.gz"),
         ("a.pkl", b"x", "can run code"),
         ("a.pt", b"x", "can run code"),
         ("load_me.py", b"x", "can run code"),
@@ -258,6 +258,7 @@ def test_a_source_of_the_config_is_one_of_the_data_with_the_same_fields_and_defa
     configured = {name: field.default for name, field in DataSource.model_fields.items()}
     ours = {field.name: field.default for field in dataclasses.fields(Source)}
     del configured["streaming"], configured["path"], ours["rows"], ours["path"]
+    del ours["prefix_column"], ours["prefix_default"]  # of the teacher's options, the same for all sources
     assert configured == ours
 
 
@@ -597,3 +598,58 @@ def test_a_batch_has_the_conversations_of_its_rows(build, tmp_path, tokenizer):
     assert list(batch.rows.images) == [(), ()]
     without = collate(list(build(path)[0]))
     assert (without.rows.chats, without.rows.images) == ((), ())
+
+
+# ---- what samples are checked against --------------------------------------------------------------------------------
+
+
+def test_rows_carry_their_answer_only_where_it_is_asked_for(build, tmp_path):
+    rows = [{**ROW, "answer": " 18 "}, {"prompt": TALK[:2], "answer": 7}, {"prompt": TALK[:2], "answer": 0.5}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    plain, report = build(path)
+    assert "answer" not in plain.column_names
+    assert any("the column answer is not read" in note for note in report.notes)
+    kept, report = build(path, keep_answers=True)
+    assert kept["answer"][:] == [" 18 ", "7", "0.5"]
+    assert not any("answer is not read" in note for note in report.notes)
+    assert kept.remove_columns("answer").to_list() == plain.to_list()
+
+
+@pytest.mark.parametrize("value", [None, "", "  "])
+def test_a_row_without_an_answer_to_check_is_bad(build, tmp_path, value):
+    path = write_lines(tmp_path / "a.jsonl", [{**ROW, "answer": "18"}, {**ROW, "answer": value}, ROW])
+    _, report = build(path, keep_answers=True, max_bad_rows=2)
+    assert report.bad_rows == 2
+    assert "a.jsonl:2: no answer in the column answer, which rlhf.select_regex compares" in report.first_bad[0]
+
+
+def test_an_answer_that_is_no_text_is_bad(build, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{**ROW, "answer": ["18"]}])
+    with pytest.raises(DataError, match="answer is a list, and has to be text or a number"):
+        build(path, keep_answers=True)
+
+
+def test_a_column_may_be_the_completion_and_what_samples_are_checked_against(build, tmp_path, tokenizer):
+    """As of GSM8K, whose answers end with #### and the number."""
+    rows = [{"question": "what is zero", "answer": "the zero path #### 0", "other": 1}]
+    columns = {"instruction": "question", "output": "answer", "answer": "answer"}
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(str(path))
+    for source in (
+        Source(str(path), columns=columns),
+        Source(str(write_lines(tmp_path / "a.jsonl", rows)), columns=columns),
+    ):
+        dataset, _ = build(source, keep_answers=True)
+        assert dataset["answer"][:] == ["the zero path #### 0"]
+        assert "the zero path #### 0" in tokenizer.decode([t for t in dataset[0]["labels"] if t != -100])
+    unmapped = Source(str(path), columns={"instruction": "question", "output": "answer"})
+    with pytest.raises(DataError, match=r"name it by columns: {…, answer: its name}, also"):
+        build(unmapped, keep_answers=True)
+
+
+def test_batches_have_the_answers_of_encoded_and_of_raw_rows(build, tmp_path, tokenizer):
+    rows = [{**ROW, "answer": "18"}, {"prompt": TALK[:2], "answer": 7}]
+    dataset, _ = build(write_lines(tmp_path / "a.jsonl", rows), keep_answers=True)
+    assert Collator(tokenizer, answers=True)(list(dataset)).rows.answers == ["18", "7"]
+    assert Collator(tokenizer, answers=True)([*rows, ROW]).rows.answers == ["18", "7", None]
+    assert Collator(tokenizer)(list(dataset)).rows.answers == ()

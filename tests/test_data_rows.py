@@ -483,7 +483,7 @@ def test_a_column_that_only_some_rows_have_may_be_mapped_and_a_misspelt_one_is_f
     columns = {"instruction": "q", "output": "a", "system": "sys"}
     assert [len(parsed(row, columns).messages) for row in rows] == [2, 3]
     assert build(path, tmp_path, columns)[1].rows_kept == 2
-    with pytest.raises(DataError, match=r"has the columns q, a, sys, not those of .*did you mean sys"):
+    with pytest.raises(DataError, match=r"has the columns q, a, sys, not those of .*Did you mean sys"):
         build(path, tmp_path, {**columns, "system": "syss"})
     refused({"q": "hi", "a": "yo", "system": "Be brief."}, r"column system is not mapped", columns)
     refused(rows[0], r"no column answer", {"instruction": "q", "output": "answer"})

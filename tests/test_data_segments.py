@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from kdtrain.data.segments import Segment, merged, segments, special_ids
+from kdtrain.data.segments import Segment, merged, segments, special_ids, token_texts
 from tests.tiny_processors import make_llava
 
 
@@ -72,3 +72,17 @@ def test_special_tokens_can_stand_alone_and_be_counted(tokenizer):
 def test_tokens_that_stand_for_images_are_special():
     processor = make_llava()
     assert processor.tokenizer.convert_tokens_to_ids("<image>") in special_ids(processor)
+
+
+def test_the_texts_of_tokens_make_up_the_whole_and_no_character_is_torn(tokenizer):
+    """A byte-level tokenizer that has never seen these characters writes each of them as several tokens."""
+    text = "two ⊕ tokens, 中文 and é <|im_end|>"
+    ids = tokenizer(text)["input_ids"]
+    texts = token_texts(tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert "" in texts  # a part of a character
+    assert "".join(texts) == tokenizer.decode(ids)
+    assert not any("�" in one for one in texts)
+    assert "⊕" in texts
+    assert token_texts(tokenizer, ids[: texts.index("⊕")])[-1].endswith("�")  # cut within a character: said, not hidden
+    assert token_texts(tokenizer, []) == []

@@ -322,7 +322,7 @@ def test_a_data_set_has_the_teachers_rows_beside_the_students(build, hinted):
 def test_arguments_without_effect_are_noted_and_cost_no_column(build):
     dataset, report = build(other={"block": False})
     assert not set(COLUMNS) & set(dataset.column_names)
-    assert report.notes == [NO_EFFECT]
+    assert report.notes == [NO_EFFECT.format(option=OPTION)]
     assert build(other=None)[1].notes == []
 
 
@@ -566,17 +566,22 @@ def test_weights_equal_those_of_a_float64_loop_that_feeds_each_model_its_own_tex
     windows, own, keep = [], case.get("lmbda", 0.0) == 1.0, []
     generated = own or case.get("seq_kd", False)
     for step in range(3):
-        batches = []
-        for rows, batch in zip(planned[step % len(planned)], seen[step], strict=True):
-            completions = [label[label != -100].tolist() for label in batch.labels] if generated else [None] * len(rows)
-            pairs = [both(hinted, row, completion) for row, completion in zip(rows, completions, strict=True)]
-            for student_row, teacher_row in pairs:
-                taught(oracle, student_row, teacher_row)
-            for i, (student_row, _) in enumerate(pairs):  # trained on these tokens
-                mask = batch.model_inputs["attention_mask"][i].bool()
-                assert batch.model_inputs["input_ids"][i][mask].tolist() == student_row["input_ids"]
+        left, batches = [row for rows in planned[step % len(planned)] for row in rows], []
+        for batch in seen[step]:
+            pairs = []
+            for ids, mask, labels in zip(
+                batch.model_inputs["input_ids"], batch.model_inputs["attention_mask"], batch.labels, strict=True
+            ):
+                completion = labels[labels != -100].tolist() if generated else None
+                # Trained on these tokens. A generated window deals its rows anew.
+                made = [(row, both(hinted, row, completion)) for row in left]
+                row, pair = next(one for one in made if one[1][0]["input_ids"] == ids[mask.bool()].tolist())
+                left.remove(row)
+                taught(oracle, *pair)
+                pairs.append(pair)
             batches.append([student_row for student_row, _ in pairs])
             keep.append(pairs)  # ids of rows are keys
+        assert not left
         windows.append(Window(batches, own))
     oracle.train(windows)
     errors, moved = [], []

@@ -17,6 +17,7 @@ from kdtrain.config import ConfigLoader
 from kdtrain.errors import NonFiniteError, NotAvailableError, PreflightError
 from kdtrain.models.parts import count_parameters
 from kdtrain.runs.fit import fit
+from kdtrain.teachers import SelfTeacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
 from tests.test_trainer import ROWS, make_args
@@ -40,8 +41,22 @@ def zero(stage, **more):
     return {"zero_optimization": options, "zero_allow_untested_optimizer": True} | dict.fromkeys(AUTO, "auto") | more
 
 
-def build(folder, config=None, tied=False, models=None, lora=None, accumulation=1, prepare=None, rows=ROWS, **kwargs):
-    """A trainer for windows of all rows, on the ranks there are; `prepare(student)` comes before it is wrapped."""
+def build(
+    folder,
+    config=None,
+    tied=False,
+    models=None,
+    lora=None,
+    accumulation=1,
+    prepare=None,
+    rows=ROWS,
+    itself=None,
+    **kwargs,
+):
+    """A trainer for windows of all rows, on the ranks there are; `prepare(student)` comes before it is wrapped.
+
+    `itself` are the weights of the student that teach it, in place of another model.
+    """
     ranks = 2 if "RANK" in os.environ else 1
     if config is not None:
         kwargs["deepspeed"] = config
@@ -65,9 +80,10 @@ def build(folder, config=None, tied=False, models=None, lora=None, accumulation=
         torch.manual_seed(0)  # of the adapters
         lora = lora_config(rank=4, alpha=8, dropout=0.0, use_dora=False, **lora)
     return GKDTrainerWithMetrics(
-        student, teacher, args, train_dataset=datasets.Dataset.from_list(list(rows)),
+        student, None if itself else teacher, args, train_dataset=datasets.Dataset.from_list(list(rows)),
         eval_dataset=datasets.Dataset.from_list(tiny.CHATS[:5]) if "eval_strategy" in kwargs else None,
         processing_class=tiny.make_tokenizer(), peft_config=lora,
+        teacher=SelfTeacher(itself, 0.5) if itself else None,
     )  # fmt: skip
 
 
@@ -75,11 +91,12 @@ def outcome(trainer):
     """What was logged and every weight, as plain numbers; and under DeepSpeed that it really was."""
     if trainer.args.deepspeed:
         assert trainer.accelerator.num_processes == 2
-        assert type(trainer.model_wrapped).__name__ == type(trainer.teacher_model).__name__ == "DeepSpeedEngine"
+        teacher = trainer.model_wrapped if trainer.teacher.is_student else trainer.teacher_model
+        assert type(trainer.model_wrapped).__name__ == type(teacher).__name__ == "DeepSpeedEngine"
         assert trainer.model_wrapped.zero_optimization_stage() == trainer.args.deepspeed["zero_optimization"]["stage"]
-    ignored = ("tokens_per_second", "peak_memory_gib")
-    records = [
-        {key: value for key, value in record.items() if key not in ignored}
+    times = ("tokens_per_second", "peak_memory_gib", "elapsed_s", "remaining_s", "step_time_s")
+    records = [  # before training nothing is asked of models that DeepSpeed wraps
+        {key: value for key, value in record.items() if key not in times and not key.startswith("grad_norm_")}
         for record in trainer.state.log_history
         if "loss" in record
     ]
@@ -191,6 +208,43 @@ def test_answers_generated_from_pieces_are_those_of_whole_models(tmp_path, model
     expected = in_two_ranks(train, tmp_path / "ddp", **options)[0]
     for rank in in_two_ranks(train, tmp_path / "zero", zero(3), **options):
         assert_same(rank, expected)
+
+
+# ---- the student as its own teacher ----------------------------------------------------------------------------------
+
+ADAPTER = {"lora": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}}
+ITSELF = {
+    "base, ZeRO-2": (2, "base", ADAPTER),
+    "base, ZeRO-3": (3, "base", ADAPTER),
+    "base, ZeRO-3, accumulated, recomputed": (
+        3,
+        "base",
+        {**ADAPTER, "accumulation": 2, "gradient_checkpointing": True},
+    ),
+    "base, ZeRO-3, its answers": (3, "base", {**ADAPTER, "seq_kd": True, "max_new_tokens": 5, "temperature": 1e-4}),
+    "live, ZeRO-3": (3, "live", {}),
+    "average, ZeRO-2": (2, "ema", {}),
+    "average of an adapter, ZeRO-1, accumulated": (1, "ema", {**ADAPTER, "accumulation": 2}),
+}
+
+
+@pytest.mark.parametrize("name", ITSELF)
+def test_a_student_that_teaches_itself_under_zero_equals_one_process(tmp_path, models, name):
+    stage, weights, options = ITSELF[name]
+    options = {"models": models, "itself": weights, "learning_rate": 1.0, "max_steps": 3, **options}
+    expected = train(tmp_path / "one", **options)
+    assert weights == "live" or expected[0][-1]["llm_kd_loss"] > 1e-4
+    for rank in in_two_ranks(train, tmp_path / "two", zero(stage), **options):
+        assert_same(rank, expected)
+
+
+def refused(folder):
+    with pytest.raises(NotAvailableError, match="weights: ema is not available under DeepSpeed ZeRO-3"):
+        build(folder, zero(3), itself="ema")
+
+
+def test_an_average_of_weights_in_pieces_of_zero_3_is_refused(tmp_path):
+    in_two_ranks(refused, tmp_path)
 
 
 # ---- what must not go unseen -----------------------------------------------------------------------------------------

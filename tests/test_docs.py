@@ -1,6 +1,8 @@
 """What the README and the examples show must be true."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,13 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(ROOT.glob("examples/*/*.yaml"))
 
 
-def readme_blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def readme_blocks(language, page="README.md"):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("block", readme_blocks("yaml"))
-def test_every_config_of_the_readme_is_valid(block, tmp_path):
+@pytest.mark.parametrize("block", readme_blocks("yaml") + readme_blocks("yaml", "examples/migrating/README.md"))
+def test_every_config_of_the_readme_and_of_the_page_for_users_of_other_tools_is_valid(block, tmp_path, monkeypatch):
+    monkeypatch.setattr("kdtrain.config.generation.why_no_vllm", lambda: None)  # it need not be installed here
     (tmp_path / "config.yaml").write_text(block)
     result = check_config(tmp_path / "config.yaml")
     assert result.errors == []
@@ -47,6 +50,25 @@ def test_what_an_example_builds_is_never_looked_for_on_the_hub(path):
     assert [name for name in names if not name.startswith(("./", "Qwen/"))] == []
 
 
+def test_the_page_for_users_of_other_tools_names_options_that_exist():
+    from kdtrain.config.options import LossAndSampling
+    from kdtrain.config.schema import DataConfig, RlhfConfig, TunerConfig
+
+    sections = {"rlhf": RlhfConfig, "data": DataConfig, "tuner": TunerConfig}
+    page = (ROOT / "examples/migrating/README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(rlhf|data|tuner)\.(\w+)", page)
+    assert len(named) > 10
+    assert [name for section, name in named if name not in sections[section].model_fields] == []
+    assert {"beta", "lmbda", "max_new_tokens", "sft_alpha"} <= LossAndSampling.model_fields.keys()
+
+
+def test_the_table_of_other_tools_is_what_was_measured():
+    from tests.benchmarks.rivals.table import RESULTS, table
+
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert table(results) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_every_command_of_the_readme_exists():
     from typer.main import get_command
 
@@ -57,11 +79,28 @@ def test_every_command_of_the_readme_exists():
     assert {"fit", "validate", "schema", "env"} <= mentioned <= commands
 
 
+def test_every_command_line_of_the_readme_can_be_typed():
+    """Its arguments and options exist and have values that they take; nothing is run."""
+    from typer.main import get_command
+
+    from kdtrain.cli.app import app
+
+    commands = get_command(app).commands
+    text = "\n".join(readme_blocks("sh")).replace("\\\n", " ")
+    lines = [line.partition(" > ")[0] for line in re.findall(r"(?m)kdtrain (?!--)(\w.*)$", text)]
+    assert len(lines) > 20
+    for line in lines:
+        name, *words = shlex.split(line, comments=True)
+        context = commands[name].make_context(name, words)
+        assert not context.args, line
+
+
 def test_every_metric_of_the_readme_is_one_that_is_logged():
     from kdtrain.trainer import metrics
 
     table = (ROOT / "README.md").read_text(encoding="utf-8").split("## What is logged")[1].split("## ")[0]
-    named = set(re.findall(r"`(\w+)`", table)) - {"eval_", "logging", "training"}
+    keys = "\n".join(line for line in table.splitlines() if line.startswith("|"))
+    named = set(re.findall(r"`(\w+)`", keys))
     source = Path(metrics.__file__).read_text(encoding="utf-8")
     by_transformers = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
     assert {name for name in named - by_transformers if f'"{name}"' not in source} == set()

@@ -10,7 +10,8 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 from unittest import mock
 
 import datasets
@@ -20,15 +21,20 @@ from pydantic import BaseModel
 
 from kdtrain.config import ConfigLoader, RunConfig, TrainArguments, check_config
 from kdtrain.config.arguments import Hardware, build_train_arguments
-from kdtrain.config.options import DistillationOptions
+from kdtrain.config.options import DistillationOptions, TrainingOptions
 from kdtrain.data import BuildReport
 from kdtrain.errors import PreflightError
 from kdtrain.feature_kd.grids import image_grids
 from kdtrain.feature_kd.hooks import tapped
 from kdtrain.feature_kd.term import feature_terms
-from kdtrain.runs import build, read_data
+from kdtrain.generation import decode
+from kdtrain.generation.vllm import VllmSampler
+from kdtrain.models import tuning
+from kdtrain.runs import build, fit, read_data, student
 from kdtrain.runs.build import Given, build_trainer
 from kdtrain.runs.launch import launch_command, wanted_processes
+from kdtrain.runs.report.facts import FactsReporter
+from kdtrain.teachers import SelfTeacher
 from kdtrain.teachers import build as teachers
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
@@ -51,17 +57,21 @@ Outcome = Any
 def options(model: type[BaseModel] = RunConfig, path: str = "") -> Iterator[str]:
     """Every field by its path; `[]` stands for a place in a list, `*` for a name in a map.
 
-    Left out: fields with one allowed value, and sections, which are walked. Lists and maps of sections are both.
+    Left out: fields with one allowed value, and sections, which are walked. Lists and maps of sections are both, and so
+    is a section that stands where a number may stand too.
     """
     for name, info in model.model_fields.items():
-        here = f"{path}{name}"
+        here = f"{path}{info.alias or name}"
         inner = sections(info.annotation)
-        if not inner and not (get_origin(info.annotation) is Literal and len(get_args(info.annotation)) == 1):
+        one_value = get_origin(info.annotation) is Literal and len(get_args(info.annotation)) == 1
+        if not one_value and (not inner or is_union(info.annotation) or any(kind for kind, _ in inner)):
             yield here
         for kind, section in inner:
-            if kind:
-                yield here
             yield from options(section, f"{here}{kind}.")
+
+
+def is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, UnionType)
 
 
 def sections(annotation: Any) -> list[tuple[str, type[BaseModel]]]:
@@ -101,6 +111,12 @@ def built(name: str) -> Callable[[dict[str, Any]], Outcome]:
     return observe
 
 
+def taught_by(config: dict[str, Any]) -> Outcome:
+    """The kind of teacher that the trainer gets, and what a self teacher is made with."""
+    teacher = _build(arguments(config)).GKDTrainerWithMetrics.call_args.kwargs["teacher"]
+    return type(teacher).__name__, vars(teacher) if isinstance(teacher, SelfTeacher) else None
+
+
 def connected(config: dict[str, Any]) -> Outcome:
     """What a teacher on a server and its connections are made with."""
     with mock.patch.object(teachers, "Servers") as servers, mock.patch.object(teachers, "ServedTeacher") as teacher:
@@ -108,9 +124,24 @@ def connected(config: dict[str, Any]) -> Outcome:
     return servers.call_args, teacher.call_args.kwargs
 
 
+def vllm(config: dict[str, Any]) -> Outcome:
+    """What trl's class is told of the vLLM that writes the student's answers."""
+    options, student = ConfigLoader.load(config).rlhf.generation, _models()[0]
+    with mock.patch("trl.generation.vllm_generation.VLLMGeneration") as made:
+        VllmSampler(options, lambda: student, mock.Mock(), None, rows=4)
+    return made.call_args.kwargs
+
+
 def frozen(config: dict[str, Any]) -> Outcome:
     """The parts that are frozen."""
     return _build(arguments(config)).freeze_parts.call_args.kwargs
+
+
+def continued(config: dict[str, Any]) -> Outcome:
+    """The adapter that the student comes with."""
+    with mock.patch.object(student, "load_model"), mock.patch.object(student, "add_adapter") as added:
+        student.load_student(ConfigLoader.load(config), torch.device("cpu"))
+    return [call.args[1:] for call in added.call_args_list]
 
 
 def adapter(config: dict[str, Any]) -> Outcome:
@@ -124,13 +155,16 @@ def _build(arguments: TrainArguments) -> mock.Mock:
     calls = mock.Mock()
     calls.load_model.return_value, teacher = _models()
     calls.load_processing.return_value = _tokenizer()
-    calls.build_dataset.return_value = rows, BuildReport(images=1)
+    calls.build_dataset.return_value = rows, BuildReport(images=1, rows_kept=1, supervised_tokens=2)
     calls.build_teacher.return_value = mock.Mock(vocab_size=320, module=teacher)
-    names = ("load_model", "load_processing", "build_teacher", "write_answers", "freeze_parts", "check_named_parts")
+    names = ("load_processing", "build_teacher", "write_answers", "freeze_parts")
     names += ("Collator", "check_images", "GKDTrainerWithMetrics", "check_startup")
     with (
         mock.patch.multiple(build, **{name: getattr(calls, name) for name in names}),
         mock.patch.object(read_data, "build_dataset", calls.build_dataset),
+        mock.patch.object(student, "load_model", calls.load_model),
+        mock.patch.object(tuning, "check_named_parts"),
+        mock.patch.object(build, "resource_findings", return_value=[]),
     ):
         build_trainer(arguments.config, arguments.training_args, mock.Mock(), True, Given(), ExitStack())
     return calls
@@ -189,6 +223,36 @@ def window(config: dict[str, Any]) -> Outcome:
     built = trainer(config)
     batches, _ = built.get_batch_samples(iter([built.data_collator(tiny.CHATS)]), 1, torch.device("cpu"))
     return batches[0].model_inputs["input_ids"].tolist()
+
+
+def kept_answers(config: dict[str, Any]) -> Outcome:
+    """The answers of an optimizer window that are kept to be looked at."""
+    built = trainer(config)
+    built.get_batch_samples(iter([built.data_collator(tiny.CHATS)]), 1, torch.device("cpu"))
+    return built.completions.newest
+
+
+def reported(config: dict[str, Any]) -> Outcome:
+    """Whether a run notes what its report will say."""
+    building = mock.patch.object(fit, "build_trainer", side_effect=KeyboardInterrupt)
+    with building as build_run, pytest.raises(KeyboardInterrupt):
+        fit.fit(arguments(config), mock.Mock())
+    return isinstance(build_run.call_args.args[2], FactsReporter)
+
+
+def third_window(config: dict[str, Any]) -> Outcome:
+    """The same of the third of ten steps."""
+    built = trainer(config)
+    built.state.global_step, built.state.max_steps = 2, 10
+    batches, _ = built.get_batch_samples(iter([built.data_collator(tiny.CHATS)]), 1, torch.device("cpu"))
+    return batches[0].model_inputs["input_ids"].tolist()
+
+
+def written_together(config: dict[str, Any]) -> Outcome:
+    """How many answers are written in each call."""
+    with mock.patch.object(decode, "call_generate", side_effect=decode.call_generate) as call:
+        window(config)
+    return [len(one.args[1]) for one in call.call_args_list]
 
 
 def dropout(config: dict[str, Any]) -> Outcome:
@@ -251,11 +315,19 @@ LORA = {"tuner.train_type": "lora"}
 VISUAL = {"custom.visual_kd.enabled": True}
 VIT = {**VISUAL, "custom.visual_kd.targets": {"vit": {}, "aligner": {}}}
 
+ITSELF = {**LORA, "rlhf.teacher.backend": "self", "rlhf.teacher.chat_template_kwargs": {"enable_thinking": True}}
+PREFIX = {"rlhf.teacher.prefix": [{"role": "system", "content": "Think."}]}
 SERVED = {
     "rlhf.teacher.backend": "vllm",
     "rlhf.teacher.base_url": "http://127.0.0.1:9/v1",
     "rlhf.teacher.model": "teacher",
 }
+
+VLLM_SERVER = {"rlhf.generation.backend": "vllm_server", "rlhf.generation.base_url": "http://127.0.0.1:8"}
+COLOCATED = {"rlhf.generation.backend": "vllm_colocate"}
+CACHE = {"rlhf.teacher.backend": "cache", "rlhf.teacher.path": "/targets", "rlhf.lmbda": 0.0}
+
+GROWING = {"rlhf.lmbda": 1.0, "rlhf.max_new_tokens": {"from": 4, "to": 20, "over": 0.5}}
 
 CHANGES: dict[str, Change] = {
     "model.model": Change("org/other", built("load_model")),
@@ -265,7 +337,7 @@ CHANGES: dict[str, Change] = {
     "model.trust_remote_code": Change(True, built("load_model")),
     "model.quantization": Change("4bit", findings),
     "model.init_kwargs": Change({"subfolder": "best"}, built("load_model")),
-    "model.adapter": Change("org/adapter", findings),
+    "model.adapter": Change("org/adapter", continued, LORA),
     "tuner.train_type": Change("lora", adapter),
     "tuner.lora_rank": Change(4, adapter, LORA),
     "tuner.lora_alpha": Change(8.0, adapter, LORA),
@@ -293,7 +365,9 @@ CHANGES: dict[str, Change] = {
     "data.cache_dir": Change("/somewhere", built("build_dataset")),
     "rlhf.teacher_model": Change("org/other", built("build_teacher")),
     "rlhf.teacher_model_init_kwargs": Change({"subfolder": "best"}, built("build_teacher")),
-    "rlhf.teacher.backend": Change("self", findings, LORA),
+    "rlhf.teacher.backend": Change("self", taught_by, LORA),
+    "rlhf.teacher.weights": Change("live", taught_by, ITSELF),
+    "rlhf.teacher.ema_decay": Change(0.5, taught_by, {**ITSELF, "rlhf.teacher.weights": "ema"}),
     "rlhf.teacher.dtype": Change("float32", built("build_teacher")),
     "rlhf.teacher.device_map": Change("auto", built("build_teacher")),
     "rlhf.teacher.quantization": Change("8bit", findings),
@@ -301,7 +375,8 @@ CHANGES: dict[str, Change] = {
     "rlhf.teacher.revision": Change("v2", built("build_teacher")),
     "rlhf.teacher.processor_kwargs": Change({"max_pixels": 4096}, built("load_processing")),
     "rlhf.teacher.chat_template_kwargs": Change({"enable_thinking": True}, built("build_dataset")),
-    "rlhf.teacher.prefix": Change("Think.", findings),
+    "rlhf.teacher.prefix": Change([{"role": "system", "content": "Think."}], built("build_dataset")),
+    "rlhf.teacher.prefix_mode": Change("system", built("build_dataset"), PREFIX),
     "rlhf.teacher.base_url": Change(["http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1"], connected, SERVED),
     "rlhf.teacher.model": Change("other", connected, SERVED),
     "rlhf.teacher.api_key_env": Change("KEY", connected, SERVED),
@@ -313,7 +388,22 @@ CHANGES: dict[str, Change] = {
     "rlhf.teacher.lookahead": Change(0, connected, SERVED),
     "rlhf.teacher.api": Change("completions", connected, SERVED),
     "rlhf.teacher.max_requests": Change(7, connected, SERVED),
-    "rlhf.teacher.path": Change("targets", findings),
+    "rlhf.generation.backend": Change("vllm_server", findings),
+    "rlhf.generation.base_url": Change("http://127.0.0.1:9", vllm, VLLM_SERVER),
+    "rlhf.generation.timeout_s": Change(5.0, vllm, VLLM_SERVER),
+    "rlhf.generation.group_port": Change(50000, vllm, VLLM_SERVER),
+    "rlhf.generation.gpu_memory_utilization": Change(0.5, vllm, COLOCATED),
+    "rlhf.generation.tensor_parallel_size": Change(2, vllm, COLOCATED),
+    "rlhf.generation.max_model_length": Change(512, vllm, COLOCATED),
+    "rlhf.generation.enable_sleep_mode": Change(True, vllm, COLOCATED),
+    "rlhf.generation.batch_size": Change(4, written_together, {"rlhf.lmbda": 1.0}),
+    "rlhf.generation.top_p": Change(0.1, window, {"rlhf.lmbda": 1.0}),
+    "rlhf.generation.top_k": Change(1, window, {"rlhf.lmbda": 1.0}),
+    "rlhf.generation.min_p": Change(0.9, window, {"rlhf.lmbda": 1.0}),
+    "rlhf.samples_per_prompt": Change(2, window, {"rlhf.lmbda": 1.0}),
+    "rlhf.select": Change("best", window, {"rlhf.lmbda": 1.0, "rlhf.samples_per_prompt": 2}),
+    "rlhf.select_regex": Change(r"(\d+)", built("build_dataset"), {"rlhf.lmbda": 1.0}),
+    "rlhf.teacher.path": Change("/other", findings, CACHE),
     "rlhf.llm_kd_weight": Change(0.5, loss),
     "rlhf.sft_alpha": Change(0.5, loss),
     "rlhf.beta": Change(0.1, loss),
@@ -323,6 +413,9 @@ CHANGES: dict[str, Change] = {
     "rlhf.seq_kd": Change(True, window),
     "rlhf.temperature": Change(0.1, window, {"rlhf.lmbda": 1.0}),
     "rlhf.max_new_tokens": Change(3, window, {"rlhf.lmbda": 1.0}),
+    "rlhf.max_new_tokens.from": Change(2, third_window, GROWING),
+    "rlhf.max_new_tokens.to": Change(40, third_window, GROWING),
+    "rlhf.max_new_tokens.over": Change(0.2, third_window, GROWING),
     "rlhf.disable_dropout": Change(False, dropout),
     "rlhf.eval_kd": Change(False, evaluation_loss),
     "custom.sample_limit": Change(3, built("build_dataset")),
@@ -337,6 +430,9 @@ CHANGES: dict[str, Change] = {
     "custom.visual_kd.targets.*.teacher_module": Change("model.visual.blocks.0", visual, VIT),
     "custom.visual_kd.targets.*.match": Change("interpolate", visual_on_a_finer_grid, VIT),
     "training": Change({"output_dir": "runs/x", "max_steps": 7}, argument("max_steps")),
+    "training.report": Change(False, reported),
+    "training.early_stopping_patience": Change(2, argument("early_stopping_patience")),
+    "training.log_completions_steps": Change(1, kept_answers, {"rlhf.lmbda": 1.0}),
     "launch.num_processes": Change(2, launched),
     "launch.config_file": Change("fsdp.yaml", launched),
 }
@@ -368,7 +464,7 @@ def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_table_has_every_option_of_the_schema() -> None:
-    walked = list(options())
+    walked = [*options(), *options(TrainingOptions, "training.")]
     print(f"\n{len(walked)} options")
     assert sorted(CHANGES) == sorted(walked)
 

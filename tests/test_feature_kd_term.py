@@ -56,8 +56,11 @@ def test_the_options_of_a_config_file_arrive():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"wieght": 1.0}, r"visual_kd\.wieght: unknown key 'wieght' .*did you mean 'weight'"),
-        ({"targets": {"vit": {"mach": "exact"}}}, r"targets\.vit\.mach: unknown key 'mach' .*did you mean 'match'"),
+        ({"wieght": 1.0}, r"visual_kd\.wieght: unknown key 'wieght' .*did you mean custom.visual_kd.weight"),
+        (
+            {"targets": {"vit": {"mach": "exact"}}},
+            r"targets\.vit\.mach: unknown key 'mach' .*did you mean custom.visual_kd.targets.match",
+        ),
         ({"targets": ["projector"]}, r"visual_kd\.targets: .*the targets are vit, aligner, deepstack"),
         ({"targets": {"vit": {"match": "crop"}}}, r"visual_kd\.targets\.vit\.match: expected one of .*got text 'crop'"),
         ({"targets": {"vit": {"distance": "l1"}}}, r"distance: expected one of .*got text 'l1'"),

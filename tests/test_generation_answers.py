@@ -1,5 +1,6 @@
 """Answers of the teacher, written before training."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import time
 from types import SimpleNamespace
 
 import datasets
+import psutil
 import pytest
 import torch
 import yaml
@@ -24,7 +26,7 @@ from kdtrain.generation.writers import LocalWriter
 from kdtrain.runs.build import TeacherSide
 from kdtrain.runs.teacher_answers import _identity, check_askable
 from kdtrain.teachers import ServedTeacher
-from kdtrain.teachers.http import Servers
+from kdtrain.teachers.served.http import Servers
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
 from tests.stub_server import StubServer
@@ -144,7 +146,7 @@ def test_a_server_answers_as_the_same_model_in_this_process(project, server, mon
 
 
 def test_what_answers_cost_is_in_the_status_and_in_the_result(project, server, caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="kdtrain"):
         result = kdtrain.fit(served(project, server))
     answers = records(project)
     cost = {
@@ -193,7 +195,12 @@ def test_a_run_that_is_killed_pays_for_no_answer_twice(project, server, launch):
         assert hanging.wait(timeout=90), process.stderr.read()
         time.sleep(1)  # the other slot has stored its answer, and asked for the next
     finally:
+        ranks = psutil.Process(process.pid).children(recursive=True)  # in groups of their own under a launcher
         os.killpg(process.pid, signal.SIGKILL)
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
+        psutil.wait_procs(ranks, timeout=30)
         process.wait()
     assert len(records(project)) == len(paid) == 3
     hangs = False

@@ -28,6 +28,7 @@ def problem(k, mass=None, missing=0, seed=0):
         targets = TopKLogprobs(targets.indices, logprobs.float())
     if missing:
         targets.indices[1::2, k - missing :], targets.logprobs[1::2, k - missing :] = -1, -INF
+        targets.indices[2, :missing], targets.logprobs[2, :missing] = -1, -INF
     return student.requires_grad_(), labels, targets
 
 
@@ -77,6 +78,17 @@ def test_value_gradient_and_sums_from_logits_are_those_of_the_definition(tail, d
     top = targets.indices[keep].gather(1, targets.logprobs[keep].argmax(-1, keepdim=True)).squeeze(1)
     assert result.num_agree == (student[keep].argmax(-1) == top).sum()
     assert result.teacher_entropy_sum.item() == pytest.approx(entropy_of_known(targets[keep], tail).item(), rel=1e-4)
+
+
+def test_a_position_at_which_the_teacher_names_nothing_is_all_tail():
+    student, labels, targets = problem(4)
+    targets.indices[1], targets.logprobs[1] = -1, -INF
+    weight = torch.eye(V)
+    found = fused_distillation_loss(student, weight, labels, targets=targets, beta=0.3)
+    (gradient,) = torch.autograd.grad(found.loss, student)
+    expected = by_definition(student, labels, targets, 1.0, 0.0, 0.3, 1.0, "jsd", "bucket", None, None)
+    assert torch.allclose(found.loss.double(), expected[0], rtol=1e-5)
+    assert torch.allclose(gradient.double(), expected[1], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])

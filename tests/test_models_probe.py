@@ -18,9 +18,8 @@ from kdtrain.data import Collator
 from kdtrain.data.batch import Batch, Rows
 from kdtrain.errors import DataError, NotAvailableError, PreflightError
 from kdtrain.generation import call as generation_call
-from kdtrain.generation import generate as generation
+from kdtrain.generation import decode as generation_decode
 from kdtrain.generation import padding as generation_padding
-from kdtrain.generation.generate import generate_batch
 from kdtrain.generation.padding import who_shares_a_batch
 from kdtrain.generation.sampling import generation_config
 from kdtrain.models.kinds import refuse_other_kinds
@@ -250,6 +249,8 @@ def test_evaluation_rows_generated_answers_and_padding_count_as_well(project, to
         run(project, rlhf__lmbda=1.0, rlhf__max_new_tokens=40)
     with pytest.raises(PreflightError, match=r"24 of 24 prompts with an answer of rlhf.max_new_tokens \(40\)"):
         run(project, rlhf__seq_kd=True, rlhf__max_new_tokens=40)
+    with pytest.raises(PreflightError, match=r"24 of 24 prompts with an answer of rlhf.max_new_tokens \(40\)"):
+        run(project, rlhf__lmbda=1.0, rlhf__max_new_tokens={"from": 1, "to": 40, "over": 1.0})
     with pytest.raises(PreflightError, match=r"batches are padded to 64 \(training.pad_to_multiple_of\)"):
         run(project, training__pad_to_multiple_of=64)
 
@@ -258,7 +259,7 @@ def test_answers_that_a_teacher_has_no_positions_for_are_refused_before_it_write
     put(project, tokenizer, "teacher", make("gpt2", n_positions=50))
     source = {"path": "train.jsonl", "answers": "teacher"}
     with pytest.raises(PreflightError, match=r"The teacher has 50 positions, and 24 of 24 prompts with the teacher's"):
-        run(project, data__train=source, rlhf__max_new_tokens=40)
+        run(project, data__train=source, rlhf__max_new_tokens={"from": 1, "to": 40, "over": 1.0})
     assert not (project / "run" / "teacher_answers").exists()
 
 
@@ -396,7 +397,7 @@ def calls(monkeypatch):
         made.append([len(prompt) for prompt in prompts])
         return original(model, prompts, *args, **kwargs)
 
-    for module in (generation, generation_padding):
+    for module in (generation_decode, generation_padding):
         monkeypatch.setattr(module, "call_generate", counted)
     return made
 
@@ -420,19 +421,19 @@ def answers(batch):
 @pytest.mark.parametrize("family", ["rwkv", "minimax", "bart_decoder", "recurrent_gemma"])
 def test_prompts_that_a_model_cannot_answer_together_are_answered_as_if_alone(family, calls, caplog):
     model, greedy, lengths = make(family), generation_config([], 3, None, 5), (5, 9, 5, 7)
-    done = generate_batch(model, prompts(*lengths), greedy, seed=0)
+    done = tiny.generate_batch(model, prompts(*lengths), greedy, seed=0)
     together = [[5], [9], [5], [7]] if family == "rwkv" else [[5, 5], [9], [7]]  # RWKV mixes the rows of a batch
     assert calls[-len(together) :] == together
     assert "does not honour padding on the left of a prompt" in caplog.text
-    alone = [answers(generate_batch(model, prompts(length), greedy, seed=0))[0] for length in lengths]
+    alone = [answers(tiny.generate_batch(model, prompts(length), greedy, seed=0))[0] for length in lengths]
     assert answers(done) == alone
 
 
 def test_samples_of_prompts_that_are_generated_apart_are_reproducible_and_differ():
     model, config = make("rwkv"), generation_config([], 3, 1.0, 8)
-    first, again = (answers(generate_batch(model, prompts(5, 5), config, seed=1)) for _ in range(2))
+    first, again = (answers(tiny.generate_batch(model, prompts(5, 5), config, seed=1)) for _ in range(2))
     assert first == again
-    assert first[0] != first[1]  # one random stream, not one for each
+    assert first[0] != first[1]
 
 
 TOGETHER = ("llama", "gpt2", "opt", "mpt", "bloom", "mixtral", "mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba",
@@ -442,9 +443,9 @@ TOGETHER = ("llama", "gpt2", "opt", "mpt", "bloom", "mixtral", "mamba", "mamba2"
 @pytest.mark.parametrize("family", TOGETHER)
 def test_a_model_that_honours_left_padding_answers_all_prompts_together(family, calls, caplog):
     model = make(family)
-    generate_batch(model, prompts(5, 9), generation_config([], 3, None, 2), seed=0)
-    assert calls == [[5, 13], [5], [5, 9]]  # the first two are the look
-    generate_batch(model, prompts(6, 4), generation_config([], 3, None, 2), seed=0)
+    tiny.generate_batch(model, prompts(5, 9), generation_config([], 3, None, 2), seed=0)
+    assert calls == [[5, 13], [5], [9, 5]]  # the first two are the look; the longest is written first
+    tiny.generate_batch(model, prompts(6, 4), generation_config([], 3, None, 2), seed=0)
     assert calls[3:] == [[6, 4]]
     assert not [record for record in caplog.records if record.name.startswith("kdtrain")]
 
@@ -493,8 +494,8 @@ def test_rounding_is_that_of_the_type_that_a_model_computes_in():
 
 
 def test_a_tie_between_experts_in_one_text_is_no_sign(monkeypatch, caplog):
-    moved = iter([(0.5, 1e-4), (0.0, 1e-4)])
-    monkeypatch.setattr(generation_padding, "_difference_of_text", lambda *_: next(moved))
+    same = iter([False, True])
+    monkeypatch.setattr(generation_padding, "_is_the_same_text", lambda *_: next(same))
     assert who_shares_a_batch(make("mixtral"), CPU) == "all"
     assert "does not honour" not in caplog.text
 

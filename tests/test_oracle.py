@@ -319,13 +319,13 @@ def train_case(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def remember_windows(trainer: Any) -> list[Any]:
-    """Filled in training: by window and micro-batch, whether the student wrote the answers, and the rows' tokens."""
+    """Filled in training: by window and micro-batch, who wrote the answers, and the tokens of rows that are new."""
     seen: list[Any] = []
     collect = trainer.get_batch_samples
 
     def remember(*args: Any) -> Any:
         batches, items = collect(*args)
-        seen.append([(batch.generated_by == "student", tokens_of(batch)) for batch in batches])
+        seen.append([(batch.generated_by, [] if batch.all_repeated else tokens_of(batch)) for batch in batches])
         return batches, items
 
     trainer.get_batch_samples = remember
@@ -441,21 +441,39 @@ def visual_loss(
 
 
 def windows_as_trained(case: Case, ranks: Sequence[dict[str, Any]]) -> list[Window]:
-    """The oracle's own windows, with the answers that a model wrote in place of the data's."""
+    """The oracle's own windows, with the answers that a model wrote in place of the data's.
+
+    A window that is generated may have its rows in other micro-batches of the same rank: they are told by their prompt.
+    """
     rows = make_rows(case)
     windows = []
     for step, by_rank in enumerate(windows_of(case, rows)):
         micro_batches = []
-        drawn = {flag for rank in ranks for flag, _ in rank["seen"][step]}
-        assert len(drawn) == 1, "ranks drew differently"
-        generated = drawn == {True} or case.seq_kd
+        writers = {writer for rank in ranks for writer, tokens in rank["seen"][step] if tokens}
+        assert len(writers) == 1, "ranks drew differently"
+        (writer,) = writers
         for rank, batches in enumerate(by_rank):
-            for i, numbers in enumerate(batches):
-                seen = ranks[rank]["seen"][step][i][1][: len(numbers)]
-                assert len(seen) == len(numbers)
-                micro_batches.append([answered(rows[n], ids, generated) for n, ids in zip(numbers, seen, strict=True)])
-        windows.append(Window(micro_batches, drawn == {True}))
+            expected = [n for numbers in batches for n in numbers]
+            for _, tokens in ranks[rank]["seen"][step]:
+                numbers = [place(expected, rows, ids, writer is not None) for ids in tokens]
+                if tokens:
+                    pairs = zip(numbers, tokens, strict=True)
+                    micro_batches.append([answered(rows[n], ids, writer is not None) for n, ids in pairs])
+            assert not expected, f"rows {expected} of the window were not trained on"
+        windows.append(Window(micro_batches, writer == "student"))
     return windows
+
+
+def place(left: list[int], rows: Sequence[Row], ids: Sequence[int], generated: bool) -> int:
+    """Take the row that is trained on out of those that are left: the next one, or of generated ones that which was
+    asked."""
+    if not generated:
+        return left.pop(0)
+    found = [n for n in left if ids[: rows[n]["prompt_length"]] == rows[n]["input_ids"][: rows[n]["prompt_length"]]]
+    assert found, "a prompt that is not of the window's rows"
+    longest = max(found, key=lambda n: rows[n]["prompt_length"])  # one prompt may begin as another does
+    left.remove(longest)
+    return longest
 
 
 def answered(row: Row, ids: list[int], generated: bool) -> Row:

@@ -9,7 +9,7 @@ import torch
 
 from kdtrain.data import Collator
 from kdtrain.errors import PreflightError
-from kdtrain.losses import TopKLogprobs
+from kdtrain.losses import SampledTargets, TopKLogprobs
 from kdtrain.preflight.alignment import (
     Alignment,
     Gap,
@@ -22,6 +22,7 @@ from kdtrain.preflight.alignment import (
 from kdtrain.teachers import LocalTeacher, Targets, Teacher
 from kdtrain.teachers.dependence import with_changed_tokens
 from tests import tiny
+from tests.benchmarks.draws import drawn
 from tests.test_trainer import make_trainer
 
 BESIDE = {1: "before", -1: "after"}
@@ -287,3 +288,45 @@ def test_a_fit_that_is_better_than_the_entropy_allows_is_asked_about_again():
     assert right.settles_it(320)
     assert not dataclasses.replace(right, nll=1.0).settles_it(320)
     assert not dataclasses.replace(right, tokens=5).settles_it(320)
+
+
+class DrawingTeacher(ShiftedTeacher):
+    """Fifty tokens drawn at each position, other ones each time it is asked."""
+
+    def targets(self, batch):
+        targets = super().targets(batch)
+        logits = targets.scores
+        if isinstance(logits, SampledTargets):  # as they were stored
+            return targets
+        draws = drawn(torch.softmax(logits.double(), -1), 50, torch.Generator().manual_seed(self.asked))
+        self.kept = Targets(draws, targets.covered_S)
+        return self.kept
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_trained_teacher_whose_tokens_are_drawn_is_found_right(stored):
+    (finding,) = check_alignment(DrawingTeacher(trained(), stored=stored), rows())
+    assert finding.level == "info"
+    assert "fit the tokens that they are for" in finding.message
+
+
+@pytest.mark.parametrize("by", [1, -1])
+def test_drawn_tokens_that_are_off_by_one_are_an_error_that_names_the_direction(by):
+    (finding,) = check_alignment(DrawingTeacher(trained(), by, stored=True), rows())
+    assert finding.level == "error"
+    assert f"off by one: they are those of the token {BESIDE[by]} the one" in finding.message
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_drawn_tokens_of_no_untrained_teacher_are_an_error(stored):
+    for model in untrained():
+        assert "error" not in levels(DrawingTeacher(model, stored=stored), rows())
+
+
+def test_the_nll_of_drawn_tokens_is_near_that_of_the_distribution_that_they_are_of():
+    batch = rows()
+    exact = compare_with_neighbours(ShiftedTeacher(trained()).targets(batch), batch, 320)
+    found = compare_with_neighbours(DrawingTeacher(trained()).targets(batch), batch, 320)
+    assert found.tokens == exact.tokens
+    assert found.nll == pytest.approx(exact.nll, abs=0.15)
+    assert exact.entropy <= found.entropy < exact.entropy + 0.6  # what was not drawn is spread evenly

@@ -84,10 +84,10 @@ def test_a_value_set_in_the_middle_of_a_window_does_not_split_it(tmp_path, stude
 
 def test_lmbda_and_the_temperature_of_sampling_are_live(tmp_path, student, teacher, monkeypatch):
     seen = []
-    from kdtrain.trainer import window as module
+    from kdtrain.trainer import answers as module
 
     original = module.generation_config
-    monkeypatch.setattr(module, "generation_config", lambda *args: seen.append(args[2]) or original(*args))
+    monkeypatch.setattr(module, "generation_config", lambda *args, **kw: seen.append(args[2]) or original(*args, **kw))
     trainer = make_trainer(tmp_path, student, teacher, rows=tiny.CHATS[:2], max_steps=3, lmbda=0.0)
     trainer.add_callback(Set(trainer, at=1, lmbda=1.0, temperature=0.3))
     trainer.add_callback(Set(trainer, at=2, lmbda=0.0, seq_kd=True, temperature=0.4))
@@ -237,7 +237,7 @@ def shares_a_weight(student):
 def test_a_teacher_that_is_the_student_is_an_error_that_names_the_way(tmp_path, student, pair):
     own, other = pair(student)
     grads = [parameter.requires_grad for parameter in own.parameters()]
-    with pytest.raises(ConfigError, match="teacher: self"):
+    with pytest.raises(ConfigError, match="backend: self"):
         make_trainer(tmp_path, own, other)
     assert [parameter.requires_grad for parameter in own.parameters()] == grads
 

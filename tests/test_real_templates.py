@@ -1,5 +1,6 @@
 """Every chat template that trl ships, on tokenizers that people train. `make test-real`: it fetches 125 MB once."""
 
+import copy
 import json
 import os
 
@@ -8,10 +9,12 @@ import pytest
 from kdtrain.data import RowError, Source, build_dataset
 from kdtrain.data.encoded_row import truncate
 from kdtrain.data.encoder import RowEncoder
+from kdtrain.errors import DataError
 from tests.templates.check import TRAIN_ON, judged
 from tests.templates.families import named_template, names
 from tests.templates.real_tokenizers import INTEGRITY, CannotFetch, real_tokenizer
 from tests.templates.rows import kinds
+from tests.test_data_prefix import by_hand
 
 pytestmark = pytest.mark.real
 
@@ -76,3 +79,34 @@ def test_a_long_answer_is_cut_from_the_right_and_keeps_its_prompt(name):
         whole.prompt_length,
     )
     assert cut.labels[-1] == cut.input_ids[-1]
+
+
+RULE = {"role": "system", "content": "Talk like a pirate."}
+SHOWN = [{"role": "user", "content": "Which lake is deepest?"}, {"role": "assistant", "content": "Arr, Baikal."}]
+OF_TRL = ("qwen3", "qwen2_5", "llama3", "llama3_1", "gemma", "gemma3", "phi3", "gptoss", "deepseekv3")
+
+
+@pytest.mark.parametrize("name", [*OF_TRL, "own qwen3", "own gemma3"])
+@pytest.mark.parametrize(("prefix", "mode"), [([RULE], "prepend"), ([RULE, *SHOWN], "system"), (SHOWN, "prepend")])
+def test_a_teacher_with_a_prefix_reads_what_a_row_with_these_messages_is_rendered_to(name, prefix, mode):
+    template, compared = named_template(name), 0
+    options = {"teacher_prefix": prefix, "teacher_prefix_mode": mode}
+    for kind, row in kinds(template.control_token).items():
+        if not isinstance(encoded(template, row), list):
+            continue  # the student cannot read it
+        found, expected = encoded(template, row, **options), encoded(template, by_hand(row, prefix, mode))
+        if not isinstance(expected, list):
+            assert "rlhf.teacher.prefix" in str(found), kind
+            continue
+        assert [(one.teacher or one).input_ids for one in found] == [one.input_ids for one in expected], kind
+        assert all((one.teacher or one).supervised_ids == one.supervised_ids for one in found), kind
+        compared += 1
+    assert compared >= 16 or (name == "gemma" and prefix is not SHOWN)  # which has no system messages
+
+
+def encoded(template, row, **options):
+    """The rows, or what is wrong."""
+    try:
+        return RowEncoder(template.tokenizer, "assistant", **options).encode([copy.deepcopy(row)], [None])[0]
+    except DataError as error:
+        return error

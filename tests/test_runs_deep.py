@@ -43,24 +43,25 @@ def test_a_servers_answers_are_listed_and_numbered(project, config, tokenizer):
     with StubServer(tiny.make_qwen3(seed=2, hidden=48), tokenizer) as server:
         code, out, _ = validate(project, served(config, server))
     assert code == 0, out
-    for number, text in enumerate(
-        (
-            "Tokens are scored by prompt_logprobs",
-            "Answers for the same tokens, alone, together, in another order and again",
-            "depend on the tokens before them",
-            "The temperature of a request does not change",
-            "becomes the same token ids",
-            "fits its log-probabilities",
-            "Answers come with their targets",
-            "A chat is rendered there as here",
-            "tokens/s one request at a time",
-            "nats per token, against",
-            "Not looked at",
-        ),
-        start=1,
+    numbered = [line for line in out.splitlines() if line.partition(". ")[0].isdigit()]
+    assert [int(line.partition(".")[0]) for line in numbered] == [*range(1, len(numbered) + 1)]
+    for text in (
+        "What the run writes takes about",
+        "The run takes about",
+        "Tokens are scored by prompt_logprobs",
+        "Answers for the same tokens, alone, together, in another order and again",
+        "depend on the tokens before them",
+        "The temperature of a request does not change",
+        "becomes the same token ids",
+        "fits its log-probabilities",
+        "Answers come with their targets",
+        "A chat is rendered there as here",
+        "tokens/s one request at a time",
+        "rows of data.train word for word",
+        "nats per token, against",
+        "steps of",
     ):
-        (line,) = (line for line in out.splitlines() if line.startswith(f"{number}. "))
-        assert text in line
+        assert any(text in line for line in numbered), text
     assert "tokens of this run" in out
 
 
@@ -79,10 +80,9 @@ def test_json_has_every_finding_with_its_place(project, config, tokenizer):
     with StubServer(tiny.make_qwen3(seed=2, hidden=48), tokenizer, name="other") as server:
         code, out, path = validate(project, served(config, server), "--json")
     assert code == 3
-    first, last = json.loads(out)
+    (first,) = (finding for finding in json.loads(out) if finding["level"] == "error")
     assert (first["level"], first["path"], first["file"]) == ("error", "rlhf.teacher.model", str(path))
     assert "no model named teacher" in first["message"]
-    assert last["level"] == "info"
 
 
 def test_a_server_that_is_not_there_is_one_error(project, config, tokenizer):
@@ -117,7 +117,8 @@ def test_a_teacher_with_another_vocabulary_is_an_error_at_its_name(project, conf
 
 
 def test_rows_that_cannot_be_read_are_an_error_at_the_data(project, config):
-    (project / "train.jsonl").write_text("no rows\n")
+    with (project / "train.jsonl").open("a") as file:  # the first row is read by the static check
+        file.write("no row\n")
     code, out, _ = validate(project, config)
     assert code == 3
     assert "error: data.train" in out
@@ -135,4 +136,17 @@ def test_what_the_static_check_finds_comes_first_and_alone(project, config):
     code, out, _ = validate(project, config)
     assert code == 2
     assert "rlhf.beta" in out
-    assert "Not looked at" not in out
+    assert "2. " not in out
+
+
+def test_a_student_that_teaches_itself_is_loaded_and_asked_under_its_own_option(project, config):
+    rlhf = {key: value for key, value in config["rlhf"].items() if key != "teacher_model"}
+    teacher = {"backend": "self", "prefix": [{"role": "system", "content": "The path?"}]}
+    config |= {"tuner": {"train_type": "lora"}, "rlhf": {**rlhf, "teacher": teacher}}
+    code, out, _ = validate(project, config)
+    assert code == 0, out
+    assert "model.model: The teacher's targets fit the tokens" in out
+    assert "What the teacher alone reads changes its distributions by" in out
+    (project / "student" / "model.safetensors").write_bytes(b"torn")
+    code, out, _ = validate(project, config)
+    assert code != 0

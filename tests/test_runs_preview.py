@@ -78,8 +78,8 @@ train: 4 of 7 rows, 4 per epoch; 40 of 130 tokens supervised (31%); longest row 
   bad: train.jsonl:3: invalid JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)
   bad: train.jsonl:6: messages must be a list of messages, not a number
   too long: train.jsonl:8: 324 tokens, and max_length is 128
-  kdtrain fit would stop: 2 of 7 rows cannot be used, and max_bad_rows is 0. Repair them, or raise max_bad_rows to \
-leave them out
+  kdtrain fit would stop: 2 of 7 rows cannot be used, and data.max_bad_rows is 0. Repair them, or raise \
+data.max_bad_rows to leave them out
 
 eval.jsonl:1  eval, chat, 31 tokens, 6 supervised, a prompt of 24
   <|im_start|>user⏎

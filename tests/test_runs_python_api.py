@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import kdtrain
-from kdtrain.cli.app import _fit_here
+from kdtrain.cli.commands.fit import _fit_here
 from kdtrain.config import ConfigLoader
 from kdtrain.data import Collator
 from kdtrain.errors import ConfigError, DataError, Interrupted, PreflightError
-from kdtrain.teachers import Teacher
+from kdtrain.teachers import SelfTeacher, Teacher
 from kdtrain.trainer import startup_checks
 from tests import tiny
 from tests.test_python_class import with_lora
@@ -152,6 +152,18 @@ def test_a_run_is_rehearsed_once(project, monkeypatch):
     assert len(made) == 2
 
 
+@pytest.mark.parametrize("options", [["rlhf.teacher.backend=self", "rlhf.teacher_model=null"], []])
+def test_a_self_teacher_is_named_in_the_config_or_handed_over(project, options, caplog):
+    teacher = None if options else SelfTeacher("base")
+    results = [
+        kdtrain.fit(project / "config.yaml", [*LORA, *options, f"training.output_dir={project}/{run}"], quiet=True,
+                    teacher=given).metrics["llm_kd_loss"]
+        for run, given in (("one", teacher), ("two", SelfTeacher("base")))
+    ]  # fmt: skip
+    assert results[0] == results[1] > 0
+    assert not [record for record in caplog.records if "teacher_model" in record.message]
+
+
 def test_names_of_models_win_over_the_config(project, monkeypatch):
     monkeypatch.chdir(project)
     (project / "student").rename(project / "pupil")
@@ -189,14 +201,6 @@ def test_a_teacher_with_an_adapter_by_its_folder(project, adapter, options, monk
     assert metrics["llm_kd_loss"] == pytest.approx(expected_terms(student, adapter, batch)[0], rel=1e-5)
 
 
-def test_an_adapter_as_the_student_of_a_config_is_not_available_yet_and_its_base_is_named(project, adapter):
-    for option in (f"model.model={project}/adapter", f"model.adapter={project}/adapter"):
-        with pytest.raises(ConfigError, match="not available yet: going on with an adapter"):
-            kdtrain.fit(project / "config.yaml", [option])
-    with pytest.raises(ConfigError, match=f"name its base, {project}/teacher"):
-        kdtrain.fit(project / "config.yaml", [f"model.model={project}/adapter"])
-
-
 def test_a_teachers_answers_are_made_anew_for_another_adapter(project, adapter, monkeypatch):
     monkeypatch.chdir(project)
     options = ["data.train={path: train.jsonl, answers: teacher}", "rlhf.max_new_tokens=3", "training.max_steps=1"]
@@ -217,13 +221,15 @@ def test_bad_rows_are_found_before_training_as_those_of_a_file(project):
 def test_errors_are_raised_and_end_nothing(project, student, teacher):
     with pytest.raises(ConfigError, match=r"beta.*1\.5"):
         kdtrain.fit(project / "config.yaml", ["rlhf.beta=1.5"])
+    with pytest.raises(ConfigError, match=r"data\.train: no such file or folder: .*gone\.jsonl"):
+        kdtrain.fit(project / "config.yaml", ["data.train=gone.jsonl"])
     with pytest.raises(ConfigError, match="path of a YAML file or a mapping"):
         kdtrain.fit(ConfigLoader.load_training_config(project / "config.yaml"))
     with pytest.raises(ConfigError, match="train_dataset must be"):
         kdtrain.fit(project / "config.yaml", train_dataset=3)
     with pytest.raises(ConfigError, match="teacher must be a transformers or PEFT model, or the name of one"):
         kdtrain.fit(project / "config.yaml", teacher=3)
-    with pytest.raises(ConfigError, match="teacher: self"):
+    with pytest.raises(ConfigError, match="backend: self"):
         kdtrain.fit(project / "config.yaml", model=student, teacher=student)
     (project / "run").mkdir()
     (project / "run" / "mine.txt").write_text("")

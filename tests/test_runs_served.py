@@ -90,7 +90,7 @@ def test_a_teacher_that_fails_while_training_ends_the_run_with_its_state_saved(p
         kdtrain.fit(config, callbacks=[AfterStep(2, answer_by(server, reply))])
     assert caught.value.exit_code == 4
     assert words in str(caught.value)
-    assert "The state of step 2 is saved: go on with --resume auto." in str(caught.value)
+    assert "The state of step 2 is saved: go on with kdtrain.fit(…, resume=" in str(caught.value)
     assert (status(project)["state"], status(project)["exit_code"]) == ("failed", 4)
     assert not (project / "run" / "model.safetensors").exists()
     assert (project / "run" / "checkpoint-2" / "trainer_state.json").exists()

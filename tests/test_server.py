@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import kdtrain
 from kdtrain.data.batch import Batch
 from kdtrain.teachers import ServedTeacher
-from kdtrain.teachers.http import Servers
+from kdtrain.teachers.served.http import Servers
 from tests import tiny, vllm_server
 from tests.test_trainer import make_trainer
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
-from kdtrain.teachers.http import Servers
-from kdtrain.teachers.served import ServedTeacher
-from kdtrain.teachers.served_images import image_is_seen
+from kdtrain.teachers.served.http import Servers
+from kdtrain.teachers.served.images import image_is_seen
+from kdtrain.teachers.served.teacher import ServedTeacher
 from tests import tiny_processors as vision
 from tests.test_data_images import ANSWER, IMAGE, TURNS, user
 from tests.test_teachers_served_images import TALK, image_row, in_process, make_batch, row

@@ -13,8 +13,8 @@ import yaml
 import kdtrain
 from kdtrain.teachers import ServedTeacher
 from kdtrain.teachers.base import Prompt, Sampling
-from kdtrain.teachers.http import Servers
-from kdtrain.teachers.replies import Scored
+from kdtrain.teachers.served.http import Servers
+from kdtrain.teachers.served.replies import Scored
 from tests import tiny, vllm_server
 from tests.test_teachers_served_writing import local
 

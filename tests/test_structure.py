@@ -27,8 +27,9 @@ LEVEL = {room: level for level, room in enumerate(ROOMS)} | AROUND
 # What runs before a run, or beside it; cli/progress.py is imported when a run begins.
 WITHOUT_TORCH = (
     "__init__.py", "__main__.py", "errors.py", "ranks.py", "config/",
-    "cli/__init__.py", "cli/app.py", "cli/process.py", "cli/environment.py",
+    "cli/__init__.py", "cli/app.py", "cli/shared.py", "cli/process.py", "cli/environment.py", "cli/commands/",
     "runs/__init__.py", "runs/launch.py", "runs/signals.py", "runs/folder.py", "runs/status.py", "runs/python_api.py",
+    "runs/sweep_plan.py", "runs/sweep_ranking.py",
 )  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -96,6 +97,8 @@ IN_ONE_PLACE = {
     '"run_config.json"': "folder.py",
     '"status.json"': "folder.py",
     '"logging.jsonl"': "folder.py",
+    '"evaluation.json"': "folder.py",
+    '"completions.parquet"': "folder.py",
     '"teacher_answers"': "folder.py",
     '"checkpoint-': "folder.py",
     '"trainer_state.json"': "checkpoints.py",

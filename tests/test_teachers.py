@@ -11,6 +11,7 @@ from kdtrain.losses.head import Head
 from kdtrain.teachers import DenseTargets, Targets, Teacher
 from kdtrain.trainer.argument_checks import check_teacher_can
 from tests import tiny
+from tests.benchmarks.draws import drawn
 from tests.test_losses import reference
 from tests.test_trainer import make_batch, make_trainer
 
@@ -23,7 +24,7 @@ class OwnTeacher(Teacher):
 
     def __init__(self, model, kind="top-k", skip=None):
         self.model, self.kind, self.skip, self.vocab_size = model.eval(), kind, skip, model.config.vocab_size
-        self.calls = []
+        self.calls, self.temperature = [], 1.0
 
     def place(self, accelerator):
         self.calls.append(("place", accelerator.device.type))
@@ -45,7 +46,12 @@ class OwnTeacher(Teacher):
             if self.kind == "top-k":
                 logprobs, indices = torch.log_softmax(scores.logits(), -1).topk(K)
                 scores = TopKLogprobs(indices, logprobs)
+            if self.kind == "drawn":
+                scores = drawn(self.softened(scores.logits()), 20, torch.Generator().manual_seed(0))
         return Targets(scores, covered_S)
+
+    def softened(self, logits):
+        return torch.softmax(logits.double() / self.temperature, -1)
 
     def covered(self, batch):
         if self.skip is None:
@@ -175,6 +181,61 @@ def test_tokens_without_an_answer_have_cross_entropy_alone_and_count_in_the_mean
         assert record["teacher_entropy"] == pytest.approx(entropy, rel=1e-5)
     assert sum(v.item() for v in trainer._metrics["train"]["num_teacher_tokens"]) == covered
     assert sum(v.item() for v in trainer._metrics["train"]["num_tokens"]) == count
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("skip", [None, 3])
+@pytest.mark.parametrize("fused", [True, False])
+def test_tokens_drawn_from_a_teacher_are_learnt_by_forward_kl_at_their_temperature(
+    tmp_path, teacher, fused, skip, temperature
+):
+    student = tiny.make_qwen3(seed=1)
+    own = OwnTeacher(teacher, "drawn", skip)
+    own.temperature = temperature
+    options = {"beta": 0.0, "kd_temperature": temperature, "sft_alpha": 0.3, "extra": {"teacher": own}}
+    trainer = make_trainer(tmp_path, student, None, **options)
+    trainer._objective = dataclasses.replace(trainer._objective, fused=fused)
+    batch = make_batch(trainer)
+    loss = trainer.compute_loss(student, batch)
+    loss.backward()
+    found = torch.cat([p.grad.flatten().double() for p in student.parameters()])
+    student.zero_grad()
+
+    targets, count = own.targets(batch), int(batch.num_supervised)
+    z = student(**batch.model_inputs).logits[:, :-1][batch.predicts_BT].double()
+    covered_S = torch.ones(len(z), dtype=torch.bool) if skip is None else targets.covered_S
+    w = torch.zeros(int(covered_S.sum()), z.shape[1]).double()
+    w.scatter_add_(1, targets.scores.indices.clamp(min=0), targets.scores.weights.double())
+    kl = (torch.xlogy(w, w) - w * torch.log_softmax(z[covered_S] / temperature, -1)).sum()
+    ce = torch.nn.functional.cross_entropy(z, batch.labels_S, reduction="sum")
+    expected = (kl + 0.3 * ce) / count
+    expected.backward()
+    wanted = torch.cat([p.grad.flatten().double() for p in student.parameters()])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    record = trainer.window_metrics()
+    assert record["llm_kd_loss"] == pytest.approx(kl.item() / count, rel=1e-5)
+    assert record["teacher_agreement"] == pytest.approx(agreement(z[covered_S], w))
+    assert "teacher_entropy" not in record  # of twenty draws it would be at most log 20
+
+
+def agreement(z, w):
+    return (z.argmax(-1) == w.argmax(-1)).double().mean().item()
+
+
+def test_a_run_with_drawn_tokens_logs_no_entropy_of_the_teacher_and_one_of_another_divergence_stops(tmp_path, teacher):
+    extra = {"teacher": OwnTeacher(teacher, "drawn"), "eval_dataset": tiny.CHATS[:5]}
+    trainer = make_trainer(tmp_path / "a", None, None, beta=0.0, max_steps=2, logging_steps=1, extra=extra)
+    trainer.train()
+    trainer.evaluate()
+    records = [record for record in trainer.state.log_history if any("llm_kd_loss" in key for key in record)]
+    assert len(records) == 3
+    for record in records:
+        assert any(key.endswith("teacher_agreement") for key in record)
+        assert not any("teacher_entropy" in key for key in record)
+    trainer = make_trainer(tmp_path / "b", None, None, beta=0.5, max_steps=2, extra=extra)
+    with pytest.raises(ValueError, match=r"beta is 0.5, and the targets are tokens drawn from the teacher"):
+        trainer.train()
 
 
 @pytest.mark.parametrize(("skip", "covers"), [(1, "nothing"), (10**6, "everything")])

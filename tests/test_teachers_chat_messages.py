@@ -8,7 +8,7 @@ import pytest
 from PIL import Image as Pillow
 
 from kdtrain.data.images import Image, ImageError
-from kdtrain.teachers.chat_messages import chat_payload, data_uri
+from kdtrain.teachers.served.chat_messages import chat_payload, data_uri
 from tests.tiny_processors import picture, png
 
 

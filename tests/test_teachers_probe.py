@@ -11,10 +11,10 @@ from kdtrain.data import Collator
 from kdtrain.errors import PreflightError, TeacherError
 from kdtrain.losses import TopKLogprobs
 from kdtrain.preflight.server import check_server, rows_to_ask_about
-from kdtrain.teachers.http import Servers
-from kdtrain.teachers.probing.figures import difference, sampling_fit
-from kdtrain.teachers.served import ServedTeacher
-from kdtrain.teachers.server_probe import probe
+from kdtrain.teachers.served.http import Servers
+from kdtrain.teachers.served.probe import probe
+from kdtrain.teachers.served.probing.figures import difference, sampling_fit
+from kdtrain.teachers.served.teacher import ServedTeacher
 from tests import test_teachers_served_images as images
 from tests import tiny, tiny_processors
 from tests.stub_server import StubServer

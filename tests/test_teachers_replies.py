@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
-from kdtrain.teachers.http import ReplyError
-from kdtrain.teachers.replies import Scored, read_scores, scoring_payload
+from kdtrain.teachers.served.http import ReplyError
+from kdtrain.teachers.served.replies import Scored, read_scores, scoring_payload
 
 ROUTES = ("prompt_logprobs", "echo")
 V = 40

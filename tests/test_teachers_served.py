@@ -14,10 +14,10 @@ from kdtrain.data.batch import Batch, TeacherTokens
 from kdtrain.errors import PreflightError, TeacherError
 from kdtrain.losses import TopKLogprobs
 from kdtrain.teachers import ServedTeacher, Targets, Teacher
-from kdtrain.teachers.http import Servers
-from kdtrain.teachers.replies import read_scores, scoring_payload
-from kdtrain.teachers.served import rows_to_score
-from kdtrain.teachers.server import strict_json
+from kdtrain.teachers.served.http import Servers
+from kdtrain.teachers.served.replies import read_scores, scoring_payload
+from kdtrain.teachers.served.server import strict_json
+from kdtrain.teachers.served.teacher import rows_to_score
 from tests import tiny
 from tests.stub_server import StubServer
 from tests.test_trainer import make_batch, make_trainer

@@ -9,10 +9,10 @@ import torch
 from kdtrain.data import Collator, Source, build_dataset
 from kdtrain.data.images import Image, blanked
 from kdtrain.errors import DataError, PreflightError, TeacherError
-from kdtrain.teachers.http import Servers
 from kdtrain.teachers.local import LocalTeacher
-from kdtrain.teachers.served import ServedTeacher, rows_to_score
-from kdtrain.teachers.served_images import ImageRow, image_is_seen, read_image_scores
+from kdtrain.teachers.served.http import Servers
+from kdtrain.teachers.served.images import ImageRow, image_is_seen, read_image_scores
+from kdtrain.teachers.served.teacher import ServedTeacher, rows_to_score
 from tests import tiny_processors as vision
 from tests.test_data_dataset import write_lines
 from tests.test_data_images import ANSWER, IMAGE, QUESTION, TURNS, user

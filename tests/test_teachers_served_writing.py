@@ -12,10 +12,10 @@ from kdtrain.errors import TeacherError
 from kdtrain.generation.generate import completions
 from kdtrain.generation.sampling import generation_config
 from kdtrain.teachers.base import Prompt, Sampling
-from kdtrain.teachers.chat_writing import read_chat
-from kdtrain.teachers.http import ReplyError, Servers
-from kdtrain.teachers.served import ServedTeacher
-from kdtrain.teachers.served_writing import completion_payload, read_completion
+from kdtrain.teachers.served.chat_writing import read_chat
+from kdtrain.teachers.served.http import ReplyError, Servers
+from kdtrain.teachers.served.teacher import ServedTeacher
+from kdtrain.teachers.served.writing import completion_payload, read_completion
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.metrics import Stopwatch
 from tests import tiny
@@ -58,7 +58,7 @@ def local(model, ids, max_new_tokens=12, stops=(2, 0)):
         labels=torch.full_like(tokens, -100),
         rows=Rows(prompt_lengths=torch.tensor([len(ids)])),
     )
-    return completions(model, batch, generation_config(list(stops), 3, None, max_new_tokens), seed=0)[0]
+    return completions(model, batch, generation_config(list(stops), 3, None, max_new_tokens), seeds=[0])[0]
 
 
 # ---- what is asked and what comes ------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from tests import tiny
 from tests.test_losses import reference
 
 KNOBS = ("llm_kd_weight", "sft_alpha", "divergence", "kd_temperature", "eval_kd", "tail", "visual_kd")
+KNOBS += ("samples_per_prompt", "select", "select_regex", "generation", "disable_dropout", "log_completions_steps")
+KNOBS += ("early_stopping_patience",)
 
 
 def make_args(folder, **kwargs):
@@ -525,6 +527,51 @@ def test_padding_of_the_embedding_is_never_sampled(tmp_path, tokenizer):
     ((batches, _),) = windows(trainer, 1)
     assert batches[0].model_inputs["input_ids"].max() < 320
     trainer.train()
+
+
+def test_answers_that_reached_the_limit_are_known_as_cut(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher, lmbda=1.0, rows=tiny.CHATS * 4, gradient_accumulation_steps=4)
+    loader = iter(trainer.get_train_dataloader())
+    batches, _ = trainer.get_batch_samples(loader, 4, torch.device("cpu"))
+    seen = set()
+    for batch in batches:
+        for labels, cut in zip(batch.labels, batch.rows.cut, strict=True):
+            answer = labels[labels != -100].tolist()
+            assert cut == (answer[-1] != 2)
+            assert len(answer) == 6 if cut else len(answer) <= 6
+            seen.add(cut)
+    assert True in seen
+
+
+def test_a_sampler_writes_the_students_answers_in_its_place(tmp_path, student, teacher):
+    class Sampler:
+        def write(self, prompts, config, seeds, images):
+            self.asked = prompts, config.max_new_tokens, seeds, images
+            return [[70 + i, 2] for i in range(len(prompts))]
+
+    trainer = make_trainer(
+        tmp_path, student, teacher, lmbda=1.0, train_sampling_strategy="sequential", gradient_accumulation_steps=2
+    )
+    trainer.sampler = Sampler()
+    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, torch.device("cpu"))
+    prompts, most, seeds, images = trainer.sampler.asked
+    assert (len(prompts), most, len(set(seeds)), images) == (4, 6, 4, [()] * 4)
+    given = [(ids, labels) for b in batches for ids, labels in zip(b.model_inputs["input_ids"], b.labels, strict=True)]
+    written = {tuple(ids[labels == -100].tolist()): labels[labels != -100].tolist() for ids, labels in given}
+    for i, prompt in enumerate(prompts):
+        assert any(key[: len(prompt)] == tuple(prompt) and one == [70 + i, 2] for key, one in written.items())
+
+
+@pytest.mark.parametrize(("side", "advice"), [("student", "training.learning_rate"), ("teacher", "dtype: float32")])
+def test_a_model_that_is_not_finite_while_it_writes_is_named_with_the_row(tmp_path, student, teacher, side, advice):
+    with torch.no_grad():
+        {"student": student, "teacher": teacher}[side].model.norm.weight[3] = torch.nan
+    options = {"lmbda": 1.0} if side == "student" else {"lmbda": 0.0, "seq_kd": True}
+    trainer = make_trainer(tmp_path, student, teacher, train_sampling_strategy="sequential", **options)
+    message = rf"Not finite at step 1, rank 0, while the {side} wrote answers: .* behind the prompt of row .*{advice}"
+    with pytest.raises(NonFiniteError, match=message) as caught:
+        trainer.train()
+    assert caught.value.exit_code == 5
 
 
 def test_batches_that_generation_cannot_continue_are_refused(tmp_path, student, teacher):
@@ -1116,3 +1163,13 @@ def test_the_head_of_the_file_names_every_method_that_is_overridden():
     named = [name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", " ".join(rows))]
     own = {name for name, value in vars(GKDTrainerWithMetrics).items() if isinstance(value, types.FunctionType)}
     assert sorted(named) == sorted(name for name in own if hasattr(GKDTrainer, name))
+
+
+def test_a_call_between_windows_does_not_count_by_the_weights_of_the_last_one(tmp_path):
+    trainer = make_trainer(tmp_path, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2), lmbda=0.0, max_steps=1)
+    trainer.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    before = trainer.compute_loss(trainer.model, batch)
+    trainer._window = dataclasses.replace(trainer._window, weighs_rows=True, num_kd_items=torch.tensor(1))
+    assert trainer.compute_loss(trainer.model, batch) == before

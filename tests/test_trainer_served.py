@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from kdtrain.teachers import ServedTeacher
-from kdtrain.teachers.http import Servers
+from kdtrain.teachers.served.http import Servers
 from tests import tiny
 from tests.stub_server import StubServer
 from tests.test_trainer import make_trainer
@@ -62,6 +62,16 @@ def test_training_is_the_same_however_far_it_asks_ahead_and_no_row_is_asked_abou
     # A row of an evaluation that is on its way for training is not asked about again.
     assert set(asked[0]) == set(asked[1]) == set(asked[2])
     assert all(len(found) <= trained for found in asked)
+
+
+def test_answers_that_are_kept_to_be_looked_at_are_not_asked_about_twice(tmp_path, server):
+    asked = {}
+    for every in (None, 1):
+        options = {"max_steps": 4, "lmbda": 0.5, "log_completions_steps": every}
+        weights = train(tmp_path, server, 2, callbacks=[Begin(server)], **options)[1]
+        rows = sorted(tuple(ids) for request in server.requests for ids in request.body["prompt"])
+        asked[every] = rows, weights.tolist()
+    assert asked[None] == asked[1]
 
 
 class Sleep(TrainerCallback):

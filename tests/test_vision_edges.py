@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from kdtrain.data.batch import Batch, Rows
 from kdtrain.errors import NotAvailableError, PreflightError
-from kdtrain.generation.generate import generate_batch
 from kdtrain.generation.sampling import generation_config
 from kdtrain.models.probe import placeholder_ids
 from tests import tiny
@@ -227,7 +226,26 @@ def frozen_in_pieces(folder):
 
 def test_in_pieces_a_frozen_language_model_and_no_image_are_told_instead_of_waiting(tmp_path):
     with pytest.raises(AssertionError, match=r"batch of step 2 has no image, and the language model is frozen"):
-        tiny.run_ranks(frozen_in_pieces, 2, tmp_path, timeout=60)
+        tiny.run_ranks(frozen_in_pieces, 2, tmp_path, timeout=200)
+
+
+def generated_in_pieces(folder):
+    """A window of five rows on two ranks: the last batch, with an image, only fills the epoch up on the second one."""
+    from tests.test_distributed import sharding_on_a_cpu
+
+    processor = FAMILIES["qwen"]()
+    trainer = make_trainer(
+        folder, make_model("qwen", processor, 1), make_model("qwen", processor, 2), rows=image_rows("iitti"),
+        max_steps=1, lmbda=1.0, max_new_tokens=4, per_device_train_batch_size=1, gradient_accumulation_steps=3,
+        train_sampling_strategy="sequential", extra={"processing_class": processor}, **sharding_on_a_cpu(),
+    )  # fmt: skip
+    trainer.train()
+    return trainer.state.log_history[0]["llm_kd_loss"]
+
+
+def test_in_pieces_ranks_write_to_images_and_to_text_at_the_same_time(tmp_path):
+    first, second = tiny.run_ranks(generated_in_pieces, 2, tmp_path, timeout=200)
+    assert first == second > 0
 
 
 def test_the_best_step_of_a_visual_term_is_its_smallest_and_needs_images(models, tmp_path):  # noqa: F811
@@ -267,17 +285,17 @@ def test_a_model_that_is_told_what_is_prompt_does_not_generate():
     rows = Rows(prompt_lengths=torch.tensor([2, 2]))
     batch = Batch(model_inputs=inputs, labels=torch.full_like(inputs["input_ids"], -100), rows=rows)
     with pytest.raises(NotAvailableError, match=r"rlhf\.lmbda: 0"):
-        generate_batch(model, batch, generation_config([2], 0, None, 3), seed=0)
+        tiny.generate_batch(model, batch, generation_config([2], 0, None, 3), seed=0)
 
 
 def test_a_students_samples_hold_no_placeholder_that_its_config_names(tmp_path):
-    from kdtrain.trainer import window as module
+    from kdtrain.trainer import answers as module
 
     student, forbidden = tiny.make_qwen3(seed=1), []
     student.config.image_token_id = 17
     trainer = make_trainer(tmp_path, student, tiny.make_qwen3(seed=2), lmbda=1.0, max_steps=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "generation_config",
-                      lambda *args: forbidden.extend(args[4]) or generation_config(*args))  # fmt: skip
+                      lambda *args, **kw: forbidden.extend(args[4]) or generation_config(*args, **kw))  # fmt: skip
         trainer.train()
     assert forbidden == [17]

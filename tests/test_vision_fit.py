@@ -17,11 +17,11 @@ from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaCon
 from kdtrain.config import ConfigLoader
 from kdtrain.data import Collator, Source, build_dataset
 from kdtrain.errors import DataError, PreflightError
-from kdtrain.generation.generate import generate_batch
 from kdtrain.generation.sampling import generation_config
 from kdtrain.models.loading import load_model
 from kdtrain.models.processing import load_processing
 from kdtrain.runs.fit import fit
+from tests import tiny
 from tests.tiny import run_ranks
 from tests.tiny_processors import FAMILIES, make_llava, make_model, picture
 
@@ -276,10 +276,10 @@ def test_a_batch_generates_what_each_of_its_rows_does(family):
     ]
     collate = Collator(processor)
     config = generation_config([2], 3, None, 5)
-    together = generate_batch(model, collate(rows), config, seed=0)
+    together = tiny.generate_batch(model, collate(rows), config, seed=0)
     answers = []
     for i, one in enumerate(rows):
-        alone = generate_batch(model, collate([one]), config, seed=0)
+        alone = tiny.generate_batch(model, collate([one]), config, seed=0)
         supervised = together.labels[i] != -100
         answers.append(alone.model_inputs["input_ids"][0][alone.labels[0] != -100].tolist())
         assert together.model_inputs["input_ids"][i][supervised].tolist() == answers[-1]
@@ -298,7 +298,7 @@ def test_an_image_changes_the_answer_that_is_generated():
     question = [{"type": "image"}, {"type": "text", "text": "what?"}]
     images = [Image.new("RGB", (32, 32), color) for color in ("black", "white")]
     rows = [{"images": [image], "messages": [{"role": "user", "content": question}]} for image in images]
-    done = generate_batch(model, Collator(processor)(rows), generation_config([2], 3, None, 8), seed=0)
+    done = tiny.generate_batch(model, Collator(processor)(rows), generation_config([2], 3, None, 8), seed=0)
     assert done["input_ids"][0].tolist() != done["input_ids"][1].tolist()
 
 
@@ -357,7 +357,7 @@ def test_a_text_teacher_of_rows_with_images_is_refused(models, tmp_path):
     make_qwen3(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
     changes = {"rlhf__teacher_model": str(tmp_path / "teacher"), "custom__visual_kd__enabled": False}
-    with pytest.raises(DataError, match="no processor for images"):
+    with pytest.raises(PreflightError, match="no processor for images"):
         run(models, tmp_path, **changes)
 
 
@@ -531,3 +531,14 @@ def test_answers_beyond_max_length_and_the_students_positions_are_told(models, p
     assert "rows are longer than data.max_length (128)" in caplog.text
     assert "The student was made for 512 positions (its config.json), and 8 of 8 training rows have more" in caplog.text
     assert "prompts with the teacher's answer" not in caplog.text  # which is no error, and known better afterwards
+
+
+def test_a_student_that_teaches_itself_reads_the_images_as_a_second_model_does(models, tmp_path):
+    changes = {"custom__visual_kd": {"enabled": False}, "tuner__train_type": "lora", "training__learning_rate": 1.0}
+    records = []
+    for name, itself in (("hf", {}), ("self", {"rlhf__teacher": {"backend": "self"}})):
+        torch.manual_seed(0)  # of the adapter
+        _, log = run(models, tmp_path / name, rlhf__teacher_model=str(models / "student"), **itself, **changes)
+        records.append([(one["loss"], one["llm_kd_loss"], one["grad_norm"]) for one in log if "loss" in one])
+    assert records[0] == records[1]
+    assert records[0][-1][1] > 1e-6

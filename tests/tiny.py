@@ -18,12 +18,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from kdtrain.data.batch import Batch
+from kdtrain.generation.generate import completions, with_completions
+from kdtrain.generation.sampling import stable_seed
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
@@ -145,6 +151,12 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def generate_batch(model: PreTrainedModel, batch: Batch, config: GenerationConfig, *, seed: int) -> Batch:
+    """The batch with answers that a model writes now."""
+    seeds = [stable_seed(f"{seed}:{row}") for row in range(len(batch))]
+    return with_completions(batch, completions(model, batch, config, seeds=seeds), config.pad_token_id)
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx2
@@ -19,24 +19,32 @@ VARIABLE = "KDTRAIN_VLLM_PYTHON"
 _STARTS_WITHIN_S = 200.0
 
 
+def python() -> str:
+    """Of the environment with vLLM."""
+    found = os.environ.get(VARIABLE)
+    if not found:
+        pytest.fail(f"{VARIABLE} does not name the python of an environment with vLLM: run make test-server")
+    return found
+
+
 @contextlib.contextmanager
-def running(model: str, log: Path, *, max_logprobs: int = 400) -> Iterator[str]:
+def running(
+    model: str, log: Path, *, max_logprobs: int = 400, more: Sequence[str] = (), **environment: str
+) -> Iterator[str]:
     """The base URL of a server that has answered a request; it is ended with all its processes.
 
     Args:
         model: folder of a model whose head_dim vLLM has a kernel for, such as 32: others die at the first request.
         log: file for what it prints.
+        more: arguments.
     """
-    python = os.environ.get(VARIABLE)
-    if not python:
-        pytest.fail(f"{VARIABLE} does not name the python of an environment with vLLM: run make test-server")
     port = tiny.free_port()
     command = [
-        python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "teacher",
+        python(), "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "teacher",
         "--host", "127.0.0.1", "--port", str(port), "--max-logprobs", str(max_logprobs), "--enforce-eager",
-        "--dtype", "float32",
+        "--dtype", "float32", *more,
     ]  # fmt: skip
-    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    own = environment | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with log.open("w") as output:
         process = subprocess.Popen(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import shutil
 import subprocess
 from typing import Any
+
+logger = logging.getLogger("kdtrain")
 
 _PACKAGES = ("kdtrain", "torch", "trl", "transformers", "accelerate", "peft", "datasets", "safetensors", "pydantic")
 _OPTIONAL = {
@@ -17,6 +20,7 @@ _OPTIONAL = {
     "bitsandbytes": "quant",
     "deepspeed": "training.deepspeed",
     "flash-attn": "model.attn_implementation",
+    "vllm": "rlhf.generation.backend",
     "tensorboard": "training.report_to",
     "wandb": "training.report_to",
 }
@@ -62,6 +66,20 @@ def visible_gpus() -> int:
     if chosen is not None:
         return len([device for device in chosen.split(",") if device.strip() not in ("", "-1")])
     return len(gpus())
+
+
+def warn_of_unseen_gpus() -> None:
+    """Say that training runs on the CPU of a machine with GPUs, which a CPU build of torch would do without a word."""
+    import torch
+
+    if visible_gpus() and not torch.cuda.is_available():
+        logger.warning(
+            "nvidia-smi lists GPUs (%s), and torch %s sees none of them: this runs on the CPU. Install a torch for "
+            "CUDA %s.",
+            "; ".join(gpus()) or "CUDA_VISIBLE_DEVICES",
+            torch.__version__,
+            "and a newer driver" if torch.version.cuda else "(https://pytorch.org/get-started)",
+        )
 
 
 def _version(name: str) -> str | None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import io
 import json
 import logging
 import os
 import sys
+import tempfile
 import traceback
 import warnings
 from typing import NoReturn
 
 import typer
 
+from kdtrain.cli.events import timed
+from kdtrain.cli.terminal import wrapped
+from kdtrain.data.errors import show
 from kdtrain.errors import ConfigError, KdtrainError
 from kdtrain.ranks import world_size
 from kdtrain.runs.launch import report_exit_code
@@ -23,8 +28,8 @@ logger = logging.getLogger("kdtrain")
 
 def set_up_logging(log_format: str, debug: bool) -> None:
     """Our messages on stderr; the libraries' own only for --debug."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_JsonFormatter() if log_format == "json" else logging.Formatter("%(message)s"))
+    handler = _ToStderr()
+    handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -60,18 +65,44 @@ def fail(error: KdtrainError) -> NoReturn:
     message = str(error)
     if "--debug" in sys.argv:
         logger.error("traceback", exc_info=error)
-    if any(isinstance(handler.formatter, _JsonFormatter) for handler in logger.handlers):
-        logger.critical(message)
-    else:  # the problems of a config file bring their own headings
-        typer.echo(message if isinstance(error, ConfigError) and "\n" in message else f"kdtrain: {message}", err=True)
+    if in_json():
+        logger.critical(message, extra={"values": {"exit_code": error.exit_code}})
+    elif isinstance(error, ConfigError) and "\n" in message:  # the problems of a file bring their own headings
+        typer.echo(message, err=True)
+    else:
+        typer.echo(wrapped(f"kdtrain: {message}", sys.stderr), err=True)
     _leave(error.exit_code)
 
 
+def in_json() -> bool:
+    """Whether the log is one of JSON objects."""
+    return any(isinstance(handler.formatter, _JsonFormatter) for handler in logger.handlers)
+
+
 def fail_with_a_bug(error: Exception) -> NoReturn:
-    """End on an error that nobody has foreseen."""
-    traceback.print_exception(error)
-    typer.echo("kdtrain: this is a bug; please report it with the traceback above and `kdtrain env`.", err=True)
-    _leave(KdtrainError.exit_code)
+    """End on an error that nobody has foreseen; its traceback is on stderr for --debug, and else in a file."""
+    code = KdtrainError.exit_code
+    if in_json():
+        logger.critical(repr(error), extra={"values": {"exit_code": code}}, exc_info=error)
+        _leave(code)
+    if "--debug" in sys.argv:
+        traceback.print_exception(error)
+        where = "above"
+    else:
+        where = f"in {_traceback_file(error)}"
+    what = f"kdtrain: this is a bug ({show(error)}); please report it with the traceback {where} and `kdtrain env`."
+    typer.echo(wrapped(what, sys.stderr), err=True)
+    _leave(code)
+
+
+def _traceback_file(error: Exception) -> str:
+    """Where the traceback is: the run folder has it already, where there is one."""
+    written = error.__dict__.get("error_log")
+    if written is None:
+        number, written = tempfile.mkstemp(prefix="kdtrain-error-", suffix=".log")
+        with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+            traceback.print_exception(error, file=file)
+    return str(written)
 
 
 def _leave(code: int) -> NoReturn:
@@ -101,6 +132,24 @@ def end_rank(code: int) -> None:
     os._exit(code)
 
 
+class _ToStderr(logging.Handler):
+    """Writes to what is stderr at that moment: a live bar puts itself in its place, and would be written over."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError, ValueError):  # closed, or on a full disk: no reason to end a run
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+
+
+class _TextFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return wrapped(f"warning: {text}" if record.levelno == logging.WARNING else text, sys.stderr)
+
+
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return json.dumps({"event": "message", "level": record.levelname, "message": record.getMessage()})
+        values = {"level": record.levelname, "message": record.getMessage(), **getattr(record, "values", {})}
+        if record.exc_info:
+            values["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(timed("message", **values))

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
-from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
+from kdtrain.cli.completions import as_object, as_text
+from kdtrain.cli.events import timed
+from kdtrain.cli.history import History, Lines, duration
+from kdtrain.cli.terminal import is_live
 from kdtrain.data import BuildReport
-from kdtrain.runs.log import is_record
+from kdtrain.runs.cache import CacheResult
+from kdtrain.teachers.cached.store import HEAD
+from kdtrain.trainer.completions import Completion
 
-# In the order in which one reads them; the rest of a record is in logging.jsonl.
-_SHOWN = ("loss", "llm_kd_loss", "sft_loss", "vision_kd_loss", "token_accuracy", "teacher_agreement", "grad_norm")
+_LINE_S = 10  # between two lines of something that takes long
 
 
 class ConsoleReporter:
@@ -31,22 +34,27 @@ class ConsoleReporter:
         self._console = console
         self._json = log_format == "json"
         self._quiet = quiet
-        self._bar: ProgressBar | None = None
+        self._bar: History | None = None
         self._next_line = 0.0
 
     def data(self, name: str, report: BuildReport) -> None:
-        self._show(f"{name}: {report.summary()}", event="data", name=name, summary=report.summary())
+        self._show(f"{name}: {report.summary()}", kind="data", name=name, summary=report.summary())
 
     def answers(self, done: int, total: int) -> None:
         """A line now and then while the teacher writes answers, and one at the end."""
         now = time.perf_counter()
         if done == total or now >= self._next_line:
-            self._next_line = now + 10
-            self._show(f"the teacher's answers: {done:,} of {total:,}", event="answers", done=done, total=total)
+            self._next_line = now + _LINE_S
+            self._show(f"the teacher's answers: {done:,} of {total:,}", kind="answers", done=done, total=total)
+
+    def completions(self, found: Sequence[Completion]) -> None:
+        """A table of a few."""
+        if not self._quiet:
+            self._write(json.dumps(as_object(found)) if self._json else as_text(found, self._console))
 
     def plan(self, rows: Mapping[str, str]) -> None:
         if self._quiet or self._json:
-            self._show("", event="plan", **rows)
+            self._show("", kind="plan", **rows)
             return
         table = Table(Column(style="bold"), Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
         for key, value in rows.items():
@@ -56,9 +64,9 @@ class ConsoleReporter:
     def callbacks(self) -> list[TrainerCallback]:
         if self._quiet:
             return []
-        if self._json or not self._console.is_terminal:
+        if self._json or not is_live(self._console):
             return [Lines(self._write, self._json)]
-        self._bar = ProgressBar(self._console)
+        self._bar = History(self._console)
         return [self._bar]
 
     def close(self) -> None:
@@ -66,84 +74,70 @@ class ConsoleReporter:
         if self._bar is not None:
             self._bar.close()
 
-    def _show(self, text: str, **event: Any) -> None:
+    def _show(self, text: str, kind: str, **values: Any) -> None:
         if not self._quiet:
-            self._write(json.dumps(event) if self._json else text)
+            self._write(json.dumps(timed(kind, **values)) if self._json else text)
 
     def _write(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        # A terminal's lines are cut between words; those of a file not at all.
+        cut = is_live(self._console) and not self._json
+        self._console.print(line, markup=False, highlight=False, soft_wrap=not cut)
 
 
-class Lines(TrainerCallback):
-    """One line per record: an object for programs, or text with the time left."""
+class CacheProgress(ConsoleReporter):
+    """A `kdtrain.runs.cache.CacheReporter`: rows that are written, and the time that is left."""
 
-    def __init__(self, write: Callable[[str], None], as_json: bool) -> None:
-        self._write, self._json = write, as_json
-        self._first_step, self._began = 0, 0.0
+    _progress: Progress | None = None
+    _began = 0.0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._first_step, self._began = state.global_step, time.perf_counter()
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
-        if not is_record(logs):
+    def rows(self, done: int, total: int) -> None:
+        """A live bar on a terminal; in a log a line now and then, and one at the end."""
+        now = time.perf_counter()
+        if not done:
+            self._began, self._next_line = now, now + _LINE_S
             return
-        if self._json:
-            self._write(json.dumps({"event": "log", "step": state.global_step, **logs}))
-            return
-        left, done = "", state.global_step - self._first_step
-        if "loss" in logs and done:
-            seconds = (time.perf_counter() - self._began) / done
-            left = f"  {_duration(seconds * (state.max_steps - state.global_step))} left"
-        self._write(f"step {state.global_step}/{state.max_steps}  {describe(logs)}{left}")
+        if not self._quiet and not self._json and is_live(self._console):
+            self._bar_of(total).update(TaskID(0), completed=done)
+        elif done == total or now >= self._next_line:
+            self._next_line = now + _LINE_S
+            left = (now - self._began) / done * (total - done)
+            text = f"cache: {done:,} of {total:,} rows  {duration(left)} left"
+            self._show(text, kind="cache", done=done, total=total, remaining_s=round(left, 1))
 
-
-class ProgressBar(TrainerCallback):
-    """A live bar with the newest loss terms; evaluations stay as lines above it."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn(), console=console
-        )
-        self._terms = Text(no_wrap=True, overflow="ellipsis")
-        self._live = Live(Group(self._progress, self._terms), console=console)
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._live.start()
-        self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._progress.update(self._task, completed=state.global_step)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
-        if "loss" in logs:
-            self._terms.plain = describe(logs)
-        elif is_record(logs):
-            self._console.print(f"step {state.global_step}  {describe(logs)}", markup=False, highlight=False)
+    def _bar_of(self, total: int) -> Progress:
+        if self._progress is None:
+            columns = (
+                TextColumn("rows"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+            )
+            self._progress = Progress(*columns, console=self._console)
+            self._progress.add_task("", total=total)
+            self._progress.start()
+        return self._progress
 
     def close(self) -> None:
-        self._live.stop()
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.close()
-
-
-def describe(logs: Mapping[str, Any]) -> str:
-    """The metrics of a record that one watches, in short."""
-    prefix = "" if "loss" in logs else "eval_"
-    parts = [f"{prefix}{key} {logs[prefix + key]:.4g}" for key in _SHOWN if prefix + key in logs]
-    if "tokens_per_second" in logs:
-        parts.append(f"{logs['tokens_per_second']:,.0f} tok/s")
-    if "teacher_wait_fraction" in logs:
-        parts.append(f"teacher {logs['teacher_wait_fraction']:.0%} wait")
-    return "  ".join(parts)
+        """Give the terminal back."""
+        super().close()
+        if self._progress is not None:
+            self._progress.stop()
 
 
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, secs = divmod(rest, 60)
-    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
+def describe_cache(result: CacheResult, *, lmbda: float) -> str:
+    """What has been written, and how to train from it."""
+    of_head = (result.folder / HEAD).stat().st_size if (result.folder / HEAD).exists() else 0
+    each = f"{(result.bytes - of_head) / result.tokens:.1f} bytes a token"
+    head = f" and {of_head / 1e6:,.1f} MB of the head" if of_head else ""
+    what = f"{result.rows:,} rows, {result.tokens:,} supervised tokens, {each}{head} in {result.folder}"
+    lines = [f"{what} ({result.seconds:.0f} s)" if result.written else f"{what}: complete, nothing was left to write"]
+    if (found := result.verified) is not None:
+        bound = "" if found.bound is None else f"; of no token of theirs can it be above {found.bound:.2g}"
+        lines.append(
+            f"verified {found.rows} rows: the largest difference is {found.largest:.2g} {found.unit}, "
+            f"and {found.allowed:.2g} is allowed{bound}"
+        )
+    off = " rlhf.lmbda=0" if lmbda else ""
+    lines.append(f"train from it: kdtrain fit CONFIG rlhf.teacher.backend=cache rlhf.teacher.path={result.folder}{off}")
+    return "\n".join(lines)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from typing import TYPE_CHECKING
 
 from kdtrain.config.model_folder import ADAPTER_CONFIG, INDEX, WEIGHTS
 from kdtrain.errors import PreflightError
+
+if TYPE_CHECKING:
+    from kdtrain.config.schema import RunConfig
 
 _MODEL_WEIGHTS = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -34,3 +38,39 @@ def adapter_base(folder: str) -> str:
     if os.path.isabs(base) and not os.path.isdir(base):
         raise PreflightError(f"{path}: the base model {base} is not there. Correct base_model_name_or_path.")
     return base
+
+
+def levels(name: str) -> list[str]:
+    """An adapter's folder, the adapters that it stands on, and last the model at the bottom; of a model itself alone.
+
+    Raises:
+        PreflightError: one of them names no base, or itself.
+    """
+    found = [name]
+    while is_adapter_folder(found[-1]):
+        base = adapter_base(found[-1])
+        if any(os.path.realpath(base) == os.path.realpath(one) for one in found):
+            path = os.path.join(found[-1], ADAPTER_CONFIG)
+            raise PreflightError(f"{path}: the adapter stands on itself. Correct base_model_name_or_path.")
+        found.append(base)
+    return found
+
+
+def model_below(name: str) -> str:
+    """The model at the bottom of an adapter's folder; of a model its own name."""
+    return levels(name)[-1]
+
+
+def nearest_with(name: str, *files: str) -> str:
+    """Of an adapter's folder and those below it the first that holds one of these files; else the model below."""
+    if not is_adapter_folder(name) or any(has_file(name, file) for file in files):
+        return name  # what stands below may be gone
+    return next((folder for folder in levels(name) if any(has_file(folder, file) for file in files)), model_below(name))
+
+
+def continued_adapter(config: RunConfig) -> str | None:
+    """The adapter that a run goes on training: `model.adapter`, or with LoRA a `model.model` that is one itself."""
+    if config.model.adapter is not None:
+        return config.model.adapter
+    goes_on = config.tuner.train_type == "lora" and is_adapter_folder(config.model.model)
+    return config.model.model if goes_on else None

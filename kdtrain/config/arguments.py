@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdtrain.config.diagnose import clean
+from kdtrain.config.options import LengthSchedule
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.training_fields import training_fields
 from kdtrain.errors import ConfigError
@@ -34,7 +35,8 @@ class TrainArguments:
 
     config: RunConfig
     training_args: GKDConfig
-    """Carries the fields of `DistillationOptions` too; `dataclasses.replace` and `to_dict` see its own fields only."""
+    """Carries the fields of `DistillationOptions` and `TrainingOptions` too, which `dataclasses.replace` and `to_dict`
+    do not see."""
 
     @property
     def llm_kd_weight(self) -> float:
@@ -72,9 +74,14 @@ def build_train_arguments(config: RunConfig, hardware: Hardware | None = None) -
     Raises:
         ConfigError: GKDConfig refuses the values.
     """
-    kwargs = {**config.training, **_from_sections(config), **_ALWAYS}
+    own = dict(config.training_options)
+    of_trl = {name: value for name, value in config.training.items() if name not in own}
+    kwargs = {**of_trl, **_from_sections(config), **_ALWAYS}
     kwargs.setdefault("report_to", "none")
-    if kwargs.get("save_total_limit") is not None:
+    kwargs.setdefault("save_total_limit", 2)  # the newest, and the best or the one before
+    if kwargs.get("eval_strategy", "no") != "no":
+        kwargs.setdefault("metric_for_best_model", "loss")  # for its best checkpoint to be kept
+    if kwargs["save_total_limit"] is not None:
         kwargs["save_total_limit"] = max(2, kwargs["save_total_limit"])
     _fit_to_device(kwargs, hardware or detect_hardware())
     try:
@@ -83,8 +90,9 @@ def build_train_arguments(config: RunConfig, hardware: Hardware | None = None) -
             warnings.simplefilter("ignore", FutureWarning)
             training_args = _gkd_config_class()(**kwargs)
     except (ValueError, TypeError, ImportError, OSError) as error:
-        raise ConfigError(f"training: {clean(str(error))}") from error
-    attached = {name: value for name, value in config.options if name not in training_fields()}
+        said = " ".join(str(error).split())  # upstream's messages have lines of their own
+        raise ConfigError(f"training: {clean(said)}") from error
+    attached = own | {name: value for name, value in config.options if name not in training_fields()}
     # What the trainer's constructor cannot do by itself, so that it notices, and what its own collator does.
     attached |= {"tuner": config.tuner, "chats": config.chats, "on_overlength": config.data.on_overlength}
     for name, value in attached.items():
@@ -104,6 +112,8 @@ def _from_sections(config: RunConfig) -> dict[str, Any]:
     """GKDConfig's fields that a config sets outside `training`."""
     rlhf = config.rlhf
     kwargs = {name: value for name, value in config.options if name in training_fields()}
+    if isinstance(rlhf.max_new_tokens, LengthSchedule):
+        kwargs["max_new_tokens"] = rlhf.max_new_tokens.model_dump()  # trackers write the arguments as JSON
     loading = dict(rlhf.teacher_model_init_kwargs or {})  # a copy: the caller's dict stays as it is
     loading.setdefault("dtype", loading.pop("torch_dtype", rlhf.teacher.dtype))
     kwargs["teacher_model_init_kwargs"] = loading

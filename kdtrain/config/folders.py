@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdtrain.config.adapters import adapter_base, is_adapter_folder
+from kdtrain.config.adapters import is_adapter_folder, model_below
 from kdtrain.config.model_folder import ADAPTER_CONFIG, INDEX, WEIGHTS, findings
+from kdtrain.config.other_weights import without_config, without_weights
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.tree import KeyPath, Problem, Written
 from kdtrain.errors import PreflightError
@@ -27,7 +29,11 @@ def _models(config: RunConfig) -> Iterator[tuple[KeyPath, str, Mapping[str, Any]
 
 def broken_models(config: RunConfig) -> Iterator[Problem]:
     """What keeps the local models in use from being loaded, as far as their files show it."""
-    for path, name, loading in _models(config):
+    for path, named, loading in _models(config):
+        try:
+            name = model_below(named)
+        except PreflightError:
+            continue  # found by another rule
         folder = Path(name)
         if not folder.is_absolute() or not (folder / "config.json").is_file():
             continue  # a hub id, or found by another rule
@@ -35,8 +41,7 @@ def broken_models(config: RunConfig) -> Iterator[Problem]:
             yield replace(found, path=path, message=f"cannot be loaded: {found.message}")
         has_weights = (folder / WEIGHTS).exists() or (folder / INDEX).exists()
         if not has_weights and not {"variant", "subfolder"} & loading.keys():
-            message, hint = f"has no weights: neither {WEIGHTS} nor {INDEX}", "save it by save_pretrained"
-            yield Problem(path, f"{message}: {name}", hint)
+            yield Problem(path, *without_weights(folder))
         if not any((folder / file).exists() for file in _TOKENIZERS):
             yield Problem(path, f"has no tokenizer: {name}", "save the tokenizer that it was trained with beside it")
 
@@ -46,20 +51,34 @@ def model_folders(config: RunConfig, written: Written) -> Iterator[Problem]:
     used = [(path, name, "config.json") for path, name, _ in _models(config)]
     if config.rlhf.teacher.is_served and config.asks_teacher:
         yield from _tokenizer_folder(config)
-    if config.rlhf.teacher.adapter:
+    if config.model.adapter:
+        used.append((("model", "adapter"), config.model.adapter, ADAPTER_CONFIG))
+    if config.rlhf.teacher.adapter and config.rlhf.teacher.backend != "cache":  # which does without the teacher
         used.append((("rlhf", "teacher", "adapter"), config.rlhf.teacher.adapter, ADAPTER_CONFIG))
     for path, name, file in used:
         folder = Path(name)
         if file == "config.json" and is_adapter_folder(name):
-            yield from _adapter_folder(path, name)
+            yield from _base_of_adapter(path, name)
         elif not folder.is_absolute() or (folder / file).is_file():
             continue
         elif not folder.exists():
-            yield Problem(path, f"no such folder: {name}", "give a model folder or a hub id")
+            yield Problem(path, f"no such folder: {name}", _neighbour(folder) or "give a model folder or a hub id")
         elif not folder.is_dir():
             yield Problem(path, f"a file, not a model folder: {name}", f"give the folder with its {file}")
+        elif file == "config.json":
+            yield Problem(path, *without_config(folder))
         else:
-            yield Problem(path, f"not a model folder, it has no {file}: {name}", "give a model folder or a hub id")
+            yield Problem(path, f"not the folder of an adapter, it has no {file}: {name}", "give the folder with it")
+
+
+def _neighbour(folder: Path) -> str:
+    """What was probably meant by a folder that is not there."""
+    try:
+        names = sorted(entry.name for entry in folder.parent.iterdir() if entry.is_dir())
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(folder.name, names, n=1)
+    return f"did you mean {folder.parent / near[0]}?" if near else ""
 
 
 def _tokenizer_folder(config: RunConfig) -> Iterator[Problem]:
@@ -71,16 +90,12 @@ def _tokenizer_folder(config: RunConfig) -> Iterator[Problem]:
         yield Problem(("rlhf", "teacher_model"), message, hint)
 
 
-def _adapter_folder(path: KeyPath, name: str) -> Iterator[Problem]:
-    """An adapter where a model is asked for: a teacher is loaded on its base."""
+def _base_of_adapter(path: KeyPath, name: str) -> Iterator[Problem]:
+    """What is wrong with the base that an adapter's folder names."""
     try:
-        base = adapter_base(name)
+        model_below(name)
     except PreflightError as error:
         yield Problem(path, str(error))
-        return
-    if path == ("model", "model"):
-        message = f"not available yet: going on with an adapter ({name})"
-        yield Problem(path, message, f"name its base, {base}, and train a new adapter, or merge it into its base")
 
 
 def output_folder(config: RunConfig, written: Written) -> Iterator[Problem]:
@@ -109,6 +124,7 @@ def _read(config: RunConfig) -> Iterator[tuple[str, str, str]]:
     teacher = config.rlhf.teacher
     models = (
         ("model.model", "the student", config.model.model),
+        ("model.adapter", "the student's adapter", config.model.adapter),
         ("rlhf.teacher_model", "the teacher", config.rlhf.teacher_model),
         ("rlhf.teacher.adapter", "the teacher's adapter", teacher.adapter),
         ("rlhf.teacher.path", "the teacher's cache", teacher.path),

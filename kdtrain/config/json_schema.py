@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kdtrain.config.options import TrainingOptions
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.suggest import known_keys
 from kdtrain.config.training_fields import KINDS, TrainingField, training_fields
@@ -28,12 +29,12 @@ def json_schema() -> dict[str, Any]:
     ]
     visual["targets"] = {**_kept(visual["targets"]), "anyOf": targets}
     definitions["TeacherConfig"]["properties"]["backend"]["enum"].append("local-toggle")
-    names = [name for name in known_keys()["training"] if name not in REFUSED]
-    fields = training_fields()
+    own, fields = TrainingOptions.model_json_schema()["properties"], training_fields()
+    names = [name for name in known_keys()["training"] if name not in REFUSED and name not in own]
     schema["properties"]["training"] = {
         **_kept(schema["properties"]["training"]),
         "type": "object",
-        "properties": {name: _field(fields[name]) for name in names},
+        "properties": {**{name: _field(fields[name]) for name in names}, **own},
         "additionalProperties": False,
         "required": ["output_dir"],
     }

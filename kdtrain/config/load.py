@@ -1,6 +1,7 @@
 """Checks a config in one pass over everything, and loads it.
 
-    file or mapping -> tree with places (`sources`) -> absolute paths (`paths`) -> models (`schema`, `training_rules`)
+    file or mapping -> tree with places (`sources`) -> absolute paths (`paths`) and the messages of the teacher's prefix
+    (`prefix`) -> models (`schema`, `training_rules`)
     -> what is not there yet (`availability`) and how options go together (`rules`)
 
 Each step goes on where the one before found mistakes, without what is wrong, so that all of them are reported at once.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -21,14 +22,14 @@ from pydantic import ValidationError
 from kdtrain.config import tree
 from kdtrain.config.arguments import TrainArguments, build_train_arguments
 from kdtrain.config.availability import check_available
-from kdtrain.config.diagnose import COMMAND_LINE, Diagnostic, InvalidConfigError, looks_secret
-from kdtrain.config.folders import broken_models
+from kdtrain.config.diagnose import COMMAND_LINE, Diagnostic, InvalidConfigError, dotted, looks_secret
 from kdtrain.config.paths import resolve_paths
+from kdtrain.config.prefix import read_prefix
 from kdtrain.config.rules import check_rules
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.sources import Composer, FileOrMapping
 from kdtrain.config.training_rules import check_training
-from kdtrain.config.translate import to_problem
+from kdtrain.config.translate import ALTERNATIVE, to_problem
 from kdtrain.config.tree import Invalid, KeyPath, Node, Problem
 
 logger = logging.getLogger("kdtrain")
@@ -36,7 +37,11 @@ logger = logging.getLogger("kdtrain")
 _PLACEHOLDER = "missing"
 _ATTEMPTS = 4
 _MOST = 200
+_CACHE = ("rlhf", "teacher", "path")
 _NOT_SHOWN = Problem((), "further mistakes are not shown", "correct these first")
+
+
+FileCheck = Callable[[RunConfig], Iterable[Problem]]
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,23 @@ class CheckResult:
         return [tree.to_diagnostic(problem, self.root) for problem in problems]
 
 
-def check_config(source: FileOrMapping, overrides: Sequence[str] = (), *, model_files: bool = False) -> CheckResult:
+def check_config(
+    source: FileOrMapping,
+    overrides: Sequence[str] = (),
+    *,
+    files: FileCheck | None = None,
+    new_cache: bool = False,
+    rules: bool = True,
+) -> CheckResult:
     """Checks a whole config without importing torch.
 
     Args:
         source: a YAML file, or a mapping of the same form.
         overrides: `key.sub=value`, the value in YAML.
-        model_files: look into local model folders too; a run does so itself, as its preflight.
+        files: what looks at the files that the config names, such as `kdtrain.preflight.files.all_files`.
+        new_cache: the cache that `rlhf.teacher.path` names is about to be written: it need not be there.
+        rules: whether options have to fit each other, and what they name has to be there. Not so for what a run was
+            made by, of which only the student counts.
 
     Returns:
         the config and all findings, in the order of the file; none is raised.
@@ -74,13 +89,18 @@ def check_config(source: FileOrMapping, overrides: Sequence[str] = (), *, model_
     problems += found
     root, found = resolve_paths(root)
     problems += found
-    config, found = _validate(root, [problem.path for problem in problems if problem.level == "error"])
-    if config is not None and model_files:
-        found += broken_models(config)
+    root, found = read_prefix(root)
+    problems += found
+    config, found = _validate(root, [problem.path for problem in problems if problem.level == "error"], rules)
+    if config is not None and files is not None:
+        found += files(config)
+    if new_cache:
+        found = [problem for problem in found if problem.path != _CACHE]
     if composer.incomplete:
         # What could not be read may hold what seems to be missing or to conflict: only single values can be judged.
         found = [problem for problem in found if problem.level == "error" and tree.get(root, problem.path)]
-    diagnostics = sorted((tree.to_diagnostic(problem, root) for problem in [*problems, *found]), key=_order)
+    problems = _without_consequences([*problems, *found])
+    diagnostics = sorted((tree.to_diagnostic(problem, root) for problem in problems), key=_order)
     errors = [diagnostic for diagnostic in diagnostics if diagnostic.level == "error"]
     warnings = [diagnostic for diagnostic in diagnostics if diagnostic.level == "warning"]
     return CheckResult(None if errors else config, errors, warnings, root)
@@ -90,13 +110,15 @@ class ConfigLoader:
     """The way into kdtrain from Python."""
 
     @staticmethod
-    def load(source: FileOrMapping, overrides: Sequence[str] = ()) -> RunConfig:
-        """The checked config; warnings are logged.
+    def load(
+        source: FileOrMapping, overrides: Sequence[str] = (), *, files: FileCheck | None = None, new_cache: bool = False
+    ) -> RunConfig:
+        """The checked config; warnings are logged. `files` and `new_cache` as in `check_config`.
 
         Raises:
             ConfigError: a `ValueError` whose text shows every mistake with its place; `.diagnostics` holds them.
         """
-        result = check_config(source, overrides)
+        result = check_config(source, overrides, files=files, new_cache=new_cache)
         if result.config is None:
             raise InvalidConfigError(result.errors)
         for warning in result.warnings:
@@ -113,6 +135,12 @@ class ConfigLoader:
         return build_train_arguments(cls.load(source, overrides))
 
 
+def _without_consequences(problems: list[Problem]) -> list[Problem]:
+    """Without what is missing only because it stands under another name, which is reported with the right one."""
+    renamed = {found.hint.removeprefix("use ") for found in problems if found.hint.startswith("use ")}
+    return [found for found in problems if not (found.missing and dotted(found.path) in renamed)]
+
+
 def _hide_secrets(root: Node) -> tuple[Node, list[Problem]]:
     """Takes values that look like credentials out, before anything can repeat them."""
     problems: list[Problem] = []
@@ -124,7 +152,7 @@ def _hide_secrets(root: Node) -> tuple[Node, list[Problem]]:
     return root, problems
 
 
-def _validate(root: Node, wrong: list[KeyPath]) -> tuple[RunConfig | None, list[Problem]]:
+def _validate(root: Node, wrong: list[KeyPath], rules: bool) -> tuple[RunConfig | None, list[Problem]]:
     """The config as far as it can be built without its wrong values, and what is wrong with it."""
     values: dict[str, Any] = tree.plain(root)
     problems: list[Problem] = []
@@ -137,7 +165,7 @@ def _validate(root: Node, wrong: list[KeyPath]) -> tuple[RunConfig | None, list[
                 _prune(values, problem.path)
     config, found = _build(values, root)
     problems += found
-    if config is not None:
+    if config is not None and rules:
         problems += check_available(config)
         wrong = wrong + [problem.path for problem in problems if problem.level == "error"]
         problems += check_rules(config, root, wrong)
@@ -160,7 +188,10 @@ def _build(values: dict[str, Any], root: Node) -> tuple[RunConfig | None, list[P
                 written = tree.get(root, problem.path)
                 if not missing or (attempt == 0 and (written is None or written.value is not Invalid.VALUE)):
                     problems.append(problem)
-                _prune(values, problem.path, missing)
+                if ALTERNATIVE in detail["loc"]:  # a map with a wrong part makes way for the option's default
+                    _prune(values, detail["loc"][: detail["loc"].index(ALTERNATIVE)])
+                else:
+                    _prune(values, problem.path, missing)
     return None, problems
 
 

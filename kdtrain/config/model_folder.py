@@ -52,10 +52,18 @@ def findings(folder: Path) -> Iterator[Problem]:
     yield from broken
     if broken:
         return
-    if (folder / ADAPTER_CONFIG).is_file() and _weight_files(folder):
+    if (folder / ADAPTER_CONFIG).is_file() and weight_files(folder):
         yield _ADAPTER_BESIDE
-    yield from (finding for path in _weight_files(folder) if (finding := _broken_weights(path)))
+    yield from (finding for path in weight_files(folder) if (finding := _broken_weights(path)))
     yield from _unloadable(read_map(folder / "config.json"))
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether a tokenizer or processor that lies in a folder has a chat template, in any of its places."""
+    if (folder / "chat_template.jinja").is_file() or (folder / "additional_chat_templates").is_dir():
+        return True
+    files = ("tokenizer_config.json", "chat_template.json", "processor_config.json")
+    return any(read_map(folder / name).get("chat_template") for name in files)
 
 
 def read_map(path: Path) -> dict[str, Any]:
@@ -104,7 +112,7 @@ def _no_content(path: Path) -> Problem | None:
     return None
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the model: one, or the shards that the index names."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
@@ -122,17 +130,29 @@ def _broken_weights(path: Path) -> Problem | None:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > _LARGEST_HEADER:
-                return _damaged(path, "is not a safetensors file")
-            end = 8 + length
-            if end <= size:
-                header = json.loads(file.read(length))
-                end += max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        if size < 8 or length > _LARGEST_HEADER:
+            return _damaged(path, "is not a safetensors file")
+        end = 8 + length
+        if end <= size:
+            header = read_header(path)
+            end += max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
     except OSError as error:
         return _unreadable(path, error)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return _damaged(path, "is not a safetensors file")
     return _damaged(path, f"is cut short: it has {size:,} bytes of {end:,}") if size < end else None
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of its tensors: dtype, shape and place of each; ValueError where it is none."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _LARGEST_HEADER:
+            raise ValueError("not a safetensors file")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("not a safetensors file")
+    return header
 
 
 # transformers puts an adapter on top of whatever lies beside its config.

@@ -6,20 +6,25 @@ a GKDConfig; its constructor reads them from there, and from then on they live i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from fractions import Fraction
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BeforeValidator,
+    ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
 )
 
 from kdtrain.config.diagnose import dotted
-from kdtrain.config.section import Count, Flag, NonNegative, Number, Positive, Section, Share, Text, wrong
+from kdtrain.config.section import Count, Flag, NonNegative, Number, Positive, Section, Share, Text, Whole, wrong
 from kdtrain.errors import ConfigError
 from kdtrain.losses.kinds import VISUAL_TARGETS, Distance, Divergence, Match, Tail
 
@@ -32,6 +37,74 @@ RENORMALIZED = (
     "turns the gradient away from that of the full distributions by 28 degrees at beta 0.5, and bucket by 18; near "
     "convergence by 19 and 10 (make bench: top 20 of 32,768 random tokens whose probabilities fall as 1/rank)"
 )
+
+
+class GenerationOptions(Section):
+    """How the student's own answers are written."""
+
+    backend: Literal["transformers", "vllm_server", "vllm_colocate"] = "transformers"
+    """`transformers`: the student as it is in this process; `vllm_server`: a vLLM server that is given its weights at
+    each step; `vllm_colocate`: vLLM in this process, on the same devices."""
+    batch_size: Count | None = None
+    """Answers that a process writes at a time. null: those of all prompts of the step, as far as their keys and values
+    and what drawing a token takes have room in 4 GiB."""
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Draw only from the most likely tokens that have this probability together; null draws from all. Samples are then
+    not of the student's distribution, and the loss does not correct for that: likewise for the next two."""
+    top_k: Count | None = None
+    """Draw only from the k most likely tokens."""
+    min_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Draw only from tokens with at least this share of the most likely one's probability."""
+    base_url: Text | None = None
+    """vllm_server: address of the server, such as `http://127.0.0.1:8000`. It is given the student's weights, so it can
+    be no teacher's."""
+    timeout_s: NonNegative = 240.0
+    """vllm_server: seconds to wait for a server that is still starting."""
+    group_port: Annotated[Whole, Field(ge=1, le=65535)] = 51216
+    """vllm_server: port of this machine that the weights are sent from; another one for each run on it."""
+    gpu_memory_utilization: Annotated[Number, Field(gt=0, le=1)] = 0.3
+    """vllm_colocate: share of each GPU's memory that vLLM takes, weights and cache together."""
+    tensor_parallel_size: Count = 1
+    """vllm_colocate: GPUs that share one copy of the student in vLLM; the number of processes is a multiple of it."""
+    max_model_length: Count | None = None
+    """vllm_colocate: longest prompt with its answer, in tokens. null: the model's own context, for which vLLM needs
+    room in its cache."""
+    enable_sleep_mode: Flag = False
+    """vllm_colocate: give vLLM's memory back while the student trains, at the price of waking it in every step."""
+
+
+class LengthSchedule(Section):
+    """A limit that grows with the steps: short answers first cost less."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    from_: Annotated[Count, Field(alias="from")]
+    """Longest generation of the first step, in tokens."""
+    to: Count
+    """That of the steps after it has grown; at least `from`."""
+    over: Annotated[Number, Field(gt=0, le=1)]
+    """Share of all steps over which it grows, by the same amount at each one."""
+
+    @field_validator("to")
+    @classmethod
+    def _grows(cls, value: int, info: ValidationInfo) -> int:
+        first = info.data.get("from_")
+        if first is not None and value < first:
+            raise wrong(f"must be at least from ({first}), got {value}: the limit grows from one to the other")
+        return value
+
+    def at(self, step: int, max_steps: int) -> int:
+        """The limit of the step that follows `step` steps; rounded down, and in whole numbers on every machine."""
+        span = Fraction(str(self.over)) * max_steps
+        if step >= span:
+            return self.to
+        return self.from_ + int((self.to - self.from_) * step / span)
+
+
+AnswerLimit = Annotated[
+    Annotated[Count, Tag("[number]")] | Annotated[LengthSchedule, Tag("[schedule]")],
+    Discriminator(lambda value: "[schedule]" if isinstance(value, Mapping | LengthSchedule) else "[number]"),
+]
 
 
 class LossAndSampling(Section):
@@ -54,13 +127,53 @@ class LossAndSampling(Section):
     """Where the student does not generate, the teacher does instead of the data."""
     temperature: Annotated[Number, Field(gt=0, le=1)] = 0.9
     """Sampling temperature of those generations."""
-    max_new_tokens: Count = 128
-    """Longest generation in tokens."""
+    max_new_tokens: AnswerLimit = 128
+    """Longest generation in tokens; or a limit that grows with the steps, `{from: 64, to: 512, over: 0.3}`. Answers
+    that the teacher writes before training may have `to` tokens."""
+    generation: GenerationOptions = GenerationOptions()
+    """What writes the student's own answers, and what they are drawn from."""
+    samples_per_prompt: Count = 1
+    """Answers that the student writes to each prompt. All are scored by the teacher (with select: best or weighted) in
+    forwards of per_device_train_batch_size times as many rows, and with select: all or weighted trained in such."""
+    select: Literal["all", "best", "weighted"] = "all"
+    """Which of them train. `best`: of each prompt's the one that is most likely to the teacher, by the mean of its
+    log-probability per token at temperature 1; `weighted`: all, their divergence weighted by n times the softmax of
+    that mean over the n samples of a prompt."""
+    select_regex: Text | None = None
+    """A regular expression with one group: an answer of the student trains only if what the group matches in it equals
+    the row's column `answer` (or what the group matches there), but for white space around. Before `select`."""
     disable_dropout: Flag = True
     """Switch dropout of the student off."""
     eval_kd: Flag = True
     """Whether evaluation runs the teacher too; false reports cross-entropy only, as `eval_sft_loss` with
     weight 1, where training's `sft_loss` has weight `sft_alpha`."""
+
+    @field_validator("select_regex")
+    @classmethod
+    def _one_group(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise wrong(f"is no regular expression: {error}") from None
+        if groups != 1:
+            raise wrong(
+                f"has {groups} groups, and needs one, whose text is compared: put round brackets around that part, "
+                "and (?:…) around others"
+            )
+        return value
+
+    @property
+    def most_new_tokens(self) -> int:
+        """The largest limit that a generation of the run has."""
+        limit = self.max_new_tokens
+        return limit.to if isinstance(limit, LengthSchedule) else limit
+
+    def new_tokens(self, step: int, max_steps: int) -> int:
+        """The limit of what is generated for the step that follows `step` of `max_steps` steps."""
+        limit = self.max_new_tokens
+        return limit.at(step, max_steps) if isinstance(limit, LengthSchedule) else limit
 
 
 class VisualTarget(Section):
@@ -163,16 +276,7 @@ class DistillationOptions(LossAndSampling):
         Raises:
             ConfigError: a ValueError; a value is of a wrong type or out of range.
         """
-        values = {name: _builtin(getattr(args, name)) for name in cls.model_fields if hasattr(args, name)}
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            from kdtrain.config.translate import to_problem  # which knows the whole schema, and so this module
-
-            problems = [to_problem(detail) for detail in error.errors(include_url=False)]
-        hints = [f" ({problem.hint})" if problem.hint else "" for problem in problems]
-        found = [f"{dotted(p.path)}: {p.message}{hint}" for p, hint in zip(problems, hints, strict=True)]
-        raise ConfigError(". ".join(found))
+        return _read(cls, args)
 
     def checked(self) -> DistillationOptions:
         """These options; raises as `from_args` does, for what a callback has set."""
@@ -196,3 +300,42 @@ class DistillationOptions(LossAndSampling):
     def without_kd(self) -> DistillationOptions:
         """The same run with every teacher term off: CE only."""
         return self.model_copy(update={"llm_kd_weight": 0.0, "visual_kd": None})
+
+
+class TrainingOptions(Section):
+    """What `training` has beside the fields of trl's GKDConfig, which never sees these."""
+
+    early_stopping_patience: Count | None = None
+    """Stop when so many evaluations in a row are not better than the best one, by metric_for_best_model (loss, unless
+    it names another). What is saved is the model of the last step; load_best_model_at_end: true makes it that of the
+    best one. null trains to the end."""
+    report: Flag = True
+    """Write report.html and report.json into the run folder, as the run ends: one page with its curves, samples,
+    options and data. `kdtrain report` writes it at any time."""
+    log_completions_steps: Count | None = None
+    """Keep answers that were generated while training, to be looked at: of the first generated step, and of the first
+    one at or after each multiple of this, up to 64 with their divergence from the teacher token by token, in
+    completions.parquet of the run folder, and a few on the terminal. Student and teacher run once more for it, without
+    gradients. null keeps none."""
+
+    @classmethod
+    def from_args(cls, args: GKDConfig) -> TrainingOptions:
+        """As `DistillationOptions.from_args`."""
+        return _read(cls, args)
+
+
+_Options = TypeVar("_Options", DistillationOptions, TrainingOptions)
+
+
+def _read(kind: type[_Options], args: Any) -> _Options:
+    """Options from the attributes that have the name of a field."""
+    values = {name: _builtin(getattr(args, name)) for name in kind.model_fields if hasattr(args, name)}
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        from kdtrain.config.translate import to_problem  # which knows the whole schema, and so this module
+
+        problems = [to_problem(detail) for detail in error.errors(include_url=False)]
+    hints = [f" ({problem.hint})" if problem.hint else "" for problem in problems]
+    found = [f"{dotted(p.path)}: {p.message}{hint}" for p, hint in zip(problems, hints, strict=True)]
+    raise ConfigError(". ".join(found))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import os
 import re
 from collections.abc import Iterator
@@ -30,8 +32,17 @@ _DATA_SUFFIXES = {
     ".zip",
 }
 _DATA_FOLDERS = ("data", "dataset", "datasets")  # nobody's name on the hub
+_MODEL_FOLDERS = (
+    "model", "models", "checkpoint", "checkpoints", "ckpt", "ckpts", "run", "runs", "output", "outputs", "out",
+    "results", "weights", "saved", "student", "students", "teacher", "teachers", "llm", "llms",
+)  # fmt: skip
 
-_MODELS: tuple[KeyPath, ...] = (("model", "model"), ("rlhf", "teacher_model"), ("rlhf", "teacher", "adapter"))
+_MODELS: tuple[KeyPath, ...] = (
+    ("model", "model"),
+    ("model", "adapter"),
+    ("rlhf", "teacher_model"),
+    ("rlhf", "teacher", "adapter"),
+)
 _PATHS: tuple[KeyPath, ...] = (
     ("training", "output_dir"),
     ("data", "image_root"),
@@ -41,7 +52,6 @@ _PATHS: tuple[KeyPath, ...] = (
     ("launch", "config_file"),
     ("data", "cache_dir"),
     ("rlhf", "teacher", "path"),
-    ("rlhf", "teacher", "prefix"),
 )
 
 
@@ -60,6 +70,8 @@ def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
             continue
         is_hub_id, local = bool(_HUB_ID.fullmatch(text)), _looks_local(text, base)
         if path in _MODELS:
+            local = local or (is_hub_id and "/" in text and text.partition("/")[0] in _MODEL_FOLDERS)
+            problems += _perhaps_folder(path, text, base) if is_hub_id and not local else ()
             if not local and not is_hub_id:
                 message = f"{describe(text)} is neither a folder below {base} nor a hub id"
                 problems.append(Problem(path, message, "write ./name, or org/name"))
@@ -86,6 +98,20 @@ def _data_paths(root: Node) -> Iterator[KeyPath]:
 
 def _names_a_folder(text: str) -> bool:
     return text.partition("/")[0] in _DATA_FOLDERS
+
+
+def _perhaps_folder(path: KeyPath, text: str, base: Path) -> Iterator[Problem]:
+    """A hub id that is more likely the name of a folder beside the config, misspelt."""
+    above, name = (base / text).parent, Path(text).name
+    near = []
+    with contextlib.suppress(OSError):
+        names = sorted(entry.name for entry in above.iterdir() if entry.is_dir()) if above.is_dir() else []
+        near = difflib.get_close_matches(name, names, n=1)
+    if near or ("/" in text and above.is_dir()):
+        where = str(Path(text).parent / near[0]) if near else text
+        hint = f"did you mean ./{where}?" if near else f"write ./{where} for a folder"
+        message = f"looked up on the hub, for there is no folder {base / text}"
+        yield Problem(path, message, hint, level="warning")
 
 
 def _unlikely_id(path: KeyPath, text: str, base: Path, local: bool) -> Iterator[Problem]:

@@ -5,16 +5,22 @@ Every rule gets what was written too: `temperature` without generation deserves 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 
+from kdtrain.config.adapters import continued_adapter
+from kdtrain.config.best_step import best_step
+from kdtrain.config.cached import cached_teacher, gives_top_k
 from kdtrain.config.folders import model_folders, output_folder
 from kdtrain.config.from_pretrained import loading_arguments, processor_arguments
+from kdtrain.config.generation import generation_by_vllm
+from kdtrain.config.model_pair import same_model
 from kdtrain.config.options import RENORMALIZED
 from kdtrain.config.schema import RunConfig, TeacherConfig
 from kdtrain.config.server_urls import check_server_urls
 from kdtrain.config.splits import share_rows
-from kdtrain.config.tree import KeyPath, Node, Problem, Written, dotted
+from kdtrain.config.tree import KeyPath, Node, Problem, Written, dotted, get, locate
 
 _SERVER = (
     "base_url",
@@ -29,6 +35,8 @@ _SERVER = (
     "concurrency",
     "lookahead",
     "chat_template_kwargs",
+    "prefix",
+    "prefix_mode",
 )
 # By backend: the options of `rlhf.teacher` that it has, and which options name the teacher.
 _TEACHER_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -40,12 +48,14 @@ _TEACHER_OPTIONS: dict[str, tuple[str, ...]] = {
         "revision",
         "chat_template_kwargs",
         "prefix",
+        "prefix_mode",
         "processor_kwargs",
     ),
-    "self": ("prefix",),
+    "self": ("weights", "ema_decay", "chat_template_kwargs", "prefix", "prefix_mode"),
     "vllm": _SERVER,
     "openai": _SERVER,
-    "cache": ("path", "tail"),
+    # A cache is trained from by the config that it was written by: what says how the teacher is asked stays there.
+    "cache": tuple(TeacherConfig.model_fields),
 }
 _REQUIRED_BY: dict[str, tuple[str, ...]] = {
     "hf": ("rlhf.teacher_model",),
@@ -84,10 +94,9 @@ def teacher_is_named(config: RunConfig, written: Written) -> Iterator[Problem]:
     for option in _REQUIRED_BY[backend]:
         if not attrgetter(option)(config):
             message, hint = f"a teacher is needed, because {reason}", f"set {option}, {turn_off}"
-            yield Problem(tuple(option.split(".")), message, hint, on_key=True)
-    if backend == "self" and config.tuner.train_type != "lora":
-        message = "needs tuner.train_type: lora, because the teacher is the student without its adapter"
-        yield Problem(("rlhf", "teacher", "backend"), message)
+            if backend == "hf" and rlhf.teacher.prefix is not None and not written.has("rlhf", "teacher", "backend"):
+                hint = f"set rlhf.teacher.backend: self to let the student teach itself with the prefix, or {hint}"
+            yield Problem(tuple(option.split(".")), message, hint, on_key=True, missing=True)
 
 
 def idle_distillation(config: RunConfig, written: Written) -> Iterator[Problem]:
@@ -102,15 +111,56 @@ def idle_distillation(config: RunConfig, written: Written) -> Iterator[Problem]:
     if config.answers_from_teacher and rlhf.teacher.is_served and rlhf.teacher.api != "completions":
         sampling = []  # messages are answered at this temperature
     sampled = [name for name in ("lmbda", "seq_kd") if getattr(rlhf, name)]
+    completions = ["log_completions_steps"] if config.training_options.log_completions_steps else []
     if not config.options.lm_kd_active:
         zero = "rlhf.llm_kd_weight is 0"
         generation = [*sampled, *sampling] if any(written.has("rlhf", name) for name in sampled) else []
         yield from written.idle(["beta", "divergence", "kd_temperature", *generation], zero, "rlhf")
+        yield from written.idle(completions, f"{zero}, so no answers are generated while training", "training")
         if rlhf.sft_alpha > 0 and written.has("rlhf", "sft_alpha"):
             message = f"is ignored: {zero}, so cross-entropy has weight 1.0"
             yield Problem(("rlhf", "sft_alpha"), message, level="warning", on_key=True)
     elif not sampled:
-        yield from written.idle(sampling, "nothing is sampled (lmbda is 0 and seq_kd is false)", "rlhf")
+        reason = "nothing is sampled (lmbda is 0 and seq_kd is false)"
+        yield from written.idle(sampling, reason, "rlhf")
+        yield from written.idle(completions, reason, "training")
+    if config.answers_from_teacher and not (config.options.lm_kd_active and sampled):
+        reason = "no step samples, and answers that are written before training may have `to` tokens"
+        yield from written.idle(["from", "over"], reason, "rlhf", "max_new_tokens")
+
+
+def idle_selection(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """A choice among answers of the student, where it writes none, or one to each prompt."""
+    rlhf = config.rlhf
+    if not config.options.lm_kd_active or rlhf.lmbda == 0:
+        off = "rlhf.lmbda is 0, the student writes no answers" if rlhf.lmbda == 0 else "rlhf.llm_kd_weight is 0"
+        yield from written.idle(["samples_per_prompt", "select", "select_regex"], off, "rlhf")
+    elif rlhf.samples_per_prompt == 1 and rlhf.select != "all":
+        yield from written.idle(["select"], "rlhf.samples_per_prompt is 1", "rlhf")
+
+
+def commented_regex(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """`select_regex: #### (\\S+)`, of which YAML takes everything for a comment."""
+    path = ("rlhf", "select_regex")
+    node = get(written.root, path)
+    place = locate(written.root, path, on_key=True)
+    if node is None or node.value is not None or place.line is None:
+        return
+    if re.search(r"select_regex[\"']?\s*:\s+#", place.source.lines[place.line - 1]):
+        message = "is empty: to YAML what begins with # is a comment"
+        hint = "put the expression into single quotes, or write null where there is none"
+        yield Problem(path, message, hint, level="warning", on_key=True)
+
+
+def idle_generation(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """How answers are written, where nobody in this process writes any."""
+    rlhf, path = config.rlhf, ("rlhf", "generation")
+    reason = "rlhf.llm_kd_weight is 0" if not config.options.lm_kd_active else "rlhf.lmbda is 0"
+    if rlhf.lmbda == 0 or not config.options.lm_kd_active:
+        names = ["top_p", "top_k", "min_p"]
+        if not (rlhf.seq_kd and config.options.lm_kd_active):
+            names.append("batch_size")
+        yield from written.idle(names, f"the student writes no answers ({reason})", *path)
 
 
 def always_on_policy(config: RunConfig, written: Written) -> Iterator[Problem]:
@@ -150,11 +200,14 @@ def teacher_options(config: RunConfig, written: Written) -> Iterator[Problem]:
     for name in TeacherConfig.model_fields:
         if name not in ("backend", *_TEACHER_OPTIONS[backend]):
             yield from written.idle([name], reason, "rlhf", "teacher")
+    yield from _prefix(config, written)
     if config.rlhf.teacher.is_served:
         yield from _served(config, written)
+    if backend == "self" and config.asks_teacher:
+        yield from _itself(config, written)
     kwargs = config.rlhf.teacher_model_init_kwargs or {}
     path = ("rlhf", "teacher_model_init_kwargs")
-    if backend != "hf" and kwargs and config.asks_teacher:
+    if backend not in ("hf", "cache") and kwargs and config.asks_teacher:
         yield from written.idle(["teacher_model_init_kwargs"], reason, "rlhf")
     for name in ("dtype", "torch_dtype", "revision", "device_map"):
         option = name.removeprefix("torch_")
@@ -162,6 +215,46 @@ def teacher_options(config: RunConfig, written: Written) -> Iterator[Problem]:
             message = f"given twice, here and in rlhf.teacher.{option}"
             yield Problem((*path, name), message, "keep one of them", on_key=True)
     yield from loading_arguments(path, kwargs, config.rlhf.teacher_model)
+
+
+def _itself(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Weights of the student that cannot teach it, and options of another model."""
+    teacher, path = config.rlhf.teacher, ("rlhf", "teacher")
+    if teacher.weights == "base" and config.tuner.train_type != "lora":
+        message = "needs tuner.train_type: lora: the teacher is the student without its adapter, and where all weights "
+        hint = "train an adapter, or use weights: live or ema, or backend: hf with a teacher_model"
+        yield Problem((*path, "weights"), f"base {message}are trained nothing is left of what they were", hint)
+    reads_the_same = not teacher.chat_template_kwargs and teacher.prefix is None
+    if teacher.weights == "live" and config.options.lm_kd_active and reads_the_same:
+        message = "live teaches nothing: the teacher is the student as it is and reads the same, so their divergence "
+        hint = "give the teacher a prefix or chat_template_kwargs of its own, or use weights: base or ema"
+        yield Problem((*path, "weights"), f"{message}is 0", hint)
+    takes_no_ce = config.rlhf.sft_alpha == 0 or config.rlhf.lmbda == 1
+    if teacher.weights == "base" and config.options.lm_kd_active and reads_the_same and takes_no_ce:
+        message = "teaches nothing: the teacher is the student without its adapter and reads the same, and no "
+        hint = "give the teacher a prefix or chat_template_kwargs of its own"
+        message += "cross-entropy moves the student away from it, so their divergence is 0"
+        yield Problem((*path, "backend"), message, hint, level="warning", on_key=True)
+    if config.options.visual_kd is not None:
+        message = "cannot be combined with custom.visual_kd: the teacher's features are those of the same modules"
+        yield Problem((*path, "backend"), message, "use backend: hf, or set custom.visual_kd.enabled: false")
+    if teacher.weights != "ema":
+        yield from written.idle(["ema_decay"], f"rlhf.teacher.weights is {teacher.weights}", *path)
+    if config.rlhf.teacher_model is not None:
+        yield from written.idle(["teacher_model"], "rlhf.teacher.backend is self", "rlhf")
+
+
+def _prefix(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """A mode of no prefix, and a prefix without the system message that its mode is about."""
+    teacher, path = config.rlhf.teacher, ("rlhf", "teacher")
+    if teacher.prefix is None:
+        yield from written.idle(["prefix_mode"], "there is no rlhf.teacher.prefix", *path)
+        return
+    is_column = isinstance(teacher.prefix, dict)
+    messages = teacher.prefix.get("default") if is_column else teacher.prefix
+    if teacher.prefix_mode == "system" and messages and messages[0]["role"] not in ("system", "developer"):
+        message = "system puts a system message in place of the row's, and the prefix does not begin with one"
+        yield Problem((*path, "prefix_mode"), message, "begin it with a system message, or use prepend")
 
 
 def _served(config: RunConfig, written: Written) -> Iterator[Problem]:
@@ -185,8 +278,8 @@ def _served(config: RunConfig, written: Written) -> Iterator[Problem]:
 def renormalized_tail(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Top-k targets without their tail, where the student's own mass counts in the divergence."""
     teacher = config.rlhf.teacher
-    in_force = config.options.lm_kd_active and config.rlhf.beta > 0 and teacher.backend not in ("hf", "self")
-    if in_force and teacher.tail == "renormalize":
+    in_force = config.options.lm_kd_active and config.rlhf.beta > 0 and teacher.tail == "renormalize"
+    if in_force and gives_top_k(config):
         yield Problem(("rlhf", "teacher", "tail"), RENORMALIZED, "use tail: bucket", level="warning")
 
 
@@ -208,10 +301,16 @@ def processor_options(config: RunConfig, written: Written) -> Iterator[Problem]:
 
 
 def idle_lora(config: RunConfig, written: Written) -> Iterator[Problem]:
-    """Adapter options of a run that trains all weights."""
+    """Adapter options of a run that trains all weights, or an adapter that is there already."""
+    names = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora")
     if config.tuner.train_type == "full":
-        names = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora")
         yield from written.idle(names, "tuner.train_type is full", "tuner")
+        if config.model.adapter is not None:
+            message = "is gone on with by LoRA, and tuner.train_type is full"
+            hint = "set tuner.train_type: lora; or for all weights name the adapter's folder as model.model"
+            yield Problem(("model", "adapter"), message, hint)
+    elif (adapter := continued_adapter(config)) is not None:
+        yield from written.idle(names, f"the adapter {adapter} is gone on with as it is", "tuner")
     elif config.tuner.lora_dropout > 0 and config.rlhf.disable_dropout:
         yield from written.idle(["lora_dropout"], "rlhf.disable_dropout is true", "tuner")
 
@@ -232,9 +331,10 @@ def visual_options(config: RunConfig, written: Written) -> Iterator[Problem]:
         return
     if visual.weight == 0:
         yield from written.idle(["enabled"], "custom.visual_kd.weight is 0", *path)
-    elif config.rlhf.teacher.chat_template_kwargs:
-        message = "cannot be combined with custom.visual_kd yet: the teacher would read images among other tokens"
-        yield Problem(("rlhf", "teacher", "chat_template_kwargs"), message, "remove one of them", on_key=True)
+    for name in ("chat_template_kwargs", "prefix"):
+        if visual.weight and getattr(config.rlhf.teacher, name):
+            message = "cannot be combined with custom.visual_kd yet: the teacher would read images among other tokens"
+            yield Problem(("rlhf", "teacher", name), message, "remove one of them", on_key=True)
     for name, target in visual.targets.items():
         if target.module and (target.student_module or target.teacher_module):
             message = "given together with student_module or teacher_module"
@@ -255,11 +355,17 @@ def evaluation(config: RunConfig, written: Written) -> Iterator[Problem]:
             yield from written.idle(["eval_kd"], "there is no data.eval", "rlhf")
     elif strategy == "no" and not config.training.get("eval_on_start"):
         message = "is not used while training: training.eval_strategy is no"
-        yield Problem(("data", "eval"), message, "set training.eval_strategy: steps", level="warning", on_key=True)
+        hint = "set training.eval_strategy: steps, unless it is for kdtrain evaluate alone"
+        yield Problem(("data", "eval"), message, hint, level="warning", on_key=True)
     if strategy == "no":
-        for key in ("load_best_model_at_end", "lr_scheduler_type"):
-            if config.training.get(key) in (True, "reduce_lr_on_plateau", "greedy"):
+        for key in ("load_best_model_at_end", "lr_scheduler_type", "early_stopping_patience"):
+            value = config.training.get(key)
+            if value in (True, "reduce_lr_on_plateau", "greedy") or (key == "early_stopping_patience" and value):
                 yield Problem(("training", key), "needs evaluation", "set data.eval and training.eval_strategy: steps")
+    elif config.training_options.early_stopping_patience and not config.training.get("load_best_model_at_end"):
+        message = "will save the model of the last step, which is not the best one"
+        hint = "set training.load_best_model_at_end: true, and save_strategy and save_steps like those of evaluation"
+        yield Problem(("training", "early_stopping_patience"), message, hint, level="warning")
 
 
 def evaluation_on_training_rows(config: RunConfig, written: Written) -> Iterator[Problem]:
@@ -283,6 +389,10 @@ def training_conflicts(config: RunConfig, written: Written) -> Iterator[Problem]
             yield Problem(("training", pair[1]), f"cannot be combined with {pair[0]}", "keep one of them", on_key=True)
     if (training.get("max_steps") or -1) > 0 and "num_train_epochs" in training:
         yield from written.idle(["num_train_epochs"], "training.max_steps is set", "training")
+    steps, warmup = training.get("max_steps") or -1, training.get("warmup_steps") or 0
+    if 0 < steps <= warmup and warmup >= 1:
+        message = f"the learning rate never reaches its value: training.max_steps is {steps}"
+        yield Problem(("training", "warmup_steps"), message, "a value below 1 is a share of all steps", level="warning")
     if training.get("dataloader_prefetch_factor") and not training.get("dataloader_num_workers"):
         yield Problem(("training", "dataloader_prefetch_factor"), "needs dataloader_num_workers above 0", on_key=True)
     if training.get("save_total_limit") == 1:
@@ -298,15 +408,23 @@ _KD_SWITCHES = ("rlhf.llm_kd_weight", "custom.visual_kd.enabled", "custom.visual
 
 # A rule, and the options it reads: where one of them is wrong in itself, the rule would only guess.
 RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
-    (teacher_is_named, (*_KD_SWITCHES, "rlhf.teacher_model", "rlhf.teacher", "tuner.train_type")),
+    (teacher_is_named, (*_KD_SWITCHES, "rlhf.teacher_model", "rlhf.teacher")),
     (idle_distillation, (*_KD_SWITCHES, "rlhf.lmbda", "rlhf.seq_kd", "rlhf.sft_alpha")),
-    (teacher_options, (*_KD_SWITCHES, "rlhf.teacher.backend", "rlhf.teacher_model_init_kwargs")),
+    (idle_generation, ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.seq_kd")),
+    (teacher_options, (*_KD_SWITCHES, "rlhf.teacher", "rlhf.teacher_model_init_kwargs", "tuner.train_type")),
+    (cached_teacher, (*_KD_SWITCHES, "rlhf.teacher", "rlhf.lmbda", "rlhf.seq_kd", "rlhf.beta", "rlhf.kd_temperature")),
+    (
+        generation_by_vllm,
+        ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.temperature", "rlhf.generation", "rlhf.teacher", "tuner.use_dora"),
+    ),
     (renormalized_tail, (*_KD_SWITCHES, "rlhf.teacher", "rlhf.beta")),
+    (idle_selection, ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.samples_per_prompt", "rlhf.select")),
+    (commented_regex, ()),
     (model_options, ("model.init_kwargs", "model.model")),
     (processor_options, ("data.processor_kwargs", "rlhf.teacher.processor_kwargs")),
-    (idle_lora, ("tuner.train_type", "tuner.lora_dropout", "rlhf.disable_dropout")),
+    (idle_lora, ("model.model", "model.adapter", "tuner.train_type", "tuner.lora_dropout", "rlhf.disable_dropout")),
     (idle_ce, ("rlhf.llm_kd_weight", "rlhf.sft_alpha", "data.train")),
-    (visual_options, ("custom.visual_kd", "rlhf.teacher.chat_template_kwargs")),
+    (visual_options, ("custom.visual_kd", "rlhf.teacher.chat_template_kwargs", "rlhf.teacher.prefix")),
     (
         always_on_policy,
         ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.sft_alpha", "rlhf.seq_kd", "data.train", "data.eval"),
@@ -315,10 +433,22 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (evaluation, (*_KD_SWITCHES, "training.eval_strategy")),
     (evaluation_on_training_rows, ("data.train", "data.eval")),
     (training_conflicts, ("training.output_dir", "training.max_steps", "training.dataloader_num_workers")),
-    (output_folder, ("training.output_dir", "model.model", "rlhf.teacher_model", "data.train", "data.eval")),
+    (best_step, (*_KD_SWITCHES, "training", "rlhf.eval_kd")),
+    (same_model, ("model.model", "rlhf.teacher_model", "rlhf.teacher", "rlhf.llm_kd_weight", "rlhf.sft_alpha")),
+    (
+        output_folder,
+        ("training.output_dir", "model.model", "model.adapter", "rlhf.teacher_model", "data.train", "data.eval"),
+    ),
     (
         model_folders,
-        (*_KD_SWITCHES, "model.model", "rlhf.teacher_model", "rlhf.teacher.backend", "rlhf.teacher.adapter"),
+        (
+            *_KD_SWITCHES,
+            "model.model",
+            "model.adapter",
+            "rlhf.teacher_model",
+            "rlhf.teacher.backend",
+            "rlhf.teacher.adapter",
+        ),
     ),
 )
 

@@ -18,7 +18,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from kdtrain.config.options import DEFAULT_TAIL, DistillationOptions, LossAndSampling, VisualKdConfig
+from kdtrain.config.options import (
+    DEFAULT_TAIL,
+    DistillationOptions,
+    LossAndSampling,
+    TrainingOptions,
+    VisualKdConfig,
+)
 from kdtrain.config.section import Count, Flag, Number, Positive, Section, Text, Whole, wrong
 from kdtrain.config.splits import check_split
 from kdtrain.losses.kinds import Tail
@@ -26,6 +32,7 @@ from kdtrain.losses.kinds import Tail
 _SHARE = re.compile(r"[-+]?\d+(\.\d+)? ?%")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+SelfWeights = Literal["base", "live", "ema"]
 
 
 def _names(value: Any) -> Any:
@@ -62,7 +69,8 @@ class ModelConfig(Section):
     """The student."""
 
     model: Text
-    """Model folder (relative to the file that names it) or hub id of the student."""
+    """Model folder (relative to the file that names it) or hub id of the student. Of an adapter's folder LoRA goes on
+    training the adapter, on the base that it names; full fine-tuning begins with both merged."""
     revision: Text | None = None
     """Branch, tag or commit on the hub; null takes the default branch. No effect on a local folder."""
     dtype: Dtype = "auto"
@@ -76,7 +84,7 @@ class ModelConfig(Section):
     init_kwargs: dict[str, Any] = {}
     """Further keyword arguments of `from_pretrained`."""
     adapter: Text | None = None
-    """Folder of an adapter to go on training."""
+    """Folder or hub id of an adapter to go on training, on top of `model`, whose tokenizer is used. LoRA only."""
 
 
 class TunerConfig(Section):
@@ -240,8 +248,13 @@ class TeacherConfig(Section):
     """How the teacher answers. Which options apply depends on `backend`."""
 
     backend: Literal["hf", "self", "vllm", "openai", "cache"] = "hf"
-    """`hf`: a model in this process; `self` (alias `local-toggle`): the student without its adapter; `vllm`, `openai`:
-    a server; `cache`: targets written by `kdtrain cache`."""
+    """`hf`: a model in this process; `self` (alias `local-toggle`): the student's own weights; `vllm`, `openai`: a
+    server; `cache`: targets written by `kdtrain cache`."""
+    weights: SelfWeights = "base"
+    """self: the student with its adapter off (LoRA only), as it is now, or a moving average of its trained weights.
+    With `live` and `ema` the teacher learns with the student."""
+    ema_decay: Annotated[Number, Field(ge=0, lt=1)] = 0.999
+    """self with weights: ema: share of the average that stays at each step."""
     dtype: Dtype = "auto"
     """hf: type of the weights in memory."""
     device_map: Annotated[Any, Field(json_schema_extra={"type": ["string", "object", "null"]})] = None
@@ -261,7 +274,13 @@ class TeacherConfig(Section):
     the same answer: a row in which it has other tokens for the teacher is bad. Answers that are generated stand behind
     the generation prompt of each."""
     prefix: Annotated[Any, Field(json_schema_extra={"type": ["array", "string", "object", "null"]})] = None
-    """self, hf: messages only the teacher sees: a list of messages, a file, or `{column: name}`."""
+    """Messages that the teacher alone reads (context distillation): a list such as
+    `[{role: system, content: "Answer briefly."}]`; a file, JSON or YAML with such a list, or text, which is one system
+    message; or `{column: name}`, a column of the data with text (one system message) or messages, which is then read as
+    nothing else. A row without a value there is bad, or gets the `default` of `{column: name, default: …}`."""
+    prefix_mode: Literal["prepend", "system"] = "prepend"
+    """Where the prefix stands: behind the conversation's own system message, with which a system message of the prefix
+    becomes one, a blank line between; or in its place."""
     base_url: Urls | None = None
     """vllm, openai: address of the API, such as `http://127.0.0.1:8000/v1`, or a list of servers of the same model,
     over which requests are spread."""
@@ -288,10 +307,12 @@ class TeacherConfig(Section):
     concurrency: Count = 8
     """vllm, openai: requests in flight at a time, per server and process."""
     lookahead: Annotated[Whole, Field(ge=0)] = 2
-    """vllm, openai: optimizer steps whose targets are fetched ahead, while earlier ones train; not of answers that are
-    generated for the step."""
+    """vllm, openai, cache: optimizer steps whose targets are fetched ahead, while earlier ones train; not of answers
+    that are generated for the step."""
     path: Text | None = None
-    """cache: folder written by `kdtrain cache`."""
+    """cache: folder written by `kdtrain cache`. No teacher is loaded then; the options that say which teacher wrote it
+    and what it read (teacher_model, revision, dtype, prefix, …) may stay, and are compared with what the cache was made
+    from. Needs rlhf.lmbda: 0 and seq_kd: false."""
 
     @property
     def is_served(self) -> bool:
@@ -313,7 +334,9 @@ class TeacherConfig(Section):
     @field_validator("prefix")
     @classmethod
     def _prefix(cls, value: Any) -> Any:
-        if value is not None and not isinstance(value, (str, list, dict)):
+        # `prefix.py` has checked it where it stands, and read it if it was a file.
+        is_column = isinstance(value, dict) and isinstance(value.get("column"), str)
+        if value is not None and not isinstance(value, list) and not is_column:
             raise wrong("expected a list of messages, a file, or {column: name}")
         return value
 
@@ -374,7 +397,8 @@ class RunConfig(Section):
     custom: CustomConfig = CustomConfig()
     """What trl does not have."""
     training: dict[str, Any] = {}
-    """Any other field of trl's GKDConfig, by its own name; only what the file sets is here."""
+    """Any other field of trl's GKDConfig, by its own name, and those of `TrainingOptions`; only what the file sets is
+    here."""
     launch: LaunchConfig = LaunchConfig()
     """Passed to `accelerate launch`."""
 
@@ -394,15 +418,37 @@ class RunConfig(Section):
         return DistillationOptions(**{n: next(getattr(s, n) for s in sections if hasattr(s, n)) for n in names})
 
     @property
+    def training_options(self) -> TrainingOptions:
+        """What `training` says that is no field of GKDConfig."""
+        return TrainingOptions(**{n: v for n, v in self.training.items() if n in TrainingOptions.model_fields})
+
+    @property
     def answers_from_teacher(self) -> bool:
         """Whether the teacher writes the answers of a data source before training."""
         return any(source.answers == "teacher" for source in (*self.data.train, *self.data.eval_sources))
 
     @property
+    def all_generated(self) -> bool:
+        """Whether every batch of training is generated, so that a prompt is all that a row needs."""
+        return self.options.lm_kd_active and (self.rlhf.lmbda == 1 or self.rlhf.seq_kd)
+
+    @property
+    def checks_answers(self) -> bool:
+        """Whether what the student writes is compared with the rows' column `answer`."""
+        return self.rlhf.select_regex is not None and self.options.lm_kd_active and self.rlhf.lmbda > 0
+
+    @property
     def chats(self) -> dict[str, Any]:
         """How conversations become tokens: the fields of `kdtrain.data.TemplateOptions`."""
-        kwargs = self.rlhf.teacher.chat_template_kwargs if self.asks_teacher else {}
-        return {**self.data.chats, "teacher_chat_template_kwargs": kwargs or None}
+        teacher = self.rlhf.teacher if self.asks_teacher else TeacherConfig()
+        by_column = teacher.prefix if isinstance(teacher.prefix, dict) else {}
+        return {
+            **self.data.chats,
+            "teacher_chat_template_kwargs": teacher.chat_template_kwargs or None,
+            "teacher_prefix": by_column.get("default") if by_column else teacher.prefix,
+            "teacher_prefix_column": by_column.get("column"),
+            "teacher_prefix_mode": teacher.prefix_mode if teacher.prefix else "prepend",
+        }
 
     @property
     def asks_teacher(self) -> bool:

@@ -66,7 +66,8 @@ def _problem(url: str, with_key: bool) -> tuple[str, str] | None:
     if parts.scheme not in ("http", "https"):
         return "a server's address begins with http:// or https://", example
     if "@" in parts.netloc:
-        return "a user or password in an address ends up in logs", "name the key's variable in api_key_env instead"
+        hint = "leave it out; a teacher's key is in the variable that rlhf.teacher.api_key_env names"
+        return "a user or password in an address ends up in logs", hint
     if not host or port == 0 or "%" in parts.netloc:
         return "the address has no usable host or port", example
     if "?" in url or "#" in url:

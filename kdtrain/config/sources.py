@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtrain.config.diagnose import COMMAND_LINE
+from kdtrain.config.diagnose import COMMAND_LINE, dotted
 from kdtrain.config.tree import Entry, Invalid, KeyPath, Node, Place, Problem, SourceFile, get, merge, put
 from kdtrain.config.yaml_reader import MAX_BYTES, MAX_DEPTH, MAX_NODES, UnreadableError, check_number, read_yaml
 
 FileOrMapping = str | Path | Mapping[str, Any]
 _MAX_FILES = 64
-_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
+_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*|\.\d+|\[\d+\])*")
+_PART = re.compile(r"[^.\[\]]+")
 
 
 class Composer:
@@ -60,7 +61,7 @@ class Composer:
         if self._files_read > _MAX_FILES:
             return self._fail(Problem(("extends",), f"more than {_MAX_FILES} files", place=named_at))
         try:
-            text, source = _read_text(path, named_at)
+            text, source = read_text(path, named_at)
             root, problems = read_yaml(text, source)
         except UnreadableError as error:
             return self._fail(error.problem)
@@ -99,19 +100,47 @@ class Composer:
             raise UnreadableError(Problem((), "expected key.sub=value", "for example rlhf.beta=0.1", place=start))
         if key == "extends":
             raise UnreadableError(Problem((), "`extends` belongs in a file", place=start))
-        path = tuple(key.split("."))
+        path: KeyPath = tuple(int(part) if part.isdigit() else part for part in _PART.findall(key))
+        root, path = _source_as_map(root, path)
         # Blanks instead of the key, so that columns are those of the argument.
         padded = " " * (len(key) + 1) + value
         new, problems = read_yaml(padded, source, path) if value.strip() else (Node(None, start), [])
         self.problems += problems
         for depth in range(1, len(path)):
             node = get(root, path[:depth])
-            if node and node.value is not None and not isinstance(node.value, dict):
-                way = ".".join(path[:depth])
+            if node and isinstance(path[depth], int):
+                _check_index(node, path[: depth + 1], start)
+            elif node and node.value is not None and not isinstance(node.value, dict):
+                way = dotted(path[:depth])
                 kind = "a list" if isinstance(node.value, list) else "a value"
                 message = f"cannot set {key}: {way} is {kind}, not a map"
                 raise UnreadableError(Problem((), message, f"set {way} as a whole", place=start))
         return put(root, path, new, start)
+
+
+def _source_as_map(root: Node, path: KeyPath) -> tuple[Node, KeyPath]:
+    """`data.train: a.jsonl` as `{path: a.jsonl}` where the command line sets an option of it."""
+    if path[:1] != ("data",) or len(path) < 3 or path[1] not in ("train", "eval"):
+        return root, path
+    node = get(root, path[:2])
+    if node is not None and isinstance(node.value, (str, dict)) and path[2] == 0:
+        path = (*path[:2], *path[3:])  # a lone source is the first
+    holder = path[:3] if isinstance(path[2], int) else path[:2]
+    lone = get(root, holder)
+    if lone is None or not isinstance(lone.value, str) or len(path) == len(holder):
+        return root, path
+    return put(root, holder, Node({"path": Entry(lone.place, lone)}, lone.place)), path
+
+
+def _check_index(node: Node, path: KeyPath, start: Place) -> None:
+    """Refuse the position of a list that has less, or of what is no list."""
+    way, wanted = dotted(path[:-1]), path[-1]
+    if not isinstance(node.value, list):
+        message = f"cannot set {dotted(path)}: {way} is no list"
+        raise UnreadableError(Problem((), message, "leave the number out", place=start))
+    if isinstance(wanted, int) and wanted >= len(node.value):
+        message = f"cannot set {dotted(path)}: {way} has {len(node.value)} entries, of which the first is 0"
+        raise UnreadableError(Problem((), message, f"set {way} as a whole to add one", place=start))
 
 
 def _short(path: Path) -> Path:
@@ -119,7 +148,7 @@ def _short(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _read_text(path: Path, named_at: Place) -> tuple[str, SourceFile]:
+def read_text(path: Path, named_at: Place) -> tuple[str, SourceFile]:
     """The text of a file, whose own problems are reported where it was named."""
     name = str(path)
     try:

@@ -77,11 +77,19 @@ def number_hint(value: Any, kinds: Sequence[str]) -> str:
     return ""
 
 
+_SHORT_TYPES: dict[str, str] = {
+    "fp16": "float16", "half": "float16", "float16": "float16", "fp32": "float32", "float": "float32",
+    "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16",
+}  # fmt: skip
+
+
 def choice(value: Any, choices: Sequence[str], name: object) -> tuple[str, str]:
     """Message and hint about a value that is none of `choices`."""
     near: list[str] = []
     if isinstance(value, str) and value:
-        near = [option for option in choices if option.startswith(value)] or difflib.get_close_matches(value, choices)
+        named = _SHORT_TYPES.get(value.removeprefix("torch."), "")
+        starting = [option for option in choices if option.startswith(value)]
+        near = [named] if named in choices else starting or difflib.get_close_matches(value, choices)
     listed = list(choices) if len(choices) <= 12 else [*(near or choices)[:4], "..."]
     one_of = "one of " if len(choices) > 1 else ""
     hint = f"did you mean '{near[0]}'?" if near else ""

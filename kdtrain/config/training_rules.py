@@ -4,12 +4,16 @@ loss or the guarantees of a run, are refused with the reason."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import ValidationError
+
 from kdtrain.config.diagnose import describe
+from kdtrain.config.options import TrainingOptions
 from kdtrain.config.suggest import known_keys, unknown_key
 from kdtrain.config.training_fields import training_fields
+from kdtrain.config.translate import to_problem
 from kdtrain.config.tree import Problem
 
 
@@ -34,7 +38,7 @@ _OWN_DATA = Refused("kdtrain prepares the data itself, so this would be ignored"
 _METRICS = Refused("evaluation reports its own metrics, so this would be ignored", harmless=(None, False, []))
 _LIGER = "Liger kernels replace parts of the model's forward that the loss uses"
 _LOSS = "the loss is llm_kd_weight · divergence + sft_alpha · cross-entropy"
-_LAUNCHER = Refused("the launcher sets it", "see `launch`", (None, -1))
+_LAUNCHER = Refused("the launcher sets it", "see launch.num_processes and launch.config_file", (None, -1))
 
 REFUSED: dict[str, Refused] = {
     "remove_unused_columns": Refused("columns such as labels and images must reach the loss", harmless=(False,)),
@@ -45,18 +49,18 @@ REFUSED: dict[str, Refused] = {
     "eos_token": Refused("the student's tokenizer decides"),
     "pad_token": Refused("the student's tokenizer decides"),
     "truncation_mode": Refused(
-        "rows are cut from the right", "set on_overlength, or raise max_length", (None, "keep_start")
+        "rows are cut from the right", "set data.on_overlength, or raise data.max_length", (None, "keep_start")
     ),
     "packing_strategy": Refused(_OWN_DATA.reason, "use data.packing"),
     "eval_packing": Refused(_OWN_DATA.reason, "use data.packing", (None, False)),
     "completion_only_loss": _MASKS,
     "assistant_only_loss": Refused(_MASKS.reason, _MASKS.instead, (None, False)),
-    "loss_type": Refused(_LOSS, "set llm_kd_weight to 0 for plain cross-entropy", (None, "nll")),
+    "loss_type": Refused(_LOSS, "set rlhf.llm_kd_weight: 0 for plain cross-entropy", (None, "nll")),
     "label_smoothing_factor": Refused("the loss does not smooth labels", harmless=(None, 0)),
     "average_tokens_across_devices": Refused("the loss would depend on the number of processes", harmless=(True,)),
     "logging_nan_inf_filter": Refused("a run with NaN would be shown as loss 0", harmless=(False,)),
     "auto_find_batch_size": Refused(
-        "the batch would change during the run", "set per_device_train_batch_size", (None, False)
+        "the batch would change during the run", "set training.per_device_train_batch_size", (None, False)
     ),
     "use_liger_kernel": Refused(_LIGER, harmless=(None, False)),
     "liger_kernel_config": Refused(_LIGER),
@@ -87,7 +91,7 @@ _LOADER = {
     "split_batches": (
         True,
         "rows that fill up an epoch would count twice",
-        "remove it, and divide per_device_train_batch_size by the number of processes",
+        "remove it, and divide training.per_device_train_batch_size by the number of processes",
     ),
     "dispatch_batches": (True, "the row ids of a batch cannot be sent to other processes", "remove it"),
     "even_batches": (False, "a process that runs out of rows would leave the others waiting", "remove it"),
@@ -116,7 +120,10 @@ _ABOVE_0 = ("num_train_epochs", "adam_epsilon", "logging_steps", "eval_steps", "
 
 def check_training(training: Mapping[str, Any]) -> Iterator[Problem]:
     """What is wrong with single keys of the `training` section."""
-    yield from (problem for key, value in training.items() if (problem := _check_key(key, value)))
+    own = {key: value for key, value in training.items() if key in TrainingOptions.model_fields}
+    of_trl = {key: value for key, value in training.items() if key not in own}
+    yield from (problem for key, value in of_trl.items() if (problem := _check_key(key, value)))
+    yield from _check_own(own)
     loader = training.get("accelerator_config")
     if isinstance(loader, Mapping):
         for name, reason, instead in refused_loader_options(loader):
@@ -131,13 +138,22 @@ def refused_loader_options(options: Mapping[str, Any]) -> Iterator[tuple[str, st
             yield name, reason, instead
 
 
+def _check_own(options: Mapping[str, Any]) -> Iterator[Problem]:
+    try:
+        TrainingOptions.model_validate(options)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            problem = to_problem(detail)
+            yield replace(problem, path=("training", *problem.path))
+
+
 def _check_key(key: str, value: Any) -> Problem | None:
     path = ("training", key)
     if refused := REFUSED.get(key):
         problem = Problem(path, f"cannot be set: {refused.reason}", refused.instead, on_key=True)
         return None if refused.allows(value) else problem
     if key not in known_keys()["training"]:
-        return Problem(path, *unknown_key("training", key), on_key=True)
+        return Problem(path, *unknown_key("training", key, value), on_key=True)
     message, hint = training_fields()[key].check(value)
     if message:
         return Problem(path, message, hint)

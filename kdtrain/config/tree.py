@@ -74,6 +74,8 @@ class Problem:
     on_key: bool = False
     """Point at the key rather than at the value."""
     place: Place | None = None
+    missing: bool = False
+    """Something has to be written that is not there."""
 
 
 def child(node: Node, part: str | int) -> Node | None:

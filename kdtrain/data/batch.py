@@ -39,6 +39,8 @@ class Rows:
 
     ids: Sequence[str] = ()
     """Their names, for messages and for what is stored by row; empty where the collator gives none."""
+    keys: Sequence[bytes] = ()
+    """Their names by what is in them, of `kdtrain.data.row_key`; empty where the collator was not asked for them."""
     prompt_lengths: torch.Tensor | None = None
     """[B] long: leading tokens that are the prompt, which an answer can be generated from."""
     prompts: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -52,6 +54,14 @@ class Rows:
     chats: Sequence[str | None] = ()
     """Their conversations as of `kdtrain.data.conversation`, for a teacher that reads messages; empty where the data
     set does not keep them."""
+    answers: Sequence[str | None] = ()
+    """The rows' column `answer`, what a sample is checked against; empty where it is not read."""
+    samples: Sequence[int] = ()
+    """Of generated rows: which of the answers to the same prompt each one is, from 0; empty where there is one each."""
+    cut: Sequence[bool] = ()
+    """Of generated rows: whether each answer reached `max_new_tokens` without a token that ends it."""
+    kd_weights: torch.Tensor | None = None
+    """[B] float32: what the divergence of each row counts; None is 1 for all. A row of weight 0 is not in its D."""
     images: Sequence[Sequence[Image]] = ()
     """Beside `chats`: the images of each row, in the order of its image parts, and maybe more of a row that was cut."""
 
@@ -105,7 +115,10 @@ class Batch:
     generated_by: Literal["student", "teacher"] | None = None
     """Who wrote the answers; None are those of the data."""
     all_repeated: bool = False
-    """Whether no row is new: the batch only fills up an epoch, so that all ranks go through the same motions."""
+    """Whether no row is new: the batch only fills up an epoch, or a window of which too few samples train, so that all
+    ranks go through the same motions."""
+    targets: Any = None
+    """The `kdtrain.teachers.Targets` of its supervised tokens, where the teacher was asked for them already."""
 
     # ---- the supervised tokens ---------------------------------------------------------------------------------------
 
@@ -130,6 +143,14 @@ class Batch:
         if self.rows.ce is None:
             return None
         return self.rows.ce.to(self.predicts_BT.device)[:, None].expand_as(self.predicts_BT)[self.predicts_BT]
+
+    @property
+    def kd_weights_S(self) -> torch.Tensor | None:
+        """[S] float32: what the divergence of each supervised token counts; None is 1 for all."""
+        if self.rows.kd_weights is None:
+            return None
+        weights_B = self.rows.kd_weights.to(self.predicts_BT.device)
+        return weights_B[:, None].expand_as(self.predicts_BT)[self.predicts_BT]
 
     # ---- tokens and images -------------------------------------------------------------------------------------------
 
@@ -186,8 +207,8 @@ class Batch:
         """
         if self.teacher_tokens is not None:
             raise DataError(
-                "The teacher reads other tokens than the student (rlhf.teacher.chat_template_kwargs), whose positions "
-                "are not its own: take model_inputs and predicts_BT of batch.as_teacher_sees_it()."
+                "The teacher reads other tokens than the student (rlhf.teacher: prefix, chat_template_kwargs), whose "
+                "positions are not its own: take model_inputs and predicts_BT of batch.as_teacher_sees_it()."
             )
         if self.teacher_images is None:
             return self.model_inputs
@@ -234,7 +255,8 @@ class Batch:
         tokens = self.teacher_tokens
         if tokens is not None:
             tokens = replace(tokens, labels=torch.full_like(tokens.labels, IGNORE_INDEX))
-        return replace(self, labels=torch.full_like(self.labels, IGNORE_INDEX), teacher_tokens=tokens)
+        labels = torch.full_like(self.labels, IGNORE_INDEX)
+        return replace(self, labels=labels, teacher_tokens=tokens, targets=None)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Batch:
         """Accelerate's data loaders call this."""
@@ -263,6 +285,7 @@ class Batch:
                 prompt_lengths=_mapped(rows.prompt_lengths, noted),
                 prompts=_mapped(rows.prompts, noted),
                 ce=_mapped(rows.ce, noted),
+                kd_weights=_mapped(rows.kd_weights, noted),
             ),
             teacher_images=None if images is None else replace(images, inputs=_mapped(images.inputs, noted)),
             teacher_tokens=None if tokens is None else TeacherTokens(**_mapped(vars(tokens), noted)),

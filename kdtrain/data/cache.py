@@ -29,7 +29,7 @@ from kdtrain.data.sources import Source
 from kdtrain.data.tables import rows_at_once
 
 # Raise it with every change that makes the same row come out differently.
-VERSION = 4
+VERSION = 6
 
 _FEATURES = datasets.Features(
     {
@@ -56,7 +56,8 @@ _FEATURES = datasets.Features(
         "teacher_input_ids": datasets.Sequence(datasets.Value("int32")),
         "teacher_labels": datasets.Sequence(datasets.Value("int32")),
         "teacher_prompt_length": datasets.Value("int32"),
-        "chat": datasets.Value("large_string"),  # null unless the encoder keeps it
+        "chat": datasets.Value("large_string"),  # null unless the encoder keeps it, as the next
+        "answer": datasets.Value("large_string"),
     }
 )
 
@@ -147,6 +148,8 @@ def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], 
         "template": vars(encoder.options),
         "prompts": encoder.prompts,
         "chats": encoder.keep_chats,
+        "generated": encoder.generated,
+        "checked": "where there is one" if encoder.optional_answers else encoder.keep_answers,
         "limits": [limits.max_length, limits.on_overlength],
         "columns": [dict(source.columns) if source.columns else None for source in sources],
         "answers": [source.answers for source in sources],
@@ -165,13 +168,14 @@ def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], 
 def _image_files(batch: dict[str, list[Any]], sources: Sequence[Source], root: str | None) -> Iterator[Image]:
     """The images that stand in files of their own; the bytes of the others are in the rows' text."""
     for text, file, number in zip(batch["text"], batch["file"], batch["source"], strict=True):
-        columns = sources[number].columns
+        columns, prefix = sources[number].columns, sources[number].prefix_column
         # Image columns and parts are called image…, or file_name; only a mapping can give them other names.
         # Parsing every row of a text data set twice would take longer.
         if "image" not in text and "file_name" not in text and not columns:
             continue
         try:
-            parsed = parse_media_row(parse_json(text, columns), root or folder_of(file), True)
+            row = {name: value for name, value in parse_json(text, columns, prefix).items() if name != prefix}
+            parsed = parse_media_row(row, root or folder_of(file), True)
         except RowError:
             continue  # counted when it is encoded
         if isinstance(parsed, Chat):
@@ -192,7 +196,8 @@ def _encode_batch(
     for i, text in enumerate(batch["text"]):
         if not problems[i]:
             try:
-                parsed[i] = parse_json(text, sources[batch["source"][i]].columns)
+                source = sources[batch["source"][i]]
+                parsed[i] = parse_json(text, source.columns, source.prefix_column)
             except RowError as error:
                 problems[i] = str(error)
     folders = {file: folder_of(file) for file in set(batch["file"])}

@@ -64,6 +64,11 @@ class TemplateOptions:
     chat_template_kwargs: Mapping[str, Any] | None = None
     teacher_chat_template_kwargs: Mapping[str, Any] | None = None
     """`rlhf.teacher.chat_template_kwargs`: what the teacher's rendering has instead; see `teacher_view.py`."""
+    teacher_prefix: Sequence[dict[str, Any]] | None = None
+    """`rlhf.teacher.prefix`: messages that the teacher alone reads; see `prefix.py`."""
+    teacher_prefix_column: str | None = None
+    """The column with a row's own, which win over `teacher_prefix`; it is not read as anything else."""
+    teacher_prefix_mode: str = "prepend"
 
 
 class ChatTemplate:
@@ -96,6 +101,11 @@ class ChatTemplate:
     def text(self) -> str:
         return self._template.text
 
+    @property
+    def takes_system(self) -> bool:
+        """Whether a conversation can have a system message."""
+        return self._template.takes_system
+
     def render(self, chat: Chat, *, split: bool = False) -> list[Rendered]:
         """One text, or one for each trained turn where they cannot share it, or with `split`.
 
@@ -115,6 +125,17 @@ class ChatTemplate:
         if self._options.control_tokens == "text":
             rendered = [one.without_marks() for one in rendered]
         return rendered
+
+    def asked(self, chat: Chat, rendered: Rendered) -> Rendered:
+        """What the last answer of a rendered conversation is to follow, as the model is given it at inference.
+
+        The rendering with the answer may have less of it, see `OTHER_PROMPT`.
+        """
+        count = rendered.turns[-1].messages - 1
+        _, chat, reasoning = self._check_rendered(self._without_control_tokens(chat))
+        notes = tuple(note for note in rendered.notes if note != OTHER_PROMPT)
+        prompt = Rendered(self._prompt(_Call(chat, reasoning), count), messages=count, notes=notes)
+        return prompt.without_marks() if self._options.control_tokens == "text" else prompt
 
     def _answered(self, call: _Call, split: bool) -> list[Rendered]:
         wanted = call.chat.trained

@@ -19,11 +19,13 @@ import torch
 
 from kdtrain.data.batch import Batch, Rows, TeacherImages, TeacherTokens
 from kdtrain.data.chat_template import TemplateOptions
+from kdtrain.data.columns import ANSWER_COLUMN, read_answer
 from kdtrain.data.encoded_row import EncodedRow, Limits, tokenised_row, truncate
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.errors import RowError, show
-from kdtrain.data.images import stored_image
+from kdtrain.data.images import of_mean_colour, stored_image
 from kdtrain.data.multimodal import Multimodal, Processed, image_content, multimodal, reads_images, tokenizer_content
+from kdtrain.data.row_key import encoded_row_key
 from kdtrain.data.rows import parse_row
 from kdtrain.data.visual_batch import cut_rows, pad_token_tensors, stack_visual
 from kdtrain.errors import DataError
@@ -71,6 +73,9 @@ class Collator:
             nothing.
         text_column: for raw rows, the column that holds plain text.
         image_root: for raw rows, the folder that relative paths of images are relative to; by default the current one.
+        answers: whether rows have a column `answer`, which the student's samples are checked against.
+        blank_images: whether each image is replaced by one of its size in its mean colour.
+        row_keys: whether batches have the `row_key` of each row, by which a teacher's stored targets are found.
 
     Calling it returns a `Batch`: tokens [B, T] padded on the right, and what is known of the rows. With a processor its
     inputs also have the other tensors that it makes per token ([B, T], zero for rows without images and in the
@@ -90,6 +95,9 @@ class Collator:
     on_overlength: str = "error"
     text_column: str = "text"
     image_root: str | None = None
+    answers: bool = False
+    row_keys: bool = False
+    blank_images: bool = False
 
     def __post_init__(self) -> None:
         Limits(self.max_length, self.on_overlength)  # checks both
@@ -128,10 +136,12 @@ class Collator:
             model_inputs=tokens,
             rows=Rows(
                 ids=[str(row.get("row_id", "")) for row, _ in kept],
+                keys=[encoded_row_key(row) for _, row in fitting] if self.row_keys else (),
                 prompt_lengths=torch.tensor([row.prompt_length for _, row in fitting], dtype=torch.long),
                 ce=torch.tensor([bool(row.get("ce", True)) for row, _ in kept]),
                 truncated=truncated if any(truncated) else (),
                 places=None if places == list(range(given)) else places,
+                answers=[_answer(row) for row, _ in kept] if self.answers else (),
                 **_conversations([row for row, _ in kept]),
             ),
             teacher_tokens=self._teacher_tokens([row for _, row in fitting]),
@@ -185,7 +195,8 @@ class Collator:
 
     def _load(self, row: Mapping[str, Any], encoded: EncodedRow) -> list[Any]:
         with _naming(row):
-            return [image.load() for image in encoded.images]
+            images = [image.load() for image in encoded.images]
+        return [of_mean_colour(image) for image in images] if self.blank_images else images
 
     def has_images(self, row: Mapping[str, Any]) -> bool:
         return self._model is not None and bool(self._encode([row])[0][0].images)
@@ -297,6 +308,12 @@ class Collator:
     def _unsupervised(row: EncodedRow, length: int) -> EncodedRow:
         ids = row.input_ids[:length]
         return replace(row, input_ids=ids, labels=[IGNORE_INDEX] * len(ids), prompt_length=len(ids))
+
+
+def _answer(row: Mapping[str, Any]) -> str | None:
+    """What samples are checked against; rows of an evaluation have no samples, and need none."""
+    with _naming(row):
+        return None if row.get(ANSWER_COLUMN) is None else read_answer(row[ANSWER_COLUMN])
 
 
 def _conversations(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from kdtrain.data.errors import RowError, show
+from kdtrain.data.errors import RowError, show, type_name
 from kdtrain.data.parts import AUDIO_COLUMNS, VIDEO_COLUMNS
 from kdtrain.data.turns import blank
 
@@ -39,7 +39,9 @@ KNOWN_COLUMNS = tuple(dict.fromkeys([*ROW_COLUMNS, *(c for read in READ_WITH.val
 _QUESTION_COLUMNS = ("instruction", "input", "context", "history")
 _OPTIONAL = frozenset((*CONTEXT_COLUMNS, *_QUESTION_COLUMNS, *IMAGE_COLUMNS)) - {"instruction"}
 _ANSWER_COLUMN = {"prompt": "completion", "instruction": "output", "query": "response"}
-_CHECKS = ("answer", "answers", "solution")
+# What a sample of the student is checked against, where the run asks for that.
+ANSWER_COLUMN = "answer"
+_CHECKS = (ANSWER_COLUMN, "answers", "solution")
 _ANSWERS = ("answer", "solution", "completion", "output", "response", "chosen", "label")
 _PREFERENCES = ("label", "kto_tag", "chosen", "rejected", "rejected_response", "rejected_messages")
 # Columns that are not read anywhere and whose names say that they are meant for training: the thoughts behind an
@@ -76,17 +78,23 @@ def row_columns(columns: Mapping[str, str | None] | None) -> set[str]:
     return {mapped[column] for column in ROW_COLUMNS if column in mapped} if mapped else set(ROW_COLUMNS)
 
 
-def parse_json(text: str, columns: Mapping[str, str | None] | None) -> dict[str, Any]:
-    """A raw row's JSON text as columns under their canonical names."""
+def parse_json(text: str, columns: Mapping[str, str | None] | None, apart: str | None = None) -> dict[str, Any]:
+    """A raw row's JSON text as columns under their canonical names.
+
+    apart: a column that keeps its name and is nothing else, whatever it is called: that of the teacher's prefix.
+    """
     try:
         row = json.loads(text, object_pairs_hook=_once)
     except ValueError as error:
         raise RowError(f"invalid JSON: {show(str(error))}") from None
     except RecursionError:
         raise RowError("invalid JSON: nested too deeply") from None
+    if isinstance(row, list) and row and isinstance(row[0], dict) and {"role", "from"} & row[0].keys():
+        raise RowError('a list of messages: write it as an object with a column, {"messages": [...]}')
     if not isinstance(row, dict):
         raise RowError(f"expected a JSON object with columns, found {show(text, 40)}")
-    return _mapped(row, columns) if columns else row
+    own = {apart: row.pop(apart)} if apart in row else {}
+    return {**(_mapped(row, columns) if columns else row), **own}
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -104,7 +112,7 @@ def _mapped(row: dict[str, Any], columns: Mapping[str, str | None]) -> dict[str,
         return {name: value for name, value in row.items() if name not in columns}
     # Columns that are not mapped are not read: one may happen to have a canonical name and mean something else.
     if missing := [name for canonical, name in mapped.items() if name not in row and canonical not in _OPTIONAL]:
-        raise RowError(f"no column {', '.join(show(name, 40) for name in missing)}")
+        raise RowError(f"no column {', '.join(show(name, 40) for name in dict.fromkeys(missing))}")
     settled = {*mapped.values(), *(c for c, name in columns.items() if name is None or name in row)}
     for name in _watched(mapped):
         if name not in settled and not _empty(row.get(name)):
@@ -172,6 +180,24 @@ def _chosen(chosen: Any, kind: str) -> str:
         return ", columns: {messages: chosen} for the chosen answers"
     answer = _ANSWER_COLUMN.get(kind)
     return f", columns: {{{kind}: {kind}, {answer}: chosen}} for the chosen answers" if answer else ""
+
+
+def read_answer(value: Any) -> str:
+    """The text of the column `answer`; a number is as JSON writes it."""
+    if _empty(value):
+        raise RowError(
+            f"no answer in the column {ANSWER_COLUMN}, which rlhf.select_regex compares samples with: name it by "
+            f"columns: {{…, {ANSWER_COLUMN}: its name}}, also where that column has another name there already"
+        )
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RowError(f"{ANSWER_COLUMN} is {type_name(value)}, and has to be text or a number (rlhf.select_regex)")
+    return str(value)
+
+
+def optional_answer(value: Any) -> str | None:
+    """The same, and None for what is no answer that a text can be compared with."""
+    no_answer = _empty(value) or isinstance(value, bool) or not isinstance(value, str | int | float)
+    return None if no_answer else str(value)
 
 
 def _empty(value: Any) -> bool:

@@ -7,11 +7,13 @@ Each row is encoded once, however often it appears in an epoch.
 
 from __future__ import annotations
 
+import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,9 @@ from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.epochs import Epochs, mix
 from kdtrain.data.errors import show
 from kdtrain.data.held_out import HeldOut
+from kdtrain.data.prefix import OPTION as PREFIX
 from kdtrain.data.sources import Source, read_all, unread_of
-from kdtrain.data.teacher_view import NO_EFFECT
+from kdtrain.data.teacher_view import NO_EFFECT, teacher_option
 from kdtrain.errors import DataError
 
 _NO_STOP = "the student will not learn to stop there"
@@ -47,8 +50,13 @@ class BuildReport:
     dropped: int = 0  # left out: too long, or with nothing to train on once truncated
     supervised_tokens: int = 0
     total_tokens: int = 0
+    teacher_tokens: int = 0  # as `total_tokens`, of the texts that the teacher reads
+    tokens_read: int = 0  # of the rows that were kept or dropped, each once and before it was cut
+    tokens_cut: int = 0  # of these, beyond max_length or in dropped rows
+    chat_rows: int = 0  # kept, rendered by the chat template
     prompt_only_rows: int = 0  # kept, without an answer; those that the teacher answers are not among them
     plain_text_rows: int = 0  # kept; nothing can be generated from them
+    promptless_rows: int = 0  # kept, other than plain text: no prompt is left of them, or they had none
     teacher_answer_rows: int = 0  # kept; the teacher writes their answer
     image_rows: int = 0  # kept, with images
     images: int = 0  # of them in all
@@ -56,6 +64,7 @@ class BuildReport:
     stop_tokens_added: int = 0  # rows whose template marks the answer without the token that ends it
     unterminated_rows: int = 0  # with a supervised turn that ends without a stop token
     teacher_text_rows: int = 0  # kept; the teacher reads another text than the student
+    teacher_option: str = ""  # which options say so
     notes: list[str] = field(default_factory=list)
     # The rows of the data set with the smallest, largest, narrowest and most elongated image of each source, and where
     # they come from: tried first, so that an image that does not fit a model does not end the run in its middle.
@@ -80,7 +89,7 @@ class BuildReport:
             (self.image_rows, f"with images ({self.images} in all)"),
             (self.stop_tokens_added, "got the end-of-turn token into the mask, which the template's markers leave out"),
             (self.unterminated_rows, f"end a turn without an end-of-turn token: {_NO_STOP}"),
-            (self.teacher_text_rows, "have another text for the teacher (rlhf.teacher.chat_template_kwargs)"),
+            (self.teacher_text_rows, f"have another text for the teacher ({self.teacher_option})"),
         )
         lines += [f"  {count} rows {what}" for count, what in counts if count]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
@@ -103,6 +112,7 @@ def build_dataset(
     prompts: bool = True,
     image_root: str | None = None,
     keep_chats: bool = False,
+    keep_answers: bool = False,
     **options: Any,
 ) -> tuple[datasets.Dataset, BuildReport]:
     """Reads, mixes and encodes sources, in their order and unshuffled.
@@ -125,6 +135,7 @@ def build_dataset(
             on after its last answer ends there.
         image_root: folder that relative paths of images are relative to; by default that of the data file.
         keep_chats: rows come with their conversation, for a teacher that reads messages.
+        keep_answers: rows come with their column `answer`, which samples are checked against; one without is bad.
         options: see `encode_row`.
 
     Returns:
@@ -137,6 +148,7 @@ def build_dataset(
         `teacher_input_ids`, `teacher_labels` and `teacher_prompt_length` (None in the other rows): its supervised
         tokens are those of `labels`, in their order. With `keep_chats` also `chat`, as of `kdtrain.data.conversation`:
         up to the last answer that the row trains, and None for plain text and for rows cut within their first prompt.
+        With `keep_answers` also `answer`.
 
     Raises:
         DataError: nothing to read, too many bad rows, over-long rows with `error`, no row left, or a tokenizer or
@@ -157,6 +169,7 @@ def build_dataset(
         prompts=prompts,
         image_root=image_root,
         keep_chats=keep_chats,
+        keep_answers=keep_answers,
         **options,
     ) as rows:
         rows.refuse(max_bad_rows)
@@ -175,6 +188,7 @@ class EncodedSources:
     rows: np.ndarray  # numbers of the encoded rows that make up the data set, as often as it repeats them
     report: BuildReport
     keep_chats: bool = False
+    keep_answers: bool = False
 
     @cached_property
     def made_of(self) -> np.ndarray:
@@ -195,7 +209,8 @@ class EncodedSources:
 
     def dataset(self) -> datasets.Dataset:
         """What `build_dataset` returns."""
-        return _assemble(self.encoded, self.raw, self.sources, self.rows, self.report, self.keep_chats)
+        kept = ["chat"] * self.keep_chats + ["answer"] * self.keep_answers
+        return _assemble(self.encoded, self.raw, self.sources, self.rows, self.report, kept)
 
 
 @contextmanager
@@ -219,6 +234,8 @@ def encode_sources(
     if image_root is not None and not Path(image_root).is_dir():
         raise DataError(f"image_root is no folder: {show(image_root, 400)}")
     encoder = RowEncoder(processing_class, train_on, image_root=image_root, **options)
+    column, default = encoder.options.teacher_prefix_column, encoder.options.teacher_prefix is not None
+    sources = [replace(source, prefix_column=column, prefix_default=default) for source in sources]
     limits = Limits(max_length, on_overlength)
     if not sources:
         raise DataError("there is no data source")
@@ -230,6 +247,8 @@ def encode_sources(
         # Raw rows are mapped from a file, which need not outlive this call: the result is in the cache entry alone.
         with tempfile.TemporaryDirectory(prefix="reading-", dir=folder, ignore_cleanup_errors=True) as scratch:
             raw, sizes = read_all(sources, Path(scratch) / "raw.arrow", held_out)
+            if column is not None and (held_out is None or held_out.training):
+                _check_prefix_column(raw, column)
             weights = [source.weight for source in sources]
             plan = mix(sizes, weights, sample_limit, seed)
             varies = new_parts and sample_limit is None and any(weight % 1 for weight in weights)
@@ -240,8 +259,9 @@ def encode_sources(
             encoded = encode_cached(raw, encoder, sources, limits, num_proc, folder)
             report = _count(encoded, raw, sources, limits)
             report.notes += ([moved] if moved else []) + _unread(sources) + _row_notes(encoded, raw)
-            if encoder.options.teacher_chat_template_kwargs and not report.teacher_text_rows:
-                report.notes.append(NO_EFFECT)
+            report.teacher_option = teacher_option(encoder.options)
+            if report.teacher_option and report.rows_kept and not report.teacher_text_rows:
+                report.notes.append(NO_EFFECT.format(option=report.teacher_option))
             kept, made_of = _column(encoded, "status") == "ok", _column(encoded, "raw")
             if varies:
                 rows = np.flatnonzero(kept)
@@ -253,11 +273,24 @@ def encode_sources(
                 rows = epoch = planned[kept[planned]]
             _count_tokens(encoded, epoch, limits, report)
             report.image_extremes = _image_extremes(encoded, raw, rows)
-            yield EncodedSources(raw, encoded, sources, sizes, limits, rows, report, encoder.keep_chats)
+            kept_columns = (encoder.keep_chats, encoder.keep_answers)
+            yield EncodedSources(raw, encoded, sources, sizes, limits, rows, report, *kept_columns)
     except OSError as error:  # sources raise DataError on their own: this is a full or read-only disk
         raise DataError(
             f"cannot write the data cache {show(str(folder), 400)}: {error}. Make room, or set cache_dir"
         ) from error
+
+
+def _check_prefix_column(raw: datasets.Dataset, column: str) -> None:
+    """Refuses a column of the teacher's prefix that no row has: all would get the default. Looked for in the text of
+    the rows, which is not parsed yet."""
+    names = {re.escape(json.dumps(column, ensure_ascii=ascii_only)) for ascii_only in (True, False)}
+    pattern = f"({'|'.join(sorted(names))})\\s*:"
+    if not pc.any(pc.match_substring_regex(raw.data.column("text"), pattern)).as_py():
+        raise DataError(
+            f"no row has the column {show(column)}, which {PREFIX} names: correct its name, or give the messages of "
+            "`default` as the prefix itself"
+        )
 
 
 def _made_of(plan: np.ndarray, made_of: np.ndarray) -> np.ndarray:
@@ -289,16 +322,22 @@ def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[S
     bad, kept = np.flatnonzero(status == "bad"), status == "ok"
     made_of = _column(encoded, "raw")
     by_teacher = np.array([sources[source].answers == "teacher" for source in raw["source"][:]])[made_of]
-    images = images_per_row(encoded)
+    images, kind = images_per_row(encoded), _column(encoded, "kind")
+    is_text, dropped = kind == "text", status == "dropped"
+    beyond = np.where(kept, np.maximum(length - (limits.max_length or length.max()), 0), np.where(dropped, length, 0))
     return BuildReport(
         rows_read=len(raw),
         rows_kept=len(np.unique(made_of[kept])),
         bad_rows=len(bad),
         first_bad=[f"{_place(raw, made_of[i])}: {encoded[int(i)]['problem']}" for i in bad[:3]],
         truncated=int((kept & (length > (limits.max_length or length.max()))).sum()),
-        dropped=int((status == "dropped").sum()),
+        dropped=int(dropped.sum()),
+        tokens_read=int(length[kept | dropped].sum()),
+        tokens_cut=int(beyond.sum()),
+        chat_rows=int((kept & (kind == "chat")).sum()),
         prompt_only_rows=int((_column(encoded, "prompt_only") & ~by_teacher).sum()),
-        plain_text_rows=int((kept & (_column(encoded, "kind") == "text")).sum()),
+        plain_text_rows=int((kept & is_text).sum()),
+        promptless_rows=int((kept & ~is_text & (_column(encoded, "prompt_length") == 0)).sum()),
         teacher_answer_rows=int((kept & by_teacher).sum()),
         image_rows=int((images > 0).sum()),
         images=int(images.sum()),
@@ -322,17 +361,17 @@ def _refuse(
     if report.bad_rows > max_bad_rows:
         listed = "\n  ".join(report.first_bad)
         raise DataError(
-            f"{report.bad_rows} of {len(raw)} rows cannot be used, and max_bad_rows is {max_bad_rows}. The first:\n"
-            f"  {listed}\nRepair them, or raise max_bad_rows to leave them out"
+            f"{report.bad_rows} of {len(raw)} rows cannot be used, and data.max_bad_rows is {max_bad_rows}. The "
+            f"first:\n  {listed}\nRepair them, or raise data.max_bad_rows to leave them out"
         )
     long = np.flatnonzero(_column(encoded, "status") == "long")
     if len(long):
         first = [encoded[int(i)] for i in long[:3]]
         listed = "\n  ".join(f"{_place(raw, row['raw'])}: {row['length']} tokens{row['problem']}" for row in first)
         raise DataError(
-            f"{len(long)} of {len(encoded)} rows are longer than max_length ({limits.max_length} tokens); the longest "
-            f"has {report.longest}. The first:\n  {listed}\nRaise max_length, or set on_overlength to truncate (cuts "
-            "from the right) or drop"
+            f"{len(long)} of {len(encoded)} rows are longer than max_length ({limits.max_length} tokens); the "
+            f"longest has {report.longest}. The first:\n  {listed}\nRaise data.max_length, or set data.on_overlength "
+            "to truncate (cuts from the right) or drop"
         )
     if not report.rows_kept:
         listed = "".join(f"\n  {bad}" for bad in report.first_bad)
@@ -364,6 +403,8 @@ def _count_tokens(encoded: datasets.Dataset, epoch: np.ndarray, limits: Limits, 
     report.rows_per_epoch = len(epoch)
     report.supervised_tokens = int(_column(encoded, "supervised")[epoch].sum())
     report.total_tokens = int(lengths[epoch].sum())
+    of_teacher = pc.fill_null(pc.list_value_length(encoded.data.column("teacher_input_ids")), 0)
+    report.teacher_tokens = int(np.where(np.asarray(of_teacher) > 0, of_teacher, lengths)[epoch].sum())
 
 
 def _row_ids(made_of: list[int], origin: list[int], numbers: list[int]) -> list[str]:
@@ -402,7 +443,7 @@ def _assemble(
     sources: Sequence[Source],
     rows: np.ndarray,
     report: BuildReport,
-    keep_chats: bool,
+    kept: list[str],
 ) -> datasets.Dataset:
     made_of = encoded["raw"][:]
     sources_of = raw["source"][:]
@@ -416,5 +457,4 @@ def _assemble(
     columns += ["text", "images"] if report.images else []
     columns += [f"teacher_{name}" for name in ("input_ids", "labels", "prompt_length")] * bool(report.teacher_text_rows)
     columns += ["answers"] if any(source.answers == "teacher" for source in sources) else []
-    columns += ["chat"] * keep_chats
-    return full.select_columns(columns)
+    return full.select_columns([*columns, *kept])

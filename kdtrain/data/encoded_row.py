@@ -40,6 +40,7 @@ class EncodedRow:
     images: tuple[Image, ...] = ()
     notes: tuple[str, ...] = ()  # what the row says and is not used, or where it differs from inference
     sizes: tuple[int, ...] = ()  # width and height of each image in pixels, one behind the other
+    answer: str | None = None  # what an answer is checked against, where it is kept
     images_end: int = 0  # leading tokens that must stay, or the model would miss a part of an image
     processed: Processed | None = field(default=None, repr=False, compare=False)  # where `RowEncoder` keeps pixels
     teacher: EncodedRow | None = None  # the row as the teacher reads it, where that is other text; labels are the same

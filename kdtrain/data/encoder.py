@@ -24,32 +24,39 @@ from kdtrain.data.chat_template import (
     Rendered,
     TemplateOptions,
 )
+from kdtrain.data.columns import ANSWER_COLUMN, optional_answer, read_answer
 from kdtrain.data.conversation import chat_text, pair_text
 from kdtrain.data.encoded_row import EncodedRow
 from kdtrain.data.errors import RowError, show
 from kdtrain.data.media import parse_media_row
 from kdtrain.data.multimodal import multimodal
 from kdtrain.data.parts import count_images, texts_of
-from kdtrain.data.row_notes import APART, SPLIT, STRADDLED
+from kdtrain.data.prefix import PREFIX_MODES, PrefixedChat, refuse_text, row_prefix, with_prefix
+from kdtrain.data.row_notes import APART, OTHER_PROMPT, SPLIT, STRADDLED
 from kdtrain.data.rows import Chat, Pair, PlainText, answered, prompt_of
 from kdtrain.data.teacher_view import (
-    OPTION,
-    OTHER_ANSWERS,
     TeacherText,
-    as_teacher_reads,
+    rendered_twice,
     teacher_notes,
+    teacher_option,
     teacher_options,
-    teacher_text,
     with_teacher,
 )
 from kdtrain.data.tokens import Tokens, tokenize, tokenize_apart
+from kdtrain.data.turns import Message
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
 
 # Characters of rendered text that are tokenised together.
 _AT_ONCE = 2**21
 TRAIN_ON = ("assistant", "last", "all")
-_CHOICES = {"train_on": TRAIN_ON, "turns": TURNS, "reasoning": REASONING, "control_tokens": CONTROL_TOKENS}
+_CHOICES = {
+    "train_on": TRAIN_ON,
+    "turns": TURNS,
+    "reasoning": REASONING,
+    "control_tokens": CONTROL_TOKENS,
+    "teacher_prefix_mode": PREFIX_MODES,
+}
 
 
 def encode_row(
@@ -94,6 +101,7 @@ class _Text:
     chat: Chat
     rendered: Rendered
     teacher: TeacherText | None
+    prefixed: PrefixedChat | None
 
 
 class RowEncoder:
@@ -103,6 +111,9 @@ class RowEncoder:
     `keep_pixels`: rows with images come with what the processor made of them. Not for a data set: it fills the memory.
     `prompts`: rows without an answer can be used, see `kdtrain.data.rows.answered`.
     `keep_chats`: rows come with their conversation, see conversation.py.
+    `generated`: other answers take the place of the rows' own, so that what counts is the prompt: it is that at
+        inference, and the row's answer is left out where the template writes another one in front of it.
+    `keep_answers`: rows come with their column `answer`, and need one unless there are `optional_answers`.
     """
 
     def __init__(
@@ -115,6 +126,9 @@ class RowEncoder:
         keep_pixels: bool = False,
         prompts: bool = True,
         keep_chats: bool = False,
+        generated: bool = False,
+        keep_answers: bool = False,
+        optional_answers: bool = False,
         **options: Any,
     ) -> None:
         self.options = TemplateOptions(train_on, **options)
@@ -134,6 +148,8 @@ class RowEncoder:
         self._keep_pixels = keep_pixels
         self.prompts = prompts
         self.keep_chats = keep_chats
+        self.generated = generated
+        self.keep_answers, self.optional_answers = keep_answers, optional_answers
         self._templates: dict[tuple[bool, bool], ChatTemplate] = {}
         self._bos: list[int] = []
         self._settings = ""
@@ -171,18 +187,25 @@ class RowEncoder:
         """
         self._follow_tokenizer()
         results: list[list[EncodedRow] | RowError] = [[] for _ in rows]
+        answers: list[str | None] = [None] * len(rows)
         chats: list[_Text] = []
         characters = 0
         for i, row in enumerate(rows):
             try:
+                row, prefix = self._prefix(row)
+                row, answers[i] = self._answer(row)
                 parsed = self._parse(row, folders[i], bool(teacher_answers and teacher_answers[i]))
+                if prefix is not None and not isinstance(parsed, Chat):
+                    refuse_text(parsed)
                 if isinstance(parsed, PlainText):
                     results[i] = [self._verified(self._encode_text(parsed), parsed.notes)]
                 elif isinstance(parsed, Pair):
                     encoded = self._verified(self._encode_pair(parsed), parsed.notes)
                     results[i] = [self._with_chat(encoded, pair_text, parsed)]
                 else:
-                    texts = [_Text(i, parsed, *rendered) for rendered in self._render(parsed)]
+                    prefixed = None if prefix is None else with_prefix(parsed, prefix, self.options.teacher_prefix_mode)
+                    rendered = self._render(parsed, prefixed)
+                    texts = [_Text(i, parsed, own, teacher, prefixed) for own, teacher in rendered]
                     chats += texts
                     characters += sum(len(text.rendered.text) for text in texts)
             except RowError as error:
@@ -193,7 +216,29 @@ class RowEncoder:
                 self._encode_chats(chats, results)
                 chats, characters = [], 0
         self._encode_chats(chats, results)
+        if self.keep_answers:
+            return [
+                found if isinstance(found, RowError) else [replace(one, answer=answer) for one in found]
+                for found, answer in zip(results, answers, strict=True)
+            ]
         return results
+
+    def _answer(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
+        """The row without the column that samples are checked against, and what it says."""
+        if not self.keep_answers:
+            return row, None
+        if self.optional_answers:
+            return row, optional_answer(row.get(ANSWER_COLUMN))
+        rest = {name: value for name, value in row.items() if name != ANSWER_COLUMN}
+        return rest, read_answer(row.get(ANSWER_COLUMN))
+
+    def _prefix(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sequence[Message] | None]:
+        """The row without the column of its prefix, and the messages that the teacher alone reads in front of it."""
+        column, default = self.options.teacher_prefix_column, self.options.teacher_prefix
+        if column is None:
+            return row, default
+        rest = {name: value for name, value in row.items() if name != column}
+        return rest, row_prefix(row.get(column), column, default)
 
     def _parse(self, row: Mapping[str, Any], folder: str | None, teacher_answers: bool) -> Chat | Pair | PlainText:
         parsed = parse_media_row(row, self.image_root or folder, self.multimodal is not None)
@@ -220,37 +265,29 @@ class RowEncoder:
                 encoded = self._verified(encoded, (*one.chat.notes, *one.rendered.notes))
                 if one.teacher and teacher_tokens:
                     encoded = self._add_teacher(encoded, one.teacher, teacher_tokens)
-                found.append(self._with_chat(encoded, chat_text, one.chat, one.rendered.messages, self.options))
+                about = (one.chat, one.rendered.messages, self.options, one.prefixed)
+                found.append(self._with_chat(encoded, chat_text, *about))
             except RowError as error:
                 results[one.row] = error
 
     def _with_chat(self, row: EncodedRow, text: Callable[..., str], *arguments: Any) -> EncodedRow:
         return replace(row, chat=text(*arguments)) if self.keep_chats else row
 
-    def _render(self, chat: Chat) -> list[tuple[Rendered, TeacherText | None]]:
+    def _render(self, chat: Chat, prefixed: PrefixedChat | None = None) -> list[tuple[Rendered, TeacherText | None]]:
         """The texts that a conversation becomes, each with the teacher's where that is another."""
         template = self._template_for(chat)
-        own, kwargs = template.render(chat), self.options.teacher_chat_template_kwargs
-        if not kwargs:
-            return [(one, None) for one in own]
-        of_teacher, read = self.template(chat.tools is not None, teacher=True), as_teacher_reads(chat, kwargs)
-        try:
-            others = of_teacher.render(read)
-            if len(others) < len(own):
-                others = of_teacher.render(read, split=True)
-        except RowError as error:
-            raise RowError(f"for the teacher ({OPTION}): {error}") from error
-        if len(own) < len(others):
-            own = template.render(chat, split=True)
-        if [one.messages for one in own] != [other.messages for other in others]:
-            raise RowError(OTHER_ANSWERS)
-        pairs = zip(own, others, strict=True)
-        return [(one, teacher_text(chat, one, other, self.options.train_on)) for one, other in pairs]
+        if not teacher_option(self.options):
+            rendered = template.render(chat)
+            if self.generated:
+                rendered = [template.asked(chat, one) if OTHER_PROMPT in one.notes else one for one in rendered]
+            return [(one, None) for one in rendered]
+        of_teacher = self.template(chat.tools is not None, teacher=True)
+        return rendered_twice(chat, prefixed, template, of_teacher, self.options, generated=self.generated)
 
     def _add_teacher(self, row: EncodedRow, other: TeacherText, tokens: Tokens) -> EncodedRow:
         teacher = self._mask(other.rendered, tokens, edges=other.edges)
         notes = teacher_notes(row.notes, (*other.rendered.notes, *teacher.notes))
-        row = with_teacher(row, teacher)
+        row = with_teacher(row, teacher, teacher_option(self.options))
         return replace(row, notes=(*row.notes, *notes)) if notes else row
 
     def _template_for(self, chat: Chat) -> ChatTemplate:

@@ -24,6 +24,11 @@ def show(value: object, limit: int = 160) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def said(error: BaseException, limit: int = 400) -> str:
+    """What another program's error says, on one line without its last full stop; its type where it says nothing."""
+    return show(" ".join(str(error).split()) or type(error).__name__, limit).rstrip(".")
+
+
 def type_name(value: object) -> str:
     """The type of a value, in the words of someone who writes JSON."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", dict: "a mapping"}

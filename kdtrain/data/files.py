@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdtrain.data.errors import show
+from kdtrain.data.errors import said, show
 from kdtrain.errors import DataError
 
 JSON = (".json", ".jsonl", ".ndjson")
@@ -58,13 +58,22 @@ class RawRow:
 
 
 def cannot_read(name: str, error: Exception, most: int = 160) -> DataError:
-    return DataError(f"cannot read {show(name, 400)}: {show(str(error) or type(error).__name__, most)}")
+    return DataError(f"cannot read {show(name, 400)}: {said(error, most)}")
 
 
 def kind_of(path: Path) -> str:
     """The ending that says the format: the last, or the one before it of what is packed."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return next((suffix for suffix in reversed(suffixes) if suffix not in PACKED), "")
+
+
+def check_ending(path: Path) -> None:
+    """Refuse a file whose name says that nothing here reads it."""
+    kind, name = kind_of(path), show(str(path), 400)
+    if kind in UNSAFE:
+        raise DataError(f"{name}: {kind} files can run code when they are read and are refused. Use {FORMATS}")
+    if kind not in SUFFIXES:
+        raise DataError(f"{name}: unknown format {kind or '(no suffix)'}. Use {FORMATS}")
 
 
 def first_bytes(path: Path, opened: Callable[[Path], Any] | None = None) -> bytes:

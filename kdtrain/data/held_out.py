@@ -30,10 +30,15 @@ class HeldOut:
     share: float
     training: bool  # the rows that are left to train on, or those held out
 
-    def has(self, raw: RawRow, columns: Mapping[str, str | None] | None, answers: str) -> bool:
-        """Whether this side has the row. What cannot be read is left to the training side, so that it counts once."""
+    def has(
+        self, raw: RawRow, columns: Mapping[str, str | None] | None, answers: str, prefix_column: str | None = None
+    ) -> bool:
+        """Whether this side has the row. What cannot be read is left to the training side, so that it counts once.
+
+        What the teacher alone reads (`prefix_column`) does not count: for the student such rows are equal.
+        """
         try:
-            content = _content(raw, columns, answers)
+            content = _content(raw, columns, answers, prefix_column)
         except RowError:
             return self.training
         number = int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big")
@@ -48,10 +53,11 @@ class HeldOut:
         )
 
 
-def _content(raw: RawRow, columns: Mapping[str, str | None] | None, answers: str) -> str:
+def _content(raw: RawRow, columns: Mapping[str, str | None] | None, answers: str, prefix_column: str | None) -> str:
     if raw.problem:
         raise RowError(raw.problem)
-    row = parse_json(raw.text, columns)
+    row = parse_json(raw.text, columns, prefix_column)
+    row.pop(prefix_column, None)  # type: ignore[arg-type]
     read = KNOWN_COLUMNS if answers != "teacher" else IMAGE_COLUMNS
     said: dict[str, Any] = {column: row[column] for column in read if not blank(row.get(column))}
     said |= images_by_name(row)

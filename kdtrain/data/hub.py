@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 
-from kdtrain.data.errors import show, suggestion
+from kdtrain.data.errors import said, show, suggestion
 from kdtrain.data.files import PACKED, SUFFIXES, UNSAFE
 from kdtrain.errors import DataError
 
@@ -27,7 +27,7 @@ def load_from_hub(name: str, config: str | None, split: str) -> Any:
         once = datasets.DownloadConfig(max_retries=1)
         return datasets.load_dataset(name, config, split=split, download_config=once)
     except Exception as error:
-        reason = show(str(error) or type(error).__name__, 400)
+        reason = said(error)
         raise DataError(
             f"cannot load the data set {show(name)} from the hub: {reason}. If it should be a local file or folder, "
             f"give its path, ./{show(name)}. Without a network, put it into the cache first and set HF_HUB_OFFLINE=1; "

@@ -94,6 +94,14 @@ class Image:
             raise ImageError(f"the image {name} cannot be read: {reason}") from None
 
 
+def of_mean_colour(image: Any) -> Any:
+    """A PIL image in RGB of the same size, all of it in the mean colour of another one."""
+    from PIL import ImageStat
+
+    colour = tuple(round(value) for value in ImageStat.Stat(image).mean)
+    return _pil()[0].new("RGB", image.size, colour)
+
+
 def stored_image(record: Mapping[str, Any]) -> Image:
     """The image of an `Image.record`."""
     return Image(record.get("path"), record.get("bytes"))

@@ -21,7 +21,7 @@ from transformers import ProcessorMixin
 
 from kdtrain.data.alignment import Alignment
 from kdtrain.data.chat_template import Rendered
-from kdtrain.data.errors import RowError, show
+from kdtrain.data.errors import RowError, said, show
 from kdtrain.data.images import Image, ImageError
 from kdtrain.errors import DataError
 
@@ -98,9 +98,7 @@ class Multimodal:
             if missing := missing_setting(processor):
                 name = type(processor).__name__
                 raise DataError(f"{name} has no {missing}, without which it cannot count an image's tokens") from error
-            raise ImageError(
-                f"{type(self.processor).__name__} refuses the row: {show(str(error) or type(error).__name__, 400)}"
-            ) from error
+            raise ImageError(f"{type(self.processor).__name__} refuses the row: {said(error)}") from error
         if odd := [name for name, value in out.items() if not isinstance(value, torch.Tensor) or not value.dim()]:
             raise DataError(f"{type(self.processor).__name__} returns no tensor of rows or images for {', '.join(odd)}")
         ids = out["input_ids"][0].tolist()

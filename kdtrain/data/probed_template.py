@@ -14,7 +14,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, rend
 from trl.chat_template_utils import has_generation_markers
 
 from kdtrain.data.control_tokens import ControlTokens
-from kdtrain.data.errors import RowError, show
+from kdtrain.data.errors import RowError, said, show
 from kdtrain.data.messages import Message, with_text_arguments
 from kdtrain.errors import DataError
 
@@ -25,6 +25,7 @@ RESERVED_KWARGS = frozenset(
 # What a template is probed with: words that no template says by itself.
 _USER, _ANSWER, _NEXT = "kdprobeuser", "kdprobeanswer", "kdprobenext"
 _QUESTION = [{"role": "user", "content": _USER}]
+_SYSTEM = "kdprobesystem"
 _CALLED = "kdprobecalled"
 _CALL = {
     "role": "assistant",
@@ -138,7 +139,7 @@ class ProbedTemplate:
             )
         # Templates are programs: besides their own raise_exception they trip over missing keys and wrong types.
         except _FAILURES as error:
-            raise RowError(f"the chat template refuses the conversation: {show(str(error))}") from error
+            raise RowError(f"the chat template refuses the conversation: {said(error)}") from error
         return texts[0], indices[0]
 
     # ---- probes ------------------------------------------------------------------------------------------------------
@@ -151,6 +152,14 @@ class ProbedTemplate:
         self._as_parts = as_parts
         try:
             return _USER in self._probe_text(_QUESTION)
+        except RowError:
+            return False
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether it writes a system message; Gemma's first templates refuse one."""
+        try:
+            return _SYSTEM in self._probe_text([{"role": "system", "content": _SYSTEM}, *_QUESTION])
         except RowError:
             return False
 

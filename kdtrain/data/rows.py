@@ -285,6 +285,7 @@ def _check(chat: Chat) -> None:
 
 _ALL_OFF = "no turn is trained on: every answer says that it is not (weight, loss, loss_mask, train or trainable)"
 _NO_ANSWER = (
-    "there is no answer: give one, or let the teacher write it (answers: teacher in its source). Prompts alone are "
-    "enough only where all training is on generated answers (rlhf.lmbda: 1 or rlhf.seq_kd: true)"
+    "there is no answer: give one, or let the teacher write it (data.train: {path: …, answers: teacher}). Prompts "
+    "alone are enough only in data.train, and where all training is on generated answers (rlhf.lmbda: 1 or "
+    "rlhf.seq_kd: true)"
 )

@@ -59,6 +59,22 @@ def merged(parts: Sequence[Segment]) -> list[Segment]:
     ]
 
 
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token; the texts make up the decoded whole, special tokens included.
+
+    A character whose bytes several tokens share belongs to the last of them, and the text of the others is empty. Each
+    token is decoded behind the few before it, since SentencePiece drops the space in front of the first one.
+    """
+    texts, start, end = [], 0, 0  # ids[start:end] is the context of what comes next, written already
+    for i in range(len(ids)):
+        before, now = _decode(tokenizer, ids[start:end]), _decode(tokenizer, ids[start : i + 1])
+        unfinished = now.endswith("\ufffd") and i + 1 < len(ids)
+        texts.append("" if unfinished else now[len(before) :])
+        if not unfinished:
+            start, end = end, i + 1
+    return texts
+
+
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
     text: str = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text

@@ -7,7 +7,7 @@ What the first axis counts is the family's choice: images (LLaVA, Gemma3), crops
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,11 @@ import torch
 from kdtrain.data.batch import Batch, Rows, TeacherImages
 from kdtrain.data.multimodal import Multimodal, Processed
 from kdtrain.errors import DataError
+
+
+class CannotShareError(DataError):
+    """Rows that cannot be in one batch."""
+
 
 # Tensors that say which pixels are real: with one of them, images of different sizes can be padded with zeros.
 _SIZES = ("pixel_attention_mask", "image_sizes")
@@ -68,7 +73,7 @@ def _check_padding(name: str, part: torch.Tensor, shape: list[int], names: set[s
     crops = part.dim() >= 5 or name == "pixel_attention_mask"
     pixels = part.dim() >= 3 and bool(names & set(_SIZES))
     if any(not (crops and axis == 1) and not (pixels and axis >= part.dim() - 2) for axis in differing):
-        raise DataError(
+        raise CannotShareError(
             f"images of two rows have {name} of the shapes {tuple(part.shape)} and (…, {', '.join(map(str, shape))}), "
             "which cannot share a batch: let the image processor bring all images to one size, or use "
             "per_device_train_batch_size: 1"
@@ -79,7 +84,8 @@ def _padded(part: torch.Tensor, shape: list[int]) -> torch.Tensor:
     if list(part.shape[1:]) == shape:
         return part
     padded = part.new_zeros(len(part), *shape)
-    padded[tuple(slice(size) for size in part.shape)] = part
+    if len(part):
+        padded[tuple(slice(size) for size in part.shape)] = part
     return padded
 
 
@@ -147,8 +153,72 @@ def _cut_visual(
     inputs: Mapping[str, torch.Tensor], owned: Mapping[str, Sequence[int]], kept: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, Sequence[int]]]:
     visual = {name: inputs[name][: sum(sizes[:kept])] for name, sizes in owned.items()}
-    marks = next((visual[name] for name in owned if name in _ZERO_MEANS_NO_IMAGE), None)
-    none_owned = any(0 in sizes and not sum(sizes[:kept]) for sizes in owned.values())
-    if none_owned or (marks is not None and not marks.any()):  # the rows that are left have no image
-        return {}, {}
-    return visual, {name: sizes[:kept] for name, sizes in owned.items()}
+    sizes = {name: sizes[:kept] for name, sizes in owned.items()}
+    return (visual, sizes) if images_left(visual, sizes) else ({}, {})
+
+
+def images_left(visual: Mapping[str, torch.Tensor], sizes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether any of the rows that own these tensors has an image."""
+    marks = next((visual[name] for name in sizes if name in _ZERO_MEANS_NO_IMAGE), None)
+    none_owned = any(not sum(owned) for owned in sizes.values())
+    return bool(sizes) and not none_owned and (marks is None or bool(marks.any()))
+
+
+@dataclass(frozen=True)
+class Owned:
+    """The visual tensors of a batch of `count` rows, and how many entries of each its rows own."""
+
+    tensors: Mapping[str, torch.Tensor]
+    sizes: Mapping[str, Sequence[int]]
+    count: int
+
+    def by_row(self, name: str) -> list[torch.Tensor | None]:
+        """Each row's part of a tensor; None where the batch has no such tensor."""
+        if name not in self.sizes:
+            return [None] * self.count
+        return list(self.tensors[name].split(list(self.sizes[name])))
+
+
+def join_visual(
+    batches: Sequence[Owned], order: Sequence[int]
+) -> tuple[dict[str, torch.Tensor], dict[str, Sequence[int]]]:
+    """The visual tensors of some rows of several batches, by their numbers in all of these together.
+
+    Raises:
+        CannotShareError: their images cannot share a batch.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    sizes: dict[str, Sequence[int]] = {}
+    names = list(dict.fromkeys(name for batch in batches for name in batch.sizes))
+    for name in names:
+        parts = [part for batch in batches for part in batch.by_row(name)]
+        like = next(part for part in parts if part is not None)
+        chosen = [parts[row] for row in order]
+        real = [part for part in chosen if part is not None and len(part)] or [like[:0]]
+        shape = [max(axis) for axis in zip(*(part.shape[1:] for part in real), strict=True)]
+        for part in real:
+            _check_padding(name, part, shape, set(names))
+        # Of a batch without images it is not known what its rows would own.
+        none = any(part is None for part in chosen)
+        missing = like.new_zeros(_entries_without_image(name, batches) if none else 0, *shape)
+        entries = [missing if part is None else _padded(part, shape) for part in chosen]
+        tensors[name], sizes[name] = torch.cat(entries), [len(entry) for entry in entries]
+    return tensors, sizes
+
+
+def _entries_without_image(name: str, batches: Sequence[Owned]) -> int:
+    """What a row of a batch without images owns of a tensor that others have: an entry of zeros, or nothing.
+
+    As for a processor (see `Multimodal.by_row`), which is not here: found from the tensors.
+    """
+    owned = [entries for batch in batches for entries in batch.sizes.get(name, ())]
+    if set(owned) != {1} or name == "image_sizes":  # where rows are counted, each has one
+        return 0
+    of = {key: batch.tensors[key].dim() for batch in batches for key in batch.sizes}
+    if name == "batch_num_images" or of.get("pixel_attention_mask", 0) >= 4:  # [rows, images, height, width]
+        return 1
+    if of.get("pixel_values", 0) >= 5 and "image_sizes" not in of:
+        raise CannotShareError(
+            f"rows with and without images cannot share a batch: it is not known whether {name} counts images or rows"
+        )
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,15 @@ def first_batch_with_images(dataset: Any, collator: Any, tries: int = 32) -> Bat
     """A batch of the first row with images; None if there is none. The collator may be a user's own."""
     batches = (received(collator([row]), None) for row in _candidates(dataset, tries))
     return next((batch for batch in batches if batch.has_images), None)
+
+
+def few_with_images(dataset: Any, collator: Any, count: int, tries: int = 32) -> Batch | None:
+    """A batch of a few of the first rows with images and supervised tokens; None if there is none."""
+    if not isinstance(collator, Collator):
+        return first_batch_with_images(dataset, collator, tries)
+    rows = itertools.islice((row for row in _candidates(dataset, tries) if collator.has_images(row)), count)
+    chosen = list(rows)
+    return received(collator(chosen), None) if chosen else None
 
 
 def first_row_with_images(dataset: Any, collator: Collator, tries: int = 32) -> Any | None:

@@ -23,6 +23,8 @@ from accelerate.utils import gather_object
 
 from kdtrain.data.errors import RowError
 from kdtrain.data.images import stored_image
+from kdtrain.errors import DataError
+from kdtrain.generation.message_answers import MessageEncoder
 from kdtrain.generation.writers import Writer, prompt_ids
 from kdtrain.losses.reduce import IGNORE_INDEX
 from kdtrain.ranks import is_main
@@ -53,6 +55,7 @@ class TeacherAnswers:
         folder: where answers are kept; made when the first one is.
         identity: whatever names the teacher and its loading; other values are other answers.
         progress: called with the number of answers there are, and how many are needed; on the main process only.
+        rows_folder: for the rows with their answers, which are files as well; None is beside the answers.
     """
 
     def __init__(
@@ -62,14 +65,21 @@ class TeacherAnswers:
         *,
         identity: Mapping[str, Any],
         progress: Callable[[int, int], None] = lambda done, total: None,
+        rows_folder: Path | None = None,
     ) -> None:
         self._writer, self._progress, self._state = writer, progress, PartialState()
         settings = {**identity, **writer.settings}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
         self._folder = folder / digest[:16]
+        self._rows_folder = rows_folder or self._folder
+
+    @property
+    def name(self) -> str:
+        """Of the folder, in `folder`, that these answers are kept in: a hash of all that they depend on."""
+        return self._folder.name
 
     def fill(self, dataset: datasets.Dataset) -> datasets.Dataset:
-        """The data set with an answer in every row whose column `answers` is true, supervised as in `generate_batch`.
+        """The data set with an answer in every row whose column `answers` is true, supervised as in `with_completions`.
 
         A collective: the ranks share the work, and all of them get all answers. A row without a usable answer keeps
         its prompt alone; `refused` has what became of it.
@@ -172,11 +182,54 @@ class TeacherAnswers:
             with_indices=True,
             remove_columns=lengths,
             features=datasets.Features({name: dataset.features[name] for name in names}),
-            cache_file_name=str(self._folder / f"rows-{len(dataset)}-rank{self._state.process_index}.arrow"),
+            cache_file_name=str(self._rows_folder / f"rows-{len(dataset)}-rank{self._state.process_index}.arrow"),
             load_from_cache_file=False,
             desc="Answers",
         )
         return datasets.concatenate_datasets([dataset.remove_columns(names), tokens], axis=1)
+
+
+class StoredAnswers(TeacherAnswers):
+    """Answers that a teacher has written before, which is not there any more.
+
+    Args:
+        folder: that they are kept in.
+        rows_folder: as of `TeacherAnswers`.
+    """
+
+    def __init__(self, folder: Path, rows_folder: Path) -> None:
+        super().__init__(_Nobody(), folder.parent, identity={}, rows_folder=rows_folder)
+        self._folder = folder
+
+    def _generate(
+        self, dataset: datasets.Dataset, keys: Sequence[str | None], missing: Sequence[int], total: int
+    ) -> list[tuple[str, Answer]]:
+        """None; all ranks see the same ones missing.
+
+        Raises:
+            DataError: some are missing.
+        """
+        if missing:
+            raise DataError(
+                f"{len(missing):,} of {total:,} rows with answers: teacher have no answer in {self._folder.parent} "
+                f"(the first: {dataset[missing[0]]['row_id']}): their prompts were added or changed since. Write "
+                "answers and targets of the rows as they are into a new folder."
+            )
+        return []
+
+
+class _Nobody:
+    """Writes no answers."""
+
+    settings: Mapping[str, Any] = {}
+    stops: frozenset[int] = frozenset()
+    encoder: MessageEncoder | None = None
+
+    def announce(self, dataset: datasets.Dataset, rows: Sequence[int]) -> None:
+        """Nothing is asked for."""
+
+    def write(self, dataset: datasets.Dataset, rows: Sequence[int], keys: Sequence[str | None], done: Any) -> None:
+        raise NotImplementedError("StoredAnswers refuses before")
 
 
 def _line(key: str, written: Written) -> bytes:

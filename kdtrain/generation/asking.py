@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from kdtrain.data.batch import Batch
 from kdtrain.errors import PreflightError, TeacherError
-from kdtrain.generation.generate import prompts_of, with_completions
-from kdtrain.generation.sampling import stable_seed
+from kdtrain.generation.generate import prompts_of, row_seeds, with_completions
 from kdtrain.teachers.base import Prompt, Sampling, Teacher, Written
 
 
@@ -26,21 +25,19 @@ def answered_by(
         TeacherError: no usable answer.
     """
     new = [batch for batch in batches if not batch.all_repeated]
-    asked = [prompt for batch in new for prompt in _prompts(batch, seed)]
+    asked = [prompt for pair in zip(new, row_seeds(new, seed), strict=True) for prompt in _prompts(*pair)]
     answers = iter(teacher.write(asked, sampling) if asked else ())
     return [batch if batch.all_repeated else _answered(batch, answers, pad_id, multiple) for batch in batches]
 
 
-def _prompts(batch: Batch, seed: str) -> list[Prompt]:
+def _prompts(batch: Batch, seeds: Sequence[int]) -> list[Prompt]:
     if batch.has_images:
         raise PreflightError(
             "seq_kd: a batch has images, and a served teacher is asked for answers to tokens alone. Use "
             "rlhf.teacher.backend: hf, data without images, or rlhf.seq_kd: false."
         )
-    names = batch.rows.ids or [""] * len(batch)
-    prompts = zip(prompts_of(batch.as_teacher_sees_it()), names, strict=True)
-    # Rows without a name go by what they ask.
-    return [Prompt(ids, stable_seed(f"{seed}:{name or ids}")) for ids, name in prompts]
+    prompts = prompts_of(batch.as_teacher_sees_it())
+    return [Prompt(ids, one) for ids, one in zip(prompts, seeds, strict=True)]
 
 
 def _answered(batch: Batch, answers: Iterator[Written], pad_id: int, multiple: int | None) -> Batch:
@@ -48,4 +45,5 @@ def _answered(batch: Batch, answers: Iterator[Written], pad_id: int, multiple: i
     for row, one in enumerate(written):
         if one.refused is not None:
             raise TeacherError(f"The teacher has no answer to row {batch.rows.name(row)}: {one.refused}.")
-    return replace(with_completions(batch, [one.ids for one in written], pad_id, multiple), generated_by="teacher")
+    ids, cut = [one.ids for one in written], [one.cut for one in written]
+    return replace(with_completions(batch, ids, pad_id, multiple, cut=cut), generated_by="teacher")

@@ -42,7 +42,7 @@ class MessageEncoder:
         Raises:
             RowError: an answer that would make a row of the data bad.
         """
-        chat = json.loads(row["chat"])
+        chat = json.loads(row["chat"])  # its prefix is the teacher's alone, and no column of a row
         kwargs = {k: v for k, v in chat["chat_template_kwargs"].items() if k not in self._teacher_kwargs}
         asked = {**chat, "messages": [*chat["messages"], message], "chat_template_kwargs": kwargs}
         if row.get("images"):

@@ -12,6 +12,7 @@ import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 
 from kdtrain.errors import PreflightError
 from kdtrain.generation.call import call_generate, is_sharded, seeded
+from kdtrain.generation.loop import Decoding
 from kdtrain.generation.sampling import generation_config
 from kdtrain.models.probe import as_preflight_error, few_tokens, name_of
 from kdtrain.ranks import is_main
@@ -50,7 +52,19 @@ def answered_together(
 
 
 Share = Literal["all", "equally long", "none"]
-_SHARES: weakref.WeakKeyDictionary[nn.Module, Share] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What has been seen of a model's rows in one batch."""
+
+    share: Share
+    """Which prompts it answers beside others as it does alone."""
+    may_leave: bool
+    """Whether the others are answered as before when one has left the batch."""
+
+
+_SEEN: weakref.WeakKeyDictionary[nn.Module, Sharing] = weakref.WeakKeyDictionary()
 
 
 def who_shares_a_batch(model: nn.Module, device: torch.device) -> Share:
@@ -58,62 +72,90 @@ def who_shares_a_batch(model: nn.Module, device: torch.device) -> Share:
 
     A model in pieces is tried by all ranks together.
     """
-    if model not in _SHARES:
-        difference = _difference_beside(model, device, longer=True)
-        if difference == 0.0:
-            _SHARES[model] = "all"
-            return "all"
-        equal = _difference_beside(model, device, longer=False) == 0.0
-        _SHARES[model] = "equally long" if equal else "none"
-        if is_main():
+    return _sharing(model, device).share
+
+
+def rows_may_leave(model: nn.Module, device: torch.device) -> bool:
+    """Whether a row that has stopped can be taken out of a batch that the others are still written in."""
+    return _sharing(model, device).may_leave
+
+
+def _sharing(model: nn.Module, device: torch.device) -> Sharing:
+    if model not in _SEEN:
+        _SEEN[model] = seen = _tried(model, device)
+        if seen.share != "all" and is_main():
             logger.warning(
-                "%s does not honour padding on the left of a prompt (what it writes moves by %.2g): %s, which takes "
-                "longer.",
+                "%s does not honour padding on the left of a prompt: %s, which takes longer.",
                 name_of(model),
-                difference,
-                "only prompts of equal length are generated together" if equal else "prompts are generated one by one",
+                "only prompts of equal length are generated together"
+                if seen.share == "equally long"
+                else "prompts are generated one by one",
             )
-    return _SHARES[model]
+    return _SEEN[model]
 
 
-def _difference_beside(model: Any, device: torch.device, longer: bool) -> float:
-    """How far a prompt beside it moves what is written behind another, relative to its size; 0 if it is rounding.
+def _tried(model: nn.Module, device: torch.device) -> Sharing:
+    shares: tuple[tuple[Share, bool], ...] = (("all", True), ("equally long", False))
+    for share, longer in shares:
+        for leaves in (True, False):
+            if _is_the_same_beside(model, device, longer, leaves):
+                return Sharing(share, leaves)
+    return Sharing("none", may_leave=False)
+
+
+def _is_the_same_beside(model: Any, device: torch.device, longer: bool, leaves: bool) -> bool:
+    """Whether a prompt beside it moves what is written behind another by no more than rounding does.
 
     Experts that are chosen in other groups round differently, and a tie may break the other way: but not for every
     text.
     """
     ids = few_tokens(model, device, 20)[0]
-    for shift in (0, 5, 10):
-        moved, tolerance = _difference_of_text(model, device, ids.roll(shift).tolist(), longer)
-        if moved <= tolerance:
-            return 0.0
-    return moved
+    return any(_is_the_same_text(model, device, ids.roll(shift).tolist(), longer, leaves) for shift in (0, 5, 10))
 
 
-def _difference_of_text(model: Any, device: torch.device, ids: list[int], longer: bool) -> tuple[float, float]:
-    """The largest relative change of the logits of three tokens, and what rounding may make of it.
+def _is_the_same_text(model: Any, device: torch.device, ids: list[int], longer: bool, leaves: bool) -> bool:
+    """Whether the logits of three tokens are the same but for rounding, whether or not the neighbour `leaves`.
 
     Three, because some models read a padded prompt rightly and go on from a wrong state.
     """
     prompt, neighbour = ids[-5:], ids[:13] if longer else ids[:5]
-    config = generation_config([], ids[-1], None, 3)
-    config.output_logits = config.return_dict_in_generate = True
-
-    def same_token(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([ids[0]], device=scores.device), 0.0)
-
-    with (
-        seeded(0, device),
-        as_preflight_error(f"{name_of(model)} cannot write answers"),
-        _noted_dtypes(model) as dtypes,
-    ):
-        beside, alone = (
-            torch.stack(call_generate(model, prompts, config, device, logits_processor=[same_token])[0].logits)[:, 0]
-            for prompts in ([prompt, neighbour], [prompt])
-        )
+    try:
+        with (
+            seeded(0, device),
+            as_preflight_error(f"{name_of(model)} cannot write answers"),
+            _noted_dtypes(model) as dtypes,
+        ):
+            beside, alone = (
+                _logits_of_first(model, prompts, (ids[0], ids[-1]), device, leaves)
+                for prompts in ([prompt, neighbour], [prompt])
+            )
+    except PreflightError:
+        if leaves:  # with a cache that rows cannot be taken out of, maybe: it is tried without that
+            return False
+        raise
     tolerance = 3e-2 if dtypes & {torch.float16, torch.bfloat16} else 1e-4
-    moved = (beside.float() - alone.float()).norm(dim=-1) / alone.float().norm(dim=-1)
-    return float(moved.nan_to_num(torch.inf).max()) if alone.isfinite().all() else 0.0, tolerance
+    moved = (beside - alone).norm(dim=-1) / alone.norm(dim=-1)
+    # What is not finite is not said here: whoever draws from it says where.
+    return not alone.isfinite().all() or bool((moved <= tolerance).all())
+
+
+def _logits_of_first(
+    model: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[int], device: torch.device, leaves: bool
+) -> torch.Tensor:
+    """[3, V]: of the first prompt's next three tokens, which are all `tokens[0]`; the others write `tokens[1]`.
+
+    A row that `leaves` stops at that.
+    """
+    seen: list[torch.Tensor] = []
+
+    def choose(scores_BV: torch.Tensor, rows_B: torch.Tensor, step: int) -> torch.Tensor:
+        seen.append(scores_BV[0].float())
+        return torch.where(rows_B == 0, tokens[0], tokens[1])
+
+    config = generation_config([tokens[1]], tokens[1], None, 3)
+    loop = Decoding(model, len(prompts), config, choose, may_leave=leaves)
+    call_generate(model, prompts, config, device, custom_generate=loop)
+    return torch.stack(seen)
 
 
 @contextmanager

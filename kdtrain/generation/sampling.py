@@ -90,14 +90,20 @@ def generation_config(
     temperature: float | None,
     max_new_tokens: int,
     forbidden: Sequence[int] = (),
+    *,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
 ) -> GenerationConfig:
-    """Plain sampling at `temperature` from the whole vocabulary: top-k or top-p would bias the samples.
+    """Plain sampling at `temperature`, from the whole vocabulary unless one of the last three is given.
 
     Args:
         stop_ids, pad_id, forbidden: see `TokenRoles`.
         temperature: None takes the most likely token each time instead.
     """
-    sampling = {} if temperature is None else {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    sampling: dict[str, Any] = {}
+    if temperature is not None:
+        sampling = {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0, "min_p": min_p}
     return GenerationConfig(
         suppress_tokens=list(forbidden) or None,
         max_new_tokens=max_new_tokens,

@@ -15,11 +15,14 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.data.batch import Batch
+from kdtrain.data.conversation import for_teacher
 from kdtrain.data.images import stored_image
-from kdtrain.errors import NotAvailableError
+from kdtrain.errors import NonFiniteError, NotAvailableError
+from kdtrain.generation.decode import NonFiniteLogits
 from kdtrain.generation.generate import completions
 from kdtrain.generation.message_answers import MessageEncoder
 from kdtrain.generation.sampling import generation_config, stable_seed, token_roles
+from kdtrain.models.probe import Side
 from kdtrain.models.vocabulary import vocabulary_size
 from kdtrain.teachers.base import Prompt, Sampling, Teacher, Written
 
@@ -28,6 +31,9 @@ logger = logging.getLogger(__name__)
 Collate = Callable[[list[dict[str, Any]]], Batch]
 Done = Callable[[Sequence[tuple[int, Written]]], None]
 """Called with the numbers of rows and their answers; perhaps in another thread, but never twice at a time."""
+
+
+_IN_FLOAT32 = {"teacher": "rlhf.teacher_model_init_kwargs: {dtype: float32}", "student": "model.dtype: float32"}
 
 
 class Writer(Protocol):
@@ -52,14 +58,15 @@ class LocalWriter:
     """A model in this process, which writes greedily.
 
     Args:
-        teacher: put on the device and into eval mode.
+        model: put on the device and into eval mode.
         processing_class: what the rows were encoded with.
-        vocabulary: token ids that both models know; the teacher's others (padding) are never generated.
+        vocabulary: token ids that both models know; the model's others (padding) are never generated.
+        side: whose prompts it reads, where student and teacher read other ones.
     """
 
     def __init__(
         self,
-        teacher: PreTrainedModel,
+        model: PreTrainedModel,
         processing_class: Any,
         collate: Collate,
         *,
@@ -67,18 +74,19 @@ class LocalWriter:
         vocabulary: int,
         batch_size: int,
         device: Any,
+        side: Side = "teacher",
     ) -> None:
         if is_deepspeed_zero3_enabled():
             raise NotAvailableError(
                 "answers: teacher is not available under DeepSpeed ZeRO-3, which keeps the teacher in pieces until "
                 "training begins: generate them in a run of its own (training.max_steps: 1) without it."
             )
-        roles = token_roles(processing_class, teacher, range(vocabulary, vocabulary_size(teacher)))
+        roles = token_roles(processing_class, model, range(vocabulary, vocabulary_size(model)))
         self._config = generation_config(roles.stop, roles.pad, None, max_new_tokens, roles.forbidden)
         self._collate, self._batch_size, self._device = collate, batch_size, device
-        if getattr(teacher, "hf_device_map", None) is None:
-            teacher.to(device)
-        self._teacher = teacher.eval()
+        if getattr(model, "hf_device_map", None) is None:
+            model.to(device)
+        self._model, self._side = model.eval(), side
         self.stops = frozenset(roles.stop)
         self.encoder: MessageEncoder | None = None
         self.settings: Mapping[str, Any] = {
@@ -94,9 +102,20 @@ class LocalWriter:
         """See `Writer.write`."""
         for start in range(0, len(rows), self._batch_size):
             some = rows[start : start + self._batch_size]
-            batch = self._collate([dataset[i] for i in some]).as_teacher_sees_it().to(self._device)
-            answers = completions(self._teacher, batch, self._config, seed=0)
+            batch = self._collate([dataset[i] for i in some])
+            seen = batch.as_teacher_sees_it() if self._side == "teacher" else batch
+            answers = self._completions(seen.to(self._device))
             done([(i, Written(ids, self.stops.isdisjoint(ids))) for i, ids in zip(some, answers, strict=True)])
+
+    def _completions(self, batch: Batch) -> list[list[int]]:
+        try:
+            return completions(self._model, batch, self._config, seeds=[0] * len(batch))
+        except NonFiniteLogits as error:
+            what = str(error).removeprefix("not finite: ")
+            raise NonFiniteError(
+                f"Not finite while the {self._side} wrote answers: {what}. Load it in "
+                f"float32 ({_IN_FLOAT32[self._side]}), or look at its weights."
+            ) from error
 
 
 class AskingWriter:
@@ -129,7 +148,9 @@ class AskingWriter:
 
     def announce(self, dataset: datasets.Dataset, rows: Sequence[int]) -> None:
         """Rows and tokens, which may cost money, before the first request."""
-        lengths = dataset.select_columns(["prompt_length"])[:]["prompt_length"]
+        names = [name for name in ("prompt_length", "teacher_prompt_length") if name in dataset.column_names]
+        own, *teacher = dataset.select_columns(names)[:].values()
+        lengths = [other or mine for mine, other in zip(own, *teacher or [own], strict=True)]
         logger.info(
             "The teacher is asked for %s answers: about %s prompt tokens, and up to %s tokens of answers.",
             f"{len(rows):,}",
@@ -146,7 +167,7 @@ class AskingWriter:
         chat = row.get("chat")
         if chat is not None:
             images = [stored_image(record) for record in row.get("images") or ()]
-            chat = {**json.loads(chat), "images": images}
+            chat = {**for_teacher(json.loads(chat)), "images": images}
         return Prompt(prompt_ids(row), seed=stable_seed(f"answer:{self._seed}:{key}"), chat=chat)
 
 

@@ -15,24 +15,29 @@ if TYPE_CHECKING:
     from kdtrain.losses.divergence import generalized_jsd
     from kdtrain.losses.fused import fused_distillation_loss
     from kdtrain.losses.reduce import FusedLoss
+    from kdtrain.losses.sampled import SampledTargets, sampled_divergence
     from kdtrain.losses.topk import TopKLogprobs, topk_divergence
 
 __all__ = [
     "Divergence",
     "FusedLoss",
+    "SampledTargets",
     "TopKLogprobs",
     "dense_distillation_loss",
     "fused_distillation_loss",
     "generalized_jsd",
+    "sampled_divergence",
     "topk_divergence",
 ]
 
 _MODULES = {
     "FusedLoss": "reduce",
+    "SampledTargets": "sampled",
     "TopKLogprobs": "topk",
     "dense_distillation_loss": "dense",
     "fused_distillation_loss": "fused",
     "generalized_jsd": "divergence",
+    "sampled_divergence": "sampled",
     "topk_divergence": "topk",
 }
 

@@ -18,9 +18,17 @@ import torch
 
 from kdtrain.losses.gemm import HalfGradients, add_weight_gradient, hidden_gradient, one_dtype, power_of_two_unit
 from kdtrain.losses.head import Head
-from kdtrain.losses.reduce import normaliser
-from kdtrain.losses.tile import Buffers, TileOptions, TileSums, tile_terms, topk_tile_terms
-from kdtrain.losses.topk import TopKLogprobs
+from kdtrain.losses.reduce import kd_share, normaliser
+from kdtrain.losses.sampled import SampledTargets, SparseTargets
+from kdtrain.losses.tile import (
+    Buffers,
+    RowWeights,
+    TileOptions,
+    TileSums,
+    sampled_tile_terms,
+    tile_terms,
+    topk_tile_terms,
+)
 from kdtrain.losses.workspace import workspace
 
 # Bytes of the two logit tiles of a chunk together. On a GPU the scratch of the element-wise part is one and a half
@@ -37,16 +45,23 @@ class Call:
     student: Head
     teacher: Head | None
     teacher_hidden: torch.Tensor | None
-    targets: TopKLogprobs | None
+    targets: SparseTargets | None
     options: TileOptions
     ce_mask: torch.Tensor | None
+    kd_token_weights: torch.Tensor | None
     num_items: torch.Tensor | int | None
+    num_kd_items: torch.Tensor | int | None
     chunk_tokens: int | None
     with_gradient: bool
 
     @property
     def has_teacher(self) -> bool:
         return self.teacher is not None or self.targets is not None
+
+    @property
+    def has_teacher_entropy(self) -> bool:
+        """The entropy of draws is not that of the distribution that they are of."""
+        return self.has_teacher and not isinstance(self.targets, SampledTargets)
 
 
 class ChunkedPass:
@@ -82,7 +97,13 @@ class ChunkedPass:
         tokens = torch.tensor(len(labels_S), device=device)
         self.num_tokens = tokens
         self.inverse_items = 1 / normaliser(call.num_items, tokens).to(self.dtype)
-        self.ce_rows = None if call.ce_mask is None else call.ce_mask.to(device)[rows].to(self.dtype)
+        ce_rows, kd_rows = (
+            None if given is None else given.to(device)[rows].to(self.dtype)
+            for given in (call.ce_mask, call.kd_token_weights)
+        )
+        # Where KD has a denominator of its own, D / D_kd is in its weights, so that 1/D is left for both terms.
+        self.kd_share = kd_share(kd_rows, call.num_items, call.num_kd_items, tokens)
+        self.row_weights = RowWeights(None if kd_rows is None else kd_rows * self.kd_share, ce_rows)
         # A gradient is (g · scale) · left_to_scale: g is the tile's, with the terms' weights in it; `scale` is the
         # head's logit scale, a factor of each product; `left_to_scale`, 1/D, comes last, in backward, as a tensor: so
         # that D, which may still be on its way on a GPU, need not be waited for.
@@ -165,7 +186,7 @@ class ChunkedPass:
         slope = None if softcap is None else (student / softcap).square_().neg_().add_(1)
         common = (
             self.labels[rows],
-            None if self.ce_rows is None else self.ce_rows[rows],
+            self.row_weights[rows],
             self.options,
             scratch,
             self.with_gradient,
@@ -173,7 +194,10 @@ class ChunkedPass:
         if call.targets is not None:
             # Row i of the targets is token i of the call, as with the teacher's hidden states.
             targets = call.targets[self.rows[rows].to(call.targets.indices.device)].to(student.device)
-            self.sums.append(topk_tile_terms(student, targets, *common))
+            if isinstance(targets, SampledTargets):
+                self.sums.append(sampled_tile_terms(student, targets, *common))
+            else:
+                self.sums.append(topk_tile_terms(student, targets, *common))
         else:
             terms = _compiled_tile_terms() if _compiles(student.device) else tile_terms
             self.sums.append(terms(student, teacher, *common))
@@ -190,7 +214,7 @@ class ChunkedPass:
 
         names = ("kd", "ce", "correct", "agree", "student_entropy", "teacher_entropy")
         kd, ce, correct, agree, student_entropy, teacher_entropy = (total(name) for name in names)
-        return [kd, ce, self.num_tokens, correct, agree, student_entropy, teacher_entropy]
+        return [kd / self.kd_share, ce, self.num_tokens, correct, agree, student_entropy, teacher_entropy]
 
 
 def _compiles(device: torch.device) -> bool:
@@ -211,6 +235,13 @@ def default_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device) -> 
     budget = _TILE_BYTES.get(device.type, _TILE_BYTES["cuda"])
     largest = 256 if device.type == "cpu" else 8192
     return min(max(budget // (2 * vocabulary * dtype.itemsize), 64), largest)
+
+
+def tile_bytes(tokens: int, vocabulary: int, dtype: torch.dtype, device: torch.device, *, with_teacher: bool) -> int:
+    """Bytes of the buffers of one pass over so many supervised tokens: the logits' tiles, and the scratch."""
+    chunk = max(chunk_sizes(tokens, default_chunk(vocabulary, dtype, device)), default=0)
+    block = min(max(1, _BLOCK_VALUES // vocabulary), chunk) if device.type == "cpu" else chunk
+    return dtype.itemsize * vocabulary * ((2 if with_teacher else 1) * chunk + 3 * block)
 
 
 def chunk_sizes(tokens: int, chunk: int) -> list[int]:

@@ -12,7 +12,14 @@ import torch
 
 from kdtrain.losses.divergence import entropy, generalized_jsd
 from kdtrain.losses.kinds import Divergence, Tail
-from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, normaliser
+from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, check_token_weights, kd_share, normaliser
+from kdtrain.losses.sampled import (
+    SampledTargets,
+    SparseTargets,
+    check_sampled_targets,
+    most_drawn,
+    sampled_divergence,
+)
 from kdtrain.losses.topk import TopKLogprobs, check_targets, coarse_grain
 
 
@@ -21,28 +28,35 @@ def dense_distillation_loss(
     labels: torch.Tensor,
     teacher_logits: torch.Tensor | None = None,
     *,
-    targets: TopKLogprobs | None = None,
+    targets: SparseTargets | None = None,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     ce_mask: torch.Tensor | None = None,
+    kd_token_weights: torch.Tensor | None = None,
     beta: float = 0.5,
     temperature: float = 1.0,
     divergence: Divergence = "jsd",
     tail: Tail = "bucket",
     num_items: torch.Tensor | int | None = None,
+    num_kd_items: torch.Tensor | int | None = None,
 ) -> FusedLoss:
-    """(kd_weight · Σ divergence + ce_weight · Σ cross-entropy) / num_items over tokens whose label is not −100.
+    """kd_weight · Σ w · divergence / num_kd_items + ce_weight · Σ cross-entropy / num_items.
+
+    Over the tokens whose label is not −100.
 
     Args:
         student_logits: [N, V].
         labels: [N], already shifted: row i of the logits predicts labels[i]; −100 is ignored.
         teacher_logits: [N, V], no graph. Without them and without targets there is no divergence, whatever kd_weight
             says.
-        targets: a top-k teacher instead: row i is the teacher of token i, [N, K].
+        targets: a top-k teacher instead, or tokens drawn from one: row i is the teacher of token i, [N, K]. Drawn
+            tokens want β 0.
         kd_weight, ce_weight: ≥ 0. At kd_weight 0 the divergence is not computed.
         ce_mask: [N] bool, tokens that take part in the cross-entropy; None is all of them. The others still count in D.
+        kd_token_weights: [N], ≥ 0, w: what the divergence of each token counts; None is 1 for all.
         beta, temperature, divergence, tail: as in `generalized_jsd` and `topk_divergence`.
         num_items: D; None is the number of supervised tokens in `labels`.
+        num_kd_items: D_kd; see `fused_distillation_loss`.
 
     The cross-entropy is that of temperature 1; all sums are computed in float32. With no supervised token every sum is
     0 and the loss is 0 with a gradient path, so that DDP finds a graph on every rank.
@@ -50,7 +64,8 @@ def dense_distillation_loss(
     Raises:
         ValueError: shapes that do not fit, a negative weight, and what `generalized_jsd` refuses.
     """
-    _check(student_logits, labels, teacher_logits, targets, kd_weight, ce_weight, tail)
+    _check(student_logits, labels, teacher_logits, targets, kd_weight, ce_weight, tail, beta)
+    check_token_weights(kd_token_weights, labels)
     keep = labels != IGNORE_INDEX
     student = student_logits[keep].float()
     kept_labels = labels[keep]
@@ -66,15 +81,25 @@ def dense_distillation_loss(
     with torch.no_grad():
         num_correct = (student.argmax(-1) == kept_labels).sum()
         student_entropy = entropy(student).sum()
-    compared = None
     if targets is not None:
-        compared = _with_topk(student, targets[keep.to(targets.indices.device)], tail)
+        targets = targets[keep.to(targets.indices.device)]
+    weights = None if kd_token_weights is None else kd_token_weights.to(student.device)[keep].float()
+    share = kd_share(weights, num_items, num_kd_items, num_tokens)
+    compared = None
+    if isinstance(targets, SampledTargets):
+        if kd_weight > 0:
+            kd_sum = _weighted(sampled_divergence(student, targets, temperature), weights)
+            loss = loss + kd_weight * share * kd_sum
+        num_agree = _agreeing(student, most_drawn(targets))  # and their entropy is not the teacher's
+    elif targets is not None:
+        compared = _with_topk(student, targets, tail)
     elif teacher_logits is not None:
         compared = _with_logits(student, teacher_logits[keep])
     if compared is not None:
         if kd_weight > 0:
-            kd_sum = generalized_jsd(compared.student, compared.teacher, beta, temperature, divergence).sum()
-            loss = loss + kd_weight * kd_sum
+            values = generalized_jsd(compared.student, compared.teacher, beta, temperature, divergence)
+            kd_sum = _weighted(values, weights)
+            loss = loss + kd_weight * share * kd_sum
         num_agree = compared.num_agree
         with torch.no_grad():
             teacher_entropy = entropy(compared.teacher).sum()
@@ -88,6 +113,10 @@ def dense_distillation_loss(
         student_entropy_sum=student_entropy,
         teacher_entropy_sum=teacher_entropy,
     )
+
+
+def _weighted(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    return values.sum() if weights is None else (values * weights).sum()
 
 
 class _Compared(NamedTuple):
@@ -108,20 +137,24 @@ def _with_topk(student: torch.Tensor, targets: TopKLogprobs, tail: Tail) -> _Com
     known, teacher = coarse_grain(student, targets, tail)
     targets = targets.to(student.device)
     top = targets.logprobs.argmax(-1, keepdim=True)  # a missing entry has −inf
-    top_ids = targets.indices.gather(1, top).clamp(min=0)
+    return _Compared(known, teacher, _agreeing(student, targets.indices.gather(1, top).clamp(min=0)))
+
+
+def _agreeing(student: torch.Tensor, top_ids: torch.Tensor) -> torch.Tensor:
+    """Tokens whose most likely one for the teacher, [N, 1], is the student's too."""
     with torch.no_grad():
-        agree = (student.gather(1, top_ids) == student.amax(-1, keepdim=True)).sum()
-    return _Compared(known, teacher, agree)
+        return (student.gather(1, top_ids.to(student.device)) == student.amax(-1, keepdim=True)).sum()
 
 
 def _check(
     student_logits: torch.Tensor,
     labels: torch.Tensor,
     teacher_logits: torch.Tensor | None,
-    targets: TopKLogprobs | None,
+    targets: SparseTargets | None,
     kd_weight: float,
     ce_weight: float,
     tail: Tail,
+    beta: float,
 ) -> None:
     if student_logits.ndim != 2 or labels.shape != student_logits.shape[:1]:
         raise ValueError(
@@ -134,8 +167,10 @@ def _check(
             "both must be [N, V] over the same tokens and the same vocabulary"
         )
     if teacher_logits is not None and targets is not None:
-        raise ValueError("pass a teacher's logits or its top-k targets, not both")
-    if targets is not None:
+        raise ValueError("pass a teacher's logits or targets, not both")
+    if isinstance(targets, SampledTargets):
+        check_sampled_targets(targets, len(labels), student_logits.shape[1], beta)
+    elif targets is not None:
         check_targets(targets, len(labels), student_logits.shape[1], tail)
     if not (kd_weight >= 0 and ce_weight >= 0):
         raise ValueError(f"weights must be non-negative, got kd_weight={kd_weight}, ce_weight={ce_weight}")

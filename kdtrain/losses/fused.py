@@ -22,9 +22,10 @@ from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.divergence import check_divergence_arguments
 from kdtrain.losses.head import Head
 from kdtrain.losses.kinds import Divergence, Tail
-from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss
+from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, check_token_weights
+from kdtrain.losses.sampled import SampledTargets, SparseTargets, check_sampled_targets
 from kdtrain.losses.tile import TileOptions
-from kdtrain.losses.topk import TopKLogprobs, check_targets
+from kdtrain.losses.topk import check_targets
 
 
 def fused_distillation_loss(
@@ -34,15 +35,17 @@ def fused_distillation_loss(
     teacher_hidden: torch.Tensor | None = None,
     teacher_weight: torch.Tensor | None = None,
     *,
-    targets: TopKLogprobs | None = None,
+    targets: SparseTargets | None = None,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     ce_mask: torch.Tensor | None = None,
+    kd_token_weights: torch.Tensor | None = None,
     beta: float = 0.5,
     temperature: float = 1.0,
     divergence: Divergence = "jsd",
     tail: Tail = "bucket",
     num_items: torch.Tensor | int | None = None,
+    num_kd_items: torch.Tensor | int | None = None,
     student_bias: torch.Tensor | None = None,
     teacher_bias: torch.Tensor | None = None,
     student_logit_scale: float = 1.0,
@@ -51,7 +54,7 @@ def fused_distillation_loss(
     teacher_softcap: float | None = None,
     chunk_tokens: int | None = None,
 ) -> FusedLoss:
-    """(kd_weight · Σ divergence + ce_weight · Σ cross-entropy) / num_items, from hidden states and heads.
+    """kd_weight · Σ w · divergence / num_kd_items + ce_weight · Σ cross-entropy / num_items, from hidden states.
 
     Logits are softcap·tanh(scale·(hidden·weightᵀ + bias)/softcap), as the models make them; the terms are those of
     `generalized_jsd` and cross-entropy.
@@ -61,11 +64,15 @@ def fused_distillation_loss(
         student_weight: [V, H].
         labels: [N], already shifted: row i predicts labels[i]; −100 is ignored.
         teacher_hidden, teacher_weight: [N, H'] and [V, H'], no graph; or None with `targets` or with kd_weight 0.
-        targets: a top-k teacher instead: row i is the teacher of token i, [N, K].
+        targets: a top-k teacher instead, or tokens drawn from one: row i is the teacher of token i, [N, K]. Drawn
+            tokens want β 0, forward KL: of every other divergence their gradient is wrong in the mean.
         kd_weight, ce_weight: ≥ 0.
         ce_mask: [N] bool, tokens that take part in the cross-entropy; None is all. The others still count in D.
-        beta, temperature, divergence, tail: as in `generalized_jsd` and `topk_divergence`.
+        kd_token_weights: [N], ≥ 0, w: what the divergence of each token counts; None is 1 for all.
+        beta, temperature, divergence, tail: as in `generalized_jsd`, `topk_divergence` and `sampled_divergence`.
         num_items: D; None is the number of supervised tokens.
+        num_kd_items: D_kd, beside `kd_token_weights`; None is D where that is given, and else the number of supervised
+            tokens whose weight is above 0.
         student_bias, teacher_bias: [V]. With −inf in one of them (a masked column) the loss takes a slower way.
         student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap: what a model does to its logits.
         chunk_tokens: C; None chooses from vocabulary and device. The result does not depend on it.
@@ -95,7 +102,9 @@ def fused_distillation_loss(
         teacher,
         targets=targets,
         ce_mask=ce_mask,
+        kd_token_weights=kd_token_weights,
         num_items=num_items,
+        num_kd_items=num_kd_items,
         chunk_tokens=chunk_tokens,
     )
 
@@ -108,9 +117,11 @@ def head_distillation_loss(
     teacher_hidden: torch.Tensor | None = None,
     teacher: Head | None = None,
     *,
-    targets: TopKLogprobs | None = None,
+    targets: SparseTargets | None = None,
     ce_mask: torch.Tensor | None = None,
+    kd_token_weights: torch.Tensor | None = None,
     num_items: torch.Tensor | int | None = None,
+    num_kd_items: torch.Tensor | int | None = None,
     chunk_tokens: int | None = None,
 ) -> FusedLoss:
     """`fused_distillation_loss` for heads that are objects already, as a model's forward hands them over.
@@ -119,11 +130,24 @@ def head_distillation_loss(
         ValueError: as there.
     """
     _check(student_hidden, student.weight, labels, teacher_hidden, teacher, targets, options)
+    check_token_weights(kd_token_weights, labels)
     if teacher is not None and teacher_hidden is not None:
         teacher, teacher_hidden = replace(teacher, weight=teacher.weight.detach()), teacher_hidden.detach()
     # Inside an autograd function gradients are always off: whether they are wanted is known here only.
     wanted = torch.is_grad_enabled()
-    call = Call(student, teacher, teacher_hidden, targets, options, ce_mask, num_items, chunk_tokens, wanted)
+    call = Call(
+        student=student,
+        teacher=teacher,
+        teacher_hidden=teacher_hidden,
+        targets=targets,
+        options=options,
+        ce_mask=ce_mask,
+        kd_token_weights=kd_token_weights,
+        num_items=num_items,
+        num_kd_items=num_kd_items,
+        chunk_tokens=chunk_tokens,
+        with_gradient=wanted,
+    )
     if student.masks_columns() or (teacher is not None and teacher.masks_columns()):
         return _with_masked_columns(student_hidden, labels, call)
     loss, *sums = _Fused.apply(student_hidden, student.weight, student.bias, labels, call)
@@ -157,7 +181,7 @@ class _Fused(torch.autograd.Function):
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         sums = run.packed_sums()
         options = call.options
-        loss = (options.kd_weight * sums[0] + options.ce_weight * sums[1]) * run.inverse_items
+        loss = (options.kd_weight * run.kd_share * sums[0] + options.ce_weight * sums[1]) * run.inverse_items
         ctx.mark_non_differentiable(*sums)
         return loss, *sums
 
@@ -190,7 +214,7 @@ def _to_fused_loss(loss: torch.Tensor, sums: list[torch.Tensor], call: Call) -> 
         num_correct=correct,
         num_agree=agree if with_teacher else None,
         student_entropy_sum=student_entropy,
-        teacher_entropy_sum=teacher_entropy if with_teacher else None,
+        teacher_entropy_sum=teacher_entropy if call.has_teacher_entropy else None,
     )
 
 
@@ -208,11 +232,13 @@ def _with_masked_columns(hidden: torch.Tensor, labels: torch.Tensor, call: Call)
             kd_weight=call.options.kd_weight,
             ce_weight=call.options.ce_weight,
             ce_mask=call.ce_mask,
+            kd_token_weights=call.kd_token_weights,
             beta=call.options.beta,
             temperature=call.options.temperature,
             divergence=call.options.divergence,
             tail=call.options.tail,
             num_items=call.num_items,
+            num_kd_items=call.num_kd_items,
         )
 
 
@@ -222,7 +248,7 @@ def _check(
     labels: torch.Tensor,
     teacher_hidden: torch.Tensor | None,
     teacher: Head | None,
-    targets: TopKLogprobs | None,
+    targets: SparseTargets | None,
     options: TileOptions,
 ) -> None:
     check_divergence_arguments(options.beta, options.temperature, options.divergence)
@@ -238,7 +264,7 @@ def _check(
     if (teacher_hidden is None) != (teacher is None):
         raise ValueError("teacher_hidden and teacher_weight belong together: pass both or neither")
     if teacher_hidden is not None and targets is not None:
-        raise ValueError("pass a teacher's hidden states and head, or its top-k targets, not both")
+        raise ValueError("pass a teacher's hidden states and head, or targets, not both")
     if options.kd_weight > 0 and teacher_hidden is None and targets is None:
         raise ValueError(
             f"kd_weight is {options.kd_weight}, but there is no teacher: pass teacher_hidden and teacher_weight, "
@@ -246,7 +272,9 @@ def _check(
         )
     if teacher_hidden is not None and teacher is not None:
         _check_teacher(hidden, weight, teacher_hidden, teacher.weight)
-    if targets is not None:
+    if isinstance(targets, SampledTargets):
+        check_sampled_targets(targets, len(labels), weight.shape[0], options.beta)
+    elif targets is not None:
         check_targets(targets, len(labels), weight.shape[0], options.tail)
     if labels.device.type == "cpu" and labels.numel():  # on a GPU the host would have to wait for the device
         used = labels[labels != IGNORE_INDEX]

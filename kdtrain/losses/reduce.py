@@ -19,14 +19,14 @@ IGNORE_INDEX = -100
 class FusedLoss:
     """The token terms of one micro-batch, as one pass over its supervised tokens gives them.
 
-    Sums are over the supervised tokens of this micro-batch and carry no weight; all but `loss` are detached scalars on
-    the device of the logits. Sums that need a teacher are None without one.
+    Sums are over the supervised tokens of this micro-batch and carry no weight but that of a token; all but `loss` are
+    detached scalars on the device of the logits. Sums that need a teacher are None without one.
     """
 
     loss: torch.Tensor
-    """(kd_weight · kd_sum + ce_weight · ce_sum) / num_items: the only differentiable field."""
+    """kd_weight · kd_sum / num_kd_items + ce_weight · ce_sum / num_items: the only differentiable field."""
     kd_sum: torch.Tensor | None
-    """Σ divergence, nats."""
+    """Σ w · divergence, nats; w is 1 where tokens have no weights of their own."""
     ce_sum: torch.Tensor
     """Σ −log p_S(label) over the tokens that take part in the cross-entropy, nats."""
     num_tokens: torch.Tensor
@@ -34,11 +34,12 @@ class FusedLoss:
     num_correct: torch.Tensor
     """Tokens whose label is the student's top-1, or shares that place."""
     num_agree: torch.Tensor | None
-    """Tokens where both models have the same top-1."""
+    """Tokens where both models have the same top-1, of draws the token drawn most often."""
     student_entropy_sum: torch.Tensor
     """Σ entropy of the student at temperature 1, nats."""
     teacher_entropy_sum: torch.Tensor | None
-    """Σ entropy of the teacher at temperature 1, nats; of a top-k teacher with its tail as one token."""
+    """Σ entropy of the teacher at temperature 1, nats; of a top-k teacher with its tail as one token. None for
+    draws, whose entropy is not the teacher's."""
 
 
 def predicting(outputs_BTX: torch.Tensor, predicts_BT: torch.Tensor) -> torch.Tensor:
@@ -64,6 +65,38 @@ def normaliser(num_items: torch.Tensor | int | None, local_tokens: torch.Tensor)
     """
     tokens = local_tokens if num_items is None else torch.as_tensor(num_items, device=local_tokens.device)
     return tokens.to(torch.float32).clamp(min=1)
+
+
+def kd_share(
+    kd_rows: torch.Tensor | None,
+    num_items: torch.Tensor | int | None,
+    num_kd_items: torch.Tensor | int | None,
+    local_tokens: torch.Tensor,
+) -> torch.Tensor | float:
+    """D / D_kd: what the divergence counts more where tokens of weight 0 take no part in it. 1 without weights.
+
+    Args:
+        kd_rows: [S], the weights of the supervised tokens; None is 1 for all.
+        num_kd_items: D_kd of the window, its tokens of weight above 0. None: this batch's own where `num_items` is None
+            too, and D where it is not.
+    """
+    if kd_rows is None:
+        return 1.0
+    if num_kd_items is None:
+        num_kd_items = (kd_rows > 0).sum() if num_items is None else num_items
+    return normaliser(num_items, local_tokens) / normaliser(num_kd_items, local_tokens)
+
+
+def check_token_weights(kd_token_weights: torch.Tensor | None, labels: torch.Tensor) -> None:
+    """Raises ValueError for weights of tokens that are not [N], or (on a CPU) negative or not finite."""
+    if kd_token_weights is None:
+        return
+    if kd_token_weights.shape != labels.shape:
+        raise ValueError(f"expected kd_token_weights {tuple(labels.shape)}, got {tuple(kd_token_weights.shape)}")
+    if kd_token_weights.device.type == "cpu" and not bool(
+        (kd_token_weights.isfinite() & (kd_token_weights >= 0)).all()
+    ):
+        raise ValueError("kd_token_weights must be finite and not negative")
 
 
 def world_scale(num_items: torch.Tensor | int | None, num_processes: int) -> int:

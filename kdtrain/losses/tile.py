@@ -9,6 +9,7 @@ With g the gradient with respect to z/temperature:
 |---|---|---|
 | cross-entropy (temperature 1) | −log p(label) | p − onehot |
 | forward KL(T‖S) | Σ q·log(q/p) | p − q |
+| forward KL of draws w | Σ w·log(w/p) | p − w |
 | reverse KL(S‖T) | Σ p·log(p/q) | p·(log(p/q) − KL) |
 | JSD_β | β·Σ q·log(q/m) + (1−β)·Σ p·log(p/m), m = β·q + (1−β)·p | (1−β)·p·(log(p/m) − KL(p‖m)) |
 
@@ -26,7 +27,8 @@ import torch
 
 from kdtrain.losses.divergence import entropy, generalized_jsd
 from kdtrain.losses.kinds import Divergence, Tail
-from kdtrain.losses.topk import TopKLogprobs, known_columns, teacher_tail
+from kdtrain.losses.sampled import SampledTargets, most_drawn
+from kdtrain.losses.topk import TopKLogprobs, teacher_tail
 from kdtrain.losses.workspace import workspace
 
 # Below the smallest normal float32 a probability is taken for this one where it is divided by.
@@ -89,9 +91,21 @@ class Buffers:
         return Buffers(self.p[:count], self.q[:count], self.work[:count])
 
 
+@dataclass(frozen=True)
+class RowWeights:
+    """What each of the R rows of a block counts in the two terms, [R] beside the weights of the terms; None is 1."""
+
+    kd: torch.Tensor | None = None
+    ce: torch.Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> RowWeights:
+        return RowWeights(None if self.kd is None else self.kd[rows], None if self.ce is None else self.ce[rows])
+
+
 @dataclass
 class TileSums:
-    """Sums over the rows of a block, scalars; None without a teacher."""
+    """Sums over the rows of a block, scalars, those of the two terms by `RowWeights`; None without a teacher, and where
+    draws do not tell it."""
 
     kd: torch.Tensor | None
     ce: torch.Tensor
@@ -105,7 +119,7 @@ def tile_terms(
     student: torch.Tensor,
     teacher: torch.Tensor | None,
     labels: torch.Tensor,
-    ce_rows: torch.Tensor | None,
+    rows: RowWeights,
     options: TileOptions,
     scratch: Buffers,
     with_gradient: bool,
@@ -116,7 +130,6 @@ def tile_terms(
         student: [R, V], finite; overwritten with d(kd_weight·Σ kd + ce_weight·Σ ce)/dz if `with_gradient`.
         teacher: [R, V], finite, or None: cross-entropy only. Overwritten at a temperature other than 1.
         labels: [R], all in the vocabulary.
-        ce_rows: [R], 1.0 where the row takes part in the cross-entropy and 0.0 elsewhere; None is all.
     """
     p, q, work = scratch.p, scratch.q, scratch.work
     largest = student.amax(-1, keepdim=True)
@@ -128,13 +141,13 @@ def tile_terms(
     ce = log_z - at_label
     sums = TileSums(
         kd=None,
-        ce=ce.sum() if ce_rows is None else (ce * ce_rows[:, None]).sum(),
+        ce=_total(ce, rows.ce),
         correct=(at_label == largest).sum(),
         agree=None,
         student_entropy=(log_z - _dot(p, student, work)).sum(),  # −Σ p·(z − log Z)
         teacher_entropy=None,
     )
-    coefficient = _ce_coefficient(ce_rows, options)
+    coefficient = _coefficient(options.ce_weight, rows.ce)
     if teacher is None:
         if with_gradient:
             _ce_gradient(student, p, labels, coefficient)
@@ -147,10 +160,10 @@ def tile_terms(
     sums.agree = (student.gather(1, teacher_top) == largest).sum()
     sums.teacher_entropy = (teacher_log_z - _dot(q, teacher, work)).sum()
     if options.temperature != 1:
-        sums.kd = _tempered(student, teacher, labels, coefficient, options, scratch, with_gradient)
+        sums.kd = _tempered(student, teacher, labels, coefficient, rows.kd, options, scratch, with_gradient)
     elif options.kd_weight > 0:
         ratio = _log_z_ratio(teacher_largest, largest, q_largest, p_largest)
-        sums.kd = _divergence(student, teacher, ratio, labels, coefficient, options, scratch, with_gradient)
+        sums.kd = _divergence(student, teacher, ratio, labels, coefficient, rows.kd, options, scratch, with_gradient)
     elif with_gradient:
         _ce_gradient(student, p, labels, coefficient)
     return sums
@@ -161,6 +174,7 @@ def _tempered(
     teacher: torch.Tensor,
     labels: torch.Tensor,
     ce_coefficient: torch.Tensor | float,
+    kd_rows: torch.Tensor | None,
     options: TileOptions,
     scratch: Buffers,
     with_gradient: bool,
@@ -181,7 +195,7 @@ def _tempered(
     ratio = _log_z_ratio(*largest)
     # The divergence gives its gradient with respect to z/temperature; with respect to z it is 1/temperature of that.
     softened = replace(options, kd_weight=options.kd_weight * inverse, ce_weight=0.0, temperature=1.0)
-    kd = _divergence(student, teacher, ratio, labels, 0.0, softened, scratch, with_gradient)
+    kd = _divergence(student, teacher, ratio, labels, 0.0, kd_rows, softened, scratch, with_gradient)
     if ce_gradient is not None:
         student.add_(ce_gradient)
     return kd
@@ -193,6 +207,7 @@ def _divergence(
     log_z_ratio: torch.Tensor,
     labels: torch.Tensor,
     ce_coefficient: torch.Tensor | float,
+    kd_rows: torch.Tensor | None,
     options: TileOptions,
     scratch: Buffers,
     with_gradient: bool,
@@ -203,7 +218,7 @@ def _divergence(
     # student's logits, which nobody needs any more, and the gradient will take its place.
     log_qp = torch.sub(teacher, student, out=student).sub_(log_z_ratio)
     if options.mixture_weight:
-        return _mixture(p, q, log_qp, work, labels, ce_coefficient, options, with_gradient)
+        return _mixture(p, q, log_qp, work, labels, ce_coefficient, kd_rows, options, with_gradient)
     value = torch.zeros_like(log_z_ratio)  # [R, 1]
     reverse_kl = None
     if options.forward_weight:
@@ -212,16 +227,17 @@ def _divergence(
         reverse_kl = -_dot(p, log_qp, work)
         value += options.reverse_weight * reverse_kl
     if with_gradient:
-        forward, reverse = options.kd_weight * options.forward_weight, options.kd_weight * options.reverse_weight
+        kd = _coefficient(options.kd_weight, kd_rows)
+        forward, reverse = kd * options.forward_weight, kd * options.reverse_weight
         # forward·(p − q) + reverse·p·(−log(q/p) − KL) + c·(p − onehot), with one factor of p
         if reverse_kl is None:
             torch.mul(p, forward + ce_coefficient, out=student)
         else:
             log_qp.mul_(-reverse).add_(forward + ce_coefficient - reverse * reverse_kl).mul_(p)
-        if forward:
-            student.sub_(q, alpha=forward)
+        if options.forward_weight:
+            _subtract(student, q, forward, out=student)
         _subtract_at(student, labels, ce_coefficient)
-    return _not_negative(value)
+    return _total(value.clamp_(min=0), kd_rows)
 
 
 def _mixture(
@@ -231,6 +247,7 @@ def _mixture(
     work: torch.Tensor,
     labels: torch.Tensor,
     ce_coefficient: torch.Tensor | float,
+    kd_rows: torch.Tensor | None,
     options: TileOptions,
     with_gradient: bool,
 ) -> torch.Tensor:
@@ -254,12 +271,12 @@ def _mixture(
     value = beta * teacher_kl - (1 - beta) * p_log_mp
     if with_gradient:
         # weight·(1−β)·p·(log(p/m) − KL(p‖m)) + c·(p − onehot), with one factor of p
-        factor = options.kd_weight * options.mixture_weight * (1 - beta)
+        factor = _coefficient(options.kd_weight, kd_rows) * (options.mixture_weight * (1 - beta))
         p_times_log_mp = work  # where the product of the dot above was left
         p.mul_(factor * p_log_mp + ce_coefficient)
-        torch.sub(p, p_times_log_mp, alpha=factor, out=log_qp)
+        _subtract(p, p_times_log_mp, factor, out=log_qp)
         _subtract_at(log_qp, labels, ce_coefficient)
-    return options.mixture_weight * _not_negative(value)
+    return options.mixture_weight * _total(value.clamp(min=0), kd_rows)
 
 
 def _ce_gradient(out: torch.Tensor, p: torch.Tensor, labels: torch.Tensor, coefficient: torch.Tensor | float) -> None:
@@ -277,9 +294,17 @@ def _subtract_at(gradient: torch.Tensor, labels: torch.Tensor, coefficient: torc
     gradient.scatter_add_(1, labels[:, None], -coefficient)
 
 
-def _ce_coefficient(ce_rows: torch.Tensor | None, options: TileOptions) -> torch.Tensor | float:
-    """Weight of the cross-entropy: one number, or one per row [R, 1]."""
-    return options.ce_weight if ce_rows is None or options.ce_weight == 0 else options.ce_weight * ce_rows[:, None]
+def _subtract(a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor | float, out: torch.Tensor) -> None:
+    """out = a − factor · b."""
+    if isinstance(factor, torch.Tensor):
+        torch.addcmul(a, b, factor, value=-1, out=out)
+    else:
+        torch.sub(a, b, alpha=factor, out=out)
+
+
+def _coefficient(weight: float, rows: torch.Tensor | None) -> torch.Tensor | float:
+    """Weight of a term: one number, or one per row [R, 1]."""
+    return weight if rows is None or weight == 0 else weight * rows[:, None]
 
 
 def _log_z_ratio(
@@ -303,16 +328,19 @@ def _dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return torch.mul(a, b, out=out).sum(-1, keepdim=True)
 
 
-def _not_negative(value: torch.Tensor) -> torch.Tensor:
-    """Σ over rows. Roundings can leave a row below 0 where the models agree to the last digit; a divergence is not."""
-    return value.clamp(min=0).sum()
+def _total(values: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Σ over the rows of values [R, 1], by their weights.
+
+    Roundings can leave a divergence below 0 where the models agree to the last digit; it is clamped before this.
+    """
+    return values.sum() if rows is None else (values * rows[:, None]).sum()
 
 
 def topk_tile_terms(
     student: torch.Tensor,
     targets: TopKLogprobs,
     labels: torch.Tensor,
-    ce_rows: torch.Tensor | None,
+    rows: RowWeights,
     options: TileOptions,
     scratch: Buffers,
     with_gradient: bool,
@@ -323,31 +351,31 @@ def topk_tile_terms(
     to them, that with respect to z is a at the known tokens and a_tail·p/Σ_tail p at the others: it does not depend on
     the common shift of the log-probabilities, so that Σ a = 0.
     """
-    p, work = scratch.p, scratch.work
+    p = scratch.p
     # Without a teacher: p is left in scratch, and the student's logits stay what they are.
-    sums = tile_terms(student, None, labels, ce_rows, options, scratch, with_gradient=False)
-    log_z = student.amax(-1, keepdim=True) + _log_sum(p)
+    sums = tile_terms(student, None, labels, rows, options, scratch, with_gradient=False)
+    largest = student.amax(-1, keepdim=True)
+    log_z = largest + _log_sum(p)
     missing = targets.indices < 0  # a row may name fewer than K tokens: the rest of it is −1, and takes no part
     ids = targets.indices.clamp(min=0)
     known = (student.gather(1, ids) - log_z).masked_fill(missing, -torch.inf)
     teacher = targets.logprobs.to(student.dtype)
-    named = known_columns(targets, student.shape[1], student.device)
-    # From the logits: the probabilities of a tail that the student finds impossible are 0 in float32.
-    others = work.copy_(student).masked_fill_(named, -torch.inf)
     if options.tail == "bucket":
-        everything = named.all(-1, keepdim=True)
-        known = torch.cat([known, others.logsumexp(-1, keepdim=True) - log_z], 1)
+        # From the logits: the probabilities of a tail that the student finds impossible are 0 in float32.
+        others, total, log_others = _tail(student, ids, missing, scratch)
+        everything = (~missing).sum(-1, keepdim=True) == student.shape[1]
+        known = torch.cat([known, log_others - log_z], 1)
         teacher = torch.cat([teacher, teacher_tail(teacher, everything)], 1)
     with torch.enable_grad():
         known.requires_grad_(with_gradient)
         values = generalized_jsd(known, teacher, options.beta, options.temperature, options.divergence)
-        kd = values.sum()
+        kd = _total(values[:, None], rows.kd)
     sums.kd = kd.detach()
     top = torch.where(missing, -torch.inf, targets.logprobs).argmax(-1, keepdim=True)
-    sums.agree = (student.gather(1, ids.gather(1, top)) == student.amax(-1, keepdim=True)).sum()
+    sums.agree = (student.gather(1, ids.gather(1, top)) == largest).sum()
     sums.teacher_entropy = entropy(teacher).sum()
     if with_gradient:
-        coefficient = _ce_coefficient(ce_rows, options)
+        coefficient = _coefficient(options.ce_weight, rows.ce)
         (gradient,) = torch.autograd.grad(kd, known)
         gradient = gradient * options.kd_weight
         count = ids.shape[1]
@@ -355,10 +383,65 @@ def topk_tile_terms(
         # Over the student's logits: first the tail, in its shares of p, then the known tokens, then the cross-entropy.
         if options.tail == "bucket":
             in_tail = gradient[:, count:].masked_fill(everything, 0.0)
-            torch.softmax(others, -1, out=student).masked_fill_(named, 0.0).mul_(in_tail)
+            torch.mul(others, in_tail / total.masked_fill(total == 0, 1.0), out=student)
         else:
             student.zero_()
         student.scatter_add_(1, ids, at_known)
-        student.add_(work.copy_(p).mul_(coefficient))
+        if isinstance(coefficient, torch.Tensor):
+            student.addcmul_(p, coefficient)
+        elif coefficient != 0:
+            student.add_(p, alpha=coefficient)
+        _subtract_at(student, labels, coefficient)
+    return sums
+
+
+def _tail(
+    student: torch.Tensor, ids: torch.Tensor, missing: torch.Tensor, scratch: Buffers
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """exp(z − c) of the tokens that are not known, 0 for the others [R, V]; their sum [R, 1], and log Σ exp z of them.
+
+    Known ones become −∞ one by one: a mask of the vocabulary would be two more passes over it. A missing entry stands
+    for a known one of its row, and where a row has none, its logit is written over itself.
+    """
+    a_known = ids.gather(1, missing.int().argmin(-1, keepdim=True))
+    places = torch.where(missing, a_known, ids)
+    written = torch.where(missing.all(-1, keepdim=True), student.gather(1, places), -torch.inf)
+    others = scratch.work.copy_(student).scatter_(1, places, written)
+    shift = others.amax(-1, keepdim=True)
+    shift.masked_fill_(shift == -torch.inf, 0.0)  # nothing is left: exp(−∞) = 0
+    total = others.sub_(shift).exp_().sum(-1, keepdim=True)
+    return others, total, total.log() + shift
+
+
+def sampled_tile_terms(
+    student: torch.Tensor,
+    targets: SampledTargets,
+    labels: torch.Tensor,
+    rows: RowWeights,
+    options: TileOptions,
+    scratch: Buffers,
+    with_gradient: bool,
+) -> TileSums:
+    """As `tile_terms`, for a teacher that is known by tokens drawn from its distribution at the loss's temperature."""
+    p, inverse = scratch.p, 1 / options.temperature
+    # Without a teacher: p is left in scratch, and the student's logits stay what they are.
+    sums = tile_terms(student, None, labels, rows, options, scratch, with_gradient=False)
+    ids, weights = targets.indices.clamp(min=0), targets.weights.to(student.dtype)  # a missing entry weighs nothing
+    largest = student.amax(-1, keepdim=True)
+    sums.agree = (student.gather(1, most_drawn(targets)) == largest).sum()
+    below_largest = (student.gather(1, ids) - largest) * inverse
+    softened = p if inverse == 1 else torch.softmax(student.mul_(inverse), -1, out=scratch.q)
+    # From the largest logit and the largest probability: log Z alone is a number of ten, with a rounding of its own.
+    log_p = below_largest - _log_sum(softened)
+    divergence = torch.xlogy(weights, weights).sub_(weights * log_p).sum(-1, keepdim=True)
+    sums.kd = _total(divergence.clamp_(min=0), rows.kd)
+    if with_gradient:
+        coefficient = _coefficient(options.ce_weight, rows.ce)
+        factor = _coefficient(options.kd_weight * inverse, rows.kd)
+        if softened is p:
+            torch.mul(p, coefficient + factor, out=student)
+        else:
+            _subtract(torch.mul(p, coefficient, out=student), softened, -factor, out=student)
+        student.scatter_add_(1, ids, weights * -factor)
         _subtract_at(student, labels, coefficient)
     return sums

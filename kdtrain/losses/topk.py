@@ -88,11 +88,9 @@ def _checked_logprobs(indices: torch.Tensor, logprobs: torch.Tensor) -> torch.Te
     missing = indices < 0
     mass = logprobs.double().exp().sum(-1)
     most = 1 + _EXCESS_MASS.get(logprobs.dtype, _LEAST_EXCESS_MASS)
-    in_order = indices.sort(-1).values
-    twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)
     wrong = {
         "NaN among the logprobs": logprobs.isnan().any(-1),
-        "a token id twice": twice.any(-1),
+        "a token id twice": repeated_ids(indices),
         "a missing entry (id −1) whose logprob is not −inf": (missing & (logprobs != -torch.inf)).any(-1),
         f"a logprob below {_FILLER:g} that is not −inf: mark a missing entry by the id −1 and −inf, not by a large "
         "negative number": ((logprobs < _FILLER) & (logprobs != -torch.inf)).any(-1),
@@ -109,6 +107,12 @@ def _checked_logprobs(indices: torch.Tensor, logprobs: torch.Tensor) -> torch.Te
     if not excess.any():
         return logprobs
     return (logprobs.double() - excess[:, None]).to(torch.promote_types(logprobs.dtype, torch.float32))
+
+
+def repeated_ids(indices: torch.Tensor) -> torch.Tensor:
+    """[N] bool: which rows of [N, K] name a token twice."""
+    in_order = indices.sort(-1).values
+    return ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any(-1)
 
 
 def topk_divergence(
@@ -191,9 +195,14 @@ def check_targets(targets: TopKLogprobs, tokens: int, vocabulary: int, tail: str
     """
     if tail not in get_args(Tail):
         raise ValueError(f"tail must be {' or '.join(get_args(Tail))}, got {tail!r}")
-    if len(targets.indices) != tokens:
-        raise ValueError(f"{len(targets.indices)} rows of top-k targets for {tokens} supervised tokens")
-    if targets.indices.device.type != "cpu":  # reading them would make the host wait for the device
+    check_ids(targets.indices, "top-k targets", tokens, vocabulary)
+
+
+def check_ids(indices: torch.Tensor, kind: str, tokens: int, vocabulary: int) -> None:
+    """Raise `ValueError` for a wrong number of rows [N, K], or, on a CPU, for ids outside the vocabulary."""
+    if len(indices) != tokens:
+        raise ValueError(f"{len(indices)} rows of {kind} for {tokens} supervised tokens")
+    if indices.device.type != "cpu":  # reading them would make the host wait for the device
         return
-    if targets.indices.numel() and not -1 <= int(targets.indices.min()) <= int(targets.indices.max()) < vocabulary:
-        raise ValueError(f"top-k ids must be in [0, {vocabulary}), or -1 where missing")
+    if indices.numel() and not -1 <= int(indices.min()) <= int(indices.max()) < vocabulary:
+        raise ValueError(f"ids of {kind} must be in [0, {vocabulary}), or -1 where missing")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -20,14 +22,19 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from kdtrain.config.adapters import adapter_base, has_file, is_adapter_folder
+from kdtrain.config.adapters import adapter_base, has_file, is_adapter_folder, levels
 from kdtrain.config.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, require_sound
 from kdtrain.errors import KdtrainError, PreflightError
+from kdtrain.models.generation_defaults import keep_savable
+from kdtrain.models.hub import require_model
 from kdtrain.models.kinds import refuse_other_kinds, sees_images
 from kdtrain.models.load_report import listed, loading_log, wrong_weights
+from kdtrain.models.merging import merge_adapter
 
 logger = logging.getLogger(__name__)
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_NO_GPU = re.compile(r"not compiled with CUDA|no NVIDIA driver|No CUDA GPUs are available|invalid device ordinal", re.I)
 _UNKNOWN_ARGUMENT = re.compile(r"unexpected keyword argument ('\w+')")
 
 
@@ -41,6 +48,7 @@ def trust_policy(trust_remote_code: bool = False, revision: str | None = None) -
 
 def load_config(name: str, policy: Mapping[str, Any]) -> PreTrainedConfig:
     """The config of a model that predicts the next token."""
+    require_model(name, policy.get("revision"))
     with _readable_loading(name):
         config = AutoConfig.from_pretrained(name, **policy)
     refuse_other_kinds(name, config)
@@ -78,6 +86,7 @@ def load_model(
         kwargs["attn_implementation"] = attn_implementation
     kwargs |= {**policy, "use_safetensors": True, **options}
     model = _with_sound_weights(auto, name, kwargs)
+    keep_savable(model, name)
     if hasattr(config, "quantization_config") and not hasattr(model.config, "quantization_config"):
         _take_expanded(name, model, config.quantization_config, kwargs["dtype"])
     return model
@@ -156,19 +165,23 @@ def _readable_loading(name: str) -> Iterator[None]:
             f"Out of memory while loading {name}. Use a smaller model or half precision, or free memory."
         ) from error
     except Exception as error:
+        if _NO_GPU.search(str(error)):
+            raise PreflightError(
+                f"{name} is to be placed on a GPU, and torch {torch.__version__} does not see it: {first_line(error)}. "
+                "Remove rlhf.teacher.device_map, or run where kdtrain env lists that device, with a torch built for it."
+            ) from error
         unknown = _UNKNOWN_ARGUMENT.search(str(error)) if isinstance(error, TypeError) else None
         reason = f"neither its class nor its config takes the argument {unknown[1]}" if unknown else first_line(error)
         raise PreflightError(f"The model {name} could not be loaded: {reason}") from error
 
 
 def add_adapter(base: PreTrainedModel, folder: str, *, trained: bool = False) -> PeftModel:
-    """A base, itself frozen, with the adapter that a folder holds; the base's modules are replaced in place."""
+    """A base, itself frozen, with the adapter of a folder or of a hub id; the base's modules are replaced in place."""
+    if not os.path.isdir(folder) and _HUB_ID.fullmatch(folder):
+        folder = _downloaded(folder)
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not has_file(folder, file):
-            raise PreflightError(
-                f"{folder} is not the folder of an adapter: it has no {file} (an adapter on the hub has to be "
-                "downloaded first)."
-            )
+            raise PreflightError(f"{folder} is not the folder of an adapter: it has no {file}.")
     try:
         model = PeftModel.from_pretrained(base, folder, is_trainable=trained)
         # Once more, for what PEFT says of it: the names in the file may be older than the model's, and it knows some.
@@ -196,7 +209,26 @@ def load_with_adapter(
     if not is_adapter_folder(name):
         return load_model(name, revision=revision, **options)
     options["trained_in_full"] = False
-    return add_adapter(load_model(adapter_base(name), revision=revision, **options), name, trained=trained)
+    return add_adapter(load_merged(adapter_base(name), revision=revision, **options), name, trained=trained)
+
+
+def load_merged(name: str, *, revision: str | None = None, **options: Any) -> PreTrainedModel:
+    """A model by `load_model`; of an adapter's folder its base with the adapter merged into it, through all levels."""
+    *adapters, bottom = levels(name)
+    model = load_model(bottom, revision=revision, **options)
+    for folder in reversed(adapters):
+        model = merge_adapter(add_adapter(model, folder))
+    return model
+
+
+def _downloaded(name: str) -> str:
+    """The local copy of a repository's adapter."""
+    try:
+        return snapshot_download(name, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+    except Exception as error:  # of the network, the hub, or the cache
+        raise PreflightError(
+            f"The adapter {name} is no folder here, and could not be downloaded from the hub: {first_line(error)}"
+        ) from error
 
 
 def resolve_dtype(

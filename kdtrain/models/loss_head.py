@@ -35,6 +35,8 @@ def add_loss_head(model: nn.Module) -> None:
     base.
     """
     original = model.forward
+    if getattr(original, "takes_loss_head", False):  # the student has it already, where it is the teacher as well
+        return
 
     # The model's own forward is replaced, and no module put around it: parameters keep their names, and whatever wraps
     # the model later (DDP, FSDP, DeepSpeed, torch.compile) has the backbone and the head in one forward.
@@ -50,6 +52,7 @@ def add_loss_head(model: nn.Module) -> None:
         with maybe_gather_lm_head_ctx(module.weight, module.bias):
             return loss_head(outputs.last_hidden_state, _head(self, module), outputs)
 
+    forward.takes_loss_head = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
     if is_deepspeed_zero3_enabled():
         _gather_within_model(model)
@@ -112,11 +115,11 @@ def _difference(logits: torch.Tensor, from_head: torch.Tensor, dtype: torch.dtyp
 
 
 def _head_module(model: PreTrainedModel) -> nn.Linear | None:
-    """The linear layer of the head; the trained copy where PEFT keeps one."""
+    """The linear layer of the head; the trained copy where PEFT keeps one, unless its adapter is off."""
     module = model.get_output_embeddings()
     copies = getattr(module, "modules_to_save", None)
     if copies is not None:
-        module = copies[module.active_adapters[0]]
+        module = module.original_module if module.disable_adapters else copies[module.active_adapters[0]]
     # Quantised layers are subclasses from elsewhere, and adapters wrap the layer: reading `weight` would miss them.
     unmodified = isinstance(module, nn.Linear) and type(module).__module__.startswith("torch.")
     return module if unmodified else None

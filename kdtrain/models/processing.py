@@ -8,11 +8,12 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from kdtrain.config.adapters import adapter_base, has_file, is_adapter_folder
+from kdtrain.config.adapters import model_below, nearest_with
 from kdtrain.data.multimodal import missing_setting
 from kdtrain.errors import PreflightError
+from kdtrain.models.hub import require_model
 from kdtrain.models.kinds import sees_images
 from kdtrain.models.loading import first_line, load_config, trust_policy
 
@@ -26,10 +27,10 @@ def load_tokenizer(
     name: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer saved with a model; of an adapter without one, its base's."""
-    if is_adapter_folder(name) and not has_file(name, "tokenizer_config.json"):
-        name = adapter_base(name)
+    name = nearest_with(name, "tokenizer_config.json")
+    require_model(name, revision)
     try:
-        return AutoTokenizer.from_pretrained(name, **trust_policy(trust_remote_code, revision))
+        return _without_places(AutoTokenizer.from_pretrained(name, **trust_policy(trust_remote_code, revision)))
     except Exception as error:  # the Rust half of tokenizers raises Exception itself
         raise PreflightError(f"No tokenizer could be loaded from {name}: {first_line(error)}") from error
 
@@ -41,26 +42,26 @@ def load_processing(
     revision: str | None = None,
     processor_kwargs: Mapping[str, Any] | None = None,
     side: Literal["student", "teacher"] | None = None,
+    model_config: PreTrainedConfig | None = None,
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
     """What turns rows into inputs: a vision-language model's processor, a text model's tokenizer.
 
     Args:
         processor_kwargs: settings in place of those saved with the processor, which has them from then on.
         side: whose it is, for messages.
+        model_config: of the model, where that is loaded already: then an adapter's base is not looked for.
     """
     settings = dict(processor_kwargs or {})
     option = "rlhf.teacher.processor_kwargs" if side == "teacher" else "data.processor_kwargs"
     policy = trust_policy(trust_remote_code, revision)
-    adapter = is_adapter_folder(name)
-    if not sees_images(load_config(adapter_base(name) if adapter else name, policy)):
+    if not sees_images(model_config or load_config(model_below(name), policy)):
         if settings:
             raise PreflightError(
                 f"{name} reads text alone, and there are settings of an image processor for it. Remove {option}"
                 + (", or set it to {} where data.processor_kwargs is for the student." if side == "teacher" else ".")
             )
         return load_tokenizer(name, trust_remote_code=trust_remote_code, revision=revision)
-    if adapter and not has_file(name, "preprocessor_config.json"):
-        name = adapter_base(name)
+    name = nearest_with(name, "preprocessor_config.json", "processor_config.json")
     try:
         processor = AutoProcessor.from_pretrained(name, **policy, **settings)
     except ImportError as error:
@@ -76,6 +77,7 @@ def load_processing(
             f"{name} is a vision-language model without a processor: its folder lacks processor_config.json or "
             "preprocessor_config.json. Save the processor of the model it came from into it."
         )
+    _without_places(processor.tokenizer)
     _check_settings(processor, name, settings, option)
     if missing := missing_setting(processor):
         whose = f"The {side}'s" if side else "The"
@@ -84,6 +86,13 @@ def load_processing(
             f"{os.path.join(name, 'processor_config.json')}{_of_model(name, policy, missing)}."
         )
     return processor
+
+
+def _without_places(tokenizer: Any) -> Any:
+    """Without how it was loaded, which transformers would save as if it were the tokenizer's own."""
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
 
 
 def _check_settings(processor: ProcessorMixin, name: str, settings: Mapping[str, Any], option: str) -> None:
@@ -99,6 +108,5 @@ def _check_settings(processor: ProcessorMixin, name: str, settings: Mapping[str,
 
 
 def _of_model(name: str, policy: Mapping[str, Any], setting: str) -> str:
-    base = adapter_base(name) if is_adapter_folder(name) else name
-    value = getattr(getattr(load_config(base, policy), "vision_config", None), setting, None)
+    value = getattr(getattr(load_config(model_below(name), policy), "vision_config", None), setting, None)
     return f" (the model's is {value})" if value else ""

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 from transformers import TrainingArguments
 
+from kdtrain.config.schema import TunerConfig
 from kdtrain.errors import PreflightError
+from kdtrain.models.parts import adapter_exclusions, check_named_parts
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,24 @@ logger = logging.getLogger(__name__)
 # dt_proj would never get a gradient.
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _READ_PAST = ("dt_proj", "out_proj")
+
+
+def adapter_config(tuner: TunerConfig, student: nn.Module) -> LoraConfig | None:
+    """The adapter that is made anew; None where all weights train, or the student came with one to go on with."""
+    if tuner.train_type != "lora" or is_peft_model(student):
+        return None
+    targets = () if isinstance(tuner.target_modules, str) else tuner.target_modules
+    check_named_parts(student, targets, tuner.modules_to_save or (), **tuner.frozen)
+    return LoraConfig(
+        r=tuner.lora_rank,
+        lora_alpha=tuner.lora_alpha,  # PEFT says int, and divides it by the rank
+        lora_dropout=tuner.lora_dropout,
+        target_modules=tuner.target_modules,
+        modules_to_save=tuner.modules_to_save,
+        use_dora=tuner.use_dora,
+        exclude_modules=adapter_exclusions(student, **tuner.frozen),
+        task_type="CAUSAL_LM",
+    )
 
 
 def fit_student(model: nn.Module, peft_config: PeftConfig | None, args: TrainingArguments) -> PeftConfig | None:

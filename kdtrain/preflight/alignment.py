@@ -25,10 +25,11 @@ from kdtrain.config.tree import KeyPath, Problem
 from kdtrain.data.batch import Batch, received
 from kdtrain.data.collate import Collator
 from kdtrain.losses.reduce import IGNORE_INDEX
+from kdtrain.losses.sampled import SampledTargets, estimated_logprobs
 from kdtrain.losses.topk import TopKLogprobs, teacher_tail
 from kdtrain.models.probe import OPTION_OF
-from kdtrain.teachers.base import Targets, Teacher
-from kdtrain.teachers.dependence import Dependence, Scores, dependence, log_probabilities, part_of, with_changed_tokens
+from kdtrain.teachers.base import Scores, Targets, Teacher
+from kdtrain.teachers.dependence import Dependence, dependence, log_probabilities, part_of, with_changed_tokens
 
 Side = Literal["before", "after"]
 
@@ -40,10 +41,10 @@ _FAR = 0.5
 # Standard errors of the mean difference: 20 tokens of one answer differ by 0.4 nats by chance.
 _SURE = 3.0
 # Fewer tokens prove nothing: of two the difference may be the same by chance.
-_FEW = 32
+FEW = 32
 _ROWS_AT_ONCE = 64
 # Rows that are asked for, of how many, with how many supervised tokens each if there are such.
-_FEW_ROWS, _LOOKED_AT, _ENOUGH = 8, 256, 16
+FEW_ROWS, LOOKED_AT, _ENOUGH = 8, 256, 16
 _LEAST = -30.0
 _HOW = (
     "Row i of the targets must be the distribution of supervised token i, given the tokens before it. Logits at "
@@ -86,7 +87,7 @@ class Alignment:
 
     @property
     def fits(self) -> bool:
-        return self.tokens >= _FEW and self.before.is_far and self.after.is_far
+        return self.tokens >= FEW and self.before.is_far and self.after.is_far
 
     def settles_it(self, vocab_size: int) -> bool:
         """Whether the fit is proof enough: that of a model which knows something, and not more than it can know.
@@ -106,12 +107,18 @@ class Alignment:
 def compare_with_neighbours(targets: Targets, batch: Batch, vocab_size: int) -> Alignment:
     """The NLL of the supervised tokens, and of those one position before and after them in the row.
 
-    A token that a top-k teacher does not name has its share of the rest, tail / (V − K).
+    A token that a top-k teacher does not name has its share of the rest, tail / (V − K). Of drawn tokens the rest is
+    estimated: what was not drawn is not impossible.
     """
     ids_S3 = neighbours(batch)
     if targets.covered_S is not None:
         ids_S3 = ids_S3[targets.covered_S.to(ids_S3.device)]
-    nll_S3, entropy_S = _scored(targets.scores, ids_S3, vocab_size)
+    return alignment_with(targets.scores, ids_S3, vocab_size)
+
+
+def alignment_with(scores: Scores, ids_S3: torch.Tensor, vocab_size: int) -> Alignment:
+    """The same, of tokens and those beside them [S, 3], as `neighbours` gives them."""
+    nll_S3, entropy_S = _scored(scores, ids_S3, vocab_size)
     before, real, after = ids_S3.cpu().unbind(1)
     telling = (before != real) & (after != real) & (after >= 0)
     nll_S3, entropy_S = nll_S3[telling], entropy_S[telling]
@@ -121,8 +128,8 @@ def compare_with_neighbours(targets: Targets, batch: Batch, vocab_size: int) -> 
         len(nll_S3),
         _mean(nll_S3[:, 1]),
         _mean(entropy_S),
-        _gap(nll_S3[:, 0], nll_S3[:, 1]),
-        _gap(nll_S3[:, 2], nll_S3[:, 1]),
+        gap(nll_S3[:, 0], nll_S3[:, 1]),
+        gap(nll_S3[:, 2], nll_S3[:, 1]),
         finite,
     )
 
@@ -152,6 +159,8 @@ def _scored(scores: Scores, ids_SX: torch.Tensor, vocab_size: int) -> tuple[torc
 
 
 def _entropy(scores: Scores, vocab_size: int) -> torch.Tensor:
+    if isinstance(scores, SampledTargets):
+        scores = estimated_logprobs(scores)
     if isinstance(scores, TopKLogprobs):
         known = scores.logprobs.float()
         log_tail = teacher_tail(known, torch.zeros_like(known[:, :1], dtype=torch.bool))[:, 0]
@@ -165,7 +174,8 @@ def _mean(values: torch.Tensor) -> float:
     return float(values.double().mean()) if len(values) else 0.0
 
 
-def _gap(beside_S: torch.Tensor, nll_S: torch.Tensor) -> Gap:
+def gap(beside_S: torch.Tensor, nll_S: torch.Tensor) -> Gap:
+    """How much better targets fit tokens than others, by the −log p of both [S]."""
     difference = (beside_S - nll_S).double()
     error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
     return Gap(_mean(beside_S), _mean(difference), error)
@@ -192,7 +202,7 @@ def alignment_findings(
         return [Problem(option, _off_by_one(alignment, side), _HOW)]
     if alignment.fits:
         return [Problem(option, f"The teacher's targets fit the tokens that they are for: {alignment}.", level="info")]
-    if alignment.tokens < _FEW and found == "aligned":
+    if alignment.tokens < FEW and found == "aligned":
         message = f"The teacher's targets depend on the right tokens. Their fit says little: {alignment}."
         return [Problem(option, message, level="info")]
     return [Problem(option, *_not_learnt(alignment, found), level="warning")]
@@ -204,7 +214,7 @@ def _suspected(alignment: Alignment, vocab_size: int) -> Side | None:
     A model with random weights fits the token before as well: but then less well than its entropy says (weights that
     are large), or its entropy is nearly that of no knowledge at all, log V.
     """
-    if alignment.tokens < _FEW or alignment.entropy > math.log(vocab_size) - 1:
+    if alignment.tokens < FEW or alignment.entropy > math.log(vocab_size) - 1:
         return None
     sides: tuple[tuple[Side, Gap], ...] = (("before", alignment.before), ("after", alignment.after))
     for side, beside in sides:
@@ -238,6 +248,7 @@ def check_alignment(
     teacher: Teacher,
     batch: Batch,
     *,
+    targets: Targets | None = None,
     any_rank: Callable[[bool], bool] = bool,
     option: KeyPath = OPTION_OF["teacher"],
 ) -> list[Problem]:
@@ -245,11 +256,13 @@ def check_alignment(
 
     Args:
         batch: of `few_rows`, where the teacher will run; the same on all ranks.
+        targets: its targets, where it was asked already.
         any_rank: whether something holds on any rank. A teacher in pieces is asked by all of them or by none, and
             rounding may let one of them see another figure.
     """
-    teacher.prepare([batch])
-    targets = teacher.targets(batch)
+    if targets is None:
+        teacher.prepare([batch])
+        targets = teacher.targets(batch)
     alignment = compare_with_neighbours(targets, batch, teacher.vocab_size)
     found = None
     if any_rank(not alignment.settles_it(teacher.vocab_size) and alignment.tokens > 0):
@@ -259,6 +272,8 @@ def check_alignment(
 
 def _asked_again(teacher: Teacher, batch: Batch, targets: Targets) -> Dependence | None:
     """What the targets depend on, from the same rows with one token changed in each."""
+    if not teacher.answers_anything:
+        return None
     if teacher.waits and batch.has_images:
         return None  # a server is given conversations there, not tokens that can be changed
     changed = with_changed_tokens(batch)
@@ -284,7 +299,7 @@ def few_rows(dataset: Any, collator: Any, batch_size: int) -> Batch | None:
     if isinstance(collator, Collator) and "labels" in columns:
         chosen = _short_rows(dataset)
     else:
-        chosen = list(range(min(len(dataset), batch_size if not isinstance(collator, Collator) else _FEW_ROWS)))
+        chosen = list(range(min(len(dataset), batch_size if not isinstance(collator, Collator) else FEW_ROWS)))
     if not chosen:
         return None
     batch = received(collator([dataset[i] for i in chosen]), None)
@@ -293,7 +308,7 @@ def few_rows(dataset: Any, collator: Any, batch_size: int) -> Batch | None:
 
 def _short_rows(dataset: Any) -> list[int]:
     """Numbers of rows with some supervised tokens, the shortest of the first ones."""
-    some = dataset.select_columns("labels")[:_LOOKED_AT]["labels"]
+    some = dataset.select_columns("labels")[:LOOKED_AT]["labels"]
     counts = [sum(label != IGNORE_INDEX for label in labels) for labels in some]
     enough = [i for i, count in enumerate(counts) if count >= min(_ENOUGH, max(counts))]
-    return sorted(sorted(enough, key=lambda i: len(some[i]))[:_FEW_ROWS])
+    return sorted(sorted(enough, key=lambda i: len(some[i]))[:FEW_ROWS])

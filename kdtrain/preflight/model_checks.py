@@ -7,7 +7,7 @@ tokens, the lengths of the rows, one image, and for a model that will generate a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +26,7 @@ from kdtrain.errors import PreflightError
 from kdtrain.generation.generate import refuse_marked_answers
 from kdtrain.generation.padding import who_shares_a_batch
 from kdtrain.models import probe
+from kdtrain.preflight.findings import report
 from kdtrain.preflight.positions import RowLengths, length_findings, rope_findings
 from kdtrain.ranks import is_main
 
@@ -60,11 +61,17 @@ def both_sides(
     processing = collator.processing_class if known else None
     base = student.get_base_model() if is_peft_model(student) else student
     sides = [_checked("student", base, probe.look_at_text(base, "student"), processing, student)]
-    if teacher is not None and isinstance(getattr(teacher, "look", None), probe.TextLook):
-        of_teacher = (collator.teacher_processing_class or processing) if known else None
-        model = teacher.module if teacher_model is None else teacher_model
-        sides.append(_checked("teacher", model, teacher.look, of_teacher, model))
-    return sides
+    return sides + teacher_side_checks(teacher, collator, teacher_model)
+
+
+def teacher_side_checks(teacher: Any, collator: Any, teacher_model: Any = None) -> list[CheckedModel]:
+    """The teacher alone, where it is a model in this process; arguments as of `both_sides`."""
+    if teacher is None or not isinstance(getattr(teacher, "look", None), probe.TextLook):
+        return []
+    known = isinstance(collator, Collator)
+    of_teacher = (collator.teacher_processing_class or collator.processing_class) if known else None
+    model = teacher.module if teacher_model is None else teacher_model
+    return [_checked("teacher", model, teacher.look, of_teacher, model)]
 
 
 def _checked(
@@ -121,19 +128,6 @@ def check_models(
             report(finding for side in sides for finding in image_findings(side, collator, row))
     for model in generating:
         who_shares_a_batch(model, next(model.parameters()).device)
-
-
-def report(findings: Iterable[Problem]) -> None:
-    """Log the warnings and what is worth knowing, on the main process, and raise the errors, all in one."""
-    errors = []
-    for finding in dict.fromkeys(findings):
-        text = f"{finding.message} {finding.hint}".strip()
-        if finding.level == "error":
-            errors.append(text)
-        elif is_main():
-            logger.log(logging.INFO if finding.level == "info" else logging.WARNING, "%s", text)
-    if errors:
-        raise PreflightError("\n".join(errors))
 
 
 def image_findings(side: CheckedModel, collator: Collator, row: Mapping[str, Any]) -> list[Problem]:

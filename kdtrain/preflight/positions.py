@@ -16,6 +16,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
 from transformers import PreTrainedModel
 
+from kdtrain.config.options import DistillationOptions
 from kdtrain.config.tree import Problem
 from kdtrain.data.batch import Batch
 from kdtrain.data.collate import Collator
@@ -43,6 +44,8 @@ class RowLengths:
     """How they are made shorter, in words."""
     side: Side | None = None
     """The model that reads them; None is both."""
+    generated: bool = False
+    """Whether they are prompts with the longest answer that a model may write behind them while training."""
 
     @property
     def longest(self) -> int:
@@ -79,11 +82,12 @@ def rows_of_a_run(train: Any, evaluation: Any, args: Any, collator: Any, generat
         for side, lengths in _lengths(data).items()
     ]
     if generates and "prompt_length" in (getattr(train, "column_names", None) or ()):
-        what = f"prompts with an answer of {in_rlhf}max_new_tokens ({args.max_new_tokens})"
+        most = DistillationOptions.from_args(args).most_new_tokens
+        what = f"prompts with an answer of {in_rlhf}max_new_tokens ({most})"
         way_out = f"lower {in_rlhf}max_new_tokens or {in_data}max_length"
         for side, lengths in _lengths(train).items():
-            prompts = _collated(_prompt_lengths(train, side), lengths, collator) + args.max_new_tokens
-            found.append(RowLengths(_named(what, side), prompts, args.train_batch_size, way_out, side))
+            prompts = _collated(_prompt_lengths(train, side), lengths, collator) + most
+            found.append(RowLengths(_named(what, side), prompts, args.train_batch_size, way_out, side, generated=True))
     return [rows for rows in found if len(rows.lengths)]
 
 
@@ -102,8 +106,9 @@ def answered_rows(data: Any, args: Any) -> list[RowLengths]:
         return []
     side: Side | None = "teacher" if "teacher_prompt_length" in data.column_names else None
     prompts = _prompt_lengths(data, side)[np.asarray(data["answers"][:], dtype=bool)]
-    what = f"prompts with the teacher's answer of rlhf.max_new_tokens ({args.max_new_tokens})"
-    rows = RowLengths(what, prompts + args.max_new_tokens, args.eval_batch_size, "lower rlhf.max_new_tokens")
+    most = DistillationOptions.from_args(args).most_new_tokens
+    what = f"prompts with the teacher's answer of rlhf.max_new_tokens ({most})"
+    rows = RowLengths(what, prompts + most, args.eval_batch_size, "lower rlhf.max_new_tokens")
     return [rows] if len(prompts) else []
 
 
@@ -167,10 +172,12 @@ def length_findings(side: CheckedModel, rows: Sequence[RowLengths], multiple: in
         if refusal is not None:
             found = _too_long(side, declared, long, multiple)
             return [replace(found, hint=f"{found.hint} The model says: {refusal}")]
-    message = (
-        f"The {side.name} was made for {declared} positions (its config.json), and {_counts(long, declared)}: what it "
-        "predicts there may be poor."
-    )
+    made_for = f"The {side.name} was made for {declared} positions (its config.json), and {_counts(long, declared)}"
+    # One long prompt is no reason to end a run. That every answer may run on where the model knows nothing is.
+    if any(some.generated and some.lengths.min() > declared for some in long):
+        message = f"{made_for}: answers would run on where it has learnt nothing."
+        return [Problem(OPTION_OF[side.name], message, f"To keep within {declared} tokens, {_ways_out(long)}.")]
+    message = f"{made_for}: what it predicts there may be poor."
     return [Problem(OPTION_OF[side.name], message, f"If that is not meant, {_ways_out(long)}.", "warning")]
 
 

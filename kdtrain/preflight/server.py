@@ -5,22 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from kdtrain.data.with_images import first_batch_with_images
 from kdtrain.losses.reduce import IGNORE_INDEX
-from kdtrain.preflight.model_checks import report
+from kdtrain.preflight.findings import is_listing, report
 from kdtrain.ranks import is_main
-from kdtrain.teachers.served import ServedTeacher, rows_to_score
-from kdtrain.teachers.served_images import ImageRow
-from kdtrain.teachers.server_probe import ProbeResult, probe
+from kdtrain.teachers.served.images import ImageRow
+from kdtrain.teachers.served.probe import ProbeResult, probe
+from kdtrain.teachers.served.teacher import ServedTeacher, rows_to_score
 
 logger = logging.getLogger(__name__)
 
 _LOOKED_AT, _FEW, _ENOUGH = 64, 3, 16
+_Found = TypeVar("_Found")
 
 
 def check_server(
@@ -59,7 +60,7 @@ def check_server(
         "teacher_processing": teacher_processing,
         "image_row": image_row,
     }
-    result = _by_one_rank(lambda: ask_server(teacher, rows, tokenizer, **options))
+    result = by_one_rank(lambda: ask_server(teacher, rows, tokenizer, **options))
     settle(teacher, result)
     _report(teacher, result)
 
@@ -77,7 +78,7 @@ def ask_server(
     return probe(teacher, rows, own, teacher_tokenizer=other, **options)
 
 
-def _by_one_rank(ask: Callable[[], ProbeResult]) -> ProbeResult:
+def by_one_rank(ask: Callable[[], _Found]) -> _Found:
     """The result of rank 0, or its error, on all ranks: none of them may wait for one that has failed."""
     shared: list[Any] = [None]
     if PartialState().is_main_process:
@@ -89,7 +90,7 @@ def _by_one_rank(ask: Callable[[], ProbeResult]) -> ProbeResult:
         broadcast_object_list(shared)
     if isinstance(shared[0], Exception):
         raise shared[0]
-    found: ProbeResult = shared[0]
+    found: _Found = shared[0]
     return found
 
 
@@ -102,6 +103,9 @@ def settle(teacher: ServedTeacher, result: ProbeResult) -> None:
 
 def _report(teacher: ServedTeacher, result: ProbeResult) -> None:
     """Raise the errors, log the warnings, and what is well as one line."""
+    if is_listing():
+        report(result.findings)
+        return
     well = [finding for finding in result.findings if finding.level == "info"]
     rest = [finding for finding in result.findings if finding.level != "info"]
     report(replace(one, message=_ended(one.message), hint=_ended(one.hint[:1].upper() + one.hint[1:])) for one in rest)

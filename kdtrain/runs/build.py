@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from datasets import Dataset
-from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl.experimental.gkd import GKDConfig
 
 from kdtrain.config import RunConfig
+from kdtrain.config.adapters import model_below
 from kdtrain.config.model_folder import require_sound
+from kdtrain.config.tree import KeyPath, Problem
 from kdtrain.data import BuildReport, Collator
 from kdtrain.errors import ConfigError
 from kdtrain.models.kinds import sees_images
-from kdtrain.models.loading import load_model
-from kdtrain.models.parts import adapter_exclusions, check_named_parts, freeze_parts
+from kdtrain.models.parts import freeze_parts
+from kdtrain.models.probe import OPTION_OF
 from kdtrain.models.processing import load_processing, load_tokenizer
+from kdtrain.models.tuning import adapter_config
 from kdtrain.models.vocabulary import shared_vocabulary, vocabulary_size
+from kdtrain.preflight.doctor.rows import repeated_findings, row_findings
+from kdtrain.preflight.doctor.templates import template_findings, untrained_findings
+from kdtrain.preflight.findings import Together, about, report
+from kdtrain.preflight.generation import by_vllm, check_generation
 from kdtrain.preflight.server import check_server, row_with_image, rows_to_ask_about
+from kdtrain.runs.cache_answers import answers_of_cache
 from kdtrain.runs.failures import readable_construction
+from kdtrain.runs.from_cache import check_rows, open_cache
 from kdtrain.runs.read_data import RunData, read_data
+from kdtrain.runs.resources import resource_findings
+from kdtrain.runs.student import load_student, student_config
 from kdtrain.runs.teacher_answers import check_images, write_answers
-from kdtrain.teachers import LocalTeacher, ServedTeacher, Teacher, build_teacher, connect_teacher
+from kdtrain.teachers import LocalTeacher, SelfTeacher, ServedTeacher, Teacher, build_teacher, connect_teacher
+from kdtrain.teachers.cached.manifest import Manifest
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.argument_checks import check_teacher_is_another_model
+from kdtrain.trainer.completions import Completion
 from kdtrain.trainer.deepspeed import prepare_deepspeed_run
 from kdtrain.trainer.given_rows import RowsInMemory
 from kdtrain.trainer.startup_checks import check_startup
@@ -59,6 +71,9 @@ class Reporter(Protocol):
     def plan(self, rows: Mapping[str, str]) -> None:
         """What was derived from config and device, before training begins."""
 
+    def completions(self, found: Sequence[Completion]) -> None:
+        """Answers of a step that is about to train on them, which are to be looked at."""
+
     def callbacks(self) -> list[TrainerCallback]:
         """Callbacks that show progress; asked for on rank 0 only."""
 
@@ -82,40 +97,57 @@ def build_trainer(
     Args:
         at_the_end: closes the teacher, unless it was given.
     """
-    device = args.device  # also joins the process group
+    assert args.device is not None  # looked at first, which joins the process group
     prepare_deepspeed_run(args)
-    _check_folders(config, given)
-    settings = config.data.processor_kwargs
-    processing = load_processing(config.model.model, processor_kwargs=settings, side="student", **_hub_options(config))
-    data = read_data(config, args.seed, processing, reporter, given)
+    of_teacher = option_of_teacher(config)
+    with about(OPTION_OF["student"]):
+        _check_folders(config, given)
+        settings, hub = config.data.processor_kwargs, _hub_options(config)
+        processing = load_processing(config.model.model, processor_kwargs=settings, side="student", **hub)
+    with about(of_teacher):
+        cached = open_cache(config, processing) if _reads_cache(config, given.teacher) else None
+    with about(("data", "train")):
+        data = read_data(config, args.seed, processing, reporter, given)
+    if cached is not None:
+        with about(of_teacher):
+            if config.answers_from_teacher:
+                answers_of_cache(cached.folder, Manifest.read(cached.folder), config, data, at_the_end)
+            check_rows(cached, config, data.train, data.evaluation)
     student = given.model
-    if student is None:
-        student = load_model(
-            config.model.model,
-            dtype=config.model.dtype,
-            trained_in_full=config.tuner.train_type == "full",
-            device=device,
-            attn_implementation=config.model.attn_implementation,
-            init_kwargs=config.model.init_kwargs,
-            **_hub_options(config),
-        )
-    check_teacher_is_another_model(student, given.teacher)
-    freeze_parts(student, **config.tuner.frozen)
+    if student is None and given.teacher is None:  # of others the config says nothing
+        report(resource_findings(config, args, data))
+    if by_vllm(config.options):
+        with about(("rlhf", "generation", "backend")):
+            check_generation(config.options, student_config(config) if student is None else student.config, args.device)
+    with about(OPTION_OF["student"]):
+        if student is None:
+            student = load_student(config, args.device)
+        check_teacher_is_another_model(student, given.teacher)
+        freeze_parts(student, **config.tuner.frozen)
     dense_text = not sees_images(student.config) and not hasattr(student.config, "output_router_logits")
     if args.ddp_find_unused_parameters is None and dense_text:
         # It uses all its weights in every step; only experts and vision encoders may go without a gradient.
         args.ddp_find_unused_parameters = False
-    teacher = teacher_side(config, args, processing, vocabulary_size(student), given.teacher)
+    with about(of_teacher):
+        teacher = teacher_side(config, args, processing, vocabulary_size(student), given.teacher or cached)
     if teacher.teacher is not None and given.teacher is None:
         at_the_end.callback(teacher.teacher.close)
-    collator = Collator(processing, teacher.processing, pad_to_multiple_of=args.pad_to_multiple_of)
+    collator = Collator(
+        processing,
+        teacher.processing,
+        pad_to_multiple_of=args.pad_to_multiple_of,
+        answers=config.checks_answers,
+        row_keys=teacher.teacher is not None and not teacher.teacher.answers_anything,
+    )
     if isinstance(teacher.teacher, ServedTeacher) and teacher.teacher.route is None:
-        _probe(config, args, data, teacher.teacher, collator)
-    if config.answers_from_teacher:
-        write_answers(config, args, data, student, teacher, collator, reporter, dry_run)
+        with about(of_teacher):
+            _probe(config, args, data, teacher.teacher, collator)
+    if config.answers_from_teacher and cached is None:
+        with about(of_teacher):
+            write_answers(config, args, data, student, teacher, collator, reporter, dry_run)
     # The trainer refuses what it cannot follow itself. Here both were followed above, or a warning said why not.
     args.tuner = args.teacher_model_init_kwargs = None
-    with readable_construction():
+    with about(OPTION_OF["student"]), readable_construction():
         trainer = GKDTrainerWithMetrics(
             student,
             args=args,
@@ -123,16 +155,69 @@ def build_trainer(
             train_dataset=data.train,
             eval_dataset=data.evaluation,
             processing_class=processing,
-            peft_config=_peft_config(config, student),
+            peft_config=adapter_config(config.tuner, student),
             callbacks=list(given.callbacks),
             teacher=teacher.teacher if config.options.needs_teacher else None,
             shared_vocab_size=teacher.shared_vocabulary,
         )
         if data.report.epochs is not None:
             trainer.read_epochs(data.report.epochs)
-    check_images(data, collator)
-    check_startup(trainer, config.training.get("greater_is_better"))
+    look_before_training(config, trainer, data, teacher, collator)
     return trainer, data.report
+
+
+def look_before_training(
+    config: RunConfig, trainer: GKDTrainerWithMetrics, data: RunData, teacher: TeacherSide, collator: Collator
+) -> None:
+    """All that can be seen now that everything is built: warnings are said once, and what stops the run all at once."""
+    together = Together()
+    with together.check(("data", "train")):
+        check_images(data, collator)
+    with together.check(("data", "train")):
+        report(_row_findings(config, data))
+    with together.check(option_of_teacher(config)):
+        report(_template_findings(config, trainer, data, teacher))
+    with together.check(option_of_teacher(config)):
+        check_startup(trainer, config.training.get("greater_is_better"))
+    together.done()
+
+
+def _row_findings(config: RunConfig, data: RunData) -> Iterator[Problem]:
+    longest = config.data.max_length
+    yield from row_findings(data.report, ("data", "train"), longest, generated=config.all_generated)
+    if data.evaluation_report is not None:
+        yield from row_findings(data.evaluation_report, ("data", "eval"), longest, generated=False)
+    yield from repeated_findings(data.train, data.evaluation)
+
+
+def _template_findings(
+    config: RunConfig, trainer: GKDTrainerWithMetrics, data: RunData, teacher: TeacherSide
+) -> Iterator[Problem]:
+    own, kwargs = trainer.processing_class, config.data.chat_template_kwargs
+    if data.report.chat_rows and not trainer.is_sharded:
+        yield from untrained_findings(trainer.model, own)
+    if teacher.teacher is not None and config.options.lm_kd_active:
+        yield from template_findings(
+            own,
+            teacher.processing or own,
+            chats=bool(data.report.chat_rows),
+            student_kwargs=kwargs,
+            teacher_kwargs={**kwargs, **config.rlhf.teacher.chat_template_kwargs},
+        )
+
+
+# By backend, the option that names the teacher, where it is not `rlhf.teacher_model`: findings belong to it.
+_OPTION_OF: dict[str, KeyPath] = {
+    "self": OPTION_OF["student"],
+    "vllm": ("rlhf", "teacher", "base_url"),
+    "openai": ("rlhf", "teacher", "base_url"),
+    "cache": ("rlhf", "teacher", "path"),
+}
+
+
+def option_of_teacher(config: RunConfig) -> KeyPath:
+    """The option that a finding about the teacher belongs to."""
+    return _OPTION_OF.get(config.rlhf.teacher.backend, OPTION_OF["teacher"])
 
 
 def _check_folders(config: RunConfig, given: Given) -> None:
@@ -143,32 +228,18 @@ def _check_folders(config: RunConfig, given: Given) -> None:
             "cannot (its module is None, and can_generate false). Hand over a model, or remove answers: teacher."
         )
     if given.model is None:
-        require_sound(Path(config.model.model), "student")
-    loads_teacher = given.teacher is None and config.asks_teacher and not config.rlhf.teacher.is_served
+        require_sound(Path(model_below(config.model.model)), "student")
+    loads_teacher = given.teacher is None and config.asks_teacher and config.rlhf.teacher.backend == "hf"
     if loads_teacher and config.rlhf.teacher_model:
         require_sound(Path(config.rlhf.teacher_model), "teacher")
 
 
+def _reads_cache(config: RunConfig, given: nn.Module | Teacher | None) -> bool:
+    return given is None and config.asks_teacher and config.rlhf.teacher.backend == "cache"
+
+
 def _hub_options(config: RunConfig) -> dict[str, Any]:
     return {"trust_remote_code": config.model.trust_remote_code, "revision": config.model.revision}
-
-
-def _peft_config(config: RunConfig, student: PreTrainedModel) -> LoraConfig | None:
-    tuner = config.tuner
-    if tuner.train_type != "lora":
-        return None
-    targets = () if isinstance(tuner.target_modules, str) else tuner.target_modules
-    check_named_parts(student, targets, tuner.modules_to_save or (), **tuner.frozen)
-    return LoraConfig(
-        r=tuner.lora_rank,
-        lora_alpha=tuner.lora_alpha,  # PEFT says int, and divides it by the rank
-        lora_dropout=tuner.lora_dropout,
-        target_modules=tuner.target_modules,
-        modules_to_save=tuner.modules_to_save,
-        use_dora=tuner.use_dora,
-        exclude_modules=adapter_exclusions(student, **tuner.frozen),
-        task_type="CAUSAL_LM",
-    )
 
 
 def teacher_side(
@@ -181,11 +252,22 @@ def teacher_side(
     """The teacher, and the ids it shares with the student; without one, where nothing asks for it, all of them."""
     if not config.asks_teacher:
         return TeacherSide(None, None, student_size)
+    if _reads_cache(config, given):
+        given = open_cache(config, processing)
+    if (
+        isinstance(given, Teacher) and not given.answers_anything
+    ):  # its rows were encoded by a tokenizer like the student's
+        tokenizer = getattr(processing, "tokenizer", processing)
+        return TeacherSide(given, processing, shared_vocabulary(student_size, given.vocab_size, tokenizer, tokenizer))
     own = config.rlhf.teacher.processor_kwargs
     prepared: dict[str, Any] = {
         "processor_kwargs": config.data.processor_kwargs if own is None else own,
         "side": "teacher",
     }
+    if given is None and config.rlhf.teacher.backend == "self":
+        given = SelfTeacher(config.rlhf.teacher.weights, config.rlhf.teacher.ema_decay)
+    if isinstance(given, Teacher) and given.is_student:
+        return TeacherSide(given, processing, student_size)
     if given is None and config.rlhf.teacher.is_served:
         return _served_teacher(config, processing, student_size)
     if given is None:
@@ -219,7 +301,7 @@ def _probe(config: RunConfig, args: GKDConfig, data: RunData, teacher: ServedTea
         collator.processing_class,
         scores=options.lm_kd_active,
         writes=config.answers_from_teacher or (options.lm_kd_active and options.seq_kd),
-        tokens=round(report.total_tokens * epochs),
+        tokens=round(report.teacher_tokens * epochs),
         chat_template_kwargs={**config.data.chat_template_kwargs, **config.rlhf.teacher.chat_template_kwargs},
         teacher_processing=collator.teacher_processing_class,
         image_row=row_with_image(data.train, collator) if options.lm_kd_active else None,

@@ -1,18 +1,25 @@
-"""What a run adds to the training loop: stopping on a signal, a check of the wrapper, the end of a dry run."""
+"""What a run adds to the training loop: stopping on a signal, its status, a check of the wrapper."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from kdtrain.errors import PreflightError
+from kdtrain.ranks import is_main
+from kdtrain.runs.folder import CHECKPOINT
+from kdtrain.runs.log import is_record
 from kdtrain.runs.signals import StopRequest
+from kdtrain.runs.status import write_progress
 from kdtrain.trainer import GKDTrainerWithMetrics
+from kdtrain.trainer.best_step import BestStep, as_object
 
 
 class StopOnSignal(TrainerCallback):
@@ -35,6 +42,27 @@ class StopOnSignal(TrainerCallback):
         if self.signum:
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False
+
+
+class WriteProgress(TrainerCallback):
+    """Keeps step, last checkpoint and best step of `status.json` up to date, with every record."""
+
+    def __init__(self, run_dir: Path, best_step: BestStep) -> None:
+        self._run_dir, self._best_step = run_dir, best_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        if is_main() and is_record(logs):
+            write_progress(self._run_dir, step=state.global_step)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if is_main():
+            write_progress(self._run_dir, step=state.global_step, best=as_object(self._best_step.best))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if is_main():
+            write_progress(self._run_dir, step=state.global_step, last_checkpoint=f"{CHECKPOINT}{state.global_step}")
 
 
 class CheckWrapped(TrainerCallback):
@@ -64,19 +92,12 @@ class CheckWrapped(TrainerCallback):
             )
 
 
-class _WindowDone(Exception):
-    """Ends a dry run where the optimizer step would be."""
+def name_tensorboard(trainer: GKDTrainerWithMetrics, run_dir: Path) -> None:
+    """Let TensorBoard write into a folder with the run's name, which is what it shows.
 
-
-class _EndBeforeTheStep(TrainerCallback):
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        raise _WindowDone
-
-
-def one_window(trainer: GKDTrainerWithMetrics) -> dict[str, float]:
-    """One optimizer window forward and backward through everything a real run uses, without the step; its metrics."""
-    trainer.add_callback(_EndBeforeTheStep())
-    trainer.read_ahead.lookahead = 0  # nothing is asked of a teacher that is not used
-    with suppress(_WindowDone):
-        trainer.train()
-    return trainer.window_metrics()
+    Upstream's is named by host and time, so that each resume would be another run.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:  # TENSORBOARD_LOGGING_DIR
+            name = trainer.args.run_name or run_dir.name
+            callback.logging_dir = str(run_dir / re.sub(r"[^\w.=-]+", "_", name))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kdtrain.config.model_folder import ADAPTER_WEIGHTS, INDEX, WEIGHTS
 from kdtrain.errors import CheckpointError
-from kdtrain.runs.folder import CHECKPOINT
+from kdtrain.runs.folder import CHECKPOINT, is_over
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,10 @@ def checkpoint_to_resume(run_dir: Path, resume: str | None) -> Path | None:
         )
     for name, lacking in skipped.items():
         logger.warning("%s is skipped: it lacks %s.", name, lacking)
-    logger.warning("Resuming from %s." if newest else "No checkpoint in %s yet: clean start.", newest or run_dir)
+    if newest is None and is_over(run_dir):
+        logger.warning("No checkpoint in %s: clean start, over the model of the run that has finished there.", run_dir)
+    else:
+        logger.warning("Resuming from %s." if newest else "No checkpoint in %s yet: clean start.", newest or run_dir)
     return newest
 
 

@@ -1,50 +1,55 @@
-"""`validate --deep`: what only the world can tell about a config, without training and without the student's weights.
+"""`validate --deep`: what only the world can tell about a config, without training.
 
-    the static check -> a few rows, encoded -> the teacher: its server asked, or its weights loaded -> its alignment
-
-So far the teacher's part. What is not looked at yet is said.
+Everything is built as `fit` builds it: rows are read, both models loaded, a server asked, and all that `fit` looks at
+before its first step is looked at. So what stops the one stops the other, and what is listed here is what `fit` would
+warn of. Nothing is written but the cache of encoded rows, which `fit` then finds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
-import torch
-from accelerate import Accelerator
-from transformers import AutoConfig
-from trl.experimental.gkd import GKDConfig
+from transformers import TrainerCallback
 
 from kdtrain.config import RunConfig
-from kdtrain.config.adapters import adapter_base, is_adapter_folder
 from kdtrain.config.arguments import build_train_arguments
-from kdtrain.config.tree import KeyPath, Problem
-from kdtrain.data import Collator, build_dataset
-from kdtrain.errors import KdtrainError, VocabularyError
+from kdtrain.config.tree import Problem
+from kdtrain.data import BuildReport
+from kdtrain.errors import KdtrainError
 from kdtrain.models.probe import OPTION_OF
-from kdtrain.models.processing import load_processing
-from kdtrain.preflight.alignment import check_alignment, few_rows
-from kdtrain.preflight.server import ask_server, row_with_image, rows_to_ask_about, settle
-from kdtrain.runs.build import teacher_side
-from kdtrain.runs.read_data import encoding_options, sources_of
-from kdtrain.teachers import Teacher, teacher_autocast
-from kdtrain.teachers.served import ServedTeacher
+from kdtrain.preflight.findings import in_a_list, listed, problems_of, report
+from kdtrain.runs.build import Given, build_trainer, option_of_teacher
+from kdtrain.runs.failures import readable_failures
+from kdtrain.runs.resources import time_findings
+from kdtrain.runs.student import student_config
+from kdtrain.trainer.completions import Completion
 
-_FIRST_ROWS = 64  # of each source
-_ANY_NUMBER = 10**9
-_NOT_YET = Problem(
-    (),
-    "Not looked at: the student's weights, rows beyond the first, images, memory, disk",
-    "kdtrain fit CONFIG --dry-run builds everything, and runs one window",
-    "info",
-)
 _NO_TEACHER = Problem(("rlhf", "llm_kd_weight"), "No teacher is asked in this run", level="info")
 
 
-class _Stopped(Exception):
-    """What comes next needs what has failed."""
+class _Silent:
+    """A reporter of a run that shows nothing."""
+
+    def data(self, name: str, report: BuildReport) -> None:
+        pass
+
+    def answers(self, done: int, total: int) -> None:
+        pass
+
+    def plan(self, rows: Mapping[str, str]) -> None:
+        pass
+
+    def completions(self, found: Sequence[Completion]) -> None:
+        pass
+
+    def callbacks(self) -> list[TrainerCallback]:
+        return []
+
+    def close(self) -> None:
+        pass
 
 
 def deep_findings(config: RunConfig) -> list[Problem]:
@@ -53,107 +58,30 @@ def deep_findings(config: RunConfig) -> list[Problem]:
     Returns:
         errors with which `fit` would stop, warnings, and level "info" for what is as it should be.
     """
-    if not config.asks_teacher:
-        return [_NO_TEACHER, _NOT_YET]
-    findings: list[Problem] = []
-    with suppress(_Stopped):
-        _look(config, build_train_arguments(config).training_args, findings)
-    return [*findings, _NOT_YET]
+    errors: list[Problem] = []
+    with ExitStack() as at_the_end, listed() as found:
+        args = build_train_arguments(config).training_args
+        args.output_dir = at_the_end.enter_context(tempfile.TemporaryDirectory())
+        args.report_to = []
+        try:
+            with readable_failures(args):
+                trainer, rows = build_trainer(config, args, _Silent(), True, Given(), at_the_end)
+                report(time_findings(trainer, rows))
+        except KdtrainError as error:
+            errors = problems_of(error)
+    nobody = [] if config.asks_teacher else [_NO_TEACHER]
+    return [_at_its_option(finding, config) for finding in (*errors, *map(in_a_list, found), *nobody)]
 
 
-def _look(config: RunConfig, args: GKDConfig, findings: list[Problem]) -> None:
-    with _as_finding(findings, OPTION_OF["student"]):
-        processing = load_processing(
-            config.model.model,
-            trust_remote_code=config.model.trust_remote_code,
-            revision=config.model.revision,
-            processor_kwargs=config.data.processor_kwargs,
-            side="student",
-        )
-        size = _vocabulary_size(config)
-    with _as_finding(findings, ("data", "train")):
-        data = _first_rows(config, args, processing)
-    served = config.rlhf.teacher.is_served
-    with ExitStack() as at_the_end:
-        with _as_finding(findings, ("rlhf", "teacher", "base_url") if served else OPTION_OF["teacher"]):
-            teacher = teacher_side(config, args, processing, size)
-            assert teacher.teacher is not None
-            at_the_end.callback(teacher.teacher.close)
-        collator = Collator(processing, teacher.processing)
-        if isinstance(teacher.teacher, ServedTeacher):
-            with _as_finding(findings, ("rlhf", "teacher", "base_url")):
-                _ask(config, args, teacher.teacher, collator, data, findings)
-        if config.options.lm_kd_active and not any(finding.level == "error" for finding in findings):
-            _align(args, teacher.teacher, collator, data, findings)
+def _at_its_option(finding: Problem, config: RunConfig) -> Problem:
+    """A finding about the teacher, where another option than `rlhf.teacher_model` names it."""
+    # Beside a cache `teacher_model` says only what it was made of.
+    names = config.rlhf.teacher_model is not None and config.rlhf.teacher.backend != "cache"
+    return (
+        finding if names or finding.path != OPTION_OF["teacher"] else replace(finding, path=option_of_teacher(config))
+    )
 
 
-@contextmanager
-def _as_finding(findings: list[Problem], option: KeyPath) -> Iterator[None]:
-    """An error of ours as a finding about an option; what follows needs what was not built."""
-    try:
-        yield
-    except KdtrainError as error:
-        where = OPTION_OF["teacher"] if isinstance(error, VocabularyError) else option
-        findings.append(Problem(where, str(error).removesuffix(".")))
-        raise _Stopped from None
-
-
-def _vocabulary_size(config: RunConfig) -> int:
+def student_vocabulary(config: RunConfig) -> int:
     """Columns of the student's logits, as its config says."""
-    name = config.model.model
-    found = AutoConfig.from_pretrained(
-        adapter_base(name) if is_adapter_folder(name) else name,
-        trust_remote_code=config.model.trust_remote_code,
-        revision=config.model.revision,
-    )
-    return int(found.get_text_config().vocab_size)
-
-
-def _first_rows(config: RunConfig, args: GKDConfig, processing: Any) -> Any:
-    """Some encoded training rows; bad ones are left out, which `kdtrain preview` shows."""
-    sources = [
-        replace(source, limit=_FIRST_ROWS if source.limit is None else min(source.limit, _FIRST_ROWS))
-        for source in sources_of(config.data.train)
-    ]
-    options = encoding_options(config, args.seed, "train")
-    return build_dataset(sources, processing, new_parts=True, max_bad_rows=_ANY_NUMBER, **options)[0]
-
-
-def _ask(
-    config: RunConfig, args: GKDConfig, teacher: ServedTeacher, collator: Collator, data: Any, findings: list[Problem]
-) -> None:
-    """What the server does; the teacher then asks as the run would."""
-    rows = rows_to_ask_about(data)
-    steps = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    mean = sum(map(len, rows)) / max(len(rows), 1)
-    result = ask_server(
-        teacher,
-        rows,
-        collator.processing_class,
-        scores=config.options.lm_kd_active,
-        writes=config.answers_from_teacher or config.rlhf.seq_kd,
-        tokens=round(mean * steps * (config.launch.num_processes or 1)) if steps > 0 else None,
-        chat_template_kwargs={**config.data.chat_template_kwargs, **config.rlhf.teacher.chat_template_kwargs},
-        teacher_processing=collator.teacher_processing_class,
-        image_row=row_with_image(data, collator) if config.options.lm_kd_active else None,
-    )
-    findings += result.findings
-    settle(teacher, result)
-
-
-def _align(args: GKDConfig, teacher: Teacher, collator: Collator, data: Any, findings: list[Problem]) -> None:
-    """Whether the teacher's targets stand at the right tokens."""
-    batch = few_rows(data, collator, args.per_device_train_batch_size)
-    option = ("rlhf", "teacher", "base_url") if teacher.module is None else OPTION_OF["teacher"]
-    if batch is None:
-        message = "Whether its targets stand at the right tokens is not known: the first rows have no answers"
-        findings.append(Problem(option, message, level="info"))
-        return
-    with _as_finding(findings, option):
-        accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=args.mixed_precision)
-        teacher.place(accelerator)
-        with torch.no_grad(), teacher_autocast(accelerator):
-            findings += [
-                replace(finding, message=finding.message.removesuffix("."), hint=finding.hint.removesuffix("."))
-                for finding in check_alignment(teacher, batch.to(accelerator.device), option=option)
-            ]
+    return int(student_config(config).get_text_config().vocab_size)

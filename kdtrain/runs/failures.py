@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from safetensors import SafetensorError
 from trl.experimental.gkd import GKDConfig
 
+from kdtrain.data.errors import said
 from kdtrain.errors import CheckpointError, DataError, KdtrainError, PreflightError
+from kdtrain.runs.resume import resume_command
+
+# What safetensors and torch.save say of a disk; neither raises an OSError.
+_OF_WRITING = re.compile(r"I/O error|PytorchStreamWriter|inline_container")
 
 
 @contextmanager
@@ -42,11 +49,24 @@ def readable_failures(args: GKDConfig) -> Iterator[None]:
             "lower data.max_length, or set training.gradient_checkpointing: true."
         ) from error
     except DataError as error:
-        raise DataError(_of_worker(error)) from error
+        if (text := _of_worker(error)) == str(error):
+            raise
+        raise DataError(text) from error
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        raise CheckpointError(f"Writing {error.filename or args.output_dir} failed: {error.strerror}.") from error
+        raise CheckpointError(_not_written(str(error.filename or args.output_dir), error.strerror)) from error
+    except (SafetensorError, RuntimeError) as error:
+        if not _OF_WRITING.search(str(error)):
+            raise
+        raise CheckpointError(_not_written(str(args.output_dir), said(error))) from error
+
+
+def _not_written(where: str, reason: str | None) -> str:
+    return (
+        f"Writing {where} failed: {reason}. Make room there, or let a run need less: training.save_total_limit, "
+        f"training.save_only_model: true, LoRA. Then go on with {resume_command()}"
+    )
 
 
 def _of_worker(error: DataError) -> str:
@@ -56,3 +76,15 @@ def _of_worker(error: DataError) -> str:
         return text
     kind = type(error)
     return text.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")[2].strip()
+
+
+@contextmanager
+def readable_evaluation(args: GKDConfig) -> Iterator[None]:
+    """Turn the end of the device's memory into an error that names a way out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise PreflightError(
+            f"Out of memory on {args.device} with {args.per_device_eval_batch_size} rows at a time. Lower "
+            "training.per_device_eval_batch_size, or give the teacher half precision (rlhf.teacher.dtype)."
+        ) from error

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PrinterCallback
 
@@ -19,16 +20,24 @@ from kdtrain.config import TrainArguments
 from kdtrain.errors import Interrupted, TeacherError
 from kdtrain.ranks import is_main
 from kdtrain.runs.build import Given, Reporter, build_trainer
-from kdtrain.runs.callbacks import CheckWrapped, StopOnSignal, one_window
+from kdtrain.runs.callbacks import CheckWrapped, StopOnSignal, WriteProgress, name_tensorboard
 from kdtrain.runs.checkpoints import checkpoint_to_resume, steps_done
+from kdtrain.runs.completions import ShowCompletions, WriteCompletions
 from kdtrain.runs.failures import readable_failures
-from kdtrain.runs.folder import CHECKPOINT, LOG, require_usable, write_config
+from kdtrain.runs.folder import CHECKPOINT, COMPLETIONS, LOG, forget_evaluation, require_usable, write_config
 from kdtrain.runs.launch import check_world
+from kdtrain.runs.lock import refuse_if_locked, run_lock
 from kdtrain.runs.log import JsonlLogger
 from kdtrain.runs.plan import plan
-from kdtrain.runs.signals import StopRequest
-from kdtrain.runs.status import teacher_cost, tracked_status, write_status
+from kdtrain.runs.report.facts import FactsReporter, write_facts
+from kdtrain.runs.report.of_fit import reported
+from kdtrain.runs.resources import tokens_per_row
+from kdtrain.runs.resume import resume_command
+from kdtrain.runs.signals import OUTSIDE_OF_TRAINING, StopRequest, interrupting
+from kdtrain.runs.status import teacher_cost, tracked_status, write_progress, write_status
 from kdtrain.trainer import GKDTrainerWithMetrics
+from kdtrain.trainer.best_step import Best, as_object, load_end, step_of_model
+from kdtrain.trainer.dry_run import timed_windows
 from kdtrain.trainer.row_order import planned_steps
 
 logger = logging.getLogger(__name__)
@@ -40,9 +49,18 @@ class RunResult:
 
     run_dir: Path
     steps: int
+    max_steps: int
+    """As planned; more than `steps` where it stopped early."""
     seconds: float
     metrics: dict[str, float]
-    """The last training record and the last evaluation."""
+    """The last training record and the last evaluation; of a dry run, those of its windows, and what was found of the
+    time: `step_time_s` and `run_time_s`, of all steps without evaluation and saving."""
+    best: Best | None
+    """The evaluation that won; None without evaluation."""
+    model_step: int
+    """The step whose model is saved: the last one, or with `load_best_model_at_end` the best that has a checkpoint."""
+    stopped_early: bool
+    """Whether `early_stopping_patience` ended it."""
     teacher: dict[str, int]
     """What answers written by a server have cost, as in `status.json`; empty where there are none."""
 
@@ -57,11 +75,13 @@ def fit(
 ) -> RunResult:
     """Train, and save the student with its tokenizer into `training.output_dir`.
 
-    A dry run builds everything and runs one window forward and backward: no step is taken, nothing is written.
+    A dry run builds everything and runs a window of each kind that the run will have (on-policy, off-policy) forward
+    and backward: no step is taken, nothing is written.
     """
     started = time.perf_counter()
     config, args = arguments.config, arguments.training_args
     run_dir = Path(args.output_dir)
+    refuse_if_locked(run_dir)  # first: what else is to be said of the folder is another run's doing
     require_usable(run_dir, resuming=resume is not None)
     checkpoint = checkpoint_to_resume(run_dir, resume)
     with ExitStack() as at_the_end:
@@ -70,24 +90,43 @@ def fit(
             args.output_dir = at_the_end.enter_context(tempfile.TemporaryDirectory())
             args.report_to = []  # a tracker would take it for a run
         else:
+            at_the_end.enter_context(interrupting(OUTSIDE_OF_TRAINING))  # of the report too: the lock is let go of
+            at_the_end.enter_context(run_lock(run_dir))
+            if config.training_options.report:
+                reporter = at_the_end.enter_context(reported(run_dir, reporter))
             at_the_end.enter_context(tracked_status(run_dir))
+        at_the_end.enter_context(interrupting(OUTSIDE_OF_TRAINING))
         trainer, report = build_trainer(config, args, reporter, dry_run, given or Given(), at_the_end)
         check_world(trainer.accelerator, config)
         if is_main():
             reporter.plan(plan(trainer, config, report))
             for callback in reporter.callbacks():
                 trainer.add_callback(callback)
+        trainer.add_callback(ShowCompletions(trainer, reporter))
+        name_tensorboard(trainer, run_dir)
         trainer.remove_callback(PrinterCallback)  # it prints dicts to stdout, which is for results
         trainer.add_callback(CheckWrapped(trainer))
         with readable_failures(args):
             if dry_run:
-                metrics = one_window(trainer)
+                metrics, times = timed_windows(trainer, tokens_per_row(report))
+                metrics |= {"step_time_s": times.step_s, "run_time_s": times.run_s}
             else:
                 write_config(run_dir, config)
-                write_status(run_dir, "running")
+                if isinstance(reporter, FactsReporter):
+                    reporter.facts["steps"], _ = planned_steps(trainer, trainer.rows_per_epoch())
+                    write_facts(run_dir, reporter.facts)
                 metrics = _train_and_save(trainer, run_dir, checkpoint)
-    seconds, steps = time.perf_counter() - started, trainer.state.global_step
-    return RunResult(Path(args.output_dir), steps, seconds, metrics, teacher_cost(run_dir))
+    return RunResult(
+        run_dir=Path(args.output_dir),
+        steps=trainer.state.global_step,
+        max_steps=trainer.state.max_steps,
+        seconds=time.perf_counter() - started,
+        metrics=metrics,
+        best=trainer.best_step.best,
+        model_step=step_of_model(trainer),
+        stopped_early=trainer.best_step.stops,
+        teacher=teacher_cost(run_dir),
+    )
 
 
 def _train_and_save(trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: Path | None) -> dict[str, float]:
@@ -95,29 +134,58 @@ def _train_and_save(trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: P
     request = StopRequest()
     stop = StopOnSignal(trainer.accelerator, request)
     trainer.add_callback(JsonlLogger(run_dir / LOG))
+    trainer.add_callback(WriteCompletions(trainer, run_dir / COMPLETIONS))
+    trainer.add_callback(WriteProgress(run_dir, trainer.best_step))
     trainer.add_callback(stop)
-    done = 0 if checkpoint is None else steps_done(checkpoint)
-    steps, _ = planned_steps(trainer, trainer.rows_per_epoch())
+    at_its_end = checkpoint is not None and _is_at_its_end(trainer, checkpoint)
+    write_status(run_dir, "running", progress=_begun(trainer, run_dir, checkpoint))
     with request.listening():
-        if checkpoint is None or done < steps:
+        if checkpoint is None or not at_its_end:
             with _state_saved_where_the_teacher_fails(trainer, run_dir):
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         else:  # transformers compares with max_steps after a step only, and would take one more
-            logger.warning("%s is at step %d of %d: nothing is left to train.", checkpoint.name, done, steps)
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state.global_step = done
+            load_end(trainer, checkpoint)
         if stop.signum:
             raise Interrupted(
                 stop.signum,
                 f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the state is saved in "
-                f"{run_dir}. Go on with the same command and --resume auto.",
+                f"{run_dir}. Go on with: {resume_command()}",
             )
+        if not at_its_end:
+            forget_evaluation(run_dir)
         trainer.save_model()
+        write_progress(run_dir, step=trainer.state.global_step, best=as_object(trainer.best_step.best))
     trainer.accelerator.wait_for_everyone()
     metrics: dict[str, float] = {}
     for key in ("loss", "eval_loss"):
         metrics |= next((record for record in reversed(trainer.state.log_history) if key in record), {})
     return metrics
+
+
+def _is_at_its_end(trainer: GKDTrainerWithMetrics, checkpoint: Path) -> bool:
+    """Whether nothing is left to train after a checkpoint; said once."""
+    done, (steps, _) = steps_done(checkpoint), planned_steps(trainer, trainer.rows_per_epoch())
+    trainer.best_step.restore_from(checkpoint)
+    if done >= steps:
+        logger.warning("%s is at step %d of %d: nothing is left to train.", checkpoint.name, done, steps)
+    elif trainer.best_step.stops:
+        logger.warning(
+            "%s is where the run stopped early, at step %d of %d: nothing is left to train. A larger "
+            "training.early_stopping_patience goes on.",
+            checkpoint.name,
+            done,
+            steps,
+        )
+    return done >= steps or trainer.best_step.stops
+
+
+def _begun(trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
+    """Where a run is before its first step, for `status.json`."""
+    if checkpoint is None:
+        return {"step": 0, "last_checkpoint": None, "best": None}
+    own = checkpoint.parent == run_dir.resolve()  # else it is another run's
+    last, best = checkpoint.name if own else None, as_object(trainer.best_step.best)
+    return {"step": steps_done(checkpoint), "last_checkpoint": last, "best": best}
 
 
 @contextmanager
@@ -130,6 +198,7 @@ def _state_saved_where_the_teacher_fails(trainer: GKDTrainerWithMetrics, run_dir
         folder = run_dir / f"{CHECKPOINT}{step}"
         if step and (error.between_steps or alone) and not folder.exists():
             trainer._save_checkpoint(trainer.model, trial=None)
+            write_progress(run_dir, last_checkpoint=folder.name)
         if folder.exists():
-            error.args = (f"{error} The state of step {step} is saved: go on with --resume auto.",)
+            error.args = (f"{error} The state of step {step} is saved: go on with {resume_command()}",)
         raise

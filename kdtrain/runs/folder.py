@@ -3,13 +3,26 @@
 | file in `training.output_dir` | what | written by |
 |---|---|---|
 | `run_config.json` | the config, defaults filled in | `folder.py` |
-| `status.json` | how the run ended, or that it still goes | `status.py` |
+| `status.json` | how the run ended, or that it still goes, and where it is | `status.py` |
+| `run.lock` | while a run goes on: which process, where, since when | `lock.py` |
+| `error.log` | tracebacks, where it failed | `status.py` |
 | `logging.jsonl` | one record per logging step and evaluation | `log.py` |
+| `completions.parquet` | answers generated while training, to be looked at | `completions.py` |
+| `evaluation.json` | student before and after, and teacher | `evaluate.py` |
+| `report.html`, `report.json` | the run on one page, and its figures; with matplotlib `report.png` | `report/` |
 | `teacher_answers/<settings>/` | `rank<R>.jsonl` and `.arrow`: `answers: teacher` | `generation/answers.py` |
 | `checkpoint-<step>/` | what `--resume` goes on from, see `checkpoints.py` | transformers, `trainer/` |
 | `model.safetensors` or `adapter_model.safetensors`, configs, tokenizer | the trained student | transformers |
 | `visual_projectors.safetensors` | what visual KD trained beside the student | `feature_kd/` |
-| `runs/` or another folder | of the tracker in `training.report_to` | transformers |
+| a folder of the run's name, or another one | of a tracker in `training.report_to` | transformers |
+
+With `--sweep` each run has such a folder in `training.output_dir`, but for `teacher_answers`. There lie:
+
+| file | what | written by |
+|---|---|---|
+| `sweep.json` | the runs with their figures, ranked | `sweep.py` |
+| `report.html` | all runs beside each other | `report/` |
+| `teacher_answers/<settings>/` | as above, written once for all runs | `generation/answers.py` |
 """
 
 from __future__ import annotations
@@ -17,23 +30,36 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kdtrain.config import RunConfig
+from kdtrain.config.diagnose import clean
 from kdtrain.config.model_folder import read_map
 from kdtrain.errors import PreflightError
 from kdtrain.ranks import is_main
+from kdtrain.runs.resume import resume_command
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "run_config.json"  # not config.json, which is the saved model's
 STATUS = "status.json"
+LOCK = "run.lock"
+ERRORS = "error.log"
 LOG = "logging.jsonl"
+COMPLETIONS = "completions.parquet"
+EVALUATION = "evaluation.json"
+REPORT = "report.html"
+REPORT_DATA = "report.json"
+SWEEP = "sweep.json"
 ANSWERS = "teacher_answers"
 CHECKPOINT = "checkpoint-"  # and its step
+_UNFINISHED = ".{}.{}.tmp"  # of a file and a process
 
-_ANOTHER = "another folder (training.output_dir=… on the command line)"
+_LONGEST_VALUE = 160
+ANOTHER_FOLDER = "another folder (training.output_dir=… on the command line)"
 
 
 def require_usable(run_dir: Path, resuming: bool) -> None:
@@ -44,16 +70,32 @@ def require_usable(run_dir: Path, resuming: bool) -> None:
     if not os.access(existing, os.W_OK):
         raise PreflightError(f"training.output_dir {run_dir} cannot be written: {existing} is read-only.")
     # Ranks that start later find what rank 0 has written meanwhile.
-    if not is_main() or not run_dir.is_dir() or not any(run_dir.iterdir()):
+    if not is_main() or not run_dir.is_dir() or not _written_into(run_dir):
         return
     if not is_run_folder(run_dir):
         raise PreflightError(
-            f"training.output_dir {run_dir} is not empty, and holds no run of kdtrain. Name {_ANOTHER}."
+            f"training.output_dir {run_dir} is not empty, and holds no run of kdtrain. Name {ANOTHER_FOLDER}."
+        )
+    if not resuming and is_over(run_dir):
+        raise PreflightError(
+            f"training.output_dir {run_dir} holds a finished run, and no checkpoint to go on from: --resume auto "
+            f"would begin anew and write over it. Name {ANOTHER_FOLDER}."
         )
     if not resuming:
         raise PreflightError(
-            f"training.output_dir {run_dir} holds a run already. Go on with it by --resume auto, or name {_ANOTHER}."
+            f"training.output_dir {run_dir} holds a run already. Go on with it by {resume_command()}, or name "
+            f"{ANOTHER_FOLDER}."
         )
+
+
+def answers_folder(run_dir: Path) -> Path:
+    """Where answers of the teacher are kept: in the run folder, or once for all runs of a sweep."""
+    return (run_dir.parent if (run_dir.parent / SWEEP).is_file() else run_dir) / ANSWERS
+
+
+def is_over(run_dir: Path) -> bool:
+    """Whether a run has finished in a folder, and left no checkpoint: what goes on there writes over its model."""
+    return read_map(run_dir / STATUS).get("state") == "finished" and not any(run_dir.glob(f"{CHECKPOINT}*"))
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -61,9 +103,22 @@ def is_run_folder(folder: Path) -> bool:
 
     Or nothing but checkpoints, as they are moved to another machine.
     """
-    if all(path.is_dir() and path.name.startswith(CHECKPOINT) for path in folder.iterdir()):
+    if all(path.is_dir() and path.name.startswith(CHECKPOINT) for path in _written_into(folder)):
         return True
     return "rlhf" in read_map(folder / CONFIG) or {"state", "exit_code", "rank"} <= read_map(folder / STATUS).keys()
+
+
+def forget_evaluation(run_dir: Path) -> None:
+    """Rank 0 removes the figures of a model that is about to be written over; those of a checkpoint stay true."""
+    path = run_dir / EVALUATION
+    if is_main() and path.is_file() and read_map(path).get("checkpoint") is None:
+        path.unlink()
+        logger.warning("%s was of the model before: evaluate again.", path)
+
+
+def _written_into(folder: Path) -> list[Path]:
+    """What is in a folder; a lock alone says of no run that it has written anything."""
+    return [path for path in folder.iterdir() if path.name != LOCK]
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:
@@ -71,14 +126,25 @@ def write_config(run_dir: Path, config: RunConfig) -> None:
     if not is_main():
         return
     run_dir.mkdir(parents=True, exist_ok=True)
+    if changed := changed_options(run_dir, config):
+        changes = "; ".join(f"{key}: {_short(before)} -> {_short(now)}" for key, (before, now) in changed.items())
+        logger.warning("Going on with other options than the run began with: %s.", changes)
+    write_atomically(run_dir / CONFIG, config.model_dump_json(indent=2))
+
+
+def changed_options(run_dir: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Options that are others than those that the run in a folder was made with: their values then and now."""
     file = run_dir / CONFIG
-    if file.exists():
-        before, now = _flat(json.loads(file.read_text("utf-8"))), _flat(config.model_dump(mode="json"))
-        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-        if changed:
-            changes = "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
-            logger.warning("Going on with other options than the run began with: %s.", changes)
-    write_atomically(file, config.model_dump_json(indent=2))
+    if not file.exists():
+        return {}
+    before, now = _flat(json.loads(file.read_text("utf-8"))), _flat(config.model_dump(mode="json"))
+    keys = sorted(before.keys() | now.keys())
+    return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+
+
+def _short(value: Any) -> str:
+    text = clean(value if isinstance(value, str) else repr(value))
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -91,6 +157,23 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file in one move: a reader sees the old text or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A new file, to be written inside, that takes the place of `path` at the end; after an error nothing is there."""
+    temporary = path.with_name(_UNFINISHED.format(path.name, os.getpid()))
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what processes that were killed have left of a file that one process alone writes."""
+    for left in path.parent.glob(_UNFINISHED.format(path.name, "*")):
+        left.unlink(missing_ok=True)

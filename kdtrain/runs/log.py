@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from kdtrain.ranks import is_main
 from kdtrain.runs.folder import write_atomically
+from kdtrain.runs.records import read_records
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,10 @@ class JsonlLogger(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if is_main() and self._path.exists():
-            kept = [record for record in _read(self._path) if record.get("step", 0) <= state.global_step]
+            records, torn = read_records(self._path)
+            if torn:
+                logger.warning("%s: %d torn lines were left out.", self._path, torn)
+            kept = [record for record in records if record.get("step", 0) <= state.global_step]
             write_atomically(self._path, "".join(_line(record) for record in kept))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -47,17 +51,6 @@ class JsonlLogger(TrainerCallback):
 def is_record(logs: Mapping[str, Any]) -> bool:
     """Whether logs belong to a step or an evaluation, and not to the summary at the end."""
     return "loss" in logs or any(key.startswith("eval_") for key in logs)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The records of a `logging.jsonl`; a torn line, as a killed process leaves it, is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            logger.warning("%s: a torn line was left out.", path)
-    return records
 
 
 def _line(record: Mapping[str, Any]) -> str:

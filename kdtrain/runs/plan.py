@@ -5,11 +5,13 @@ from __future__ import annotations
 from kdtrain.config import RunConfig
 from kdtrain.data import BuildReport
 from kdtrain.models.parts import count_parameters, trained_parts
-from kdtrain.teachers import ServedTeacher
+from kdtrain.teachers import CachedTeacher, SelfTeacher, ServedTeacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.row_order import planned_steps, rows_per_batch
 
 _PARTS = {"llm": "language model", "vit": "vision encoder", "aligner": "aligner"}
+
+_WEIGHTS = {"base": "its adapter off", "live": "as it is at each step", "ema": "a moving average of what is trained"}
 
 
 def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport) -> dict[str, str]:
@@ -42,6 +44,16 @@ def _describe_teacher(trainer: GKDTrainerWithMetrics, config: RunConfig) -> str:
     if isinstance(trainer.teacher, ServedTeacher):
         where = ", ".join(trainer.teacher.servers.urls)
         return f"{trainer.teacher.model} at {where}, its {trainer.teacher.top_k} most likely tokens"
+    if isinstance(trainer.teacher, CachedTeacher):
+        form = trainer.teacher.reader.form
+        what = {
+            "topk": f"the {form.entries} most likely tokens",
+            "sample": f"{form.entries} draws at temperature {form.temperature:g}",
+            "hidden": f"hidden states, {form.hidden_dtype}",
+        }
+        return f"the cache {trainer.teacher.folder}: {what[form.mode]}; no model is loaded"
+    if isinstance(trainer.teacher, SelfTeacher):
+        return f"the student itself, {_WEIGHTS[trainer.teacher.weights]}"
     if trainer.teacher_model is None:
         return type(trainer.teacher).__name__
     parameters, _ = count_parameters(trainer.teacher_model)
@@ -66,9 +78,18 @@ def _describe_answers(trainer: GKDTrainerWithMetrics, config: RunConfig) -> str:
     if not trainer.options.lm_kd_active:
         return f"from {data}"
     rest = "the teacher" if trainer.seq_kd else data
+    student = f"from the student{_describe_samples(trainer)}"
     if trainer.lmbda in (0, 1):
-        return "from the student" if trainer.lmbda else f"from {rest}"
-    return f"{trainer.lmbda:.0%} of steps from the student, the others from {rest}"
+        return student if trainer.lmbda else f"from {rest}"
+    return f"{trainer.lmbda:.0%} of steps {student}, the others from {rest}"
+
+
+def _describe_samples(trainer: GKDTrainerWithMetrics) -> str:
+    options = trainer.options
+    number = f", {options.samples_per_prompt} to each prompt" if options.samples_per_prompt > 1 else ""
+    kept = ", those that match the row's answer" if options.select_regex is not None else ""
+    select = {"all": "", "best": ", the best of them trains", "weighted": ", weighted by the teacher"}[options.select]
+    return f"{number}{kept}{select if number else ''}"
 
 
 def _describe_device(trainer: GKDTrainerWithMetrics) -> str:

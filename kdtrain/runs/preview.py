@@ -22,7 +22,7 @@ from kdtrain.data.multimodal import reads_images
 from kdtrain.data.segments import Segment, segments, special_ids
 from kdtrain.errors import DataError
 from kdtrain.models.processing import load_processing
-from kdtrain.runs.read_data import check_losses, encoding_options, sources_of
+from kdtrain.runs.read_data import check_losses, encoding_options, sources_of, unread_answers
 
 # Rows that are read of each source unless all are asked for: some seconds, however large the data are. A processor
 # takes as long for an image as a tokenizer for hundreds of rows.
@@ -115,6 +115,8 @@ def _split(
     sources = sources_of(configured)
     read = [_first_of(source, first) for source in sources] if first else sources
     with encode_sources(read, processing, new_parts=name == "train", **options) as rows:
+        if name == "train" and (note := unread_answers(config, rows.report)):
+            rows.report.notes.append(note)
         partly = any(size == first and source.limit != first for size, source in zip(rows.sizes, sources, strict=True))
         apart = special_ids(processing)
         return Split(

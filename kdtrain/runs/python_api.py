@@ -54,7 +54,11 @@ def prepare(
         raise ConfigError('overrides must be a list such as ["rlhf.beta=0.1"].')
     root = Composer().compose(config, overrides)
     handed_over = {"model": model, "teacher": teacher, "train": train_dataset, "eval": eval_dataset}
-    checked = ConfigLoader.load(config, [*overrides, *_names(root, handed_over)])
+    from kdtrain.preflight.files import all_files
+
+    # What was handed over is in no file.
+    loaded = any(value is not None and not isinstance(value, str) for value in handed_over.values())
+    checked = ConfigLoader.load(config, [*overrides, *_names(root, handed_over)], files=None if loaded else all_files)
     wanted = checked.launch.num_processes
     if wanted and wanted > 1 and not under_launcher():
         logger.warning("launch.num_processes: %s has no effect on kdtrain.fit, which stays in its process.", wanted)
@@ -85,11 +89,13 @@ def _names(root: Node, given: Mapping[str, Any]) -> list[str]:
     Rows always replace the config's path: a run folder must not name a file that was not read.
     """
     found = [_rows_in_place(root, name) for name in ("train", "eval") if given[name] is not None]
+    backend = get(root, ("rlhf", "teacher", "backend"))
+    named = backend is None or backend.value == "hf"  # other teachers need no teacher_model
     for key, path in (("model", ("model", "model")), ("teacher", ("rlhf", "teacher_model"))):
         value = given[key]
         if isinstance(value, str):
             found.append(f"{'.'.join(path)}={json.dumps(value)}")
-        elif value is not None and get(root, path) is None:
+        elif value is not None and get(root, path) is None and (key == "model" or named):
             inner = getattr(value, "module", value) if key == "teacher" else value
             name = getattr(getattr(inner, "config", None), "_name_or_path", "")
             if not name and key == "model":

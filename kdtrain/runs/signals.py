@@ -3,8 +3,8 @@
 | when the signal comes | what happens |
 |---|---|
 | `kdtrain fit` waits for a launcher | SIGTERM goes on to the launcher, which sends it to the ranks: `passed_on_to` |
-| while the run is built, and after training | SIGINT is an error (130), SIGTERM ends the process |
-| the teacher writes answers | an error at once; what it has written is kept: `interrupting` |
+| while a run is built, and after training | an error at once, so that its lock goes: `interrupting` |
+| the teacher writes answers | the same; what it has written is kept |
 | while training | the step is finished, a checkpoint saved, the run ends: `StopRequest`, which `callbacks.py` asks |
 | training, a second one 1 s later or more | an error at once |
 
@@ -31,6 +31,8 @@ Handler = Callable[[int, FrameType | None], None]
 # A terminal sends Ctrl-C to every process of the group, and a launcher passes its own copy on to the workers: signals
 # this close together are one request.
 _SAME_REQUEST_S = 1.0
+
+OUTSIDE_OF_TRAINING = "Interrupted outside of training: nothing more was saved."
 
 
 class _EndsAtOnce(KeyboardInterrupt):
@@ -90,8 +92,7 @@ def keyboard_interrupts_named() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        message = "Interrupted outside of training: nothing more was saved."
-        raise Interrupted(signal.SIGINT, message) from None
+        raise Interrupted(signal.SIGINT, OUTSIDE_OF_TRAINING) from None
 
 
 class StopRequest:
@@ -113,4 +114,7 @@ class StopRequest:
             raise _EndsAtOnce(signum, "Second signal: stopped at once; what was saved before it is intact.")
         if not self.noted:
             self.noted, self._noted_at = signum, time.monotonic()
-            logger.warning("%s: finishing this step, then saving.", signal.Signals(signum).name)
+            logger.warning(
+                "%s: finishing this step, then saving. Another one ends the run at once, without saving.",
+                signal.Signals(signum).name,
+            )

@@ -1,10 +1,25 @@
-"""`status.json` of a run folder: how a run ended, or that it still goes."""
+"""`status.json` of a run folder: how a run ended, or that it still goes, and where it is; and `error.log`.
+
+| key | what |
+|---|---|
+| `state` | running, finished, stopped or failed |
+| `exit_code`, `message` | how it ended; null and what it does meanwhile |
+| `rank`, `pid`, `host` | the process that says so |
+| `time` | when, in seconds since 1970 |
+| `step` | optimizer steps so far, as of the last record |
+| `last_checkpoint` | the folder's name; null where there is none |
+| `best` | the step that won so far: `step`, `metric`, `value`; null without evaluation |
+| `teacher` | what its answers have cost, where a server writes them |
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +28,9 @@ from typing import Any
 from kdtrain.config.model_folder import read_map
 from kdtrain.errors import Interrupted, KdtrainError
 from kdtrain.ranks import rank
-from kdtrain.runs.folder import STATUS, write_atomically
+from kdtrain.runs.folder import ERRORS, STATUS, write_atomically
+
+_PROGRESS: dict[str, Any] = {"step": 0, "last_checkpoint": None, "best": None}
 
 
 @contextmanager
@@ -31,6 +48,8 @@ def tracked_status(run_dir: Path) -> Iterator[None]:
         if isinstance(error, KdtrainError):
             code, message = error.exit_code, str(error)
         if (run_dir / STATUS).exists():
+            if state == "failed":
+                _keep_traceback(run_dir / ERRORS, error)
             write_status(run_dir, state, code, message)
         elif not existed:
             with contextlib.suppress(OSError):  # somebody else's files keep it
@@ -45,25 +64,43 @@ def write_status(
     exit_code: int | None = None,
     message: str = "",
     teacher: Mapping[str, int] | None = None,
+    progress: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `status.json` if the run folder exists; rank 0 always, another rank only to report its failure.
 
     Args:
         teacher: what answers have cost in all runs in this folder: `requests`, and tokens as the server has counted
             them. None keeps what is there.
+        progress: `step`, `last_checkpoint` and `best`, or some of them; the others keep what is there.
     """
     if not run_dir.is_dir() or (rank() != 0 and state != "failed"):
         return
-    if state == "failed" and read_map(run_dir / STATUS).get("state") == "failed":
+    before = read_map(run_dir / STATUS)
+    if state == "failed" and before.get("state") == "failed":
         return  # the first failure is the cause, the others follow from it
     status: dict[str, Any] = {"state": state, "exit_code": exit_code, "message": message}
-    status |= {"rank": rank(), "time": time.time()}
+    status |= {"rank": rank(), "time": time.time(), "pid": os.getpid(), "host": socket.gethostname()}
+    status |= {key: before.get(key, default) for key, default in _PROGRESS.items()} | dict(progress or {})
     cost = teacher or teacher_cost(run_dir)
     status |= {"teacher": dict(cost)} if cost else {}
     write_atomically(run_dir / STATUS, json.dumps(status, indent=2) + "\n")
+
+
+def write_progress(run_dir: Path, **progress: Any) -> None:
+    """Write where a run is that goes on; nothing where another rank has said that it failed."""
+    if read_map(run_dir / STATUS).get("state") == "running":
+        write_status(run_dir, "running", progress=progress)
 
 
 def teacher_cost(run_dir: Path) -> dict[str, int]:
     """What `status.json` says that answers of the teacher have cost."""
     found = read_map(run_dir / STATUS).get("teacher")
     return found if isinstance(found, dict) else {}
+
+
+def _keep_traceback(path: Path, error: BaseException) -> None:
+    """Append to the log of what went wrong: a run that is resumed may fail again."""
+    text = "".join(traceback.format_exception(error))
+    with contextlib.suppress(OSError), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}, rank {rank()}\n{text}\n")
+        error.__dict__["error_log"] = path  # for the last message

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import datasets
 from accelerate import PartialState
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from trl.experimental.gkd import GKDConfig
 
 from kdtrain.config import RunConfig
-from kdtrain.config.adapters import adapter_base, is_adapter_folder
+from kdtrain.config.adapters import levels
 from kdtrain.config.schema import DataSource
 from kdtrain.data import BuildReport, Collator
 from kdtrain.data.multimodal import image_content, image_token_ids
@@ -29,21 +29,29 @@ from kdtrain.preflight.model_checks import both_sides, check_models
 from kdtrain.preflight.positions import answered_rows
 from kdtrain.ranks import is_main
 from kdtrain.runs.failures import readable_failures
-from kdtrain.runs.folder import ANSWERS
+from kdtrain.runs.folder import answers_folder
+from kdtrain.runs.read_data import RunData
+from kdtrain.runs.resume import resume_command
 from kdtrain.runs.signals import interrupting
 from kdtrain.runs.status import teacher_cost, write_status
 from kdtrain.teachers.base import Sampling, Teacher
-from kdtrain.teachers.served import ServedTeacher
+from kdtrain.teachers.served.teacher import ServedTeacher
 
 if TYPE_CHECKING:
     from kdtrain.runs.build import Reporter, TeacherSide
-    from kdtrain.runs.read_data import RunData
 
 logger = logging.getLogger(__name__)
 
 _BY = {True: "token ids", False: "messages"}
 _COST = ("requests", "prompt_tokens", "completion_tokens")
 WRITING = "the teacher writes answers"
+
+
+class Progress(Protocol):
+    """Hears how far it is."""
+
+    def answers(self, done: int, total: int) -> None:
+        """The teacher has answered some of the rows that it has to."""
 
 
 def write_answers(
@@ -58,9 +66,12 @@ def write_answers(
 ) -> None:
     """Put the teacher's answers into the rows that ask for them; in a dry run, into those of its one window."""
     assert teacher.teacher is not None, "the config asks for one"
-    module: Any = teacher.teacher.module
+    itself = teacher.teacher.is_student
+    module: Any = student if itself else teacher.teacher.module
     if module is not None and getattr(module, "hf_device_map", None) is None and not args.deepspeed:
         module.to(args.device)
+    if itself:
+        teacher.teacher.follow(student)
     # The trainer checks both models, but only when the answers are written.
     check_models(
         both_sides(student, teacher.teacher, collator),
@@ -73,8 +84,8 @@ def write_answers(
     check_images(data, collator)
     run_dir = Path(args.output_dir)
     answers = TeacherAnswers(
-        _writer(config, args, data, student, teacher, collator),
-        run_dir / ANSWERS,
+        answer_writer(config, args, data, student.generation_config, teacher, collator),
+        answers_folder(run_dir),
         identity=_identity(config, args, teacher),
         progress=reporter.answers,
     )
@@ -87,28 +98,71 @@ def write_answers(
         run_dir.mkdir(parents=True, exist_ok=True)
         write_status(run_dir, "running", message=WRITING)
     kept = (
-        f"Stopped while the teacher was answering. What it has answered is kept in {run_dir / ANSWERS}; go on with: "
-        "kdtrain fit CONFIG --resume auto"
+        "Stopped while the teacher was answering. What it has answered is kept in "
+        f"{answers_folder(run_dir)}; go on with: {resume_command()}"
     )
-    with readable_failures(args), interrupting(kept), _counted(teacher.teacher, run_dir):
-        data.train = answers.fill(data.train)
-        data.train = without_refused(data.train, answers.refused, config, config.data.train, data.report)
-        if data.evaluation is not None and data.evaluation_report is not None:
-            data.evaluation = answers.fill(data.evaluation)
-            of = (config.data.eval_sources or config.data.train, data.evaluation_report)
-            data.evaluation = without_refused(data.evaluation, answers.refused, config, *of)
+    with readable_failures(args), interrupting(kept), _counted(teacher.teacher, run_dir), _its_weights(teacher.teacher):
+        fill(answers, config, data)
+
+
+def fill(answers: TeacherAnswers, config: RunConfig, data: RunData) -> None:
+    """Put the answers into the rows of a run, and leave those without a usable one out."""
+    data.train = answers.fill(data.train)
+    data.train = without_refused(data.train, answers.refused, config, config.data.train, data.report)
+    if data.evaluation is not None and data.evaluation_report is not None:
+        data.evaluation = answers.fill(data.evaluation)
+        of = (config.data.eval_sources or config.data.train, data.evaluation_report)
+        data.evaluation = without_refused(data.evaluation, answers.refused, config, *of)
     _count(config, data)
 
 
-def _writer(
+def answered(
+    config: RunConfig,
+    args: GKDConfig,
+    rows: datasets.Dataset,
+    student: PreTrainedModel,
+    teacher: TeacherSide,
+    collator: Collator,
+    reporter: Progress,
+) -> datasets.Dataset:
+    """Rows with the answers that they ask for, for an evaluation: those that the run folder has, and new ones, which it
+    then keeps. Rows without a usable answer are left out.
+    """
+    data = RunData(train=rows, evaluation=None, report=BuildReport())
+    answers = TeacherAnswers(
+        answer_writer(config, args, data, student.generation_config, teacher, collator),
+        answers_folder(Path(args.output_dir)),
+        identity=_identity(config, args, teacher),
+        progress=reporter.answers,
+    )
+    assert teacher.teacher is not None
+    with readable_failures(args), _its_weights(teacher.teacher):
+        rows = answers.fill(rows)
+    if len(answers.refused) == len(rows):
+        raise DataError(f"The teacher gave no usable answer. The first: {next(iter(answers.refused.values()))}.")
+    if answers.refused:
+        logger.warning("%d rows got no usable answer from the teacher and are left out.", len(answers.refused))
+    return rows.select([i for i in range(len(rows)) if i not in answers.refused])
+
+
+def _its_weights(teacher: Teacher) -> AbstractContextManager[Any]:
+    """The teacher's weights in the model that writes, where it is in this process."""
+    return nullcontext() if teacher.module is None else teacher.writing_model()
+
+
+def answer_writer(
     config: RunConfig,
     args: GKDConfig,
     data: RunData,
-    student: PreTrainedModel,
+    of_student: Any,
     side: TeacherSide,
     collator: Collator,
 ) -> Writer:
-    """Who writes: the teacher's model where it is in this process, or the teacher by its own means."""
+    """Who writes: the teacher's model where it is in this process, or the teacher by its own means.
+
+    Args:
+        of_student: its generation config, which says what ends an answer.
+    """
     teacher, processing = side.teacher, collator.processing_class
     assert teacher is not None
     if teacher.module is not None:
@@ -116,7 +170,7 @@ def _writer(
             teacher.module,
             processing,
             collator,
-            max_new_tokens=config.rlhf.max_new_tokens,
+            max_new_tokens=config.rlhf.most_new_tokens,
             vocabulary=side.shared_vocabulary,
             batch_size=args.per_device_eval_batch_size,
             device=PartialState().device,
@@ -126,13 +180,13 @@ def _writer(
         check_askable(rows, messages)
     # What ends the teacher's answers itself is known by its tokenizer alone.
     of_teacher = getattr(side.processing, "tokenizer", side.processing)
-    stops = turn_ends(processing, student.generation_config, of_teacher)
+    stops = turn_ends(processing, of_student, of_teacher)
     return AskingWriter(
         teacher,
         # Some APIs refuse temperature 0, so that there the config has the say.
         Sampling(
             config.rlhf.temperature if messages else None,
-            config.rlhf.max_new_tokens,
+            config.rlhf.most_new_tokens,
             stops,
             sorted(image_token_ids(processing)),
         ),
@@ -213,8 +267,8 @@ def without_refused(
         listed = "\n  ".join(first[:3])
         raise DataError(
             f"{len(found)} rows got no usable answer from the teacher, {report.bad_rows} rows cannot be used in all, "
-            f"and max_bad_rows is {config.data.max_bad_rows}. The first:\n  {listed}\nThe other answers are kept. "
-            "Remove these rows, or raise max_bad_rows to leave them out, and go on with --resume auto"
+            f"and data.max_bad_rows is {config.data.max_bad_rows}. The first:\n  {listed}\nThe other answers are kept. "
+            f"Remove these rows, or raise data.max_bad_rows to leave them out, and go on with {resume_command()}"
         )
     left = [i for i in range(len(dataset)) if i not in refused]
     places = {old: new for new, old in enumerate(left)}
@@ -261,16 +315,21 @@ def _identity(config: RunConfig, args: GKDConfig, side: TeacherSide) -> dict[str
         model = teacher.model if isinstance(teacher, ServedTeacher) else options.model
         return {"teacher": type(teacher).__name__, "model": model, "by": _BY[teacher.has_targets]}
     module: Any = teacher.module
-    name = config.rlhf.teacher_model
+    name: str | None
+    if teacher.is_student:
+        name, kwargs = config.model.model, {**config.model.init_kwargs, "revision": config.model.revision}
+    else:
+        name, kwargs = config.rlhf.teacher_model, args.teacher_model_init_kwargs
     assert name is not None, "the config is checked for it"
-    folders = [name, *([adapter_base(name)] if is_adapter_folder(name) else []), options.adapter or ""]
+    folders = [*levels(name), (config.model.adapter if teacher.is_student else options.adapter) or ""]
     files = [file for folder in folders if folder for file in Path(folder).glob("*.safetensors")]
     return {
         "model": name,
         "weights": sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files),
         "dtype": module.dtype,
-        "kwargs": args.teacher_model_init_kwargs,
-        "options": options.model_dump(mode="json"),
+        "kwargs": kwargs,
+        # What the student's weights become later, its answers before training do not depend on.
+        "options": options.model_dump(mode="json", exclude={"weights", "ema_decay"}),
         "processor": image_content(side.processing),
     }
 

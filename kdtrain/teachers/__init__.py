@@ -2,12 +2,16 @@
 
 from kdtrain.teachers.base import DenseTargets, Targets, Teacher, teacher_autocast
 from kdtrain.teachers.build import build_teacher, connect_teacher
+from kdtrain.teachers.cached.teacher import CachedTeacher
+from kdtrain.teachers.itself import SelfTeacher
 from kdtrain.teachers.local import LocalTeacher
-from kdtrain.teachers.served import ServedTeacher
+from kdtrain.teachers.served.teacher import ServedTeacher
 
 __all__ = [
+    "CachedTeacher",
     "DenseTargets",
     "LocalTeacher",
+    "SelfTeacher",
     "ServedTeacher",
     "Targets",
     "Teacher",

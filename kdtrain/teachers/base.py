@@ -2,8 +2,8 @@
 
 Shapes: B rows, T positions, S supervised tokens, H hidden width, V vocabulary, K known tokens. Row i of a target is the
 distribution that predicts supervised token i of the batch, in the order of `Batch.labels_S`. Where the teacher reads
-another text than the student (`rlhf.teacher.chat_template_kwargs`), that token stands at another position of it:
-`Batch.as_teacher_sees_it` has both.
+another text than the student (`rlhf.teacher`: `prefix`, `chat_template_kwargs`), that token stands at another position
+of it: `Batch.as_teacher_sees_it` has both.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 
 from kdtrain.data.batch import Batch
 from kdtrain.losses.head import Head
+from kdtrain.losses.sampled import SampledTargets
 from kdtrain.losses.topk import TopKLogprobs
 
 
@@ -37,12 +39,16 @@ class DenseTargets:
             return self.head.differentiable_logits(self.hidden)
 
 
+Scores = DenseTargets | TopKLogprobs | SampledTargets | torch.Tensor
+
+
 @dataclass(frozen=True)
 class Targets:
     """A teacher's answer for a batch."""
 
-    scores: DenseTargets | TopKLogprobs | torch.Tensor
-    """One distribution at temperature 1 for each token that is covered; a plain tensor is logits [S, V]."""
+    scores: Scores
+    """One distribution at temperature 1 for each token that is covered; a plain tensor is logits [S, V]. Drawn tokens
+    (`SampledTargets`) are of the distribution at `kd_temperature`, and serve forward KL (beta 0) alone."""
     covered_S: torch.Tensor | None = None
     """[S] bool: the batch's supervised tokens that the distributions are for; None is all of them. The others have
     cross-entropy only, and count in D like all."""
@@ -102,12 +108,17 @@ class Teacher(ABC):
     module: nn.Module | None = None
     """The transformers model, where there is one in this process: it is what writes answers and has features."""
 
+    is_student: bool = False
+    """Whether `module` is the student itself, after `follow`: no model of its own, but the same with other weights."""
+
     lookahead: int = 0
     """Optimizer windows that `prepare` is called ahead of the one that trains, where their answers are the data's."""
     waits: bool = False
     """Whether `wait`, `targets` and `write` wait for answers, and count that in `waited_s`; it is then logged."""
     waited_s: float = 0.0
     """Seconds that they have waited for answers that were not there yet, since the teacher was made."""
+    drawn_at: float | None = None
+    """The `kd_temperature` that its targets were drawn at, where they are `SampledTargets`."""
 
     @property
     def can_generate(self) -> bool:
@@ -120,12 +131,45 @@ class Teacher(ABC):
         return True
 
     @property
+    def answers_anything(self) -> bool:
+        """Whether it has targets for any text, and not for rows of the data alone, found by `batch.rows.keys`."""
+        return True
+
+    @property
     def has_features(self) -> bool:
         """Whether `targets` runs a model whose features can be captured (visual KD)."""
         return self.module is not None
 
-    def place(self, accelerator: Accelerator) -> None:  # noqa: B027 - not every teacher has to
+    def follow(self, student: nn.Module) -> None:  # noqa: B027 - not every teacher has to
+        """Get to know the student as it is trained (with its adapter), before `place`; called once by the trainer.
+
+        Where a teacher `is_student` and writes answers before training, it is called before that as well, with the
+        student as it was loaded.
+        """
+
+    def place(self, accelerator: Accelerator) -> None:  # noqa: B027
         """Go where it will run; called once, when the trainer is built."""
+
+    def writing_model(self) -> AbstractContextManager[nn.Module]:
+        """`module` with the teacher's weights in it, to write answers with; what it was comes back at the end."""
+        assert self.module is not None, "can_generate is asked before"
+        return nullcontext(self.module)
+
+    def begin(self) -> None:  # noqa: B027
+        """Training begins: the student is wrapped, and its weights are those of the first step."""
+
+    def stepped(self) -> None:  # noqa: B027
+        """The optimizer has taken a step."""
+
+    def save(self, folder: Path) -> None:  # noqa: B027
+        """Write what a resumed run needs of it into a checkpoint; called on every rank, and rank 0 writes."""
+
+    def load(self, folder: Path) -> None:  # noqa: B027
+        """Read that back, on every rank; called in place of `begin` where training resumes.
+
+        Raises:
+            CheckpointError: the checkpoint has no such state, or one that does not fit.
+        """
 
     def prepare(self, window: Sequence[Batch]) -> None:  # noqa: B027
         """Called once for every optimizer window before its first batch, and before each batch of an evaluation.

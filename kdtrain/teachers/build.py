@@ -10,9 +10,9 @@ import torch
 from kdtrain.config.schema import TeacherConfig
 from kdtrain.models.loading import add_adapter, load_with_adapter
 from kdtrain.teachers.base import Teacher
-from kdtrain.teachers.http import Servers
 from kdtrain.teachers.local import LocalTeacher
-from kdtrain.teachers.served import ServedTeacher
+from kdtrain.teachers.served.http import Servers
+from kdtrain.teachers.served.teacher import ServedTeacher
 
 
 def build_teacher(
@@ -45,7 +45,7 @@ def build_teacher(
 
 
 def connect_teacher(options: TeacherConfig, vocab_size: int) -> ServedTeacher:
-    """A teacher on a server. Nothing is asked of it yet: see `server_probe`.
+    """A teacher on a server. Nothing is asked of it yet: see `served/probe.py`.
 
     Args:
         options: of the backends `vllm` and `openai`.

@@ -17,11 +17,11 @@ import torch
 
 from kdtrain.data.batch import Batch
 from kdtrain.losses.reduce import IGNORE_INDEX
+from kdtrain.losses.sampled import SampledTargets, estimated_logprobs
 from kdtrain.losses.topk import TopKLogprobs, teacher_tail
-from kdtrain.teachers.base import DenseTargets, Targets
+from kdtrain.teachers.base import DenseTargets, Scores, Targets
 
 Dependence = Literal["aligned", "before", "after"]
-Scores = DenseTargets | TopKLogprobs | torch.Tensor
 
 # A change of a log-probability that is none: rounding, measured at positions that cannot change, or a tenth of what the
 # changed token moves elsewhere.
@@ -32,7 +32,12 @@ _LIKELY = 8
 
 
 def log_probabilities(scores: Scores, ids_SX: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """[S, X] log p of ids under the targets, float32; ids below 0 get any number."""
+    """[S, X] log p of ids under the targets, float32; ids below 0 get any number.
+
+    Those of drawn tokens are estimated (`estimated_logprobs`).
+    """
+    if isinstance(scores, SampledTargets):
+        scores = estimated_logprobs(scores)
     if isinstance(scores, TopKLogprobs):
         indices, known = scores.indices.to(ids_SX.device), scores.logprobs.float().to(ids_SX.device)
         named_SXK = ids_SX[:, :, None] == indices[:, None, :]
@@ -110,6 +115,8 @@ def dependence(
     """
     if targets.covered_S is not None or other.covered_S is not None:
         return None  # which of them belong together is the teacher's to say
+    if isinstance(targets.scores, SampledTargets) or isinstance(other.scores, SampledTargets):
+        return None  # draws differ from one time to the next, whatever they depend on
     found: list[Dependence] = []
     first = 0
     for row, count in enumerate(batch.predicts_BT.sum(1).tolist()):
@@ -126,6 +133,8 @@ def dependence(
 
 def _likely(scores: Scores) -> torch.Tensor:
     """[S, X] ids that have the most of the mass, on the CPU."""
+    if isinstance(scores, SampledTargets):
+        scores = estimated_logprobs(scores)
     if isinstance(scores, TopKLogprobs):
         order = scores.logprobs.topk(min(_LIKELY, scores.logprobs.shape[1]), -1).indices
         return scores.indices.gather(1, order).cpu()

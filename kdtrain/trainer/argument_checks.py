@@ -7,18 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl.experimental.gkd import GKDConfig
 
 from kdtrain.config import TrainArguments
 from kdtrain.config.adapters import is_adapter_folder
-from kdtrain.config.options import RENORMALIZED, DistillationOptions
+from kdtrain.config.options import RENORMALIZED, DistillationOptions, LengthSchedule
 from kdtrain.config.schema import TunerConfig
 from kdtrain.config.training_rules import refused_loader_options
 from kdtrain.errors import ConfigError, NotAvailableError, PreflightError
+from kdtrain.generation.sampler import Sampler
 from kdtrain.models.kinds import sees_images
 from kdtrain.models.parts import freeze_parts
+from kdtrain.preflight.generation import by_vllm
 from kdtrain.teachers import Teacher
 
 if TYPE_CHECKING:
@@ -48,7 +51,9 @@ def check_teacher_arguments(
     if not options.needs_teacher and (teacher_model is not None or teacher is not None):
         logger.warning("No KD is active (llm_kd_weight is 0, visual KD is off): the teacher is not used.")
     # Of a config's own server the config's check has said it, with its place.
-    gives_top_k = teacher is not None and teacher.module is None and not hasattr(args, "chats")
+    gives_top_k = (
+        teacher is not None and not teacher.is_student and teacher.module is None and not hasattr(args, "chats")
+    )
     if gives_top_k and options.lm_kd_active and options.tail == "renormalize" and options.beta > 0:
         logger.warning("tail: renormalize %s. Use tail: bucket.", RENORMALIZED)
 
@@ -68,19 +73,51 @@ def check_teacher_can(teacher: Teacher | None, options: DistillationOptions) -> 
             "log-probabilities. Set rlhf.llm_kd_weight: 0 (with answers: teacher in the data source this is "
             "sequence-level distillation), or use a server that gives log-probabilities of prompts, such as vLLM."
         )
+    if options.lm_kd_active and not teacher.answers_anything and (options.lmbda > 0 or options.seq_kd):
+        raise ValueError(
+            f"lmbda is {options.lmbda:g} and seq_kd {str(options.seq_kd).lower()}, and the teacher is a cache, which "
+            "has no targets for text that does not exist yet. Set lmbda to 0 and seq_kd to false, or use the teacher "
+            "itself."
+        )
+    if options.lm_kd_active and teacher.drawn_at is not None:
+        _check_draws(teacher.drawn_at, options)
     if options.seq_kd and not teacher.can_generate:
         raise ValueError("seq_kd needs a teacher that is a model in this process, or one that can write answers.")
     if options.visual_kd is not None and not teacher.has_features:
-        raise ValueError("Visual KD needs a teacher that is a model in this process.")
+        own = "of its own: of the student itself the features are the same" if teacher.is_student else "in this process"
+        raise ValueError(f"Visual KD needs a teacher that is a model {own}.")
+
+
+def _check_draws(drawn_at: float, options: DistillationOptions) -> None:
+    """Tokens that were drawn serve the divergence and the temperature alone that they were drawn for."""
+    if options.beta > 0:
+        raise ValueError(
+            f"beta is {options.beta:g}, and the teacher's targets are drawn tokens (mode sample), from which only "
+            "forward KL can be learnt: set beta to 0."
+        )
+    if options.kd_temperature != drawn_at:
+        raise ValueError(
+            f"kd_temperature is {options.kd_temperature:g}, and the teacher's targets were drawn at {drawn_at:g}: set "
+            f"kd_temperature to {drawn_at:g}, or draw them anew."
+        )
 
 
 def check_options(trainer: GKDTrainerWithMetrics, options: DistillationOptions) -> None:
     """Refuse options that ask the trainer's models for what they cannot do."""
     check_teacher_can(trainer.teacher, options)
     kd = options.lm_kd_active
-    _check_prompt_learning(trainer.model, "student", kd and options.lmbda > 0, trainer.aux_loss_enabled)
+    _check_prompt_learning(trainer.unwrap(trainer.model), "student", kd and options.lmbda > 0, trainer.aux_loss_enabled)
     if trainer.teacher_model is not None:
         _check_prompt_learning(trainer.unwrap(trainer.teacher_model), "teacher", kd and options.seq_kd, False)
+
+
+def check_sampler(sampler: Sampler | None, options: DistillationOptions) -> None:
+    """Refuse answers of the student that vLLM was to write, where a callback has switched them on later."""
+    if by_vllm(options) and sampler is None:
+        raise ConfigError(
+            f"generation.backend is {options.generation.backend}, and this trainer was built without vLLM, because "
+            "nothing was to be generated then: build it with lmbda and llm_kd_weight above 0."
+        )
 
 
 def check_same_on_all_ranks(options: DistillationOptions, accelerator: Any) -> None:
@@ -88,6 +125,9 @@ def check_same_on_all_ranks(options: DistillationOptions, accelerator: Any) -> N
     if accelerator.num_processes == 1:
         return
     numbers = {name: float(value) for name, value in options if isinstance(value, (int, float))}
+    limit = options.max_new_tokens  # as many numbers on every rank, whatever each of them has
+    parts = (limit.from_, limit.to, limit.over) if isinstance(limit, LengthSchedule) else (limit, limit, 0.0)
+    numbers |= zip(("max_new_tokens", "max_new_tokens.to", "max_new_tokens.over"), map(float, parts), strict=True)
     own = torch.tensor(list(numbers.values()), device=accelerator.device)
     ranks = accelerator.gather(own[None])
     differ = [name for name, same in zip(numbers, (ranks == ranks[0]).all(0).tolist(), strict=True) if not same]
@@ -181,14 +221,15 @@ def check_teacher_is_another_model(model: Any, teacher: Any) -> None:
     if any(id(parameter) in own for parameter in teacher.parameters()):
         raise ConfigError(
             "teacher_model is the student itself or shares weights with it: the teacher would change with the student, "
-            "and their divergence be 0. Pass a model of its own (load it a second time). The student without its "
-            "adapter as teacher is rlhf.teacher.backend: self (`teacher: self`), which is not available yet."
+            "and their divergence be 0. Pass a model of its own (load it a second time). For the student without its "
+            "adapter pass teacher=kdtrain.teachers.SelfTeacher() instead (rlhf.teacher.backend: self)."
         )
 
 
 def _check_prompt_learning(model: Any, side: str, generates: bool, experts: bool) -> None:
     """Refuse kinds of prompt learning whose virtual tokens cannot be told from the row's."""
-    config = model.active_peft_config if is_peft_model(model) else None
+    # By its class: accelerate's own question looks into the installed packages, 7 ms each time, for every window.
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
     if config is None or not config.is_prompt_learning:
         return
     kind, reason = str(getattr(config.peft_type, "value", config.peft_type)), None

@@ -62,6 +62,8 @@ def _metric(trainer: GKDTrainerWithMetrics) -> str | None:
     """The metric that steps will be compared by; None if nothing compares them."""
     name = trainer.args.metric_for_best_model
     evaluates = trainer.args.eval_strategy != "no"
+    if trainer.best_step.patience is not None and not evaluates:
+        raise PreflightError("training.early_stopping_patience needs evaluation: set training.eval_strategy: steps.")
     if any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks):
         if name is None:
             raise PreflightError("EarlyStoppingCallback needs training.metric_for_best_model, such as loss.")

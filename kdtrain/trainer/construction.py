@@ -23,7 +23,9 @@ from kdtrain.data.collate import Collator
 from kdtrain.data.with_images import first_batch_with_images
 from kdtrain.errors import ConfigError, PreflightError
 from kdtrain.feature_kd.term import VisualTerm
+from kdtrain.generation.sampler import Sampler
 from kdtrain.generation.sampling import turn_ends
+from kdtrain.generation.vllm import VllmSampler
 from kdtrain.models import experts
 from kdtrain.models.loading import load_with_adapter
 from kdtrain.models.loss_head import add_loss_head, why_no_loss_head
@@ -32,6 +34,7 @@ from kdtrain.models.processing import load_processing, load_tokenizer
 from kdtrain.models.text_only import check_reentrant
 from kdtrain.models.tuning import check_trained, disable_dropout, fit_student
 from kdtrain.models.vocabulary import Vocabulary, shared_vocabulary, vocabulary_size
+from kdtrain.preflight.generation import by_vllm, check_generation, check_sharding
 from kdtrain.preflight.model_checks import both_sides, check_models
 from kdtrain.preflight.positions import rows_of_a_run
 from kdtrain.preflight.token_ids import check_rows, embedding_rows
@@ -85,7 +88,8 @@ def prepare(
     if teacher_model is None and teacher is None and options.needs_teacher:
         teacher_model = args.teacher_model_name_or_path
     checks.check_teacher_arguments(teacher_model, teacher, args, options)
-    checks.check_teacher_is_another_model(model, teacher_model if teacher is None else teacher.module)
+    if teacher is None or not teacher.is_student:
+        checks.check_teacher_is_another_model(model, teacher_model if teacher is None else teacher.module)
     train, evaluation = as_rows("train_dataset", train_dataset), as_rows("eval_dataset", eval_dataset)
     if not has_collator:
         check_supervision(args, train[0], formatted=formatting_func is not None)
@@ -101,6 +105,7 @@ def prepare(
     elif args.model_init_kwargs is not None:
         raise ConfigError("model_init_kwargs would be ignored: the model is loaded already. Remove them.")
     checks.check_parts_are_frozen(args, model)
+    check_generation(options, model.config, args.device)
     _set_arguments(args, visual_kd=options.visual_kd is not None)
     peft_config = fit_student(model, peft_config, args)
     teacher = teacher if options.needs_teacher else None
@@ -202,7 +207,10 @@ def set_pad_token(tokenizer: Any, args: GKDConfig) -> None:
 
 
 def default_collator(
-    processing_class: Any, args: GKDConfig, formatting_func: Callable[[Any], Any] | None
+    processing_class: Any,
+    args: GKDConfig,
+    formatting_func: Callable[[Any], Any] | None,
+    teacher: Teacher | None = None,
 ) -> Callable[[list[Any]], Batch]:
     """What makes batches of rows where no collator is passed."""
     collator = Collator(
@@ -212,6 +220,8 @@ def default_collator(
         template=TemplateOptions(**getattr(args, "chats", {})),
         pad_to_multiple_of=args.pad_to_multiple_of,
         text_column=args.dataset_text_field,
+        answers=getattr(args, "select_regex", None) is not None,
+        row_keys=teacher is not None and not teacher.answers_anything,
     )
     if formatting_func is None:
         return collator
@@ -239,6 +249,22 @@ def _tokenizer_or_none(name: str) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(name) if name else None
     except PreflightError:
         return None
+
+
+def build_sampler(trainer: GKDTrainerWithMetrics) -> Sampler | None:
+    """Who writes the student's answers in place of the model in this process; None where that does."""
+    options, args = trainer.options, trainer.args
+    if not by_vllm(options):
+        return None
+    check_sharding(trainer.accelerator)
+    return VllmSampler(
+        options.generation,
+        lambda: trainer.unwrap(trainer.model),
+        trainer.accelerator,
+        trainer.processing_class,
+        rows=args.per_device_train_batch_size * args.gradient_accumulation_steps * options.samples_per_prompt,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def build_receiver(trainer: GKDTrainerWithMetrics, train: Any, evaluation: Any) -> Receiver:

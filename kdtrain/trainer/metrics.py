@@ -31,6 +31,11 @@ LOSS_TERMS = (
     *(f"vision_kd_loss_{target}" for target in VISUAL_TARGETS),
     "aux_loss",
 )
+# The same of the steps of one kind alone: whose answers they are on -> a term -> its name.
+TERMS_OF_KIND = {
+    True: {"llm_kd_loss": "llm_kd_loss_on_policy"},
+    False: {"llm_kd_loss": "llm_kd_loss_off_policy", "sft_loss": "sft_loss_off_policy"},
+}
 # Plain sums over supervised tokens (`input_tokens`: over all tokens that are not padding).
 TOKEN_SUMS = (
     "num_tokens",
@@ -41,10 +46,23 @@ TOKEN_SUMS = (
     "teacher_entropy_sum",
     "input_tokens",
 )
-# What is made of them.
+# Plain sums over the student's own answers, see `samples.py`; the last one is by window.
+SAMPLE_SUMS = (
+    "samples",
+    "sample_tokens",
+    "cut_samples",
+    "long_samples",
+    "repetition_sum",
+    "distinct_first_tokens",
+)
+# Of one micro-batch before training and at evaluations, see `term_gradients.py`.
+GRADIENT_NORMS = ("grad_norm_llm_kd", "grad_norm_sft", "grad_norm_vision_kd")
+# What is made of the sums over tokens.
 TOKEN_METRICS = ("token_accuracy", "teacher_agreement", "student_entropy", "teacher_entropy")
 # Terms whose sum is the loss; the others are parts of one of these.
 TOTAL_TERMS = ("llm_kd_loss", "sft_loss", "vision_kd_loss", "aux_loss")
+# In evaluations of a run that may stop early: the metric that decides, whatever its name.
+EARLY_STOP_METRIC = "early_stop_metric"
 # Which way an evaluation's metrics get better; entropies are neither good nor bad.
 HIGHER_IS_BETTER = {
     "loss": False,
@@ -52,24 +70,35 @@ HIGHER_IS_BETTER = {
     "token_accuracy": True,
     "teacher_agreement": True,
 }
-_KEYS = (*LOSS_TERMS, *TOKEN_SUMS, "windows", "on_policy_windows", "teacher_wait_s")
+_OF_KIND = [name for terms in TERMS_OF_KIND.values() for name in terms.values()]
+# Answers that were written to a window's prompts, and those of them that train, where not all do.
+_SELECTED = ("written_samples", "selected_samples")
+_WINDOWS = ("windows", "on_policy_windows", "teacher_wait_s")
+_KEYS = (*LOSS_TERMS, *_OF_KIND, *TOKEN_SUMS, *SAMPLE_SUMS, *_SELECTED, *_WINDOWS)
 
 Metrics = Mapping[str, Sequence[torch.Tensor]]
 
 
-def record(metrics: Mapping[str, list[torch.Tensor]], terms: Terms, batch: Batch) -> None:
-    """Append the numbers of one micro-batch to the lists of `metrics`, a defaultdict."""
-    tokens = terms.tokens
+def record(metrics: Mapping[str, list[torch.Tensor]], terms: Terms, batch: Batch, *, by_kind: bool) -> None:
+    """Append the numbers of one micro-batch to the lists of `metrics`, a defaultdict.
+
+    Args:
+        by_kind: whether steps may be on-policy: their terms are then told apart from those of the others.
+    """
+    tokens, of_kind = terms.tokens, TERMS_OF_KIND[batch.generated_by == "student"] if by_kind else {}
     for key, value in terms.named.items():
         metrics[key].append(value)
+        if key in of_kind:
+            metrics[of_kind[key]].append(value)
         if key.startswith("vision_kd_loss"):
             metrics[f"{key}_weight"].append(torch.tensor(batch.image_units))
     metrics["num_tokens"].append(tokens.num_tokens)
     metrics["num_correct"].append(tokens.num_correct)
     metrics["student_entropy_sum"].append(tokens.student_entropy_sum)
-    if tokens.num_agree is not None and tokens.teacher_entropy_sum is not None:
+    if tokens.num_agree is not None:
         metrics["num_teacher_tokens"].append(terms.num_teacher_tokens)
         metrics["num_agree"].append(tokens.num_agree)
+    if tokens.teacher_entropy_sum is not None:
         metrics["teacher_entropy_sum"].append(tokens.teacher_entropy_sum)
     metrics["input_tokens"].append(batch.num_input_tokens)
 
@@ -127,10 +156,15 @@ def training_metrics(reduced: Reduced, seconds: float) -> dict[str, float]:
     """One training record: terms averaged over the steps since the last one, as `loss` is; the rest over tokens."""
     steps = max(reduced.sums["windows"] / reduced.num_processes, 1)
     record = {key: reduced.sums[key] / steps for key in LOSS_TERMS if reduced.counts[key]}
+    record |= _terms_of_kind(reduced)
     record |= _token_metrics(reduced)
     record["on_policy_fraction"] = reduced.sums["on_policy_windows"] / max(reduced.sums["windows"], 1)
+    record |= _sample_metrics(reduced)
+    if reduced.sums["written_samples"]:
+        record["selected_fraction"] = reduced.sums["selected_samples"] / reduced.sums["written_samples"]
     if seconds > 0:
         record["tokens_per_second"] = reduced.sums["input_tokens"] / seconds
+        record["step_time_s"] = seconds / steps
         if reduced.counts["teacher_wait_s"]:
             record["teacher_wait_fraction"] = reduced.sums["teacher_wait_s"] / reduced.num_processes / seconds
     record["peak_memory_gib"] = reduced.peak_memory_gib
@@ -147,6 +181,29 @@ def evaluation_metrics(reduced: Reduced) -> dict[str, float]:
     return {"loss": total, **terms, **_token_metrics(reduced)}
 
 
+def _terms_of_kind(reduced: Reduced) -> dict[str, float]:
+    """Means over the steps of their own kind; absent where there was none."""
+    on_policy = reduced.sums["on_policy_windows"]
+    windows = {True: on_policy, False: reduced.sums["windows"] - on_policy}
+    return {
+        name: reduced.sums[name] * reduced.num_processes / windows[kind]
+        for kind, terms in TERMS_OF_KIND.items()
+        for name in terms.values()
+        if reduced.counts[name] and windows[kind]
+    }
+
+
+def _sample_metrics(reduced: Reduced) -> dict[str, float]:
+    """Means over the samples; of first tokens over the on-policy steps. Absent where there was none to tell from."""
+    ratios = {
+        "completion_length": ("sample_tokens", reduced.sums["samples"]),
+        "cut_fraction": ("cut_samples", reduced.sums["samples"]),
+        "repetition": ("repetition_sum", reduced.sums["long_samples"]),
+        "distinct_first_tokens": ("distinct_first_tokens", reduced.counts["distinct_first_tokens"]),
+    }
+    return {name: reduced.sums[total] / number for name, (total, number) in ratios.items() if number}
+
+
 def _token_metrics(reduced: Reduced) -> dict[str, float]:
     record: dict[str, float] = {}
     if tokens := reduced.sums["num_tokens"]:
@@ -154,7 +211,8 @@ def _token_metrics(reduced: Reduced) -> dict[str, float]:
         record["student_entropy"] = reduced.sums["student_entropy_sum"] / tokens
     if teacher_tokens := reduced.sums["num_teacher_tokens"]:
         record["teacher_agreement"] = reduced.sums["num_agree"] / teacher_tokens
-        record["teacher_entropy"] = reduced.sums["teacher_entropy_sum"] / teacher_tokens
+        if reduced.counts["teacher_entropy_sum"]:  # drawn tokens do not tell it
+            record["teacher_entropy"] = reduced.sums["teacher_entropy_sum"] / teacher_tokens
     return record
 
 
@@ -200,3 +258,28 @@ class Stopwatch:
         """End the lap and return its seconds; 0 when none was running."""
         seconds, self._seconds, self._since = self.seconds(), 0.0, None
         return seconds
+
+
+class RunClock:
+    """Seconds of a whole run, evaluation and saving included; what a resumed run took before counts as well."""
+
+    def __init__(self) -> None:
+        self.earlier = 0.0
+        """Seconds of earlier processes."""
+        self._began, self._first_step = time.perf_counter(), 0
+
+    def begin(self, step: int) -> None:
+        """Training begins in this process, at `step`."""
+        self.earlier, self._began, self._first_step = 0.0, time.perf_counter(), step
+
+    def elapsed(self) -> float:
+        """Seconds so far."""
+        return self.earlier + time.perf_counter() - self._began
+
+    def times(self, step: int, max_steps: int) -> dict[str, float]:
+        """What has passed, and what is left at the pace of this process."""
+        done, elapsed = step - self._first_step, self.elapsed()
+        times = {"elapsed_s": elapsed}
+        if done > 0:
+            times["remaining_s"] = (elapsed - self.earlier) / done * max(max_steps - step, 0)
+        return times

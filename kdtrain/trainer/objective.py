@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -22,16 +22,18 @@ from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.fused import head_distillation_loss
 from kdtrain.losses.head import Head
-from kdtrain.losses.reduce import FusedLoss, predicting
+from kdtrain.losses.reduce import FusedLoss, normaliser, predicting
+from kdtrain.losses.sampled import SparseTargets
 from kdtrain.losses.tile import TileOptions
-from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.models.experts import load_balancing_loss
 from kdtrain.models.vocabulary import Vocabulary
 from kdtrain.teachers import DenseTargets, Targets
+from kdtrain.teachers.base import Scores
 
 logger = logging.getLogger(__name__)
 
 NumItems = torch.Tensor | int | None
+TokenTerm = Literal["llm_kd", "sft"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Objective:
         teacher_forward: Callable[[Batch], Targets],
         num_items: NumItems,
         aux_share: torch.Tensor | float,
+        num_kd_items: torch.Tensor | None = None,
     ) -> Terms:
         """total = llm_kd_weight · jsd + c · ce + Σ visual, and the experts' load balancing where there are any.
 
@@ -78,7 +81,14 @@ class Objective:
             teacher_forward: called where a term needs it; also fires the hooks of visual KD.
             num_items: D; None (evaluation, a call of its own) is the batch's own supervised tokens.
             aux_share: the batch's share of the window in the load-balancing loss, which is a mean of micro-batches.
+            num_kd_items: D_kd, what the divergence is divided by where rows of the window have weights of their own;
+                None is D.
         """
+        weights_S = batch.kd_weights_S
+        if num_items is None:  # a call of its own, for which what is known of a window does not hold
+            num_kd_items = None if weights_S is None else (weights_S > 0).sum()
+        elif weights_S is None and num_kd_items is not None:
+            weights_S = torch.ones_like(batch.labels_S, dtype=torch.float32)
         visual = self.visual if options.visual_kd is not None and batch.has_images else None
         captured: AbstractContextManager[Any] = nullcontext(({}, {})) if visual is None else visual.tapped()
         with captured as (student_features, teacher_features):
@@ -91,9 +101,9 @@ class Objective:
             targets = teacher_forward(batch) if options.lm_kd_active or visual is not None else None
             if not options.lm_kd_active:  # asked for its features alone
                 targets = None
-            run = _StudentForward(self, options, batch, targets, num_items, visual_terms)
+            run = StudentForward(self, options, batch, targets, weights_S, num_items, num_kd_items, visual_terms)
             tokens, aux_loss, named_visual = run.within_forward(model) if run.can_fuse() else run.from_logits(model)
-        named = _token_terms(options, batch, tokens, num_items) | named_visual
+        named = _token_terms(options, batch, tokens, num_items, num_kd_items) | named_visual
         if aux_loss is not None and self.router_logits:
             share = 0.0 if batch.all_repeated else aux_share
             named["aux_loss"] = self.aux_weight * (1.0 if num_items is None else share) * aux_loss
@@ -107,20 +117,21 @@ class Objective:
         )
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Supervised tokens that are compared with targets of one kind."""
 
     outputs: torch.Tensor
     """Of the student: hidden states [N, H], or logits [N, V]."""
     labels: torch.Tensor
     ce_mask: torch.Tensor | None
-    scores: DenseTargets | TopKLogprobs | torch.Tensor | None
+    kd_weights: torch.Tensor | None
+    scores: Scores | None
     """None: cross-entropy alone."""
     num_items: NumItems
 
 
 @dataclass(frozen=True)
-class _StudentForward:
+class StudentForward:
     """The student's forward on one batch, and the terms that are made of it.
 
     Within the wrapped forward where that is possible: DDP waits for the gradients that it finds from a forward's
@@ -131,8 +142,12 @@ class _StudentForward:
     options: DistillationOptions
     batch: Batch
     targets: Targets | None
+    kd_weights_S: torch.Tensor | None
     num_items: NumItems
+    num_kd_items: torch.Tensor | None
     visual_terms: Callable[[], dict[str, torch.Tensor]]
+    only: TokenTerm | None = None
+    """One of the two token terms, without the other; None is their sum."""
 
     def can_fuse(self) -> bool:
         """Whether the terms can be made from hidden states: not of plain logits, nor of a head on another device."""
@@ -152,48 +167,49 @@ class _StudentForward:
 
         def loss_head(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, ...]:
             hidden_SH = predicting(hidden_BTH, predicts_BT)[predicts_BT.to(hidden_BTH.device)]
-            tokens.append(self._sums(hidden_SH, functools.partial(self._from_hidden, head)))
+            tokens.append(self.sums(hidden_SH, functools.partial(self.loss_from_hidden, head)))
             visual = self.visual_terms()
             names.extend(visual)
             aux = (load_balancing_loss(self.batch.model_inputs, outputs, inner),) if router_logits else ()
             return tokens[0].loss, *visual.values(), *aux
 
         # A wrapper may hang its own hooks on what the forward returns: the loss is made of what comes out of it.
-        loss, *rest = model(**self._inputs(), loss_head=loss_head)
+        loss, *rest = model(**self.inputs(), loss_head=loss_head)
         named = dict(zip(names, rest, strict=False))
         return replace(tokens[0], loss=loss), rest[-1] if router_logits else None, named
 
     def from_logits(self, model: nn.Module) -> tuple[FusedLoss, Any, dict[str, torch.Tensor]]:
         """The same from the model's logits."""
         predicts_BT = self.batch.predicts_BT
-        outputs = model(**self._inputs())
-        tokens = self._sums(predicting(outputs.logits, predicts_BT)[predicts_BT], self._from_logits)
+        outputs = model(**self.inputs())
+        tokens = self.sums(predicting(outputs.logits, predicts_BT)[predicts_BT], self.loss_from_logits)
         aux_loss = getattr(outputs, "aux_loss", None)
         if self.objective.router_logits and aux_loss is None:  # a class that records its router logits, and no more
             aux_loss = load_balancing_loss(self.batch.model_inputs, outputs, getattr(model, "module", model))
         return tokens, aux_loss, self.visual_terms()
 
-    def _inputs(self) -> dict[str, Any]:
+    def inputs(self) -> dict[str, Any]:
         router_logits = self.objective.router_logits
         extra = {} if router_logits is None else {"output_router_logits": router_logits}
         # With a cache, models let packed documents attend to each other, and it costs memory.
         return {**self.batch.model_inputs, "use_cache": False, **extra}
 
-    def _sums(self, outputs_S: torch.Tensor, compute: Callable[[_Part], FusedLoss]) -> FusedLoss:
+    def sums(self, outputs_S: torch.Tensor, compute: Callable[[Part], FusedLoss]) -> FusedLoss:
         """The token terms; of tokens that the teacher has not answered for, the cross-entropy alone."""
-        device, ce_S, targets = outputs_S.device, self.batch.ce_mask_S, self.targets
+        device, ce_S, weights_S, targets = outputs_S.device, self.batch.ce_mask_S, self.kd_weights_S, self.targets
         labels_S = self.batch.labels_S.to(device)
         if targets is None or targets.covered_S is None:
             scores = None if targets is None else targets.scores
-            return compute(_Part(outputs_S, labels_S, ce_S, scores, self.num_items))
+            return compute(Part(outputs_S, labels_S, ce_S, weights_S, scores, self.num_items))
         num_items = len(labels_S) if self.num_items is None else self.num_items
         covered_S = targets.covered_S.to(device)
         covered, rest = (
             compute(
-                _Part(
+                Part(
                     outputs_S[chosen_S],
                     labels_S[chosen_S],
                     None if ce_S is None else ce_S.to(device)[chosen_S],
+                    None if weights_S is None else weights_S.to(device)[chosen_S],
                     scores,
                     num_items,
                 )
@@ -209,19 +225,19 @@ class _StudentForward:
             student_entropy_sum=covered.student_entropy_sum + rest.student_entropy_sum,
         )
 
-    def _tile_options(self, part: _Part) -> TileOptions:
+    def _tile_options(self, part: Part) -> TileOptions:
         own = self.batch.generated_by == "student"  # a model is not taught its own samples
         options = self.options
         return TileOptions(
-            kd_weight=options.llm_kd_weight if part.scores is not None else 0.0,
-            ce_weight=0.0 if own else options.ce_weight,
+            kd_weight=options.llm_kd_weight if part.scores is not None and self.only != "sft" else 0.0,
+            ce_weight=0.0 if own or self.only == "llm_kd" else options.ce_weight,
             beta=options.beta,
             temperature=options.kd_temperature,
             divergence=options.divergence,
             tail=options.tail,
         )
 
-    def _from_hidden(self, head: Head, part: _Part) -> FusedLoss:
+    def loss_from_hidden(self, head: Head, part: Part) -> FusedLoss:
         dense = part.scores if isinstance(part.scores, DenseTargets) else None
         teacher_head = None
         if self.targets is not None:  # padding beyond the shared range takes no part
@@ -238,14 +254,16 @@ class _StudentForward:
             self._tile_options(part),
             None if dense is None else dense.hidden,
             teacher_head,
-            targets=part.scores.to(part.outputs.device) if isinstance(part.scores, TopKLogprobs) else None,
+            targets=part.scores.to(part.outputs.device) if isinstance(part.scores, SparseTargets) else None,
             ce_mask=part.ce_mask,
+            kd_token_weights=part.kd_weights,
             num_items=part.num_items,
+            num_kd_items=self.num_kd_items,
         )
 
-    def _from_logits(self, part: _Part) -> FusedLoss:
+    def loss_from_logits(self, part: Part) -> FusedLoss:
         scores, student_NV, teacher_NV = part.scores, part.outputs, None
-        if scores is not None and not isinstance(scores, TopKLogprobs):
+        if scores is not None and not isinstance(scores, SparseTargets):
             teacher_NV = (scores if isinstance(scores, torch.Tensor) else scores.logits()).to(student_NV.device)
         if self.targets is not None:  # padding beyond the shared range takes no part
             vocabulary = self.objective.vocabulary
@@ -259,27 +277,33 @@ class _StudentForward:
             student_NV,
             part.labels,
             teacher_NV,
-            targets=scores.to(student_NV.device) if isinstance(scores, TopKLogprobs) else None,
+            targets=scores.to(student_NV.device) if isinstance(scores, SparseTargets) else None,
             kd_weight=options.kd_weight,
             ce_weight=options.ce_weight,
             ce_mask=part.ce_mask,
+            kd_token_weights=part.kd_weights,
             beta=options.beta,
             temperature=options.temperature,
             divergence=options.divergence,
             tail=options.tail,
             num_items=part.num_items,
+            num_kd_items=self.num_kd_items,
         )
 
 
 def _token_terms(
-    options: DistillationOptions, batch: Batch, tokens: FusedLoss, num_items: NumItems
+    options: DistillationOptions,
+    batch: Batch,
+    tokens: FusedLoss,
+    num_items: NumItems,
+    num_kd_items: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
     """The token terms as they enter the loss. A term of weight 0 is absent."""
-    denominator = tokens.num_tokens if num_items is None else torch.as_tensor(num_items)
-    denominator = denominator.to(tokens.ce_sum.device).clamp(min=1)
+    denominator = normaliser(num_items, tokens.num_tokens)
     terms = {}
     if tokens.kd_sum is not None:
-        terms["llm_kd_loss"] = options.llm_kd_weight * tokens.kd_sum / denominator
+        kd_denominator = denominator if num_kd_items is None else normaliser(num_kd_items, tokens.num_tokens)
+        terms["llm_kd_loss"] = options.llm_kd_weight * tokens.kd_sum / kd_denominator
     if options.ce_weight > 0:
         own = batch.generated_by == "student"
         zero = torch.zeros_like(tokens.ce_sum)  # and not 0 · Σ, which may be infinite on the student's own samples

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
-from kdtrain.trainer.window import writer_of
+from kdtrain.trainer.answers import writer_of
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
@@ -51,6 +51,16 @@ class ReadAhead:
         self._iterator = iter(())
         self._waiting.clear()
 
+    def last_again(self) -> Iterator[Any]:
+        """Put the window that was taken last back; what it can be taken from once more."""
+        self._waiting.appendleft(self._taken)
+        return self._iterator
+
+    @property
+    def last_batches(self) -> list[Batch]:
+        """Of the window that was taken last, as received."""
+        return self._taken.batches
+
     def take(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Batch]:
         """The window whose turn it is, as received: `num_batches` of them, or fewer where the epoch ends."""
         if epoch_iterator is not self._iterator:  # an epoch may end early
@@ -65,13 +75,14 @@ class ReadAhead:
         """Tell the teacher of the window that trains now, unless that was done ahead, and of the next ones.
 
         Args:
-            batches: of this window, with the answers that it trains on.
+            batches: of this window, with the answers that it trains on, and maybe with targets already.
             options: of this window.
         """
         trainer = self._trainer
         assert trainer.teacher is not None
         step = trainer.state.global_step
-        if not self._taken.prepared or writer_of(trainer, options, step) is not None:
+        asked = bool(batches) and all(batch.targets is not None for batch in batches)
+        if not asked and (not self._taken.prepared or writer_of(trainer, options, step) is not None):
             trainer.teacher.prepare(batches)
         steps_left = trainer.state.max_steps - step - 1
         while len(self._waiting) < min(self.lookahead, steps_left):

@@ -1,6 +1,6 @@
 """What upstream finds out only while training begins, tried before: steps, optimizer, scheduler, the best metric.
 
-And whether the teacher's targets stand at the right tokens, which nobody else finds out.
+And what nobody else finds out: a few rows through both models (`first_look.py`). What is wrong is raised together.
 
 Optimizer and scheduler are built over a weight of their own and thrown away: the model and the run stay as they were.
 """
@@ -16,14 +16,11 @@ from transformers import SchedulerType, get_scheduler
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.training_args import OptimizerNames
 
-from kdtrain.data.batch import right_padded
-from kdtrain.data.collate import Collator
-from kdtrain.errors import KdtrainError, PreflightError, TeacherError
-from kdtrain.models.probe import own_random_state
-from kdtrain.preflight.alignment import check_alignment, few_rows
-from kdtrain.preflight.model_checks import report
-from kdtrain.teachers import teacher_autocast
+from kdtrain.errors import KdtrainError, PreflightError
+from kdtrain.models.probe import OPTION_OF
+from kdtrain.preflight.findings import Together
 from kdtrain.trainer.best_metric import set_direction
+from kdtrain.trainer.first_look import look_at_losses
 from kdtrain.trainer.row_order import planned_steps, rows_per_batch
 
 if TYPE_CHECKING:
@@ -36,12 +33,19 @@ def check_startup(trainer: GKDTrainerWithMetrics, greater_is_better: bool | None
     Args:
         greater_is_better: as the config has it, see `set_direction`.
     """
-    _check_steps(trainer)
-    set_direction(trainer, greater_is_better)
+    together = Together()
+    with together.check(("training", "dataloader_drop_last")):
+        _check_steps(trainer)
+    with together.check(("training", "metric_for_best_model")):
+        set_direction(trainer, greater_is_better)
     if not trainer.is_deepspeed_enabled:  # which makes them itself
-        _try_optimizer(trainer)
-        _try_scheduler(trainer)
-    _check_alignment(trainer)
+        with together.check(("training", "optim")):
+            _try_optimizer(trainer)
+        with together.check(("training", "lr_scheduler_type")):
+            _try_scheduler(trainer)
+    with together.check(OPTION_OF["teacher"]):
+        look_at_losses(trainer)
+    together.done()
     trainer.startup_checked = True
 
 
@@ -82,29 +86,6 @@ def _check_steps(trainer: GKDTrainerWithMetrics) -> None:
             "training.dataloader_drop_last not one is left, and nothing would be trained. Lower "
             "training.per_device_train_batch_size, or remove dataloader_drop_last."
         )
-
-
-def _check_alignment(trainer: GKDTrainerWithMetrics) -> None:
-    """Ask the teacher about a few rows of the data, once in the life of a trainer."""
-    if trainer.alignment_checked or trainer.teacher is None or not trainer.options.lm_kd_active:
-        return
-    trainer.alignment_checked = True
-    with own_random_state(trainer.args.device):  # a user's collator may draw
-        batch = few_rows(trainer.train_dataset, trainer.data_collator, trainer.args.per_device_train_batch_size)
-    if batch is None:
-        return
-    batch = trainer.receiver.accept(trainer._prepare_inputs(batch))
-    if not isinstance(trainer.data_collator, Collator):
-        batch = right_padded(batch)
-    try:
-        with own_random_state(trainer.args.device), teacher_autocast(trainer.accelerator):
-            report(check_alignment(trainer.teacher, batch, any_rank=lambda own: _on_any_rank(trainer, own)))
-    except TeacherError as error:
-        raise PreflightError(str(error)) from error  # nothing is trained yet, and nothing to be saved
-
-
-def _on_any_rank(trainer: GKDTrainerWithMetrics, own: bool) -> bool:
-    return bool(trainer.accelerator.gather(torch.tensor([own], device=trainer.accelerator.device)).any())
 
 
 def _try_optimizer(trainer: GKDTrainerWithMetrics) -> None:

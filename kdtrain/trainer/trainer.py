@@ -19,7 +19,7 @@ What is overridden, and why:
 | `SFTTrainer.prediction_step`, `Trainer.evaluation_loop` | a mean over tokens, not of batch means; no row twice |
 | `Trainer.save_model` | weights that are not finite are not saved |
 | `SFTTrainer._save_checkpoint` | the time it takes is left out of tokens per second |
-| `Trainer._save_rng_state`, `_prepare_for_training` | metrics since the last log are kept across a resume |
+| `Trainer._save_rng_state`, `_prepare_for_training` | metrics since the last log, and a teacher's state, are kept |
 | `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | the projectors' file; and no pickle of the arguments |
 | `Trainer._load_optimizer_and_scheduler` | a file that does not fit is an error with a way out |
 | `Trainer._issue_warnings_after_load` | upstream only warns of weights that were not loaded |
@@ -36,6 +36,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,15 +49,17 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from kdtrain.config.options import DistillationOptions
+from kdtrain.config.options import DistillationOptions, TrainingOptions
 from kdtrain.data.batch import Batch, received
 from kdtrain.data.collate import Collator
 from kdtrain.data.epochs import Epochs
 from kdtrain.errors import CheckpointError
 from kdtrain.feature_kd.term import VisualTerm
+from kdtrain.generation.sampler import Sampler
 from kdtrain.losses.reduce import IGNORE_INDEX, world_scale
 from kdtrain.models.load_report import load_weights
 from kdtrain.models.loss_head import why_wrapped_head_differs
+from kdtrain.models.probe import own_random_state
 from kdtrain.models.text_only import keep_a_path, trained_by_images_alone
 from kdtrain.models.vocabulary import Vocabulary
 from kdtrain.preflight.positions import refuse_width
@@ -64,14 +67,19 @@ from kdtrain.ranks import is_main
 from kdtrain.teachers import Targets, Teacher, teacher_autocast
 from kdtrain.trainer import argument_checks as checks
 from kdtrain.trainer import construction, metrics
+from kdtrain.trainer.best_step import BestStep, metric_name
+from kdtrain.trainer.completions import CompletionsLog
 from kdtrain.trainer.given_rows import check_raw_rows, check_stream, placeholder
 from kdtrain.trainer.guard import NonFiniteGuard
 from kdtrain.trainer.live_option import LiveOption
 from kdtrain.trainer.objective import warn_of_logits
 from kdtrain.trainer.read_ahead import ReadAhead
 from kdtrain.trainer.row_order import EpochSampler, SetEpoch
+from kdtrain.trainer.samples import SampleWatch
 from kdtrain.trainer.startup_checks import check_startup, readable_beginning
 from kdtrain.trainer.teacher_failures import raised_on_all_ranks
+from kdtrain.trainer.teacher_steps import TellTeacher
+from kdtrain.trainer.term_gradients import note_at_evaluation
 from kdtrain.trainer.unlogged import RestoreUnlogged, save_unlogged
 from kdtrain.trainer.watch import WatchGradients, WatchRounding
 from kdtrain.trainer.window import Window, check_images_on_all_ranks, collect, num_supervised, options_of_window
@@ -145,7 +153,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         checks.check_arguments(args, model, teacher_model, teacher, processing_class, callbacks)
         assert args is not None
         assert model is not None
-        self.options = DistillationOptions.from_args(args)
+        self.options, training_options = DistillationOptions.from_args(args), TrainingOptions.from_args(args)
         self._window: Window | None = None  # the one that is being trained
         given = construction.prepare(
             args,
@@ -179,11 +187,15 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.train_dataset, self.eval_dataset = given.train, given.evaluation
         construction.set_pad_token(self._tokenizer, args)
         if data_collator is None:  # not before: upstream may have changed the template or the special tokens
-            self.data_collator = construction.default_collator(self.processing_class, args, formatting_func)
+            self.data_collator = construction.default_collator(
+                self.processing_class, args, formatting_func, given.teacher
+            )
             check_raw_rows(self.data_collator, "train_dataset", self.train_dataset)
             check_raw_rows(self.data_collator, "eval_dataset", self.eval_dataset)
         construction.finish_student(self)
         self.teacher = given.teacher
+        if self.teacher is not None:
+            self.teacher.follow(self.model)
         self.teacher_model: nn.Module | None = None if self.teacher is None else self.teacher.module
         self.vocabulary: Vocabulary | None = None
         checks.check_options(self, self.options)
@@ -191,6 +203,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.vocabulary = construction.compared_vocabularies(self, self.teacher, shared_vocab_size)
             self.teacher.place(self.accelerator)
             self.teacher_model = self.teacher.module  # DeepSpeed's engine, or FSDP's module
+        self.sampler: Sampler | None = construction.build_sampler(self)
         self.receiver = construction.build_receiver(self, train_dataset, eval_dataset)
         self._positions = construction.check_both_models(self)
         self._objective = construction.build_objective(self)
@@ -200,14 +213,23 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if self.by_images_alone:
             keep_a_path(self.model)
         self.read_ahead = ReadAhead(self)
-        self.stopwatch = metrics.Stopwatch()
+        self.samples = SampleWatch(self)
+        self.stopwatch, self.clock = metrics.Stopwatch(), metrics.RunClock()
+        self.best_step = BestStep(training_options.early_stopping_patience)
+        if self.best_step.patience is not None and args.metric_for_best_model is None:
+            args.metric_for_best_model, args.greater_is_better = "loss", False
+        self.completions = CompletionsLog(self, training_options.log_completions_steps)
         self._guard = NonFiniteGuard(self)
         self._sampler: EpochSampler | None = None
         self.begun = False  # whether the first batch was read
         self.startup_checked = self.alignment_checked = False
+        self.first_gradients: dict[str, float] = {}
+        """The gradient norms of the loss's terms before training, see `term_gradients.py`; in its first record."""
         self.summed_from = 0  # the step that upstream's sum of losses begins at
+        self.warned_of_no_samples = False
         self._unlogged = RestoreUnlogged(self)
-        for callback in (self._unlogged, WatchGradients(self), WatchRounding(self)):
+        watching = (TellTeacher(self), WatchGradients(self), WatchRounding(self))
+        for callback in (self._unlogged, self.best_step, *watching):
             self.add_callback(callback)
         self._loading_from: str | None = None
 
@@ -238,6 +260,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._window = None
         self.read_ahead.forget()
         self.receiver.start_counting()
+        self.completions.begin()
+        self.samples.begin()
         with readable_beginning(self):
             if not self.startup_checked:
                 check_startup(self)
@@ -250,7 +274,14 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """As upstream, which sets all sums to 0 after this: `RestoreUnlogged` reads them back from the checkpoint."""
         self._unlogged.checkpoint = resume_from_checkpoint
         self.summed_from = self.state.global_step
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.state.compute_steps(self.args, max_steps)  # upstream takes those of a checkpoint for this run's
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.teacher is not None:  # not before: the student's weights are wrapped and loaded now
+            if resume_from_checkpoint is None:
+                self.teacher.begin()
+            else:
+                self.teacher.load(Path(resume_from_checkpoint))
+        return prepared
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
@@ -291,20 +322,27 @@ class GKDTrainerWithMetrics(GKDTrainer):
         options = options_of_window(self)
         given = self.read_ahead.take(epoch_iterator, num_batches)
         batches, self._window = collect(self, given, options, device)
-        num_items = num_supervised(batches, self.accelerator, device) // self.get_tp_size() if batches else None
+        num_items = None
+        if batches:
+            num_items, kd_items = (n // self.get_tp_size() for n in num_supervised(batches, self.accelerator, device))
+            self._window = replace(self._window, num_kd_items=kd_items if self._window.weighs_rows else None)
         if self.teacher is not None and options.needs_teacher:
             self.read_ahead.prepare(batches, options)
             if self.teacher.waits:
                 with raised_on_all_ranks(self.accelerator), self.count_waiting():
-                    self.teacher.wait(batches)
+                    self.teacher.wait([batch for batch in batches if batch.targets is None])
+        self.completions.note(batches, options)
         for name, value in (("windows", 1.0), ("on_policy_windows", float(self._window.on_policy))):
             self._metrics["train"][name].append(torch.tensor(value))
         return batches, num_items
 
     def _prepare_inputs(self, inputs: Batch | Mapping[str, Any]) -> Batch:
-        """As upstream: onto the device, and under DeepSpeed into its dtype."""
+        """As upstream: onto the device, and under DeepSpeed into its dtype; but for weights of the loss."""
         batch = inputs if isinstance(inputs, Batch) else received(inputs, None)
-        return batch.map_tensors(self._prepare_input)
+        prepared, weights = batch.map_tensors(self._prepare_input), batch.rows.kd_weights
+        if weights is None or prepared is batch:
+            return prepared
+        return replace(prepared, rows=replace(prepared.rows, kd_weights=weights.to(prepared.labels.device)))
 
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
@@ -340,20 +378,22 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 (evaluation, a call of its own) is the batch's own supervised tokens.
             return_outputs: also the student's, of a forward of their own.
         """
-        if self._head_unchecked:
-            self._check_head(model)
+        self.student_takes_loss_head(model)  # where it is not known yet, before it is asked for
         training = self.model.training
         batch = self.receiver.accept(inputs)
         refuse_width(self._positions, batch)
+        options = self._options_of(training)
         terms = self._objective(
             model,
             batch,
-            self._options_of(training),
+            options,
             self._run_teacher_forward,
             num_items_in_batch,
             1.0 if self._window is None else self._window.aux_share,
+            self._window.num_kd_items if training and self._window is not None else None,
         )
-        metrics.record(self._metrics["train" if training else "eval"], terms, batch)
+        by_kind = options.lm_kd_active and max(options.lmbda, self.args.lmbda) > 0
+        metrics.record(self._metrics["train" if training else "eval"], terms, batch, by_kind=by_kind)
         if training and self.is_deepspeed_enabled:
             self._guard.check_losses()  # it takes the optimizer step within backward: this is the last place before it
         loss = terms.total * world_scale(num_items_in_batch, self.accelerator.num_processes // self.get_tp_size())
@@ -372,6 +412,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def _run_teacher_forward(self, batch: Batch) -> Targets:
         """The teacher's targets for the supervised tokens; also fires the hooks of visual KD."""
         assert self.teacher is not None, "the loss asks for a teacher that was never built"
+        if batch.targets is not None and not (self.visual is not None and batch.has_images):
+            known: Targets = batch.targets
+            return known
         counted = self.count_waiting() if self.model.training else contextlib.nullcontext()
         with teacher_autocast(self.accelerator), counted:
             return self.teacher.targets(batch)
@@ -386,13 +429,18 @@ class GKDTrainerWithMetrics(GKDTrainer):
             waited = torch.tensor(self.teacher.waited_s - before, dtype=torch.float64)
             self._metrics["train"]["teacher_wait_s"].append(waited)
 
-    def _check_head(self, model: nn.Module) -> None:
-        """What could not be compared before the model was wrapped: see `why_no_loss_head`."""
-        reason = why_wrapped_head_differs(model)
-        self._head_unchecked = False
-        if reason is not None:
-            warn_of_logits(reason)
-            self._objective = replace(self._objective, fused=False)
+    def student_takes_loss_head(self, model: nn.Module) -> bool:
+        """Whether its forward takes a `loss_head`.
+
+        Under ZeRO-3 that is compared now, the first time; a collective then. See `why_no_loss_head`.
+        """
+        if self._head_unchecked:
+            reason = why_wrapped_head_differs(model)
+            self._head_unchecked = False
+            if reason is not None:
+                warn_of_logits(reason)
+                self._objective = replace(self._objective, fused=False)
+        return self._objective.fused
 
     # ---- metrics -----------------------------------------------------------------------------------------------------
 
@@ -407,14 +455,19 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if "loss" in logs:
             reduced = metrics.reduce_metrics(self._metrics["train"], self.accelerator, token_weighted=False)
             logs |= metrics.training_metrics(reduced, self.stopwatch.lap())
+            logs |= self.clock.times(self.state.global_step, self.state.max_steps)
+            if not any("loss" in record for record in self.state.log_history):
+                logs |= self.first_gradients
             self._metrics["train"].clear()
-            if not reduced.sums["num_tokens"] and is_main():
+            if not reduced.sums["num_tokens"] and not reduced.sums["written_samples"] and is_main():
                 logger.warning(_NOTHING_SUPERVISED, self.state.global_step, self.args.max_length)
         elif "train_runtime" in logs:
             # The mean of the whole run, of which upstream has counted the steps since a resume.
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self.summed_from, 1)
             # The summary at the end: trackers put "train/" before every key, and once is enough.
             logs = {_SUMMARY_NAMES.get(key, key.removeprefix("train_")): value for key, value in logs.items()}
+        elif self.best_step.patience is not None and (name := metric_name(self.args)) in logs:
+            logs[f"eval_{metrics.EARLY_STOP_METRIC}"] = logs[name]
         Trainer.log(self, logs, start_time)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -463,6 +516,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if self.teacher is not None and self._options_of(training=False).needs_teacher:
             self.teacher.prepare([batch])
         with torch.no_grad(), self.compute_loss_context_manager():
+            batch = note_at_evaluation(self, model, batch)
             if prediction_loss_only:
                 return self.compute_loss(model, batch), None, None
             loss, outputs = self.compute_loss(model, batch, return_outputs=True)
@@ -473,14 +527,17 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """Upstream's loop, with means over the tokens of the whole set in place of its mean of batch means."""
         self._metrics["eval"].clear()
         self.begun = True
-        with self.stopwatch.pause():
+        # A data loader draws a seed as it begins: dropout of the next steps must not depend on it.
+        with self.stopwatch.pause(), own_random_state(self.args.device):
             output = super().evaluation_loop(*args, **kwargs)
             reduced = metrics.reduce_metrics(self._metrics["eval"], self.accelerator, token_weighted=True)
+        norms = {name: float(v[0]) for name in metrics.GRADIENT_NORMS if (v := self._metrics["eval"][name])}
         if not output.num_samples:  # of a stream upstream counts the rows of batches that are mappings only
             output = output._replace(num_samples=int(sum(self._metrics["eval"]["rows"])))
         self._metrics["eval"].clear()
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{k}": v for k, v in metrics.evaluation_metrics(reduced).items()})
+        output.metrics.update(norms)  # without the prefix: one curve with those of the beginning
         return output
 
     # ---- saving ------------------------------------------------------------------------------------------------------
@@ -497,6 +554,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        if self.teacher is not None:
+            self.teacher.save(Path(output_dir))
         save_unlogged(self, output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

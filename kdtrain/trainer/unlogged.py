@@ -1,7 +1,7 @@
 """Sums of the steps since the last record, kept in a checkpoint: `unlogged_<rank>.safetensors`.
 
 A checkpoint may fall between two records. Without these sums the next record of a resumed run would cover only the
-steps after it.
+steps after it. Beside them is what the warnings of a collapse compare with, see `samples.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _METRIC = "metric."
+_SAMPLES = "samples."
 
 
 def _file(folder: str | Path, rank: int) -> Path:
@@ -39,10 +40,12 @@ def save_unlogged(trainer: GKDTrainerWithMetrics, folder: str | Path) -> None:
         "logged_loss": torch.tensor(trainer._total_loss_scalar, dtype=torch.float64),
         "logged_step": torch.tensor(trainer._globalstep_last_logged),
         "seconds": torch.tensor(trainer.stopwatch.seconds(), dtype=torch.float64),
+        "elapsed": torch.tensor(trainer.clock.elapsed(), dtype=torch.float64),
     }
     for name, values in trainer._metrics["train"].items():
         if values:  # float64 holds every float32 and count exactly
             state[_METRIC + name] = torch.stack([value.detach().cpu().double() for value in values])
+    state |= {_SAMPLES + name: value for name, value in trainer.samples.state().items()}
     save_file(state, _file(folder, trainer.args.process_index))
     trainer.accelerator.wait_for_everyone()
 
@@ -57,6 +60,7 @@ class RestoreUnlogged(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder, self.checkpoint = self.checkpoint, None
+        self._trainer.clock.begin(state.global_step)
         if folder is None:
             return
         found = len(list(Path(folder).glob("unlogged_*.safetensors")))
@@ -80,5 +84,8 @@ class RestoreUnlogged(TrainerCallback):
         trainer._globalstep_last_logged = int(state.pop("logged_step"))
         trainer.summed_from = 0
         trainer.stopwatch.resume(state.pop("seconds").item())
+        trainer.clock.earlier = state.pop("elapsed", torch.zeros(())).item()  # an earlier version has not written it
+        samples = [name for name in state if name.startswith(_SAMPLES)]
+        trainer.samples.restore({name.removeprefix(_SAMPLES): state.pop(name) for name in samples})
         for name, values in state.items():
             trainer._metrics["train"][name.removeprefix(_METRIC)].extend(values.to(trainer.args.device).unbind())

@@ -9,26 +9,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from trl.models.utils import unwrap_model_for_generation
 
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch, received, right_padded
 from kdtrain.data.collate import Collator
 from kdtrain.data.visual_batch import cut_rows
 from kdtrain.errors import DataError, PreflightError
-from kdtrain.generation.asking import answered_by
-from kdtrain.generation.generate import completions, with_completions
-from kdtrain.generation.sampling import generation_config, stable_seed, student_generates, token_roles
 from kdtrain.models.kinds import sees_images
 from kdtrain.preflight.token_ids import check_batch
 from kdtrain.ranks import is_main
-from kdtrain.teachers.base import Sampling
 from kdtrain.trainer import argument_checks
-from kdtrain.trainer.teacher_failures import raised_on_all_ranks
+from kdtrain.trainer.answers import answered, dealt, new_tokens, writer_of
+from kdtrain.trainer.selection import select, selects
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
@@ -46,6 +42,10 @@ class Window:
     """Whether a row has an image and is not there only to fill up an epoch; see `_some_new_image`."""
     on_policy: bool
     """Whether the student has written its answers."""
+    weighs_rows: bool = False
+    """Whether rows count in the divergence by weights of their own (`Rows.kd_weights`), on any rank."""
+    num_kd_items: torch.Tensor | None = None
+    """D_kd, the supervised tokens of rows of weight above 0, where rows have weights; None is D."""
     aux_share: torch.Tensor | float = 1.0
     """A micro-batch's share of the experts' load-balancing loss, a mean over the window's micro-batches."""
 
@@ -80,9 +80,13 @@ class Receiver:
         if not (train and args.dataloader_drop_last):
             size = trainer._train_batch_size if train else args.eval_batch_size
             batch = _without_repeated_rows(batch, trainer.accelerator, epoch_rows, size)
+        self.check_ids(batch)
+        return batch
+
+    def check_ids(self, batch: Batch) -> None:
+        """Refuse token ids that an embedding lacks, where rows are tokenised while training."""
         if self._embeddings is not None:
             check_batch(batch, self._embeddings)
-        return batch
 
     def _warn_of_several(self, batch: Batch) -> None:
         """Say once that rows of the data set become several of a batch, which takes more memory than was asked for."""
@@ -148,19 +152,9 @@ def options_of_window(trainer: GKDTrainerWithMetrics) -> DistillationOptions:
     """The options as they are now. Callbacks set them at any time: each window checks them again, before any work."""
     options = trainer.options.checked()
     argument_checks.check_options(trainer, options)
+    argument_checks.check_sampler(trainer.sampler, options)
     argument_checks.check_same_on_all_ranks(options, trainer.accelerator)
     return options
-
-
-def writer_of(
-    trainer: GKDTrainerWithMetrics, options: DistillationOptions, step: int
-) -> Literal["student", "teacher"] | None:
-    """Who writes the answers of the window that follows `step` steps; None where they are the data's."""
-    if not options.lm_kd_active:  # CE is not taught on the student's own answers, and visual KD compares no text
-        return None
-    if student_generates(trainer.args.seed, step, options.lmbda):
-        return "student"
-    return "teacher" if options.seq_kd else None
 
 
 def collect(
@@ -173,75 +167,39 @@ def collect(
         options: of `options_of_window`.
     """
     trainer.receiver.count_truncated(batches)
-    writer = writer_of(trainer, options, trainer.state.global_step)
-    if writer == "teacher" and trainer.teacher_model is None:
-        batches = _asked(trainer, batches, options)
-    elif writer is not None:
-        batches = _generated(trainer, batches, writer, options)
     check_images_on_all_ranks(trainer, batches)
+    writer = writer_of(trainer, options, trainer.state.global_step)
+    selected = writer == "student" and selects(options)
+    if writer is not None:
+        batches = answered(trainer, batches, writer, options)
+        if writer == "student":
+            trainer.samples.note(batches, new_tokens(trainer, options))
+        if selected:
+            trainer.completions.will_select(batches)
+        batches = select(trainer, batches, options) if selected else dealt(trainer, batches)
     new_images = _some_new_image(trainer, batches)
     if trainer.visual is not None:
         trainer.visual.count(batches)
         trainer.visual.projectors.zero_grad()  # upstream zeroes the model's gradients only
     share = _aux_share(trainer, batches, device) if trainer.has_aux_loss else 1.0
-    return batches, Window(options, new_images, writer == "student", share)
+    weighs_rows = selected and options.select == "weighted"
+    return batches, Window(options, new_images, writer == "student", weighs_rows, aux_share=share)
 
 
-def _generated(
-    trainer: GKDTrainerWithMetrics,
-    batches: list[Batch],
-    side: Literal["student", "teacher"],
-    options: DistillationOptions,
-) -> list[Batch]:
-    """The batches with answers that one of the models writes now."""
-    model: Any = trainer.model if side == "student" else trainer.teacher_model
-    wrapped: Any = trainer.model_wrapped if side == "student" else trainer.teacher_model
-    vocabulary = trainer.vocabulary
-    assert vocabulary is not None, "LM KD has compared them"
-    padding = range(vocabulary.shared, max(vocabulary.student, vocabulary.teacher))
-    roles = token_roles(trainer.processing_class, trainer.unwrap(model), padding, trainer.model.generation_config)
-    config = generation_config(roles.stop, roles.pad, options.temperature, options.max_new_tokens, roles.forbidden)
-    args, accelerator = trainer.args, trainer.accelerator
-    # Ranks hold other rows, so they sample from other states; the window and micro-batch make them new each time.
-    seed = f"{side}:{args.seed}:{trainer.state.global_step}:{accelerator.process_index}"
-    kwargs = {"gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs}
-    generated = []
-    with unwrap_model_for_generation(wrapped, accelerator, **kwargs) as unwrapped:
-        for i, batch in enumerate(batches):
-            seen = batch.as_teacher_sees_it() if side == "teacher" else batch
-            written = completions(unwrapped, seen, config, seed=stable_seed(f"{seed}:{i}"))
-            # Behind the prompts of both: what the writer saw is not what the other one reads.
-            batch = with_completions(batch, written, config.pad_token_id, args.pad_to_multiple_of)
-            batch = replace(batch, generated_by=side)
-            generated.append(batch.without_labels() if batch.all_repeated else batch)
-    return generated
+def num_supervised(
+    batches: Sequence[Batch], accelerator: Accelerator, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """D and D_kd: the supervised tokens of the window's micro-batches on all ranks, scalars; a collective.
 
-
-def _asked(trainer: GKDTrainerWithMetrics, batches: list[Batch], options: DistillationOptions) -> list[Batch]:
-    """The batches with answers of a teacher that has no model in this process."""
-    assert trainer.teacher is not None, "seq_kd has asked for one"
-    student: Any = trainer.unwrap(trainer.model)
-    of_teacher: Any = getattr(trainer.data_collator, "teacher_processing_class", None)
-    of_teacher = getattr(of_teacher, "tokenizer", of_teacher)  # all that is known of what ends its answers itself
-    roles = token_roles(trainer.processing_class, student, (), of_teacher)
-    sampling = Sampling(options.temperature, options.max_new_tokens, roles.stop, roles.forbidden, targets=True)
-    with raised_on_all_ranks(trainer.accelerator), trainer.count_waiting():
-        return answered_by(
-            trainer.teacher,
-            batches,
-            sampling,
-            seed=f"teacher:{trainer.args.seed}:{trainer.state.global_step}",
-            pad_id=roles.pad,
-            multiple=trainer.args.pad_to_multiple_of,
-        )
-
-
-def num_supervised(batches: Sequence[Batch], accelerator: Accelerator, device: torch.device) -> torch.Tensor:
-    """D: the supervised tokens of the window's micro-batches on all ranks, a scalar; a collective."""
-    own = torch.zeros((), dtype=torch.int64, device=device)
+    D_kd has those of rows whose weight in the divergence is above 0.
+    """
+    own = torch.zeros(2, dtype=torch.int64, device=device)
     for batch in batches:
-        own += batch.num_supervised.to(device)
-    return accelerator.gather(own[None]).sum()
+        weights_S = batch.kd_weights_S
+        weighted = batch.num_supervised if weights_S is None else (weights_S > 0).sum()
+        own += torch.stack([batch.num_supervised, weighted]).to(device)
+    all_tokens, kd_tokens = accelerator.gather(own[None]).sum(0)
+    return all_tokens, kd_tokens
 
 
 def check_images_on_all_ranks(trainer: GKDTrainerWithMetrics, batches: Sequence[Batch]) -> None:

@@ -1,10 +1,13 @@
 """`python -m tests.benchmarks`: our loss beside its peers, as a table.
 
-    python -m tests.benchmarks                    what the requirements speak about, 15 to 20 minutes; writes results.*
+    python -m tests.benchmarks                    what the requirements speak about, 25 to 30 minutes; writes results.*
     python -m tests.benchmarks --quick            small sizes, about a minute: does everything run?
     python -m tests.benchmarks --full             the whole grid of sizes, β, heads and dtypes; takes hours
-    python -m tests.benchmarks --only loss        loss, memory, step, parts, visual or angles, printed; --out DIR writes
-                                                  it. angles, which no machine changes, into the results that are there
+    python -m tests.benchmarks --only loss        loss, memory, step, parts, visual, self, on-policy (8 minutes),
+                                                  angles, draws, cache-size or plan (10 minutes), printed; --out
+                                                  DIR writes it. The last four, which no machine changes, and
+                                                  on-policy, which says where it was measured, into the results
+                                                  that are there
 
 On a machine with CUDA the loss is measured there instead; `--cpu` measures the CPU all the same.
 """
@@ -25,7 +28,20 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks import angles, gpu, parts, report, requirements, step, visual
+from tests.benchmarks import (
+    angles,
+    cache_size,
+    draws,
+    gpu,
+    itself,
+    on_policy,
+    parts,
+    planned,
+    report,
+    requirements,
+    step,
+    visual,
+)
 from tests.benchmarks.cases import LossCase, errors, expected, forward_backward, make_inputs
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.memory import limit_memory, memory_of_losses
@@ -39,7 +55,9 @@ _ENVIRONMENT = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "PYTHONWARNINGS": "ignore",
 }
-PARTS = ("loss", "memory", "step", "parts", "visual", "angles")
+PARTS = ("loss", "memory", "step", "parts", "visual", "self", "on-policy", "angles", "draws", "cache-size", "plan")
+KEPT_WITH_OTHERS = ("on-policy", "angles", "draws", "cache-size", "plan")
+"""Parts that may stand beside results of another day: no machine changes them, or they say when they were measured."""
 EAGER = [name for name, peer in PEERS.items() if not peer.compiled]
 
 
@@ -59,13 +77,14 @@ def main() -> None:
     else:
         limit_memory()
         measure = {
-            "loss": _loss, "memory": _memory, "step": _step, "parts": _parts, "visual": _visual, "angles": _angles
+            "loss": _loss, "memory": _memory, "step": _step, "parts": _parts, "visual": _visual, "self": _self,
+            "on-policy": _on_policy, "angles": _angles, "draws": _draws, "cache-size": _cache_size, "plan": _plan,
         }  # fmt: skip
         for name in [options.only] if options.only else PARTS:
             results |= measure[name](options)
     results["settings"]["minutes"] = round((time.monotonic() - started) / 60, 1)
-    if options.only == "angles" and options.out is not None and (options.out / report.DATA).exists():
-        results = json.loads((options.out / report.DATA).read_text()) | {"angles": results["angles"]}
+    if options.only in KEPT_WITH_OTHERS and options.out is not None and (options.out / report.DATA).exists():
+        results = json.loads((options.out / report.DATA).read_text()) | {options.only: results[options.only]}
     if not options.quick:
         results["required"] = [dataclasses.asdict(row) for row in requirements.rows(results)]
     print(report.as_markdown(results))
@@ -167,9 +186,40 @@ def _visual(options: argparse.Namespace) -> dict[str, Any]:
     return {"visual": [visual.measure_overhead(case, 4 * options.rounds)]}
 
 
+def _self(options: argparse.Namespace) -> dict[str, Any]:
+    case = requirements.ITSELF[0]
+    if options.quick:
+        case = dataclasses.replace(case, layers=2, width=128, length=64)
+    return {"self": [itself.measure(case, options.threads)]}
+
+
+def _on_policy(options: argparse.Namespace) -> dict[str, Any]:
+    cases = [(case, list(names), rounds) for case, names, rounds in requirements.ON_POLICY]
+    if options.quick:
+        small = on_policy.OnPolicyCase(16, student=(128, 2), teacher=(128, 2), vocab=512)
+        cases = [(case, list(on_policy.CONTENDERS), 2) for case in (small, dataclasses.replace(small, stopping=True))]
+    return {"on-policy": [on_policy.measure(case, [OURS, *names], rounds) for case, names, rounds in cases]}
+
+
 def _angles(options: argparse.Namespace) -> dict[str, Any]:
     cases = [dataclasses.replace(case, vocab=2048) for case in angles.CASES] if options.quick else angles.CASES
     return {"angles": [angles.measure_angles(case) for case in cases]}
+
+
+def _draws(options: argparse.Namespace) -> dict[str, Any]:
+    cases = [dataclasses.replace(case, sets=50) for case in draws.CASES] if options.quick else draws.CASES
+    return {"draws": [draws.measure_draws(case) for case in cases]}
+
+
+def _cache_size(options: argparse.Namespace) -> dict[str, Any]:
+    cases = [case for case in cache_size.CASES if case.vocab == 1024] if options.quick else cache_size.CASES
+    return {"cache-size": [cache_size.measure_size(case) for case in cases]}
+
+
+def _plan(options: argparse.Namespace) -> dict[str, Any]:
+    small = dataclasses.replace(planned.CASES[0], name="small", rows=2, length=64, student=(256, 2), teacher=(256, 2))
+    cases = [small] if options.quick else planned.CASES
+    return {"plan": [planned.measure(case, options.threads) for case in cases]}
 
 
 def _on_cuda(options: argparse.Namespace) -> dict[str, Any]:

@@ -31,10 +31,12 @@ class AngleCase:
     vocab: int = 32768
     tokens: int = 64
     scatter: float = 0.3
-    """Standard deviation of the teacher's logits around −log rank."""
+    """Standard deviation of the teacher's logits around −exponent · log rank."""
+    exponent: float = 1.0
 
     def __str__(self) -> str:
-        return f"{BETAS[self.beta]}, student {self.gap:g} away, K {self.k}, V {self.vocab}, N {self.tokens}"
+        steep = f", 1/rank^{self.exponent:g}" if self.exponent != 1 else ""
+        return f"{BETAS[self.beta]}, student {self.gap:g} away, K {self.k}, V {self.vocab}, N {self.tokens}{steep}"
 
 
 CASES = [AngleCase(beta, gap) for gap in (1.0, 0.1) for beta in BETAS]
@@ -42,33 +44,33 @@ CASES = [AngleCase(beta, gap) for gap in (1.0, 0.1) for beta in BETAS]
 
 def measure_angles(case: AngleCase) -> dict[str, Any]:
     """Degrees between the gradients with respect to the student's logits, those of all tokens taken as one vector."""
-    student, teacher = _logits(case)
+    student, teacher = logits(case)
     logprobs, indices = torch.log_softmax(teacher.double(), -1).topk(case.k)
     targets = TopKLogprobs(indices, logprobs.float())
-    full = _gradient(lambda z: generalized_jsd(z, teacher, case.beta), student)
+    full = gradient(lambda z: generalized_jsd(z, teacher, case.beta), student)
     ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "bucket": lambda z: topk_divergence(z, targets, case.beta, tail="bucket"),
         "renormalize": lambda z: topk_divergence(z, targets, case.beta, tail="renormalize"),
-        "truncate": lambda z: _truncated(z, targets, case.beta),
+        "truncate": lambda z: truncated(z, targets, case.beta),
     }
     return {
         "case": dataclasses.asdict(case),
         "title": str(case),
         "mass": logprobs.exp().sum(-1).mean().item(),
         "divergence": generalized_jsd(student, teacher, case.beta).mean().item(),
-        "degrees": {name: _angle(_gradient(way, student), full) for name, way in ways.items()},
+        "degrees": {name: angle(gradient(way, student), full) for name, way in ways.items()},
     }
 
 
-def _logits(case: AngleCase) -> tuple[torch.Tensor, torch.Tensor]:
+def logits(case: AngleCase) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    by_rank = -torch.log(torch.arange(1, case.vocab + 1).float())
+    by_rank = -case.exponent * torch.log(torch.arange(1, case.vocab + 1).float())
     ranks = torch.stack([torch.randperm(case.vocab, generator=generator) for _ in range(case.tokens)])
     teacher = by_rank[ranks] + case.scatter * torch.randn(ranks.shape, generator=generator)
     return teacher + case.gap * torch.randn(ranks.shape, generator=generator), teacher
 
 
-def _truncated(student: torch.Tensor, targets: TopKLogprobs, beta: float) -> torch.Tensor:
+def truncated(student: torch.Tensor, targets: TopKLogprobs, beta: float) -> torch.Tensor:
     """The definition's sum over the known tokens alone, as some tools have it: no divergence, it may be negative."""
     log_p = torch.log_softmax(student, -1).gather(1, targets.indices)
     log_q, p, q = targets.logprobs, log_p.exp(), targets.logprobs.exp()
@@ -80,10 +82,10 @@ def _truncated(student: torch.Tensor, targets: TopKLogprobs, beta: float) -> tor
     return (beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)).sum(-1)
 
 
-def _gradient(value: Callable[[torch.Tensor], torch.Tensor], student: torch.Tensor) -> torch.Tensor:
+def gradient(value: Callable[[torch.Tensor], torch.Tensor], student: torch.Tensor) -> torch.Tensor:
     leaf = student.clone().requires_grad_()
     return torch.autograd.grad(value(leaf).sum(), leaf)[0].double().flatten()
 
 
-def _angle(first: torch.Tensor, second: torch.Tensor) -> float:
+def angle(first: torch.Tensor, second: torch.Tensor) -> float:
     return torch.rad2deg(torch.acos(torch.cosine_similarity(first, second, dim=0))).item()

@@ -10,6 +10,7 @@ import torch
 from tests.benchmarks.peers import IGNORE_INDEX, Peer
 
 GIB = 2**30
+MIB = 2**20
 MEMORY_LIMIT = 13 * GIB
 """What a process of the benchmark may use: a dense peer that needs more fails instead of taking the machine down."""
 

@@ -133,8 +133,12 @@ def _child() -> None:
 
 
 def _result(spec: dict[str, Any]) -> dict[str, Any]:
-    from tests.benchmarks import step  # it starts children by this module
+    from tests.benchmarks import itself, planned, step  # they start children by this module
 
+    if spec["kind"] == "planned":
+        return planned.measure_run(spec)
+    if spec["kind"] == "itself":
+        return {"bytes": itself.measure_memory(spec)}
     if spec["kind"] == "loss":
         return {"bytes": _measure_loss(spec)}
     if spec["kind"] == "step":

@@ -8,7 +8,10 @@ from typing import Any
 
 from tests.benchmarks.angles import AngleCase
 from tests.benchmarks.cases import GIB, LossCase
+from tests.benchmarks.draws import CASES, DrawsCase
 from tests.benchmarks.gpu import FOUR_GEMMS
+from tests.benchmarks.itself import FORWARD, SFT, TITLES, ItselfCase
+from tests.benchmarks.on_policy import BARE, CHECKPOINTED, CONTENDERS, OnPolicyCase
 from tests.benchmarks.peers import OURS, PEERS
 from tests.benchmarks.step import PATHS, StepCase
 from tests.benchmarks.visual import VisualCase
@@ -48,8 +51,23 @@ STEPS: list[tuple[StepCase, dict[str, tuple[float, float | None]]]] = [
 ]
 PARTS = [(LARGE, 0.10), (LossCase(vocab=151936, dtype="bfloat16"), 0.25)]
 GEMM_RATE = 0.85
+ITSELF = (ItselfCase(), 0.05)
 VISUAL = (VisualCase(), 0.03)
+# Case, for each contender how many times faster ours must be (for the bare parts, that share of their sum), and rounds.
+_ALL = {"trl_distillation": 1.15, "trl_gkd": 1.6, BARE: 1 / 1.15}
+_SMALL, _LARGE = ((128, 4), (256, 4)), ((512, 5), (768, 6))
+ON_POLICY: list[tuple[OnPolicyCase, dict[str, float], int]] = [
+    (OnPolicyCase(48), {**_ALL, CHECKPOINTED: 2.0}, 5),
+    (OnPolicyCase(192), _ALL, 3),
+    (OnPolicyCase(256), _ALL, 3),
+    (OnPolicyCase(192, stopping=True), {"trl_distillation": 1.4, "trl_gkd": 1.6}, 3),
+    (OnPolicyCase(48, student=_SMALL[0], teacher=_SMALL[1]), _ALL, 5),
+    (OnPolicyCase(48, student=_LARGE[0], teacher=_LARGE[1]), _ALL, 3),
+]
 ANGLES = [(AngleCase(), 20.0), (AngleCase(gap=0.1), 20.0)]
+CACHE_BYTES = {1024: 110, 49152: 155, 151936: 170}
+# All at KL ≥ 0.5 nats: the error of the mean gradient, and the share of truncated top-12's angle.
+DRAWS: tuple[list[DrawsCase], float, float] = (CASES, 0.02, 1 / 5)
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,10 @@ def rows(results: dict[str, Any]) -> list[Row]:
     if "cuda" in results:
         return list(_cuda(results))
     found: list[Row] = []
-    judges = {"loss": _loss, "memory": _memory, "step": _step, "parts": _parts, "visual": _visual, "angles": _angles}
+    judges = {
+        "loss": _loss, "memory": _memory, "step": _step, "parts": _parts, "visual": _visual, "self": _self,
+        "on-policy": _on_policy, "angles": _angles, "draws": _draws, "cache-size": _cache_size,
+    }  # fmt: skip
     for part, judge in judges.items():
         if part in results:
             found.extend(judge(results))
@@ -133,12 +154,69 @@ def _visual(results: dict[str, Any]) -> Iterator[Row]:
     yield Row(f"overhead of visual KD, {case}", "the step without it", f"≤ {limit:.0%}", value, holds)
 
 
+def _self(results: dict[str, Any]) -> Iterator[Row]:
+    case, slack = ITSELF
+    row = next((row for row in results["self"] if row["title"] == str(case)), {"peers": {}})
+    found = {name: result.get("bytes") for name, result in row["peers"].items()}
+    for name in ("base", "ema"):
+        value, holds = "not measured", None
+        if all(found.get(one) is not None for one in (SFT, FORWARD, name)):
+            share = found[name] / (found[SFT] + found[FORWARD])
+            value, holds = f"{share:.3f} ({found[name] / GIB:.2f} GiB)", share <= 1 + slack
+        against = f"{TITLES[SFT]}, and {TITLES[FORWARD]}"
+        yield Row(f"peak memory of a run, {TITLES[name]}, {case}", against, f"≤ {1 + slack:.2f}", value, holds)
+
+
+def _on_policy(results: dict[str, Any]) -> Iterator[Row]:
+    for case, required, _ in ON_POLICY:
+        peers = next((row["peers"] for row in results["on-policy"] if row["title"] == str(case)), {})
+        for name, times in required.items():
+            measured, found = f"on-policy window, {case}", peers.get(name, {})
+            if name != BARE:
+                yield _at_least(measured, CONTENDERS[name], times, found, "ratio", f"≥ {times:g}×")
+                continue
+            share = found and found.get("ratio") and 1 / found["ratio"]
+            value = f"{share:.2f}" if share else _why(found)
+            yield Row(measured, CONTENDERS[BARE], f"≤ {1 / times:.2f}", value, share * times <= 1 if share else None)
+
+
 def _angles(results: dict[str, Any]) -> Iterator[Row]:
     for case, limit in ANGLES:
         found = next((row["degrees"]["bucket"] for row in results["angles"] if row["title"] == str(case)), None)
         value = "not measured" if found is None else f"{found:.1f}°"
         holds = None if found is None else found < limit
         yield Row(f"gradient angle with the bucket, {case}", "full distributions", f"< {limit:g}°", value, holds)
+
+
+def _draws(results: dict[str, Any]) -> Iterator[Row]:
+    cases, most, share = DRAWS
+    for case in cases:
+        found = next((row for row in results["draws"] if row["title"] == str(case)), None)
+        if found is None:
+            yield Row(f"mean gradient, {case}", "full distributions", f"within {most:.0%}", "not measured", None)
+            continue
+        required, error = f"within {most:.0%}", found["error"]
+        yield Row(f"mean gradient, {case}", "full distributions", required, f"{error:.1%}", error <= most)
+        mine, theirs = found["degrees"]["mean of the sets"], found["degrees"]["truncate"]
+        value = f"{mine:.1f}° of {theirs:.1f}°"
+        yield Row(f"angle of the mean, {case}", "top-12, truncated", "≤ 1/5", value, mine <= share * theirs)
+
+
+def _cache_size(results: dict[str, Any]) -> Iterator[Row]:
+    for row in results["cache-size"]:
+        title, case = row["title"], row["case"]
+        if case["mode"] == "sample":
+            yield _below(f"bytes a token, {title}", row["bytes"], 3 * row["unique"] + 1, "{:.1f}")
+        elif case["mode"] == "topk" and case["entries"] == 50:
+            yield _below(f"bytes a token, {title}", row["bytes"], CACHE_BYTES[case["vocab"]], "{:.1f}")
+            yield _below(f"log-probability, {title}", row["error"], 0.01, "{:.4f}")
+            yield _below(f"loss of what is stored, {title}", row["difference"], 1e-3, "{:.1e}")
+        elif case["mode"] == "hidden" and case["hidden_dtype"] == "int8":
+            yield _below(f"bytes a token, {title}", row["bytes"], 1.05 * case["hidden"], "{:.1f}")
+
+
+def _below(measured: str, found: float, most: float, text: str) -> Row:
+    return Row(measured, "", "≤ " + text.format(most), text.format(found), found <= most)
 
 
 def _cuda(results: dict[str, Any]) -> Iterator[Row]:

@@ -387,7 +387,8 @@ def judge(oracle: Oracle, row: Row, train_on: str, got: list[Encoded] | str, not
     except Refusal as refusal:
         if not isinstance(got, str):
             return Verdict("wrong", f"accepted, though {refusal}: {show(oracle, got)}")
-        true = re.search(TRUE_REASONS[refusal.kind].format(detail=re.escape(refusal.detail)), got)
+        detail = " ".join(refusal.detail.split()).rstrip(".")  # on one line, as messages are
+        true = re.search(TRUE_REASONS[refusal.kind].format(detail=re.escape(detail)), got)
         return Verdict("refused", f"{refusal} | {got}") if true else Verdict("wrong", f"untrue: {got} | {refusal}")
     if not fitting:
         return Verdict("wrong", f"{show(oracle, got)} | expected {show(oracle, ways[0].rows)}")

@@ -1,0 +1,1 @@
+"""A module per command: its arguments, what it calls, what it prints."""

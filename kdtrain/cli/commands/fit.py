@@ -1,0 +1,128 @@
+"""`kdtrain fit`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kdtrain.cli import process
+from kdtrain.cli.shared import (
+    ConfigFile,
+    Debug,
+    LogFormat,
+    NoLaunch,
+    Overrides,
+    Quiet,
+    console_for,
+    launch_if_wanted,
+    loaded,
+    refuse_several_processes,
+    set_up,
+)
+from kdtrain.cli.terminal import wrapped
+from kdtrain.errors import ConfigError
+from kdtrain.ranks import is_main
+from kdtrain.runs.signals import keyboard_interrupts_named
+
+if TYPE_CHECKING:
+    from kdtrain.config import RunConfig
+
+logger = logging.getLogger("kdtrain")
+
+
+def fit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(help="auto: from the newest checkpoint, if any. Or a path.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Build everything, try a window of each kind; no file."),
+    ] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="A run for each value of rlhf.beta=0,0.1,1, compared.")
+    ] = False,
+    no_launch: NoLaunch = False,
+    quiet: Quiet = False,
+    log_format: LogFormat = "text",
+    debug: Debug = False,
+) -> None:
+    """Train: model, report.html and logs go to training.output_dir.
+
+    With several GPUs, or launch.num_processes above 1, it prints and runs the line of `accelerate launch` that does the
+    same.
+
+    kdtrain fit config.yaml rlhf.beta=0,0.5,1 training.seed=1,2 --sweep makes six runs, in a folder each, and ranks
+    them; with --resume auto those that are missing.
+    """
+    if sweep:
+        _sweep(config, overrides or [], resume, dry_run, no_launch, quiet, log_format, debug)
+        return
+    from kdtrain.config.diagnose import InvalidConfigError
+    from kdtrain.preflight.files import all_files
+    from kdtrain.runs.lock import refuse_if_locked
+    from kdtrain.runs.sweep_plan import with_sweep_named
+
+    try:
+        run_config = loaded(config, overrides, log_format, debug, files=all_files)
+    except InvalidConfigError as error:
+        raise with_sweep_named(error, overrides or []) from None
+    refuse_if_locked(Path(run_config.training["output_dir"]))
+    if not no_launch:
+        launch_if_wanted(run_config, quiet)
+    with keyboard_interrupts_named():
+        _fit_here(run_config, resume, dry_run, quiet, log_format)
+
+
+def _sweep(
+    config: Path,
+    overrides: list[str],
+    resume: str | None,
+    dry_run: bool,
+    no_launch: bool,
+    quiet: bool,
+    log_format: str,
+    debug: bool,
+) -> None:
+    """Make the runs of a sweep in this process."""
+    from kdtrain.runs.sweep_plan import plan_sweep
+
+    set_up(log_format, debug)
+    if resume not in (None, "auto"):
+        raise ConfigError(
+            "--resume PATH is of one run. With --sweep it is --resume auto: runs that are missing are made."
+        )
+    plan = plan_sweep(config, overrides)
+    refuse_several_processes(plan.runs[0].config, no_launch)
+    with keyboard_interrupts_named():
+        console = console_for(quiet, log_format)
+        from kdtrain.cli.sweep import sweep
+
+        logger.setLevel(logging.WARNING if quiet else logging.INFO)
+        process.quiet_libraries(keep_bars=console.is_terminal and not quiet)
+        sweep(plan, console, resume is not None, dry_run, quiet, log_format)
+
+
+def _fit_here(config: RunConfig, resume: str | None, dry_run: bool, quiet: bool, log_format: str) -> None:
+    """Train in this process, and print what came out."""
+    console = console_for(quiet, log_format)
+    from kdtrain.cli import outcome
+    from kdtrain.cli.environment import warn_of_unseen_gpus
+    from kdtrain.cli.progress import ConsoleReporter
+    from kdtrain.config.arguments import build_train_arguments
+    from kdtrain.runs.fit import fit as run_fit
+
+    if is_main():
+        logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    arguments = build_train_arguments(config)
+    warn_of_unseen_gpus()
+    process.quiet_libraries(keep_bars=console.is_terminal and not quiet)
+    reporter = ConsoleReporter(console, log_format, quiet)
+    result = run_fit(arguments, reporter, resume=resume, dry_run=dry_run)
+    if is_main():
+        written = outcome.as_json(result, dry_run) if log_format == "json" else outcome.as_text(result, dry_run)
+        process.write_out(written if log_format == "json" else wrapped(written, sys.stdout))
+    process.end_rank(0)

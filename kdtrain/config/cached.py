@@ -1,0 +1,102 @@
+"""A cache as the teacher: what its folder shows without torch, and what a cache cannot be asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdtrain.config.schema import RunConfig
+from kdtrain.config.tree import KeyPath, Problem, Written
+
+# As `kdtrain.teachers.cached.manifest` writes it, which is read in full before training.
+_MANIFEST = "manifest.json"
+_PATH: KeyPath = ("rlhf", "teacher", "path")
+_WRITE = "write one with kdtrain cache CONFIG --out DIR"
+
+
+def cached_teacher(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """What keeps a run from being trained from a cache, as far as its options and `manifest.json` show it."""
+    if config.rlhf.teacher.backend != "cache" or not config.asks_teacher:
+        return
+    yield from _unknown_text(config, written)
+    if config.options.visual_kd is not None:
+        message = "has no features to compare (a cache has targets alone), which custom.visual_kd needs"
+        hint = "use backend: hf, or set custom.visual_kd.enabled: false"
+        yield Problem(("rlhf", "teacher", "backend"), message, hint)
+    if config.rlhf.teacher.path is None:
+        return  # said by the rule that asks for it
+    found = _read(Path(config.rlhf.teacher.path))
+    if isinstance(found, Problem):
+        yield found
+        return
+    mode = _form(found).get("mode")
+    if mode == "sample" and config.options.lm_kd_active:
+        yield from _drawn_tokens(config, written, _form(found))
+    if mode in ("sample", "hidden"):
+        yield from written.idle(["tail"], f"the cache is of mode {mode}, which leaves nothing out", *_PATH[:2])
+
+
+def _unknown_text(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Answers that do not exist yet."""
+    reason = "a cache has no targets for text that does not exist yet"
+    for name, needed in (("lmbda", "0"), ("seq_kd", "false")):
+        value = getattr(config.rlhf, name)
+        if config.options.lm_kd_active and value:
+            default = "" if written.has("rlhf", name) else ", the default"
+            shown = str(value).lower() if isinstance(value, bool) else f"{value:g}"
+            hint = f"set rlhf.{name}: {needed}, or use the teacher itself (another rlhf.teacher.backend)"
+            yield Problem(("rlhf", name), f"must be {needed} (it is {shown}{default}): {reason}", hint, on_key=True)
+
+
+def _drawn_tokens(config: RunConfig, written: Written, form: Mapping[str, Any]) -> Iterator[Problem]:
+    """A divergence that drawn tokens do not serve, or another temperature than they were drawn at."""
+    rlhf = config.rlhf
+    if rlhf.beta > 0:
+        default = "" if written.has("rlhf", "beta") else ", the default"
+        message = f"must be 0 (it is {rlhf.beta:g}{default}): the cache holds drawn tokens (mode sample), from which"
+        hint = "set rlhf.beta: 0, or write a cache of mode topk or hidden"
+        yield Problem(("rlhf", "beta"), f"{message} only forward KL can be learnt", hint, on_key=True)
+    drawn_at = form.get("temperature")
+    if isinstance(drawn_at, int | float) and drawn_at != rlhf.kd_temperature:
+        message = f"must be {drawn_at:g} (it is {rlhf.kd_temperature:g}): the cache holds tokens that were drawn at"
+        hint = f"set rlhf.kd_temperature: {drawn_at:g}, or write the cache anew"
+        yield Problem(("rlhf", "kd_temperature"), f"{message} {drawn_at:g}", hint, on_key=True)
+
+
+def gives_top_k(config: RunConfig) -> bool:
+    """Whether the teacher's targets are its k most likely tokens, as far as that can be seen here."""
+    teacher = config.rlhf.teacher
+    if teacher.backend != "cache":
+        return teacher.is_served
+    found = None if teacher.path is None else _read(Path(teacher.path))
+    return isinstance(found, dict) and _form(found).get("mode") == "topk"
+
+
+def _form(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    form = manifest.get("form")
+    return form if isinstance(form, dict) else {}
+
+
+def _read(folder: Path) -> dict[str, Any] | Problem:
+    """The manifest of a complete cache, or what is wrong with the folder."""
+    if not folder.exists():
+        return Problem(_PATH, f"no such folder: {folder}", _WRITE)
+    if not folder.is_dir():
+        return Problem(
+            _PATH, f"a file, not the folder of a cache: {folder}", "give the folder that kdtrain cache wrote"
+        )
+    file = folder / _MANIFEST
+    if not file.is_file():
+        return Problem(_PATH, f"not a cache, it has no {_MANIFEST}: {folder}", _WRITE)
+    try:
+        manifest = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return Problem(_PATH, f"{file} cannot be read: {error}", "delete the folder, and write the cache anew")
+    if not isinstance(manifest, dict) or not _form(manifest):
+        return Problem(_PATH, f"{file} is not that of a cache", _WRITE)
+    if manifest.get("complete") is not True:
+        hint = "finish it with the kdtrain cache command that began it: what is there is kept"
+        return Problem(_PATH, f"this cache is not complete, its writing was stopped: {folder}", hint)
+    return manifest

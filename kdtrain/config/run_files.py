@@ -1,0 +1,111 @@
+"""Files and packages that a run needs beside models and data: DeepSpeed, FSDP, accelerate, trackers."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdtrain.config.schema import RunConfig
+from kdtrain.config.training_fields import choice, source_folder
+from kdtrain.config.tree import KeyPath, Problem
+
+BUILT_IN = ("ddp", "fsdp2", "zero2", "zero3")
+"""Names of `launch.config_file` that are no files, once they are there; a file of that name is ./fsdp2."""
+_JSON = ("deepspeed", "fsdp_config", "accelerator_config")
+# Importable modules of the trackers whose name is not that of their package.
+_PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "azure_ml": ("azureml",),
+    "dagshub": ("dagshub", "mlflow"),
+    "flyte": ("flytekit",),
+    "kubeflow": (),
+}
+
+
+def run_files(config: RunConfig) -> Iterator[Problem]:
+    """What is missing of the files and packages that the options name."""
+    training = config.training
+    for name in _JSON:
+        if isinstance(value := training.get(name), str) and not value.startswith("{"):
+            yield from _unreadable(("training", name), Path(value), "JSON")
+    if training.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        hint = "pip install deepspeed, or remove the option"
+        yield Problem(("training", "deepspeed"), "needs the package deepspeed, which is not installed", hint)
+    if (file := config.launch.config_file) is not None:
+        yield from _accelerate_file(Path(file))
+    yield from _trackers(training.get("report_to"))
+
+
+def _accelerate_file(file: Path) -> Iterator[Problem]:
+    path = ("launch", "config_file")
+    if file.name in BUILT_IN and not file.exists():
+        hint = "write a file by accelerate config --config_file NAME.yaml, and name it"
+        yield Problem(path, f"not available yet: {file.name} as a built-in way of launching", hint)
+    else:
+        yield from _unreadable(path, file, "YAML")
+
+
+def _unreadable(path: KeyPath, file: Path, form: str) -> Iterator[Problem]:
+    """What keeps a file from being a map in JSON or YAML."""
+    if not file.exists():
+        yield Problem(path, f"no such file: {file}", f"correct the name; {_WHERE}")
+        return
+    try:
+        text = file.read_text(encoding="utf-8")
+        value = json.loads(text) if form == "JSON" else yaml.safe_load(text)
+    except OSError as error:
+        yield Problem(path, f"{file} cannot be read: {error.strerror}", "give a file that this user may read")
+    except (ValueError, yaml.YAMLError) as error:
+        yield Problem(path, f"{file} is not valid {form}{_line(error)}", "correct the file")
+    else:
+        if not isinstance(value, dict):
+            yield Problem(path, f"{file} holds no map of options", "give the file that they are in")
+
+
+_WHERE = "a relative path begins at the folder of the config file"
+
+
+def _line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    line = getattr(error, "lineno", None) or (mark.line + 1 if mark else None)
+    return f" (line {line})" if line else ""
+
+
+def _trackers(value: Any) -> Iterator[Problem]:
+    """Trackers that transformers does not know, or whose package is missing."""
+    path: KeyPath = ("training", "report_to")
+    names = value if isinstance(value, list) else [value]
+    known = (*trackers(), "all", "none")
+    for number, name in enumerate(names):
+        place = (*path, number) if isinstance(value, list) else path
+        if name is None or name in ("all", "none"):
+            continue
+        if name not in known:
+            yield Problem(place, *choice(name, known, "report_to"))
+        elif missing := [module for module in _modules(name) if importlib.util.find_spec(module) is None]:
+            package = missing[0].replace("_", "-")
+            hint = f"pip install {package}, or remove it: logging.jsonl has the same numbers"
+            yield Problem(place, f"{name} needs the package {package}, which is not installed", hint)
+
+
+def _modules(tracker: str) -> tuple[str, ...]:
+    if tracker == "tensorboard" and importlib.util.find_spec("tensorboardX") is not None:
+        return ()
+    return _PACKAGES.get(tracker, (tracker,))
+
+
+@lru_cache(maxsize=1)
+def trackers() -> tuple[str, ...]:
+    """The names that `report_to` may have, from the source text of transformers."""
+    file = source_folder("transformers") / "integrations" / "integration_utils.py"
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "INTEGRATION_TO_CALLBACK":
+            assert isinstance(node.value, ast.Dict)
+            return tuple(str(ast.literal_eval(key)) for key in node.value.keys if key)
+    raise AssertionError("the sources of transformers are laid out differently")

@@ -1,0 +1,222 @@
+"""How much memory each device of a run needs at most, by part, from the config and its models' configs alone.
+
+What comes and goes is simulated (`simulated.py`); what stays is counted. The peak is the largest of what a run does by
+turns: training a micro-batch, the teacher's forward, the optimizer's step, writing answers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+
+from kdtrain.config.schema import TunerConfig
+from kdtrain.generation.batching import CALL_BYTES, DRAW_BYTES, cache_bytes
+from kdtrain.generation.loop import ROOM_AT_FIRST
+from kdtrain.losses.chunks import tile_bytes
+from kdtrain.models.merging import WEIGHTS_PER_TOKEN
+from kdtrain.preflight.sharding import Sharding
+from kdtrain.preflight.simulated import (
+    ModelSetup,
+    Shape,
+    Step,
+    simulate_inference,
+    simulate_step,
+    weights_of,
+)
+
+_STATES = {
+    "sgd": 0.0, "adafactor": 0.0, "rmsprop": 1.0, "adagrad": 1.0, "lion": 1.0, "lomo": 0.0, "adalomo": 0.0,
+    "8bit": 0.5,
+}  # fmt: skip
+"""By a part of its name, numbers as large as a weight that an optimizer keeps for each one; two where none fits."""
+_CPU, _GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Answers that a model in this process writes while training."""
+
+    rows: int
+    """Of a window."""
+    rows_per_call: int | None
+    """None is as many as have room, see `generation/batching.py`."""
+    prompt: int
+    """Tokens of the longest."""
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What of a run decides what it takes."""
+
+    student: ModelSetup
+    teacher: ModelSetup | None
+    """None where no other model is in this process."""
+    tuner: TunerConfig
+    shape: Shape
+    """Of the student's micro-batch."""
+    per_device_rows: int
+    """`per_device_train_batch_size`: with several answers to a prompt a micro-batch has more rows."""
+    teacher_rows: int = 0
+    """Of the teacher's forward; 0 where no model in this process is asked."""
+    optimizer: str = "adamw_torch_fused"
+    moving_average: bool = False
+    student_writes: Writing | None = None
+    teacher_writes: Writing | None = None
+    world: int = 1
+    sharding: Sharding = field(default_factory=Sharding)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes per device."""
+
+    parts: dict[str, int]
+    """By name, each at its largest; what is 0 is left out. They are not all there at the same time."""
+    phases: dict[str, int]
+    """What is there at the peak of each thing that a run does by turns."""
+
+    @property
+    def phase(self) -> str:
+        """The one that takes the most."""
+        return max(self.phases, key=lambda name: self.phases[name])
+
+    @property
+    def total(self) -> int:
+        return self.phases[self.phase]
+
+
+class Simulations:
+    """What was simulated for a run: its plan with a change asks for much of the same again."""
+
+    def __init__(self) -> None:
+        self._steps: dict[object, Step] = {}
+        self._forwards: dict[object, int] = {}
+
+    def step(self, setup: Setup) -> Step:
+        """The student's training step."""
+        key = (_key(setup.student), setup.tuner.model_dump_json(), repr(setup.shape))
+        if key not in self._steps:
+            self._steps[key] = simulate_step(setup.student, setup.tuner, setup.shape)
+        return self._steps[key]
+
+    def forward(self, model: ModelSetup, shape: Shape) -> int:
+        """A forward without gradients."""
+        key = (_key(model), repr(shape))
+        if key not in self._forwards:
+            self._forwards[key] = simulate_inference(model, shape)
+        return self._forwards[key]
+
+
+def _key(model: ModelSetup) -> tuple[object, ...]:
+    return id(model.config), model.dtype, model.attention
+
+
+def plan_memory(setup: Setup, simulations: Simulations | None = None) -> MemoryPlan:
+    """The plan of a run.
+
+    Args:
+        simulations: of another plan of the same run, which this one uses and adds to.
+
+    Raises:
+        NotSimulated: a model's code cannot be run without numbers.
+    """
+    simulations = simulations or Simulations()
+    step, shape = simulations.step(setup), setup.shape
+    pieces, scale = setup.sharding.divided(setup.world), setup.sharding.weight_scale(shape.autocast)
+    teacher, teacher_block = (0, 0) if setup.teacher is None else weights_of(setup.teacher)
+    vocabulary = setup.student.config.get_text_config().vocab_size
+    tile = tile_bytes(
+        shape.rows * (shape.length - 1), vocabulary, torch.float32, _CPU if shape.on_cpu else _GPU,
+        with_teacher=shape.teacher_width is not None,
+    )  # fmt: skip
+    stays = {
+        "student": int(scale * step.weights / pieces.weights),
+        "optimizer": int(optimizer_bytes(setup, step.trained) / pieces.optimizer),
+        "teacher": int(teacher / pieces.weights),
+        "moving average": _moving_average(setup, step),
+        "loss tile": tile if shape.on_cpu else 0,
+    }
+    gradients = int(scale * step.trained / pieces.gradients)
+    buckets = step.trained if setup.world > 1 and pieces.is_ddp else 0
+    whole = 0 if pieces.weights == 1 else int(2 * scale * step.largest_block) + teacher_block
+    activations = max(step.forward, step.peak - step.trained)
+    training = step.peak if setup.world == 1 else gradients + buckets + activations
+    resident = sum(stays.values())
+    phases = {
+        "training": resident + whole + training,
+        "the optimizer's step": resident + gradients + buckets + _step_scratch(setup, step),
+    }
+    written = {"KV cache": 0, "drawing tokens": 0, "copy for merging": 0}
+    if setup.teacher_rows:
+        kept = gradients + buckets if shape.micro_batches > 1 else 0
+        phases["the teacher's forward"] = resident + whole + kept + _teacher_forward(setup, simulations)
+    for who, writing, model in (
+        ("the student's answers", setup.student_writes, setup.student),
+        ("the teacher's answers", setup.teacher_writes, setup.teacher),
+    ):
+        if writing is None or model is None:
+            continue
+        found = _writing(writing, model, shape, simulations)
+        if model is setup.student:
+            found["copy for merging"] = _merged(step, shape, writing.new_tokens)
+        phases[who] = resident + whole + sum(found.values())
+        written |= {name: max(size, written[name]) for name, size in found.items() if name in written}
+    # On a GPU the tile is there beside the activations, in which the simulation has it.
+    temporary = {"loss tile": tile, "activations": max(activations - (0 if shape.on_cpu else tile), 0)}
+    parts = {
+        "student": stays["student"], "gradients": gradients + buckets, "optimizer": stays["optimizer"],
+        "teacher": stays["teacher"], "moving average": stays["moving average"], **temporary,
+        "layers that are whole": whole, **written,
+    }  # fmt: skip
+    return MemoryPlan({name: size for name, size in parts.items() if size}, phases)
+
+
+def optimizer_bytes(setup: Setup, trained: int) -> float:
+    """What an optimizer keeps for weights of so many bytes, on all devices together."""
+    found = [count for name, count in _STATES.items() if name in setup.optimizer]
+    master = 0 if setup.sharding.weight_scale(setup.shape.autocast) == 1 else trained
+    return (min(found) if found else 2.0) * trained + master
+
+
+def _step_scratch(setup: Setup, step: Step) -> int:
+    """Of optimizers that work on all weights at once: a tensor for each."""
+    return step.trained if setup.optimizer == "adamw_torch" and not setup.shape.on_cpu else 0
+
+
+def _moving_average(setup: Setup, step: Step) -> int:
+    return int(step.trained * 4 / setup.student.dtype.itemsize) if setup.moving_average else 0
+
+
+def _teacher_forward(setup: Setup, simulations: Simulations) -> int:
+    shape = setup.shape
+    seen = Shape(setup.teacher_rows, shape.length, autocast=shape.autocast, on_cpu=shape.on_cpu)
+    return simulations.forward(setup.teacher or setup.student, seen)
+
+
+def _writing(writing: Writing, model: ModelSetup, shape: Shape, simulations: Simulations) -> dict[str, int]:
+    """Of one call; where the config does not say what keys and values take, the call is one of a micro-batch."""
+    per_token = cache_bytes(SimpleNamespace(config=model.config, dtype=model.dtype))
+    vocabulary = model.config.get_text_config().vocab_size
+    positions = writing.prompt + writing.new_tokens
+    if writing.new_tokens > ROOM_AT_FIRST:  # room grows by a quarter at a time
+        positions += positions // 4
+    of_row = DRAW_BYTES * vocabulary + positions * (per_token or 0)
+    rows = writing.rows_per_call or (shape.rows if per_token is None else max(CALL_BYTES // of_row, 1))
+    rows = min(rows, writing.rows)
+    prompts = Shape(rows, max(writing.prompt, 2), autocast=shape.autocast, on_cpu=shape.on_cpu)
+    return {
+        "KV cache": rows * positions * (per_token or 0),
+        "drawing tokens": rows * DRAW_BYTES * vocabulary,
+        "reading the prompts": max(simulations.forward(model, prompts) - rows * DRAW_BYTES * vocabulary, 0),
+    }
+
+
+def _merged(step: Step, shape: Shape, new_tokens: int) -> int:
+    """See `models/merging.py`."""
+    if shape.autocast is not None:
+        return 0
+    copied = [size for size in step.adapted if size // 4 <= new_tokens * WEIGHTS_PER_TOKEN]
+    return sum(copied) + max(copied, default=0)

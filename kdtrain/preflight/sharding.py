@@ -1,0 +1,81 @@
+"""Which of a run's parts its devices share: plain data parallelism, FSDP, DeepSpeed's ZeRO."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import yaml
+
+from kdtrain.config import RunConfig
+
+Kind = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
+
+
+class Divided(NamedTuple):
+    """By how many devices each part is divided."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    is_ddp: bool
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the devices of a run share its parts."""
+
+    kind: Kind = "ddp"
+
+    def divided(self, world: int) -> Divided:
+        """For so many devices."""
+        whole = self.kind in ("zero3", "fsdp")
+        return Divided(
+            weights=world if whole else 1,
+            gradients=world if whole or self.kind == "zero2" else 1,
+            optimizer=world if self.kind != "ddp" else 1,
+            is_ddp=self.kind == "ddp",
+        )
+
+    def weight_scale(self, autocast: torch.dtype | None) -> float:
+        """DeepSpeed holds weights and gradients in half precision, and a float32 copy beside the optimizer's states."""
+        return 0.5 if self.kind.startswith("zero") and autocast is not None else 1.0
+
+
+def sharding_of(config: RunConfig) -> Sharding:
+    """What `training.deepspeed`, `training.fsdp` or accelerate's own file say."""
+    training, of_launch = config.training, _map(config.launch.config_file)
+    if training.get("deepspeed"):
+        return _zero(_map(training["deepspeed"]))
+    if training.get("fsdp"):
+        return Sharding("fsdp")
+    kind = str(of_launch.get("distributed_type", "")).upper()
+    if kind == "FSDP":
+        return Sharding("fsdp")
+    if kind == "DEEPSPEED":
+        options = of_launch.get("deepspeed_config") or {}
+        nested = options.get("deepspeed_config_file")
+        return _zero(_map(nested) if nested else {"zero_optimization": {"stage": options.get("zero_stage", 2)}})
+    return Sharding()
+
+
+def _zero(options: Mapping[str, Any]) -> Sharding:
+    stage = (options.get("zero_optimization") or {}).get("stage", 0)
+    kinds: dict[Any, Kind] = {1: "zero1", 2: "zero2", 3: "zero3"}
+    return Sharding(kinds.get(stage, "ddp"))
+
+
+def _map(value: Any) -> dict[str, Any]:
+    """A map, or what the file of that name holds; empty where there is none, which others refuse."""
+    if isinstance(value, dict):
+        return value
+    try:
+        text = Path(str(value)).read_text(encoding="utf-8")
+        found = json.loads(text) if str(value).endswith(".json") else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,1 +1,0 @@
-"""The questions of `server_probe`, by what they are about."""

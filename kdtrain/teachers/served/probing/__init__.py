@@ -1,0 +1,1 @@
+"""The questions of `probe.py`, by what they are about."""

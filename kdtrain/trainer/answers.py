@@ -1,0 +1,203 @@
+"""The answers of a window that is generated: who writes them, what they are drawn from, and in which batches they lie.
+
+All prompts of the window are answered together, by the student or the teacher; what is done with the answers is not
+known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import GenerationConfig
+from trl.models.utils import unwrap_model_for_generation
+
+from kdtrain.config.options import DistillationOptions
+from kdtrain.data.batch import Batch
+from kdtrain.data.regroup import dealt_by_length
+from kdtrain.errors import NonFiniteError
+from kdtrain.generation.asking import answered_by
+from kdtrain.generation.batching import Room
+from kdtrain.generation.decode import NonFiniteLogits
+from kdtrain.generation.generate import completions_of_window, row_seeds, with_completions
+from kdtrain.generation.sampler import written_by
+from kdtrain.generation.sampling import generation_config, student_generates, token_roles
+from kdtrain.models.merging import merged
+from kdtrain.models.switching import without_checkpointing
+from kdtrain.teachers.base import Sampling
+from kdtrain.trainer.selection import repeated
+from kdtrain.trainer.teacher_failures import raised_on_all_ranks
+
+if TYPE_CHECKING:
+    from kdtrain.trainer.trainer import GKDTrainerWithMetrics
+
+Writer = Literal["student", "teacher"]
+
+
+def writer_of(trainer: GKDTrainerWithMetrics, options: DistillationOptions, step: int) -> Writer | None:
+    """Who writes the answers of the window that follows `step` steps; None where they are the data's."""
+    if not options.lm_kd_active:  # CE is not taught on the student's own answers, and visual KD compares no text
+        return None
+    if student_generates(trainer.args.seed, step, options.lmbda):
+        return "student"
+    return "teacher" if options.seq_kd else None
+
+
+def answered(
+    trainer: GKDTrainerWithMetrics, batches: list[Batch], writer: Writer, options: DistillationOptions
+) -> list[Batch]:
+    """The batches with the writer's answers: `samples_per_prompt` of the student's to each row."""
+    if writer == "student":
+        return generated(trainer, repeated(batches, options.samples_per_prompt), writer, options)
+    if trainer.teacher_model is None:
+        return _asked(trainer, batches, options)
+    return generated(trainer, batches, writer, options)
+
+
+def generated(
+    trainer: GKDTrainerWithMetrics,
+    batches: list[Batch],
+    side: Writer,
+    options: DistillationOptions,
+) -> list[Batch]:
+    """The batches with answers that one of the models writes now, all of them together.
+
+    Those that only fill up an epoch stay as they are. Sharded, they are written to as well, for the forwards that the
+    other ranks need: with images where theirs have some.
+    """
+    config = _generation_config(trainer, side, options)
+    asked = batches if trainer.is_sharded else [batch for batch in batches if not batch.all_repeated]
+    seeds = row_seeds(asked, f"{side}:{trainer.args.seed}:{trainer.state.global_step}")
+    seen = [batch.as_teacher_sees_it() if side == "teacher" else batch for batch in asked]
+    with _finite_on_all_ranks(trainer, side):
+        if side == "student" and trainer.sampler is not None:
+            written = written_by(trainer.sampler, seen, config, seeds)
+        else:
+            written = _written(trainer, side, seen, config, seeds, options.generation.batch_size)
+    # Behind the prompts of both: what the writer saw is not what the other one reads.
+    answers = iter([own for batch, own in zip(asked, written, strict=True) if not batch.all_repeated])
+    return [
+        batch if batch.all_repeated else _answered(trainer, batch, next(answers), config, side) for batch in batches
+    ]
+
+
+def _generation_config(trainer: GKDTrainerWithMetrics, side: Writer, options: DistillationOptions) -> GenerationConfig:
+    vocabulary, own = trainer.vocabulary, options.generation
+    assert vocabulary is not None, "LM KD has compared them"
+    padding = range(vocabulary.shared, max(vocabulary.student, vocabulary.teacher))
+    model = trainer.unwrap(_writing(trainer, side)[0])
+    roles = token_roles(trainer.processing_class, model, padding, trainer.model.generation_config)
+    narrowed: dict[str, Any] = {}
+    if side == "student":
+        narrowed = {"top_p": own.top_p, "top_k": own.top_k, "min_p": own.min_p}
+    limit = new_tokens(trainer, options)
+    return generation_config(roles.stop, roles.pad, options.temperature, limit, roles.forbidden, **narrowed)
+
+
+def _writing(trainer: GKDTrainerWithMetrics, side: Writer) -> tuple[Any, Any]:
+    """The model that writes, and what accelerate has made of it."""
+    if side == "student" or (trainer.teacher is not None and trainer.teacher.is_student):
+        return trainer.model, trainer.model_wrapped
+    return trainer.teacher_model, trainer.teacher_model
+
+
+def _written(
+    trainer: GKDTrainerWithMetrics,
+    side: Writer,
+    batches: Sequence[Batch],
+    config: GenerationConfig,
+    seeds: Sequence[Sequence[int]],
+    batch_size: int | None,
+) -> list[list[list[int]]]:
+    """What a model in this process writes to each row of each batch."""
+    room = Room(batch_size, rows_if_unknown=trainer.args.per_device_train_batch_size)
+    with_weights = nullcontext() if side == "student" or trainer.teacher is None else trainer.teacher.writing_model()
+    wrapped = _writing(trainer, side)[1]
+    with (
+        with_weights,
+        without_checkpointing(wrapped),
+        unwrap_model_for_generation(wrapped, trainer.accelerator) as unwrapped,
+    ):
+        if not batches:
+            return []
+        rounds = trainer.is_sharded or trainer.accelerator.mixed_precision != "no"
+        with nullcontext() if rounds else merged(unwrapped, config.max_new_tokens):
+            return completions_of_window(unwrapped, batches, config, seeds=seeds, room=room)
+
+
+def _answered(
+    trainer: GKDTrainerWithMetrics,
+    batch: Batch,
+    written: Sequence[list[int]],
+    config: GenerationConfig,
+    side: Writer,
+) -> Batch:
+    stops = frozenset(config.eos_token_id or ())
+    cut = [stops.isdisjoint(answer[-1:]) for answer in written]
+    batch = with_completions(batch, written, config.pad_token_id, trainer.args.pad_to_multiple_of, cut=cut)
+    return replace(batch, generated_by=side)
+
+
+@contextmanager
+def _finite_on_all_ranks(trainer: GKDTrainerWithMetrics, side: Writer) -> Iterator[None]:
+    """Run what samples; a collective: a rank that fails is not waited for.
+
+    Raises:
+        NonFiniteError: a distribution of this rank's was not finite, or one of another rank's.
+    """
+    failed = None
+    try:
+        yield
+    except NonFiniteLogits as error:
+        failed = error
+    accelerator = trainer.accelerator
+    if bool(accelerator.gather(torch.tensor([failed is not None], device=accelerator.device)).any()):
+        step = f"step {trainer.state.global_step + 1}, rank {accelerator.process_index}"
+        what = str(failed).removeprefix("not finite: ") if failed else "those of another rank, whose message says more"
+        advice = (
+            "Lower training.learning_rate, or go on from an earlier checkpoint with --resume PATH"
+            if side == "student"
+            else "Load it in float32 (rlhf.teacher_model_init_kwargs: {dtype: float32}), or look at its weights"
+        )
+        raise NonFiniteError(
+            f"Not finite at {step}, while the {side} wrote answers: {what}. Nothing was trained on them. {advice}."
+        ) from failed
+
+
+def _asked(trainer: GKDTrainerWithMetrics, batches: list[Batch], options: DistillationOptions) -> list[Batch]:
+    """The batches with answers of a teacher that has no model in this process."""
+    assert trainer.teacher is not None, "seq_kd has asked for one"
+    student: Any = trainer.unwrap(trainer.model)
+    of_teacher: Any = getattr(trainer.data_collator, "teacher_processing_class", None)
+    of_teacher = getattr(of_teacher, "tokenizer", of_teacher)  # all that is known of what ends its answers itself
+    roles = token_roles(trainer.processing_class, student, (), of_teacher)
+    limit = new_tokens(trainer, options)
+    sampling = Sampling(options.temperature, limit, roles.stop, roles.forbidden, targets=True)
+    with raised_on_all_ranks(trainer.accelerator), trainer.count_waiting():
+        return answered_by(
+            trainer.teacher,
+            batches,
+            sampling,
+            seed=f"teacher:{trainer.args.seed}:{trainer.state.global_step}",
+            pad_id=roles.pad,
+            multiple=trainer.args.pad_to_multiple_of,
+        )
+
+
+def new_tokens(trainer: GKDTrainerWithMetrics, options: DistillationOptions) -> int:
+    """Tokens that each answer of the next step may have."""
+    return options.new_tokens(trainer.state.global_step, trainer.state.max_steps)
+
+
+def dealt(trainer: GKDTrainerWithMetrics, batches: list[Batch]) -> list[Batch]:
+    """The batches with rows of like length together, so that scoring and training do not pay for padding.
+
+    Not images under FSDP and DeepSpeed, whose ranks have agreed on which batches have some.
+    """
+    if trainer.is_sharded and any(batch.has_images for batch in batches):
+        return batches
+    pad_id = trainer._tokenizer.pad_token_id
+    return dealt_by_length(batches, pad_id, trainer.args.pad_to_multiple_of)
