@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import nn
@@ -532,6 +533,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             output = super().evaluation_loop(*args, **kwargs)
             reduced = metrics.reduce_metrics(self._metrics["eval"], self.accelerator, token_weighted=True)
         norms = {name: float(v[0]) for name in metrics.GRADIENT_NORMS if (v := self._metrics["eval"][name])}
+        [norms] = broadcast_object_list([norms])  # rank 0's batch: every rank has the same log
         if not output.num_samples:  # of a stream upstream counts the rows of batches that are mappings only
             output = output._replace(num_samples=int(sum(self._metrics["eval"]["rows"])))
         self._metrics["eval"].clear()
