@@ -3,7 +3,7 @@
 | class | what | of |
 |---|---|---|
 | `NEVER` | refused, whatever is allowed | what the state of a checkpoint cannot be loaded into |
-| `REFUSED` | refused unless it is named in `--allow-changes` | loss, model, how rows are encoded, optimizer, order of rows |
+| `REFUSED` | refused unless named in `--allow-changes` | loss, model, how rows are encoded, optimizer, order of rows |
 | `CONTENT` | what it names is compared, not the name | folders, files, hub ids |
 | `SAID` | may change, and a line says so | precision, kernels, what evaluations are made on |
 | `FREE` | may change | paths, cadence, steps, batch, launching, the network, logs |
@@ -122,7 +122,7 @@ CLASSES: dict[str, Kind] = {
     **_classes(FREE, "training", "dataloader_in_order remove_unused_columns length_column_name"),
     **_classes(FREE, "training", "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers"),
     **_classes(FREE, "training", "ddp_static_graph ddp_backend ddp_timeout do_train do_eval do_predict"),
-    # What they are good for counts, and is compared by itself: see `kdtrain.runs.resume_facts`.
+    # Whether the state can be loaded is seen from the checkpoint: `trainer/resume_checks.py`.
     **_classes(FREE, "training", "fsdp fsdp_config deepspeed"),
 }
 # Fields of GKDConfig that a config can set to harmless values alone.
@@ -187,7 +187,7 @@ def checked_names(text: Sequence[str]) -> tuple[str, ...]:
         ConfigError: a name is none of them.
     """
     names = [name.strip() for part in text for name in part.split(",") if name.strip()]
-    known = _allowable()
+    known = allowable()
     for name in names:
         if _option(name) not in known:
             near = difflib.get_close_matches(name, known, n=1) or [one for one in known if one.endswith(f".{name}")]
@@ -196,19 +196,21 @@ def checked_names(text: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def is_allowed(change: Change, names: Sequence[str]) -> bool:
-    """Whether a change is named, by its option or by a section that it stands in."""
-    keys = ("data.train", change.key) if change.key == DATA_CONTENT else (change.key, _option(change.key))
-    return any(name in keys or change.key.startswith((f"{name}.", f"{name}[")) for name in names)
-
-
-def _allowable() -> list[str]:
-    """Every option, and what options stand in."""
+def allowable() -> list[str]:
+    """Every option, what options stand in, and `data.content`."""
     names: dict[str, None] = {DATA_CONTENT: None}
     for option in CLASSES:
         parts = option.split(".")
         names |= {".".join(parts[:count]).removesuffix("[]"): None for count in range(1, len(parts) + 1)}
     return list(names)
+
+
+def is_allowed(change: Change, names: Sequence[str]) -> bool:
+    """Whether a change is named, by its option or by a section that it stands in."""
+    keys = {change.key, _option(change.key)}
+    if change.key == DATA_CONTENT or (class_of(change.key) is CONTENT and change.key.startswith("data.")):
+        keys |= {DATA_CONTENT, "data.train"}
+    return any(name in keys or change.key.startswith((f"{name}.", f"{name}[")) for name in names)
 
 
 def _change(key: str, before: Any, now: Any, kind: Kind) -> Change:

@@ -8,19 +8,20 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProcessorMixin
 
 from kdtrain.config import TrainArguments
 from kdtrain.errors import Interrupted, TeacherError
 from kdtrain.ranks import is_main
 from kdtrain.runs.build import Given, Reporter, build_trainer
 from kdtrain.runs.callbacks import CheckWrapped, StopOnSignal, WriteProgress, name_tensorboard
+from kdtrain.runs.changed import Comparison
 from kdtrain.runs.checkpoints import checkpoint_to_resume, steps_done
 from kdtrain.runs.completions import ShowCompletions, WriteCompletions
 from kdtrain.runs.failures import readable_failures
@@ -29,10 +30,12 @@ from kdtrain.runs.launch import check_world
 from kdtrain.runs.lock import refuse_if_locked, run_lock
 from kdtrain.runs.log import JsonlLogger
 from kdtrain.runs.plan import plan
+from kdtrain.runs.read_data import RunData
 from kdtrain.runs.report.facts import FactsReporter, write_facts
 from kdtrain.runs.report.of_fit import reported
 from kdtrain.runs.resources import tokens_per_row
 from kdtrain.runs.resume import resume_command
+from kdtrain.runs.resume_facts import content_of, data_of, defaults_of, facts_of
 from kdtrain.runs.signals import OUTSIDE_OF_TRAINING, StopRequest, interrupting
 from kdtrain.runs.status import teacher_cost, tracked_status, write_progress, write_status
 from kdtrain.trainer import GKDTrainerWithMetrics
@@ -70,10 +73,14 @@ def fit(
     reporter: Reporter,
     *,
     resume: str | None = None,
+    allow_changes: Sequence[str] = (),
     dry_run: bool = False,
     given: Given | None = None,
 ) -> RunResult:
     """Train, and save the student with its tokenizer into `training.output_dir`.
+
+    Args:
+        allow_changes: what may differ from the run that made the checkpoint, see `checked_names`.
 
     A dry run builds everything and runs a window of each kind that the run will have (on-policy, off-policy) forward
     and backward: no step is taken, nothing is written.
@@ -84,6 +91,14 @@ def fit(
     refuse_if_locked(run_dir)  # first: what else is to be said of the folder is another run's doing
     require_usable(run_dir, resuming=resume is not None)
     checkpoint = checkpoint_to_resume(run_dir, resume)
+    given, facts = given or Given(), facts_of(config, args)
+    compared = Comparison(checkpoint, allow_changes)
+    compared.options(facts, defaults_of(args))
+
+    def when_read(processing: PreTrainedTokenizerBase | ProcessorMixin, data: RunData) -> None:
+        facts.update(content=content_of(config, processing, given), data=data_of(data))
+        compared.content(facts["content"], facts["data"])
+
     with ExitStack() as at_the_end:
         at_the_end.callback(reporter.close)
         if dry_run:
@@ -96,7 +111,7 @@ def fit(
                 reporter = at_the_end.enter_context(reported(run_dir, reporter))
             at_the_end.enter_context(tracked_status(run_dir))
         at_the_end.enter_context(interrupting(OUTSIDE_OF_TRAINING))
-        trainer, report = build_trainer(config, args, reporter, dry_run, given or Given(), at_the_end)
+        trainer, report = build_trainer(config, args, reporter, dry_run, given, at_the_end, when_read)
         check_world(trainer.accelerator, config)
         if is_main():
             reporter.plan(plan(trainer, config, report))

@@ -28,6 +28,7 @@ from typing import Any
 from kdtrain.config.model_folder import read_map
 from kdtrain.errors import Interrupted, KdtrainError
 from kdtrain.ranks import rank
+from kdtrain.runs.changed import ChangedRunError
 from kdtrain.runs.folder import ERRORS, STATUS, write_atomically
 
 _PROGRESS: dict[str, Any] = {"step": 0, "last_checkpoint": None, "best": None}
@@ -42,6 +43,8 @@ def tracked_status(run_dir: Path) -> Iterator[None]:
     existed = run_dir.exists()
     try:
         yield
+    except ChangedRunError:  # nothing has begun: what the folder says of its run stays true
+        raise
     except BaseException as error:
         state = "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         code, message = 130 if isinstance(error, KeyboardInterrupt) else 1, repr(error)
