@@ -164,7 +164,9 @@ def refuse_changed_options(config: RunConfig, resume: str | None, allowed: Seque
         return
     run_dir = Path(config.training["output_dir"])
     refusal: ChangedRunError | None = None
-    for checkpoint in _candidates(run_dir) if resume == "auto" else [Path(resume)]:
+    for checkpoint in _candidates(run_dir) if resume == "auto" else [Path(resume).absolute()]:
+        if not checkpoint.is_dir():
+            return  # said when it is looked for
         try:
             Comparison(checkpoint, allowed).options({"config": config.model_dump(mode="json")})
         except ChangedRunError as error:

@@ -12,6 +12,8 @@
 | `report.html`, `report.json` | the run on one page, and its figures; with matplotlib `report.png` | `report/` |
 | `teacher_answers/<settings>/` | `rank<R>.jsonl` and `.arrow`: `answers: teacher` | `generation/answers.py` |
 | `checkpoint-<step>/` | what `--resume` goes on from, see `checkpoints.py` | transformers, `trainer/` |
+| `checkpoint-<step>/kdtrain_manifest.json` | its files and their hashes; written last | `manifest.py` |
+| `checkpoint-<step>.old-<n>/` | of a branch that was left by `--resume` of an older one | `rotation.py` |
 | `model.safetensors` or `adapter_model.safetensors`, configs, tokenizer | the trained student | transformers |
 | `visual_projectors.safetensors` | what visual KD trained beside the student | `feature_kd/` |
 | a folder of the run's name, or another one | of a tracker in `training.report_to` | transformers |

@@ -9,6 +9,7 @@
 | `step` | optimizer steps so far, as of the last record |
 | `last_checkpoint` | the folder's name; null where there is none |
 | `best` | the step that won so far: `step`, `metric`, `value`; null without evaluation |
+| `resumed_from` | path of the checkpoint that the run went on from; null where it began at step 0 |
 | `teacher` | what its answers have cost, where a server writes them |
 """
 
@@ -31,7 +32,7 @@ from kdtrain.ranks import rank
 from kdtrain.runs.changed import ChangedRunError
 from kdtrain.runs.folder import ERRORS, STATUS, write_atomically
 
-_PROGRESS: dict[str, Any] = {"step": 0, "last_checkpoint": None, "best": None}
+_PROGRESS: dict[str, Any] = {"step": 0, "last_checkpoint": None, "best": None, "resumed_from": None}
 
 
 @contextmanager
@@ -74,7 +75,7 @@ def write_status(
     Args:
         teacher: what answers have cost in all runs in this folder: `requests`, and tokens as the server has counted
             them. None keeps what is there.
-        progress: `step`, `last_checkpoint` and `best`, or some of them; the others keep what is there.
+        progress: `step`, `last_checkpoint`, `best` and `resumed_from`, or some of them; the others keep what is there.
     """
     if not run_dir.is_dir() or (rank() != 0 and state != "failed"):
         return
