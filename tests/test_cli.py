@@ -516,13 +516,6 @@ def test_a_finished_run_takes_no_further_step_when_it_is_resumed(project, kdtrai
     assert (project / "run" / "model.safetensors").read_bytes() == before
 
 
-def test_a_resumed_run_says_which_options_are_new(project, kdtrain):
-    save = ["training.save_strategy=steps", "training.save_steps=2"]
-    assert kdtrain("fit", "config.yaml", *save)[0] == 0
-    _, _, err = kdtrain("fit", "config.yaml", *save, "--resume", "auto", "rlhf.beta=0.9", "training.max_steps=6")
-    assert "rlhf.beta: 0.5 -> 0.9; training.max_steps: 4 -> 6" in err
-
-
 @pytest.mark.parametrize(
     ("rows", "options", "steps", "epochs"),
     [

@@ -12,6 +12,8 @@
 | `report.html`, `report.json` | the run on one page, and its figures; with matplotlib `report.png` | `report/` |
 | `teacher_answers/<settings>/` | `rank<R>.jsonl` and `.arrow`: `answers: teacher` | `generation/answers.py` |
 | `checkpoint-<step>/` | what `--resume` goes on from, see `checkpoints.py` | transformers, `trainer/` |
+| `checkpoint-<step>/kdtrain_manifest.json` | its files and their hashes; written last | `manifest.py` |
+| `checkpoint-<step>.old-<n>/` | of a branch that was left by `--resume` of an older one | `rotation.py` |
 | `model.safetensors` or `adapter_model.safetensors`, configs, tokenizer | the trained student | transformers |
 | `visual_projectors.safetensors` | what visual KD trained beside the student | `feature_kd/` |
 | a folder of the run's name, or another one | of a tracker in `training.report_to` | transformers |
@@ -36,7 +38,6 @@ from pathlib import Path
 from typing import Any
 
 from kdtrain.config import RunConfig
-from kdtrain.config.diagnose import clean
 from kdtrain.config.model_folder import read_map
 from kdtrain.errors import PreflightError
 from kdtrain.ranks import is_main
@@ -56,9 +57,9 @@ REPORT_DATA = "report.json"
 SWEEP = "sweep.json"
 ANSWERS = "teacher_answers"
 CHECKPOINT = "checkpoint-"  # and its step
+MANIFEST = "kdtrain_manifest.json"  # in a checkpoint
 _UNFINISHED = ".{}.{}.tmp"  # of a file and a process
 
-_LONGEST_VALUE = 160
 ANOTHER_FOLDER = "another folder (training.output_dir=… on the command line)"
 
 
@@ -122,13 +123,10 @@ def _written_into(folder: Path) -> list[Path]:
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:
-    """Rank 0 makes the folder and writes the config; it warns of options that a resumed run changes."""
+    """Rank 0 makes the folder and writes the config."""
     if not is_main():
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    if changed := changed_options(run_dir, config):
-        changes = "; ".join(f"{key}: {_short(before)} -> {_short(now)}" for key, (before, now) in changed.items())
-        logger.warning("Going on with other options than the run began with: %s.", changes)
     write_atomically(run_dir / CONFIG, config.model_dump_json(indent=2))
 
 
@@ -140,11 +138,6 @@ def changed_options(run_dir: Path, config: RunConfig) -> dict[str, tuple[Any, An
     before, now = _flat(json.loads(file.read_text("utf-8"))), _flat(config.model_dump(mode="json"))
     keys = sorted(before.keys() | now.keys())
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
-
-
-def _short(value: Any) -> str:
-    text = clean(value if isinstance(value, str) else repr(value))
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

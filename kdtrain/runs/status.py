@@ -9,6 +9,7 @@
 | `step` | optimizer steps so far, as of the last record |
 | `last_checkpoint` | the folder's name; null where there is none |
 | `best` | the step that won so far: `step`, `metric`, `value`; null without evaluation |
+| `resumed_from` | path of the checkpoint that the run went on from; null where it began at step 0 |
 | `teacher` | what its answers have cost, where a server writes them |
 """
 
@@ -28,9 +29,10 @@ from typing import Any
 from kdtrain.config.model_folder import read_map
 from kdtrain.errors import Interrupted, KdtrainError
 from kdtrain.ranks import rank
+from kdtrain.runs.changed import ChangedRunError
 from kdtrain.runs.folder import ERRORS, STATUS, write_atomically
 
-_PROGRESS: dict[str, Any] = {"step": 0, "last_checkpoint": None, "best": None}
+_PROGRESS: dict[str, Any] = {"step": 0, "last_checkpoint": None, "best": None, "resumed_from": None}
 
 
 @contextmanager
@@ -42,6 +44,8 @@ def tracked_status(run_dir: Path) -> Iterator[None]:
     existed = run_dir.exists()
     try:
         yield
+    except ChangedRunError:  # nothing has begun: what the folder says of its run stays true
+        raise
     except BaseException as error:
         state = "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         code, message = 130 if isinstance(error, KeyboardInterrupt) else 1, repr(error)
@@ -71,7 +75,7 @@ def write_status(
     Args:
         teacher: what answers have cost in all runs in this folder: `requests`, and tokens as the server has counted
             them. None keeps what is there.
-        progress: `step`, `last_checkpoint` and `best`, or some of them; the others keep what is there.
+        progress: `step`, `last_checkpoint`, `best` and `resumed_from`, or some of them; the others keep what is there.
     """
     if not run_dir.is_dir() or (rank() != 0 and state != "failed"):
         return

@@ -18,7 +18,8 @@ What is overridden, and why:
 | `Trainer.create_optimizer`, `_clip_grad_norm` | the projectors of visual KD belong to the run, not to the student |
 | `SFTTrainer.prediction_step`, `Trainer.evaluation_loop` | a mean over tokens, not of batch means; no row twice |
 | `Trainer.save_model` | weights that are not finite are not saved |
-| `SFTTrainer._save_checkpoint` | the time it takes is left out of tokens per second |
+| `SFTTrainer._save_checkpoint` | the time it takes is left out of tokens per second; what a run does around it |
+| `Trainer._save_optimizer_and_scheduler`, `_save_scaler` | an error of one rank is raised on all, see `saving.py` |
 | `Trainer._save_rng_state`, `_prepare_for_training` | metrics since the last log, and a teacher's state, are kept |
 | `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | the projectors' file; and no pickle of the arguments |
 | `Trainer._load_optimizer_and_scheduler` | a file that does not fit is an error with a way out |
@@ -30,6 +31,7 @@ What is overridden, and why:
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -77,6 +79,7 @@ from kdtrain.trainer.objective import warn_of_logits
 from kdtrain.trainer.read_ahead import ReadAhead
 from kdtrain.trainer.row_order import EpochSampler, SetEpoch
 from kdtrain.trainer.samples import SampleWatch
+from kdtrain.trainer.saving import Saving
 from kdtrain.trainer.startup_checks import check_startup, readable_beginning
 from kdtrain.trainer.teacher_failures import raised_on_all_ranks
 from kdtrain.trainer.teacher_steps import TellTeacher
@@ -156,6 +159,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         assert model is not None
         self.options, training_options = DistillationOptions.from_args(args), TrainingOptions.from_args(args)
         self._window: Window | None = None  # the one that is being trained
+        self.saving = Saving(self)
         given = construction.prepare(
             args,
             self.options,
@@ -548,19 +552,31 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """As upstream, if all trained weights are finite: the last step is not followed by one that would notice."""
         # Whole models are the same on every rank, and a caller may save on one rank alone.
         self._guard.check_weights(together=_internal_call or self.is_sharded)
+        if _internal_call and output_dir is not None:
+            self.saving.begin(output_dir)
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.stopwatch.pause():
-            super()._save_checkpoint(*args, **kwargs)
+            self.saving.checkpoint(functools.partial(super()._save_checkpoint, *args, **kwargs))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self.saving.part(super()._save_optimizer_and_scheduler, output_dir)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        self.saving.part(super()._save_scaler, output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
+        self.saving.part(super()._save_rng_state, output_dir)
         if self.teacher is not None:
-            self.teacher.save(Path(output_dir))
-        save_unlogged(self, output_dir)
+            self.saving.part(self.teacher.save, Path(output_dir))
+        self.saving.part(save_unlogged, self, output_dir)
+        self.accelerator.wait_for_everyone()  # trainer_state.json comes next: with it a checkpoint is complete
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self.saving.part(self._save_student, output_dir, state_dict)
+
+    def _save_student(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
         """Weights, config and tokenizer; never the pickled arguments, which nothing reads back."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
@@ -603,7 +619,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Only for a student with a name on the hub."""
         if not os.path.isdir(getattr(self.unwrap(self.model).config, "_name_or_path", None) or "."):
-            super().create_model_card(*args, **kwargs)
+            self.saving.part(functools.partial(super().create_model_card, *args, **kwargs))
 
     def _send_telemetry(self) -> None:
         """TRL would report trainer and model type to the hub."""
