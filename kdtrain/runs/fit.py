@@ -114,6 +114,8 @@ def fit(
                 write_config(run_dir, config)
                 if isinstance(reporter, FactsReporter):
                     reporter.facts["steps"], _ = planned_steps(trainer, trainer.rows_per_epoch())
+                    if checkpoint is not None:
+                        reporter.facts["steps"] = trainer.rows.last_step(checkpoint)
                     write_facts(run_dir, reporter.facts)
                 metrics = _train_and_save(trainer, run_dir, checkpoint)
     return RunResult(
@@ -164,7 +166,7 @@ def _train_and_save(trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: P
 
 def _is_at_its_end(trainer: GKDTrainerWithMetrics, checkpoint: Path) -> bool:
     """Whether nothing is left to train after a checkpoint; said once."""
-    done, (steps, _) = steps_done(checkpoint), planned_steps(trainer, trainer.rows_per_epoch())
+    done, steps = steps_done(checkpoint), trainer.rows.last_step(checkpoint)
     trainer.best_step.restore_from(checkpoint)
     if done >= steps:
         logger.warning("%s is at step %d of %d: nothing is left to train.", checkpoint.name, done, steps)
