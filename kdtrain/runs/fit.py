@@ -144,7 +144,7 @@ def _train_and_save(trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: P
     with request.listening():
         if checkpoint is None or not at_its_end:
             with _state_saved_where_the_teacher_fails(trainer, run_dir):
-                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         else:  # transformers compares with max_steps after a step only, and would take one more
             load_end(trainer, checkpoint)
         if stop.signum:

@@ -118,10 +118,15 @@ def read_position(checkpoint: str | Path, dealing: Dealing) -> SavedPosition:
         raise CheckpointError(f"{path} cannot be read ({error}): resume from another checkpoint.") from error
 
 
+def processes_of(checkpoint: Path) -> int:
+    """Those that wrote a checkpoint: each of several has left its random numbers."""
+    return max(len(list(checkpoint.glob("rng_state_*.pth"))), 1)
+
+
 def _worked_out(checkpoint: Path, dealing: Dealing) -> SavedPosition:
     """From the part of its epoch that transformers has written: a number of micro-batches."""
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    processes = max(len(list(checkpoint.glob("rng_state_*.pth"))), 1)
+    processes = processes_of(checkpoint)
     batch = (state.get("train_batch_size") or 0) * processes or dealing.batch
     before = Dealing(dealing.rows, batch, 1, dealing.drop_last)
     part, epoch = math.modf(state.get("epoch") or 0.0)

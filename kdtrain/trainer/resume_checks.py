@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdtrain.errors import CheckpointError
+from kdtrain.trainer.data_position import processes_of
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
@@ -13,13 +14,10 @@ if TYPE_CHECKING:
 _ANEW = "or begin anew from its weights, with model.model={folder} and another training.output_dir"
 
 
-def check_can_be_loaded(trainer: GKDTrainerWithMetrics, checkpoint: Path, earlier_processes: int | None) -> None:
+def check_can_be_loaded(trainer: GKDTrainerWithMetrics, checkpoint: Path) -> None:
     """Refuse an optimizer's state that is in pieces for other processes, or of another kind than this run's.
 
     Upstream begins without a word with a new optimizer where the file it looks for is not there.
-
-    Args:
-        earlier_processes: those that wrote it, where there are others now.
 
     Raises:
         CheckpointError: with what can be done instead.
@@ -33,10 +31,11 @@ def check_can_be_loaded(trainer: GKDTrainerWithMetrics, checkpoint: Path, earlie
             f"{checkpoint} was saved {names[found]}, and this run is {names[here]}: the optimizer's state cannot be "
             f"loaded. Resume {names[found]}, {anew}."
         )
-    if here == "deepspeed" and earlier_processes is not None:
+    before, now = processes_of(checkpoint), trainer.args.world_size
+    if here == "deepspeed" and before != now:
         raise CheckpointError(
-            f"{checkpoint} has an optimizer's state of DeepSpeed in pieces for {earlier_processes} processes, and "
-            f"there are {trainer.args.world_size}: it cannot be loaded. Resume on {earlier_processes}, {anew}."
+            f"{checkpoint} has an optimizer's state of DeepSpeed in pieces for {before} processes, and there are "
+            f"{now}: it cannot be loaded. Resume on {before}, {anew}."
         )
 
 

@@ -261,8 +261,10 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As upstream, after the checks that need everything built; metrics of an earlier call are dropped."""
+        if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, bool):
+            check_can_be_loaded(self, Path(resume_from_checkpoint))
         self._metrics["train"].clear()
         self._unlogged.checkpoint = None
         self.begun = False
@@ -275,7 +277,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             if not self.startup_checked:
                 check_startup(self)
             self.startup_checked = False  # options may change before another call
-            output = super().train(*args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.receiver.warn_of_truncated()
         return output
 
@@ -284,8 +286,6 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._unlogged.checkpoint = resume_from_checkpoint
         self.summed_from = self.state.global_step
         self.state.compute_steps(self.args, max_steps)  # upstream takes those of a checkpoint for this run's
-        if resume_from_checkpoint is not None:
-            check_can_be_loaded(self, Path(resume_from_checkpoint), self.rows.earlier_processes)
         # Upstream makes the schedule of these steps, and nothing else.
         prepared = super()._prepare_for_training(self.rows.schedule_steps, train_dataloader, resume_from_checkpoint)
         if self.teacher is not None:  # not before: the student's weights are wrapped and loaded now
