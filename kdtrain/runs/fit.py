@@ -132,6 +132,8 @@ def fit(
                 write_config(run_dir, config)
                 if isinstance(reporter, FactsReporter):
                     reporter.facts["steps"], _ = planned_steps(trainer, trainer.rows_per_epoch())
+                    if checkpoint is not None:
+                        reporter.facts["steps"] = trainer.rows.last_step(checkpoint)
                     write_facts(run_dir, reporter.facts)
                 metrics = _train_and_save(trainer, run_dir, checkpoint, facts)
     return RunResult(
@@ -165,7 +167,7 @@ def _train_and_save(
     with request.listening():
         if checkpoint is None or not at_its_end:
             with _state_saved_where_the_teacher_fails(trainer, run_dir):
-                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         else:  # transformers compares with max_steps after a step only, and would take one more
             load_end(trainer, checkpoint)
         if stop.signum:
@@ -193,7 +195,7 @@ def _what_is_saved(trainer: GKDTrainerWithMetrics, run_dir: Path) -> str:
 
 def _is_at_its_end(trainer: GKDTrainerWithMetrics, checkpoint: Path) -> bool:
     """Whether nothing is left to train after a checkpoint; said once."""
-    done, (steps, _) = steps_done(checkpoint), planned_steps(trainer, trainer.rows_per_epoch())
+    done, steps = steps_done(checkpoint), trainer.rows.last_step(checkpoint)
     trainer.best_step.restore_from(checkpoint)
     if done >= steps:
         logger.warning("%s is at step %d of %d: nothing is left to train.", checkpoint.name, done, steps)
