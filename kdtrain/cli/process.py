@@ -17,9 +17,10 @@ from typing import NoReturn
 import typer
 
 from kdtrain.cli.events import timed
+from kdtrain.cli.last_words import to_say
 from kdtrain.cli.terminal import wrapped
 from kdtrain.data.errors import show
-from kdtrain.errors import ConfigError, KdtrainError
+from kdtrain.errors import ConfigError, KdtrainError, LostRankError
 from kdtrain.ranks import world_size
 from kdtrain.runs.launch import report_exit_code
 
@@ -61,16 +62,23 @@ def write_out(text: str) -> None:
 
 
 def fail(error: KdtrainError) -> NoReturn:
-    """Say what went wrong in one message and end; the traceback only for those who asked for it."""
-    message = str(error)
+    """Say what went wrong in one message and end; the traceback only for those who asked for it.
+
+    Of several ranks one says it.
+    """
+    message = to_say(error, str(error))
     if "--debug" in sys.argv:
         logger.error("traceback", exc_info=error)
-    if in_json():
+    if message is None:
+        pass
+    elif in_json():
         logger.critical(message, extra={"values": {"exit_code": error.exit_code}})
     elif isinstance(error, ConfigError) and "\n" in message:  # the problems of a file bring their own headings
         typer.echo(message, err=True)
     else:
         typer.echo(wrapped(f"kdtrain: {message}", sys.stderr), err=True)
+    if not isinstance(error, LostRankError):  # the code is that of the rank that ended first
+        report_exit_code(error.exit_code)
     _leave(error.exit_code)
 
 
@@ -84,6 +92,7 @@ def fail_with_a_bug(error: Exception) -> NoReturn:
     code = KdtrainError.exit_code
     if in_json():
         logger.critical(repr(error), extra={"values": {"exit_code": code}}, exc_info=error)
+        report_exit_code(code)
         _leave(code)
     if "--debug" in sys.argv:
         traceback.print_exception(error)
@@ -92,6 +101,7 @@ def fail_with_a_bug(error: Exception) -> NoReturn:
         where = f"in {_traceback_file(error)}"
     what = f"kdtrain: this is a bug ({show(error)}); please report it with the traceback {where} and `kdtrain env`."
     typer.echo(wrapped(what, sys.stderr), err=True)
+    report_exit_code(code)
     _leave(code)
 
 
@@ -106,7 +116,6 @@ def _traceback_file(error: Exception) -> str:
 
 
 def _leave(code: int) -> NoReturn:
-    report_exit_code(code)
     end_rank(code)
     sys.exit(code)
 

@@ -29,6 +29,7 @@ from kdtrain.runs.folder import CHECKPOINT, COMPLETIONS, LOG, forget_evaluation,
 from kdtrain.runs.launch import check_world
 from kdtrain.runs.lock import refuse_if_locked, run_lock
 from kdtrain.runs.log import JsonlLogger
+from kdtrain.runs.lost_rank import lost_ranks_named
 from kdtrain.runs.plan import plan
 from kdtrain.runs.read_data import RunData
 from kdtrain.runs.report.facts import FactsReporter, write_facts
@@ -113,6 +114,7 @@ def fit(
             if config.training_options.report:
                 reporter = at_the_end.enter_context(reported(run_dir, reporter))
             at_the_end.enter_context(tracked_status(run_dir))
+            at_the_end.enter_context(lost_ranks_named())
         at_the_end.enter_context(interrupting(OUTSIDE_OF_TRAINING))
         trainer, report = build_trainer(config, args, reporter, dry_run, given, at_the_end, when_read)
         check_world(trainer.accelerator, config)

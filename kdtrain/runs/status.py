@@ -80,8 +80,8 @@ def write_status(
     if not run_dir.is_dir() or (rank() != 0 and state != "failed"):
         return
     before = read_map(run_dir / STATUS)
-    if state == "failed" and before.get("state") == "failed":
-        return  # the first failure is the cause, the others follow from it
+    if state in ("failed", "stopped") and before.get("state") == "failed":
+        return  # the first failure is the cause; the others, and a launcher's SIGTERM, follow from it
     status: dict[str, Any] = {"state": state, "exit_code": exit_code, "message": message}
     status |= {"rank": rank(), "time": time.time(), "pid": os.getpid(), "host": socket.gethostname()}
     status |= {key: before.get(key, default) for key, default in _PROGRESS.items()} | dict(progress or {})
@@ -94,6 +94,18 @@ def write_progress(run_dir: Path, **progress: Any) -> None:
     """Write where a run is that goes on; nothing where another rank has said that it failed."""
     if read_map(run_dir / STATUS).get("state") == "running":
         write_status(run_dir, "running", progress=progress)
+
+
+def note_death(run_dir: Path, exit_code: int) -> None:
+    """Write how a run ended whose processes did not, because they were killed; called where its launcher has ended."""
+    before = read_map(run_dir / STATUS)
+    if before.get("state") in (None, "finished") or before.get("exit_code") == exit_code:
+        return
+    message = before.get("message") if before["state"] == "failed" else None
+    status = {**before, "state": "failed", "exit_code": exit_code, "time": time.time()}
+    status["message"] = message or "A process of the run was killed, and with it the run ended."
+    with contextlib.suppress(OSError):
+        write_atomically(run_dir / STATUS, json.dumps(status, indent=2) + "\n")
 
 
 def teacher_cost(run_dir: Path) -> dict[str, int]:
