@@ -515,7 +515,7 @@ def test_a_full_disk_is_exit_code_6_with_what_makes_room(error):
     with pytest.raises(CheckpointError) as caught, readable_failures(SimpleNamespace(output_dir="run")):
         raise error
     assert re.match(
-        r"Writing run\S* failed: .*Make room there, .*training\.save_total_limit.* --resume auto", str(caught.value)
+        r"Writing run\S* failed: .*Make room there\. .*training\.save_total_limit.* --resume auto", str(caught.value)
     )
 
 

@@ -10,6 +10,7 @@ import bz2
 import gzip
 import lzma
 import os
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from kdtrain.data.errors import said, show
-from kdtrain.errors import DataError
+from kdtrain.disk import FULL, failure_of, write_error
+from kdtrain.errors import DataError, KdtrainError
 
 JSON = (".json", ".jsonl", ".ndjson")
 CSV = {".csv": ",", ".tsv": "\t"}
@@ -57,7 +59,10 @@ class RawRow:
     problem: str = ""
 
 
-def cannot_read(name: str, error: Exception, most: int = 160) -> DataError:
+def cannot_read(name: str, error: Exception, most: int = 160) -> KdtrainError:
+    """The error for data that cannot be read; where a disk is full that `datasets` writes a copy to, for that."""
+    if (failure := failure_of(error)) and failure.code in FULL:
+        return write_error(failure, Path(os.environ.get("HF_DATASETS_CACHE") or tempfile.gettempdir()))
     return DataError(f"cannot read {show(name, 400)}: {said(error, most)}")
 
 

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from kdtrain.config.model_folder import read_map
-from kdtrain.errors import Interrupted, KdtrainError
+from kdtrain.disk import writing
+from kdtrain.errors import CheckpointError, Interrupted, KdtrainError
 from kdtrain.ranks import rank
 from kdtrain.runs.changed import ChangedRunError
 from kdtrain.runs.folder import ERRORS, STATUS, write_atomically
@@ -54,7 +55,8 @@ def tracked_status(run_dir: Path) -> Iterator[None]:
         if (run_dir / STATUS).exists():
             if state == "failed":
                 _keep_traceback(run_dir / ERRORS, error)
-            write_status(run_dir, state, code, message)
+            with contextlib.suppress(CheckpointError):  # the same full disk, say: it hides no other error
+                write_status(run_dir, state, code, message)
         elif not existed:
             with contextlib.suppress(OSError):  # somebody else's files keep it
                 run_dir.rmdir()
@@ -87,7 +89,8 @@ def write_status(
     status |= {key: before.get(key, default) for key, default in _PROGRESS.items()} | dict(progress or {})
     cost = teacher or teacher_cost(run_dir)
     status |= {"teacher": dict(cost)} if cost else {}
-    write_atomically(run_dir / STATUS, json.dumps(status, indent=2) + "\n")
+    with writing(run_dir / STATUS):
+        write_atomically(run_dir / STATUS, json.dumps(status, indent=2) + "\n")
 
 
 def write_progress(run_dir: Path, **progress: Any) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from kdtrain.config.arguments import build_train_arguments
 from kdtrain.config.model_folder import read_map
 from kdtrain.data.errors import show
+from kdtrain.disk import writing
 from kdtrain.errors import CheckpointError, Interrupted, KdtrainError, PreflightError
 from kdtrain.runs.bench import EvaluationReporter
 from kdtrain.runs.build import Reporter
@@ -186,11 +187,9 @@ class Sweep:
     def _write(self) -> None:
         if self._dry_run:
             return
-        try:
+        with writing(self.plan.folder / SWEEP):
             self.plan.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.plan.folder / SWEEP, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"Writing {self.plan.folder / SWEEP} failed: {error.strerror or error}.") from error
 
 
 def is_trained(run_dir: Path) -> bool:

@@ -90,6 +90,7 @@ from kdtrain.trainer.startup_checks import check_startup, readable_beginning
 from kdtrain.trainer.teacher_failures import raised_on_all_ranks
 from kdtrain.trainer.teacher_steps import TellTeacher
 from kdtrain.trainer.term_gradients import note_at_evaluation
+from kdtrain.trainer.trackers import Trackers
 from kdtrain.trainer.unlogged import RestoreUnlogged, save_unlogged
 from kdtrain.trainer.watch import WatchGradients, WatchRounding
 from kdtrain.trainer.window import Window, check_images_on_all_ranks, collect, num_supervised, options_of_window
@@ -194,6 +195,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 peft_config=given.peft_config,
             )
+        self.trackers = Trackers(self)
         checks.check_parallelism(self.accelerator)
         self.train_dataset, self.eval_dataset = given.train, given.evaluation
         construction.set_pad_token(self._tokenizer, args)
@@ -230,6 +232,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if self.best_step.patience is not None and args.metric_for_best_model is None:
             args.metric_for_best_model, args.greater_is_better = "loss", False
         self.completions = CompletionsLog(self, training_options.log_completions_steps)
+        self.before_saving: Callable[[], None] = lambda: None
+        """Called before weights or a checkpoint are written, on every rank; may refuse by an error."""
         self._guard = NonFiniteGuard(self)
         self.rows = RowProgress(self)
         self._random_from: str | None = None  # the checkpoint whose random numbers the next window begins with
@@ -583,6 +587,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As upstream, if all trained weights are finite: the last step is not followed by one that would notice."""
+        self.before_saving()
         # Whole models are the same on every rank, and a caller may save on one rank alone.
         self._guard.check_weights(together=_internal_call or self.is_sharded)
         if _internal_call and output_dir is not None:
