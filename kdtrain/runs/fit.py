@@ -28,6 +28,7 @@ from kdtrain.runs.folder import CHECKPOINT, COMPLETIONS, LOG, forget_evaluation,
 from kdtrain.runs.launch import check_world
 from kdtrain.runs.lock import refuse_if_locked, run_lock
 from kdtrain.runs.log import JsonlLogger
+from kdtrain.runs.nonfinite import nonfinite_kept
 from kdtrain.runs.plan import plan
 from kdtrain.runs.report.facts import FactsReporter, write_facts
 from kdtrain.runs.report.of_fit import reported
@@ -95,6 +96,7 @@ def fit(
             if config.training_options.report:
                 reporter = at_the_end.enter_context(reported(run_dir, reporter))
             at_the_end.enter_context(tracked_status(run_dir))
+            at_the_end.enter_context(nonfinite_kept(run_dir, config, trains=True))
         at_the_end.enter_context(interrupting(OUTSIDE_OF_TRAINING))
         trainer, report = build_trainer(config, args, reporter, dry_run, given or Given(), at_the_end)
         check_world(trainer.accelerator, config)
