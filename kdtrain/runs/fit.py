@@ -39,6 +39,7 @@ from kdtrain.runs.launch import check_world
 from kdtrain.runs.lock import refuse_if_locked, run_lock
 from kdtrain.runs.log import JsonlLogger, LogError
 from kdtrain.runs.lost_rank import lost_ranks_named
+from kdtrain.runs.nonfinite import nonfinite_kept
 from kdtrain.runs.plan import plan
 from kdtrain.runs.read_data import RunData
 from kdtrain.runs.report.facts import FactsReporter, write_facts
@@ -123,6 +124,7 @@ def fit(
             if config.training_options.report:
                 reporter = at_the_end.enter_context(reported(run_dir, reporter))
             at_the_end.enter_context(tracked_status(run_dir))
+            at_the_end.enter_context(nonfinite_kept(run_dir, config, trains=True))
             at_the_end.enter_context(lost_ranks_named())
         at_the_end.enter_context(interrupting(OUTSIDE_OF_TRAINING))
         trainer, report = build_trainer(config, args, reporter, dry_run, given, at_the_end, when_read)

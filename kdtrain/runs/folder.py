@@ -6,6 +6,7 @@
 | `status.json` | how the run ended, or that it still goes, and where it is | `status.py` |
 | `run.lock` | while a run goes on: which process, where, since when | `lock.py` |
 | `error.log` | tracebacks, where it failed | `status.py` |
+| `nonfinite.json` | where NaN or infinity came from, where that ended it | `nonfinite.py` |
 | `logging.jsonl` | one record per logging step and evaluation | `log.py` |
 | `completions.parquet` | answers generated while training, to be looked at | `completions.py` |
 | `evaluation.json` | student before and after, and teacher | `evaluate.py` |
@@ -50,6 +51,7 @@ CONFIG = "run_config.json"  # not config.json, which is the saved model's
 STATUS = "status.json"
 LOCK = "run.lock"
 ERRORS = "error.log"
+NONFINITE = "nonfinite.json"
 LOG = "logging.jsonl"
 COMPLETIONS = "completions.parquet"
 EVALUATION = "evaluation.json"

@@ -358,6 +358,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """Collect one window, replace its answers where it is generated, and count D on what will be trained on."""
         self.stopwatch.start()
         self.begun = True
+        self._guard.begin()
         options = options_of_window(self)
         given = self.read_ahead.take(epoch_iterator, num_batches)
         batches, self._window = collect(self, given, options, device)
@@ -436,6 +437,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         )
         by_kind = options.lm_kd_active and max(options.lmbda, self.args.lmbda) > 0
         metrics.record(self._metrics["train" if training else "eval"], terms, batch, by_kind=by_kind)
+        self._guard.note(batch, terms)
         if training and self.is_deepspeed_enabled:
             self._guard.check_losses()  # it takes the optimizer step within backward: this is the last place before it
         loss = terms.total * world_scale(num_items_in_batch, self.accelerator.num_processes // self.get_tp_size())
@@ -559,9 +561,12 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.teacher.prepare([batch])
         with torch.no_grad(), self.compute_loss_context_manager():
             batch = note_at_evaluation(self, model, batch)
+            self._guard.begin()
+            loss = self.compute_loss(model, batch, return_outputs=not prediction_loss_only)
+            self._guard.check_evaluation()  # at once: what comes of it would be NaN
             if prediction_loss_only:
-                return self.compute_loss(model, batch), None, None
-            loss, outputs = self.compute_loss(model, batch, return_outputs=True)
+                return loss, None, None
+            loss, outputs = loss
         # As many rows on every rank, for upstream to gather; it leaves out those that were repeated.
         return loss, _filled_up(outputs.logits, len(given)), _filled_up(batch.labels, len(given))
 
