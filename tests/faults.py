@@ -5,26 +5,10 @@ Run it as `python -m tests.faults [ROW …]`. It prints a row per fault with its
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import tempfile
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-TESTS = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A row of the table."""
-
-    fault: str
-    expected: str
-    tests: tuple[str, ...] = ()
-    """As `file.py::test_name`, all its parameters; in this folder."""
-
+from tests import tables
+from tests.tables import Row as Fault
 
 TABLE: dict[int, Fault] = {
     1: Fault("same config twice", "identical losses and weights"),
@@ -81,35 +65,5 @@ TABLE: dict[int, Fault] = {
 }
 
 
-def run(rows: Sequence[int]) -> int:
-    """Run the tests of some rows, and print the table.
-
-    Returns:
-        pytest's exit status.
-    """
-    wanted = sorted({str(TESTS / test) for row in rows for test in TABLE[row].tests})
-    with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "results.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "", f"--junit-xml={found}", "-o", "junit_family=xunit1"]
-        status = subprocess.run([*command, *wanted], check=False).returncode
-        cases = list(ElementTree.parse(found).iter("testcase"))
-    print(f"\n{'':>3} {'fault':<58} {'tests':>5} {'s':>7}  result")
-    for row in rows:
-        names = {tuple(test.split("::")) for test in TABLE[row].tests}
-        mine = [case for case in cases if (Path(case.get("file", "")).name, _function(case)) in names]
-        failed = [case for case in mine if case.find("failure") is not None or case.find("error") is not None]
-        skipped = [case for case in mine if case.find("skipped") is not None]
-        result = f"{len(failed)} FAILED" if failed else f"{len(skipped)} skipped" if skipped else "holds"
-        seconds = sum(float(case.get("time", 0)) for case in mine)
-        print(f"{row:>3} {TABLE[row].fault:<58} {len(mine):>5} {seconds:>7.1f}  {result if mine else 'no test'}")
-        for file, function in sorted(names):
-            print(f"{'':>3}   {file}::{function}")
-    return status
-
-
-def _function(case: ElementTree.Element) -> str:
-    return case.get("name", "").partition("[")[0]
-
-
 if __name__ == "__main__":
-    sys.exit(run([int(row) for row in sys.argv[1:]] or list(TABLE)))
+    sys.exit(tables.run(TABLE, [int(row) for row in sys.argv[1:]] or list(TABLE), "fault"))

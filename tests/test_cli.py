@@ -407,6 +407,7 @@ def test_a_world_that_does_not_fit_is_exit_code_2_or_3_and_nothing_is_written(pr
     assert message in err
     assert out == ""
     assert "Traceback" not in err
+    assert "\\n" not in err  # line breaks of what a library says
     assert files(project) == before
 
 

@@ -1,16 +1,25 @@
-"""The fault table names tests that exist, for every row."""
+"""The tables of faults and of cases name tests that exist, for every row."""
 
 import ast
+import functools
 
 import pytest
 
-from tests.faults import TABLE, TESTS
+from tests import cases, faults
+from tests.tables import TESTS
+
+ROWS = [*faults.TABLE.items(), *cases.TABLE.items()]
 
 
-@pytest.mark.parametrize("row", TABLE)
-def test_a_fault_has_tests_that_exist(row):
-    assert TABLE[row].tests
-    for test in TABLE[row].tests:
+@functools.cache
+def functions(file):
+    tree = ast.parse((TESTS / file).read_text("utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("row", [row for _, row in ROWS], ids=[str(key) for key, _ in ROWS])
+def test_a_row_has_tests_that_exist(row):
+    assert row.tests
+    for test in row.tests:
         file, _, function = test.partition("::")
-        tree = ast.parse((TESTS / file).read_text("utf-8"))
-        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, test
+        assert function in functions(file), test

@@ -252,8 +252,9 @@ def png(image: Any) -> bytes:
     _, ops = _pil()
     buffer = io.BytesIO()
     try:
+        image = ops.exif_transpose(image)
         if image.mode not in _SIXTEEN_BITS:
-            image = ops.exif_transpose(image).convert("RGBA" if image.has_transparency_data else _rgb_or_float(image))
+            image = image.convert("RGBA" if image.has_transparency_data else _rgb_or_float(image))
         image.save(buffer, "PNG", compress_level=1)
     except RowError:
         raise
