@@ -344,6 +344,185 @@ TABLE: dict[str, Case] = {
             "test_models_probe.py::test_a_look_at_an_image_reads_raw_rows_of_the_class_as_well",
         ),
     ),
+    # ---- right already ----
+    "M1": Case(
+        "tied weights, both dtypes",
+        "saved once in that type, loaded as one",
+        (
+            "test_usual_runs.py::test_tied_weights_are_saved_once_in_the_students_type_and_load_as_one",
+            "test_models_load_report.py::test_what_a_text_model_saves_is_loaded_as_it_was",
+            "test_models_tuning.py::test_a_trained_copy_of_a_tied_head_is_the_same_after_reload_and_merge",
+        ),
+    ),
+    "M2": Case(
+        "odd generation configs",
+        "saved, and not used for samples",
+        (
+            "test_runs_export.py::test_an_adapter_is_merged_and_all_that_a_chat_needs_comes_along",
+            "test_trainer.py::test_samples_are_not_bent_by_the_models_own_generation_config",
+            "test_cli.py::test_the_saved_config_keeps_its_cache_and_the_saved_model_stops_where_the_template_ends_a_turn",
+        ),
+    ),
+    "M3": Case(
+        "the padding side of a tokenizer",
+        "changes no number",
+        (
+            "test_usual_runs.py::test_the_padding_side_of_a_tokenizer_changes_no_number",
+            "test_python_class.py::test_a_batch_padded_on_the_left_has_the_loss_of_one_padded_on_the_right",
+        ),
+    ),
+    "M4": Case(
+        "chat templates from every place",
+        "read",
+        (
+            "test_usual_runs.py::test_a_chat_template_is_read_from_every_place",
+            "test_usual_runs.py::test_a_chat_template_of_a_processor_is_read_from_every_place",
+        ),
+    ),
+    "M5": Case(
+        "truncation inside tokenizer.json",
+        "cuts no row",
+        ("test_usual_runs.py::test_a_tokenizer_that_cuts_and_pads_by_itself_cuts_and_pads_no_row",),
+    ),
+    "M6": Case(
+        "new tokens with every LoRA kind",
+        "run, reload and merge agree",
+        (
+            "test_adapters_as_models.py::test_a_merged_model_is_base_and_adapter_and_its_saved_form_too",
+            "test_models_merging.py::test_merged_logits_are_the_unmerged_ones",
+        ),
+    ),
+    "M7": Case(
+        "load_best_model_at_end",
+        "the best step is saved",
+        (
+            "test_early_stopping.py::test_it_stops_where_patience_ends_and_says_which_step_won",
+            "test_early_stopping.py::test_a_resumed_run_stops_where_the_uninterrupted_one_does_bit_for_bit",
+        ),
+    ),
+    "M8": Case(
+        "checkpointing modes, frozen parts, ranks",
+        "change no number",
+        (
+            "test_usual_runs.py::test_a_run_with_a_usual_option_learns_and_its_model_loads",
+            "test_feature_kd_hooks.py::test_gradient_checkpointing_changes_nothing",
+            "test_vision_edges.py::test_a_frozen_language_model_with_checkpointing_trains_the_same",
+            "test_models_parts.py::test_frozen_parts_do_not_move_in_a_step_and_the_others_do",
+        ),
+    ),
+    "M9": Case(
+        "resume with workers",
+        "bit for bit",
+        ("test_usual_runs.py::test_a_run_with_workers_goes_on_bit_for_bit",),
+    ),
+    "M10": Case(
+        "NEFTune, adafactor, plateau and WSD schedulers",
+        "learn, and what is saved loads",
+        ("test_usual_runs.py::test_a_run_with_a_usual_option_learns_and_its_model_loads",),
+    ),
+    "M11": Case(
+        "DoRA",
+        "as a float64 loop",
+        ("test_oracle.py::test_weights_equal_those_of_a_float64_loop",),
+    ),
+    "M12": Case(
+        "evaluation batch sizes",
+        "change no figure",
+        (
+            "test_trainer.py::test_evaluation_is_a_mean_over_tokens_whatever_the_batch_size",
+            "test_trainer_evaluation.py::test_batches_padding_and_the_order_of_rows_change_nothing",
+        ),
+    ),
+    "M13": Case(
+        "Gemma2, Cohere2, sliding windows",
+        "as the reference; not suspected",
+        (
+            "test_trainer.py::test_other_families_match_the_reference",
+            "test_models_probe.py::test_a_causal_model_is_not_suspected",
+            "test_oracle.py::test_weights_equal_those_of_a_float64_loop",
+        ),
+    ),
+    "M14": Case(
+        "GPT-2's Conv1D with LoRA",
+        "merged as it runs",
+        ("test_usual_runs.py::test_an_adapter_on_the_transposed_layers_of_gpt2_is_merged_as_it_runs",),
+    ),
+    "M15": Case(
+        "code in a model folder",
+        "exit 3, naming the option; it does not run",
+        ("test_usual_runs.py::test_code_in_a_model_folder_does_not_run",),
+    ),
+    "I1": Case(
+        "EXIF",
+        "upright",
+        (
+            "test_data_pixels.py::test_a_picture_reaches_the_model_as_a_person_sees_it",
+            "test_data_images.py::test_images_are_turned_upright_as_for_inference",
+        ),
+    ),
+    "I2": Case(
+        "CMYK, 1-bit and palette pictures",
+        "as a person sees them",
+        (
+            "test_data_pixels.py::test_a_picture_reaches_the_model_as_a_person_sees_it",
+            "test_data_images.py::test_other_modes_stay_as_they_were",
+            "test_data_images.py::test_pillow_images_of_a_source_in_memory_are_those_of_a_batch_whatever_their_mode",
+        ),
+    ),
+    "I3": Case(
+        "pictures of 1 by 1 to 200 by 2",
+        "as the processor takes them",
+        ("test_data_pixels.py::test_a_picture_reaches_the_model_as_a_person_sees_it",),
+    ),
+    "I4": Case(
+        "decompression bombs",
+        "a bad row",
+        ("test_data_images.py::test_an_image_that_could_not_be_read_is_tried_again",),
+    ),
+    "I5": Case(
+        "several images, mixed rows",
+        "each row as alone",
+        (
+            "test_data_visual_batch.py::test_a_row_in_a_mixed_batch_is_computed_as_on_its_own",
+            "test_data_visual_batch.py::test_each_row_owns_its_part_of_the_visual_tensors",
+        ),
+    ),
+    "I6": Case(
+        "image tokens cut by max_length",
+        "the row is left out and counted",
+        (
+            "test_data_images.py::test_no_length_cuts_an_image",
+            "test_data_images.py::test_rows_that_would_lose_image_tokens_or_their_answer_are_dropped_and_counted",
+        ),
+    ),
+    "I7": Case(
+        "240 sizes of images",
+        "memory does not grow",
+        ("test_data_pixels.py::test_many_sizes_of_images_take_no_more_memory",),
+    ),
+    "I8": Case(
+        "saved processors, merged vision students",
+        "read by plain transformers",
+        (
+            "test_vision_processors.py::test_settings_of_a_run_reach_the_processor_and_stay_with_what_it_saves",
+            "test_runs_export.py::test_a_vision_student_comes_with_its_processor_and_without_projectors",
+            "test_vision_fit.py::test_a_run_trains_student_and_projectors_and_exports_the_student_alone",
+        ),
+    ),
+    "I9": Case(
+        "ranks without images",
+        "train as one process",
+        ("test_vision_fit.py::test_two_ranks_of_which_one_has_no_image_train_as_one_process",),
+    ),
+    "P1": Case(
+        "what the probe looks at before the first step",
+        "one list; under two forwards of each model",
+        (
+            "test_models_probe.py::test_a_look_costs_one_forward_and_leaves_a_model_and_the_random_state_as_they_were",
+            "test_models_probe.py::test_looks_at_text_and_image_cost_under_two_forwards_of_one_row_of_each_model",
+            "test_models_probe.py::test_what_looks_at_text_and_image_find_of_both_models_is_one_list",
+        ),
+    ),
 }
 
 

@@ -1,10 +1,18 @@
 """Pictures of every format reach a model as a person sees them: upright, on white, with 8 bits; for every family."""
 
+import gc
 import json
+import tracemalloc
 
 import pytest
 import torch
 from PIL import Image, ImageOps
+from transformers import (
+    Idefics2ImageProcessorPil,
+    Idefics2Processor,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+)
 
 from kdtrain.data import Collator, Source, build_dataset
 from kdtrain.models.processing import load_processing
@@ -16,9 +24,39 @@ ANSWER = {"role": "assistant", "content": "cat"}
 TURNED = 0x0112  # EXIF: how a picture is to be turned
 
 
-@pytest.fixture(scope="module", params=vision.FAMILIES)
+def make_llava_next():
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    return LlavaNextProcessor(
+        LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]]),
+        vision._tokenizer("<image>"),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=vision.parts_template("<image>\\n"),
+    )
+
+
+def make_idefics2():
+    return Idefics2Processor(
+        Idefics2ImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 64}, do_image_splitting=False),
+        vision._tokenizer("<fake_token_around_image>", "<image>", "<end_of_utterance>"),
+        image_seq_len=4,
+        chat_template=vision.parts_template("<image>"),
+    )
+
+
+# Those of the other families want torchvision.
+FAMILIES = {
+    **vision.FAMILIES,
+    "qwen3": vision.make_qwen3,
+    "llava_next": make_llava_next,
+    "idefics2": make_idefics2,
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def processor(request):
-    return vision.FAMILIES[request.param]()
+    return FAMILIES[request.param]()
 
 
 def noise(mode="RGB", width=40, height=32):
@@ -182,3 +220,22 @@ def test_settings_reach_the_processor_of_each_side(tmp_path):
     assert_same(dict(batch.model_inputs), expected["student"])
     assert torch.equal(batch.teacher_images.inputs["pixel_values"], expected["teacher"]["pixel_values"])
     assert not torch.equal(expected["student"]["pixel_values"], expected["teacher"]["pixel_values"])
+
+
+@pytest.mark.parametrize("family", ["qwen", "onevision"])
+def test_many_sizes_of_images_take_no_more_memory(family):
+    """240 sizes: nothing is kept for a size that comes once."""
+    collate = Collator(FAMILIES[family]())
+
+    def grown(sizes):
+        for i in sizes:
+            collate([{"messages": [QUESTION, ANSWER], "images": [picture(0, 20 + i % 16, 20 + i // 16)]}])
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = grown(range(40))
+        assert grown(range(40, 240)) - before < 500_000
+    finally:
+        tracemalloc.stop()

@@ -26,8 +26,9 @@ from kdtrain.models.kinds import refuse_other_kinds
 from kdtrain.models.loading import load_model
 from kdtrain.models.probe import TextLook, look_at_text
 from kdtrain.models.processing import load_processing
-from kdtrain.preflight.model_checks import CheckedModel, image_findings
+from kdtrain.preflight.model_checks import CheckedModel, both_sides, check_models, image_findings
 from kdtrain.runs.fit import fit
+from kdtrain.teachers.local import LocalTeacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
 from tests.tiny_families import FAMILIES, SEE_THE_FUTURE, make
@@ -610,6 +611,54 @@ def test_a_look_at_an_image_reads_raw_rows_of_the_class_as_well(tmp_path):
                         {"role": "assistant", "content": "a thing"}], "images": [picture()]}  # fmt: skip
     with pytest.raises(PreflightError, match="The student's processor does not fit the student"):
         build(make_llava_model(len(processor.tokenizer)), processor, tmp_path, [row, row])
+
+
+def look_of_both_at(rows, student, teacher):
+    """What is asked of both models before the first step, for a run that generates nothing."""
+    processor = make_llava()
+    collator = Collator(processor)
+    sides = both_sides(student, LocalTeacher(teacher), collator)
+    check_models(sides, [], collator, rows, generating=())
+
+
+IMAGE_ROW = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+                          {"role": "assistant", "content": "a thing"}], "images": [picture()]}  # fmt: skip
+
+
+def test_looks_at_text_and_image_cost_under_two_forwards_of_one_row_of_each_model():
+    models = [make_llava_model(len(make_llava().tokenizer), seed) for seed in (1, 2)]
+    tokens = {id(model): [] for model in models}
+    for model in models:
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: tokens[id(module)].append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+    look_of_both_at([IMAGE_ROW] * 4, *models)
+    row = Collator(make_llava())([IMAGE_ROW]).model_inputs["input_ids"].numel()
+    for seen in tokens.values():  # three short texts, four tokens for the teacher's head, and the row
+        assert seen[0] == 24
+        assert seen.count(row) == 1
+        assert sum(seen) < 2 * row
+
+
+def test_what_looks_at_text_and_image_find_of_both_models_is_one_list():
+    student, teacher = (make_llava_model(len(make_llava().tokenizer), seed) for seed in (1, 2))
+    teacher.model.language_model.register_forward_hook(see_later_tokens)
+    student.model.vision_tower.register_forward_pre_hook(refuse_pixels)
+    with pytest.raises(PreflightError, match="2 things stop this run before it begins") as caught:
+        look_of_both_at([IMAGE_ROW], student, teacher)
+    assert "The teacher (" in str(caught.value)
+    assert "sees the tokens that it has to predict" in str(caught.value)
+    assert "The student's processor does not fit the student" in str(caught.value)
+    assert "The teacher's processor" not in str(caught.value)  # it is not run again
+
+
+def see_later_tokens(module, args, output):
+    output.last_hidden_state = output.last_hidden_state + output.last_hidden_state.mean(1, keepdim=True)
+    return output
+
+
+def refuse_pixels(module, args):
+    raise ValueError("these pixels are not for me")
 
 
 def test_adapters_do_not_disturb_a_look(tmp_path, tokenizer):

@@ -89,6 +89,7 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3": (hf.Qwen3Config, _HEADS),
     "gemma2": (hf.Gemma2Config, _HEADS),
     "gemma3": (hf.Gemma3TextConfig, {**_HEADS, "sliding_window": 8}),
+    "cohere2": (hf.Cohere2Config, {**_HEADS, "sliding_window": 8}),
     "gpt_neox": (hf.GPTNeoXConfig, _GROUPED),
     "phi3": (hf.Phi3Config, {**_GROUPED, "rope_parameters": _LONGROPE, "original_max_position_embeddings": 32}),
     "llama_dynamic": (

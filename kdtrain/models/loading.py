@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _NO_GPU = re.compile(r"not compiled with CUDA|no NVIDIA driver|No CUDA GPUs are available|invalid device ordinal", re.I)
+_OWN_CODE = re.compile(r"contains custom code|trust_remote_code")
 _UNKNOWN_ARGUMENT = re.compile(r"unexpected keyword argument ('\w+')")
 
 
@@ -172,6 +173,11 @@ def _readable_loading(name: str) -> Iterator[None]:
             raise PreflightError(
                 f"{name} is to be placed on a GPU, and torch {torch.__version__} does not see it: {first_line(error)}. "
                 "Remove rlhf.teacher.device_map, or run where kdtrain env lists that device, with a torch built for it."
+            ) from error
+        if isinstance(error, ValueError) and _OWN_CODE.search(str(error)):
+            raise PreflightError(
+                f"The model {name} could not be loaded: it needs Python code of its own, which runs only where the "
+                "config says model.trust_remote_code: true. Read that code first."
             ) from error
         unknown = _UNKNOWN_ARGUMENT.search(str(error)) if isinstance(error, TypeError) else None
         reason = f"neither its class nor its config takes the argument {unknown[1]}" if unknown else first_line(error)

@@ -26,7 +26,7 @@ from kdtrain.errors import PreflightError
 from kdtrain.generation.generate import refuse_marked_answers
 from kdtrain.generation.padding import who_shares_a_batch
 from kdtrain.models import probe
-from kdtrain.preflight.findings import report
+from kdtrain.preflight.findings import Together, report
 from kdtrain.preflight.positions import RowLengths, length_findings, rope_findings
 from kdtrain.ranks import is_main
 
@@ -97,6 +97,9 @@ def check_models(
 ) -> None:
     """Warn of what will be worse than it looks, and refuse what would end the run or make its numbers wrong.
 
+    Beside the look at a text it costs a forward on one row with an image, and all that is found is one list; of models
+    that will write answers, a few tokens of them more.
+
     Args:
         train: where a row with an image is looked for; None where there is no data yet.
         generating: the models that will write answers.
@@ -107,12 +110,16 @@ def check_models(
     for model in generating:
         refuse_marked_answers(model)
     multiple = getattr(collator, "pad_to_multiple_of", None)
-    findings = [finding for side in sides for finding in side.look.findings]
+    findings, sound = [], []
     for side in sides:
         read = [some for some in rows if some.side in (None, side.name)]
-        findings += length_findings(side, read, multiple)
-        findings += rope_findings(side, read)
-    report(finding for finding in findings if finding.level == "error" or not only_errors)
+        own = [*side.look.findings, *length_findings(side, read, multiple), *rope_findings(side, read)]
+        findings += own
+        if all(finding.level != "error" for finding in own):
+            sound.append(side)
+    together = Together()
+    with together.check():
+        report(finding for finding in findings if finding.level == "error" or not only_errors)
     unseen = [side.name for side in sides if not side.look.looked]
     if unseen and is_main():
         logger.warning(
@@ -120,12 +127,15 @@ def check_models(
             "they have to predict.",
             " and ".join(unseen),
         )
-    if is_sharded or unseen:
+    can_run = not is_sharded and not unseen
+    if can_run and train is not None and isinstance(collator, Collator):
+        row = first_row_with_images(train, collator)
+        if row is not None:
+            with together.check(), autocast():
+                report(finding for side in sound for finding in image_findings(side, collator, row))
+    together.done()
+    if not can_run:
         return
-    row = None if train is None or not isinstance(collator, Collator) else first_row_with_images(train, collator)
-    if row is not None:
-        with autocast():
-            report(finding for side in sides for finding in image_findings(side, collator, row))
     for model in generating:
         who_shares_a_batch(model, next(model.parameters()).device)
 
