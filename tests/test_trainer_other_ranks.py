@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from transformers import TrainerCallback
 
 from kdtrain.errors import CheckpointError
 from kdtrain.trainer.resume_checks import check_can_be_loaded
@@ -133,8 +134,24 @@ def test_rates_of_other_batches_are_those_of_a_run_with_them_at_the_same_row(tmp
     saved = json.loads((tmp_path / "checkpoint-6" / "data_position.json").read_text())
     assert saved == {
         "version": 1, "epoch": 0, "row": 12, "rows_per_epoch": 13, "seed": 42, "rows_per_step": 2, "processes": 1,
-        "step": 6, "schedule_step": 6, "end": {"epoch": 2, "row": 0}, "num_train_epochs": 2,
+        "step": 6, "end": {"epoch": 2, "row": 0}, "num_train_epochs": 2,
     }  # fmt: skip
+
+
+class EndEpochs(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        control.should_epoch_stop = state.global_step in (2, 5)
+
+
+def test_an_epoch_that_a_callback_has_ended_is_not_gone_on_with(tmp_path):
+    options = {**batches(2, 1), "extra": {"callbacks": [EndEpochs()]}}
+    whole = train(tmp_path, **options, **SAVING)
+    assert len(whole["steps"]) == 5
+    for stop in (1, 2, 3):
+        rest = train(tmp_path / "rest", str(tmp_path / f"checkpoint-{stop}"), **options)
+        assert rest["steps"] == whole["steps"][stop:]
+        assert rest["losses"].items() <= whole["losses"].items()
+        assert rest["rates"] == whole["rates"][stop:]
 
 
 # ---- what cannot be loaded -------------------------------------------------------------------------------------------

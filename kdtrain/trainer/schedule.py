@@ -20,7 +20,7 @@ def rates_of_beginning(trainer: GKDTrainerWithMetrics) -> list[float] | None:
     return [float(rate) for rate in scheduler.base_lrs]
 
 
-def go_on(trainer: GKDTrainerWithMetrics, rates: Sequence[float] | None, moved: int) -> None:
+def go_on(trainer: GKDTrainerWithMetrics, rates: Sequence[float] | None, step: int | None) -> None:
     """Set the rates of the next step, after optimizer and scheduler were loaded.
 
     They hold the rate that the run before would have gone on with: 0 at its end, where one that goes on for longer
@@ -28,13 +28,14 @@ def go_on(trainer: GKDTrainerWithMetrics, rates: Sequence[float] | None, moved: 
 
     Args:
         rates: of `rates_of_beginning`, before it was loaded.
-        moved: steps by which the run stands further on in the schedule than the one before; or back.
+        step: of the schedule, counted from 0; None is the one that was loaded.
     """
     scheduler = trainer.lr_scheduler
     if rates is None or not isinstance(scheduler, LambdaLR):
         return
     scheduler.base_lrs = list(rates)
-    scheduler.last_epoch = max(scheduler.last_epoch + moved, 0)
+    if step is not None:
+        scheduler.last_epoch = step
     groups = scheduler.optimizer.param_groups
     scheduler._last_lr = [
         rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)

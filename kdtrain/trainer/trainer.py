@@ -621,7 +621,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 f"Optimizer and scheduler of {checkpoint} cannot be loaded: {reason} Resume with the options that the "
                 "run began with, or from another checkpoint."
             ) from error
-        go_on(self, rates, self.rows.schedule_moved)
+        go_on(self, rates, self.rows.schedule_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._loading_from = resume_from_checkpoint
