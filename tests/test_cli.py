@@ -452,7 +452,7 @@ def test_a_nan_ends_with_exit_code_5_and_a_status_that_says_so(project, kdtrain)
 def test_weights_that_the_last_step_broke_end_with_exit_code_5_and_are_not_saved(project, kdtrain):
     code, _, err = kdtrain("fit", "config.yaml", "training.learning_rate=1e38", "training.max_steps=1")
     assert code == 5, err
-    assert "Not finite after step 1: trained weights" in err
+    assert "Not finite after step 1, rank 0: trained weights" in err
     assert not (project / "run" / "model.safetensors").exists()
 
 
@@ -537,13 +537,6 @@ def test_a_run_that_is_half_done_goes_on_with_a_larger_batch_after_the_same_rows
     code, out, err = kdtrain("fit", "config.yaml", larger, "--resume", "auto")
     assert code == 0, err
     assert "checkpoint-9 is at step 9 of 9: nothing is left to train" in err
-
-
-def test_a_resumed_run_says_which_options_are_new(project, kdtrain):
-    save = ["training.save_strategy=steps", "training.save_steps=2"]
-    assert kdtrain("fit", "config.yaml", *save)[0] == 0
-    _, _, err = kdtrain("fit", "config.yaml", *save, "--resume", "auto", "rlhf.beta=0.9", "training.max_steps=6")
-    assert "rlhf.beta: 0.5 -> 0.9; training.max_steps: 4 -> 6" in err
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ collective.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from accelerate import Accelerator
 
 from kdtrain.data.batch import Batch
 from kdtrain.losses.kinds import VISUAL_TARGETS
+from kdtrain.memory import peak_memory_gib
 from kdtrain.trainer.objective import Terms
 
 # Terms of the loss, already weighted. Training: each entry is the micro-batch's share of its window's loss, so that the
@@ -216,14 +215,6 @@ def _token_metrics(reduced: Reduced) -> dict[str, float]:
         if reduced.counts["teacher_entropy_sum"]:  # drawn tokens do not tell it
             record["teacher_entropy"] = reduced.sums["teacher_entropy_sum"] / teacher_tokens
     return record
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """GiB at the peak so far: allocated on the device for CUDA, the resident size of this process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB on Linux
 
 
 class Stopwatch:

@@ -21,7 +21,8 @@ What is overridden, and why:
 | `Trainer.create_optimizer`, `_clip_grad_norm` | the projectors of visual KD belong to the run, not to the student |
 | `SFTTrainer.prediction_step`, `Trainer.evaluation_loop` | a mean over tokens, not of batch means; no row twice |
 | `Trainer.save_model` | weights that are not finite are not saved |
-| `SFTTrainer._save_checkpoint` | the time it takes is left out of tokens per second |
+| `SFTTrainer._save_checkpoint` | the time it takes is left out of tokens per second; what a run does around it |
+| `Trainer._save_optimizer_and_scheduler`, `_save_scaler` | an error of one rank is raised on all, see `saving.py` |
 | `Trainer._save_rng_state`, `_prepare_for_training` | metrics since the last log, and a teacher's state, are kept |
 | `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | the projectors' file; and no pickle of the arguments |
 | `Trainer._load_optimizer_and_scheduler` | a file that does not fit is an error with a way out |
@@ -33,6 +34,7 @@ What is overridden, and why:
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -82,11 +84,13 @@ from kdtrain.trainer.read_ahead import ReadAhead
 from kdtrain.trainer.resume_checks import check_can_be_loaded
 from kdtrain.trainer.row_progress import RowProgress
 from kdtrain.trainer.samples import SampleWatch
+from kdtrain.trainer.saving import Saving
 from kdtrain.trainer.schedule import go_on, rates_of_beginning
 from kdtrain.trainer.startup_checks import check_startup, readable_beginning
 from kdtrain.trainer.teacher_failures import raised_on_all_ranks
 from kdtrain.trainer.teacher_steps import TellTeacher
 from kdtrain.trainer.term_gradients import note_at_evaluation
+from kdtrain.trainer.trackers import Trackers
 from kdtrain.trainer.unlogged import RestoreUnlogged, save_unlogged
 from kdtrain.trainer.watch import WatchGradients, WatchRounding
 from kdtrain.trainer.window import Window, check_images_on_all_ranks, collect, num_supervised, options_of_window
@@ -162,6 +166,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         assert model is not None
         self.options, training_options = DistillationOptions.from_args(args), TrainingOptions.from_args(args)
         self._window: Window | None = None  # the one that is being trained
+        self.saving = Saving(self)
         given = construction.prepare(
             args,
             self.options,
@@ -190,6 +195,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 peft_config=given.peft_config,
             )
+        self.trackers = Trackers(self)
         checks.check_parallelism(self.accelerator)
         self.train_dataset, self.eval_dataset = given.train, given.evaluation
         construction.set_pad_token(self._tokenizer, args)
@@ -226,6 +232,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if self.best_step.patience is not None and args.metric_for_best_model is None:
             args.metric_for_best_model, args.greater_is_better = "loss", False
         self.completions = CompletionsLog(self, training_options.log_completions_steps)
+        self.before_saving: Callable[[], None] = lambda: None
+        """Called before weights or a checkpoint are written, on every rank; may refuse by an error."""
         self._guard = NonFiniteGuard(self)
         self.rows = RowProgress(self)
         self._random_from: str | None = None  # the checkpoint whose random numbers the next window begins with
@@ -350,6 +358,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """Collect one window, replace its answers where it is generated, and count D on what will be trained on."""
         self.stopwatch.start()
         self.begun = True
+        self._guard.begin()
         options = options_of_window(self)
         given = self.read_ahead.take(epoch_iterator, num_batches)
         batches, self._window = collect(self, given, options, device)
@@ -428,6 +437,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         )
         by_kind = options.lm_kd_active and max(options.lmbda, self.args.lmbda) > 0
         metrics.record(self._metrics["train" if training else "eval"], terms, batch, by_kind=by_kind)
+        self._guard.note(batch, terms)
         if training and self.is_deepspeed_enabled:
             self._guard.check_losses()  # it takes the optimizer step within backward: this is the last place before it
         loss = terms.total * world_scale(num_items_in_batch, self.accelerator.num_processes // self.get_tp_size())
@@ -551,9 +561,12 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.teacher.prepare([batch])
         with torch.no_grad(), self.compute_loss_context_manager():
             batch = note_at_evaluation(self, model, batch)
+            self._guard.begin()
+            loss = self.compute_loss(model, batch, return_outputs=not prediction_loss_only)
+            self._guard.check_evaluation()  # at once: what comes of it would be NaN
             if prediction_loss_only:
-                return self.compute_loss(model, batch), None, None
-            loss, outputs = self.compute_loss(model, batch, return_outputs=True)
+                return loss, None, None
+            loss, outputs = loss
         # As many rows on every rank, for upstream to gather; it leaves out those that were repeated.
         return loss, _filled_up(outputs.logits, len(given)), _filled_up(batch.labels, len(given))
 
@@ -579,21 +592,31 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As upstream, if all trained weights are finite: the last step is not followed by one that would notice."""
+        self.before_saving()
         # Whole models are the same on every rank, and a caller may save on one rank alone.
         self._guard.check_weights(together=_internal_call or self.is_sharded)
+        if _internal_call and output_dir is not None:
+            self.saving.begin(output_dir)
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.stopwatch.pause():
-            super()._save_checkpoint(*args, **kwargs)
+            self.saving.checkpoint(functools.partial(super()._save_checkpoint, *args, **kwargs))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self.saving.part(super()._save_optimizer_and_scheduler, output_dir)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        self.saving.part(super()._save_scaler, output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
+        self.saving.part(super()._save_rng_state, output_dir)
         if self.teacher is not None:
-            self.teacher.save(Path(output_dir))
-        save_unlogged(self, output_dir)
+            self.saving.part(self.teacher.save, Path(output_dir))
+        self.saving.part(save_unlogged, self, output_dir)
         if self.args.should_save:
-            self.rows.save(output_dir)
+            self.saving.part(self.rows.save, output_dir)
+        self.accelerator.wait_for_everyone()  # trainer_state.json comes next: with it a checkpoint is complete
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """As upstream; other processes than those that wrote it begin with numbers of seed, step and rank."""
@@ -603,6 +626,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
             set_seed(stable_seed(f"{self.args.seed}:{self.state.global_step}:{self.args.process_index}") % 2**32)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self.saving.part(self._save_student, output_dir, state_dict)
+
+    def _save_student(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
         """Weights, config and tokenizer; never the pickled arguments, which nothing reads back."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
@@ -647,7 +673,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Only for a student with a name on the hub."""
         if not os.path.isdir(getattr(self.unwrap(self.model).config, "_name_or_path", None) or "."):
-            super().create_model_card(*args, **kwargs)
+            self.saving.part(functools.partial(super().create_model_card, *args, **kwargs))
 
     def _send_telemetry(self) -> None:
         """TRL would report trainer and model type to the hub."""

@@ -32,10 +32,7 @@ def _file(folder: str | Path, rank: int) -> Path:
 
 
 def save_unlogged(trainer: GKDTrainerWithMetrics, folder: str | Path) -> None:
-    """Write this rank's sums since the last record, in full precision; a collective.
-
-    Before trainer_state.json, which is written last: with it a checkpoint is complete.
-    """
+    """Write this rank's sums since the last record, in full precision."""
     state = {
         "loss": trainer._tr_loss.detach().cpu(),
         "logged_loss": torch.tensor(trainer._total_loss_scalar, dtype=torch.float64),
@@ -48,7 +45,6 @@ def save_unlogged(trainer: GKDTrainerWithMetrics, folder: str | Path) -> None:
             state[_METRIC + name] = torch.stack([value.detach().cpu().double() for value in values])
     state |= {_SAMPLES + name: value for name, value in trainer.samples.state().items()}
     save_file(state, _file(folder, trainer.args.process_index))
-    trainer.accelerator.wait_for_everyone()
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
