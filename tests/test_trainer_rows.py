@@ -67,6 +67,7 @@ class Run:
         batches, steps = told.get("steps_in_epoch", batches), told.get("num_update_steps_per_epoch", steps)
         assert {len(shard) for shard in shards} == {batches}
         accumulation = self.args.gradient_accumulation_steps
+        assert steps > 0  # upstream ends the training where an epoch has no batch
         left = self.rows.rows_being_read
         for step in range(steps):
             part = range(step * accumulation, min((step + 1) * accumulation, batches))
