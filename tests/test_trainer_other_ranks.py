@@ -44,6 +44,7 @@ def train(folder, resume=None, **options):
         "planned": trainer.state.max_steps,
         "epochs": [record["epoch"] for record in records],
         "rates": [record["learning_rate"] for record in records],
+        "decay": [group["weight_decay"] for group in trainer.optimizer.param_groups],
         "losses": {record["step"]: record["loss"] for record in records},
         "sums": {record["step"]: [record[name] for name in SUMS] for record in records},
     }
@@ -126,6 +127,9 @@ def test_max_steps_that_were_raised_give_the_rates_of_the_longer_run(tmp_path):
     options["learning_rate"] = 1e-3
     slower = train(tmp_path / "rest", str(tmp_path / "checkpoint-2"), max_steps=4, **options)
     assert slower["rates"] == pytest.approx([0.0005, 0.00025])
+    assert slower["decay"] == [0.0, 0.0]
+    decayed = train(tmp_path / "rest", str(tmp_path / "checkpoint-2"), max_steps=4, weight_decay=0.5, **options)
+    assert decayed["decay"] == [0.5, 0.0]
 
 
 def test_rates_of_other_batches_are_those_of_a_run_with_them_at_the_same_row(tmp_path):

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
+
+
+# Of an optimizer's groups; what else is in them may have been computed while training.
+_OPTIONS = ("weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha", "amsgrad")
+
+
+def group_options(trainer: GKDTrainerWithMetrics) -> list[dict[str, Any]]:
+    """What the arguments say of each group of the optimizer: a state that is loaded puts the earlier run's over it."""
+    groups = [] if trainer.optimizer is None or trainer.is_deepspeed_enabled else trainer.optimizer.param_groups
+    return [{name: group[name] for name in _OPTIONS if name in group} for group in groups]
+
+
+def set_group_options(trainer: GKDTrainerWithMetrics, options: list[dict[str, Any]]) -> None:
+    """Put them back after loading."""
+    if options:
+        for group, own in zip(trainer.optimizer.param_groups, options, strict=True):
+            group.update(own)
 
 
 def rates_of_beginning(trainer: GKDTrainerWithMetrics) -> list[float] | None:

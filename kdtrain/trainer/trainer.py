@@ -85,7 +85,7 @@ from kdtrain.trainer.resume_checks import check_can_be_loaded
 from kdtrain.trainer.row_progress import RowProgress
 from kdtrain.trainer.samples import SampleWatch
 from kdtrain.trainer.saving import Saving
-from kdtrain.trainer.schedule import go_on, rates_of_beginning
+from kdtrain.trainer.schedule import go_on, group_options, rates_of_beginning, set_group_options
 from kdtrain.trainer.startup_checks import check_startup, readable_beginning
 from kdtrain.trainer.teacher_failures import raised_on_all_ranks
 from kdtrain.trainer.teacher_steps import TellTeacher
@@ -638,7 +638,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        rates = rates_of_beginning(self)
+        rates, options = rates_of_beginning(self), group_options(self)
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
@@ -647,6 +647,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 f"Optimizer and scheduler of {checkpoint} cannot be loaded: {reason} Resume with the options that the "
                 "run began with, or from another checkpoint."
             ) from error
+        set_group_options(self, options)
         go_on(self, rates, self.rows.schedule_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
