@@ -133,9 +133,13 @@ def test_sizes_alone_are_compared_where_that_is_asked_for(run, monkeypatch):
     assert newest_complete(run).newest == run / "checkpoint-2"
     truncate(run / "checkpoint-2" / "optimizer.pt")
     assert newest_complete(run).newest == run / "checkpoint-1"
+    write_manifest(run / "checkpoint-2", step=2, world_size=1, finite=True)
+    assert {facts["xxh3_128"] for facts in read_manifest(run / "checkpoint-2")["files"].values()} == {None}
+    monkeypatch.delenv("KDTRAIN_VERIFY")
+    assert newest_complete(run).newest == run / "checkpoint-2"
     monkeypatch.setenv("KDTRAIN_VERIFY", "none")
     with pytest.raises(ConfigError, match="must be hashes or sizes"):
-        newest_complete(run)
+        checkpoint_to_resume(run, "auto")
 
 
 # ---- without a manifest ----------------------------------------------------------------------------------------------

@@ -26,15 +26,15 @@ from transformers import TrainingArguments
 
 from kdtrain.config.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, WEIGHTS
 from kdtrain.ranks import is_main
-from kdtrain.runs.checkpoints import missing_files, numbered, step_of, why_not
+from kdtrain.runs.checkpoints import TRAINER_STATE, missing_files, numbered, step_of, why_not
 from kdtrain.runs.folder import CHECKPOINT, MANIFEST
-from kdtrain.runs.manifest import UNFINISHED, read_manifest, sync_folder, write_manifest
+from kdtrain.runs.manifest import UNFINISHED, read_manifest, sync, write_manifest
 
 logger = logging.getLogger(__name__)
 
 _REPLACED, _REMOVED = ".replaced", ".removed"
 _OF_A_CHECKPOINT = (
-    MANIFEST, UNFINISHED, "trainer_state.json", "optimizer.pt", WEIGHTS, INDEX, ADAPTER_WEIGHTS, ADAPTER_CONFIG,
+    MANIFEST, UNFINISHED, TRAINER_STATE, "optimizer.pt", WEIGHTS, INDEX, ADAPTER_WEIGHTS, ADAPTER_CONFIG,
     "config.json",
 )  # fmt: skip
 
@@ -64,7 +64,7 @@ class CheckpointKeeper:
             _make_way(checkpoint)
         checkpoint.mkdir(parents=True)
         (checkpoint / UNFINISHED).touch()
-        sync_folder(checkpoint)
+        sync(checkpoint)
 
     def finish(self, checkpoint: Path, finite: bool, best: str | None) -> None:
         """Write the manifest; only then remove what is older than `save_total_limit` allows."""
@@ -144,7 +144,7 @@ def _left_behind(folders: list[Path]) -> list[str]:
     """Give folders names that nothing here looks for; the new ones."""
     number = next(n for n in itertools.count(1) if not any(_with(path, f".old-{n}").exists() for path in folders))
     found = [path.rename(_with(path, f".old-{number}")).name for path in folders]
-    sync_folder(folders[0].parent)
+    sync(folders[0].parent)
     return found
 
 
@@ -196,9 +196,9 @@ def _remove(path: Path) -> None:
     """Remove a folder, in one move for whoever looks for checkpoints."""
     if not path.exists():
         return
-    if not path.name.endswith((_REMOVED, _REPLACED)):
-        path = path.rename(_with(path, _REMOVED))
     try:
+        if not path.name.endswith((_REMOVED, _REPLACED)):
+            path = path.rename(_with(path, _REMOVED))
         shutil.rmtree(path)
     except OSError as error:
         logger.warning("%s could not be removed: %s.", path, error.strerror or error)
