@@ -340,11 +340,20 @@ def test_a_folder_that_a_user_has_put_in_the_place_of_a_checkpoint_is_kept(run, 
 
 
 def test_what_a_killed_process_was_removing_is_removed_and_never_taken(run):
-    (run / "checkpoint-1").rename(run / "checkpoint-1.removed")
-    (run / "checkpoint-1.removed" / "model.safetensors").unlink()
+    (run / "checkpoint-1").rename(run / "checkpoint-1.kdtrain-removed")
+    (run / "checkpoint-1.kdtrain-removed" / "model.safetensors").unlink()
+    (run / "checkpoint-7.removed").mkdir()  # a user's
     assert newest_complete(run).skipped == {}
     rotation.clean_up(run)
-    assert names(run) == {"checkpoint-2"}
+    assert names(run) == {"checkpoint-2", "checkpoint-7.removed"}
+
+
+def test_what_a_save_that_was_cut_off_has_left_is_removed_once_a_later_one_is_complete(run):
+    for step in (0, 3):
+        (run / f"checkpoint-{step}").mkdir()
+        (run / f"checkpoint-{step}" / "kdtrain_unfinished").touch()
+    rotation.rotate(run, run / "checkpoint-2", None, best=None)
+    assert names(run) == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
 
 
 # ---- a checkpoint as a model -----------------------------------------------------------------------------------------
