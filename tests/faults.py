@@ -28,11 +28,57 @@ class Fault:
 
 TABLE: dict[int, Fault] = {
     1: Fault("same config twice", "identical losses and weights"),
-    2: Fault("resume from every saved step", "bitwise equal to the uninterrupted run"),
-    3: Fault("kill -9 at nine points inside a save", "newest complete checkpoint used, skipped ones named"),
-    4: Fault("kill -9 at random times", "resumes or starts clean, never a traceback"),
-    5: Fault("damaged file in the newest checkpoint", "skipped with its reason, older one used; none left: exit 6"),
-    6: Fault("--resume PATH of an incomplete checkpoint", "refused: which file and why, exit 6"),
+    2: Fault(
+        "resume from every saved step",
+        "bitwise equal to the uninterrupted run",
+        (
+            "test_trainer_resume.py::test_a_run_resumed_at_any_step_equals_the_uninterrupted_one_bit_for_bit",
+            "test_on_policy.py::test_a_run_resumed_at_any_step_samples_and_trains_on_bit_for_bit",
+            "test_vision_fit.py::test_a_resumed_run_has_the_weights_optimizer_and_projectors_of_its_checkpoint",
+            "test_teachers_itself.py::test_a_resumed_run_has_the_same_average_and_weights_bit_for_bit",
+            "test_early_stopping.py::test_a_resumed_run_stops_where_the_uninterrupted_one_does_bit_for_bit",
+        ),
+    ),
+    3: Fault(
+        "kill -9 at nine points inside a save",
+        "newest complete checkpoint used, skipped ones named",
+        (
+            "test_runs_kills.py::test_killed_inside_a_save_it_goes_on_from_the_newest_complete_one_bit_for_bit",
+            "test_runs_kills.py::test_killed_at_every_point_inside_a_save_it_goes_on_from_the_newest_complete_one",
+            "test_runs_checkpoints.py::test_a_step_that_is_saved_again_replaces_the_one_before_only_when_it_is_complete",
+            "test_runs_checkpoints.py::test_what_a_killed_process_was_removing_is_removed_and_never_taken",
+            "test_runs_checkpoints.py::test_all_files_are_on_the_disk_before_the_manifest_is_and_it_before_its_name",
+        ),
+    ),
+    4: Fault(
+        "kill -9 at random times",
+        "resumes or starts clean, never a traceback",
+        (
+            "test_runs_kills.py::test_killed_at_three_random_times_it_ends_as_if_nobody_had",
+            "test_runs_kills.py::test_killed_at_25_random_times_it_always_goes_on_and_ends_as_if_nobody_had",
+        ),
+    ),
+    5: Fault(
+        "damaged file in the newest checkpoint",
+        "skipped with its reason, older one used; none left: exit 6",
+        (
+            "test_runs_checkpoints.py::test_a_damaged_file_of_any_kind_is_skipped_by_auto_and_refused_by_name",
+            "test_runs_checkpoints.py::test_where_all_are_damaged_the_run_ends_with_6_and_nothing_is_written_over",
+            "test_runs_checkpoints.py::test_a_checkpoint_of_another_tool_is_taken_with_a_line_that_says_so",
+            "test_runs_checkpoints.py::test_without_a_manifest_what_cannot_be_read_is_skipped",
+            "test_runs_checkpoints.py::test_a_checkpoint_whose_optimizer_state_is_not_finite_is_not_taken",
+            "test_runs_checkpoints.py::test_a_model_alone_is_no_state_to_go_on_from_and_the_finished_model_stays",
+            "test_runs_checkpoints.py::test_sizes_alone_are_compared_where_that_is_asked_for",
+        ),
+    ),
+    6: Fault(
+        "--resume PATH of an incomplete checkpoint",
+        "refused: which file and why, exit 6",
+        (
+            "test_runs_checkpoints.py::test_a_damaged_file_of_any_kind_is_skipped_by_auto_and_refused_by_name",
+            "test_cli.py::test_an_incomplete_checkpoint_is_refused_by_name_and_skipped_by_auto",
+        ),
+    ),
     7: Fault("resume with changed model, tokenizer, loss or data", "refused with a key-by-key difference"),
     8: Fault("SIGTERM in forward, accumulation, generation, save", "checkpoint complete, exit 143, resume bitwise"),
     9: Fault("SIGINT once; twice", "as 8 with 130; at once, older checkpoint intact"),
@@ -53,7 +99,14 @@ TABLE: dict[int, Fault] = {
     24: Fault("API key in the environment, in YAML, in a URL", "in no output and no file of the run"),
     25: Fault("YAML: tags, alias bomb, depth, size, duplicates", "exit 2, one line, under 1 s and 200 MB"),
     26: Fault("wrong types, unknown keys, conflicts", "all of them in one run, each with place and fix"),
-    27: Fault("path traversal, symlinks in names", "the resolved path stays inside"),
+    27: Fault(
+        "path traversal, symlinks in names",
+        "the resolved path stays inside",
+        (
+            "test_runs_checkpoints.py::test_only_checkpoints_of_the_run_are_removed",
+            "test_runs_checkpoints.py::test_a_folder_that_a_user_has_put_in_the_place_of_a_checkpoint_is_kept",
+        ),
+    ),
     28: Fault("model folder with code or pickled weights", "refused without opt-in, payload never runs"),
     29: Fault("cache or data set with pickle or a script", "refused"),
     30: Fault("vocabulary or special tokens differ", "an error before training with sizes and first ids"),
@@ -67,7 +120,14 @@ TABLE: dict[int, Fault] = {
     38: Fault("two runs in one run directory", "second refused; a stale lock recognised"),
     39: Fault("resume into, or output_dir at, a model or data folder", "refused before anything is written"),
     40: Fault("model folder lacks or renames a weight", "exit 3 with the keys"),
-    41: Fault("resume from an older checkpoint, stop, --resume auto", "the newest of the current line"),
+    41: Fault(
+        "resume from an older checkpoint, stop, --resume auto",
+        "the newest of the current line",
+        (
+            "test_runs_checkpoints.py::test_a_run_that_goes_on_from_an_older_checkpoint_leaves_a_branch_and_follows_its_own",
+            "test_runs_checkpoints.py::test_a_run_that_ends_before_its_first_save_goes_on_from_where_it_went_on_from",
+        ),
+    ),
     42: Fault("SIGHUP, SIGUSR1, SIGXCPU", "as 8"),
     43: Fault("launcher killed with -9", "workers end within 30 s, lock freed"),
     44: Fault("stdout or stderr closed or full", "training goes on, model saved, exit 0"),

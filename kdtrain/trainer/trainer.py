@@ -22,6 +22,7 @@ What is overridden, and why:
 | `SFTTrainer.prediction_step`, `Trainer.evaluation_loop` | a mean over tokens, not of batch means; no row twice |
 | `Trainer.save_model` | weights that are not finite are not saved |
 | `SFTTrainer._save_checkpoint` | the time it takes is left out of tokens per second; what a run does around it |
+| `Trainer._push_from_checkpoint` | once the checkpoint is complete |
 | `Trainer._save_optimizer_and_scheduler`, `_save_scaler` | an error of one rank is raised on all, see `saving.py` |
 | `Trainer._save_rng_state`, `_prepare_for_training` | metrics since the last log, and a teacher's state, are kept |
 | `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | the projectors' file; and no pickle of the arguments |
@@ -617,6 +618,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if self.args.should_save:
             self.saving.part(self.rows.save, output_dir)
         self.accelerator.wait_for_everyone()  # trainer_state.json comes next: with it a checkpoint is complete
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self.saving.push_when_complete(functools.partial(super()._push_from_checkpoint, checkpoint_folder))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """As upstream; other processes than those that wrote it begin with numbers of seed, step and rank."""
