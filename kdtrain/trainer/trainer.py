@@ -36,7 +36,7 @@ import logging
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ from kdtrain.teachers import Targets, Teacher, teacher_autocast
 from kdtrain.trainer import argument_checks as checks
 from kdtrain.trainer import construction, metrics
 from kdtrain.trainer.best_step import BestStep, metric_name
+from kdtrain.trainer.changed_options import entries_of_beginning, take_back
 from kdtrain.trainer.completions import CompletionsLog
 from kdtrain.trainer.given_rows import check_raw_rows, check_stream, placeholder
 from kdtrain.trainer.guard import NonFiniteGuard
@@ -160,6 +161,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.options, training_options = DistillationOptions.from_args(args), TrainingOptions.from_args(args)
         self._window: Window | None = None  # the one that is being trained
         self.saving = Saving(self)
+        self.changed_options: Collection[str] = ()  # fields of GKDConfig that a resumed run changes on purpose
         given = construction.prepare(
             args,
             self.options,
@@ -586,6 +588,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        entries = entries_of_beginning(self, self.changed_options)
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
@@ -594,6 +597,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 f"Optimizer and scheduler of {checkpoint} cannot be loaded: {reason} Resume with the options that the "
                 "run began with, or from another checkpoint."
             ) from error
+        take_back(self, entries)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._loading_from = resume_from_checkpoint
