@@ -87,10 +87,12 @@ def test_a_changed_option_is_refused_and_the_command_that_insists_goes_on(projec
 def test_what_is_allowed_of_the_optimizer_is_what_the_run_goes_on_with(project, begun):
     """The saved state of an optimizer holds its options too, and would bring those of before."""
     options = ["training.weight_decay=0.1", "training.adam_beta2=0.9", "training.adam_epsilon=1e-6"]
+    options += ["training.learning_rate=0.004", "training.max_steps=4"]
     code, _, err = begun(*options, "training.save_steps=3", "--allow-changes", "training")
     assert code == 0, err
     groups = torch.load(project / "run" / "checkpoint-3" / "optimizer.pt", weights_only=True)["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    assert {(group["lr"], group["initial_lr"]) for group in groups} == {(0.001, 0.004)}  # linear, a quarter is left
     assert {(*group["betas"], group["eps"]) for group in groups} == {(0.9, 0.9, 1e-6)}
 
 

@@ -34,6 +34,7 @@ from kdtrain.data.prefix import OPTION as PREFIX
 from kdtrain.data.scratch import scratch_folder
 from kdtrain.data.sources import Source, SourceContent, read_all, unread_of
 from kdtrain.data.teacher_view import NO_EFFECT, teacher_option
+from kdtrain.disk import writing
 from kdtrain.errors import DataError
 
 _NO_STOP = "the student will not learn to stop there"
@@ -244,7 +245,7 @@ def encode_sources(
     if sample_limit is not None and sample_limit < 1:
         raise DataError(f"sample_limit must be at least 1, not {sample_limit}")
     folder, moved = (Path(cache_dir), "") if cache_dir else default_cache_folder()
-    try:
+    with writing(folder, "Or set data.cache_dir to another folder."):
         folder.mkdir(parents=True, exist_ok=True)
         # Raw rows are mapped from a file, which need not outlive this call: the result is in the cache entry alone.
         with scratch_folder(folder, "reading-") as scratch:
@@ -278,10 +279,6 @@ def encode_sources(
             report.image_extremes = _image_extremes(encoded, raw, rows)
             kept_columns = (encoder.keep_chats, encoder.keep_answers)
             yield EncodedSources(raw, encoded, sources, limits, rows, report, *kept_columns)
-    except OSError as error:  # sources raise DataError on their own: this is a full or read-only disk
-        raise DataError(
-            f"cannot write the data cache {show(str(folder), 400)}: {error}. Make room, or set cache_dir"
-        ) from error
 
 
 def _check_prefix_column(raw: datasets.Dataset, column: str) -> None:

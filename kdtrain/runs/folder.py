@@ -6,6 +6,7 @@
 | `status.json` | how the run ended, or that it still goes, and where it is | `status.py` |
 | `run.lock` | while a run goes on: which process, where, since when | `lock.py` |
 | `error.log` | tracebacks, where it failed | `status.py` |
+| `nonfinite.json` | where NaN or infinity came from, where that ended it | `nonfinite.py` |
 | `logging.jsonl` | one record per logging step and evaluation | `log.py` |
 | `completions.parquet` | answers generated while training, to be looked at | `completions.py` |
 | `evaluation.json` | student before and after, and teacher | `evaluate.py` |
@@ -39,7 +40,8 @@ from typing import Any
 
 from kdtrain.config import RunConfig
 from kdtrain.config.model_folder import read_map
-from kdtrain.errors import PreflightError
+from kdtrain.disk import writing
+from kdtrain.errors import CheckpointError, PreflightError
 from kdtrain.ranks import is_main
 from kdtrain.runs.resume import resume_command
 
@@ -49,6 +51,7 @@ CONFIG = "run_config.json"  # not config.json, which is the saved model's
 STATUS = "status.json"
 LOCK = "run.lock"
 ERRORS = "error.log"
+NONFINITE = "nonfinite.json"
 LOG = "logging.jsonl"
 COMPLETIONS = "completions.parquet"
 EVALUATION = "evaluation.json"
@@ -126,8 +129,10 @@ def write_config(run_dir: Path, config: RunConfig) -> None:
     """Rank 0 makes the folder and writes the config."""
     if not is_main():
         return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / CONFIG, config.model_dump_json(indent=2))
+    with writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    with writing(run_dir / CONFIG):
+        write_atomically(run_dir / CONFIG, config.model_dump_json(indent=2))
 
 
 def changed_options(run_dir: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -146,6 +151,33 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     children = (_flat(child, f"{prefix}.{name}".removeprefix(".")) for name, child in value.items())
     return {key: leaf for child in children for key, leaf in child.items()}
+
+
+class SameFolder:
+    """Whether the run folder is still the one that training began in: another one in its place gets nothing."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path, self._began = run_dir, _identity(run_dir)
+
+    def check(self) -> None:
+        """Raise if it was moved, deleted or replaced.
+
+        Raises:
+            CheckpointError: with where it was.
+        """
+        if _identity(self._path) != self._began:
+            raise CheckpointError(
+                f"training.output_dir {self._path} is not there any more: it was moved, deleted or replaced while the "
+                f"run went on. Nothing was written elsewhere. Put it back, and go on with {resume_command()}"
+            )
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino
 
 
 def write_atomically(path: Path, text: str) -> None:

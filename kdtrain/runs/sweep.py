@@ -19,9 +19,11 @@ from typing import Any, Protocol
 from kdtrain.config.arguments import build_train_arguments
 from kdtrain.config.model_folder import read_map
 from kdtrain.data.errors import show
+from kdtrain.disk import writing
 from kdtrain.errors import CheckpointError, Interrupted, KdtrainError, PreflightError
 from kdtrain.runs.bench import EvaluationReporter
 from kdtrain.runs.build import Reporter
+from kdtrain.runs.changed import refuse_changed_options
 from kdtrain.runs.evaluate import evaluate
 from kdtrain.runs.fit import fit
 from kdtrain.runs.folder import (
@@ -153,6 +155,7 @@ class Sweep:
                 _check_options(run)
             else:
                 require_usable(run.folder, resuming=self._resume)
+                refuse_changed_options(run.config, "auto" if self._resume else None, self._allow_changes)
 
     def _outcome(self, run: PlannedRun, finished: bool, reporter: Reporter, evaluating: EvaluationReporter) -> Outcome:
         try:
@@ -186,11 +189,9 @@ class Sweep:
     def _write(self) -> None:
         if self._dry_run:
             return
-        try:
+        with writing(self.plan.folder / SWEEP):
             self.plan.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.plan.folder / SWEEP, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"Writing {self.plan.folder / SWEEP} failed: {error.strerror or error}.") from error
 
 
 def is_trained(run_dir: Path) -> bool:

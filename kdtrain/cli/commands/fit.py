@@ -27,7 +27,6 @@ from kdtrain.cli.shared import (
 from kdtrain.cli.terminal import wrapped
 from kdtrain.errors import ConfigError
 from kdtrain.ranks import is_main
-from kdtrain.runs.signals import keyboard_interrupts_named
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig
@@ -78,13 +77,13 @@ def fit(
         run_config = loaded(config, overrides, log_format, debug, files=all_files)
     except InvalidConfigError as error:
         raise with_sweep_named(error, overrides or []) from None
-    refuse_if_locked(Path(run_config.training["output_dir"]))
+    run_dir = Path(run_config.training["output_dir"])
+    refuse_if_locked(run_dir)
     allowed = _allowed(allow_changes, resume)
     refuse_changed_options(run_config, resume, allowed)
     if not no_launch:
-        launch_if_wanted(run_config, quiet)
-    with keyboard_interrupts_named():
-        _fit_here(run_config, resume, dry_run, quiet, log_format, allowed)
+        launch_if_wanted(run_config, quiet, run_dir)
+    _fit_here(run_config, resume, dry_run, quiet, log_format, allowed)
 
 
 def _sweep(
@@ -109,13 +108,12 @@ def _sweep(
     allowed = _allowed(allow_changes, resume)
     plan = plan_sweep(config, overrides)
     refuse_several_processes(plan.runs[0].config, no_launch)
-    with keyboard_interrupts_named():
-        console = console_for(quiet, log_format)
-        from kdtrain.cli.sweep import sweep
+    console = console_for(quiet, log_format)
+    from kdtrain.cli.sweep import sweep
 
-        logger.setLevel(logging.WARNING if quiet else logging.INFO)
-        process.quiet_libraries(keep_bars=console.is_terminal and not quiet)
-        sweep(plan, console, resume is not None, allowed, dry_run, quiet, log_format)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    process.quiet_libraries(keep_bars=console.is_terminal and not quiet)
+    sweep(plan, console, resume is not None, allowed, dry_run, quiet, log_format)
 
 
 def _allowed(allow_changes: list[str] | None, resume: str | None) -> tuple[str, ...]:
