@@ -57,6 +57,7 @@ def test_the_manifest_holds_every_file_of_a_checkpoint(run):
     assert facts == {
         "version": 1, "step": 2, "world_size": 1, "finite": True, "resumed_from": None,
     }  # fmt: skip
+    assert found["facts"].keys() == {"config", "training", "content", "data"}
     assert {"torch", "transformers", "trl"} <= found["versions"].keys()
 
 
@@ -227,6 +228,7 @@ def test_a_model_alone_is_no_state_to_go_on_from_and_the_finished_model_stays(pr
 
 def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_a_branch_and_follows_its_own(project, kdtrain):
     run, other = project / "run", ["training.learning_rate=1e-3", "training.save_total_limit=2"]
+    other += ["--allow-changes", "training.learning_rate"]
     assert kdtrain("fit", "config.yaml", *EVERY, KEEP_ALL)[0] == 0
     old = {step: content(run / f"checkpoint-{step}") for step in (2, 3, 4)}
     code, _, err = kdtrain(

@@ -129,6 +129,7 @@ def fit(
         at_the_end.enter_context(interrupting(OUTSIDE_OF_TRAINING))
         trainer, report = build_trainer(config, args, reporter, dry_run, given, at_the_end, when_read)
         check_world(trainer.accelerator, config)
+        trainer.changed_options = compared.fields
         if is_main():
             reporter.plan(plan(trainer, config, report))
             for callback in reporter.callbacks():

@@ -40,7 +40,7 @@ import logging
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ from kdtrain.teachers import Targets, Teacher, teacher_autocast
 from kdtrain.trainer import argument_checks as checks
 from kdtrain.trainer import construction, metrics
 from kdtrain.trainer.best_step import BestStep, metric_name
+from kdtrain.trainer.changed_options import check_can_change
 from kdtrain.trainer.completions import CompletionsLog
 from kdtrain.trainer.given_rows import check_raw_rows, check_stream, placeholder
 from kdtrain.trainer.guard import NonFiniteGuard
@@ -168,6 +169,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.options, training_options = DistillationOptions.from_args(args), TrainingOptions.from_args(args)
         self._window: Window | None = None  # the one that is being trained
         self.saving = Saving(self)
+        self.changed_options: Collection[str] = ()  # fields of GKDConfig that a resumed run changes on purpose
         given = construction.prepare(
             args,
             self.options,
@@ -642,6 +644,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        check_can_change(self, self.changed_options)
         rates, options = rates_of_beginning(self), group_options(self)
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
