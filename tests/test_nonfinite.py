@@ -14,7 +14,7 @@ from kdtrain.runs.checkpoints import missing_files
 from kdtrain.teachers import Targets, Teacher
 from tests import tiny
 from tests.test_on_policy_errors import ANSWERED_BY_TEACHER, kdtrain  # noqa: F401
-from tests.test_trainer import make_trainer
+from tests.test_trainer import make_batch, make_trainer, visual_trainer
 
 ROWS = ["0:0", "0:1", "0:2", "0:3"]
 
@@ -146,6 +146,27 @@ def test_all_ranks_say_the_same_and_only_the_bad_micro_batch_is_listed(tmp_path)
     assert [found["rank"] for found in facts["ranks"]] == [1]
     assert [len(one["rows"]) for found in facts["ranks"] for one in found["micro_batches"]] in ([1], [1, 1])
     assert facts["origin"] == ["teacher"]
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_features_that_are_not_finite_are_told_by_their_models_weights(tmp_path, side):
+    trainer = visual_trainer(tmp_path, llm_kd_weight=0.0)
+    model = trainer.model if side == "student" else trainer.teacher_model
+    with torch.no_grad():
+        model.aligner.weight[0, 0] = math.nan
+    batch = make_batch(trainer, pixel_values=torch.randn(3, 5, 4))
+    trainer.compute_loss(trainer.model, batch)
+    with pytest.raises(NonFiniteError, match="vision_kd_loss") as caught:
+        trainer._guard.check_losses()
+    assert caught.value.facts["origin"] == [side]
+
+
+def test_a_cache_of_a_teacher_that_is_not_finite_is_not_written(project, kdtrain):  # noqa: F811
+    broken(project, "teacher")
+    code, err = kdtrain("cache", "--out", "targets")
+    assert code == 5, err
+    assert "The teacher's predictions are NaN or infinite" in err
+    assert not [path for path in (project / "targets").rglob("*.safetensors") if "shard" in path.name]
 
 
 # ---- what is left ----------------------------------------------------------------------------------------------------
