@@ -11,7 +11,8 @@ Each message says what happened, where, and what to do. Anything else that escap
     ├── TeacherError                   4   the teacher did not answer, or answered nonsense
     ├── NonFiniteError                 5   NaN or infinity in a loss, a gradient or trained weights
     ├── CheckpointError                6   a checkpoint or the disk under it
-    └── Interrupted              130/143   SIGINT or SIGTERM; the state was saved
+    ├── LostRankError              1   another process of the run has ended
+    └── Interrupted          128+signal   SIGINT, SIGTERM and others; while training the state was saved
 """
 
 from __future__ import annotations
@@ -82,6 +83,10 @@ class CheckpointError(KdtrainError):
     """A checkpoint that cannot be resumed from, or a disk that cannot be written to."""
 
     exit_code = 6
+
+
+class LostRankError(KdtrainError):
+    """Another process of the run has ended, so that this one cannot go on; why, that one knows."""
 
 
 class Interrupted(KdtrainError):

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from kdtrain import __version__
-from kdtrain.cli import process
+from kdtrain.cli import process, streams
 from kdtrain.cli.commands.cache import cache
 from kdtrain.cli.commands.evaluate import evaluate
 from kdtrain.cli.commands.export import export
@@ -24,7 +24,10 @@ from kdtrain.cli.commands.preview import preview
 from kdtrain.cli.commands.report import report
 from kdtrain.cli.commands.validate import validate
 from kdtrain.data.errors import show
-from kdtrain.errors import ConfigError, KdtrainError
+from kdtrain.errors import CheckpointError, ConfigError, KdtrainError
+from kdtrain.runs.lost_rank import lost_ranks_named
+from kdtrain.runs.parent import end_with_parent
+from kdtrain.runs.signals import every_signal_named
 
 _OTHER_NAMES = {
     "train": "fit", "run": "fit", "distill": "fit", "distil": "fit", "start": "fit", "finetune": "fit", "sft": "fit",
@@ -32,6 +35,10 @@ _OTHER_NAMES = {
     "show": "preview", "inspect": "preview", "plot": "report", "merge": "export", "push": "export", "new": "init",
     "recipes": "init", "precompute": "cache", "version": "--version", "help": "--help",
 }  # fmt: skip
+
+
+# Their results are files; of what they print nothing is missed. The others have no result but that.
+_WRITE_FILES = ("fit", "cache", "evaluate", "export", "report", "init")
 
 
 class _Commands(TyperGroup):
@@ -45,6 +52,11 @@ class _Commands(TyperGroup):
             hint = f"Did you mean kdtrain {meant}?" if meant else f"There are {', '.join(self.commands)}."
             raise ConfigError(f"There is no command {show(name, 40)}. {hint}")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; what may end any of them from outside has its exit code and its message."""
+        with lost_ranks_named(), every_signal_named():
+            return super().invoke(ctx)
 
 
 app = typer.Typer(
@@ -70,12 +82,16 @@ def _root(
 
 def main() -> None:
     """Entry point: run a command and end the process with the exit code that says what happened."""
+    process.owns_process = streams.survive()
+    end_with_parent()
     arguments = sys.argv[1:]
     # `accelerate launch -m kdtrain CONFIG`: people forget the command, and it can only be one.
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         sys.argv[1:] = arguments = ["fit", *arguments]
     try:
         code = app(args=arguments, standalone_mode=False)
+        if arguments[:1] and arguments[0] not in _WRITE_FILES and (error := streams.lost()) is not None:
+            raise CheckpointError(f"Writing to stdout failed: {error.strerror}. What it has got is not complete.")
     except KdtrainError as error:
         process.fail(error)
     except Exception as error:
@@ -83,4 +99,4 @@ def main() -> None:
             error.show()
             sys.exit(error.exit_code)
         process.fail_with_a_bug(error)
-    sys.exit(code or 0)
+    process.leave(code or 0)

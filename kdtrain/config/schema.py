@@ -170,6 +170,8 @@ def is_share(value: Any) -> bool:
 
 
 def _share(value: Any) -> str:
+    if isinstance(value, float) and 0 < value < 1:
+        raise wrong(f"a share of the training rows has a percent sign: {100 * value:g}%")
     if not isinstance(value, str):
         raise wrong("expected a path, a hub id, a source, a list of these, or a share of the training rows such as 5%")
     if not 0 < float(value.rstrip("% ")) < 100:

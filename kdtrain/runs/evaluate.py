@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from kdtrain.config import RunConfig
-from kdtrain.errors import CheckpointError, ConfigError
+from kdtrain.disk import writing
+from kdtrain.errors import ConfigError
 from kdtrain.ranks import is_main
 from kdtrain.runs.against import Against, check_pairs, counted_rows, verdict_against
 from kdtrain.runs.bench import Bench
@@ -204,7 +205,5 @@ def _write(path: Path, found: Mapping[str, Any]) -> None:
     """On rank 0, in one move."""
     if not is_main():
         return
-    try:
+    with writing(path):
         write_atomically(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
-    except OSError as error:
-        raise CheckpointError(f"Writing {path} failed: {error.strerror or error}.") from error

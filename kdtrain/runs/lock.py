@@ -22,7 +22,8 @@ import psutil
 
 from kdtrain.config.model_folder import read_map
 from kdtrain.data.errors import show
-from kdtrain.errors import CheckpointError, PreflightError
+from kdtrain.disk import writing
+from kdtrain.errors import PreflightError
 from kdtrain.ranks import is_main
 from kdtrain.runs.folder import ANOTHER_FOLDER, LOCK, LOG, write_atomically
 
@@ -44,12 +45,10 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         return
     existed, path = run_dir.exists(), run_dir / LOCK
     text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}) + "\n"
-    try:
+    with writing(path):
         run_dir.mkdir(parents=True, exist_ok=True)
         with _alone_in(run_dir):
             _take(path, text)
-    except OSError as error:
-        raise CheckpointError(f"Writing {path} failed: {error.strerror}.") from error
     try:
         yield
     finally:
