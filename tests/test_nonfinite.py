@@ -5,11 +5,15 @@ import math
 
 import pytest
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback
 
 import kdtrain as api
+from kdtrain.data import Collator, Source, build_dataset
 from kdtrain.data.batch import Batch
 from kdtrain.errors import NonFiniteError
+from kdtrain.generation.answers import TeacherAnswers
+from kdtrain.generation.writers import LocalWriter
 from kdtrain.runs.checkpoints import missing_files
 from kdtrain.teachers import Targets, Teacher
 from tests import tiny
@@ -83,6 +87,35 @@ def test_a_model_that_writes_or_judges_samples_is_named_with_the_rows(project, k
     for file in (project / "run").rglob("*.jsonl"):  # answers that a next run would train on
         assert file.name == "logging.jsonl" or file.read_text() == ""
     assert not (project / "run" / "model.safetensors").exists()
+
+
+def answered_on_two_ranks(folder, rows):
+    state = PartialState(cpu=True)
+    tokenizer, teacher = tiny.make_tokenizer(), tiny.make_qwen3(seed=2)
+    if state.process_index == 1:
+        with torch.no_grad():
+            teacher.model.norm.weight[0] = math.nan
+    source = Source(str(rows), answers="teacher")
+    options = {"max_length": 64, "on_overlength": "error", "train_on": "assistant"}
+    data, _ = build_dataset([source], tokenizer, cache_dir=str(folder / f"cache{state.process_index}"), **options)
+    writer = LocalWriter(
+        teacher, tokenizer, Collator(tokenizer), max_new_tokens=2, vocabulary=320, batch_size=1, device="cpu"
+    )
+    try:
+        TeacherAnswers(writer, folder / "answers", identity={}).fill(data)
+    except NonFiniteError as error:
+        return str(error), json.dumps(error.facts)
+
+
+def test_a_rank_whose_teacher_writes_no_numbers_ends_both_and_what_the_other_has_written_is_kept(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in tiny.CHATS))
+    first, second = tiny.run_ranks(answered_on_two_ranks, 2, tmp_path, rows)
+    assert first == second
+    assert "while the teacher wrote answers" in first[0]
+    assert json.loads(first[1])["ranks"][0]["rank"] == 1
+    written = {path.name: path.read_text().splitlines() for path in (tmp_path / "answers").rglob("*.jsonl")}
+    assert {name: len(lines) for name, lines in written.items()} == {"rank0.jsonl": 3, "rank1.jsonl": 0}
 
 
 class Given(Teacher):
