@@ -27,7 +27,11 @@ class Fault:
 
 
 TABLE: dict[int, Fault] = {
-    1: Fault("same config twice", "identical losses and weights", ()),
+    1: Fault(
+        "same config twice",
+        "identical losses and weights",
+        ("test_same_numbers.py::test_the_same_config_twice_gives_the_same_losses_and_weights",),
+    ),
     2: Fault(
         "resume from every saved step",
         "bitwise equal to the uninterrupted run",
@@ -96,21 +100,133 @@ TABLE: dict[int, Fault] = {
     9: Fault("SIGINT once; twice", "as 8 with 130; at once, older checkpoint intact", ()),
     10: Fault("SIGTERM to one of two ranks", "both stop at the same step", ()),
     11: Fault("one rank raises or is killed", "status.json says failed, last complete checkpoint intact", ()),
-    12: Fault("NaN or inf in loss, gradient, targets", "stop before the step, exit 5, origin named", ()),
-    13: Fault("every token of a batch masked; of the data", "loss 0 with a gradient path; error before training", ()),
+    12: Fault(
+        "NaN or inf in loss, gradient, targets",
+        "stop before the step, exit 5, origin named",
+        (
+            "test_nonfinite.py::test_the_file_has_step_rank_terms_rows_and_their_source",
+            "test_nonfinite.py::test_targets_that_are_handed_over_are_the_teachers",
+            "test_nonfinite.py::test_all_ranks_say_the_same_and_only_the_bad_micro_batch_is_listed",
+            "test_nonfinite.py::test_the_checkpoint_before_is_intact_named_and_gone_on_from",
+            "test_nonfinite.py::test_an_evaluation_stops_at_its_first_bad_batch",
+            "test_nonfinite.py::test_a_bad_rank_ends_the_evaluation_of_both",
+            "test_nonfinite.py::test_the_command_evaluate_names_the_model_and_the_row",
+            "test_trainer.py::test_a_nan_stops_the_run_before_the_optimizer_step",
+            "test_trainer.py::test_an_infinite_loss_with_a_finite_gradient_stops_the_run_too",
+            "test_trainer.py::test_a_loss_that_is_not_finite_on_one_rank_stops_both",
+            "test_trainer_watch.py::test_weights_that_are_not_finite_are_never_saved",
+        ),
+    ),
+    13: Fault(
+        "every token of a batch masked; of the data",
+        "loss 0 with a gradient path; error before training",
+        (
+            "test_nonfinite.py::test_a_masked_micro_batch_among_good_ones_changes_nothing",
+            "test_nonfinite.py::test_a_masked_micro_batch_of_one_rank_changes_nothing",
+            "test_nonfinite.py::test_a_window_that_is_all_masked_is_a_step_of_loss_0",
+            "test_nonfinite.py::test_data_that_supervises_nothing_is_an_error_before_training",
+            "test_losses_fused.py::test_no_supervised_token_is_a_zero_with_a_gradient_path",
+        ),
+    ),
     14: Fault("disk full while saving", "exit 6 with path and bytes; older checkpoint intact", ()),
     15: Fault("output folder read-only, a file, not empty", "refused, nothing written, both ways out named", ()),
     16: Fault("checkpoints larger than the free disk", "a finding with the numbers", ()),
-    17: Fault("teacher 429 with Retry-After, 503, reset, then fine", "same result as without; counted", ()),
-    18: Fault("teacher slow or silent", "limits per request and in total, exit 4, state saved", ()),
-    19: Fault("teacher 400, 401, 403, 404", "no retry, exit 4 (3 before training), key not shown", ()),
-    20: Fault("teacher answers truncated JSON, HTML, another shape", "one retry, then an error with its beginning", ()),
-    21: Fault("teacher's positions, ids or numbers are wrong", "refused with position and reason", ()),
-    22: Fault("server restarts with another model", "noticed on reconnect", ()),
-    23: Fault("redirects, other schemes, userinfo, plain http", "refused; the key goes to its origin only", ()),
-    24: Fault("API key in the environment, in YAML, in a URL", "in no output and no file of the run", ()),
-    25: Fault("YAML: tags, alias bomb, depth, size, duplicates", "exit 2, one line, under 1 s and 200 MB", ()),
-    26: Fault("wrong types, unknown keys, conflicts", "all of them in one run, each with place and fix", ()),
+    17: Fault(
+        "teacher 429 with Retry-After, 503, reset, then fine",
+        "same result as without; counted",
+        (
+            "test_teachers_http.py::test_a_busy_a_failing_and_a_broken_server_change_nothing_but_the_counts",
+            "test_runs_served.py::test_a_server_that_is_slow_busy_and_down_for_a_while_changes_no_number",
+        ),
+    ),
+    18: Fault(
+        "teacher slow or silent",
+        "limits per request and in total, exit 4, state saved",
+        (
+            "test_teachers_http.py::test_a_silent_and_a_dripping_server_end_within_the_total_limit",
+            "test_teachers_http.py::test_a_wait_longer_than_the_total_limit_is_refused_at_once",
+            "test_runs_served.py::test_a_teacher_that_fails_while_training_ends_the_run_with_its_state_saved",
+            "test_runs_served.py::test_it_goes_on_as_if_the_server_had_never_been_away",
+        ),
+    ),
+    19: Fault(
+        "teacher 400, 401, 403, 404",
+        "no retry, exit 4 (3 before training), key not shown",
+        (
+            "test_teachers_http.py::test_a_request_that_is_refused_is_not_sent_again",
+            "test_teachers_http.py::test_a_refused_key_and_a_missing_one_name_the_variable_to_look_at",
+            "test_runs_served.py::test_the_key_is_in_no_file_and_on_neither_stream",
+        ),
+    ),
+    20: Fault(
+        "teacher answers truncated JSON, HTML, another shape",
+        "one retry, then an error with its beginning",
+        (
+            "test_teachers_http.py::test_a_reply_that_cannot_be_read_is_asked_for_once_more",
+            "test_teachers_http.py::test_a_reply_of_another_shape_is_asked_for_once_more_and_says_what_the_reader_said",
+            "test_teachers_replies.py::test_a_reply_of_another_shape_is_refused",
+            "test_teachers_http.py::test_what_a_server_says_is_shown_short_and_escaped",
+        ),
+    ),
+    21: Fault(
+        "teacher's positions, ids or numbers are wrong",
+        "refused with position and reason",
+        (
+            "test_teachers_replies.py::test_a_reply_that_is_not_as_it_must_be_is_refused_with_position_and_reason",
+            "test_teachers_replies.py::test_choices_belong_to_the_rows_that_their_index_names",
+            "test_teachers_replies.py::test_ranks_and_log_probabilities_that_contradict_each_other_are_refused",
+        ),
+    ),
+    22: Fault(
+        "server restarts with another model",
+        "noticed on reconnect",
+        (
+            "test_teachers_http.py::test_a_server_that_comes_back_with_another_model_is_noticed_before_its_reply_is_used",
+            "test_runs_served.py::test_another_model_behind_the_same_address_ends_the_run",
+        ),
+    ),
+    23: Fault(
+        "redirects, other schemes, userinfo, plain http",
+        "refused; the key goes to its origin only",
+        (
+            "test_teachers_http.py::test_a_redirect_is_not_followed_and_its_host_gets_nothing",
+            "test_teachers_http.py::test_an_address_that_is_refused_makes_no_servers",
+            "test_teachers_http.py::test_a_key_is_not_sent_unencrypted_to_another_machine",
+            "test_config_server_urls.py::test_an_address_that_is_none_of_a_server_is_refused_without_repeating_it",
+            "test_config_server_urls.py::test_addresses_where_clouds_hand_out_credentials_are_refused_in_every_spelling",
+        ),
+    ),
+    24: Fault(
+        "API key in the environment, in YAML, in a URL",
+        "in no output and no file of the run",
+        (
+            "test_secrets.py::test_an_option_that_holds_a_secret_is_refused_and_not_repeated",
+            "test_secrets.py::test_a_line_that_is_shown_hides_the_secret_in_it",
+            "test_secrets.py::test_a_key_on_the_command_line_is_not_repeated",
+            "test_secrets.py::test_the_environment_is_in_no_file_of_a_run_and_what_follows_it",
+            "test_secrets.py::test_the_environment_is_not_told_when_a_run_fails",
+            "test_runs_served.py::test_the_key_is_in_no_file_and_on_neither_stream",
+        ),
+    ),
+    25: Fault(
+        "YAML: tags, alias bomb, depth, size, duplicates",
+        "exit 2, one line, under 1 s and 200 MB",
+        (
+            "test_config_yaml.py::test_a_hostile_or_broken_file_is_one_short_error_at_once",
+            "test_config_yaml.py::test_a_file_that_is_not_utf8_is_named_with_its_line",
+            "test_fuzz.py::test_no_config_ends_in_a_traceback_or_takes_long",
+            "test_fuzz.py::test_ten_thousand_configs",
+        ),
+    ),
+    26: Fault(
+        "wrong types, unknown keys, conflicts",
+        "all of them in one run, each with place and fix",
+        (
+            "test_config_rules.py::test_wrong_types_unknown_keys_bad_choices_and_conflicts_come_in_one_run",
+            "test_config_yaml.py::test_every_duplicate_key_and_every_nan_is_reported_with_the_rest",
+            "test_config_rules.py::test_an_unknown_or_misplaced_key_is_an_error_that_names_the_right_one",
+        ),
+    ),
     27: Fault(
         "path traversal, symlinks in names",
         "the resolved path stays inside",
@@ -120,15 +236,51 @@ TABLE: dict[int, Fault] = {
         ),
     ),
     28: Fault("model folder with code or pickled weights", "refused without opt-in, payload never runs", ()),
-    29: Fault("cache or data set with pickle or a script", "refused", ()),
-    30: Fault("vocabulary or special tokens differ", "an error before training with sizes and first ids", ()),
-    31: Fault("bad rows", "counted, first three shown; over the limit stops", ()),
-    32: Fault("offline, broken hub cache", "file and variable named, no endless retry", ()),
+    29: Fault(
+        "cache or data set with pickle or a script",
+        "refused",
+        (
+            "test_data_dataset.py::test_a_file_that_cannot_be_read_says_why",
+            "test_teachers_cached.py::test_a_pickle_in_place_of_a_file_is_refused_and_never_run",
+        ),
+    ),
+    30: Fault(
+        "vocabulary or special tokens differ",
+        "an error before training with sizes and first ids",
+        ("test_cli.py::test_a_vocabulary_mismatch_is_exit_code_3_and_names_both",),
+    ),
+    31: Fault(
+        "bad rows",
+        "counted, first three shown; over the limit stops",
+        (
+            "test_data_dataset.py::test_bad_rows_are_counted_and_the_first_three_shown_with_their_lines",
+            "test_data_dataset.py::test_more_bad_rows_than_allowed_stop_the_run_and_are_listed",
+            "test_data_dataset.py::test_over_long_rows_are_an_error_by_default",
+            "test_data_images.py::test_a_row_whose_images_cannot_be_used_says_why",
+            "test_data_files.py::test_a_packed_file_that_is_cut_or_damaged_says_so",
+            "test_fuzz.py::test_no_data_ends_in_a_traceback",
+            "test_fuzz.py::test_five_thousand_files_of_data",
+        ),
+    ),
+    32: Fault(
+        "offline, broken hub cache",
+        "file and variable named, no endless retry",
+        (
+            "test_mistakes.py::test_a_hub_id_that_cannot_be_had_is_asked_for_once_and_says_why",
+            "test_mistakes.py::test_a_hub_that_does_not_answer_is_named_at_once",
+            "test_mistakes.py::test_a_model_that_is_not_in_the_cache_says_so_offline",
+            "test_data_dataset.py::test_a_hub_data_set_that_is_out_of_reach_says_what_to_do",
+        ),
+    ),
     33: Fault("memory exhausted", "peak, batch, length and three remedies", ()),
     34: Fault("tracker fails", "training goes on, one warning, logging.jsonl complete", ()),
     35: Fault("push fails at the end", "model is saved first; retry command printed", ()),
     36: Fault("control characters in data, names, server errors", "shown escaped", ()),
-    37: Fault("--help, validate, schema, env", "no torch imported, under 1 s", ()),
+    37: Fault(
+        "--help, validate, schema, env",
+        "no torch imported, under 1 s",
+        ("test_cli.py::test_what_needs_no_torch_answers_in_a_second_without_it",),
+    ),
     38: Fault("two runs in one run directory", "second refused; a stale lock recognised", ()),
     39: Fault(
         "resume into, or output_dir at, a model or data folder",
@@ -161,7 +313,15 @@ TABLE: dict[int, Fault] = {
             "test_runs_changed.py::test_a_limit_counts_by_the_rows_that_it_leaves",
         ),
     ),
-    46: Fault("NaN teacher writes answers or samples", "exit 5", ()),
+    46: Fault(
+        "NaN teacher writes answers or samples",
+        "exit 5",
+        (
+            "test_on_policy_errors.py::test_a_model_whose_logits_are_not_finite_while_it_writes_ends_the_run_and_is_named",
+            "test_on_policy_errors.py::test_a_teacher_whose_logits_are_not_finite_on_samples_ends_the_run",
+            "test_nonfinite.py::test_a_model_that_writes_or_judges_samples_is_named_with_the_rows",
+        ),
+    ),
     47: Fault("read-only HOME, few files, umask, C locale, odd paths", "runs; a temporary cache is said", ()),
     48: Fault("run folder moved or deleted meanwhile", "exit 6, nothing written elsewhere", ()),
     49: Fault("WORLD_SIZE set without a launcher", "a message within 20 s", ()),
@@ -175,7 +335,14 @@ TABLE: dict[int, Fault] = {
             "test_data_cache_processes.py::test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stays",
         ),
     ),
-    51: Fault("processor with matrix units, other call orders", "same numbers", ()),
+    51: Fault(
+        "processor with matrix units, other call orders",
+        "same numbers",
+        (
+            "test_same_numbers.py::test_another_processor_and_other_threads_give_the_same_numbers",
+            "test_same_numbers.py::test_two_threads_give_the_numbers_of_one",
+        ),
+    ),
 }
 
 
@@ -192,16 +359,20 @@ def run(rows: Sequence[int]) -> int:
         status = subprocess.run([*command, *wanted], check=False).returncode
         cases = list(ElementTree.parse(found).iter("testcase"))
     print(f"\n{'':>3} {'fault':<58} {'tests':>5} {'s':>7}  result")
+    held = 0
     for row in rows:
         names = {tuple(test.split("::")) for test in TABLE[row].tests}
         mine = [case for case in cases if (Path(case.get("file", "")).name, _function(case)) in names]
         failed = [case for case in mine if case.find("failure") is not None or case.find("error") is not None]
         skipped = [case for case in mine if case.find("skipped") is not None]
         result = f"{len(failed)} FAILED" if failed else f"{len(skipped)} skipped" if skipped else "holds"
+        held += result == "holds" and bool(mine)
         seconds = sum(float(case.get("time", 0)) for case in mine)
         print(f"{row:>3} {TABLE[row].fault:<58} {len(mine):>5} {seconds:>7.1f}  {result if mine else 'no test'}")
+        print(f"{'':>3}   {TABLE[row].expected}")
         for file, function in sorted(names):
             print(f"{'':>3}   {file}::{function}")
+    print(f"\n{held} of {len(rows)} rows hold; {sum(float(case.get('time', 0)) for case in cases):.0f} s of tests")
     return status
 
 
