@@ -20,7 +20,7 @@ from kdtrain.config import TrainArguments
 from kdtrain.errors import Interrupted, TeacherError
 from kdtrain.ranks import is_main
 from kdtrain.runs.build import Given, Reporter, build_trainer
-from kdtrain.runs.callbacks import CheckWrapped, StopOnSignal, WriteProgress, name_tensorboard
+from kdtrain.runs.callbacks import CheckWrapped, LeftEvaluationError, StopOnSignal, WriteProgress, name_tensorboard
 from kdtrain.runs.checkpoints import checkpoint_to_resume, steps_done
 from kdtrain.runs.completions import ShowCompletions, WriteCompletions
 from kdtrain.runs.failures import readable_failures
@@ -134,7 +134,7 @@ def fit(
 def _train_and_save(trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: Path | None) -> dict[str, float]:
     """Train to the end, or to a signal, which saves a checkpoint and no model; the last metrics."""
     request = StopRequest()
-    stop = StopOnSignal(trainer.accelerator, request)
+    stop = StopOnSignal(trainer, request)
     trainer.add_callback(JsonlLogger(run_dir / LOG))
     trainer.add_callback(WriteCompletions(trainer, run_dir / COMPLETIONS))
     trainer.add_callback(WriteProgress(run_dir, trainer.best_step))
@@ -143,16 +143,12 @@ def _train_and_save(trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: P
     write_status(run_dir, "running", progress=_begun(trainer, run_dir, checkpoint))
     with request.listening():
         if checkpoint is None or not at_its_end:
-            with _state_saved_where_the_teacher_fails(trainer, run_dir):
+            with _state_saved_where_the_teacher_fails(trainer, run_dir), _state_saved_in_evaluation(trainer, run_dir):
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         else:  # transformers compares with max_steps after a step only, and would take one more
             load_end(trainer, checkpoint)
         if stop.signum:
-            raise Interrupted(
-                stop.signum,
-                f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the state is saved in "
-                f"{run_dir}. Go on with: {resume_command()}",
-            )
+            raise Interrupted(stop.signum, _stopped(trainer, run_dir))
         if not at_its_end:
             forget_evaluation(run_dir)
         trainer.save_model()
@@ -162,6 +158,26 @@ def _train_and_save(trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: P
     for key in ("loss", "eval_loss"):
         metrics |= next((record for record in reversed(trainer.state.log_history) if key in record), {})
     return metrics
+
+
+def _stopped(trainer: GKDTrainerWithMetrics, run_dir: Path) -> str:
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if not step:
+        return "Stopped before the first step: there is nothing to save."
+    return f"Stopped at step {step} of {steps}; the state is saved in {run_dir}. Go on with: {resume_command()}"
+
+
+@contextmanager
+def _state_saved_in_evaluation(trainer: GKDTrainerWithMetrics, run_dir: Path) -> Iterator[None]:
+    """Save a checkpoint of the last step where a signal ended an evaluation, which a resumed run begins with."""
+    try:
+        yield
+    except LeftEvaluationError as left:
+        step = trainer.state.global_step
+        if step and not (run_dir / f"{CHECKPOINT}{step}").exists():
+            trainer._save_checkpoint(trainer.model, trial=None)
+            trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+        raise Interrupted(left.signum, _stopped(trainer, run_dir)) from None
 
 
 def _is_at_its_end(trainer: GKDTrainerWithMetrics, checkpoint: Path) -> bool:

@@ -25,7 +25,8 @@ from kdtrain.cli.shared import (
 )
 from kdtrain.cli.terminal import wrapped
 from kdtrain.errors import ConfigError
-from kdtrain.ranks import is_main
+from kdtrain.ranks import is_main, world_size
+from kdtrain.runs.meeting import meeting
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig
@@ -115,7 +116,10 @@ def _fit_here(config: RunConfig, resume: str | None, dry_run: bool, quiet: bool,
 
     if is_main():
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    arguments = build_train_arguments(config)
+    with meeting():
+        arguments = build_train_arguments(config)
+        if world_size() > 1:
+            arguments.training_args.device  # noqa: B018 - the processes meet
     warn_of_unseen_gpus()
     process.quiet_libraries(keep_bars=console.is_terminal and not quiet)
     reporter = ConsoleReporter(console, log_format, quiet)
