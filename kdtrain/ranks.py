@@ -18,12 +18,18 @@ def under_launcher() -> bool:
 
 def rank() -> int:
     """Number of this process among those of all machines, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """Processes that the launcher has started, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(name: str, default: int) -> int:
+    """What is no number is refused elsewhere, see `runs/meeting.py`: the message has to come out."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
 
 
 def is_main() -> bool:

@@ -9,9 +9,7 @@ import pytest
 
 from kdtrain.errors import PreflightError
 from kdtrain.runs import meeting
-from tests import test_cli
 
-kdtrain = test_cli.kdtrain
 ALONE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}
 WAITING = (
     "import time\nfrom kdtrain.runs import meeting\nmeeting._SAID_AFTER_S = 0.3\n"
@@ -37,14 +35,22 @@ def waiting(seconds, **variables):
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
     ],
 )
-@pytest.mark.parametrize("command", ["fit", "evaluate"])
-def test_variables_that_cannot_be_right_are_refused_at_once(project, kdtrain, monkeypatch, variables, said, command):
+def test_variables_that_cannot_be_right_are_refused(monkeypatch, variables, said):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    code, _, err = kdtrain(command, "config.yaml")
-    assert code == 3
-    assert said in err
-    assert f"unset {' '.join(name for name in meeting._NAMES if name in variables)}" in err
+    with pytest.raises(PreflightError) as refused:
+        meeting.check_variables()
+    assert said in str(refused.value)
+    assert f"unset {' '.join(name for name in meeting._NAMES if name in variables)}" in str(refused.value)
+
+
+@pytest.mark.parametrize("command", ["fit", "cache", "evaluate"])
+def test_a_command_refuses_them_at_once(tmp_path, command):
+    run = [sys.executable, "-m", "kdtrain", command, "config.yaml"]
+    env = {**os.environ, "WORLD_SIZE": "many"}
+    done = subprocess.run(run, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr.startswith("kdtrain: WORLD_SIZE is 'many', and has to be a number")
 
 
 def test_left_over_variables_are_named_before_anything_is_waited_for(monkeypatch, caplog):

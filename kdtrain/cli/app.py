@@ -78,12 +78,14 @@ def _root(
 
 def main() -> None:
     """Entry point: run a command and end the process with the exit code that says what happened."""
+    process.use_utf8()
     end_with_parent()
     arguments = sys.argv[1:]
     # `accelerate launch -m kdtrain CONFIG`: people forget the command, and it can only be one.
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         sys.argv[1:] = arguments = ["fit", *arguments]
     try:
+        process.require_utf8(arguments)
         code = app(args=arguments, standalone_mode=False)
     except KdtrainError as error:
         process.fail(error)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Sequence
 from typing import NoReturn
 
 import typer
@@ -25,6 +26,33 @@ from kdtrain.ranks import world_size
 from kdtrain.runs.launch import report_exit_code
 
 logger = logging.getLogger("kdtrain")
+
+
+def use_utf8() -> None:
+    """Begin anew in Python's UTF-8 mode where the locale says that names and texts are in something else.
+
+    Configs and rows are UTF-8 whatever a machine's locale is, and in them are names of files.
+    """
+    if sys.getfilesystemencoding().lower() != "utf-8" and sys.orig_argv and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def require_utf8(arguments: Sequence[str]) -> None:
+    """Refuse what cannot be written into any file.
+
+    Raises:
+        ConfigError: an argument is in another encoding.
+    """
+    for argument in arguments:
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:
+            shown = ascii(os.fsencode(argument))[2:-1]
+            raise ConfigError(
+                f"An argument is not UTF-8: {shown}. Rename the file, or type the text as UTF-8."
+            ) from None
 
 
 def set_up_logging(log_format: str, debug: bool) -> None:

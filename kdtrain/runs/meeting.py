@@ -34,7 +34,7 @@ def check_variables() -> None:
     found = {name: os.environ[name] for name in _NAMES if name in os.environ}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         if name in found and not found[name].isdecimal():
-            raise PreflightError(f"{name} is {show(found[name])}, and has to be a number. {_unset(found)}")
+            raise PreflightError(f"{name} is {show(repr(found[name]))}, and has to be a number. {_unset(found)}")
     if world_size() == 1:
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in found]
