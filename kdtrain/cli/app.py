@@ -93,5 +93,7 @@ def main() -> None:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of the command line
             error.show()
             sys.exit(error.exit_code)
+        if isinstance(error, typer.Abort) and isinstance(error.__cause__, Exception):  # which it makes of an EOFError
+            error = error.__cause__
         process.fail_with_a_bug(error)
     sys.exit(code or 0)

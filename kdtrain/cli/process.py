@@ -68,6 +68,17 @@ def set_up_logging(log_format: str, debug: bool) -> None:
         warnings.simplefilter("ignore")
 
 
+def allow_many_files() -> None:
+    """Open as many files as the system lets this user: each tensor of a data loader's worker is one."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def quiet_libraries(keep_bars: bool) -> None:
     """No progress bars of other libraries: they are noise in a log, and loading small files is not progress."""
     import datasets

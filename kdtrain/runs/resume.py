@@ -22,4 +22,5 @@ def resume_command() -> str:
             next(names, None)
         elif argument.partition("=")[0] not in _OF_BEGINNING:
             kept.append(argument)
-    return clean(shlex.join(["kdtrain", *kept, "--resume", "auto"]))
+    end = kept.index("--") if "--" in kept else len(kept)  # behind it nothing is an option
+    return clean(shlex.join(["kdtrain", *kept[:end], "--resume", "auto", *kept[end:]]))

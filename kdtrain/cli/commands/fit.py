@@ -114,6 +114,7 @@ def _fit_here(config: RunConfig, resume: str | None, dry_run: bool, quiet: bool,
     from kdtrain.config.arguments import build_train_arguments
     from kdtrain.runs.fit import fit as run_fit
 
+    process.allow_many_files()
     if is_main():
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
     with meeting():
