@@ -10,6 +10,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher of several processes sets for each."""
+
 
 def under_launcher() -> bool:
     """Whether a launcher started this process as one of several, or as the only one."""
@@ -40,8 +43,7 @@ def is_main() -> bool:
 @contextmanager
 def put_back() -> Iterator[None]:
     """Undo what is written over these variables inside: a later run in this process would take it for a launcher's."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    before = {name: os.environ.get(name) for name in names}
+    before = {name: os.environ.get(name) for name in VARIABLES}
     try:
         yield
     finally:

@@ -41,7 +41,7 @@ def test_variables_that_cannot_be_right_are_refused(monkeypatch, variables, said
     with pytest.raises(PreflightError) as refused:
         meeting.check_variables()
     assert said in str(refused.value)
-    assert f"unset {' '.join(name for name in meeting._NAMES if name in variables)}" in str(refused.value)
+    assert f"unset {' '.join(name for name in meeting.VARIABLES if name in variables)}" in str(refused.value)
 
 
 @pytest.mark.parametrize("command", ["fit", "cache", "evaluate"])

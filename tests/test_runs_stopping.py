@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -153,3 +155,24 @@ def test_a_launchers_sigterm_after_a_failure_is_not_how_the_run_ended(tmp_path):
     status.write_status(tmp_path, "failed", 5, "not finite")
     status.write_status(tmp_path, "stopped", 143, "SIGTERM")
     assert json.loads((tmp_path / "status.json").read_text())["message"] == "not finite"
+
+
+def test_a_locale_that_is_not_utf_8_and_odd_names_do_no_harm(project):
+    """A locale in ASCII, which Python is kept from leaving, no HOME, no TMPDIR, few files, and names of all kinds."""
+    (project / "config.yaml").rename(project / "-k \u00f6'.yaml")
+    (project / "train.jsonl").rename(project / 'tr \u00e4"\nx.jsonl')
+    env = {**os.environ, "HOME": "/proc/none", "TMPDIR": "/proc/none", "LC_ALL": "C"}
+    env |= {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    env.pop("HF_HOME", None)
+    options = ['data.train="tr \u00e4\\"\\nx.jsonl"', "training.output_dir=r \u00fc'n", "training.max_steps=1"]
+    limited = ["sh", "-c", 'ulimit -n 40; umask 077; exec "$@"', "sh", sys.executable, "-m", "kdtrain", "fit", "--"]
+    arguments = [os.fsencode(one) for one in (*limited, "-k \u00f6'.yaml", *options)]
+    done = subprocess.run(arguments, env=env, cwd=project, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (project / "r \u00fc'n" / "model.safetensors").stat().st_mode & 0o77 == 0
+
+
+def test_an_argument_in_another_encoding_is_refused(tmp_path):
+    command = [os.fsencode(sys.executable), b"-m", b"kdtrain", b"fit", b"k\xf6.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.startswith("kdtrain: An argument is not UTF-8: k\\xf6.yaml.")) == (2, True)

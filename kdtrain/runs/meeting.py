@@ -15,12 +15,11 @@ from contextlib import contextmanager
 
 from kdtrain.data.errors import show
 from kdtrain.errors import PreflightError
-from kdtrain.ranks import rank, world_size
+from kdtrain.ranks import VARIABLES, rank, world_size
 from kdtrain.runs.launch import launched_by_us, report_exit_code
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SAID_AFTER_S = 15.0
 _HERE = ("localhost", "127.0.0.1", "::1")
 
@@ -31,13 +30,13 @@ def check_variables() -> None:
     Raises:
         PreflightError: they are incomplete, or no numbers.
     """
-    found = {name: os.environ[name] for name in _NAMES if name in os.environ}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if name in found and not found[name].isdecimal():
+    found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    for name in found:
+        if name != "MASTER_ADDR" and not found[name].isdecimal():
             raise PreflightError(f"{name} is {show(repr(found[name]))}, and has to be a number. {_unset(found)}")
     if world_size() == 1:
         return
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in found]
+    missing = [name for name in VARIABLES if name not in found and name != "LOCAL_RANK"]
     if missing:
         raise PreflightError(
             f"WORLD_SIZE is {world_size()}, as a launcher of several processes sets it, but {' and '.join(missing)} "
@@ -73,7 +72,7 @@ def _say() -> None:
 
         if dist.is_available() and dist.is_initialized():
             return
-    found = {name: os.environ[name] for name in _NAMES if name in os.environ}
+    found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     what = f"rank {rank()} of {world_size()} waits for the others at {found['MASTER_ADDR']}:{found['MASTER_PORT']}"
     if _has_launcher() or found["MASTER_ADDR"] not in _HERE:
         logger.error(
