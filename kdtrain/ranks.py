@@ -30,7 +30,7 @@ def world_size() -> int:
 
 
 def _number(name: str, default: int) -> int:
-    """What is no number is refused elsewhere, see `runs/meeting.py`: the message has to come out."""
+    """What is no number is refused elsewhere, see `cli/meeting.py`: the message has to come out."""
     value = os.environ.get(name, "")
     return int(value) if value.isdecimal() else default
 

@@ -137,8 +137,8 @@ TABLE: dict[int, Fault] = {
         "WORLD_SIZE set without a launcher",
         "a message within 20 s",
         tests=(
-            "test_runs_meeting.py::test_a_process_that_nobody_comes_to_ends_and_says_so",
-            "test_runs_meeting.py::test_left_over_variables_are_named_before_anything_is_waited_for",
+            "test_cli_meeting.py::test_a_process_that_nobody_comes_to_ends_and_says_so",
+            "test_cli_meeting.py::test_left_over_variables_are_named_before_anything_is_waited_for",
         ),
     ),
     50: Fault("two processes encode the same data", "both succeed"),

@@ -159,6 +159,12 @@ def _leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
+def end_now(code: int) -> NoReturn:
+    """End from a thread, where the main one is held by a library."""
+    report_exit_code(code)
+    os._exit(code)
+
+
 def end_rank(code: int) -> None:
     """Leave the other ranks, and end a rank of several without tearing the interpreter down; a single process goes on.
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdtrain.cli import complete, process
+from kdtrain.cli.meeting import check_variables
 from kdtrain.errors import ConfigError
 from kdtrain.ranks import is_main, under_launcher, world_size
-from kdtrain.runs.meeting import check_variables
 
 if TYPE_CHECKING:
     from rich.console import Console

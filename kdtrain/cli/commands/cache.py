@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdtrain.cli import process
+from kdtrain.cli.meeting import meeting
 from kdtrain.cli.shared import (
     ConfigFile,
     Debug,
@@ -23,7 +24,6 @@ from kdtrain.cli.shared import (
 )
 from kdtrain.errors import ConfigError
 from kdtrain.ranks import is_main, world_size
-from kdtrain.runs.meeting import meeting
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig

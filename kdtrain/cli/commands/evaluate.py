@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdtrain.cli import process
+from kdtrain.cli.meeting import meeting
 from kdtrain.cli.shared import Debug, set_up
 from kdtrain.errors import ConfigError
 from kdtrain.ranks import is_main
-from kdtrain.runs.meeting import meeting
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig

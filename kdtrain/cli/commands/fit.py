@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdtrain.cli import process
+from kdtrain.cli.meeting import meeting
 from kdtrain.cli.shared import (
     ConfigFile,
     Debug,
@@ -26,7 +27,6 @@ from kdtrain.cli.shared import (
 from kdtrain.cli.terminal import wrapped
 from kdtrain.errors import ConfigError
 from kdtrain.ranks import is_main, world_size
-from kdtrain.runs.meeting import meeting
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig

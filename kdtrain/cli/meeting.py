@@ -13,10 +13,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from kdtrain.cli import process
 from kdtrain.data.errors import show
 from kdtrain.errors import PreflightError
 from kdtrain.ranks import VARIABLES, rank, world_size
-from kdtrain.runs.launch import launched_by_us, report_exit_code
+from kdtrain.runs.launch import launched_by_us
 
 logger = logging.getLogger(__name__)
 
@@ -81,15 +82,14 @@ def _say() -> None:
         return
     message = f"kdtrain: {what}, and after {_SAID_AFTER_S:.0f} s not all of them are there. {_unset(found)}"
     print(message, file=sys.stderr, flush=True)
-    report_exit_code(PreflightError.exit_code)
-    os._exit(PreflightError.exit_code)  # the main thread is in torch, and hears no exception
+    process.end_now(PreflightError.exit_code)  # the main thread is in torch, and hears no exception
 
 
 def _has_launcher() -> bool:
     """Whether a launcher has started this process just now; what a shell in a SLURM job inherits is none."""
     of_torch = launched_by_us() or "TORCHELASTIC_RUN_ID" in os.environ
     of_mpi = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
-    return of_torch or of_mpi or os.environ.get("SLURM_NTASKS") == os.environ.get("WORLD_SIZE")
+    return of_torch or of_mpi or os.environ.get("SLURM_NTASKS") == str(world_size())
 
 
 def _unset(found: dict[str, str]) -> str:

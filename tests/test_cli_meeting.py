@@ -7,12 +7,12 @@ import time
 
 import pytest
 
+from kdtrain.cli import meeting
 from kdtrain.errors import PreflightError
-from kdtrain.runs import meeting
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}
 WAITING = (
-    "import time\nfrom kdtrain.runs import meeting\nmeeting._SAID_AFTER_S = 0.3\n"
+    "import time\nfrom kdtrain.cli import meeting\nmeeting._SAID_AFTER_S = 0.3\n"
     "with meeting.meeting():\n    time.sleep(float(meeting.os.environ['FOR']))\nprint('met')"
 )
 
