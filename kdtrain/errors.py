@@ -18,6 +18,7 @@ Each message says what happened, where, and what to do. Anything else that escap
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -64,10 +65,18 @@ class TeacherError(KdtrainError):
 class NonFiniteError(KdtrainError):
     """A loss or a gradient became NaN or infinite; raised before the optimizer step, so the weights are still good.
 
-    Or the weights themselves, by the last step; raised before they are saved.
+    Or the weights themselves, by the last step; raised before they are saved. Or what a model writes answers from.
+
+    Args:
+        facts: what `nonfinite.json` holds: `step`, `during`, `origin`, and of each bad rank its `micro_batches` with
+            their rows and terms. The same on all ranks that raise it together.
     """
 
     exit_code = 5
+
+    def __init__(self, message: str, facts: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.facts = dict(facts or {})
 
 
 class CheckpointError(KdtrainError):

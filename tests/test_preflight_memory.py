@@ -10,6 +10,7 @@ from peft import get_peft_model
 from kdtrain.config import ConfigLoader
 from kdtrain.config.arguments import build_train_arguments
 from kdtrain.config.schema import TunerConfig
+from kdtrain.disk import in_units
 from kdtrain.generation.batching import CALL_BYTES, DRAW_BYTES
 from kdtrain.losses.fused import head_distillation_loss
 from kdtrain.losses.head import Head
@@ -20,7 +21,7 @@ from kdtrain.models.tuning import adapter_config
 from kdtrain.preflight import memory, resources, simulated
 from kdtrain.preflight.memory import Setup, Writing, plan_memory
 from kdtrain.preflight.remedies import remedies
-from kdtrain.preflight.resources import disk_findings, in_units, memory_findings, surely_fits
+from kdtrain.preflight.resources import disk_findings, memory_findings, surely_fits
 from kdtrain.preflight.run_setup import setup_of
 from kdtrain.preflight.sharding import Sharding
 from kdtrain.preflight.simulated import ModelSetup, NotSimulated, Shape, simulate_step

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from kdtrain import __version__
-from kdtrain.cli import process
+from kdtrain.cli import process, streams
 from kdtrain.cli.commands.cache import cache
 from kdtrain.cli.commands.evaluate import evaluate
 from kdtrain.cli.commands.export import export
@@ -24,7 +24,7 @@ from kdtrain.cli.commands.preview import preview
 from kdtrain.cli.commands.report import report
 from kdtrain.cli.commands.validate import validate
 from kdtrain.data.errors import show
-from kdtrain.errors import ConfigError, KdtrainError
+from kdtrain.errors import CheckpointError, ConfigError, KdtrainError
 from kdtrain.runs.lost_rank import lost_ranks_named
 from kdtrain.runs.parent import end_with_parent
 from kdtrain.runs.signals import every_signal_named
@@ -35,6 +35,10 @@ _OTHER_NAMES = {
     "show": "preview", "inspect": "preview", "plot": "report", "merge": "export", "push": "export", "new": "init",
     "recipes": "init", "precompute": "cache", "version": "--version", "help": "--help",
 }  # fmt: skip
+
+
+# Their results are files; of what they print nothing is missed. The others have no result but that.
+_WRITE_FILES = ("fit", "cache", "evaluate", "export", "report", "init")
 
 
 class _Commands(TyperGroup):
@@ -79,6 +83,7 @@ def _root(
 def main() -> None:
     """Entry point: run a command and end the process with the exit code that says what happened."""
     process.use_utf8()
+    process.owns_process = streams.survive()
     end_with_parent()
     arguments = sys.argv[1:]
     # `accelerate launch -m kdtrain CONFIG`: people forget the command, and it can only be one.
@@ -87,6 +92,8 @@ def main() -> None:
     try:
         process.require_utf8(arguments)
         code = app(args=arguments, standalone_mode=False)
+        if arguments[:1] and arguments[0] not in _WRITE_FILES and (error := streams.lost()) is not None:
+            raise CheckpointError(f"Writing to stdout failed: {error.strerror}. What it has got is not complete.")
     except KdtrainError as error:
         process.fail(error)
     except Exception as error:
@@ -96,4 +103,4 @@ def main() -> None:
         if isinstance(error, typer.Abort) and isinstance(error.__cause__, Exception):  # which it makes of an EOFError
             error = error.__cause__
         process.fail_with_a_bug(error)
-    sys.exit(code or 0)
+    process.leave(code or 0)

@@ -10,22 +10,30 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import typer
 
 from kdtrain.cli.events import timed
 from kdtrain.cli.last_words import to_say
-from kdtrain.cli.terminal import wrapped
+from kdtrain.cli.terminal import printable, wrapped
 from kdtrain.data.errors import show
-from kdtrain.errors import ConfigError, KdtrainError, LostRankError
+from kdtrain.disk import FULL, failure_of, write_error
+from kdtrain.errors import ConfigError, KdtrainError, LostRankError, PreflightError
+from kdtrain.memory import is_out_of_memory, peak
 from kdtrain.ranks import world_size
 from kdtrain.runs.launch import report_exit_code
 
 logger = logging.getLogger("kdtrain")
+
+owns_process = False
+"""Whether this process is the command's own, and ends with it."""
+_LONGEST_END_S = 600.0  # at exit trackers upload what they have, and some wait for a network
 
 
 def use_utf8() -> None:
@@ -64,6 +72,8 @@ def set_up_logging(log_format: str, debug: bool) -> None:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if debug else "error")
     if not debug:
+        if owns_process:  # threads of libraries, TensorBoard's on a full disk; ours hand their errors on
+            threading.excepthook = lambda _: None
         os.environ.setdefault("DATASETS_VERBOSITY", "error")
         warnings.simplefilter("ignore")
 
@@ -90,14 +100,11 @@ def quiet_libraries(keep_bars: bool) -> None:
 
 
 def write_out(text: str) -> None:
-    """Write a result to stdout, whatever its encoding; a reader such as `head` may have had enough of it before."""
+    """Write a result to stdout, whatever its encoding."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush would complain
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def fail(error: KdtrainError) -> NoReturn:
@@ -113,12 +120,11 @@ def fail(error: KdtrainError) -> NoReturn:
     elif in_json():
         logger.critical(message, extra={"values": {"exit_code": error.exit_code}})
     elif isinstance(error, ConfigError) and "\n" in message:  # the problems of a file bring their own headings
-        typer.echo(message, err=True)
+        typer.echo(printable(message), err=True)
     else:
-        typer.echo(wrapped(f"kdtrain: {message}", sys.stderr), err=True)
-    if not isinstance(error, LostRankError):  # the code is that of the rank that ended first
-        report_exit_code(error.exit_code)
-    _leave(error.exit_code)
+        typer.echo(wrapped(printable(f"kdtrain: {message}"), sys.stderr), err=True)
+    # A lost rank's code is that of the rank that ended first.
+    leave(error.exit_code, told=not isinstance(error, LostRankError))
 
 
 def in_json() -> bool:
@@ -127,34 +133,54 @@ def in_json() -> bool:
 
 
 def fail_with_a_bug(error: Exception) -> NoReturn:
-    """End on an error that nobody has foreseen; its traceback is on stderr for --debug, and else in a file."""
+    """End on an error that nobody has foreseen; its traceback is on stderr for --debug, and else in a file.
+
+    Two are no bugs wherever they come up: memory that is exhausted, and a disk that is full.
+    """
+    if is_out_of_memory(error):
+        fail(PreflightError(f"Out of memory: {peak()}. Free memory, take a smaller model, or lower data.max_length."))
+    if (failure := failure_of(error)) and failure.code in FULL:
+        fail(write_error(failure, Path(tempfile.gettempdir())))
     code = KdtrainError.exit_code
     if in_json():
         logger.critical(repr(error), extra={"values": {"exit_code": code}}, exc_info=error)
-        report_exit_code(code)
-        _leave(code)
+        leave(code)
     if "--debug" in sys.argv:
         traceback.print_exception(error)
         where = "above"
     else:
-        where = f"in {_traceback_file(error)}"
+        where = _traceback_file(error)
     what = f"kdtrain: this is a bug ({show(error)}); please report it with the traceback {where} and `kdtrain env`."
     typer.echo(wrapped(what, sys.stderr), err=True)
-    report_exit_code(code)
-    _leave(code)
+    leave(code)
 
 
 def _traceback_file(error: Exception) -> str:
-    """Where the traceback is: the run folder has it already, where there is one."""
+    """Where the traceback is, in words: the run folder has it already, where there is one."""
     written = error.__dict__.get("error_log")
     if written is None:
-        number, written = tempfile.mkstemp(prefix="kdtrain-error-", suffix=".log")
-        with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
-            traceback.print_exception(error, file=file)
-    return str(written)
+        try:
+            number, written = tempfile.mkstemp(prefix="kdtrain-error-", suffix=".log")
+            with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+                traceback.print_exception(error, file=file)
+        except OSError:  # no room there either
+            traceback.print_exception(error)
+            return "above"
+    return f"in {written}"
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int, *, told: bool = True) -> NoReturn:
+    """End this process, with what the interpreter does as it ends; but not for ever.
+
+    Args:
+        told: whether the process that launched this one is told the code.
+    """
+    if told:
+        report_exit_code(code)
+    if owns_process and "torch" in sys.modules:
+        watch = threading.Timer(_LONGEST_END_S, _end_now, [code])
+        watch.daemon = True
+        watch.start()
     end_rank(code)
     sys.exit(code)
 
@@ -162,6 +188,11 @@ def _leave(code: int) -> NoReturn:
 def end_now(code: int) -> NoReturn:
     """End from a thread, where the main one is held by a library."""
     report_exit_code(code)
+    os._exit(code)
+
+
+def _end_now(code: int) -> None:
+    logger.warning("A library has not ended within %.0f s, a tracker maybe: it is left alone.", _LONGEST_END_S)
     os._exit(code)
 
 
@@ -190,14 +221,14 @@ class _ToStderr(logging.Handler):
     """Writes to what is stderr at that moment: a live bar puts itself in its place, and would be written over."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError, ValueError):  # closed, or on a full disk: no reason to end a run
+        with contextlib.suppress(ValueError):  # closed by somebody in this process: no reason to end a run
             sys.stderr.write(self.format(record) + "\n")
             sys.stderr.flush()
 
 
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = printable(super().format(record))
         return wrapped(f"warning: {text}" if record.levelno == logging.WARNING else text, sys.stderr)
 
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from kdtrain.cli.completions import as_object, as_text
 from kdtrain.cli.events import timed
 from kdtrain.cli.history import History, Lines, duration
-from kdtrain.cli.terminal import is_live
+from kdtrain.cli.terminal import is_live, printable
 from kdtrain.data import BuildReport
 from kdtrain.runs.cache import CacheResult
 from kdtrain.teachers.cached.store import HEAD
@@ -58,7 +58,7 @@ class ConsoleReporter:
             return
         table = Table(Column(style="bold"), Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
         for key, value in rows.items():
-            table.add_row(key, value)
+            table.add_row(key, printable(value))
         self._console.print(table, markup=False, highlight=False)
 
     def callbacks(self) -> list[TrainerCallback]:
@@ -81,7 +81,7 @@ class ConsoleReporter:
     def _write(self, line: str) -> None:
         # A terminal's lines are cut between words; those of a file not at all.
         cut = is_live(self._console) and not self._json
-        self._console.print(line, markup=False, highlight=False, soft_wrap=not cut)
+        self._console.print(printable(line), markup=False, highlight=False, soft_wrap=not cut)
 
 
 class CacheProgress(ConsoleReporter):

@@ -7,6 +7,8 @@ import shutil
 import textwrap
 from typing import TYPE_CHECKING, TextIO
 
+from kdtrain.config.diagnose import escape
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -23,6 +25,11 @@ def wrapped(text: str, stream: TextIO) -> str:
     width = max(shutil.get_terminal_size().columns, 20)
     lines = (textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) for line in text.split("\n"))
     return "\n".join("\n".join(parts) for parts in lines)
+
+
+def printable(text: str) -> str:
+    """Text whose lines are safe to print: names, data and servers' errors may hold a terminal's control characters."""
+    return "\n".join(map(escape, text.split("\n")))
 
 
 def _is_terminal(stream: object) -> bool:

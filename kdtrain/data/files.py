@@ -10,6 +10,7 @@ import bz2
 import gzip
 import lzma
 import os
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from kdtrain.data.errors import said, show
-from kdtrain.errors import DataError
+from kdtrain.disk import FULL, failure_of, write_error
+from kdtrain.errors import DataError, KdtrainError
 
 JSON = (".json", ".jsonl", ".ndjson")
 CSV = {".csv": ",", ".tsv": "\t"}
@@ -57,7 +59,10 @@ class RawRow:
     problem: str = ""
 
 
-def cannot_read(name: str, error: Exception, most: int = 160) -> DataError:
+def cannot_read(name: str, error: Exception, most: int = 160) -> KdtrainError:
+    """The error for data that cannot be read; where a disk is full that `datasets` writes a copy to, for that."""
+    if (failure := failure_of(error)) and failure.code in FULL:
+        return write_error(failure, Path(os.environ.get("HF_DATASETS_CACHE") or tempfile.gettempdir()))
     return DataError(f"cannot read {show(name, 400)}: {said(error, most)}")
 
 
@@ -107,6 +112,11 @@ def check_content(path: Path, start: bytes) -> None:
             raise DataError(f"{show(str(path), 400)} is {what}")
 
 
+def not_utf8(byte: int) -> str:
+    """What is said of a byte that no text in UTF-8 has in its place."""
+    return f"not UTF-8: byte {byte:#04x}; iconv -f latin1 -t utf-8 converts it, if that is what it is in"
+
+
 def read_lines(path: Path) -> Iterator[RawRow]:
     """Bytes are split at newlines only: str.splitlines would also cut at U+2028, which JSON strings may hold."""
     name = str(path)
@@ -120,7 +130,7 @@ def read_lines(path: Path) -> Iterator[RawRow]:
                 try:
                     yield RawRow(name, number, line.decode("utf-8").strip())
                 except UnicodeDecodeError as error:
-                    yield RawRow(name, number, problem=f"not UTF-8: byte {error.object[error.start]:#04x}")
+                    yield RawRow(name, number, problem=not_utf8(error.object[error.start]))
     except READ_ERRORS as error:
         raise cannot_read(name, error) from error
 

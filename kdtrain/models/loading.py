@@ -25,6 +25,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from kdtrain.config.adapters import adapter_base, has_file, is_adapter_folder, levels
 from kdtrain.config.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, require_sound
 from kdtrain.errors import KdtrainError, PreflightError
+from kdtrain.memory import is_out_of_memory, peak
 from kdtrain.models.generation_defaults import keep_savable
 from kdtrain.models.hub import require_model
 from kdtrain.models.kinds import refuse_other_kinds, sees_images
@@ -160,11 +161,13 @@ def _readable_loading(name: str) -> Iterator[None]:
         yield
     except KdtrainError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise PreflightError(
-            f"Out of memory while loading {name}. Use a smaller model or half precision, or free memory."
-        ) from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise PreflightError(
+                f"Out of memory while loading {name}: {peak(_device())}. Take half precision (model.dtype, "
+                "rlhf.teacher.dtype: bfloat16), a smaller model, or for a teacher another device "
+                "(rlhf.teacher.device_map: auto) or a cache of its answers (kdtrain cache)."
+            ) from error
         if _NO_GPU.search(str(error)):
             raise PreflightError(
                 f"{name} is to be placed on a GPU, and torch {torch.__version__} does not see it: {first_line(error)}. "
@@ -173,6 +176,10 @@ def _readable_loading(name: str) -> Iterator[None]:
         unknown = _UNKNOWN_ARGUMENT.search(str(error)) if isinstance(error, TypeError) else None
         reason = f"neither its class nor its config takes the argument {unknown[1]}" if unknown else first_line(error)
         raise PreflightError(f"The model {name} could not be loaded: {reason}") from error
+
+
+def _device() -> torch.device | None:
+    return torch.device("cuda") if torch.cuda.is_available() else None
 
 
 def add_adapter(base: PreTrainedModel, folder: str, *, trained: bool = False) -> PeftModel:

@@ -23,6 +23,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.config.tree import KeyPath, Problem
 from kdtrain.errors import KdtrainError, PreflightError
+from kdtrain.memory import is_out_of_memory
 from kdtrain.models.experts import without_router_logits
 from kdtrain.models.kinds import WHAT_IS_NEEDED
 from kdtrain.models.vocabulary import vocabulary_size
@@ -183,9 +184,11 @@ def as_preflight_error(what: str) -> Iterator[None]:
     """Whatever a model fails with, as a PreflightError in one line behind `what`: each has its own ways to fail."""
     try:
         yield
-    except (KdtrainError, torch.OutOfMemoryError):  # a signal; and training says itself what to do about memory
+    except KdtrainError:  # a signal
         raise
     except Exception as error:
+        if is_out_of_memory(error):  # training says itself what to do about it
+            raise
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
         end = "" if text.endswith((".", "!")) else "."
         raise PreflightError(f"{what}: {type(error).__name__}: {text}{end}") from error

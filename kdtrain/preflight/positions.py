@@ -21,6 +21,7 @@ from kdtrain.config.tree import Problem
 from kdtrain.data.batch import Batch
 from kdtrain.data.collate import Collator
 from kdtrain.errors import DataError
+from kdtrain.memory import is_out_of_memory
 from kdtrain.models.probe import OPTION_OF, Side, evaluating, few_tokens
 
 if TYPE_CHECKING:
@@ -215,9 +216,9 @@ def _refusal(model: PreTrainedModel, width: int) -> str | None:
     try:
         with evaluating(model):
             backbone(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False)
-    except torch.OutOfMemoryError:
-        return None  # training says so in better words
-    except (IndexError, RuntimeError, ValueError) as error:
+    except (IndexError, RuntimeError, ValueError, MemoryError) as error:
+        if is_out_of_memory(error):
+            return None  # training says so in better words
         return str(error).strip().splitlines()[0]
     return None
 

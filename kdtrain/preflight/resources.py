@@ -10,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from kdtrain.config.tree import KeyPath, Problem
 from kdtrain.data.errors import show
+from kdtrain.disk import in_units
 from kdtrain.generation.batching import CALL_BYTES
 from kdtrain.preflight.devices import free_disk
 from kdtrain.preflight.memory import MemoryPlan, Setup, Simulations, optimizer_bytes, plan_memory
@@ -127,14 +128,6 @@ def _checkpoints(args: TrainingArguments, steps: int | None) -> int:
         every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * total)
         saved = math.ceil(total / max(every, 1))
     return int(min(saved, most))
-
-
-def in_units(size: float) -> str:
-    """Bytes as a person reads them."""
-    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}" if size < 100 * unit else f"{size / unit:,.0f} {name}"
-    return f"{size / 2**20:.1f} MiB"
 
 
 def in_time(seconds: float) -> str:

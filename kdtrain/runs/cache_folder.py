@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from kdtrain.data.errors import show
-from kdtrain.errors import CheckpointError, PreflightError
+from kdtrain.disk import writing
+from kdtrain.errors import PreflightError
 from kdtrain.runs.folder import ANSWERS
 from kdtrain.teachers.cached.manifest import MANIFEST, Manifest, differences
 from kdtrain.teachers.cached.store import CacheWriter
@@ -126,13 +127,8 @@ def size_of(folder: Path) -> int:
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """A disk that is full or read-only, as an error of the cache."""
-    try:
+    with writing(folder, "What is whole stays there, and then the same command goes on."):
         yield
-    except OSError as error:
-        raise CheckpointError(
-            f"Writing the cache {shown(folder)} failed: {error.strerror or error}. What is whole stays there: make "
-            "room, and the same command goes on."
-        ) from error
 
 
 def in_bytes(count: float) -> str:

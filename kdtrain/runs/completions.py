@@ -15,10 +15,12 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kdtrain.disk import writing
 from kdtrain.errors import CheckpointError
 from kdtrain.ranks import is_main
 from kdtrain.runs.build import Reporter
 from kdtrain.runs.folder import remove_unfinished, replaced
+from kdtrain.runs.resume import resume_command
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.completions import Completion
 
@@ -92,7 +94,11 @@ class WriteCompletions(TrainerCallback):
 
     def _rewrite(self, steps: Iterable[int], more: Sequence[Completion] = ()) -> None:
         """The row groups of some steps, and then more rows."""
-        with replaced(self._path) as path, pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+        with (
+            writing(self._path, f"Then go on with {resume_command()}"),
+            replaced(self._path) as path,
+            pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer,
+        ):
             for table in self._tables(frozenset(steps)):
                 writer.write_table(table)
             if more:

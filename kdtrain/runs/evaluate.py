@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from kdtrain.config import RunConfig
-from kdtrain.errors import CheckpointError, ConfigError
+from kdtrain.disk import writing
+from kdtrain.errors import ConfigError
 from kdtrain.ranks import is_main
 from kdtrain.runs.against import Against, check_pairs, counted_rows, verdict_against
 from kdtrain.runs.bench import Bench
@@ -27,6 +28,7 @@ from kdtrain.runs.compared import Compared, EvaluationReporter
 from kdtrain.runs.folder import EVALUATION, REPORT, write_atomically
 from kdtrain.runs.internalised import Internalised, internalised
 from kdtrain.runs.intervals import intervals as intervals_of
+from kdtrain.runs.nonfinite import nonfinite_kept
 from kdtrain.runs.open_run import TrainedRun
 from kdtrain.runs.reliance import visual_reliance
 from kdtrain.runs.report.of_fit import renew_report
@@ -113,6 +115,7 @@ def evaluate(
     config = _for_evaluation(run)
     with ExitStack() as at_the_end:
         at_the_end.callback(reporter.close)
+        at_the_end.enter_context(nonfinite_kept(run.folder, config, trains=False))
         if tasks is not None:
             tasks.load()
         bench = Bench(config, reporter, at_the_end, tasks)
@@ -202,7 +205,5 @@ def _write(path: Path, found: Mapping[str, Any]) -> None:
     """On rank 0, in one move."""
     if not is_main():
         return
-    try:
+    with writing(path):
         write_atomically(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
-    except OSError as error:
-        raise CheckpointError(f"Writing {path} failed: {error.strerror or error}.") from error

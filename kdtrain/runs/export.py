@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from kdtrain.config.adapters import has_file, is_adapter_folder
-from kdtrain.errors import CheckpointError, PreflightError
+from kdtrain.disk import writing
+from kdtrain.errors import PreflightError
 from kdtrain.generation.sampling import turn_ends
 from kdtrain.models.parts import count_parameters
 from kdtrain.models.processing import load_processing
@@ -82,7 +80,7 @@ def export(
         reads_images=isinstance(processing, ProcessorMixin),
         chats=bool(processing.chat_template),
     )
-    with _readable(out), new_folder(out) as folder:
+    with writing(out, "Nothing of it is left."), new_folder(out) as folder:
         model.save_pretrained(folder)
         for file in folder.glob("*.safetensors"):  # which come readable for this user alone
             shutil.copymode(folder / "config.json", file)
@@ -137,13 +135,3 @@ def _check_space(out: Path, size: int) -> None:
             f"{out} would take {size / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free there. Name a folder on "
             "another disk, or take half of it by --dtype bfloat16."
         )
-
-
-@contextmanager
-def _readable(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"Writing {out} failed: {error.strerror or error}. Nothing of it is left.") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"Writing {out} failed: {error}. Nothing of it is left.") from error

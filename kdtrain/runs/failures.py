@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from accelerate.utils import is_peft_model
 from trl.experimental.gkd import GKDConfig
 
-from kdtrain.data.errors import said
-from kdtrain.errors import CheckpointError, DataError, KdtrainError, PreflightError
+from kdtrain.disk import failure_of, in_units, write_error
+from kdtrain.errors import DataError, KdtrainError, PreflightError
+from kdtrain.memory import is_out_of_memory, peak
 from kdtrain.runs.resume import resume_command
 
-# What safetensors and torch.save say of a disk; neither raises an OSError.
-_OF_WRITING = re.compile(r"I/O error|PytorchStreamWriter|inline_container")
+if TYPE_CHECKING:
+    from kdtrain.trainer import GKDTrainerWithMetrics
+
+_LESS = "Or let a run need less: training.save_total_limit, training.save_only_model: true, LoRA. "
 
 
 @contextmanager
@@ -25,12 +29,14 @@ def readable_construction() -> Iterator[None]:
         yield
     except KdtrainError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise PreflightError(
-            "Out of memory while placing student and teacher on the device. Use a smaller teacher, "
-            "rlhf.teacher.device_map: auto, half precision (rlhf.teacher.dtype), or tuner.train_type: lora."
-        ) from error
-    except (ImportError, ValueError, OSError, RuntimeError) as error:
+    except (ImportError, ValueError, OSError, RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise PreflightError(
+                f"Out of memory while student and teacher are placed on the device: {peak()}. Use a smaller teacher, "
+                "rlhf.teacher.device_map: auto, half precision (rlhf.teacher.dtype), or tuner.train_type: lora."
+            ) from error
+        if isinstance(error, MemoryError):
+            raise
         raise PreflightError(
             f"The trainer could not be built: {str(error).strip()}\nThis comes from an option in training or tuner; "
             "--debug shows where it was raised."
@@ -38,35 +44,51 @@ def readable_construction() -> Iterator[None]:
 
 
 @contextmanager
-def readable_failures(args: GKDConfig) -> Iterator[None]:
-    """Turn errors of the device's memory and the disk into errors that name a way out."""
+def readable_failures(args: GKDConfig, wanted: Callable[[], str] | None = None) -> Iterator[None]:
+    """Turn errors of the device's memory and the disk into errors that name a way out.
+
+    Args:
+        wanted: says how many bytes are to be written, where that is known.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise PreflightError(
-            f"Out of memory on {args.device} with {args.per_device_train_batch_size} rows per device and max_length "
-            f"{args.max_length}. Lower training.per_device_train_batch_size (and raise gradient_accumulation_steps), "
-            "lower data.max_length, or set training.gradient_checkpointing: true."
-        ) from error
     except DataError as error:
         if (text := _of_worker(error)) == str(error):
             raise
         raise DataError(text) from error
-    except OSError as error:
-        if error.filename is None and error.errno is None:
+    except KdtrainError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise PreflightError(
+                f"Out of memory on {args.device}: {peak(args.device)}, with {args.per_device_train_batch_size} rows "
+                f"per device and data.max_length {args.max_length}. Lower training.per_device_train_batch_size (and "
+                "raise gradient_accumulation_steps), lower data.max_length, or set training.gradient_checkpointing: "
+                "true."
+            ) from error
+        if (failure := failure_of(error)) is None:
             raise
-        raise CheckpointError(_not_written(str(error.filename or args.output_dir), error.strerror)) from error
-    except (SafetensorError, RuntimeError) as error:
-        if not _OF_WRITING.search(str(error)):
-            raise
-        raise CheckpointError(_not_written(str(args.output_dir), said(error))) from error
+        then = f"{_LESS if failure.is_full else ''}Then go on with {resume_command()}"
+        raise write_error(failure, Path(args.output_dir), then, wanted and wanted()) from error
 
 
-def _not_written(where: str, reason: str | None) -> str:
-    return (
-        f"Writing {where} failed: {reason}. Make room there, or let a run need less: training.save_total_limit, "
-        f"training.save_only_model: true, LoRA. Then go on with {resume_command()}"
-    )
+def disk_needs(trainer: GKDTrainerWithMetrics) -> str:
+    """What a checkpoint takes, in words; nothing where a model lies in pieces."""
+    if trainer.is_sharded:
+        return ""
+    saved = [p for p in trainer.model.parameters() if p.requires_grad or not is_peft_model(trainer.model)]
+    optimizer = None if trainer.args.save_only_model else trainer.optimizer
+    states = () if optimizer is None else _tensors(optimizer.state_dict())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*saved, *states))
+    return f"a checkpoint takes about {in_units(size)}"
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _tensors(inner)
 
 
 def _of_worker(error: DataError) -> str:
@@ -83,8 +105,13 @@ def readable_evaluation(args: GKDConfig) -> Iterator[None]:
     """Turn the end of the device's memory into an error that names a way out."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except KdtrainError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise PreflightError(
-            f"Out of memory on {args.device} with {args.per_device_eval_batch_size} rows at a time. Lower "
-            "training.per_device_eval_batch_size, or give the teacher half precision (rlhf.teacher.dtype)."
+            f"Out of memory on {args.device}: {peak(args.device)}, with {args.per_device_eval_batch_size} rows at a "
+            "time. Lower training.per_device_eval_batch_size, lower data.max_length, or give the teacher half "
+            "precision (rlhf.teacher.dtype)."
         ) from error

@@ -26,6 +26,7 @@ import psutil
 
 from kdtrain.config.model_folder import read_map
 from kdtrain.data.errors import show
+from kdtrain.disk import writing
 from kdtrain.errors import CheckpointError, PreflightError
 from kdtrain.ranks import is_main
 from kdtrain.runs.folder import ANOTHER_FOLDER, LOCK
@@ -120,11 +121,9 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     existed, path = run_dir.exists(), (run_dir / LOCK).absolute()
     # Time and number make it this process's among all that ever took a lock here.
     text = json.dumps({**_this_process(), "since": time.time()}) + "\n"
-    try:
+    with writing(path):
         run_dir.mkdir(parents=True, exist_ok=True)
         _take(path, text)
-    except OSError as error:
-        raise CheckpointError(f"Writing {path} failed: {error.strerror}.") from error
     lock = _held[path.parent] = Lock(path, text)
     try:
         yield

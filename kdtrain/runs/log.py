@@ -12,11 +12,18 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kdtrain.disk import writing
+from kdtrain.errors import CheckpointError
 from kdtrain.ranks import is_main
 from kdtrain.runs.folder import write_atomically
 from kdtrain.runs.records import read_records
+from kdtrain.runs.resume import resume_command
 
 logger = logging.getLogger(__name__)
+
+
+class LogError(CheckpointError):
+    """The log cannot be written; raised between two steps, so that the state can be saved."""
 
 
 class JsonlLogger(TrainerCallback):
@@ -44,8 +51,14 @@ class JsonlLogger(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
         if is_main() and is_record(logs):
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(_line({"step": state.global_step, **logs}))
+            try:
+                with (
+                    writing(self._path, f"Then go on with {resume_command()}"),
+                    self._path.open("a", encoding="utf-8") as file,
+                ):
+                    file.write(_line({"step": state.global_step, **logs}))
+            except CheckpointError as error:
+                raise LogError(str(error)) from error.__cause__
 
 
 def is_record(logs: Mapping[str, Any]) -> bool:

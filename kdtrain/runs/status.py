@@ -9,6 +9,7 @@
 | `step` | optimizer steps so far, as of the last record |
 | `last_checkpoint` | the folder's name; null where there is none |
 | `best` | the step that won so far: `step`, `metric`, `value`; null without evaluation |
+| `resumed_from` | path of the checkpoint that the run went on from; null where it began at step 0 |
 | `teacher` | what its answers have cost, where a server writes them |
 """
 
@@ -26,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from kdtrain.config.model_folder import read_map
-from kdtrain.errors import Interrupted, KdtrainError
+from kdtrain.disk import writing
+from kdtrain.errors import CheckpointError, Interrupted, KdtrainError
 from kdtrain.ranks import rank
+from kdtrain.runs.changed import ChangedRunError
 from kdtrain.runs.folder import ERRORS, STATUS, write_atomically
 from kdtrain.runs.lock import TakenError, goes_on
 
-_PROGRESS: dict[str, Any] = {"step": 0, "last_checkpoint": None, "best": None}
+_PROGRESS: dict[str, Any] = {"step": 0, "last_checkpoint": None, "best": None, "resumed_from": None}
 
 
 @contextmanager
@@ -43,6 +46,8 @@ def tracked_status(run_dir: Path) -> Iterator[None]:
     existed = run_dir.exists()
     try:
         yield
+    except ChangedRunError:  # nothing has begun: what the folder says of its run stays true
+        raise
     except BaseException as error:
         state = "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         code, message = 130 if isinstance(error, KeyboardInterrupt) else 1, repr(error)
@@ -53,7 +58,8 @@ def tracked_status(run_dir: Path) -> Iterator[None]:
         if (run_dir / STATUS).exists():
             if state == "failed":
                 _keep_traceback(run_dir / ERRORS, error)
-            write_status(run_dir, state, code, message)
+            with contextlib.suppress(CheckpointError):  # the same full disk, say: it hides no other error
+                write_status(run_dir, state, code, message)
         elif not existed:
             with contextlib.suppress(OSError):  # somebody else's files keep it
                 run_dir.rmdir()
@@ -74,7 +80,7 @@ def write_status(
     Args:
         teacher: what answers have cost in all runs in this folder: `requests`, and tokens as the server has counted
             them. None keeps what is there.
-        progress: `step`, `last_checkpoint` and `best`, or some of them; the others keep what is there.
+        progress: `step`, `last_checkpoint`, `best` and `resumed_from`, or some of them; the others keep what is there.
     """
     if not run_dir.is_dir() or (rank() != 0 and state != "failed"):
         return
@@ -86,7 +92,8 @@ def write_status(
     status |= {key: before.get(key, default) for key, default in _PROGRESS.items()} | dict(progress or {})
     cost = teacher or teacher_cost(run_dir)
     status |= {"teacher": dict(cost)} if cost else {}
-    write_atomically(run_dir / STATUS, json.dumps(status, indent=2) + "\n")
+    with writing(run_dir / STATUS):
+        write_atomically(run_dir / STATUS, json.dumps(status, indent=2) + "\n")
 
 
 def write_progress(run_dir: Path, **progress: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from kdtrain.config.arguments import build_train_arguments
 from kdtrain.config.model_folder import read_map
 from kdtrain.data.errors import show
+from kdtrain.disk import writing
 from kdtrain.errors import CheckpointError, Interrupted, KdtrainError, PreflightError
 from kdtrain.runs.bench import EvaluationReporter
 from kdtrain.runs.build import Reporter
@@ -83,8 +84,9 @@ class Outcome:
 class Sweep:
     """The runs of a plan, and what is known of them so far."""
 
-    def __init__(self, plan: SweepPlan, *, resume: bool, dry_run: bool) -> None:
+    def __init__(self, plan: SweepPlan, *, resume: bool, dry_run: bool, allow_changes: Sequence[str] = ()) -> None:
         self.plan, self._resume, self._dry_run = plan, resume, dry_run
+        self._allow_changes = allow_changes  # of runs that have begun; one that has finished is as it is
         self.outcomes = [Outcome(run, "not run") for run in plan.runs]
 
     @property
@@ -159,7 +161,13 @@ class Sweep:
                 begun = run.folder.is_dir() and any(run.folder.iterdir())
                 with isolated():
                     arguments = build_train_arguments(run.config)
-                    fit(arguments, reporter, resume="auto" if begun else None, dry_run=self._dry_run)
+                    fit(
+                        arguments,
+                        reporter,
+                        resume="auto" if begun else None,
+                        allow_changes=self._allow_changes,
+                        dry_run=self._dry_run,
+                    )
             if self._dry_run:
                 return Outcome(run, "finished", 0)
             # Somebody may have evaluated a checkpoint of it meanwhile.
@@ -179,11 +187,9 @@ class Sweep:
     def _write(self) -> None:
         if self._dry_run:
             return
-        try:
+        with writing(self.plan.folder / SWEEP):
             self.plan.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.plan.folder / SWEEP, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"Writing {self.plan.folder / SWEEP} failed: {error.strerror or error}.") from error
 
 
 def is_trained(run_dir: Path) -> bool:

@@ -164,7 +164,7 @@ def _set_arguments(args: GKDConfig, *, visual_kd: bool) -> None:
 @contextmanager
 def around_upstream(args: GKDConfig, student: Any) -> Iterator[None]:
     """What SFTTrainer's constructor may not see or leave behind: fields of `args`, its check of the head, configs."""
-    hidden = {"model_init_kwargs": None, "assistant_only_loss": False}  # honoured here
+    hidden: dict[str, Any] = {"model_init_kwargs": None, "assistant_only_loss": False, "report_to": []}  # honoured here
     before = {name: getattr(args, name) for name in hidden}
     vars(args).update(hidden)
     # It refuses an adapter on `lm_head`, because its own loss reads the weight past it. Here the loss goes through it.

@@ -8,8 +8,6 @@ collective.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from accelerate import Accelerator
 
 from kdtrain.data.batch import Batch
 from kdtrain.losses.kinds import VISUAL_TARGETS
+from kdtrain.memory import peak_memory_gib
 from kdtrain.trainer.objective import Terms
 
 # Terms of the loss, already weighted. Training: each entry is the micro-batch's share of its window's loss, so that the
@@ -74,6 +73,8 @@ _OF_KIND = [name for terms in TERMS_OF_KIND.values() for name in terms.values()]
 # Answers that were written to a window's prompts, and those of them that train, where not all do.
 _SELECTED = ("written_samples", "selected_samples")
 _WINDOWS = ("windows", "on_policy_windows", "teacher_wait_s")
+# Every rank has as many entries as there were windows: they are divided by the number of ranks, or by one another.
+SAME_ON_ALL_RANKS = frozenset((*SAMPLE_SUMS, *_WINDOWS))
 _KEYS = (*LOSS_TERMS, *_OF_KIND, *TOKEN_SUMS, *SAMPLE_SUMS, *_SELECTED, *_WINDOWS)
 
 Metrics = Mapping[str, Sequence[torch.Tensor]]
@@ -214,14 +215,6 @@ def _token_metrics(reduced: Reduced) -> dict[str, float]:
         if reduced.counts["teacher_entropy_sum"]:  # drawn tokens do not tell it
             record["teacher_entropy"] = reduced.sums["teacher_entropy_sum"] / teacher_tokens
     return record
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """GiB at the peak so far: allocated on the device for CUDA, the resident size of this process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB on Linux
 
 
 class Stopwatch:

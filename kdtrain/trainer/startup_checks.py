@@ -16,7 +16,9 @@ from transformers import SchedulerType, get_scheduler
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.training_args import OptimizerNames
 
+from kdtrain.disk import failure_of
 from kdtrain.errors import KdtrainError, PreflightError
+from kdtrain.memory import is_out_of_memory
 from kdtrain.models.probe import OPTION_OF
 from kdtrain.preflight.findings import Together
 from kdtrain.trainer.best_metric import set_direction
@@ -54,9 +56,11 @@ def naming(option: str, value: Any) -> Iterator[None]:
     """Turn an error of a library into one that names the option that led to it."""
     try:
         yield
-    except (KdtrainError, torch.OutOfMemoryError):
+    except KdtrainError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip() or type(error).__name__
         raise PreflightError(f"training.{option}: {value}: {reason}") from error
 
@@ -66,10 +70,10 @@ def readable_beginning(trainer: GKDTrainerWithMetrics) -> Iterator[None]:
     """What is raised before the first batch comes from an option, a callback or a tracker, not from the training."""
     try:
         yield
-    except (KdtrainError, torch.OutOfMemoryError, OSError):
+    except (KdtrainError, OSError):
         raise
     except Exception as error:
-        if trainer.begun:
+        if trainer.begun or is_out_of_memory(error) or failure_of(error):
             raise
         reason = str(error).strip() or type(error).__name__
         raise PreflightError(

@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from kdtrain.data.errors import show
-from kdtrain.errors import CheckpointError, ConfigError
+from kdtrain.disk import writing
+from kdtrain.errors import ConfigError
 
 SCHEMA = "kdtrain.schema.json"  # what the first line of each recipe names
 _PURPOSE_LINE = 1
@@ -82,14 +83,12 @@ def copied(name: str, folder: Path) -> Path:
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} is there already, and is left as it is. Name another folder, or move it away.")
     text = files("kdtrain.cli").joinpath("recipes", target.name).read_bytes()
-    try:
+    with writing(target):
         folder.mkdir(parents=True, exist_ok=True)
         with target.open("xb") as file:
             file.write(text)
         if not schema.exists() or _is_ours(schema):
             schema.write_text(_schema(), encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}.") from error
     return target
 
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from kdtrain import __version__
-from kdtrain.errors import CheckpointError
+from kdtrain.disk import writing
 from kdtrain.runs.folder import write_atomically
 from kdtrain.runs.report.calibration import calibration
 from kdtrain.runs.report.changes import PLACES, as_yaml, changes, differing
@@ -45,14 +45,12 @@ def write_report(run_dirs: Sequence[Path], out: Path, *, picture: bool = True) -
     runs = read_runs(run_dirs)
     content = _of_run(runs[0]) if len(runs) == 1 else _of_runs(runs)
     page = _page("run.html" if len(runs) == 1 else "runs.html", content)
-    try:
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, page)
         write_atomically(out.with_suffix(".json"), json.dumps(_figures(runs), indent=2) + "\n")
         if picture:
             write_png(content["charts"], content["title"], out.with_suffix(".png"))
-    except OSError as error:
-        raise CheckpointError(f"Writing {error.filename or out} failed: {error.strerror or error}.") from error
     return out
 
 
