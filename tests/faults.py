@@ -96,10 +96,40 @@ TABLE: dict[int, Fault] = {
             "test_runs_changed.py::test_another_chat_template_is_refused",
         ),
     ),
-    8: Fault("SIGTERM in forward, accumulation, generation, save", "checkpoint complete, exit 143, resume bitwise", ()),
-    9: Fault("SIGINT once; twice", "as 8 with 130; at once, older checkpoint intact", ()),
-    10: Fault("SIGTERM to one of two ranks", "both stop at the same step", ()),
-    11: Fault("one rank raises or is killed", "status.json says failed, last complete checkpoint intact", ()),
+    8: Fault(
+        "SIGTERM in forward, accumulation, generation, save",
+        "checkpoint complete, exit 143, resume bitwise",
+        (
+            "test_signals.py::test_while_training_the_first_signal_is_noted_and_a_later_one_ends_at_once",
+            "test_runs_launch.py::test_a_signal_saves_and_the_run_goes_on_from_there",
+            "test_runs_stopping.py::test_an_evaluation_is_left_after_its_batch_and_made_by_the_resumed_run",
+        ),
+    ),
+    9: Fault(
+        "SIGINT once; twice",
+        "as 8 with 130; at once, older checkpoint intact",
+        (
+            "test_signals.py::test_while_training_the_first_signal_is_noted_and_a_later_one_ends_at_once",
+            "test_runs_launch.py::test_ctrl_c_stops_both_of_two_launched_ranks",
+        ),
+    ),
+    10: Fault(
+        "SIGTERM to one of two ranks",
+        "both stop at the same step",
+        (
+            "test_runs_launch.py::test_sigterm_to_one_rank_stops_both_at_the_same_step",
+            "test_runs_stopping.py::test_a_signal_to_one_of_two_ranks_in_an_evaluation_stops_both_after_the_same_batch",
+        ),
+    ),
+    11: Fault(
+        "one rank raises or is killed",
+        "status.json says failed, last complete checkpoint intact",
+        (
+            "test_runs_launch.py::test_a_rank_that_is_killed_ends_the_run_and_that_is_said",
+            "test_runs_launch.py::test_a_worker_that_fails_gives_the_launcher_its_exit_code",
+            "test_runs_stopping.py::test_a_rank_whose_connection_breaks_says_that_another_one_has_ended",
+        ),
+    ),
     12: Fault(
         "NaN or inf in loss, gradient, targets",
         "stop before the step, exit 5, origin named",
@@ -281,7 +311,16 @@ TABLE: dict[int, Fault] = {
         "no torch imported, under 1 s",
         ("test_cli.py::test_what_needs_no_torch_answers_in_a_second_without_it",),
     ),
-    38: Fault("two runs in one run directory", "second refused; a stale lock recognised", ()),
+    38: Fault(
+        "two runs in one run directory",
+        "second refused; a stale lock recognised",
+        (
+            "test_runs_lock.py::test_a_second_run_in_a_folder_is_refused_at_once_with_who_holds_it_and_leaves_it_alone",
+            "test_runs_lock.py::test_the_lock_of_a_killed_process_is_taken_over_and_gone_at_the_end",
+            "test_runs_lock.py::test_one_that_gives_none_is_taken_over_whatever_its_clock_says",
+            "test_runs_lock.py::test_of_a_run_that_cannot_be_seen_from_here_one_waits_for_a_sign_of_life",
+        ),
+    ),
     39: Fault(
         "resume into, or output_dir at, a model or data folder",
         "refused before anything is written",
@@ -301,8 +340,23 @@ TABLE: dict[int, Fault] = {
             "test_runs_checkpoints.py::test_a_run_that_ends_before_its_first_save_goes_on_from_where_it_went_on_from",
         ),
     ),
-    42: Fault("SIGHUP, SIGUSR1, SIGXCPU", "as 8", ()),
-    43: Fault("launcher killed with -9", "workers end within 30 s, lock freed", ()),
+    42: Fault(
+        "SIGHUP, SIGUSR1, SIGXCPU",
+        "as 8",
+        (
+            "test_signals.py::test_every_command_ends_with_the_code_of_the_signal_and_a_line",
+            "test_signals.py::test_what_announces_the_end_comes_again_while_the_state_is_saved",
+            "test_signals.py::test_a_signal_that_is_ignored_from_the_beginning_stays_ignored",
+        ),
+    ),
+    43: Fault(
+        "launcher killed with -9",
+        "workers end within 30 s, lock freed",
+        (
+            "test_runs_launch.py::test_ranks_end_with_their_launcher_and_leave_a_checkpoint",
+            "test_runs_parent.py::test_a_process_that_hangs_is_killed_with_what_it_has_started",
+        ),
+    ),
     44: Fault("stdout or stderr closed or full", "training goes on, model saved, exit 0", ()),
     45: Fault(
         "data file's content changed before a resume",
@@ -322,9 +376,20 @@ TABLE: dict[int, Fault] = {
             "test_nonfinite.py::test_a_model_that_writes_or_judges_samples_is_named_with_the_rows",
         ),
     ),
-    47: Fault("read-only HOME, few files, umask, C locale, odd paths", "runs; a temporary cache is said", ()),
+    47: Fault(
+        "read-only HOME, few files, umask, C locale, odd paths",
+        "runs; a temporary cache is said",
+        ("test_runs_stopping.py::test_a_locale_that_is_not_utf_8_and_odd_names_do_no_harm",),
+    ),
     48: Fault("run folder moved or deleted meanwhile", "exit 6, nothing written elsewhere", ()),
-    49: Fault("WORLD_SIZE set without a launcher", "a message within 20 s", ()),
+    49: Fault(
+        "WORLD_SIZE set without a launcher",
+        "a message within 20 s",
+        (
+            "test_cli_meeting.py::test_a_process_that_nobody_comes_to_ends_and_says_so",
+            "test_cli_meeting.py::test_left_over_variables_are_named_before_anything_is_waited_for",
+        ),
+    ),
     50: Fault(
         "two processes encode the same data",
         "both succeed",

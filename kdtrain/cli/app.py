@@ -82,6 +82,7 @@ def _root(
 
 def main() -> None:
     """Entry point: run a command and end the process with the exit code that says what happened."""
+    process.use_utf8()
     process.owns_process = streams.survive()
     end_with_parent()
     arguments = sys.argv[1:]
@@ -89,6 +90,7 @@ def main() -> None:
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         sys.argv[1:] = arguments = ["fit", *arguments]
     try:
+        process.require_utf8(arguments)
         code = app(args=arguments, standalone_mode=False)
         if arguments[:1] and arguments[0] not in _WRITE_FILES and (error := streams.lost()) is not None:
             raise CheckpointError(f"Writing to stdout failed: {error.strerror}. What it has got is not complete.")
@@ -98,5 +100,7 @@ def main() -> None:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of the command line
             error.show()
             sys.exit(error.exit_code)
+        if isinstance(error, typer.Abort) and isinstance(error.__cause__, Exception):  # which it makes of an EOFError
+            error = error.__cause__
         process.fail_with_a_bug(error)
     process.leave(code or 0)

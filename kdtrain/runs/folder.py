@@ -122,7 +122,7 @@ def forget_evaluation(run_dir: Path) -> None:
 
 def _written_into(folder: Path) -> list[Path]:
     """What is in a folder; a lock alone says of no run that it has written anything."""
-    return [path for path in folder.iterdir() if path.name != LOCK]
+    return [path for path in folder.iterdir() if not path.name.removeprefix(".").startswith(LOCK)]
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:

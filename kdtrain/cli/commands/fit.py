@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdtrain.cli import complete, process
+from kdtrain.cli.meeting import meeting
 from kdtrain.cli.shared import (
     ConfigFile,
     Debug,
@@ -26,7 +27,7 @@ from kdtrain.cli.shared import (
 )
 from kdtrain.cli.terminal import wrapped
 from kdtrain.errors import ConfigError
-from kdtrain.ranks import is_main
+from kdtrain.ranks import is_main, world_size
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig
@@ -136,9 +137,13 @@ def _fit_here(
     from kdtrain.config.arguments import build_train_arguments
     from kdtrain.runs.fit import fit as run_fit
 
+    process.allow_many_files()
     if is_main():
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    arguments = build_train_arguments(config)
+    with meeting():
+        arguments = build_train_arguments(config)
+        if world_size() > 1:
+            arguments.training_args.device  # noqa: B018 - the processes meet
     warn_of_unseen_gpus()
     process.quiet_libraries(keep_bars=console.is_terminal and not quiet)
     reporter = ConsoleReporter(console, log_format, quiet)

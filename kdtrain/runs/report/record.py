@@ -13,6 +13,7 @@ from kdtrain.config.model_folder import read_map
 from kdtrain.errors import ConfigError
 from kdtrain.runs.folder import CHECKPOINT, CONFIG, EVALUATION, LOG, REPORT_DATA, STATUS, is_run_folder
 from kdtrain.runs.records import read_records
+from kdtrain.runs.status import read_status
 
 Record = dict[str, Any]
 
@@ -39,7 +40,7 @@ class RunRecord:
 
     @property
     def state(self) -> str:
-        """running, finished, stopped, failed; or unknown."""
+        """running, finished, stopped, failed; died where it was killed; or unknown."""
         return str(self.status.get("state") or "unknown")
 
     @property
@@ -134,7 +135,7 @@ def _read_run(folder: Path, name: str) -> RunRecord:
         folder=folder,
         name=name,
         config=read_map(folder / CONFIG),
-        status=read_map(folder / STATUS),
+        status=read_status(folder),
         records=records,
         torn_lines=torn,
         evaluation=read_map(folder / EVALUATION),
