@@ -158,6 +158,24 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: leaf for child in children for key, leaf in child.items()}
 
 
+class RecordError(CheckpointError):
+    """What a run says of itself cannot be written; raised between two steps, so that its state can be saved."""
+
+
+@contextmanager
+def writing_record(path: Path) -> Iterator[None]:
+    """`writing`, of what is written between two steps.
+
+    Raises:
+        RecordError: it cannot be written.
+    """
+    try:
+        with writing(path, f"Then go on with {resume_command()}"):
+            yield
+    except CheckpointError as error:
+        raise RecordError(str(error)) from error.__cause__
+
+
 class SameFolder:
     """Whether the run folder is still the one that training began in: another one in its place gets nothing."""
 
