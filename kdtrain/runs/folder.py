@@ -68,6 +68,8 @@ def require_usable(run_dir: Path, resuming: bool) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise PreflightError(f"training.output_dir {run_dir} is a file. Name a folder.")
     existing = next((parent for parent in (run_dir, *run_dir.parents) if parent.exists()), Path("/"))
+    if not existing.is_dir():
+        raise PreflightError(f"training.output_dir {run_dir} lies in {existing}, which is a file. Name another folder.")
     if not os.access(existing, os.W_OK):
         raise PreflightError(f"training.output_dir {run_dir} cannot be written: {existing} is read-only.")
     # Ranks that start later find what rank 0 has written meanwhile.
