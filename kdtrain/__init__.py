@@ -34,6 +34,7 @@ def fit(
     model: Any = None,
     teacher: Any = None,
     resume: str | None = None,
+    allow_changes: Sequence[str] = (),
     dry_run: bool = False,
     quiet: bool = False,
 ) -> RunResult:
@@ -50,6 +51,8 @@ def fit(
             tokenizer is that of `model.model`, or of the folder that the model was loaded from.
         teacher: the teacher in place of `rlhf.teacher_model`: a name, a loaded model, or a `kdtrain.teachers.Teacher`.
         resume: "auto" (the newest complete checkpoint, or a clean start) or a checkpoint's path.
+        allow_changes: what may differ from the run that made the checkpoint: options such as "rlhf.beta", sections, or
+            "data.content".
         dry_run: build everything and run a window of each kind forward and backward; no step, no file.
         quiet: show no progress; warnings come through `logging`.
 
@@ -57,8 +60,9 @@ def fit(
         KdtrainError: what the command ends with; `exit_code` is its exit code.
         Interrupted: SIGINT or SIGTERM, after the state was saved.
     """
-    from kdtrain.runs.python_api import prepare
+    from kdtrain.runs.python_api import checked_changes, prepare
 
+    allowed = checked_changes(allow_changes, resume)
     arguments, given = prepare(
         config,
         overrides,
@@ -74,4 +78,4 @@ def fit(
     from kdtrain.runs.fit import fit as run
 
     reporter = ConsoleReporter(Console(stderr=True), quiet=quiet)
-    return run(arguments, reporter, resume=resume, dry_run=dry_run, given=given)
+    return run(arguments, reporter, resume=resume, allow_changes=allowed, dry_run=dry_run, given=given)

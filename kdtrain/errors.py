@@ -11,12 +11,14 @@ Each message says what happened, where, and what to do. Anything else that escap
     ├── TeacherError                   4   the teacher did not answer, or answered nonsense
     ├── NonFiniteError                 5   NaN or infinity in a loss, a gradient or trained weights
     ├── CheckpointError                6   a checkpoint or the disk under it
-    └── Interrupted              130/143   SIGINT or SIGTERM; the state was saved
+    ├── LostRankError              1   another process of the run has ended
+    └── Interrupted          128+signal   SIGINT, SIGTERM and others; while training the state was saved
 """
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -63,16 +65,28 @@ class TeacherError(KdtrainError):
 class NonFiniteError(KdtrainError):
     """A loss or a gradient became NaN or infinite; raised before the optimizer step, so the weights are still good.
 
-    Or the weights themselves, by the last step; raised before they are saved.
+    Or the weights themselves, by the last step; raised before they are saved. Or what a model writes answers from.
+
+    Args:
+        facts: what `nonfinite.json` holds: `step`, `during`, `origin`, and of each bad rank its `micro_batches` with
+            their rows and terms. The same on all ranks that raise it together.
     """
 
     exit_code = 5
+
+    def __init__(self, message: str, facts: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.facts = dict(facts or {})
 
 
 class CheckpointError(KdtrainError):
     """A checkpoint that cannot be resumed from, or a disk that cannot be written to."""
 
     exit_code = 6
+
+
+class LostRankError(KdtrainError):
+    """Another process of the run has ended, so that this one cannot go on; why, that one knows."""
 
 
 class Interrupted(KdtrainError):

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -451,7 +452,7 @@ def test_a_nan_ends_with_exit_code_5_and_a_status_that_says_so(project, kdtrain)
 def test_weights_that_the_last_step_broke_end_with_exit_code_5_and_are_not_saved(project, kdtrain):
     code, _, err = kdtrain("fit", "config.yaml", "training.learning_rate=1e38", "training.max_steps=1")
     assert code == 5, err
-    assert "Not finite after step 1: trained weights" in err
+    assert "Not finite after step 1, rank 0: trained weights" in err
     assert not (project / "run" / "model.safetensors").exists()
 
 
@@ -516,11 +517,26 @@ def test_a_finished_run_takes_no_further_step_when_it_is_resumed(project, kdtrai
     assert (project / "run" / "model.safetensors").read_bytes() == before
 
 
-def test_a_resumed_run_says_which_options_are_new(project, kdtrain):
-    save = ["training.save_strategy=steps", "training.save_steps=2"]
-    assert kdtrain("fit", "config.yaml", *save)[0] == 0
-    _, _, err = kdtrain("fit", "config.yaml", *save, "--resume", "auto", "rlhf.beta=0.9", "training.max_steps=6")
-    assert "rlhf.beta: 0.5 -> 0.9; training.max_steps: 4 -> 6" in err
+def test_a_run_that_is_half_done_goes_on_with_a_larger_batch_after_the_same_rows(project, kdtrain):
+    """24 rows, 12 of them trained: not at its end, for all that six steps of four rows would be an epoch."""
+    broken_data(project, "".join(json.dumps(tiny.CHATS[i % 6]) + "\n" for i in range(24)))
+    edit(project, training={"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 2, "save_steps": 6})
+    edit(project, training={"save_strategy": "steps", "eval_strategy": "no", "logging_steps": 1}, data={"eval": None})
+    assert kdtrain("fit", "config.yaml")[1].startswith("12 steps")
+    shutil.rmtree(project / "run" / "checkpoint-12")
+    larger = "training.per_device_train_batch_size=4"
+    code, out, err = kdtrain("fit", "config.yaml", larger, "--resume", "auto")
+    assert code == 0, err
+    assert (
+        "A step has 4 rows, and had 2: the run goes on at the next row (epoch 1, row 13 of 24), with step 7 of 9" in err
+    )
+    assert "nothing is left" not in err
+    assert out.startswith("9 steps")
+    records = [json.loads(line) for line in (project / "run" / "logging.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records if record.get("step") in (7, 8, 9)][:3] == [16 / 24, 20 / 24, 1]
+    code, out, err = kdtrain("fit", "config.yaml", larger, "--resume", "auto")
+    assert code == 0, err
+    assert "checkpoint-9 is at step 9 of 9: nothing is left to train" in err
 
 
 @pytest.mark.parametrize(

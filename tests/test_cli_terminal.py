@@ -12,11 +12,12 @@ import termios
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from kdtrain.cli.history import Table, number
+from kdtrain.cli.history import Lines, Table, number
 from kdtrain.cli.terminal import is_live
 from tests import test_cli
 from tests.test_cli import edit
@@ -41,6 +42,15 @@ def test_a_row_fits_80_and_120_columns_and_what_matters_most_is_in_it():
         assert len(row.split()) == len(titles[width])
     assert titles[80] == ["step", "loss", "llm_kd", "sft", "on-policy", "accuracy", "agreement", "left"]
     assert titles[120] == [*titles[80][:-1], "grad", "tokens", "cut", "tok/s", "left"]
+
+
+def test_a_line_names_the_share_of_own_answers_from_the_first_of_them_on():
+    lines, state = [], SimpleNamespace(global_step=1, max_steps=3)
+    shown = Lines(lines.append, as_json=False)
+    for share in (0.0, 0.5, 0.0):
+        shown.on_log(None, state, None, {**RECORD, "on_policy_fraction": share})
+    assert ["on-policy" in line for line in lines] == [False, True, True]
+    assert "on-policy 50%" in lines[1]
 
 
 def test_evaluations_stand_in_the_columns_of_their_terms_and_the_best_is_marked():

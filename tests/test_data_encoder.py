@@ -471,6 +471,8 @@ BAD = [
     ({"messages": [{"content": "x"}]}, r"messages\[0\] has no role"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, r"unknown role wizard .*assistant"),
     ({"messages": [{"role": 3, "content": "x"}]}, r"unknown role 3"),
+    ({"messages": [{"role": "human", "content": "x"}]}, r"unknown role human .*; write user$"),
+    ({"messages": [{"role": "Bot", "content": "x"}]}, r"unknown role Bot .*; write assistant$"),
     ({"messages": [user(None)]}, r"messages\[0\] has no content"),
     ({"messages": [user(7)]}, r"content must be text or a list of parts, not a number"),
     ({"messages": [user("  ")]}, r"messages\[0\] is an empty user message"),

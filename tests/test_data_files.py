@@ -271,8 +271,8 @@ def test_empty_files_of_a_folder_are_passed_over(tmp_path, capfd):
     folder.mkdir()
     write_empty(folder)
     datasets.Dataset.from_list([A]).to_parquet(folder / "full.parquet")
-    raw, sizes = read_all([Source(str(folder))], tmp_path / "raw.arrow")
-    assert (sizes, json.loads(raw["text"][0])) == ([1], A)
+    raw, (content,) = read_all([Source(str(folder))], tmp_path / "raw.arrow")
+    assert (content.rows, json.loads(raw["text"][0])) == (1, A)
     assert "BatchSize" not in capfd.readouterr().err
     for file in folder.iterdir():
         if file.name != "full.parquet":

@@ -282,6 +282,22 @@ MISTAKES = {
         training(batch_size=3),
         ["training.batch_size: unknown key", "use training.per_device_train_batch_size"],
     ),
+    "a decimal comma": (
+        training(learning_rate="1,0e-4"),
+        ["training.learning_rate: expected a number, got text '1,0e-4'", "write 1.0e-4, with a point"],
+    ),
+    "a share without its sign": (
+        edit(data={"eval": 0.05}),
+        ["data.eval: a share of the training rows has a percent sign: 5%"],
+    ),
+    "a role of another program": (
+        rows({"messages": [{"role": "human", "content": "x"}, ANSWER]}),
+        ["train.jsonl:1: messages[0] has the unknown role human", "write user"],
+    ),
+    "a file that is not UTF-8": (
+        lambda p: (p / "train.jsonl").write_bytes(json.dumps({"prompt": "ö"}, ensure_ascii=False).encode("latin-1")),
+        ["data.train: ", "train.jsonl:1: not UTF-8: byte 0xf6", "iconv -f latin1 -t utf-8"],
+    ),
     "a key misspelt": (
         training(learningrate=1e-4),
         ["training.learningrate: unknown key", "did you mean training.learning_rate?"],
@@ -318,6 +334,22 @@ def test_a_mistake_is_found_with_its_place_and_what_to_do_before_torch_is_needed
         assert text.count(": error: ") == (2 if "DeepSpeed" in name and not has_deepspeed() else 1), text
         for part in parts:
             assert part in text, f"{part!r} is not in:\n{text}"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("configs.yaml", "did you mean config.yaml?"),
+        (".", "name the config in it: config.yaml"),
+        ("nowhere/c.yaml", ""),
+    ],
+)
+def test_a_config_that_is_not_there_is_told_from_its_neighbours(name, hint, project, monkeypatch, capsys):
+    for command in ("validate", "fit"):
+        code, text = run(monkeypatch, capsys, command, name)
+        assert code == 2
+        assert f"cannot read {name}: " in text
+        assert hint in text
 
 
 def has_deepspeed():

@@ -263,7 +263,7 @@ def test_a_rank_whose_student_is_not_finite_while_sampling_stops_both(tmp_path, 
     first, second = tiny.run_ranks(one_rank_fails, 2, tmp_path, sharded, timeout=200)
     assert "Not finite at step 1, rank 0, while the student wrote answers: the logits" in first
     assert "of row 0:0" in first
-    assert "those of another rank" in second
+    assert second == first
 
 
 # ---- the same again, and resumed -------------------------------------------------------------------------------------

@@ -148,7 +148,8 @@ def test_a_model_whose_logits_are_not_finite_while_it_writes_ends_the_run_and_is
     assert "not finite" in message.lower()
     status = json.loads((project / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 5)
-    assert not list((project / "run").glob("answers/*/rank0.jsonl"))  # nothing that a next run would train on
+    for answers in (project / "run").glob("teacher_answers/*/rank0.jsonl"):
+        assert answers.read_text() == ""  # nothing that a next run would train on
 
 
 def test_a_teacher_whose_logits_are_not_finite_on_samples_ends_the_run(project, kdtrain):

@@ -26,10 +26,11 @@ def ends_badly(folder, save_steps):
 @pytest.mark.parametrize("save_steps", [1, 10])
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, save_steps):
     message, saved = ends_badly(tmp_path, save_steps)
-    assert "Not finite after step 1: trained weights, the first model.embed_tokens.weight" in message
+    assert "Not finite after step 1, rank 0: trained weights, the first model.embed_tokens.weight" in message
     assert saved == []
     for its_message, its_saved in tiny.run_ranks(ends_badly, 2, tmp_path / "two", save_steps):
-        assert its_message == message
+        # Before a checkpoint all ranks are asked; a caller may save a whole model on one of them.
+        assert its_message == message.replace("rank 0", "ranks 0, 1")
         assert its_saved == []
 
 
@@ -56,8 +57,8 @@ def broken_on_one_rank(folder):
 
 def test_a_checkpoint_is_not_written_where_one_ranks_weights_are_not_finite(tmp_path):
     first, second = tiny.run_ranks(broken_on_one_rank, 2, tmp_path)
-    assert "those of another rank" in first
-    assert "model.norm.weight" in second
+    assert first == second
+    assert "rank 1: trained weights, the first model.norm.weight" in second
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

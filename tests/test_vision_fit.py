@@ -82,7 +82,11 @@ def row(i, answer):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vision")
+    return make_models(tmp_path_factory.mktemp("vision"))
+
+
+def make_models(folder):
+    """Student, teacher and rows with pictures."""
     save_llava(folder / "student", 32, 32, 1)
     save_llava(folder / "teacher", 48, 64, 2)
     (folder / "pictures").mkdir()

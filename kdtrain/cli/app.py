@@ -26,6 +26,9 @@ from kdtrain.cli.commands.report import report
 from kdtrain.cli.commands.validate import validate
 from kdtrain.data.errors import show
 from kdtrain.errors import CheckpointError, ConfigError, KdtrainError
+from kdtrain.runs.lost_rank import lost_ranks_named
+from kdtrain.runs.parent import end_with_parent
+from kdtrain.runs.signals import every_signal_named
 
 _OTHER_NAMES = {
     "train": "fit", "run": "fit", "distill": "fit", "distil": "fit", "start": "fit", "finetune": "fit", "sft": "fit",
@@ -50,6 +53,11 @@ class _Commands(TyperGroup):
             hint = f"Did you mean kdtrain {meant}?" if meant else f"There are {', '.join(self.commands)}."
             raise ConfigError(f"There is no command {show(name, 40)}. {hint}")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; what may end any of them from outside has its exit code and its message."""
+        with lost_ranks_named(), every_signal_named():
+            return super().invoke(ctx)
 
 
 app = typer.Typer(
@@ -84,6 +92,7 @@ def _stands_somewhere() -> bool:
 def main() -> None:
     """Entry point: run a command and end the process with the exit code that says what happened."""
     process.owns_process = streams.survive()
+    end_with_parent()
     arguments = sys.argv[1:]
     # `accelerate launch -m kdtrain CONFIG`: people forget the command, and it can only be one.
     if arguments and arguments[0].endswith((".yaml", ".yml")):

@@ -26,6 +26,14 @@ def log_format(incomplete: str) -> list[str]:
     return [one for one in ("text", "json") if one.startswith(incomplete)]
 
 
+def changeable(incomplete: str) -> list[str]:
+    """What `--allow-changes` takes, behind the last comma."""
+    from kdtrain.config.changes import allowable
+
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in allowable() if name.startswith(last)]
+
+
 def _walk(node: Mapping[str, Any], named: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, list[str]]]:
     """Each option below a node of the schema, and its values where they are listed."""
     for key, child in node.get("properties", {}).items():

@@ -187,6 +187,7 @@ class Lines(TrainerCallback):
 
     def __init__(self, write: Callable[[str], None], as_json: bool) -> None:
         self._write, self._json = write, as_json
+        self._on_policy = False
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
@@ -197,15 +198,21 @@ class Lines(TrainerCallback):
             self._write(json.dumps(timed("log", **{"step": state.global_step, "max_steps": state.max_steps, **logs})))
             return
         left = f"  {duration(logs['remaining_s'])} left" if "remaining_s" in logs else ""
-        if shown := describe(logs):
+        self._on_policy |= bool(logs.get("on_policy_fraction"))
+        if shown := describe(logs, self._on_policy):
             self._write(f"step {state.global_step}/{state.max_steps}  {shown}{left}")
 
 
-def describe(logs: Mapping[str, Any]) -> str:
-    """The metrics of a record that one watches, in short."""
+def describe(logs: Mapping[str, Any], on_policy: bool = True) -> str:
+    """The metrics of a record that one watches, in short.
+
+    Args:
+        on_policy: whether some answer of the run was the student's: else its share of them is left out.
+    """
     prefix = "" if "loss" in logs else "eval_"
     parts = [f"{prefix}{key} {logs[prefix + key]:.4g}" for key in _SHOWN if prefix + key in logs]
-    if "llm_kd_loss" in logs and "on_policy_fraction" in logs:  # without the first no answer is the student's
+    # Without llm_kd_loss no answer is the student's.
+    if on_policy and "llm_kd_loss" in logs and "on_policy_fraction" in logs:
         parts.insert(1, f"on-policy {logs['on_policy_fraction']:.0%}")
     if "selected_fraction" in logs:
         parts.insert(2, f"selected {logs['selected_fraction']:.0%}")

@@ -19,7 +19,8 @@ def as_text(result: RunResult, dry_run: bool) -> str:
     if not dry_run:
         return f"{_steps(result)}, {_model(result)} in {shown_path(result.run_dir)} ({result.seconds:.0f} s){teacher}\n"
     lines = [f"dry run passed ({result.seconds:.0f} s){teacher}"]
-    lines.append(f"{describe(result.metrics)}  peak_memory_gib {result.metrics['peak_memory_gib']:.2f}")
+    shown = describe(result.metrics, on_policy=bool(result.metrics.get("on_policy_fraction")))
+    lines.append(f"{shown}  peak_memory_gib {result.metrics['peak_memory_gib']:.2f}")
     if kinds := describe_kinds(result.metrics):
         lines.append(kinds)
     whole, each = in_time(result.metrics["run_time_s"]), result.metrics["step_time_s"]

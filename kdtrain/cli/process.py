@@ -19,10 +19,11 @@ from typing import NoReturn
 import typer
 
 from kdtrain.cli.events import timed
+from kdtrain.cli.last_words import to_say
 from kdtrain.cli.terminal import printable, wrapped
 from kdtrain.data.errors import show
 from kdtrain.disk import FULL, failure_of, write_error
-from kdtrain.errors import ConfigError, KdtrainError, PreflightError
+from kdtrain.errors import ConfigError, KdtrainError, LostRankError, PreflightError
 from kdtrain.memory import is_out_of_memory, peak
 from kdtrain.ranks import world_size
 from kdtrain.runs.launch import report_exit_code
@@ -68,17 +69,23 @@ def write_out(text: str) -> None:
 
 
 def fail(error: KdtrainError) -> NoReturn:
-    """Say what went wrong in one message and end; the traceback only for those who asked for it."""
-    message = str(error)
+    """Say what went wrong in one message and end; the traceback only for those who asked for it.
+
+    Of several ranks one says it.
+    """
+    message = to_say(error, str(error))
     if "--debug" in sys.argv:
         logger.error("traceback", exc_info=error)
-    if in_json():
+    if message is None:
+        pass
+    elif in_json():
         logger.critical(message, extra={"values": {"exit_code": error.exit_code}})
     elif isinstance(error, ConfigError) and "\n" in message:  # the problems of a file bring their own headings
         typer.echo(printable(message), err=True)
     else:
         typer.echo(wrapped(printable(f"kdtrain: {message}"), sys.stderr), err=True)
-    leave(error.exit_code)
+    # A lost rank's code is that of the rank that ended first.
+    leave(error.exit_code, told=not isinstance(error, LostRankError))
 
 
 def in_json() -> bool:
@@ -123,9 +130,14 @@ def _traceback_file(error: Exception) -> str:
     return f"in {written}"
 
 
-def leave(code: int) -> NoReturn:
-    """End this process, with what the interpreter does as it ends; but not for ever."""
-    report_exit_code(code)
+def leave(code: int, *, told: bool = True) -> NoReturn:
+    """End this process, with what the interpreter does as it ends; but not for ever.
+
+    Args:
+        told: whether the process that launched this one is told the code.
+    """
+    if told:
+        report_exit_code(code)
     if owns_process and "torch" in sys.modules:
         watch = threading.Timer(_LONGEST_END_S, _end_now, [code])
         watch.daemon = True

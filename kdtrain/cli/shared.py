@@ -87,10 +87,14 @@ def refuse_several_processes(config: RunConfig, no_launch: bool) -> None:
         )
 
 
-def launch_if_wanted(config: RunConfig, quiet: bool) -> None:
-    """Hand this command to `accelerate launch`, and end with it, where several processes are wanted."""
+def launch_if_wanted(config: RunConfig, quiet: bool, run_dir: Path | None = None) -> None:
+    """Hand this command to `accelerate launch`, and end with it, where several processes are wanted.
+
+    `run_dir`: where the run says how it ended; here that is said of one that was killed.
+    """
     from kdtrain.cli.environment import visible_gpus
     from kdtrain.runs import launch
+    from kdtrain.runs.status import note_death
 
     if under_launcher():
         return
@@ -101,6 +105,8 @@ def launch_if_wanted(config: RunConfig, quiet: bool) -> None:
         if not quiet:
             logger.info(launch.shown(command))
         code = launch.run_launcher(command)
+        if code and run_dir is not None:
+            note_death(run_dir, code)
         if code and process.in_json():  # the launcher's own last words are text
             logger.critical("The run failed.", extra={"values": {"exit_code": code}})
         sys.exit(code)

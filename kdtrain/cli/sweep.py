@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -34,14 +34,16 @@ _COLUMNS = (
 _WIDTH = 120  # where stdout is a file
 
 
-def sweep(plan: SweepPlan, console: Console, resume: bool, dry_run: bool, quiet: bool, log_format: str) -> None:
+def sweep(
+    plan: SweepPlan, console: Console, resume: bool, allowed: Sequence[str], dry_run: bool, quiet: bool, log_format: str
+) -> None:
     """Make the runs of a plan, and print what came out, also of a sweep that was stopped.
 
     Raises:
         KdtrainError: a run failed; the exit code is that of the first one.
         Interrupted: SIGINT or SIGTERM.
     """
-    runs, as_json = Sweep(plan, resume=resume, dry_run=dry_run), log_format == "json"
+    runs, as_json = Sweep(plan, resume=resume, dry_run=dry_run, allow_changes=allowed), log_format == "json"
     try:
         runs.train(Progress(console, log_format, quiet, plan.labels))
     except Interrupted:

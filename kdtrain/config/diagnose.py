@@ -24,6 +24,11 @@ _SECRET_VALUE = re.compile(
 )
 _CERTAIN = re.compile(r"sk-(?=[\w-]*\d)[\w-]{12,}")
 _USERINFO = re.compile(r"(?<=://)[^/\s@]*@")
+_QUERY = re.compile(r"(?i)[?&][\w.-]{0,40}?(?:key|token|secret|passw(?:or)?d|auth|signature)=[^&\s]")
+# A word like those that keys are made of: long, and letters and digits in turn. Of no path, file name or number.
+_KEY_LIKE = re.compile(
+    r"(?<![A-Za-z0-9./~+-])(?=(?:[A-Za-z]{0,64}[0-9]{1,64}[A-Za-z]){3})[A-Za-z0-9]{20,256}(?![A-Za-z0-9./-])"
+)
 # No pattern may look back over a name or a word: lines have up to a million characters.
 _SECRET_LINE = re.compile(
     r"""(?i)((?:key|(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)token|passw(?:or)?d|secret)(?:_env)?["']?\s*[:=]\s*)(\S.*)"""
@@ -42,17 +47,22 @@ def is_secret_name(name: object) -> bool:
 
 
 def looks_secret(text: str) -> bool:
-    """Whether a value has the form of an API key, or is a URL with a user or password in it."""
+    """Whether a value has the form of an API key, or is a URL with a user, a password or a key in it."""
     found = _SECRET_VALUE.search(text)
     # `sk-` may begin the name of a run as well: hidden wherever it is shown, an error only if it must be a key.
     is_key = found is not None and (not found[0].startswith("sk-") or bool(_CERTAIN.fullmatch(found[0])))
-    return is_key or bool(_USERINFO.search(text))
+    return is_key or bool(_USERINFO.search(text)) or ("://" in text and bool(_QUERY.search(text)))
 
 
 def redact(text: str) -> str:
     """`text` with API keys, URL credentials and the values of secret-looking keys replaced by `***`."""
     text = _USERINFO.sub(HIDDEN + "@", _SECRET_VALUE.sub(HIDDEN, text))
     return _SECRET_LINE.sub(rf"\1{HIDDEN}", text)  # to the end of the line: rather too much than too little
+
+
+def _hide(text: str) -> str:
+    """As `redact`, and without words that only look like keys: a mistake can be told without them."""
+    return _KEY_LIKE.sub(HIDDEN, redact(text))
 
 
 def escape(text: str) -> str:
@@ -113,11 +123,13 @@ class Diagnostic:
     def __post_init__(self) -> None:
         if self.source_line is not None and self.col is not None:
             start = max(0, self.col - 1 - _WINDOW)
-            object.__setattr__(self, "caret", len(redact(self.source_line[start : self.col - 1])))
-            object.__setattr__(self, "source_line", redact(self.source_line[start : self.col + _WINDOW]))
+            object.__setattr__(self, "caret", len(_hide(self.source_line[start : self.col - 1])))
+            object.__setattr__(self, "source_line", _hide(self.source_line[start : self.col + _WINDOW]))
         object.__setattr__(self, "path", self.path[:_LONGEST_PATH])
         for name in ("path", "message", "hint", "file"):
-            object.__setattr__(self, name, clean(value) if (value := getattr(self, name)) else value)
+            value = getattr(self, name)
+            hide = redact if name == "file" else _hide
+            object.__setattr__(self, name, escape(hide(value)) if value else value)
 
     @property
     def location(self) -> str:

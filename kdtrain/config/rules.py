@@ -398,6 +398,11 @@ def training_conflicts(config: RunConfig, written: Written) -> Iterator[Problem]
     if training.get("save_total_limit") == 1:
         message = "2 checkpoints are kept: while one is written, the older must stay"
         yield Problem(("training", "save_total_limit"), message, level="warning")
+    if training.get("save_only_model") and training.get("save_strategy") != "no":
+        message = "checkpoints hold the model alone: --resume cannot go on from them"
+        yield Problem(
+            ("training", "save_only_model"), message, "remove it, unless the run may be lost", level="warning"
+        )
     for strategy, steps in _SCHEDULES:
         idle = steps in training and training.get(strategy, "steps") != "steps"
         if idle and (strategy != "eval_strategy" or config.data.eval is not None):

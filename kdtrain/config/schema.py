@@ -170,6 +170,8 @@ def is_share(value: Any) -> bool:
 
 
 def _share(value: Any) -> str:
+    if isinstance(value, float) and 0 < value < 1:
+        raise wrong(f"a share of the training rows has a percent sign: {100 * value:g}%")
     if not isinstance(value, str):
         raise wrong("expected a path, a hub id, a source, a list of these, or a share of the training rows such as 5%")
     if not 0 < float(value.rstrip("% ")) < 100:
@@ -343,8 +345,9 @@ class TeacherConfig(Section):
     @field_validator("api_key_env")
     @classmethod
     def _variable_name(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-            raise wrong("expected the name of an environment variable, not a key")
+        # In capitals, as such names are: most keys have small letters, and one that is taken for a name would be kept.
+        if value is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
+            raise wrong("expected the name of an environment variable, in capitals, not a key")
         return value
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -156,7 +158,7 @@ def read_text(path: Path, named_at: Place) -> tuple[str, SourceFile]:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         message = f"cannot read {name}: {(error.strerror or str(error)).lower()}"
-        raise UnreadableError(Problem((), message, place=named_at)) from None
+        raise UnreadableError(Problem((), message, _other_config(path), place=named_at)) from None
     here = Place(SourceFile(name, path.parent))
     if len(data) > MAX_BYTES:
         raise UnreadableError(Problem((), "larger than 1 MiB, which no config is", place=here))
@@ -168,6 +170,18 @@ def read_text(path: Path, named_at: Place) -> tuple[str, SourceFile]:
         raise UnreadableError(Problem((), "not UTF-8 text", "save the file as UTF-8", place=place)) from None
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return text, SourceFile(name, Path(os.path.abspath(path.parent)), lines)
+
+
+def _other_config(path: Path) -> str:
+    """The config that was meant by the name of a folder, or of a file that is not there."""
+    folder = path if path.is_dir() else path.parent
+    with contextlib.suppress(OSError):
+        found = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".yaml", ".yml"))
+        if path.is_dir():
+            return f"name the config in it: {', '.join(str(path / name) for name in found[:3])}" if found else ""
+        if near := difflib.get_close_matches(path.name, found, 1):
+            return f"did you mean {folder / near[0]}?"
+    return ""
 
 
 def from_mapping(data: Mapping[Any, Any], source: SourceFile) -> tuple[Node, list[Problem]]:

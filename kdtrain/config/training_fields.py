@@ -72,8 +72,17 @@ def number_hint(value: Any, kinds: Sequence[str]) -> str:
             try:
                 float(value)
             except ValueError:
-                return ""
+                return _decimal_point(value)
             return "remove the quotes" if value.replace("_", "") == value else "write the digits without _"
+    return ""
+
+
+def _decimal_point(value: str) -> str:
+    """What was meant by 1,5e-4."""
+    pointed = value.replace(",", ".", 1)
+    with contextlib.suppress(ValueError):
+        float(pointed)
+        return f"write {pointed}, with a point" if pointed != value else ""
     return ""
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdtrain.data.errors import show
-from kdtrain.data.files import READ_ERRORS, RawRow, cannot_read, open_text
+from kdtrain.data.files import READ_ERRORS, RawRow, cannot_read, not_utf8, open_text
 from kdtrain.errors import DataError
 
 _DELIMITERS = {",": "a comma", "\t": "a tab"}
@@ -104,7 +104,7 @@ def _not_utf8(fields: list[str]) -> str:
     try:
         "".join(fields).encode("utf-8")
     except UnicodeEncodeError as error:
-        return f"not UTF-8: byte {ord(error.object[error.start]) - 0xDC00:#04x}"
+        return not_utf8(ord(error.object[error.start]) - 0xDC00)
     return ""
 
 

@@ -8,6 +8,7 @@ Each row is encoded once, however often it appears in an epoch.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections import Counter
@@ -21,6 +22,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
+import xxhash
 
 from kdtrain.data.cache import encode_cached
 from kdtrain.data.cache_folder import default_cache_folder
@@ -30,7 +32,7 @@ from kdtrain.data.epochs import Epochs, mix
 from kdtrain.data.errors import show
 from kdtrain.data.held_out import HeldOut
 from kdtrain.data.prefix import OPTION as PREFIX
-from kdtrain.data.sources import Source, read_all, unread_of
+from kdtrain.data.sources import Source, SourceContent, read_all, unread_of
 from kdtrain.data.teacher_view import NO_EFFECT, teacher_option
 from kdtrain.disk import writing
 from kdtrain.errors import DataError
@@ -70,6 +72,7 @@ class BuildReport:
     # The rows of the data set with the smallest, largest, narrowest and most elongated image of each source, and where
     # they come from: tried first, so that an image that does not fit a model does not end the run in its middle.
     image_extremes: list[tuple[int, str]] = field(default_factory=list)
+    contents: list[SourceContent] = field(default_factory=list)  # of each source, with the sizes of its image files
     epochs: Epochs | None = None  # which rows of the data set make up each epoch; None: all, in every epoch
 
     def summary(self) -> str:
@@ -184,7 +187,6 @@ class EncodedSources:
     raw: datasets.Dataset  # as of `read_all`
     encoded: datasets.Dataset  # in the same order, with the columns of cache.py; bad and over-long rows have no tokens
     sources: Sequence[Source]
-    sizes: Sequence[int]  # rows that were read from each source
     limits: Limits
     rows: np.ndarray  # numbers of the encoded rows that make up the data set, as often as it repeats them
     report: BuildReport
@@ -247,11 +249,11 @@ def encode_sources(
         folder.mkdir(parents=True, exist_ok=True)
         # Raw rows are mapped from a file, which need not outlive this call: the result is in the cache entry alone.
         with tempfile.TemporaryDirectory(prefix="reading-", dir=folder, ignore_cleanup_errors=True) as scratch:
-            raw, sizes = read_all(sources, Path(scratch) / "raw.arrow", held_out)
+            raw, contents = read_all(sources, Path(scratch) / "raw.arrow", held_out)
             if column is not None and (held_out is None or held_out.training):
                 _check_prefix_column(raw, column)
             weights = [source.weight for source in sources]
-            plan = mix(sizes, weights, sample_limit, seed)
+            plan = mix([content.rows for content in contents], weights, sample_limit, seed)
             varies = new_parts and sample_limit is None and any(weight % 1 for weight in weights)
             # Rows of no epoch are not encoded. From here on rows are numbered among those that are.
             used = np.arange(len(raw)) if varies else np.unique(plan)
@@ -273,9 +275,10 @@ def encode_sources(
                 planned = _made_of(plan, made_of)
                 rows = epoch = planned[kept[planned]]
             _count_tokens(encoded, epoch, limits, report)
+            report.contents = _with_images(contents, encoded, raw)
             report.image_extremes = _image_extremes(encoded, raw, rows)
             kept_columns = (encoder.keep_chats, encoder.keep_answers)
-            yield EncodedSources(raw, encoded, sources, sizes, limits, rows, report, *kept_columns)
+            yield EncodedSources(raw, encoded, sources, limits, rows, report, *kept_columns)
 
 
 def _check_prefix_column(raw: datasets.Dataset, column: str) -> None:
@@ -350,6 +353,33 @@ def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[S
 def images_per_row(encoded: datasets.Dataset) -> np.ndarray:
     """Images of every row, counted in Arrow: their bytes are not read."""
     return np.asarray(pc.fill_null(pc.list_value_length(encoded.data.column("images")), 0))
+
+
+def _with_images(
+    contents: Sequence[SourceContent], encoded: datasets.Dataset, raw: datasets.Dataset
+) -> list[SourceContent]:
+    """What sources have, their image files included: by the size of each, for reading them all would take too long."""
+    images = pc.list_flatten(encoded.data.column("images"))
+    in_rows = pc.is_valid(pc.struct_field(images, "bytes"))  # these are a part of the text
+    paths = pc.if_else(in_rows, None, pc.struct_field(images, "path")).to_pylist()
+    if not any(paths):
+        return list(contents)
+    owner = np.repeat(np.arange(len(encoded)), images_per_row(encoded))
+    of_source = _column(raw, "source")[_column(encoded, "raw")[owner]]
+    found = []
+    for number, one in enumerate(contents):
+        # Each once: a conversation may have become several rows.
+        files = dict.fromkeys(path for path, source in zip(paths, of_source, strict=True) if path and source == number)
+        digest = xxhash.xxh3_128(" ".join([one.content, *map(_size, files)]).encode())
+        found.append(replace(one, content=digest.hexdigest()) if files else one)
+    return found
+
+
+def _size(path: str) -> str:
+    try:
+        return str(os.stat(path).st_size)
+    except OSError:
+        return "missing"
 
 
 def _refuse(

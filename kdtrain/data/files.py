@@ -114,6 +114,11 @@ def check_content(path: Path, start: bytes) -> None:
             raise DataError(f"{show(str(path), 400)} is {what}")
 
 
+def not_utf8(byte: int) -> str:
+    """What is said of a byte that no text in UTF-8 has in its place."""
+    return f"not UTF-8: byte {byte:#04x}; iconv -f latin1 -t utf-8 converts it, if that is what it is in"
+
+
 def read_lines(path: Path) -> Iterator[RawRow]:
     """Bytes are split at newlines only: str.splitlines would also cut at U+2028, which JSON strings may hold."""
     name = str(path)
@@ -127,7 +132,7 @@ def read_lines(path: Path) -> Iterator[RawRow]:
                 try:
                     yield RawRow(name, number, line.decode("utf-8").strip())
                 except UnicodeDecodeError as error:
-                    yield RawRow(name, number, problem=f"not UTF-8: byte {error.object[error.start]:#04x}")
+                    yield RawRow(name, number, problem=not_utf8(error.object[error.start]))
     except READ_ERRORS as error:
         raise cannot_read(name, error) from error
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdtrain.data.errors import show
-from kdtrain.data.files import READ_ERRORS, RawRow, cannot_read, open_text, read_lines
+from kdtrain.data.files import READ_ERRORS, RawRow, cannot_read, not_utf8, open_text, read_lines
 from kdtrain.data.splits import same_split
 from kdtrain.errors import DataError
 
@@ -28,10 +28,12 @@ def read_json(path: Path, columns: Collection[str], split: str) -> Iterator[RawR
         return
     try:
         values = list(_values(_text(path)))
-    except (ValueError, RecursionError) as error:
+    except (DataError, ValueError, RecursionError) as error:
         if _holds_rows_in_lines(path, first, columns):
             yield from read_lines(path)
             return
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{show(str(path), 400)} is not valid JSON: {show(str(error))}") from error
     if len(values) > 1:
         if first[:1] == b"[":  # lists one below the other: each is a bad row of its own
@@ -85,9 +87,14 @@ def _object(text: bytes) -> dict[str, Any] | None:
 def _text(path: Path) -> str:
     try:
         with open_text(path) as file:
-            return str(file.read().decode("utf-8-sig"))
+            data: bytes = file.read()
     except READ_ERRORS as error:
         raise cannot_read(str(path), error) from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
+        raise DataError(f"{show(str(path), 400)}:{line}: {not_utf8(byte)}") from error
 
 
 def _values(text: str) -> Iterator[tuple[int, Any]]:

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
+import xxhash
 
 from kdtrain.data.columns import (
     row_columns,
@@ -56,28 +58,39 @@ _RAW = pa.schema(
 )
 
 
+@dataclass(frozen=True)
+class SourceContent:
+    """What was read from a source, to be told from what is read another time."""
+
+    path: str
+    rows: int
+    content: str
+    """A hash of their text in their order: whatever the file is called, and wherever it lies."""
+
+
 def read_all(
     sources: Sequence[Source], path: Path, held_out: HeldOut | None = None
-) -> tuple[datasets.Dataset, list[int]]:
-    """All rows in one Arrow file, so that data larger than memory can be encoded; and the number from each source.
+) -> tuple[datasets.Dataset, list[SourceContent]]:
+    """All rows in one Arrow file, so that data larger than memory can be encoded; and what each source has.
 
     With `held_out` only those of its side, with the numbers that they have among all.
     """
-    sizes, total = [], 0
+    contents, total = [], 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _RAW) as writer:
         for index, source in enumerate(sources):
-            size = 0
+            size, digest = 0, xxhash.xxh3_128()
             for batch in _batches(enumerate(_read(source))):
                 total += len(batch)
                 about = (source.columns, source.answers, source.prefix_column)
                 kept = [(i, row) for i, row in batch if held_out is None or held_out.has(row, *about)]
                 numbered = [{**vars(row), "source": index, "row": i} for i, row in kept]
                 writer.write_batch(pa.RecordBatch.from_pylist(numbered, schema=_RAW))
+                digest.update("".join(f"{row.text}\0{row.problem}\0" for _, row in kept).encode(errors="replace"))
                 size += len(kept)
-            sizes.append(size)
-    if held_out is not None and not sum(sizes):
+            contents.append(SourceContent(source.path, size, digest.hexdigest()))
+    if held_out is not None and not sum(content.rows for content in contents):
         raise held_out.refuse_empty(total)
-    return datasets.Dataset.from_file(str(path)), sizes
+    return datasets.Dataset.from_file(str(path)), contents
 
 
 def _batches(rows: Iterator[tuple[int, RawRow]]) -> Iterator[list[tuple[int, RawRow]]]:

@@ -32,6 +32,7 @@ _ROLES = {
     "tool_call": _CALL,
 }
 SPEAKERS = {**_ROLES, "human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+_MEANT = {**SPEAKERS, "model": "assistant", "bot": "assistant", "ai": "assistant", "prompter": "user"}
 _PLAIN = frozenset(("role", "content"))
 _READ = {*_PLAIN, "name", "tool_call_id", "tool_calls", "function_call", *REASONING}
 _MEDIA = ("image", "images", "image_url", "video", "videos", "video_url", "audio", "audios")
@@ -208,7 +209,8 @@ def _role(role: Any, where: str) -> str:
     known = _ROLES.get(role.lower()) if isinstance(role, str) else None
     if known is None:
         problem = "no role" if role is None else f"the unknown role {show(role, 40)}"
-        raise RowError(f"{where} has {problem} (known: {', '.join(ROLES)})")
+        meant = _MEANT.get(str(role).lower())
+        raise RowError(f"{where} has {problem} (known: {', '.join(ROLES)})" + (f"; write {meant}" if meant else ""))
     return known
 
 

@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 
 from kdtrain.data.errors import RowError, show
 from kdtrain.data.images import stored_image
-from kdtrain.errors import DataError
+from kdtrain.errors import DataError, KdtrainError, NonFiniteError, TeacherError
 from kdtrain.generation.message_answers import MessageEncoder
 from kdtrain.generation.writers import Writer, prompt_ids
 from kdtrain.losses.reduce import IGNORE_INDEX
@@ -94,7 +94,14 @@ class TeacherAnswers:
         missing = [i for key, i in wanted.items() if key not in known]
         if missing and is_main():
             self._writer.announce(dataset, missing)
-        made = self._generate(dataset, keys, missing, len(wanted))
+        made: list[tuple[str, Answer]] = []
+        failed: list[KdtrainError] = []
+        try:
+            made = self._generate(dataset, keys, missing, len(wanted))
+        except (NonFiniteError, TeacherError) as error:  # the other ranks would wait for this one
+            failed = [error]
+        if failures := gather_object(failed):
+            raise (failed or failures)[0]
         known |= dict(gather_object(made))
         known |= {key: self._encoded(dataset[i], known[key]) for key, i in wanted.items() if known[key].message}
         self.refused = {i: reason for i, key in enumerate(keys) if key is not None and (reason := known[key].refused)}

@@ -32,7 +32,8 @@ class NonFiniteLogits(NonFiniteError):
 
     def __init__(self, row: int, position: int, name: str | None = None) -> None:
         behind = f"{position} new tokens behind the prompt" if position else "right behind the prompt"
-        super().__init__(f"not finite: the logits {behind} of row {name or row}")
+        named = name or str(row)
+        super().__init__(f"not finite: the logits {behind} of row {named}", {"rows": [named], "new_tokens": position})
         self.row, self.position = row, position
 
 

@@ -24,6 +24,7 @@ from kdtrain.generation.message_answers import MessageEncoder
 from kdtrain.generation.sampling import generation_config, stable_seed, token_roles
 from kdtrain.models.probe import Side
 from kdtrain.models.vocabulary import vocabulary_size
+from kdtrain.ranks import rank
 from kdtrain.teachers.base import Prompt, Sampling, Teacher, Written
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,8 @@ class LocalWriter:
             what = str(error).removeprefix("not finite: ")
             raise NonFiniteError(
                 f"Not finite while the {self._side} wrote answers: {what}. Load it in "
-                f"float32 ({_IN_FLOAT32[self._side]}), or look at its weights."
+                f"float32 ({_IN_FLOAT32[self._side]}), or look at its weights.",
+                {"step": None, "during": "answers", "origin": [self._side], "ranks": [{"rank": rank(), **error.facts}]},
             ) from error
 
 

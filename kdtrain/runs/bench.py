@@ -193,7 +193,7 @@ class Bench:
             with readable_evaluation(self.args):
                 yield
         except NonFiniteError as error:
-            raise NonFiniteError(f"{name}: {error}") from error
+            raise NonFiniteError(f"{name}: {error}", error.facts) from error
 
     def _progress(self, name: str) -> Callable[[int, int], None]:
         return lambda done, total: self._reporter.rows(name, done, total) if is_main() else None

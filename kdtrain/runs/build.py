@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +90,19 @@ class TeacherSide(NamedTuple):
 
 
 def build_trainer(
-    config: RunConfig, args: GKDConfig, reporter: Reporter, dry_run: bool, given: Given, at_the_end: ExitStack
+    config: RunConfig,
+    args: GKDConfig,
+    reporter: Reporter,
+    dry_run: bool,
+    given: Given,
+    at_the_end: ExitStack,
+    when_read: Callable[[PreTrainedTokenizerBase | ProcessorMixin, RunData], None] | None = None,
 ) -> tuple[GKDTrainerWithMetrics, BuildReport]:
     """Rows, student, teacher and trainer; what costs little comes first.
 
     Args:
         at_the_end: closes the teacher, unless it was given.
+        when_read: is called with the student's tokenizer or processor and the rows, before a model is loaded.
     """
     assert args.device is not None  # looked at first, which joins the process group
     prepare_deepspeed_run(args)
@@ -108,6 +115,8 @@ def build_trainer(
         cached = open_cache(config, processing) if _reads_cache(config, given.teacher) else None
     with about(("data", "train")):
         data = read_data(config, args.seed, processing, reporter, given)
+    if when_read is not None:
+        when_read(processing, data)
     if cached is not None:
         with about(of_teacher):
             if config.answers_from_teacher:

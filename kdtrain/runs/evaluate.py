@@ -28,6 +28,7 @@ from kdtrain.runs.compared import Compared, EvaluationReporter
 from kdtrain.runs.folder import EVALUATION, REPORT, write_atomically
 from kdtrain.runs.internalised import Internalised, internalised
 from kdtrain.runs.intervals import intervals as intervals_of
+from kdtrain.runs.nonfinite import nonfinite_kept
 from kdtrain.runs.open_run import TrainedRun
 from kdtrain.runs.reliance import visual_reliance
 from kdtrain.runs.report.of_fit import renew_report
@@ -114,6 +115,7 @@ def evaluate(
     config = _for_evaluation(run)
     with ExitStack() as at_the_end:
         at_the_end.callback(reporter.close)
+        at_the_end.enter_context(nonfinite_kept(run.folder, config, trains=False))
         if tasks is not None:
             tasks.load()
         bench = Bench(config, reporter, at_the_end, tasks)

@@ -8,19 +8,20 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProcessorMixin
 
 from kdtrain.config import TrainArguments
 from kdtrain.errors import Interrupted, TeacherError
 from kdtrain.ranks import is_main
 from kdtrain.runs.build import Given, Reporter, build_trainer
 from kdtrain.runs.callbacks import CheckWrapped, StopOnSignal, WriteProgress, name_tensorboard
+from kdtrain.runs.changed import Comparison
 from kdtrain.runs.checkpoints import checkpoint_to_resume, steps_done
 from kdtrain.runs.completions import ShowCompletions, WriteCompletions
 from kdtrain.runs.failures import disk_needs, readable_failures
@@ -38,11 +39,16 @@ from kdtrain.runs.folder import (
 from kdtrain.runs.launch import check_world
 from kdtrain.runs.lock import refuse_if_locked, run_lock
 from kdtrain.runs.log import JsonlLogger
+from kdtrain.runs.lost_rank import lost_ranks_named
+from kdtrain.runs.nonfinite import nonfinite_kept
 from kdtrain.runs.plan import plan
+from kdtrain.runs.read_data import RunData
 from kdtrain.runs.report.facts import FactsReporter, write_facts
 from kdtrain.runs.report.of_fit import reported
 from kdtrain.runs.resources import tokens_per_row
 from kdtrain.runs.resume import resume_command
+from kdtrain.runs.resume_facts import content_of, data_of, defaults_of, facts_of
+from kdtrain.runs.rotation import CheckpointKeeper, clean_up, leave_branch
 from kdtrain.runs.signals import OUTSIDE_OF_TRAINING, StopRequest, interrupting, time_limit
 from kdtrain.runs.status import teacher_cost, tracked_status, write_progress, write_status
 from kdtrain.trainer import GKDTrainerWithMetrics
@@ -80,10 +86,14 @@ def fit(
     reporter: Reporter,
     *,
     resume: str | None = None,
+    allow_changes: Sequence[str] = (),
     dry_run: bool = False,
     given: Given | None = None,
 ) -> RunResult:
     """Train, and save the student with its tokenizer into `training.output_dir`.
+
+    Args:
+        allow_changes: what may differ from the run that made the checkpoint, see `checked_names`.
 
     A dry run builds everything and runs a window of each kind that the run will have (on-policy, off-policy) forward
     and backward: no step is taken, nothing is written.
@@ -93,7 +103,12 @@ def fit(
     run_dir = Path(args.output_dir)
     refuse_if_locked(run_dir)  # first: what else is to be said of the folder is another run's doing
     require_usable(run_dir, resuming=resume is not None)
-    checkpoint = checkpoint_to_resume(run_dir, resume)
+    given, facts = given or Given(), facts_of(config, args)
+
+    def when_read(processing: PreTrainedTokenizerBase | ProcessorMixin, data: RunData) -> None:
+        facts.update(content=content_of(config, processing, given), data=data_of(data))
+        compared.content(facts["content"], facts["data"])
+
     with ExitStack() as at_the_end:
         at_the_end.callback(reporter.close)
         if dry_run:
@@ -102,11 +117,18 @@ def fit(
         else:
             at_the_end.enter_context(interrupting(OUTSIDE_OF_TRAINING))  # of the report too: the lock is let go of
             at_the_end.enter_context(run_lock(run_dir))
+            clean_up(run_dir)
+        checkpoint = checkpoint_to_resume(run_dir, resume)
+        compared = Comparison(checkpoint, allow_changes)
+        compared.options(facts, defaults_of(args))
+        if not dry_run:
             if config.training_options.report:
                 reporter = at_the_end.enter_context(reported(run_dir, reporter))
             at_the_end.enter_context(tracked_status(run_dir))
+            at_the_end.enter_context(nonfinite_kept(run_dir, config, trains=True))
+            at_the_end.enter_context(lost_ranks_named())
         at_the_end.enter_context(interrupting(OUTSIDE_OF_TRAINING))
-        trainer, report = build_trainer(config, args, reporter, dry_run, given or Given(), at_the_end)
+        trainer, report = build_trainer(config, args, reporter, dry_run, given, at_the_end, when_read)
         check_world(trainer.accelerator, config)
         if is_main():
             reporter.plan(plan(trainer, config, report))
@@ -124,8 +146,10 @@ def fit(
                 write_config(run_dir, config)
                 if isinstance(reporter, FactsReporter):
                     reporter.facts["steps"], _ = planned_steps(trainer, trainer.rows_per_epoch())
+                    if checkpoint is not None:
+                        reporter.facts["steps"] = trainer.rows.last_step(checkpoint)
                     write_facts(run_dir, reporter.facts)
-                metrics = _train_and_save(trainer, run_dir, checkpoint)
+                metrics = _train_and_save(trainer, run_dir, checkpoint, facts)
     return RunResult(
         run_dir=Path(args.output_dir),
         steps=trainer.state.global_step,
@@ -139,7 +163,9 @@ def fit(
     )
 
 
-def _train_and_save(trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: Path | None) -> dict[str, float]:
+def _train_and_save(
+    trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: Path | None, facts: Mapping[str, Any]
+) -> dict[str, float]:
     """Train to the end, or to a signal, which saves a checkpoint and no model; the last metrics."""
     request = StopRequest()
     stop = StopOnSignal(trainer.accelerator, request)
@@ -151,20 +177,23 @@ def _train_and_save(trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: P
     trainer.add_callback(WriteCompletions(trainer, run_dir / COMPLETIONS))
     trainer.add_callback(WriteProgress(run_dir, trainer.best_step))
     trainer.add_callback(stop)
+    trainer.saving.hooks = CheckpointKeeper(trainer.args, checkpoint, facts)
     at_its_end = checkpoint is not None and _is_at_its_end(trainer, checkpoint)
+    if checkpoint is not None:
+        leave_branch(run_dir, checkpoint)
     write_status(run_dir, "running", progress=_begun(trainer, run_dir, checkpoint))
     trainer.trackers.time_limit = time_limit
     with trainer.trackers.held(), request.listening():  # their ends come behind the saved model
         if checkpoint is None or not at_its_end:
             with _state_saved_before_the_end(trainer, run_dir):
-                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         else:  # transformers compares with max_steps after a step only, and would take one more
             load_end(trainer, checkpoint)
         if stop.signum:
             raise Interrupted(
                 stop.signum,
-                f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the state is saved in "
-                f"{run_dir}. Go on with: {resume_command()}",
+                f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
+                f"{_what_is_saved(trainer, run_dir)}",
             )
         if not at_its_end:
             forget_evaluation(run_dir)
@@ -178,9 +207,15 @@ def _train_and_save(trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: P
     return metrics
 
 
+def _what_is_saved(trainer: GKDTrainerWithMetrics, run_dir: Path) -> str:
+    if trainer.args.save_only_model:
+        return f"the model is saved in {run_dir}, and the run cannot go on (training.save_only_model: true)."
+    return f"the state is saved in {run_dir}. Go on with: {resume_command()}"
+
+
 def _is_at_its_end(trainer: GKDTrainerWithMetrics, checkpoint: Path) -> bool:
     """Whether nothing is left to train after a checkpoint; said once."""
-    done, (steps, _) = steps_done(checkpoint), planned_steps(trainer, trainer.rows_per_epoch())
+    done, steps = steps_done(checkpoint), trainer.rows.last_step(checkpoint)
     trainer.best_step.restore_from(checkpoint)
     if done >= steps:
         logger.warning("%s is at step %d of %d: nothing is left to train.", checkpoint.name, done, steps)
@@ -198,10 +233,10 @@ def _is_at_its_end(trainer: GKDTrainerWithMetrics, checkpoint: Path) -> bool:
 def _begun(trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
     """Where a run is before its first step, for `status.json`."""
     if checkpoint is None:
-        return {"step": 0, "last_checkpoint": None, "best": None}
+        return {"step": 0, "last_checkpoint": None, "best": None, "resumed_from": None}
     own = checkpoint.parent == run_dir.resolve()  # else it is another run's
     last, best = checkpoint.name if own else None, as_object(trainer.best_step.best)
-    return {"step": steps_done(checkpoint), "last_checkpoint": last, "best": best}
+    return {"step": steps_done(checkpoint), "last_checkpoint": last, "best": best, "resumed_from": str(checkpoint)}
 
 
 @contextmanager
@@ -224,6 +259,6 @@ def _state_saved_before_the_end(trainer: GKDTrainerWithMetrics, run_dir: Path) -
                     raise error from None
                 raise
             write_progress(run_dir, last_checkpoint=folder.name)
-        if folder.exists():
+        if folder.exists() and not trainer.args.save_only_model:
             error.args = (f"{error} The state of step {step} is saved: go on with {resume_command()}",)
         raise

@@ -6,12 +6,15 @@
 | `status.json` | how the run ended, or that it still goes, and where it is | `status.py` |
 | `run.lock` | while a run goes on: which process, where, since when | `lock.py` |
 | `error.log` | tracebacks, where it failed | `status.py` |
+| `nonfinite.json` | where NaN or infinity came from, where that ended it | `nonfinite.py` |
 | `logging.jsonl` | one record per logging step and evaluation | `log.py` |
 | `completions.parquet` | answers generated while training, to be looked at | `completions.py` |
 | `evaluation.json` | student before and after, and teacher | `evaluate.py` |
 | `report.html`, `report.json` | the run on one page, and its figures; with matplotlib `report.png` | `report/` |
 | `teacher_answers/<settings>/` | `rank<R>.jsonl` and `.arrow`: `answers: teacher` | `generation/answers.py` |
 | `checkpoint-<step>/` | what `--resume` goes on from, see `checkpoints.py` | transformers, `trainer/` |
+| `checkpoint-<step>/kdtrain_manifest.json` | its files and their hashes; written last | `manifest.py` |
+| `checkpoint-<step>.old-<n>/` | of a branch that was left by `--resume` of an older one | `rotation.py` |
 | `model.safetensors` or `adapter_model.safetensors`, configs, tokenizer | the trained student | transformers |
 | `visual_projectors.safetensors` | what visual KD trained beside the student | `feature_kd/` |
 | a folder of the run's name, or another one | of a tracker in `training.report_to` | transformers |
@@ -36,7 +39,6 @@ from pathlib import Path
 from typing import Any
 
 from kdtrain.config import RunConfig
-from kdtrain.config.diagnose import clean
 from kdtrain.config.model_folder import read_map
 from kdtrain.disk import writing
 from kdtrain.errors import CheckpointError, PreflightError
@@ -49,6 +51,7 @@ CONFIG = "run_config.json"  # not config.json, which is the saved model's
 STATUS = "status.json"
 LOCK = "run.lock"
 ERRORS = "error.log"
+NONFINITE = "nonfinite.json"
 LOG = "logging.jsonl"
 COMPLETIONS = "completions.parquet"
 EVALUATION = "evaluation.json"
@@ -57,9 +60,9 @@ REPORT_DATA = "report.json"
 SWEEP = "sweep.json"
 ANSWERS = "teacher_answers"
 CHECKPOINT = "checkpoint-"  # and its step
+MANIFEST = "kdtrain_manifest.json"  # in a checkpoint
 _UNFINISHED = ".{}.{}.tmp"  # of a file and a process
 
-_LONGEST_VALUE = 160
 ANOTHER_FOLDER = "another folder (training.output_dir=… on the command line)"
 
 
@@ -125,14 +128,11 @@ def _written_into(folder: Path) -> list[Path]:
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:
-    """Rank 0 makes the folder and writes the config; it warns of options that a resumed run changes."""
+    """Rank 0 makes the folder and writes the config."""
     if not is_main():
         return
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    if changed := changed_options(run_dir, config):
-        changes = "; ".join(f"{key}: {_short(before)} -> {_short(now)}" for key, (before, now) in changed.items())
-        logger.warning("Going on with other options than the run began with: %s.", changes)
     with writing(run_dir / CONFIG):
         write_atomically(run_dir / CONFIG, config.model_dump_json(indent=2))
 
@@ -145,11 +145,6 @@ def changed_options(run_dir: Path, config: RunConfig) -> dict[str, tuple[Any, An
     before, now = _flat(json.loads(file.read_text("utf-8"))), _flat(config.model_dump(mode="json"))
     keys = sorted(before.keys() | now.keys())
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
-
-
-def _short(value: Any) -> str:
-    text = clean(value if isinstance(value, str) else repr(value))
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,8 +7,10 @@ do. `--multi_gpu` with `use_cpu` in the training arguments works, and is what is
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,18 +21,27 @@ from typing import TYPE_CHECKING
 from kdtrain.config import RunConfig
 from kdtrain.errors import PreflightError
 from kdtrain.ranks import under_launcher, world_size
+from kdtrain.runs.parent import GRACE_S, started_by_me
 from kdtrain.runs.signals import passed_on_to
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli")
-_EXIT_CODE_FILE = "KDTRAIN_EXIT_CODE_FILE"
+logger = logging.getLogger(__name__)
+
+_ACCELERATE = (sys.executable, "-m", "kdtrain.runs.agent")
+EXIT_CODE_FILE = "KDTRAINEXIT_CODE_FILE"
 
 
 def launched_by_us() -> bool:
     """Whether `kdtrain fit` started the launcher of this process."""
-    return _EXIT_CODE_FILE in os.environ
+    return EXIT_CODE_FILE in os.environ
+
+
+def launchers_folder() -> Path | None:
+    """A folder that the ranks of a launcher share that `kdtrain fit` has started; it goes with the launcher."""
+    path = Path(os.environ.get(EXIT_CODE_FILE, ""))
+    return path.parent if launched_by_us() and path.parent.is_dir() else None
 
 
 def wanted_processes(config: RunConfig, visible_devices: int) -> int:
@@ -60,19 +71,39 @@ def launch_command(config: RunConfig, num_processes: int, arguments: Sequence[st
 def run_launcher(command: Sequence[str]) -> int:
     """Run the launcher to its end; return the exit code of the worker that failed first, 0 if none did.
 
-    A launcher exits with 1 whatever befell a worker, so workers leave their code in a file that this process names.
+    Of several workers that end within moments a launcher does not know which was the first, so they leave their code in
+    a file that this process names.
     """
     with tempfile.TemporaryDirectory() as folder:
         exit_code = Path(folder) / "exit_code"
-        process = subprocess.Popen(command, env={**os.environ, _EXIT_CODE_FILE: str(exit_code)})
+        environment = {**started_by_me(), EXIT_CODE_FILE: str(exit_code)}
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
         with passed_on_to(process):
             status = process.wait()
+        if status < 0:  # it was killed
+            logger.error("The launcher was ended by %s, and the run with it.", signal.Signals(-status).name)
+            status = 128 - status
+            _see_ended(exit_code)
         return int(exit_code.read_text()) if status and exit_code.exists() else status
+
+
+def _see_ended(exit_code: Path) -> None:
+    """Wait for the ranks of a launcher that is gone: they end by themselves, see `parent.py`, or are killed here."""
+    import psutil
+
+    ranks = [
+        process
+        for process in psutil.process_iter(["environ"])
+        if (process.info["environ"] or {}).get(EXIT_CODE_FILE) == str(exit_code)
+    ]
+    for process in psutil.wait_procs(ranks, timeout=GRACE_S + 5)[1]:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def report_exit_code(code: int) -> None:
     """Leave a failing worker's exit code to the process that launched it; the first one counts."""
-    path = os.environ.get(_EXIT_CODE_FILE)
+    path = os.environ.get(EXIT_CODE_FILE)
     if path and code:
         with contextlib.suppress(FileExistsError, FileNotFoundError), open(path, "x") as file:
             file.write(str(code))

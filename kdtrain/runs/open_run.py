@@ -16,7 +16,8 @@ from kdtrain.config.diagnose import COMMAND_LINE, InvalidConfigError
 from kdtrain.config.load import FileCheck, check_config
 from kdtrain.config.model_folder import ADAPTER_WEIGHTS, INDEX, WEIGHTS, read_map
 from kdtrain.errors import CheckpointError, ConfigError
-from kdtrain.runs.folder import CHECKPOINT, CONFIG, STATUS
+from kdtrain.runs.folder import CHECKPOINT, CONFIG, MANIFEST, STATUS
+from kdtrain.runs.manifest import why_damaged
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,14 @@ def _checkpoint(folder: Path, named: str) -> Path:
             f"--checkpoint {named}: {path} has neither {WEIGHTS} nor {ADAPTER_WEIGHTS}. Name another one: a checkpoint "
             "in pieces (FSDP, DeepSpeed ZeRO-3) is no model that can be loaded."
         )
+    if reason := why_damaged(path, only=_is_of_the_model):
+        raise CheckpointError(f"--checkpoint {named}: {path} {reason}. Name another one.")
     return path
+
+
+def _is_of_the_model(name: str) -> bool:
+    """Whether a file of a checkpoint is read where no training goes on from it."""
+    return name.endswith((".safetensors", ".json")) and name not in ("trainer_state.json", MANIFEST)
 
 
 def _has_weights(folder: Path) -> bool:

@@ -117,7 +117,10 @@ def _split(
     with encode_sources(read, processing, new_parts=name == "train", **options) as rows:
         if name == "train" and (note := unread_answers(config, rows.report)):
             rows.report.notes.append(note)
-        partly = any(size == first and source.limit != first for size, source in zip(rows.sizes, sources, strict=True))
+        partly = any(
+            one.rows == first and source.limit != first
+            for one, source in zip(rows.report.contents, sources, strict=True)
+        )
         apart = special_ids(processing)
         return Split(
             name,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdtrain.config import ConfigLoader
+from kdtrain.config.changes import checked_names
 from kdtrain.config.diagnose import dotted
 from kdtrain.config.sources import Composer, FileOrMapping
 from kdtrain.config.tree import KeyPath, Node, Written, get, plain
@@ -81,6 +82,15 @@ def prepare(
     if not isinstance(given.teacher, Teacher):
         check_model("teacher", given.teacher)
     return build_train_arguments(checked), given
+
+
+def checked_changes(allow_changes: Sequence[str], resume: str | None) -> tuple[str, ...]:
+    """The names of `allow_changes`."""
+    if isinstance(allow_changes, str) or not all(isinstance(name, str) for name in allow_changes):
+        raise ConfigError('allow_changes must be a list such as ["rlhf.beta", "data.content"].')
+    if allow_changes and resume is None:
+        raise ConfigError('allow_changes is of a run that is resumed: add resume="auto", or leave it out.')
+    return checked_names(allow_changes)
 
 
 def _names(root: Node, given: Mapping[str, Any]) -> list[str]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 
 from kdtrain.config.diagnose import clean
-
-_OF_BEGINNING = ("--resume", "--dry-run")
 
 
 def resume_command() -> str:
@@ -15,11 +14,25 @@ def resume_command() -> str:
     arguments = sys.argv[1:]
     if arguments[:1] != ["fit"]:
         return 'kdtrain.fit(…, resume="auto"), or kdtrain fit CONFIG --resume auto'
-    kept: list[str] = []
-    names = iter(arguments)
-    for argument in names:
-        if argument == "--resume":
-            next(names, None)
-        elif argument.partition("=")[0] not in _OF_BEGINNING:
-            kept.append(argument)
+    kept = [one for one in _without(arguments, "--resume") if one != "--dry-run"]
     return clean(shlex.join(["kdtrain", *kept, "--resume", "auto"]))
+
+
+def insisting_command(allowed: Sequence[str]) -> str:
+    """The command of this process, which allows these changes; for a run that Python code began, the argument."""
+    arguments = sys.argv[1:]
+    if arguments[:1] != ["fit"]:
+        return f"kdtrain.fit(…, allow_changes={list(dict.fromkeys(allowed))})"
+    kept = _without(arguments, "--allow-changes")
+    return clean(shlex.join(["kdtrain", *kept, "--allow-changes", ",".join(dict.fromkeys(allowed))]))
+
+
+def _without(arguments: Sequence[str], option: str) -> list[str]:
+    """A command line without an option that has a value, in either form."""
+    kept, names = [], iter(arguments)
+    for argument in names:
+        if argument == option:
+            next(names, None)
+        elif not argument.startswith(f"{option}="):
+            kept.append(argument)
+    return kept

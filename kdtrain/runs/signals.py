@@ -1,14 +1,24 @@
-"""What SIGTERM and SIGINT (Ctrl-C) do. Every handler is set here; none of this needs torch.
+"""What signals do that ask a process to end. Every handler is set here; none of this needs torch.
+
+| signal | who sends it |
+|---|---|
+| SIGINT | Ctrl-C |
+| SIGTERM | `kill`, a scheduler |
+| SIGHUP | a terminal that is closed |
+| SIGUSR1 | SLURM's `--signal=USR1@120`, before the time is up |
+| SIGXCPU | the system, once a second from the limit of CPU time on (`ulimit -S -t`) |
 
 | when the signal comes | what happens |
 |---|---|
-| `kdtrain fit` waits for a launcher | SIGTERM goes on to the launcher, which sends it to the ranks: `passed_on_to` |
-| while a run is built, and after training | an error at once, so that its lock goes: `interrupting` |
+| `kdtrain fit` waits for a launcher | it goes on to the launcher, which sends it to the ranks: `passed_on_to` |
+| another command; while a run is built, and after training | an error at once, so that its lock goes: `interrupting` |
 | the teacher writes answers | the same; what it has written is kept |
 | while training | the step is finished, a checkpoint saved, the run ends: `StopRequest`, which `callbacks.py` asks |
+| evaluation while training | it is left after its batch, a checkpoint saved, the run ends |
 | training, a second one 1 s later or more | an error at once |
 
-Every error of these is `Interrupted`, with exit code 130 or 143.
+Every error of these is `Interrupted`, with exit code 128 + the signal's number. A signal that is ignored when a process
+begins stays ignored: `nohup` does that to SIGHUP, and a shell to SIGINT of what it runs in the background.
 """
 
 from __future__ import annotations
@@ -28,6 +38,14 @@ from kdtrain.errors import Interrupted
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[int, FrameType | None], None]
+
+ENDING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU") if hasattr(signal, name)
+)
+"""Those that this system has."""
+
+# They announce the end, and come again while the state is saved: SIGXCPU each second, SIGTERM some time after SIGUSR1.
+_ANNOUNCING = frozenset(getattr(signal, name) for name in ("SIGUSR1", "SIGXCPU") if hasattr(signal, name))
 
 # A terminal sends Ctrl-C to every process of the group, and a launcher passes its own copy on to the workers: signals
 # this close together are one request.
@@ -50,29 +68,32 @@ class _EndsAtOnce(KeyboardInterrupt):
 
 
 @contextmanager
-def _handled_by(sigterm: Handler, sigint: Handler) -> Iterator[None]:
-    """Handle both signals inside; the previous handlers come back on every way out.
+def _handled_by(handler: Handler) -> Iterator[None]:
+    """Handle the signals inside; the previous handlers come back on every way out.
 
     Only the main thread of a process may: in another one signals are left to it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    wanted = {signal.SIGTERM: sigterm, signal.SIGINT: sigint}
-    previous = {signum: signal.signal(signum, handler) for signum, handler in wanted.items()}
+    heard = [signum for signum in ENDING if signal.getsignal(signum) is not signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, handler) for signum in heard}
     try:
         yield
     except _EndsAtOnce as stop:
         raise Interrupted(stop.signum, stop.message) from None
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+        for signum, before in previous.items():
+            signal.signal(signum, signal.SIG_DFL if before is None else before)  # None: not set by Python
 
 
 @contextmanager
 def passed_on_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Let a process that was started end first: it has Ctrl-C already, which a terminal sends to the whole group."""
-    with _handled_by(lambda signum, frame: process.send_signal(signum), lambda signum, frame: None):
+    """Let a process that was started end first, and then this one; it must be in a session of its own.
+
+    Else a terminal would send Ctrl-C to both, and it would come there twice.
+    """
+    with _handled_by(lambda signum, frame: process.send_signal(signum)):
         yield
 
 
@@ -83,16 +104,17 @@ def interrupting(message: str) -> Iterator[None]:
     def stop(signum: int, frame: FrameType | None) -> None:
         raise _EndsAtOnce(signum, message)
 
-    with _handled_by(stop, stop):
+    with _handled_by(stop):
         yield
 
 
 @contextmanager
-def keyboard_interrupts_named() -> Iterator[None]:
-    """Turn Ctrl-C where no handler is set into an error with its exit code, instead of a traceback."""
+def every_signal_named() -> Iterator[None]:
+    """What a command does about signals where nothing else is said: it ends at once, with the signal's exit code."""
     try:
-        yield
-    except KeyboardInterrupt:
+        with interrupting(OUTSIDE_OF_TRAINING):
+            yield
+    except KeyboardInterrupt:  # of a library, or an interpreter that others have embedded
         raise Interrupted(signal.SIGINT, OUTSIDE_OF_TRAINING) from None
 
 
@@ -102,19 +124,22 @@ class StopRequest:
     def __init__(self) -> None:
         self.noted = 0
         """The signal that came to this process; 0 if none."""
-        self._noted_at = 0.0
+        self._insisted_at = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Note signals inside."""
-        with _handled_by(self._note, self._note):
+        with _handled_by(self._note):
             yield
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.noted and time.monotonic() - self._noted_at > _SAME_REQUEST_S:
-            raise _EndsAtOnce(signum, "Second signal: stopped at once; what was saved before it is intact.")
+        again = self._insisted_at and time.monotonic() - self._insisted_at > _SAME_REQUEST_S
+        if signum not in _ANNOUNCING:
+            if again:
+                raise _EndsAtOnce(signum, "Second signal: stopped at once; what was saved before it is intact.")
+            self._insisted_at = self._insisted_at or time.monotonic()
         if not self.noted:
-            self.noted, self._noted_at = signum, time.monotonic()
+            self.noted = signum
             logger.warning(
                 "%s: finishing this step, then saving. Another one ends the run at once, without saving.",
                 signal.Signals(signum).name,

@@ -9,6 +9,7 @@
 | `step` | optimizer steps so far, as of the last record |
 | `last_checkpoint` | the folder's name; null where there is none |
 | `best` | the step that won so far: `step`, `metric`, `value`; null without evaluation |
+| `resumed_from` | path of the checkpoint that the run went on from; null where it began at step 0 |
 | `teacher` | what its answers have cost, where a server writes them |
 """
 
@@ -28,9 +29,10 @@ from typing import Any
 from kdtrain.config.model_folder import read_map
 from kdtrain.errors import CheckpointError, Interrupted, KdtrainError
 from kdtrain.ranks import rank
+from kdtrain.runs.changed import ChangedRunError
 from kdtrain.runs.folder import ERRORS, STATUS, write_atomically, writing_record
 
-_PROGRESS: dict[str, Any] = {"step": 0, "last_checkpoint": None, "best": None}
+_PROGRESS: dict[str, Any] = {"step": 0, "last_checkpoint": None, "best": None, "resumed_from": None}
 
 
 @contextmanager
@@ -42,6 +44,8 @@ def tracked_status(run_dir: Path) -> Iterator[None]:
     existed = run_dir.exists()
     try:
         yield
+    except ChangedRunError:  # nothing has begun: what the folder says of its run stays true
+        raise
     except BaseException as error:
         state = "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         code, message = 130 if isinstance(error, KeyboardInterrupt) else 1, repr(error)
@@ -72,13 +76,13 @@ def write_status(
     Args:
         teacher: what answers have cost in all runs in this folder: `requests`, and tokens as the server has counted
             them. None keeps what is there.
-        progress: `step`, `last_checkpoint` and `best`, or some of them; the others keep what is there.
+        progress: `step`, `last_checkpoint`, `best` and `resumed_from`, or some of them; the others keep what is there.
     """
     if not run_dir.is_dir() or (rank() != 0 and state != "failed"):
         return
     before = read_map(run_dir / STATUS)
-    if state == "failed" and before.get("state") == "failed":
-        return  # the first failure is the cause, the others follow from it
+    if state in ("failed", "stopped") and before.get("state") == "failed":
+        return  # the first failure is the cause; the others, and a launcher's SIGTERM, follow from it
     status: dict[str, Any] = {"state": state, "exit_code": exit_code, "message": message}
     status |= {"rank": rank(), "time": time.time(), "pid": os.getpid(), "host": socket.gethostname()}
     status |= {key: before.get(key, default) for key, default in _PROGRESS.items()} | dict(progress or {})
@@ -92,6 +96,18 @@ def write_progress(run_dir: Path, **progress: Any) -> None:
     """Write where a run is that goes on; nothing where another rank has said that it failed."""
     if read_map(run_dir / STATUS).get("state") == "running":
         write_status(run_dir, "running", progress=progress)
+
+
+def note_death(run_dir: Path, exit_code: int) -> None:
+    """Write how a run ended whose processes did not, because they were killed; called where its launcher has ended."""
+    before = read_map(run_dir / STATUS)
+    if before.get("state") in (None, "finished") or before.get("exit_code") == exit_code:
+        return
+    message = before.get("message") if before["state"] == "failed" else None
+    status = {**before, "state": "failed", "exit_code": exit_code, "time": time.time()}
+    status["message"] = message or "A process of the run was killed, and with it the run ended."
+    with contextlib.suppress(OSError):
+        write_atomically(run_dir / STATUS, json.dumps(status, indent=2) + "\n")
 
 
 def teacher_cost(run_dir: Path) -> dict[str, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,8 +84,9 @@ class Outcome:
 class Sweep:
     """The runs of a plan, and what is known of them so far."""
 
-    def __init__(self, plan: SweepPlan, *, resume: bool, dry_run: bool) -> None:
+    def __init__(self, plan: SweepPlan, *, resume: bool, dry_run: bool, allow_changes: Sequence[str] = ()) -> None:
         self.plan, self._resume, self._dry_run = plan, resume, dry_run
+        self._allow_changes = allow_changes  # of runs that have begun; one that has finished is as it is
         self.outcomes = [Outcome(run, "not run") for run in plan.runs]
 
     @property
@@ -160,7 +161,13 @@ class Sweep:
                 begun = run.folder.is_dir() and any(run.folder.iterdir())
                 with isolated():
                     arguments = build_train_arguments(run.config)
-                    fit(arguments, reporter, resume="auto" if begun else None, dry_run=self._dry_run)
+                    fit(
+                        arguments,
+                        reporter,
+                        resume="auto" if begun else None,
+                        allow_changes=self._allow_changes,
+                        dry_run=self._dry_run,
+                    )
             if self._dry_run:
                 return Outcome(run, "finished", 0)
             # Somebody may have evaluated a checkpoint of it meanwhile.

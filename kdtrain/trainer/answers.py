@@ -11,14 +11,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+from accelerate.utils import gather_object
 from transformers import GenerationConfig
 from trl.models.utils import unwrap_model_for_generation
 
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
 from kdtrain.data.regroup import dealt_by_length
-from kdtrain.errors import NonFiniteError
 from kdtrain.generation.asking import answered_by
 from kdtrain.generation.batching import Room
 from kdtrain.generation.decode import NonFiniteLogits
@@ -28,6 +27,7 @@ from kdtrain.generation.sampling import generation_config, student_generates, to
 from kdtrain.models.merging import merged
 from kdtrain.models.switching import without_checkpointing
 from kdtrain.teachers.base import Sampling
+from kdtrain.trainer.guard import nonfinite_while_writing
 from kdtrain.trainer.selection import repeated
 from kdtrain.trainer.teacher_failures import raised_on_all_ranks
 
@@ -146,25 +146,18 @@ def _finite_on_all_ranks(trainer: GKDTrainerWithMetrics, side: Writer) -> Iterat
     """Run what samples; a collective: a rank that fails is not waited for.
 
     Raises:
-        NonFiniteError: a distribution of this rank's was not finite, or one of another rank's.
+        NonFiniteError: a distribution was not finite, on this rank or another one; it names them.
     """
     failed = None
     try:
         yield
     except NonFiniteLogits as error:
         failed = error
-    accelerator = trainer.accelerator
-    if bool(accelerator.gather(torch.tensor([failed is not None], device=accelerator.device)).any()):
-        step = f"step {trainer.state.global_step + 1}, rank {accelerator.process_index}"
-        what = str(failed).removeprefix("not finite: ") if failed else "those of another rank, whose message says more"
-        advice = (
-            "Lower training.learning_rate, or go on from an earlier checkpoint with --resume PATH"
-            if side == "student"
-            else "Load it in float32 (rlhf.teacher_model_init_kwargs: {dtype: float32}), or look at its weights"
-        )
-        raise NonFiniteError(
-            f"Not finite at {step}, while the {side} wrote answers: {what}. Nothing was trained on them. {advice}."
-        ) from failed
+    own = [] if failed is None else [{"rank": trainer.accelerator.process_index, **failed.facts, "where": str(failed)}]
+    if bad := gather_object(own):
+        where = bad[0]["where"].removeprefix("not finite: ")
+        ranks = [{key: value for key, value in found.items() if key != "where"} for found in bad]
+        raise nonfinite_while_writing(trainer, side, ranks, where) from failed
 
 
 def _asked(trainer: GKDTrainerWithMetrics, batches: list[Batch], options: DistillationOptions) -> list[Batch]:

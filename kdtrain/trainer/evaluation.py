@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -137,7 +137,10 @@ class Evaluation:
             labelled_S = batch.ce_mask_S
             labelled_S = torch.ones(len(row_S), dtype=torch.bool) if labelled_S is None else labelled_S.cpu()
             own, beside = self._compared(student, number, batch)
-            _check_finite(own, row_S, self._names(rows, batch))
+            rank, names = self._accelerator.process_index, self._names(rows, batch)
+            _check_finite("student", own.ce.isfinite(), row_S, names, rank)
+            if beside is not None:  # of what a top-k teacher does not name, its cross-entropy is infinite
+                _check_finite("teacher", ~beside.teacher.ce.isnan(), row_S[beside.covered_S.numpy()], names, rank)
             yield _Predicted(len(rows), row_S, batch.labels_S.tolist(), labelled_S, own, beside)
 
     def _prepared(self) -> Iterator[tuple[int, Batch]]:
@@ -228,13 +231,26 @@ def scores_of(targets: Targets, columns: int) -> Scores | TopKLogprobs | None:
     return found if isinstance(found, TopKLogprobs) else None
 
 
-def _check_finite(own: Predictions, row_S: np.ndarray, names: dict[int, str]) -> None:
-    wrong = (~own.ce.isfinite()).nonzero()[:, 0]
-    if len(wrong):
-        row = names[int(row_S[int(wrong[0])])]
+_WRONG = {
+    "student": "The model gives no number",
+    "teacher": "The teacher gives no number",
+}
+_REMEDY = {
+    "student": "its weights hold NaN or infinities, or its dtype is too small for it. Evaluate an earlier checkpoint",
+    "teacher": "its weights hold NaN or infinities, or its dtype is too small for it (rlhf.teacher.dtype)",
+}
+
+
+def _check_finite(
+    side: Literal["student", "teacher"], good_S: torch.Tensor, row_S: np.ndarray, names: dict[int, str], rank: int
+) -> None:
+    wrong = (~good_S).nonzero()[:, 0].tolist()
+    if wrong:
+        rows = list(dict.fromkeys(names[int(row_S[i])] for i in wrong))
         raise NonFiniteError(
-            f"The model gives no number for a token of row {row} ({len(wrong)} tokens of its batch are like it): its "
-            "weights hold NaN or infinities, or its dtype is too small for it. Evaluate an earlier checkpoint."
+            f"{_WRONG[side]} for a token of row {rows[0]} ({len(wrong)} tokens of its batch are like it): "
+            f"{_REMEDY[side]}.",
+            {"step": None, "during": "evaluate", "origin": [side], "ranks": [{"rank": rank, "rows": rows}]},
         )
 
 

@@ -73,6 +73,8 @@ _OF_KIND = [name for terms in TERMS_OF_KIND.values() for name in terms.values()]
 # Answers that were written to a window's prompts, and those of them that train, where not all do.
 _SELECTED = ("written_samples", "selected_samples")
 _WINDOWS = ("windows", "on_policy_windows", "teacher_wait_s")
+# Every rank has as many entries as there were windows: they are divided by the number of ranks, or by one another.
+SAME_ON_ALL_RANKS = frozenset((*SAMPLE_SUMS, *_WINDOWS))
 _KEYS = (*LOSS_TERMS, *_OF_KIND, *TOKEN_SUMS, *SAMPLE_SUMS, *_SELECTED, *_WINDOWS)
 
 Metrics = Mapping[str, Sequence[torch.Tensor]]

@@ -95,7 +95,7 @@ class ReadAhead:
 
     def _received(self, count: int) -> Iterator[Batch]:
         """Each batch is received as soon as it is read: what the loader says of the end holds for the last one read."""
-        trainer, rows = self._trainer, self._trainer.rows_per_epoch()
+        trainer, rows = self._trainer, self._trainer.rows.rows_being_read
         for batch in itertools.islice(self._iterator, count):
             yield trainer.receiver.receive(trainer._prepare_inputs(batch), rows, train=True)
 

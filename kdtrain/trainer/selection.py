@@ -16,14 +16,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import gather_object
 
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
 from kdtrain.data.checked_answers import says as _says
 from kdtrain.data.regroup import taken
-from kdtrain.errors import DataError, NonFiniteError
+from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
 from kdtrain.ranks import is_main
+from kdtrain.trainer.guard import nonfinite_scores
 from kdtrain.trainer.sample_batches import ask, in_place, training_batches
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ def select(trainer: GKDTrainerWithMetrics, batches: Sequence[Batch], options: Di
         stays, weights = _by_likelihood(asked.means, stays, options)
         if options.select == "weighted":
             new = [_weighted(batch, [weights[i] for i in own]) for batch, own in zip(new, in_place(new), strict=True)]
-    _note(trainer, stays, [] if asked is None else asked.means)
+    _note(trainer, new, stays, [] if asked is None else asked.means)
     dealt = iter(training_batches(trainer, new, stays, asked))
     rest = iter(() if asked is None else asked.of_repeated)
     return [replace(b, targets=next(rest, None)) if b.all_repeated else next(dealt) for b in batches]
@@ -137,19 +139,19 @@ def _weighted(batch: Batch, weights: Sequence[float]) -> Batch:
 # ---- what is said of it ----------------------------------------------------------------------------------------------
 
 
-def _note(trainer: GKDTrainerWithMetrics, stays: Sequence[bool], means: Sequence[float]) -> None:
+def _note(trainer: GKDTrainerWithMetrics, new: Sequence[Batch], stays: Sequence[bool], means: Sequence[float]) -> None:
     """Count the samples, for the log; a collective."""
-    own = [len(stays), sum(stays), sum(math.isnan(mean) or mean == math.inf for mean in means)]
+    names = [batch.rows.name(row) for batch in new for row in range(len(batch))]
+    bad_rows = [name for name, mean in zip(names, means, strict=False) if math.isnan(mean) or mean == math.inf]
+    own = [len(stays), sum(stays), len(bad_rows)]
     for name, value in zip(("written_samples", "selected_samples"), own, strict=False):
         trainer._metrics["train"][name].append(torch.tensor(value))
     device, step = trainer.accelerator.device, trainer.state.global_step + 1
     samples, selected, bad = trainer.accelerator.gather(torch.tensor([own], device=device)).sum(0).tolist()
     if bad:
-        raise NonFiniteError(
-            f"Not finite at step {step}: the teacher's log-probabilities of {bad} of {samples} samples, of all ranks, "
-            "are no numbers. Load it in float32 (rlhf.teacher_model_init_kwargs: {dtype: float32}), or look at its "
-            "weights."
-        )
+        rank = trainer.accelerator.process_index
+        ranks = gather_object([{"rank": rank, "rows": list(dict.fromkeys(bad_rows))}] if bad_rows else [])
+        raise nonfinite_scores(trainer, ranks, f"{bad} of {samples} samples")
     if samples and not selected and not trainer.warned_of_no_samples and is_main():
         trainer.warned_of_no_samples = True
         logger.warning(_NONE_LEFT, samples, step)

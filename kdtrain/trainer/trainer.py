@@ -8,7 +8,10 @@ What is overridden, and why:
 |---|---|
 | `GKDTrainer.__init__` | needs a teacher, refuses padded vocabularies, leaves the teacher trainable |
 | `Trainer.train` | metrics that an earlier call left unlogged are dropped |
-| `Trainer._get_train_sampler`, `_get_dataloader` | other rows in every epoch; evaluation drops none |
+| `Trainer._get_train_sampler`, `_get_dataloader` | an order of its own; evaluation drops none |
+| `Trainer._inner_training_loop`, `_init_training_state`, `_run_epoch` | upstream skips batches, of today's size |
+| `Trainer.set_initial_training_values` | and takes as many steps: see `row_progress.py` |
+| `Trainer._load_rng_state` | processes that were not there have no states |
 | `Trainer._prepare_inputs` | upstream moves mappings only to the device |
 | `Trainer.get_batch_samples` | has a whole window before its first forward: generate there, then count D |
 | `GKDTrainer.training_step` | draws on-policy per rank and micro-batch; here the window is already drawn |
@@ -18,7 +21,8 @@ What is overridden, and why:
 | `Trainer.create_optimizer`, `_clip_grad_norm` | the projectors of visual KD belong to the run, not to the student |
 | `SFTTrainer.prediction_step`, `Trainer.evaluation_loop` | a mean over tokens, not of batch means; no row twice |
 | `Trainer.save_model` | weights that are not finite are not saved |
-| `SFTTrainer._save_checkpoint` | the time it takes is left out of tokens per second |
+| `SFTTrainer._save_checkpoint` | the time it takes is left out of tokens per second; what a run does around it |
+| `Trainer._save_optimizer_and_scheduler`, `_save_scaler` | an error of one rank is raised on all, see `saving.py` |
 | `Trainer._save_rng_state`, `_prepare_for_training` | metrics since the last log, and a teacher's state, are kept |
 | `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | the projectors' file; and no pickle of the arguments |
 | `Trainer._load_optimizer_and_scheduler` | a file that does not fit is an error with a way out |
@@ -31,6 +35,7 @@ What is overridden, and why:
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -45,7 +50,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
@@ -60,6 +65,7 @@ from kdtrain.disk import failure_of
 from kdtrain.errors import CheckpointError
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.generation.sampler import Sampler
+from kdtrain.generation.sampling import stable_seed
 from kdtrain.losses.reduce import IGNORE_INDEX, world_scale
 from kdtrain.models.load_report import load_weights
 from kdtrain.models.loss_head import why_wrapped_head_differs
@@ -78,8 +84,11 @@ from kdtrain.trainer.guard import NonFiniteGuard
 from kdtrain.trainer.live_option import LiveOption
 from kdtrain.trainer.objective import warn_of_logits
 from kdtrain.trainer.read_ahead import ReadAhead
-from kdtrain.trainer.row_order import EpochSampler, SetEpoch
+from kdtrain.trainer.resume_checks import check_can_be_loaded
+from kdtrain.trainer.row_progress import RowProgress
 from kdtrain.trainer.samples import SampleWatch
+from kdtrain.trainer.saving import Saving
+from kdtrain.trainer.schedule import go_on, rates_of_beginning
 from kdtrain.trainer.startup_checks import check_startup, readable_beginning
 from kdtrain.trainer.teacher_failures import raised_on_all_ranks
 from kdtrain.trainer.teacher_steps import TellTeacher
@@ -160,6 +169,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         assert model is not None
         self.options, training_options = DistillationOptions.from_args(args), TrainingOptions.from_args(args)
         self._window: Window | None = None  # the one that is being trained
+        self.saving = Saving(self)
         given = construction.prepare(
             args,
             self.options,
@@ -228,7 +238,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.before_saving: Callable[[], None] = lambda: None
         """Called before weights or a checkpoint are written, on every rank; may refuse by an error."""
         self._guard = NonFiniteGuard(self)
-        self._sampler: EpochSampler | None = None
+        self.rows = RowProgress(self)
+        self._random_from: str | None = None  # the checkpoint whose random numbers the next window begins with
         self.begun = False  # whether the first batch was read
         self.startup_checked = self.alignment_checked = False
         self.first_gradients: dict[str, float] = {}
@@ -239,6 +250,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         watching = (TellTeacher(self), WatchGradients(self), WatchRounding(self))
         for callback in (self._unlogged, self.best_step, *watching):
             self.add_callback(callback)
+        self.callback_handler.callbacks.insert(0, self.rows)  # the others shall see its epoch
         self._loading_from: str | None = None
 
     # ---- what it is made of ------------------------------------------------------------------------------------------
@@ -260,8 +272,10 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As upstream, after the checks that need everything built; metrics of an earlier call are dropped."""
+        if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, bool):
+            check_can_be_loaded(self, Path(resume_from_checkpoint))
         self._metrics["train"].clear()
         self._unlogged.checkpoint = None
         self.begun = False
@@ -274,7 +288,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             if not self.startup_checked:
                 check_startup(self)
             self.startup_checked = False  # options may change before another call
-            output = super().train(*args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.receiver.warn_of_truncated()
         return output
 
@@ -283,7 +297,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._unlogged.checkpoint = resume_from_checkpoint
         self.summed_from = self.state.global_step
         self.state.compute_steps(self.args, max_steps)  # upstream takes those of a checkpoint for this run's
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # Upstream makes the schedule of these steps, and nothing else.
+        prepared = super()._prepare_for_training(self.rows.schedule_steps, train_dataloader, resume_from_checkpoint)
         if self.teacher is not None:  # not before: the student's weights are wrapped and loaded now
             if resume_from_checkpoint is None:
                 self.teacher.begin()
@@ -295,16 +310,35 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     def read_epochs(self, epochs: Epochs) -> None:
         """Read other rows of the training data in every epoch."""
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._sampler = EpochSampler(epochs, self.args.train_sampling_strategy != "sequential", seed)
-        self.add_callback(SetEpoch(self._sampler))
+        self.rows.epochs = epochs
 
     def rows_per_epoch(self) -> int:
         """Rows of the training data that an epoch reads."""
-        return len(self.train_dataset if self._sampler is None else self._sampler)
+        return len(self.rows.order)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
+        return self.rows.new_sampler()
+
+    def _inner_training_loop(self, *args: Any, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        self.rows.begin(resume_from_checkpoint)
+        self._random_from = None
+        return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream; of a run that goes on, the step and epoch that it ends with from where it stands."""
+        return self.rows.training_values(super().set_initial_training_values(*args, **kwargs))
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As upstream; the first epoch is that of the next row, and no batches are skipped."""
+        epoch, batches = super()._init_training_state(*args, **kwargs)
+        return (epoch, batches) if self.rows.first_epoch is None else (self.rows.first_epoch, 0)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """As upstream, from where the run goes on."""
+        kwargs |= self.rows.begin_epoch(kwargs["epoch"], kwargs["train_dataloader"])
+        if self.rows.begins_within_an_epoch:  # upstream would restore random numbers before the loader draws its own
+            self._random_from, kwargs["resume_from_checkpoint"] = kwargs["resume_from_checkpoint"], None
+        super()._run_epoch(**kwargs)
 
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         """Upstream's, but evaluation never leaves out rows."""
@@ -327,6 +361,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """Collect one window, replace its answers where it is generated, and count D on what will be trained on."""
         self.stopwatch.start()
         self.begun = True
+        self._guard.begin()
         options = options_of_window(self)
         given = self.read_ahead.take(epoch_iterator, num_batches)
         batches, self._window = collect(self, given, options, device)
@@ -342,6 +377,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.completions.note(batches, options)
         for name, value in (("windows", 1.0), ("on_policy_windows", float(self._window.on_policy))):
             self._metrics["train"][name].append(torch.tensor(value))
+        if self._random_from is not None:
+            self._load_rng_state(self._random_from)
+            self._random_from = None
         return batches, num_items
 
     def _prepare_inputs(self, inputs: Batch | Mapping[str, Any]) -> Batch:
@@ -402,6 +440,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         )
         by_kind = options.lm_kd_active and max(options.lmbda, self.args.lmbda) > 0
         metrics.record(self._metrics["train" if training else "eval"], terms, batch, by_kind=by_kind)
+        self._guard.note(batch, terms)
         if training and self.is_deepspeed_enabled:
             self._guard.check_losses()  # it takes the optimizer step within backward: this is the last place before it
         loss = terms.total * world_scale(num_items_in_batch, self.accelerator.num_processes // self.get_tp_size())
@@ -525,9 +564,12 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.teacher.prepare([batch])
         with torch.no_grad(), self.compute_loss_context_manager():
             batch = note_at_evaluation(self, model, batch)
+            self._guard.begin()
+            loss = self.compute_loss(model, batch, return_outputs=not prediction_loss_only)
+            self._guard.check_evaluation()  # at once: what comes of it would be NaN
             if prediction_loss_only:
-                return self.compute_loss(model, batch), None, None
-            loss, outputs = self.compute_loss(model, batch, return_outputs=True)
+                return loss, None, None
+            loss, outputs = loss
         # As many rows on every rank, for upstream to gather; it leaves out those that were repeated.
         return loss, _filled_up(outputs.logits, len(given)), _filled_up(batch.labels, len(given))
 
@@ -556,19 +598,40 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.before_saving()
         # Whole models are the same on every rank, and a caller may save on one rank alone.
         self._guard.check_weights(together=_internal_call or self.is_sharded)
+        if _internal_call and output_dir is not None:
+            self.saving.begin(output_dir)
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.stopwatch.pause():
-            super()._save_checkpoint(*args, **kwargs)
+            self.saving.checkpoint(functools.partial(super()._save_checkpoint, *args, **kwargs))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self.saving.part(super()._save_optimizer_and_scheduler, output_dir)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        self.saving.part(super()._save_scaler, output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
+        self.saving.part(super()._save_rng_state, output_dir)
         if self.teacher is not None:
-            self.teacher.save(Path(output_dir))
-        save_unlogged(self, output_dir)
+            self.saving.part(self.teacher.save, Path(output_dir))
+        self.saving.part(save_unlogged, self, output_dir)
+        if self.args.should_save:
+            self.saving.part(self.rows.save, output_dir)
+        self.accelerator.wait_for_everyone()  # trainer_state.json comes next: with it a checkpoint is complete
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As upstream; other processes than those that wrote it begin with numbers of seed, step and rank."""
+        if checkpoint is None or self.rows.earlier_processes is None:
+            super()._load_rng_state(checkpoint)
+        else:
+            set_seed(stable_seed(f"{self.args.seed}:{self.state.global_step}:{self.args.process_index}") % 2**32)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self.saving.part(self._save_student, output_dir, state_dict)
+
+    def _save_student(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
         """Weights, config and tokenizer; never the pickled arguments, which nothing reads back."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
@@ -578,6 +641,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        rates = rates_of_beginning(self)
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
@@ -586,6 +650,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 f"Optimizer and scheduler of {checkpoint} cannot be loaded: {reason} Resume with the options that the "
                 "run began with, or from another checkpoint."
             ) from error
+        go_on(self, rates, self.rows.schedule_moved)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._loading_from = resume_from_checkpoint
@@ -622,7 +687,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Only for a student with a name on the hub."""
         if not os.path.isdir(getattr(self.unwrap(self.model).config, "_name_or_path", None) or "."):
-            super().create_model_card(*args, **kwargs)
+            self.saving.part(functools.partial(super().create_model_card, *args, **kwargs))
 
     def _send_telemetry(self) -> None:
         """TRL would report trainer and model type to the hub."""

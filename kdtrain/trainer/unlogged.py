@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kdtrain.errors import CheckpointError
+from kdtrain.trainer.metrics import SAME_ON_ALL_RANKS
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
@@ -31,10 +32,7 @@ def _file(folder: str | Path, rank: int) -> Path:
 
 
 def save_unlogged(trainer: GKDTrainerWithMetrics, folder: str | Path) -> None:
-    """Write this rank's sums since the last record, in full precision; a collective.
-
-    Before trainer_state.json, which is written last: with it a checkpoint is complete.
-    """
+    """Write this rank's sums since the last record, in full precision."""
     state = {
         "loss": trainer._tr_loss.detach().cpu(),
         "logged_loss": torch.tensor(trainer._total_loss_scalar, dtype=torch.float64),
@@ -47,7 +45,26 @@ def save_unlogged(trainer: GKDTrainerWithMetrics, folder: str | Path) -> None:
             state[_METRIC + name] = torch.stack([value.detach().cpu().double() for value in values])
     state |= {_SAMPLES + name: value for name, value in trainer.samples.state().items()}
     save_file(state, _file(folder, trainer.args.process_index))
-    trainer.accelerator.wait_for_everyone()
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        state: dict[str, torch.Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): resume from another checkpoint.") from error
+    return state
+
+
+def _of_other_ranks(states: list[dict[str, torch.Tensor]], rank: int) -> dict[str, torch.Tensor]:
+    """One rank's part of what another number of ranks has summed: over all ranks the same sums and means."""
+    own = {name: value for name, value in states[0].items() if not name.startswith(_METRIC)}
+    own["loss"] = torch.stack([state["loss"] for state in states]).mean(0)
+    for name in {name for state in states for name in state if name.startswith(_METRIC)}:
+        if name.removeprefix(_METRIC) in SAME_ON_ALL_RANKS:
+            own[name] = states[0][name]
+        elif rank == 0:
+            own[name] = torch.cat([state[name] for state in states if name in state])
+    return own
 
 
 class RestoreUnlogged(TrainerCallback):
@@ -64,21 +81,14 @@ class RestoreUnlogged(TrainerCallback):
         if folder is None:
             return
         found = len(list(Path(folder).glob("unlogged_*.safetensors")))
-        if found != args.world_size:
-            # 0: an earlier version wrote it.
-            logger.warning(
-                "%s holds the unlogged sums of %d processes, and there are %d: the first record covers the steps from "
-                "here on only.",
-                folder,
-                found,
-                args.world_size,
-            )
+        if not found:  # another tool's, or an earlier version's
+            logger.warning("%s holds no unlogged sums: the first record covers the steps from here on only.", folder)
             return
-        trainer, path = self._trainer, _file(folder, args.process_index)
-        try:
-            state = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}): resume from another checkpoint.") from error
+        trainer = self._trainer
+        if found == args.world_size:
+            state = _read(_file(folder, args.process_index))
+        else:
+            state = _of_other_ranks([_read(_file(folder, rank)) for rank in range(found)], args.process_index)
         trainer._tr_loss = state.pop("loss").to(trainer.args.device)
         trainer._total_loss_scalar = state.pop("logged_loss").item()
         trainer._globalstep_last_logged = int(state.pop("logged_step"))

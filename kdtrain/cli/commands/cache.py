@@ -23,7 +23,6 @@ from kdtrain.cli.shared import (
 )
 from kdtrain.errors import ConfigError
 from kdtrain.ranks import is_main
-from kdtrain.runs.signals import keyboard_interrupts_named
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig
@@ -65,8 +64,7 @@ def cache(
     run_config = _for_cache(run_config)
     if not no_launch and source is None:
         launch_if_wanted(run_config, quiet)
-    with keyboard_interrupts_named():
-        _cache_here(run_config, out, source or wanted, quiet, log_format)
+    _cache_here(run_config, out, source or wanted, quiet, log_format)
 
 
 def _check_cache_options(wanted: Mapping[str, Any], *, imported: bool) -> None:

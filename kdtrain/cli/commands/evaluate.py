@@ -14,7 +14,6 @@ from kdtrain.cli import process
 from kdtrain.cli.shared import Debug
 from kdtrain.errors import ConfigError
 from kdtrain.ranks import is_main
-from kdtrain.runs.signals import keyboard_interrupts_named
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig
@@ -62,11 +61,10 @@ def evaluate(
     asked = _tasks(tasks, include_path)
     if not quiet and sys.stderr.isatty():
         typer.echo("loading torch and trl …", err=True)  # some seconds without a sign otherwise
-    with keyboard_interrupts_named():
-        from kdtrain.cli import evaluation
+    from kdtrain.cli import evaluation
 
-        process.quiet_libraries(keep_bars=False)
-        text = evaluation.evaluated(runs, others, asked, as_json, quiet)
+    process.quiet_libraries(keep_bars=False)
+    text = evaluation.evaluated(runs, others, asked, as_json, quiet)
     if is_main():
         process.write_out(text)
     process.end_rank(0)

@@ -14,7 +14,6 @@ from kdtrain.cli.shared import Debug
 from kdtrain.errors import ConfigError
 from kdtrain.runs.new_folder import require_new
 from kdtrain.runs.open_run import open_run
-from kdtrain.runs.signals import keyboard_interrupts_named
 
 logger = logging.getLogger("kdtrain")
 
@@ -52,14 +51,13 @@ def export(
     require_new(out)
     if not quiet and sys.stderr.isatty():
         typer.echo("loading torch and transformers …", err=True)
-    with keyboard_interrupts_named():
-        from kdtrain.cli.export import as_text
-        from kdtrain.runs.export import export as run_export
-        from kdtrain.runs.hub import Repository
+    from kdtrain.cli.export import as_text
+    from kdtrain.runs.export import export as run_export
+    from kdtrain.runs.hub import Repository
 
-        process.quiet_libraries(keep_bars=False)
-        repository = None if push is None else Repository(push, public)
-        found = run_export(run, out, dtype=dtype, version=version, repository=repository)
+    process.quiet_libraries(keep_bars=False)
+    repository = None if push is None else Repository(push, public)
+    found = run_export(run, out, dtype=dtype, version=version, repository=repository)
     process.write_out(as_text(found, public))
 
 

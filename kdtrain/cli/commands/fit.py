@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdtrain.cli import process
+from kdtrain.cli import complete, process
 from kdtrain.cli.shared import (
     ConfigFile,
     Debug,
@@ -26,7 +27,6 @@ from kdtrain.cli.shared import (
 from kdtrain.cli.terminal import wrapped
 from kdtrain.errors import ConfigError
 from kdtrain.ranks import is_main
-from kdtrain.runs.signals import keyboard_interrupts_named
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig
@@ -38,6 +38,14 @@ def fit(
     config: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[str | None, typer.Option(help="auto: from the newest checkpoint, if any. Or a path.")] = None,
+    allow_changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY,…",
+            help="What may differ at --resume: options, or data.content.",
+            autocompletion=complete.changeable,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Build everything, try a window of each kind; no file."),
@@ -59,10 +67,11 @@ def fit(
     them; with --resume auto those that are missing.
     """
     if sweep:
-        _sweep(config, overrides or [], resume, dry_run, no_launch, quiet, log_format, debug)
+        _sweep(config, overrides or [], resume, allow_changes, dry_run, no_launch, quiet, log_format, debug)
         return
     from kdtrain.config.diagnose import InvalidConfigError
     from kdtrain.preflight.files import all_files
+    from kdtrain.runs.changed import refuse_changed_options
     from kdtrain.runs.lock import refuse_if_locked
     from kdtrain.runs.sweep_plan import with_sweep_named
 
@@ -70,17 +79,20 @@ def fit(
         run_config = loaded(config, overrides, log_format, debug, files=all_files)
     except InvalidConfigError as error:
         raise with_sweep_named(error, overrides or []) from None
-    refuse_if_locked(Path(run_config.training["output_dir"]))
+    run_dir = Path(run_config.training["output_dir"])
+    refuse_if_locked(run_dir)
+    allowed = _allowed(allow_changes, resume)
+    refuse_changed_options(run_config, resume, allowed)
     if not no_launch:
-        launch_if_wanted(run_config, quiet)
-    with keyboard_interrupts_named():
-        _fit_here(run_config, resume, dry_run, quiet, log_format)
+        launch_if_wanted(run_config, quiet, run_dir)
+    _fit_here(run_config, resume, allowed, dry_run, quiet, log_format)
 
 
 def _sweep(
     config: Path,
     overrides: list[str],
     resume: str | None,
+    allow_changes: list[str] | None,
     dry_run: bool,
     no_launch: bool,
     quiet: bool,
@@ -95,18 +107,29 @@ def _sweep(
         raise ConfigError(
             "--resume PATH is of one run. With --sweep it is --resume auto: runs that are missing are made."
         )
+    allowed = _allowed(allow_changes, resume)
     plan = plan_sweep(config, overrides)
     refuse_several_processes(plan.runs[0].config, no_launch)
-    with keyboard_interrupts_named():
-        console = console_for(quiet, log_format)
-        from kdtrain.cli.sweep import sweep
+    console = console_for(quiet, log_format)
+    from kdtrain.cli.sweep import sweep
 
-        logger.setLevel(logging.WARNING if quiet else logging.INFO)
-        process.quiet_libraries(keep_bars=console.is_terminal and not quiet)
-        sweep(plan, console, resume is not None, dry_run, quiet, log_format)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    process.quiet_libraries(keep_bars=console.is_terminal and not quiet)
+    sweep(plan, console, resume is not None, allowed, dry_run, quiet, log_format)
 
 
-def _fit_here(config: RunConfig, resume: str | None, dry_run: bool, quiet: bool, log_format: str) -> None:
+def _allowed(allow_changes: list[str] | None, resume: str | None) -> tuple[str, ...]:
+    """The names of `--allow-changes`, checked."""
+    from kdtrain.config.changes import checked_names
+
+    if allow_changes and resume is None:
+        raise ConfigError("--allow-changes is of a run that is resumed: add --resume auto, or remove it.")
+    return checked_names(allow_changes or [])
+
+
+def _fit_here(
+    config: RunConfig, resume: str | None, allowed: Sequence[str], dry_run: bool, quiet: bool, log_format: str
+) -> None:
     """Train in this process, and print what came out."""
     console = console_for(quiet, log_format)
     from kdtrain.cli import outcome
@@ -121,7 +144,7 @@ def _fit_here(config: RunConfig, resume: str | None, dry_run: bool, quiet: bool,
     warn_of_unseen_gpus()
     process.quiet_libraries(keep_bars=console.is_terminal and not quiet)
     reporter = ConsoleReporter(console, log_format, quiet)
-    result = run_fit(arguments, reporter, resume=resume, dry_run=dry_run)
+    result = run_fit(arguments, reporter, resume=resume, allow_changes=allowed, dry_run=dry_run)
     if is_main():
         written = outcome.as_json(result, dry_run) if log_format == "json" else outcome.as_text(result, dry_run)
         process.write_out(written if log_format == "json" else wrapped(written, sys.stdout))

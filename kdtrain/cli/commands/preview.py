@@ -10,7 +10,6 @@ import typer
 
 from kdtrain.cli import process
 from kdtrain.cli.shared import ConfigFile, Debug, Overrides
-from kdtrain.runs.signals import keyboard_interrupts_named
 
 
 def preview(
@@ -31,8 +30,7 @@ def preview(
     kdtrain preview config.yaml --rows 3 data.train_on=last
     """
     process.set_up_logging("text", debug)
-    with keyboard_interrupts_named():
-        process.write_out(_preview(config, overrides or [], rows, all_rows, as_json))
+    process.write_out(_preview(config, overrides or [], rows, all_rows, as_json))
 
 
 def _preview(config: Path, overrides: list[str], rows: int, all_rows: bool, as_json: bool) -> str:

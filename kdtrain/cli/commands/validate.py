@@ -14,7 +14,6 @@ import typer
 from kdtrain.cli import process
 from kdtrain.cli.shared import ConfigFile, Debug, Overrides
 from kdtrain.errors import ConfigError, PreflightError
-from kdtrain.runs.signals import keyboard_interrupts_named
 
 if TYPE_CHECKING:
     from kdtrain.config.diagnose import Diagnostic
@@ -55,8 +54,7 @@ def validate(
     result = check_config(config, overrides or [], files=all_files)
     findings = [*result.errors, *result.warnings]
     if deep and not result.errors:
-        with keyboard_interrupts_named():
-            findings += _planned_findings(result, plan, memory) if planned else _deep_findings(result)
+        findings += _planned_findings(result, plan, memory) if planned else _deep_findings(result)
     if as_json:
         process.write_out(json.dumps([finding.to_dict() for finding in findings], indent=2) + "\n")
     else:
