@@ -158,9 +158,36 @@ TABLE: dict[int, Fault] = {
             "test_losses_fused.py::test_no_supervised_token_is_a_zero_with_a_gradient_path",
         ),
     ),
-    14: Fault("disk full while saving", "exit 6 with path and bytes; older checkpoint intact", ()),
-    15: Fault("output folder read-only, a file, not empty", "refused, nothing written, both ways out named", ()),
-    16: Fault("checkpoints larger than the free disk", "a finding with the numbers", ()),
+    14: Fault(
+        "disk full while saving",
+        "exit 6 with path and bytes; older checkpoint intact",
+        (
+            "test_disk.py::test_a_file_that_does_not_fit_is_one_error_whoever_writes_it",
+            "test_disk.py::test_a_disk_that_fills_up_while_a_checkpoint_is_saved_leaves_the_older_one_and_the_run_goes_on",
+            "test_disk.py::test_a_file_that_may_not_be_as_large_as_the_model_ends_the_run_where_nothing_is_mounted",
+            "test_disk.py::test_a_log_that_cannot_be_written_ends_the_run_with_its_state_saved",
+            "test_disk.py::test_the_error_is_not_hidden_by_a_status_that_cannot_be_written_either",
+            "test_disk.py::test_encoded_rows_that_do_not_fit_are_exit_code_6",
+            "test_disk.py::test_answers_of_the_teacher_that_do_not_fit_are_exit_code_6",
+            "test_disk.py::test_other_commands_say_it_too",
+            "test_disk.py::test_a_read_only_disk_in_the_middle_of_a_run",
+            "test_runs_final_model.py::test_a_model_that_cannot_be_written_whole_leaves_the_one_before_it",
+        ),
+    ),
+    15: Fault(
+        "output folder read-only, a file, not empty",
+        "refused, nothing written, both ways out named",
+        (
+            "test_no_bug.py::test_what_can_be_no_name_of_a_file_is_an_error_of_the_config",
+            "test_no_bug.py::test_names_that_are_odd_are_names",
+            "test_cli.py::test_a_world_that_does_not_fit_is_exit_code_2_or_3_and_nothing_is_written",
+        ),
+    ),
+    16: Fault(
+        "checkpoints larger than the free disk",
+        "a finding with the numbers",
+        ("test_preflight_memory.py::test_disk_for_checkpoints_is_compared_with_what_is_free",),
+    ),
     17: Fault(
         "teacher 429 with Retry-After, 503, reset, then fine",
         "same result as without; counted",
@@ -265,7 +292,15 @@ TABLE: dict[int, Fault] = {
             "test_runs_checkpoints.py::test_a_folder_that_a_user_has_put_in_the_place_of_a_checkpoint_is_kept",
         ),
     ),
-    28: Fault("model folder with code or pickled weights", "refused without opt-in, payload never runs", ()),
+    28: Fault(
+        "model folder with code or pickled weights",
+        "refused without opt-in, payload never runs",
+        (
+            "test_cli.py::test_weights_as_a_pickle_are_refused_and_never_loaded",
+            "test_no_bug.py::test_a_damaged_model_is_named",
+            "test_no_bug.py::test_a_damaged_adapter_is_named",
+        ),
+    ),
     29: Fault(
         "cache or data set with pickle or a script",
         "refused",
@@ -283,6 +318,7 @@ TABLE: dict[int, Fault] = {
         "bad rows",
         "counted, first three shown; over the limit stops",
         (
+            "test_no_bug.py::test_damaged_data_is_named",
             "test_data_dataset.py::test_bad_rows_are_counted_and_the_first_three_shown_with_their_lines",
             "test_data_dataset.py::test_more_bad_rows_than_allowed_stop_the_run_and_are_listed",
             "test_data_dataset.py::test_over_long_rows_are_an_error_by_default",
@@ -302,10 +338,40 @@ TABLE: dict[int, Fault] = {
             "test_data_dataset.py::test_a_hub_data_set_that_is_out_of_reach_says_what_to_do",
         ),
     ),
-    33: Fault("memory exhausted", "peak, batch, length and three remedies", ()),
-    34: Fault("tracker fails", "training goes on, one warning, logging.jsonl complete", ()),
-    35: Fault("push fails at the end", "model is saved first; retry command printed", ()),
-    36: Fault("control characters in data, names, server errors", "shown escaped", ()),
+    33: Fault(
+        "memory exhausted",
+        "peak, batch, length and three remedies",
+        (
+            "test_memory.py::test_a_step_that_finds_no_memory_says_the_peak_rows_length_and_three_ways_out",
+            "test_memory.py::test_a_model_that_finds_no_memory_while_it_is_loaded_is_named",
+            "test_memory.py::test_memory_that_really_runs_out_in_a_step",
+            "test_memory.py::test_memory_that_runs_out_anywhere_else_is_no_bug_either",
+        ),
+    ),
+    34: Fault(
+        "tracker fails",
+        "training goes on, one warning, logging.jsonl complete",
+        (
+            "test_trackers.py::test_a_tracker_that_fails_in_any_of_its_hooks_is_one_warning",
+            "test_trackers.py::test_the_model_is_saved_before_a_tracker_comes_to_its_end_and_one_that_hangs_is_left",
+            "test_trackers.py::test_tensorboard_without_a_place_to_write_to",
+            "test_trackers.py::test_what_a_caller_s_own_callback_raises_is_raised",
+        ),
+    ),
+    35: Fault(
+        "push fails at the end",
+        "model is saved first; retry command printed",
+        (
+            "test_runs_final_model.py::test_a_push_that_fails_at_the_end_leaves_the_saved_model_and_says_the_command",
+            "test_runs_final_model.py::test_a_push_that_fails_in_the_middle_is_a_warning",
+            "test_runs_export.py::test_a_push_that_fails_keeps_the_folder_and_says_how_to_go_on",
+        ),
+    ),
+    36: Fault(
+        "control characters in data, names, server errors",
+        "shown escaped",
+        ("test_cli_streams.py::test_control_characters_of_a_server_or_the_hub_are_shown_escaped",),
+    ),
     37: Fault(
         "--help, validate, schema, env",
         "no torch imported, under 1 s",
@@ -331,7 +397,14 @@ TABLE: dict[int, Fault] = {
             "test_config_folders.py::test_a_folder_of_images_or_encoded_rows_may_hold_a_run_and_be_none",
         ),
     ),
-    40: Fault("model folder lacks or renames a weight", "exit 3 with the keys", ()),
+    40: Fault(
+        "model folder lacks or renames a weight",
+        "exit 3 with the keys",
+        (
+            "test_no_bug.py::test_a_damaged_model_is_named",
+            "test_models_load_report.py::test_weights_that_do_not_fit_the_architecture_are_refused_by_name",
+        ),
+    ),
     41: Fault(
         "resume from an older checkpoint, stop, --resume auto",
         "the newest of the current line",
@@ -357,7 +430,17 @@ TABLE: dict[int, Fault] = {
             "test_runs_parent.py::test_a_process_that_hangs_is_killed_with_what_it_has_started",
         ),
     ),
-    44: Fault("stdout or stderr closed or full", "training goes on, model saved, exit 0", ()),
+    44: Fault(
+        "stdout or stderr closed or full",
+        "training goes on, model saved, exit 0",
+        (
+            "test_cli_streams.py::test_a_process_outlives_its_streams",
+            "test_cli_streams.py::test_training_goes_on_and_the_model_is_saved",
+            "test_cli_streams.py::test_a_run_of_its_own_outlives_its_streams",
+            "test_cli_streams.py::test_a_run_outlives_its_terminal",
+            "test_cli_streams.py::test_a_command_that_only_prints_ends_silently_without_a_reader_and_not_on_a_full_disk",
+        ),
+    ),
     45: Fault(
         "data file's content changed before a resume",
         "refused, or allowed by name",
@@ -381,7 +464,14 @@ TABLE: dict[int, Fault] = {
         "runs; a temporary cache is said",
         ("test_runs_stopping.py::test_a_locale_that_is_not_utf_8_and_odd_names_do_no_harm",),
     ),
-    48: Fault("run folder moved or deleted meanwhile", "exit 6, nothing written elsewhere", ()),
+    48: Fault(
+        "run folder moved or deleted meanwhile",
+        "exit 6, nothing written elsewhere",
+        (
+            "test_disk.py::test_a_run_whose_folder_goes_away_writes_nothing_elsewhere",
+            "test_disk.py::test_a_log_is_not_begun_anew_in_a_folder_that_has_taken_the_place_of_the_run_s",
+        ),
+    ),
     49: Fault(
         "WORLD_SIZE set without a launcher",
         "a message within 20 s",

@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr. How a process logs, fails and e
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from typing import Annotated, Any
 
@@ -80,6 +81,14 @@ def _root(
         raise typer.Exit
 
 
+def _stands_somewhere() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def main() -> None:
     """Entry point: run a command and end the process with the exit code that says what happened."""
     process.use_utf8()
@@ -90,6 +99,8 @@ def main() -> None:
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         sys.argv[1:] = arguments = ["fit", *arguments]
     try:
+        if arguments and not arguments[0].startswith("-") and not _stands_somewhere():
+            raise ConfigError("The working directory was deleted, or moved away. Go into one that is there (cd).")
         process.require_utf8(arguments)
         code = app(args=arguments, standalone_mode=False)
         if arguments[:1] and arguments[0] not in _WRITE_FILES and (error := streams.lost()) is not None:

@@ -30,6 +30,7 @@ from kdtrain.runs.folder import (
     CHECKPOINT,
     COMPLETIONS,
     LOG,
+    RecordError,
     SameFolder,
     forget_evaluation,
     require_usable,
@@ -37,7 +38,7 @@ from kdtrain.runs.folder import (
 )
 from kdtrain.runs.launch import check_world
 from kdtrain.runs.lock import refuse_if_locked, run_lock
-from kdtrain.runs.log import JsonlLogger, LogError
+from kdtrain.runs.log import JsonlLogger
 from kdtrain.runs.lost_rank import lost_ranks_named
 from kdtrain.runs.nonfinite import nonfinite_kept
 from kdtrain.runs.plan import plan
@@ -263,7 +264,7 @@ def _state_saved_before_the_end(trainer: GKDTrainerWithMetrics, run_dir: Path) -
     """
     try:
         yield
-    except (TeacherError, LogError) as error:
+    except (TeacherError, RecordError) as error:
         step, alone = trainer.state.global_step, trainer.accelerator.num_processes == 1
         folder = run_dir / f"{CHECKPOINT}{step}"
         together = isinstance(error, TeacherError) and error.between_steps
@@ -271,7 +272,7 @@ def _state_saved_before_the_end(trainer: GKDTrainerWithMetrics, run_dir: Path) -
             try:
                 trainer._save_checkpoint(trainer.model, trial=None)
             except Exception:
-                if isinstance(error, LogError):  # the disk, again
+                if isinstance(error, RecordError):  # the disk, again
                     raise error from None
                 raise
             write_progress(run_dir, last_checkpoint=folder.name)

@@ -27,11 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from kdtrain.config.model_folder import read_map
-from kdtrain.disk import writing
 from kdtrain.errors import CheckpointError, Interrupted, KdtrainError
 from kdtrain.ranks import rank
 from kdtrain.runs.changed import ChangedRunError
-from kdtrain.runs.folder import ERRORS, STATUS, write_atomically
+from kdtrain.runs.folder import ERRORS, STATUS, write_atomically, writing_record
 from kdtrain.runs.lock import TakenError, goes_on
 
 _PROGRESS: dict[str, Any] = {"step": 0, "last_checkpoint": None, "best": None, "resumed_from": None}
@@ -92,7 +91,7 @@ def write_status(
     status |= {key: before.get(key, default) for key, default in _PROGRESS.items()} | dict(progress or {})
     cost = teacher or teacher_cost(run_dir)
     status |= {"teacher": dict(cost)} if cost else {}
-    with writing(run_dir / STATUS):
+    with writing_record(run_dir / STATUS):
         write_atomically(run_dir / STATUS, json.dumps(status, indent=2) + "\n")
 
 

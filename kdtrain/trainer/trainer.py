@@ -28,6 +28,7 @@ What is overridden, and why:
 | `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | the projectors' file; and no pickle of the arguments |
 | `Trainer._load_optimizer_and_scheduler` | a file that does not fit is an error with a way out |
 | `Trainer._issue_warnings_after_load` | upstream only warns of weights that were not loaded |
+| `Trainer._push_from_checkpoint` | a hub that is down does not end a run |
 | `_BaseTrainer.create_model_card` | no card that says that a student from a folder derives from None |
 | `_BaseTrainer._send_telemetry` | nothing is sent anywhere |
 """
@@ -60,6 +61,8 @@ from kdtrain.config.options import DistillationOptions, TrainingOptions
 from kdtrain.data.batch import Batch, received
 from kdtrain.data.collate import Collator
 from kdtrain.data.epochs import Epochs
+from kdtrain.data.errors import said
+from kdtrain.disk import failure_of
 from kdtrain.errors import CheckpointError
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.generation.sampler import Sampler
@@ -245,7 +248,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.first_gradients: dict[str, float] = {}
         """The gradient norms of the loss's terms before training, see `term_gradients.py`; in its first record."""
         self.summed_from = 0  # the step that upstream's sum of losses begins at
-        self.warned_of_no_samples = False
+        self.warned_of_no_samples = self._warned_of_push = False
         self._unlogged = RestoreUnlogged(self)
         watching = (TellTeacher(self), WatchGradients(self), WatchRounding(self))
         for callback in (self._unlogged, self.best_step, *watching):
@@ -677,6 +680,17 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if load_result.missing_keys or load_result.unexpected_keys:
             assert self._loading_from is not None
             load_weights(self.model, self._loading_from)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As upstream, but that a hub which cannot be reached does not end the run."""
+        try:
+            super()._push_from_checkpoint(checkpoint_folder)
+        except Exception as error:  # of the network, and of the hub, which have many
+            if failure_of(error):
+                raise
+            if not self._warned_of_push:
+                logger.warning("A checkpoint could not be pushed to the hub (%s). Training goes on.", said(error))
+            self._warned_of_push = True
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Only for a student with a name on the hub."""
