@@ -625,7 +625,20 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.accelerator.wait_for_everyone()  # trainer_state.json comes next: with it a checkpoint is complete
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self.saving.push_when_complete(functools.partial(super()._push_from_checkpoint, checkpoint_folder))
+        """As upstream, but behind the manifest, and that a hub which cannot be reached does not end the run."""
+        upstream = super()._push_from_checkpoint
+
+        def push() -> None:
+            try:
+                upstream(checkpoint_folder)
+            except Exception as error:  # of the network, and of the hub, which have many
+                if failure_of(error):
+                    raise
+                if not self._warned_of_push:
+                    logger.warning("A checkpoint could not be pushed to the hub (%s). Training goes on.", said(error))
+                self._warned_of_push = True
+
+        self.saving.push_when_complete(push)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """As upstream; other processes than those that wrote it begin with numbers of seed, step and rank."""
@@ -680,17 +693,6 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if load_result.missing_keys or load_result.unexpected_keys:
             assert self._loading_from is not None
             load_weights(self.model, self._loading_from)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As upstream, but that a hub which cannot be reached does not end the run."""
-        try:
-            super()._push_from_checkpoint(checkpoint_folder)
-        except Exception as error:  # of the network, and of the hub, which have many
-            if failure_of(error):
-                raise
-            if not self._warned_of_push:
-                logger.warning("A checkpoint could not be pushed to the hub (%s). Training goes on.", said(error))
-            self._warned_of_push = True
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Only for a student with a name on the hub."""
