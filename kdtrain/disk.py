@@ -28,7 +28,8 @@ _TORCH = re.compile(r"PytorchStreamWriter|inline_container|basic_ios")
 _RUST = re.compile(r"I/O error.*\(os error (\d+)\)|I/O error", re.DOTALL)
 _BROKEN = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.EREMOTEIO)
 _WAYS_OUT = {
-    FULL: "Make room there.",
+    (errno.ENOSPC, errno.EDQUOT): "Make room there.",
+    (errno.EFBIG,): "The limit is this process's, or the file system's: see ulimit -f.",
     _BROKEN: "The disk, or the way to it, is at fault: look at it (dmesg), or name a folder on another one.",
     _REFUSED: "Let this user write there.",
     _GONE: "It, or a folder that it lies in, was moved or deleted. Put that back.",
@@ -103,8 +104,6 @@ def write_error(failure: WriteFailure, path: Path, then: str = "", wanted: str |
     parts = [f"Writing {named} failed: {failure.reason.rstrip('.')}."]
     if failure.is_full and (free := free_bytes(named)) is not None:
         parts.append(f"{in_units(free)} are free there{f', and {wanted}' if wanted else ''}.")
-    if failure.code == errno.EFBIG:
-        parts.append("A limit of this process may be the reason, see ulimit -f.")
     parts += [way for codes, way in _WAYS_OUT.items() if (failure.code or errno.ENOSPC) in codes]
     parts.append(then)
     return CheckpointError(" ".join(part for part in parts if part))

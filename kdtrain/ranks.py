@@ -10,6 +10,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher of several processes sets for each."""
+
 
 def under_launcher() -> bool:
     """Whether a launcher started this process as one of several, or as the only one."""
@@ -18,12 +21,18 @@ def under_launcher() -> bool:
 
 def rank() -> int:
     """Number of this process among those of all machines, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """Processes that the launcher has started, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(name: str, default: int) -> int:
+    """What is no number is refused elsewhere, see `cli/meeting.py`: the message has to come out."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
 
 
 def is_main() -> bool:
@@ -34,8 +43,7 @@ def is_main() -> bool:
 @contextmanager
 def put_back() -> Iterator[None]:
     """Undo what is written over these variables inside: a later run in this process would take it for a launcher's."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    before = {name: os.environ.get(name) for name in names}
+    before = {name: os.environ.get(name) for name in VARIABLES}
     try:
         yield
     finally:

@@ -226,8 +226,10 @@ def kill_at(point: str, step: int) -> Callable[[], None]:
 
 
 def _remove_half(path: Path, step: int, remove: Callable[[Path], None]) -> None:
+    from kdtrain.runs import rotation
+
     if path.exists() and (path.parent / f"checkpoint-{step}" / MANIFEST).exists():
-        _half(path.rename(f"{path}.removed"))
+        _half(path.rename(f"{path}{rotation._REMOVED}"))
     remove(path)
 
 

@@ -38,16 +38,20 @@ def run(table: Mapping[Key, Row], rows: Sequence[Key], heading: str) -> int:
         status = subprocess.run([*command, *wanted], check=False).returncode
         cases = list(ElementTree.parse(found).iter("testcase"))
     print(f"\n{'':>3} {heading:<58} {'tests':>5} {'s':>7}  result")
+    held = 0
     for row in rows:
         names = {tuple(test.split("::")) for test in table[row].tests}
         mine = [case for case in cases if (Path(case.get("file", "")).name, _function(case)) in names]
         failed = [case for case in mine if case.find("failure") is not None or case.find("error") is not None]
         skipped = [case for case in mine if case.find("skipped") is not None]
         result = f"{len(failed)} FAILED" if failed else f"{len(skipped)} skipped" if skipped else "holds"
+        held += result == "holds" and bool(mine)
         seconds = sum(float(case.get("time", 0)) for case in mine)
         print(f"{row:>3} {table[row].what:<58} {len(mine):>5} {seconds:>7.1f}  {result if mine else 'no test'}")
+        print(f"{'':>3}   {table[row].expected}")
         for file, function in sorted(names):
             print(f"{'':>3}   {file}::{function}")
+    print(f"\n{held} of {len(rows)} rows hold; {sum(float(case.get('time', 0)) for case in cases):.0f} s of tests")
     return status
 
 

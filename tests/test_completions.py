@@ -407,7 +407,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     _, write = writer(tmp_path)
     write(completion(1))
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match="No space"):
         write(completion(2))
     assert steps_in(tmp_path) == [1]
     assert [file.name for file in tmp_path.iterdir()] == ["completions.parquet"]

@@ -1,5 +1,7 @@
 """What a config says about local folders: where a run may write, and what a model there takes."""
 
+import json
+
 import pytest
 
 from kdtrain.config import check_config
@@ -26,6 +28,7 @@ def problems(root, output, **changes):
         "rlhf": {"teacher_model": str(root / "models/teacher"), **changes},
         "training": {"output_dir": str(root / output)},
     }
+    config["data"] = config["rlhf"].pop("data", config["data"])
     return [error.message for error in check_config(config).errors if error.path == "training.output_dir"]
 
 
@@ -61,6 +64,24 @@ def test_an_output_folder_that_is_holds_or_lies_in_what_is_read_is_an_error(root
 )
 def test_an_output_folder_beside_what_is_read_is_fine(root, output):
     assert problems(root, output) == []
+
+
+def test_the_model_below_an_adapter_is_not_written_over_either(root):
+    (root / "base").mkdir()
+    (root / "adapter" / "config.json").unlink()
+    (root / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(root / "base")}))
+    assert problems(root, "base") == []
+    (message,) = problems(root, "base/run", teacher_model=str(root / "adapter"))
+    assert message.startswith("lies in what this run reads")
+    assert f"the model below an adapter, {root / 'base'} (rlhf.teacher_model)" in message
+
+
+@pytest.mark.parametrize("option", ["image_root", "cache_dir"])
+def test_a_folder_of_images_or_encoded_rows_may_hold_a_run_and_be_none(root, option):
+    shared = {"data": {"train": str(root / "data/train.jsonl"), option: str(root / "shared")}}
+    (message,) = problems(root, "shared", **shared)
+    assert message.endswith(f"(data.{option})")
+    assert problems(root, "shared/run", **shared) == []
 
 
 def test_a_teacher_that_is_not_asked_is_not_written_over_either(root):

@@ -14,6 +14,7 @@ import yaml
 
 from kdtrain.config import CheckResult, InvalidConfigError, check_config
 from kdtrain.config.suggest import known_keys
+from kdtrain.preflight.files import all_files
 
 START = """\
 model: {model: org/student}
@@ -89,6 +90,15 @@ def test_any_damage_to_a_file_ends_with_a_verdict(tmp_path: Path) -> None:
 def test_any_name_of_a_file_ends_with_a_verdict(source: str) -> None:
     assert check_config(source).errors
     assert check_config({"extends": source}).errors
+
+
+def test_a_file_that_cannot_be_looked_for_is_an_error(tmp_path: Path) -> None:
+    """Found by `fuzz.py`."""
+    config = yaml.safe_load(START)
+    config["training"]["learning_rate"] = 1e-5
+    config["launch"] = {"config_file": "x" * 5000}
+    (error,) = check_config(config, files=all_files).errors
+    assert "cannot be looked for: File name too long" in error.message
 
 
 def test_an_error_survives_the_way_to_another_process() -> None:

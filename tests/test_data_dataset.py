@@ -15,7 +15,7 @@ from kdtrain.data.cache_folder import default_cache_folder
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.epochs import _shares
 from kdtrain.data.row_notes import SPLIT
-from kdtrain.errors import DataError
+from kdtrain.errors import CheckpointError, DataError
 from tests.test_data_encoder import FORGETFUL, LLAMA3, ROW, tokenizer_with
 
 datasets.disable_progress_bars()
@@ -480,7 +480,7 @@ def test_files_beside_those_of_a_split_that_name_none_are_noted(build, tmp_path)
 def test_an_unwritable_cache_says_so(tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     source = Source(write_lines(tmp_path / "a.jsonl", [pair(0)]))
-    with pytest.raises(DataError, match="cannot write the data cache"):
+    with pytest.raises(CheckpointError, match=r"Writing \S+/file/cache failed: .*data\.cache_dir"):
         build_dataset(
             [source],
             tokenizer,

@@ -5,16 +5,20 @@ import math
 
 import pytest
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback
 
 import kdtrain as api
+from kdtrain.data import Collator, Source, build_dataset
 from kdtrain.data.batch import Batch
 from kdtrain.errors import NonFiniteError
+from kdtrain.generation.answers import TeacherAnswers
+from kdtrain.generation.writers import LocalWriter
 from kdtrain.runs.checkpoints import missing_files
 from kdtrain.teachers import Targets, Teacher
 from tests import tiny
 from tests.test_on_policy_errors import ANSWERED_BY_TEACHER, kdtrain  # noqa: F401
-from tests.test_trainer import make_trainer
+from tests.test_trainer import make_batch, make_trainer, visual_trainer
 
 ROWS = ["0:0", "0:1", "0:2", "0:3"]
 
@@ -85,6 +89,35 @@ def test_a_model_that_writes_or_judges_samples_is_named_with_the_rows(project, k
     assert not (project / "run" / "model.safetensors").exists()
 
 
+def answered_on_two_ranks(folder, rows):
+    state = PartialState(cpu=True)
+    tokenizer, teacher = tiny.make_tokenizer(), tiny.make_qwen3(seed=2)
+    if state.process_index == 1:
+        with torch.no_grad():
+            teacher.model.norm.weight[0] = math.nan
+    source = Source(str(rows), answers="teacher")
+    options = {"max_length": 64, "on_overlength": "error", "train_on": "assistant"}
+    data, _ = build_dataset([source], tokenizer, cache_dir=str(folder / f"cache{state.process_index}"), **options)
+    writer = LocalWriter(
+        teacher, tokenizer, Collator(tokenizer), max_new_tokens=2, vocabulary=320, batch_size=1, device="cpu"
+    )
+    try:
+        TeacherAnswers(writer, folder / "answers", identity={}).fill(data)
+    except NonFiniteError as error:
+        return str(error), json.dumps(error.facts)
+
+
+def test_a_rank_whose_teacher_writes_no_numbers_ends_both_and_what_the_other_has_written_is_kept(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in tiny.CHATS))
+    first, second = tiny.run_ranks(answered_on_two_ranks, 2, tmp_path, rows)
+    assert first == second
+    assert "while the teacher wrote answers" in first[0]
+    assert json.loads(first[1])["ranks"][0]["rank"] == 1
+    written = {path.name: path.read_text().splitlines() for path in (tmp_path / "answers").rglob("*.jsonl")}
+    assert {name: len(lines) for name, lines in written.items()} == {"rank0.jsonl": 3, "rank1.jsonl": 0}
+
+
 class Given(Teacher):
     """Logits, one of them not finite."""
 
@@ -146,6 +179,27 @@ def test_all_ranks_say_the_same_and_only_the_bad_micro_batch_is_listed(tmp_path)
     assert [found["rank"] for found in facts["ranks"]] == [1]
     assert [len(one["rows"]) for found in facts["ranks"] for one in found["micro_batches"]] in ([1], [1, 1])
     assert facts["origin"] == ["teacher"]
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_features_that_are_not_finite_are_told_by_their_models_weights(tmp_path, side):
+    trainer = visual_trainer(tmp_path, llm_kd_weight=0.0)
+    model = trainer.model if side == "student" else trainer.teacher_model
+    with torch.no_grad():
+        model.aligner.weight[0, 0] = math.nan
+    batch = make_batch(trainer, pixel_values=torch.randn(3, 5, 4))
+    trainer.compute_loss(trainer.model, batch)
+    with pytest.raises(NonFiniteError, match="vision_kd_loss") as caught:
+        trainer._guard.check_losses()
+    assert caught.value.facts["origin"] == [side]
+
+
+def test_a_cache_of_a_teacher_that_is_not_finite_is_not_written(project, kdtrain):  # noqa: F811
+    broken(project, "teacher")
+    code, err = kdtrain("cache", "--out", "targets")
+    assert code == 5, err
+    assert "The teacher's predictions are NaN or infinite" in err
+    assert not [path for path in (project / "targets").rglob("*.safetensors") if "shard" in path.name]
 
 
 # ---- what is left ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 import kdtrain as package
@@ -81,6 +82,28 @@ def test_a_changed_option_is_refused_and_the_command_that_insists_goes_on(projec
     code, _, err = begun(option, *insisting(err))
     assert code == 0, err
     assert f"Going on otherwise than checkpoint-2 was made: {line}" in err
+
+
+def test_what_is_allowed_of_the_optimizer_is_what_the_run_goes_on_with(project, begun):
+    """The saved state of an optimizer holds its options too, and would bring those of before."""
+    options = ["training.weight_decay=0.1", "training.adam_beta2=0.9", "training.adam_epsilon=1e-6"]
+    options += ["training.learning_rate=0.004", "training.max_steps=4"]
+    code, _, err = begun(*options, "training.save_steps=3", "--allow-changes", "training")
+    assert code == 0, err
+    groups = torch.load(project / "run" / "checkpoint-3" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    assert {(group["lr"], group["initial_lr"]) for group in groups} == {(0.001, 0.004)}  # linear, a quarter is left
+    assert {(*group["betas"], group["eps"]) for group in groups} == {(0.9, 0.9, 1e-6)}
+
+
+def test_a_schedule_whose_state_sets_the_rate_takes_no_other(project, kdtrain):  # noqa: F811
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 2}
+    edit(project, training=SAVE | plateau)
+    assert kdtrain("fit", "config.yaml")[0] == 0
+    options = ["training.learning_rate=1e-5", "--allow-changes", "training.learning_rate"]
+    code, _, err = kdtrain("fit", "config.yaml", "training.max_steps=3", "--resume", "auto", *options)
+    assert code == 6, err
+    assert "training.learning_rate cannot change here: the state of reduce_lr_on_plateau in the checkpoint" in err
 
 
 def test_of_many_changes_each_is_named_and_one_allowed_leaves_the_others(project, begun):

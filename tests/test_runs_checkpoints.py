@@ -53,10 +53,11 @@ def test_the_manifest_holds_every_file_of_a_checkpoint(run):
     found = read_manifest(checkpoint)
     assert found["files"].keys() == content(checkpoint).keys() - {"kdtrain_manifest.json"}
     assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "unlogged_0.safetensors"} <= found["files"].keys()
-    facts = {key: found[key] for key in ("version", "step", "world_size", "finite", "resumed_from", "facts")}
+    facts = {key: found[key] for key in ("version", "step", "world_size", "finite", "resumed_from")}
     assert facts == {
-        "version": 1, "step": 2, "world_size": 1, "finite": True, "resumed_from": None, "facts": {},
+        "version": 1, "step": 2, "world_size": 1, "finite": True, "resumed_from": None,
     }  # fmt: skip
+    assert found["facts"].keys() == {"config", "training", "content", "data"}
     assert {"torch", "transformers", "trl"} <= found["versions"].keys()
 
 
@@ -133,9 +134,13 @@ def test_sizes_alone_are_compared_where_that_is_asked_for(run, monkeypatch):
     assert newest_complete(run).newest == run / "checkpoint-2"
     truncate(run / "checkpoint-2" / "optimizer.pt")
     assert newest_complete(run).newest == run / "checkpoint-1"
+    write_manifest(run / "checkpoint-2", step=2, world_size=1, finite=True)
+    assert {facts["xxh3_128"] for facts in read_manifest(run / "checkpoint-2")["files"].values()} == {None}
+    monkeypatch.delenv("KDTRAIN_VERIFY")
+    assert newest_complete(run).newest == run / "checkpoint-2"
     monkeypatch.setenv("KDTRAIN_VERIFY", "none")
     with pytest.raises(ConfigError, match="must be hashes or sizes"):
-        newest_complete(run)
+        checkpoint_to_resume(run, "auto")
 
 
 # ---- without a manifest ----------------------------------------------------------------------------------------------
@@ -223,10 +228,12 @@ def test_a_model_alone_is_no_state_to_go_on_from_and_the_finished_model_stays(pr
 
 def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_a_branch_and_follows_its_own(project, kdtrain):
     run, other = project / "run", ["training.learning_rate=1e-3", "training.save_total_limit=2"]
+    other += ["--allow-changes", "training.learning_rate"]
     assert kdtrain("fit", "config.yaml", *EVERY, KEEP_ALL)[0] == 0
     old = {step: content(run / f"checkpoint-{step}") for step in (2, 3, 4)}
     code, _, err = kdtrain(
         "fit", "config.yaml", *EVERY, *other, "--resume", "run/checkpoint-1", "training.max_steps=2",
+        "--allow-changes", "training.learning_rate",
     )  # fmt: skip
     assert code == 0, err
     assert (
@@ -336,11 +343,20 @@ def test_a_folder_that_a_user_has_put_in_the_place_of_a_checkpoint_is_kept(run, 
 
 
 def test_what_a_killed_process_was_removing_is_removed_and_never_taken(run):
-    (run / "checkpoint-1").rename(run / "checkpoint-1.removed")
-    (run / "checkpoint-1.removed" / "model.safetensors").unlink()
+    (run / "checkpoint-1").rename(run / "checkpoint-1.kdtrain-removed")
+    (run / "checkpoint-1.kdtrain-removed" / "model.safetensors").unlink()
+    (run / "checkpoint-7.removed").mkdir()  # a user's
     assert newest_complete(run).skipped == {}
     rotation.clean_up(run)
-    assert names(run) == {"checkpoint-2"}
+    assert names(run) == {"checkpoint-2", "checkpoint-7.removed"}
+
+
+def test_what_a_save_that_was_cut_off_has_left_is_removed_once_a_later_one_is_complete(run):
+    for step in (0, 3):
+        (run / f"checkpoint-{step}").mkdir()
+        (run / f"checkpoint-{step}" / "kdtrain_unfinished").touch()
+    rotation.rotate(run, run / "checkpoint-2", None, best=None)
+    assert names(run) == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
 
 
 # ---- a checkpoint as a model -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kdtrain.config import ConfigLoader
@@ -183,6 +184,38 @@ def test_sigterm_to_one_rank_stops_both_at_the_same_step(project):
     assert process.returncode == 143, stderr
     assert json.loads((project / "run" / "status.json").read_text())["state"] == "stopped"
     assert len(list((project / "run").glob("checkpoint-*"))) == 1
+
+
+def gone(pids, within):
+    deadline = time.monotonic() + within
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+        assert time.monotonic() < deadline, "a process outlived its launcher"
+        time.sleep(0.1)
+
+
+def test_ranks_end_with_their_launcher_and_leave_a_checkpoint(project):
+    process = start(project, *LONG, "launch.num_processes=2")
+    workers = children(process.pid).values()
+    process.kill()
+    gone(workers, within=30)
+    process.communicate(timeout=30)
+    assert not (project / "run" / "run.lock").exists()
+    assert json.loads((project / "run" / "status.json").read_text())["state"] == "stopped"
+    (checkpoint,) = (project / "run").glob("checkpoint-*")
+    assert not missing_files(checkpoint)
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_that_is_said(project):
+    process = start(project, *LONG, "launch.num_processes=2")
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=90)
+    assert process.returncode == 137, stderr
+    assert "rank 1" in stderr
+    assert "was ended by SIGKILL" in stderr
+    assert "this is a bug" not in stderr
+    assert "Traceback" not in stderr
+    status = json.loads((project / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 137)
 
 
 @pytest.mark.parametrize("launcher", ["kdtrain", "accelerate launch", "torchrun"])

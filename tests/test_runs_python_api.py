@@ -208,7 +208,8 @@ def test_a_teachers_answers_are_made_anew_for_another_adapter(project, adapter, 
     with_lora(adapter.unload(), seed=6).save_pretrained("adapter")
     told = []
     monkeypatch.setattr("kdtrain.cli.progress.ConsoleReporter.answers", lambda self, done, total: told.append(done))
-    kdtrain.fit("config.yaml", [*options, "rlhf.teacher.adapter=./adapter"], resume="auto", quiet=True)
+    options.append("rlhf.teacher.adapter=./adapter")
+    kdtrain.fit("config.yaml", options, resume="auto", allow_changes=["rlhf.teacher.adapter"], quiet=True)
     assert told
 
 

@@ -156,6 +156,21 @@ def test_a_run_that_fails_does_not_end_the_others_and_resume_makes_what_is_missi
     assert "--resume auto" in err
 
 
+def test_runs_that_have_begun_go_on_as_they_began_or_as_it_is_allowed(fit, folder, monkeypatch):
+    saving = ["training.eval_strategy=no", "training.save_strategy=steps", "training.report=false"]
+    monkeypatch.setattr(sweep, "evaluate", lambda *_: 1 / 0)
+    fit("training.seed=1,2", *saving, "training.max_steps=1", code=1)
+    for name in ("seed-1", "seed-2"):
+        status = folder / "run" / name / "status.json"
+        status.write_text(json.dumps({**json.loads(status.read_text()), "state": "stopped"}))
+    again = ["training.seed=1,2", *saving, "training.max_steps=2", "rlhf.beta=0.3", "--resume", "auto"]
+    before = (folder / "run" / "sweep.json").read_text()
+    printed = fit(*again, code=6)
+    assert "rlhf.beta: 0.5 -> 0.3" in printed.err
+    assert (folder / "run" / "sweep.json").read_text() == before
+    assert "2 of 2 runs passed" in fit(*again, "--allow-changes", "rlhf.beta", "--dry-run").out
+
+
 def test_a_signal_ends_the_sweep_with_what_it_has(fit, folder, monkeypatch):
     real, calls = sweep.evaluate, []
 

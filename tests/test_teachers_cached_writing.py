@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kdtrain.data import Collator
-from kdtrain.errors import TeacherError
+from kdtrain.errors import NonFiniteError, TeacherError
 from kdtrain.losses.head import Head
 from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.teachers import LocalTeacher
@@ -54,7 +54,7 @@ def test_among_equal_tokens_the_lowest_ids_are_taken_and_come_first(k):
 def test_predictions_that_are_no_numbers_are_refused(bad, mode):
     found = logits()
     found[2, 5] = bad
-    with pytest.raises(TeacherError, match="NaN or infinite"):
+    with pytest.raises(NonFiniteError, match="NaN or infinite"):
         stored_targets(Targets(found), Format(mode, 60, entries=4), [key(0)], [7])
 
 

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from transformers import TrainerCallback
 
 from kdtrain.errors import CheckpointError
 from kdtrain.trainer.resume_checks import check_can_be_loaded
@@ -16,6 +17,7 @@ ROWS = [
     for i in range(13)
 ]
 """The second token says which it is."""
+SUMS = ("loss", "sft_loss", "token_accuracy", "student_entropy", "on_policy_fraction")
 
 
 def train(folder, resume=None, **options):
@@ -42,7 +44,9 @@ def train(folder, resume=None, **options):
         "planned": trainer.state.max_steps,
         "epochs": [record["epoch"] for record in records],
         "rates": [record["learning_rate"] for record in records],
+        "decay": [group["weight_decay"] for group in trainer.optimizer.param_groups],
         "losses": {record["step"]: record["loss"] for record in records},
+        "sums": {record["step"]: [record[name] for name in SUMS] for record in records},
     }
 
 
@@ -110,7 +114,7 @@ def test_a_record_covers_the_steps_before_a_resume_on_other_ranks(tmp_path):
         folder = tmp_path / f"from-{ranks}"
         on_ranks(ranks, folder, **first, **SAVING, **options)
         rest = on_ranks(other, tmp_path / "rest", str(folder / "checkpoint-2"), **then, **options)
-        assert rest["losses"] == {step: pytest.approx(loss, rel=1e-5) for step, loss in whole["losses"].items()}
+        assert rest["sums"] == {step: pytest.approx(sums, rel=1e-5) for step, sums in whole["sums"].items()}
 
 
 def test_max_steps_that_were_raised_give_the_rates_of_the_longer_run(tmp_path):
@@ -123,6 +127,9 @@ def test_max_steps_that_were_raised_give_the_rates_of_the_longer_run(tmp_path):
     options["learning_rate"] = 1e-3
     slower = train(tmp_path / "rest", str(tmp_path / "checkpoint-2"), max_steps=4, **options)
     assert slower["rates"] == pytest.approx([0.0005, 0.00025])
+    assert slower["decay"] == [0.0, 0.0]
+    decayed = train(tmp_path / "rest", str(tmp_path / "checkpoint-2"), max_steps=4, weight_decay=0.5, **options)
+    assert decayed["decay"] == [0.5, 0.0]
 
 
 def test_rates_of_other_batches_are_those_of_a_run_with_them_at_the_same_row(tmp_path):
@@ -133,8 +140,24 @@ def test_rates_of_other_batches_are_those_of_a_run_with_them_at_the_same_row(tmp
     saved = json.loads((tmp_path / "checkpoint-6" / "data_position.json").read_text())
     assert saved == {
         "version": 1, "epoch": 0, "row": 12, "rows_per_epoch": 13, "seed": 42, "rows_per_step": 2, "processes": 1,
-        "step": 6, "schedule_step": 6, "end": {"epoch": 2, "row": 0}, "num_train_epochs": 2,
+        "step": 6, "end": {"epoch": 2, "row": 0}, "num_train_epochs": 2,
     }  # fmt: skip
+
+
+class EndEpochs(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        control.should_epoch_stop = state.global_step in (2, 5)
+
+
+def test_an_epoch_that_a_callback_has_ended_is_not_gone_on_with(tmp_path):
+    options = {**batches(2, 1), "extra": {"callbacks": [EndEpochs()]}}
+    whole = train(tmp_path, **options, **SAVING)
+    assert len(whole["steps"]) == 5
+    for stop in (1, 2, 3):
+        rest = train(tmp_path / "rest", str(tmp_path / f"checkpoint-{stop}"), **options)
+        assert rest["steps"] == whole["steps"][stop:]
+        assert rest["losses"].items() <= whole["losses"].items()
+        assert rest["rates"] == whole["rates"][stop:]
 
 
 # ---- what cannot be loaded -------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr. How a process logs, fails and e
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from typing import Annotated, Any
 
@@ -80,8 +81,17 @@ def _root(
         raise typer.Exit
 
 
+def _stands_somewhere() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def main() -> None:
     """Entry point: run a command and end the process with the exit code that says what happened."""
+    process.use_utf8()
     process.owns_process = streams.survive()
     end_with_parent()
     arguments = sys.argv[1:]
@@ -89,6 +99,9 @@ def main() -> None:
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         sys.argv[1:] = arguments = ["fit", *arguments]
     try:
+        if arguments and not arguments[0].startswith("-") and not _stands_somewhere():
+            raise ConfigError("The working directory was deleted, or moved away. Go into one that is there (cd).")
+        process.require_utf8(arguments)
         code = app(args=arguments, standalone_mode=False)
         if arguments[:1] and arguments[0] not in _WRITE_FILES and (error := streams.lost()) is not None:
             raise CheckpointError(f"Writing to stdout failed: {error.strerror}. What it has got is not complete.")
@@ -98,5 +111,7 @@ def main() -> None:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of the command line
             error.show()
             sys.exit(error.exit_code)
+        if isinstance(error, typer.Abort) and isinstance(error.__cause__, Exception):  # which it makes of an EOFError
+            error = error.__cause__
         process.fail_with_a_bug(error)
     process.leave(code or 0)

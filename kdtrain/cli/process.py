@@ -13,6 +13,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,6 +36,33 @@ owns_process = False
 _LONGEST_END_S = 600.0  # at exit trackers upload what they have, and some wait for a network
 
 
+def use_utf8() -> None:
+    """Begin anew in Python's UTF-8 mode where the locale says that names and texts are in something else.
+
+    Configs and rows are UTF-8 whatever a machine's locale is, and in them are names of files.
+    """
+    if sys.getfilesystemencoding().lower() != "utf-8" and sys.orig_argv and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def require_utf8(arguments: Sequence[str]) -> None:
+    """Refuse what cannot be written into any file.
+
+    Raises:
+        ConfigError: an argument is in another encoding.
+    """
+    for argument in arguments:
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:
+            shown = ascii(os.fsencode(argument))[2:-1]
+            raise ConfigError(
+                f"An argument is not UTF-8: {shown}. Rename the file, or type the text as UTF-8."
+            ) from None
+
+
 def set_up_logging(log_format: str, debug: bool) -> None:
     """Our messages on stderr; the libraries' own only for --debug."""
     handler = _ToStderr()
@@ -48,6 +76,17 @@ def set_up_logging(log_format: str, debug: bool) -> None:
             threading.excepthook = lambda _: None
         os.environ.setdefault("DATASETS_VERBOSITY", "error")
         warnings.simplefilter("ignore")
+
+
+def allow_many_files() -> None:
+    """Open as many files as the system lets this user: each tensor of a data loader's worker is one."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def quiet_libraries(keep_bars: bool) -> None:
@@ -144,6 +183,12 @@ def leave(code: int, *, told: bool = True) -> NoReturn:
         watch.start()
     end_rank(code)
     sys.exit(code)
+
+
+def end_now(code: int) -> NoReturn:
+    """End from a thread, where the main one is held by a library."""
+    report_exit_code(code)
+    os._exit(code)
 
 
 def _end_now(code: int) -> None:

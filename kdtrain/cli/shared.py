@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdtrain.cli import complete, process
+from kdtrain.cli.meeting import check_variables
 from kdtrain.errors import ConfigError
 from kdtrain.ranks import is_main, under_launcher, world_size
 
@@ -61,8 +62,9 @@ def loaded(
 
 
 def set_up(log_format: str, debug: bool) -> None:
-    """Logging as `--log-format` and `--debug` say."""
+    """Logging as `--log-format` and `--debug` say; and whether what a launcher says of this process can be."""
     process.set_up_logging(log_format, debug)
+    check_variables()
     if log_format not in ("text", "json"):
         raise ConfigError(f"--log-format must be text or json, got {log_format!r}")
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdtrain.config.adapters import is_adapter_folder, model_below
+from kdtrain.config.adapters import is_adapter_folder, levels, model_below
 from kdtrain.config.model_folder import ADAPTER_CONFIG, INDEX, WEIGHTS, findings
 from kdtrain.config.other_weights import without_config, without_weights
 from kdtrain.config.schema import RunConfig
@@ -106,6 +106,8 @@ def output_folder(config: RunConfig, written: Written) -> Iterator[Problem]:
         source = _real(path)
         if output is None or source is None:
             continue
+        if option in _SHARED and not _same(output, source):
+            continue
         if _same(output, source):
             relation = "is"
         elif any(_same(parent, source) for parent in output.parents):
@@ -117,6 +119,10 @@ def output_folder(config: RunConfig, written: Written) -> Iterator[Problem]:
         message = f"{relation} what this run reads, and would write over or into it: {what} {path} ({option})"
         yield Problem(("training", "output_dir"), message, "name a folder of the run's own, such as runs/first")
         return
+
+
+# Folders that may hold others, a run's own too.
+_SHARED = ("data.image_root", "data.cache_dir")
 
 
 def _read(config: RunConfig) -> Iterator[tuple[str, str, str]]:
@@ -132,10 +138,24 @@ def _read(config: RunConfig) -> Iterator[tuple[str, str, str]]:
     for option, what, name in models:
         if name and os.path.isabs(name):  # local paths are absolute once loaded
             yield option, what, name
+            yield from ((option, "the model below an adapter,", base) for base in _below(name))
     for part, sources in (("train", config.data.train), ("eval", config.data.eval_sources)):
         for number, source in enumerate(sources):
             if source.is_local:
                 yield f"data.{part}[{number}]" if len(sources) > 1 else f"data.{part}", "the data", source.path
+    for option, what, folder in zip(
+        _SHARED, ("images", "encoded rows"), (config.data.image_root, config.data.cache_dir), strict=True
+    ):
+        if folder:
+            yield option, what, folder
+
+
+def _below(name: str) -> list[str]:
+    """The local models that an adapter stands on."""
+    try:
+        return [base for base in levels(name)[1:] if os.path.isabs(base)]
+    except PreflightError:
+        return []  # found by another rule
 
 
 def _real(path: str) -> Path | None:

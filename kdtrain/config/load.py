@@ -37,6 +37,7 @@ logger = logging.getLogger("kdtrain")
 _PLACEHOLDER = "missing"
 _ATTEMPTS = 4
 _MOST = 200
+_LONGEST_NAME = 120
 _CACHE = ("rlhf", "teacher", "path")
 _NOT_SHOWN = Problem((), "further mistakes are not shown", "correct these first")
 
@@ -93,7 +94,11 @@ def check_config(
     problems += found
     config, found = _validate(root, [problem.path for problem in problems if problem.level == "error"], rules)
     if config is not None and files is not None:
-        found += files(config)
+        try:
+            found += files(config)
+        except OSError as error:  # a name that is too long, a folder that may not be looked into
+            name = str(error.filename)[:_LONGEST_NAME]
+            found.append(Problem((), f"a file that is named here cannot be looked for: {error.strerror}: {name}"))
     if new_cache:
         found = [problem for problem in found if problem.path != _CACHE]
     if composer.incomplete:

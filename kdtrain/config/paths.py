@@ -63,6 +63,11 @@ def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
         if node is None or not isinstance(node.value, str) or not node.value:
             continue
         text, base = node.value, node.place.source.base
+        if unusable := _no_name(text):
+            problems.append(Problem(path, *unusable))
+            # Something that leads to no other error.
+            root = put(root, path, Node(None if path in _PATHS[1:] else "unnamed", node.place))
+            continue
         if _URL.match(text):
             message = "an address, and nothing is downloaded from addresses"
             also = ", or give its id on the hub: org/name" if path[0] in ("data", "model") else ""
@@ -94,6 +99,21 @@ def _data_paths(root: Node) -> Iterator[KeyPath]:
         items = node.value if node and isinstance(node.value, list) else [node] if node else []
         for index, item in enumerate(items):
             yield ("data", name, index, "path") if isinstance(item.value, dict) else ("data", name, index)
+
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, of the file systems that there are
+
+
+def _no_name(text: str) -> tuple[str, str] | None:
+    """Why no file can have this name, and what to do; None where one can."""
+    if "\0" in text:
+        return "holds a NUL character, which no name of a file can", "remove it"
+    encoded = os.fsencode(text) if not text.startswith("{") else b""
+    longest = max(map(len, encoded.split(b"/")))
+    if longest > _LONGEST_NAME or len(encoded) > _LONGEST_PATH:
+        size, most = (longest, _LONGEST_NAME) if longest > _LONGEST_NAME else (len(encoded), _LONGEST_PATH)
+        return f"too long for a file system: {size:,} bytes, and {most:,} are the most", "give it a shorter name"
+    return None
 
 
 def _names_a_folder(text: str) -> bool:

@@ -40,6 +40,53 @@ def run_files(config: RunConfig) -> Iterator[Problem]:
     if (file := config.launch.config_file) is not None:
         yield from _accelerate_file(Path(file))
     yield from _trackers(training.get("report_to"))
+    yield from _libraries(config)
+
+
+# What an optimizer's name has in it, or an attention kernel's, and the modules one of which it needs.
+_OPTIMIZERS: Mapping[str, tuple[str, str]] = {
+    "bnb": ("bitsandbytes", "bitsandbytes"),
+    "paged": ("bitsandbytes", "bitsandbytes"),
+    "lion": ("bitsandbytes", "bitsandbytes"),
+    "ademamix": ("bitsandbytes", "bitsandbytes"),
+    "adamw_8bit": ("bitsandbytes", "bitsandbytes"),
+    "galore": ("galore_torch", "galore-torch"),
+    "apollo": ("apollo_torch", "apollo-torch"),
+    "lomo": ("lomo_optim", "lomo-optim"),
+    "grokadamw": ("grokadamw", "grokadamw"),
+    "schedule_free": ("schedulefree", "schedulefree"),
+    "adamw_torch_4bit": ("torchao", "torchao"),
+    "adamw_torch_8bit": ("torchao", "torchao"),
+    "stable_adamw": ("optimi", "torch-optimi"),
+    "anyprecision": ("torchdistx", "torchdistx"),
+}
+_ATTENTION: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "flash_attention_2": (("flash_attn", "kernels"), "flash-attn"),
+    "flash_attention_3": (("flash_attn_interface", "kernels"), "flash-attn-3"),
+}
+
+
+def _libraries(config: RunConfig) -> Iterator[Problem]:
+    """Packages that an optimizer or an attention kernel needs: they would be missed when the models are loaded."""
+    optimizer = str(config.training.get("optim") or "")
+    # The longest part that fits: adamw_torch_8bit is torchao's, adamw_8bit is not.
+    for part in sorted((part for part in _OPTIMIZERS if part in optimizer), key=len)[-1:]:
+        module, package = _OPTIMIZERS[part]
+        if importlib.util.find_spec(module) is None:
+            yield _missing(("training", "optim"), optimizer, package, "adamw_torch")
+    kernels: list[tuple[KeyPath, Any]] = [(("model", "attn_implementation"), config.model.attn_implementation)]
+    if config.asks_teacher and config.rlhf.teacher.backend == "hf":
+        of_teacher = (config.rlhf.teacher_model_init_kwargs or {}).get("attn_implementation")
+        kernels.append((("rlhf", "teacher_model_init_kwargs", "attn_implementation"), of_teacher))
+    for path, kernel in kernels:
+        modules, package = _ATTENTION.get(str(kernel), ((), ""))
+        if modules and all(importlib.util.find_spec(module) is None for module in modules):
+            yield _missing(path, str(kernel), package, "sdpa")
+
+
+def _missing(path: KeyPath, value: str, package: str, other: str) -> Problem:
+    message = f"{value} needs the package {package}, which is not installed"
+    return Problem(path, message, f"pip install {package}, or write {other}")
 
 
 def _accelerate_file(file: Path) -> Iterator[Problem]:

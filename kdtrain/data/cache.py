@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +24,7 @@ from kdtrain.data.images import Image, ImageError
 from kdtrain.data.media import parse_media_row
 from kdtrain.data.multimodal import image_content, tokenizer_content
 from kdtrain.data.rows import Chat
+from kdtrain.data.scratch import alone_in, scratch_folder
 from kdtrain.data.sources import Source
 from kdtrain.data.tables import rows_at_once
 
@@ -72,17 +72,22 @@ def encode_cached(
 ) -> datasets.Dataset:
     """Encodes the rows of `read_all`, or reads what an earlier call stored.
 
-    Entries are folders in `cache_dir`, complete as soon as they are visible; a damaged one is made again. Returned is
-    every row in the same order, as one row or several, with the columns of `_FEATURES`; bad rows have a `problem` and
-    no tokens.
+    Entries are folders in `cache_dir`, complete as soon as they are visible; a damaged one is made again. Processes
+    that encode the same rows at once do not wait for each other: the first entry counts. Returned is every row in the
+    same order, as one row or several, with the columns of `_FEATURES`; bad rows have a `problem` and no tokens.
     """
     entry = cache_dir / f"encoded-{_key(raw, encoder, sources, limits)}"
-    stored = _stored(entry, len(raw))
-    if stored is not None and not _is_repaired(stored, raw, encoder, sources, limits):
+
+    def current() -> datasets.Dataset | None:
+        stored = _stored(entry, len(raw))
+        return None if stored is None or _is_repaired(stored, raw, encoder, sources, limits) else stored
+
+    if (stored := current()) is not None:
         return stored
-    work = Path(tempfile.mkdtemp(prefix="encoding-", dir=cache_dir))
     at_once = rows_at_once(raw, 500)
-    try:
+    with scratch_folder(cache_dir, "encoding-") as scratch:
+        work = scratch / "new"
+        work.mkdir()
         raw.map(
             _encode_batch,
             batched=True,
@@ -97,17 +102,24 @@ def encode_cached(
             new_fingerprint=entry.name.removeprefix("encoded-")[:32],
             desc="Encoding rows",
         )
-        shutil.rmtree(entry, ignore_errors=True)  # a damaged one
-        try:
-            work.rename(entry)
-        except OSError:
-            if not entry.is_dir():  # else another process has just stored the same rows
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    stored = _stored(entry, len(raw))
+        with alone_in(cache_dir):
+            # Another process may have stored the same rows meanwhile, and reads them: they stay.
+            if (stored := current()) is None:
+                _put(work, entry, scratch / "damaged")
+                stored = _stored(entry, len(raw))
     assert stored is not None
     return stored
+
+
+def _put(work: Path, entry: Path, aside: Path) -> None:
+    """Make a folder an entry, in the place of a damaged one: at no time is a part of one there."""
+    with contextlib.suppress(FileNotFoundError):
+        entry.rename(aside)
+    try:
+        work.rename(entry)
+    except OSError:
+        if not entry.is_dir():  # else, where the file system knows no locks, another process was faster
+            raise
 
 
 def _stored(entry: Path, rows: int) -> datasets.Dataset | None:

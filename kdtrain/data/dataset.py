@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from kdtrain.data.epochs import Epochs, mix
 from kdtrain.data.errors import show
 from kdtrain.data.held_out import HeldOut
 from kdtrain.data.prefix import OPTION as PREFIX
+from kdtrain.data.scratch import scratch_folder
 from kdtrain.data.sources import Source, SourceContent, read_all, unread_of
 from kdtrain.data.teacher_view import NO_EFFECT, teacher_option
 from kdtrain.disk import writing
@@ -248,8 +248,8 @@ def encode_sources(
     with writing(folder, "Or set data.cache_dir to another folder."):
         folder.mkdir(parents=True, exist_ok=True)
         # Raw rows are mapped from a file, which need not outlive this call: the result is in the cache entry alone.
-        with tempfile.TemporaryDirectory(prefix="reading-", dir=folder, ignore_cleanup_errors=True) as scratch:
-            raw, contents = read_all(sources, Path(scratch) / "raw.arrow", held_out)
+        with scratch_folder(folder, "reading-") as scratch:
+            raw, contents = read_all(sources, scratch / "raw.arrow", held_out)
             if column is not None and (held_out is None or held_out.training):
                 _check_prefix_column(raw, column)
             weights = [source.weight for source in sources]

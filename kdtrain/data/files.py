@@ -63,7 +63,9 @@ def cannot_read(name: str, error: Exception, most: int = 160) -> KdtrainError:
     """The error for data that cannot be read; where a disk is full that `datasets` writes a copy to, for that."""
     if (failure := failure_of(error)) and failure.code in FULL:
         return write_error(failure, Path(os.environ.get("HF_DATASETS_CACHE") or tempfile.gettempdir()))
-    return DataError(f"cannot read {show(name, 400)}: {said(error, most)}")
+    # `datasets` says only that something went wrong, and what it was in the error behind it.
+    reason = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
+    return DataError(f"cannot read {show(name, 400)}: {said(reason, most)}")
 
 
 def kind_of(path: Path) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from kdtrain.data.errors import RowError
+from kdtrain.data.errors import RowError, show
 from kdtrain.data.images import stored_image
 from kdtrain.errors import DataError, KdtrainError, NonFiniteError, TeacherError
 from kdtrain.generation.message_answers import MessageEncoder
@@ -145,7 +145,14 @@ class TeacherAnswers:
         """Answers of an earlier run that was stopped."""
         stored = {}
         for file in sorted(self._folder.glob("rank*.jsonl")):
-            for record in _lines(file):
+            records, foreign = _lines(file)
+            if foreign and is_main():
+                logger.warning(
+                    "%s: %d lines are no answers of the teacher, and are left out; what they were of is asked again.",
+                    show(str(file), 400),
+                    foreign,
+                )
+            for record in records:
                 ids = np.array(record["answer"], dtype=np.int32)
                 cut = record.get("cut", self._writer.stops.isdisjoint(record["answer"]))
                 stored[record["prompt"]] = Answer(ids, cut, record.get("refused"), record.get("message"))
@@ -245,12 +252,30 @@ def _line(key: str, written: Written) -> bytes:
     return json.dumps(record).encode() + b"\n"
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
+def _lines(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """The answers in a file, and how many lines are none: of another program, or edited."""
+    records, foreign = [], 0
     for line in file.read_bytes().splitlines():
         try:
-            yield json.loads(line)
-        except ValueError:
-            continue  # written only in part when the run was killed
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            foreign += bool(line.strip()) and line[-1:] == b"}"  # else written in part, when the run was killed
+            continue
+        if _is_answer(record):
+            records.append(record)
+        else:
+            foreign += 1
+    return records, foreign
+
+
+def _is_answer(record: Any) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        return False
+    ids = record.get("answer")
+    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        return False
+    of_other_kinds = {"cut": bool, "refused": str, "message": dict}
+    return all(name not in record or isinstance(record[name], kind) for name, kind in of_other_kinds.items())
 
 
 def _keys(dataset: datasets.Dataset, by_message: bool) -> list[str | None]:

@@ -111,7 +111,9 @@ def disk_findings(setup: Setup, args: TrainingArguments, folder: Path, steps: in
 
 def _written_before(folder: Path) -> int:
     """Bytes of the checkpoints and the model in a run folder: a run that is resumed has them, or writes over them."""
-    found = [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/**/*"), *folder.glob("*.safetensors")]
+    kept = f"{PREFIX_CHECKPOINT_DIR}-*.*"  # of a branch that was left, or a user's: nothing removes them
+    checkpoints = (path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if not path.match(kept))
+    found = [*(file for path in checkpoints for file in path.rglob("*")), *folder.glob("*.safetensors")]
     return sum(path.stat().st_size for path in found if path.is_file())
 
 

@@ -22,7 +22,7 @@ from trl.experimental.gkd import GKDConfig
 
 from kdtrain import __version__
 from kdtrain.config import RunConfig, TrainArguments
-from kdtrain.errors import ConfigError, DataError, PreflightError, TeacherError
+from kdtrain.errors import ConfigError, DataError, NonFiniteError, PreflightError, TeacherError
 from kdtrain.models.processing import load_processing
 from kdtrain.preflight.server import by_one_rank
 from kdtrain.ranks import is_main
@@ -291,7 +291,7 @@ class Making:
                 f"Out of memory on {args.device} with {self.teacher.asking.batch_size} rows at a time. Lower "
                 "training.per_device_eval_batch_size; whole shards stay, and the same command goes on."
             ) from error
-        except TeacherError as error:
+        except (TeacherError, NonFiniteError) as error:
             error.args = (f"{error} {kept(self.folder)}",)
             raise
 

@@ -2,53 +2,91 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from kdtrain.errors import PreflightError
+from kdtrain.errors import Interrupted, PreflightError
 from kdtrain.ranks import is_main
 from kdtrain.runs.folder import CHECKPOINT
+from kdtrain.runs.lock import require_held
 from kdtrain.runs.log import is_record
 from kdtrain.runs.signals import StopRequest
 from kdtrain.runs.status import write_progress
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.best_step import BestStep, as_object
 
+logger = logging.getLogger(__name__)
+
+
+class LeftEvaluationError(Interrupted):
+    """A signal came while the model was evaluated between two steps. All ranks raise it, after the same batch."""
+
 
 class StopOnSignal(TrainerCallback):
-    """SIGINT and SIGTERM finish the step, save a checkpoint and end training.
+    """Signals finish the step, save a checkpoint and end training; an evaluation is left after its batch.
 
-    At every step's end the ranks agree on the largest signal noted, so that a signal to one rank stops all of them at
-    the same step: otherwise the others would wait in a collective for ever.
+    At the end of every step, and of every batch of an evaluation, the ranks agree on the largest signal noted, so that
+    a signal to one rank stops all of them at the same place: otherwise the others would wait in a collective for ever.
     """
 
-    def __init__(self, accelerator: Accelerator, request: StopRequest) -> None:
-        self._accelerator, self._request = accelerator, request
+    def __init__(self, trainer: GKDTrainerWithMetrics, request: StopRequest) -> None:
+        self._trainer, self._request = trainer, request
         self.signum = 0
         """The signal the run was stopped by, on every rank; 0 if none."""
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Evaluate now what an earlier process was stopped in, or before: log and best step then miss nothing."""
+        if state.global_step and _evaluation_is_due(args, state):
+            logger.info("The evaluation of step %d, which was left out, is made now.", state.global_step)
+            metrics = self._trainer._evaluate(None, None)
+            self._trainer._determine_best_metric(metrics=metrics, trial=None)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.signum = self._request.noted
-        if self._accelerator.num_processes > 1:
-            noted = torch.tensor([self.signum], device=self._accelerator.device)
-            self.signum = int(self._accelerator.gather(noted).max())
-        if self.signum:
+        if self._asked():
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False
 
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        if self._asked():
+            raise LeftEvaluationError(self.signum, "Stopped in an evaluation.")
+
+    def _asked(self) -> bool:
+        accelerator = self._trainer.accelerator
+        self.signum = self._request.noted
+        if accelerator.num_processes > 1:
+            noted = torch.tensor([self.signum], device=accelerator.device)
+            self.signum = int(accelerator.gather(noted).max())
+        return bool(self.signum)
+
+
+def _evaluation_is_due(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether a checkpoint was saved at a step that is evaluated, and was not."""
+    flow, control = DefaultFlowCallback(), TrainerControl()
+    flow.on_step_end(args, state, control)
+    if state.epoch is not None and abs(state.epoch - round(state.epoch)) < 1e-6:
+        flow.on_epoch_end(args, state, control)
+    of_step = (record for record in state.log_history if record.get("step") == state.global_step)
+    return control.should_evaluate and not any(key.startswith("eval_") for record in of_step for key in record)
+
 
 class WriteProgress(TrainerCallback):
-    """Keeps step, last checkpoint and best step of `status.json` up to date, with every record."""
+    """Keeps step, last checkpoint and best step of `status.json` up to date, with every record.
+
+    And ends a run whose folder another one has taken, before it writes there again.
+    """
 
     def __init__(self, run_dir: Path, best_step: BestStep) -> None:
         self._run_dir, self._best_step = run_dir, best_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        require_held(self._run_dir)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any

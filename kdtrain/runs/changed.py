@@ -120,6 +120,12 @@ class Comparison:
             self._judge(found)
         self._say()
 
+    @property
+    def fields(self) -> list[str]:
+        """The fields of GKDConfig that are others now."""
+        keys = (change.key.partition(".") for change in self._going_on.values())
+        return [name for section, _, name in keys if section == "training"]
+
     def _judge(self, found: Sequence[Change]) -> None:
         assert self._checkpoint is not None or not found
         refused = [one for one in found if one.kind is NEVER or (one.kind is REFUSED and not self._allows(one))]

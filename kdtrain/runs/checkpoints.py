@@ -23,11 +23,11 @@ from kdtrain.config.model_folder import ADAPTER_WEIGHTS, INDEX, WEIGHTS, read_ma
 from kdtrain.errors import CheckpointError
 from kdtrain.ranks import is_main
 from kdtrain.runs.folder import ANOTHER_FOLDER, CHECKPOINT, MANIFEST, STATUS, is_over
-from kdtrain.runs.manifest import read_manifest, why_damaged
+from kdtrain.runs.manifest import by_size, read_manifest, why_damaged
 
 logger = logging.getLogger(__name__)
 
-_TRAINER_STATE = "trainer_state.json"
+TRAINER_STATE = "trainer_state.json"
 _ANEW = f"begin anew in {ANOTHER_FOLDER}"
 _NUMBERED = re.compile(re.escape(CHECKPOINT) + "(0|[1-9][0-9]*)")
 
@@ -52,12 +52,15 @@ def checkpoint_to_resume(run_dir: Path, resume: str | None) -> Path | None:
     """
     if resume is None:
         return None
+    by_size()  # on all ranks: where it raises, no other one waits
     answer: list[tuple[Path | None, str | None]] = [(None, None)]
     if is_main():
         try:
             answer = [(_chosen(run_dir, resume), None)]
         except CheckpointError as error:
             answer = [(None, str(error))]
+        except OSError as error:
+            answer = [(None, f"--resume {resume}: {error.filename} cannot be read: {error.strerror}.")]
     if distributed.is_available() and distributed.is_initialized():
         distributed.broadcast_object_list(answer)
     [(checkpoint, problem)] = answer
@@ -95,7 +98,7 @@ def step_of(path: Path) -> int:
 
 def steps_done(checkpoint: Path) -> int:
     """Optimizer steps that were taken when a checkpoint was saved."""
-    return int(json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])
+    return int(json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])
 
 
 def why_not(checkpoint: Path) -> str | None:
@@ -109,8 +112,8 @@ def why_not(checkpoint: Path) -> str | None:
         return alone if _is_model_alone(checkpoint, missing) else f"lacks {', '.join(missing)}"
     if read_manifest(checkpoint).get("finite", True) is not True:
         return "has an optimizer state that is not finite"
-    if not isinstance(read_map(checkpoint / _TRAINER_STATE).get("global_step"), int):
-        return f"has a damaged {_TRAINER_STATE} (it names no step)"
+    if not isinstance(read_map(checkpoint / TRAINER_STATE).get("global_step"), int):
+        return f"has a damaged {TRAINER_STATE} (it names no step)"
     return None
 
 
@@ -122,7 +125,7 @@ def missing_files(checkpoint: Path) -> list[str]:
     if not checkpoint.is_dir():
         return ["the folder itself"]
     sharded = _is_sharded(checkpoint)
-    wanted = (_TRAINER_STATE,) if sharded else (_TRAINER_STATE, "optimizer.pt", "scheduler.pt")
+    wanted = (TRAINER_STATE,) if sharded else (TRAINER_STATE, "optimizer.pt", "scheduler.pt")
     missing = [name for name in wanted if not _holds_something(checkpoint / name)]
     if not any(_holds_something(path) for path in checkpoint.glob("rng_state*.pth")):
         missing.append("rng_state.pth")
@@ -209,7 +212,7 @@ def _is_sharded(checkpoint: Path) -> bool:
 
 def _is_model_alone(checkpoint: Path, missing: list[str]) -> bool:
     state = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
-    return missing == state and bool(read_map(checkpoint / _TRAINER_STATE))
+    return missing == state and bool(read_map(checkpoint / TRAINER_STATE))
 
 
 def _holds_something(path: Path) -> bool:

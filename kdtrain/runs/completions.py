@@ -19,7 +19,7 @@ from kdtrain.disk import writing
 from kdtrain.errors import CheckpointError
 from kdtrain.ranks import is_main
 from kdtrain.runs.build import Reporter
-from kdtrain.runs.folder import remove_unfinished, replaced
+from kdtrain.runs.folder import SameFolder, remove_unfinished, replaced
 from kdtrain.runs.resume import resume_command
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.completions import Completion
@@ -67,10 +67,12 @@ class WriteCompletions(TrainerCallback):
 
     def __init__(self, trainer: GKDTrainerWithMetrics, path: Path) -> None:
         self._trainer, self._path = trainer, path
+        self._folder: SameFolder | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not is_main():
             return
+        self._folder = SameFolder(self._path.parent)
         remove_unfinished(self._path)
         steps = self._steps()
         if kept := [step for step in steps if step <= state.global_step]:
@@ -81,6 +83,8 @@ class WriteCompletions(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if is_main() and (found := self._trainer.completions.newest):
+            if self._folder is not None:
+                self._folder.check()
             steps = [*self._steps(), found[0].step]
             self._rewrite(spread(steps, self._trainer.completions.every or 1), found)
 

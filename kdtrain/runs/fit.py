@@ -20,7 +20,7 @@ from kdtrain.config import TrainArguments
 from kdtrain.errors import Interrupted, TeacherError
 from kdtrain.ranks import is_main
 from kdtrain.runs.build import Given, Reporter, build_trainer
-from kdtrain.runs.callbacks import CheckWrapped, StopOnSignal, WriteProgress, name_tensorboard
+from kdtrain.runs.callbacks import CheckWrapped, LeftEvaluationError, StopOnSignal, WriteProgress, name_tensorboard
 from kdtrain.runs.changed import Comparison
 from kdtrain.runs.checkpoints import checkpoint_to_resume, steps_done
 from kdtrain.runs.completions import ShowCompletions, WriteCompletions
@@ -30,6 +30,7 @@ from kdtrain.runs.folder import (
     CHECKPOINT,
     COMPLETIONS,
     LOG,
+    RecordError,
     SameFolder,
     forget_evaluation,
     require_usable,
@@ -37,7 +38,7 @@ from kdtrain.runs.folder import (
 )
 from kdtrain.runs.launch import check_world
 from kdtrain.runs.lock import refuse_if_locked, run_lock
-from kdtrain.runs.log import JsonlLogger, LogError
+from kdtrain.runs.log import JsonlLogger
 from kdtrain.runs.lost_rank import lost_ranks_named
 from kdtrain.runs.nonfinite import nonfinite_kept
 from kdtrain.runs.plan import plan
@@ -129,6 +130,7 @@ def fit(
         at_the_end.enter_context(interrupting(OUTSIDE_OF_TRAINING))
         trainer, report = build_trainer(config, args, reporter, dry_run, given, at_the_end, when_read)
         check_world(trainer.accelerator, config)
+        trainer.changed_options = compared.fields
         if is_main():
             reporter.plan(plan(trainer, config, report))
             for callback in reporter.callbacks():
@@ -167,7 +169,7 @@ def _train_and_save(
 ) -> dict[str, float]:
     """Train to the end, or to a signal, which saves a checkpoint and no model; the last metrics."""
     request = StopRequest()
-    stop = StopOnSignal(trainer.accelerator, request)
+    stop = StopOnSignal(trainer, request)
     if is_main():
         run_dir.mkdir(parents=True, exist_ok=True)
     trainer.accelerator.wait_for_everyone()
@@ -184,16 +186,12 @@ def _train_and_save(
     trainer.trackers.time_limit = time_limit
     with trainer.trackers.held(), request.listening():  # their ends come behind the saved model
         if checkpoint is None or not at_its_end:
-            with _state_saved_before_the_end(trainer, run_dir):
+            with _state_saved_before_the_end(trainer, run_dir), _state_saved_in_evaluation(trainer, run_dir):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         else:  # transformers compares with max_steps after a step only, and would take one more
             load_end(trainer, checkpoint)
         if stop.signum:
-            raise Interrupted(
-                stop.signum,
-                f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
-                f"{_what_is_saved(trainer, run_dir)}",
-            )
+            raise Interrupted(stop.signum, _stopped(trainer, run_dir))
         if not at_its_end:
             forget_evaluation(run_dir)
         save_final_model(trainer, run_dir)
@@ -204,6 +202,26 @@ def _train_and_save(
     for key in ("loss", "eval_loss"):
         metrics |= next((record for record in reversed(trainer.state.log_history) if key in record), {})
     return metrics
+
+
+def _stopped(trainer: GKDTrainerWithMetrics, run_dir: Path) -> str:
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if not step:
+        return "Stopped before the first step: there is nothing to save."
+    return f"Stopped at step {step} of {steps}; {_what_is_saved(trainer, run_dir)}"
+
+
+@contextmanager
+def _state_saved_in_evaluation(trainer: GKDTrainerWithMetrics, run_dir: Path) -> Iterator[None]:
+    """Save a checkpoint of the last step where a signal ended an evaluation, which a resumed run begins with."""
+    try:
+        yield
+    except LeftEvaluationError as left:
+        step = trainer.state.global_step
+        if step and not (run_dir / f"{CHECKPOINT}{step}").exists():
+            trainer._save_checkpoint(trainer.model, trial=None)
+            trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+        raise Interrupted(left.signum, _stopped(trainer, run_dir)) from None
 
 
 def _what_is_saved(trainer: GKDTrainerWithMetrics, run_dir: Path) -> str:
@@ -246,7 +264,7 @@ def _state_saved_before_the_end(trainer: GKDTrainerWithMetrics, run_dir: Path) -
     """
     try:
         yield
-    except (TeacherError, LogError) as error:
+    except (TeacherError, RecordError) as error:
         step, alone = trainer.state.global_step, trainer.accelerator.num_processes == 1
         folder = run_dir / f"{CHECKPOINT}{step}"
         together = isinstance(error, TeacherError) and error.between_steps
@@ -254,7 +272,7 @@ def _state_saved_before_the_end(trainer: GKDTrainerWithMetrics, run_dir: Path) -
             try:
                 trainer._save_checkpoint(trainer.model, trial=None)
             except Exception:
-                if isinstance(error, LogError):  # the disk, again
+                if isinstance(error, RecordError):  # the disk, again
                     raise error from None
                 raise
             write_progress(run_dir, last_checkpoint=folder.name)

@@ -71,6 +71,8 @@ def require_usable(run_dir: Path, resuming: bool) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise PreflightError(f"training.output_dir {run_dir} is a file. Name a folder.")
     existing = next((parent for parent in (run_dir, *run_dir.parents) if parent.exists()), Path("/"))
+    if not existing.is_dir():
+        raise PreflightError(f"training.output_dir {run_dir} lies in {existing}, which is a file. Name another folder.")
     if not os.access(existing, os.W_OK):
         raise PreflightError(f"training.output_dir {run_dir} cannot be written: {existing} is read-only.")
     # Ranks that start later find what rank 0 has written meanwhile.
@@ -122,7 +124,7 @@ def forget_evaluation(run_dir: Path) -> None:
 
 def _written_into(folder: Path) -> list[Path]:
     """What is in a folder; a lock alone says of no run that it has written anything."""
-    return [path for path in folder.iterdir() if path.name != LOCK]
+    return [path for path in folder.iterdir() if not path.name.removeprefix(".").startswith(LOCK)]
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:
@@ -151,6 +153,24 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     children = (_flat(child, f"{prefix}.{name}".removeprefix(".")) for name, child in value.items())
     return {key: leaf for child in children for key, leaf in child.items()}
+
+
+class RecordError(CheckpointError):
+    """What a run says of itself cannot be written; raised between two steps, so that its state can be saved."""
+
+
+@contextmanager
+def writing_record(path: Path) -> Iterator[None]:
+    """`writing`, of what is written between two steps.
+
+    Raises:
+        RecordError: it cannot be written.
+    """
+    try:
+        with writing(path, f"Then go on with {resume_command()}"):
+            yield
+    except CheckpointError as error:
+        raise RecordError(str(error)) from error.__cause__
 
 
 class SameFolder:

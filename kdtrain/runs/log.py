@@ -12,18 +12,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kdtrain.disk import writing
-from kdtrain.errors import CheckpointError
 from kdtrain.ranks import is_main
-from kdtrain.runs.folder import write_atomically
+from kdtrain.runs.folder import SameFolder, write_atomically, writing_record
 from kdtrain.runs.records import read_records
-from kdtrain.runs.resume import resume_command
 
 logger = logging.getLogger(__name__)
-
-
-class LogError(CheckpointError):
-    """The log cannot be written; raised between two steps, so that the state can be saved."""
 
 
 class JsonlLogger(TrainerCallback):
@@ -34,8 +27,10 @@ class JsonlLogger(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._folder: SameFolder | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._folder = SameFolder(self._path.parent)
         if is_main() and self._path.exists():
             records, torn = read_records(self._path)
             if torn:
@@ -51,14 +46,10 @@ class JsonlLogger(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
         if is_main() and is_record(logs):
-            try:
-                with (
-                    writing(self._path, f"Then go on with {resume_command()}"),
-                    self._path.open("a", encoding="utf-8") as file,
-                ):
-                    file.write(_line({"step": state.global_step, **logs}))
-            except CheckpointError as error:
-                raise LogError(str(error)) from error.__cause__
+            if self._folder is not None:
+                self._folder.check()
+            with writing_record(self._path), self._path.open("a", encoding="utf-8") as file:
+                file.write(_line({"step": state.global_step, **logs}))
 
 
 def is_record(logs: Mapping[str, Any]) -> bool:

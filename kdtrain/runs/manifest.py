@@ -9,7 +9,7 @@ manifest either.
 | `version` | of this form: 1 |
 | `step`, `world_size`, `time` | optimizer steps so far, processes, seconds since 1970 |
 | `versions` | of the libraries that have written it |
-| `files` | each file of the folder: `size` in bytes and `xxh3_128` |
+| `files` | each file of the folder: `size` in bytes and `xxh3_128`, null where sizes alone are wanted |
 | `finite` | whether trained weights and the optimizer's state were |
 | `resumed_from` | the checkpoint that this run went on from: its name, a path where it is another run's, or null |
 | `facts` | what a resumed run is compared with |
@@ -17,6 +17,7 @@ manifest either.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -34,10 +35,12 @@ from kdtrain.runs.folder import MANIFEST, replaced
 
 UNFINISHED = "kdtrain_unfinished"
 VERIFY = "KDTRAIN_VERIFY"
-"""Environment variable: `hashes`, or `sizes` where reading a checkpoint a second time would take too long."""
+"""Environment variable: `hashes`, or `sizes` where reading a checkpoint once more would take too long: to save and
+to resume."""
 
 _LIBRARIES = ("kdtrain", "torch", "transformers", "trl", "accelerate", "peft", "datasets")
 _BLOCK = 2**22
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # what some network file systems answer
 _NAMED = 3  # of many files, in a message
 
 
@@ -55,10 +58,11 @@ def write_manifest(
     Raises:
         OSError: reading or writing failed; there is then no manifest.
     """
-    files = {}
-    folders = {checkpoint}
+    files, folders, sizes = {}, {checkpoint}, by_size()
     for path in _files(checkpoint):
-        files[path.relative_to(checkpoint).as_posix()] = {"size": path.stat().st_size, "xxh3_128": _synced_hash(path)}
+        found = None if sizes else _hash(path)  # before it is synced: what was just written is read from memory
+        files[path.relative_to(checkpoint).as_posix()] = {"size": path.stat().st_size, "xxh3_128": found}
+        sync(path)
         folders.add(path.parent)
     manifest = {
         "version": 1,
@@ -74,9 +78,9 @@ def write_manifest(
     with replaced(checkpoint / MANIFEST) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.write(json.dumps(manifest, indent=1) + "\n")
         file.flush()
-        os.fsync(file.fileno())
+        _sync(file.fileno())
     for folder in {*folders, checkpoint.parent}:
-        sync_folder(folder)
+        sync(folder)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -100,17 +104,17 @@ def why_damaged(checkpoint: Path, only: Callable[[str], bool] = lambda name: Tru
     missing = [name for name in wanted if not (checkpoint / name).is_file()]
     if missing:
         return f"lacks {_some(missing)}"
-    by_size = _by_size()
-    found = (_difference(checkpoint / name, name, facts, by_size) for name, facts in wanted.items())
+    sizes = by_size()
+    found = (_difference(checkpoint / name, name, facts, sizes) for name, facts in wanted.items())
     return next((difference for difference in found if difference), None)
 
 
-def _difference(path: Path, name: str, facts: Mapping[str, Any], by_size: bool) -> str | None:
-    size, saved = path.stat().st_size, facts["size"]
+def _difference(path: Path, name: str, facts: Mapping[str, Any], sizes: bool) -> str | None:
+    size, saved, known = path.stat().st_size, facts["size"], facts["xxh3_128"]
     if size != saved:
         return f"has a damaged {name} ({size:,} bytes, and {saved:,} were saved)"
     try:
-        changed = not by_size and _hash(path) != facts["xxh3_128"]
+        changed = not sizes and known is not None and _hash(path) != known
     except OSError as error:
         return f"has a {name} that cannot be read ({error.strerror})"
     return f"has a damaged {name} (its content is not what was saved)" if changed else None
@@ -152,7 +156,12 @@ def _check_safetensors(path: Path) -> None:
         raise ValueError(str(error)) from error
 
 
-def _by_size() -> bool:
+def by_size() -> bool:
+    """Whether files are compared by their sizes alone.
+
+    Raises:
+        ConfigError: the environment says something else.
+    """
     wanted = os.environ.get(VERIFY, "hashes")
     if wanted not in ("hashes", "sizes"):
         raise ConfigError(f"The environment variable {VERIFY} is {wanted!r}: it must be hashes or sizes.")
@@ -164,13 +173,6 @@ def _files(checkpoint: Path) -> list[Path]:
     return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path not in ours)
 
 
-def _synced_hash(path: Path) -> str:
-    found = _hash(path)  # first: what was just written is read from memory
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return found
-
-
 def _hash(path: Path) -> str:
     found, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
@@ -179,13 +181,21 @@ def _hash(path: Path) -> str:
     return found.hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder onto the disk: a file that was renamed could else be lost with the power."""
-    number = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file onto the disk, or the names in a folder: a rename could else be lost with the power."""
+    number = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        _sync(number)
     finally:
         os.close(number)
+
+
+def _sync(number: int) -> None:
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
 
 
 def _versions() -> dict[str, str]:

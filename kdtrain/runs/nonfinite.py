@@ -52,7 +52,7 @@ def nonfinite_kept(run_dir: Path, config: RunConfig, *, trains: bool) -> Iterato
             if error.facts and rank() == ranks[0].get("rank", rank()):
                 _write(run_dir / NONFINITE, error.facts, _sources(config, error.facts))
             more = f" See {run_dir / NONFINITE}." if error.facts else ""
-            error.args = (f"{error}{more}{_way_out(run_dir) if trains else ''}",)
+            error.args = (f"{error}{more}{_way_out(run_dir, config) if trains else ''}",)
         raise
 
 
@@ -62,11 +62,13 @@ def _write(path: Path, facts: dict[str, Any], sources: Sequence[DataSource]) -> 
         write_atomically(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
 
 
-def _way_out(run_dir: Path) -> str:
+def _way_out(run_dir: Path, config: RunConfig) -> str:
     last = read_map(run_dir / STATUS).get("last_checkpoint")
-    if last and (run_dir / last).is_dir():
-        return f" {last} is from before. Go on from it with: {resume_command()}"
-    return f" There is no checkpoint from before: begin anew in {ANOTHER_FOLDER}."
+    if not last or not (run_dir / last).is_dir():
+        return f" There is no checkpoint from before: begin anew in {ANOTHER_FOLDER}."
+    if config.training.get("save_only_model"):
+        return f" {last} is from before, and holds the model alone (training.save_only_model: true)."
+    return f" {last} is from before. Go on from it with: {resume_command()}"
 
 
 def _readable(value: Any) -> Any:

@@ -16,7 +16,7 @@ from kdtrain.config.diagnose import COMMAND_LINE, InvalidConfigError
 from kdtrain.config.load import FileCheck, check_config
 from kdtrain.config.model_folder import ADAPTER_WEIGHTS, INDEX, WEIGHTS, read_map
 from kdtrain.errors import CheckpointError, ConfigError
-from kdtrain.runs.folder import CHECKPOINT, CONFIG, MANIFEST, STATUS
+from kdtrain.runs.folder import CHECKPOINT, CONFIG, STATUS
 from kdtrain.runs.manifest import why_damaged
 
 logger = logging.getLogger(__name__)
@@ -123,8 +123,8 @@ def _checkpoint(folder: Path, named: str) -> Path:
 
 
 def _is_of_the_model(name: str) -> bool:
-    """Whether a file of a checkpoint is read where no training goes on from it."""
-    return name.endswith((".safetensors", ".json")) and name not in ("trainer_state.json", MANIFEST)
+    """Whether a file of a checkpoint makes the model: its weights, and what says how they are to be used."""
+    return name.endswith((".safetensors", INDEX, "config.json"))
 
 
 def _has_weights(folder: Path) -> bool:

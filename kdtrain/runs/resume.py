@@ -15,7 +15,8 @@ def resume_command() -> str:
     if arguments[:1] != ["fit"]:
         return 'kdtrain.fit(…, resume="auto"), or kdtrain fit CONFIG --resume auto'
     kept = [one for one in _without(arguments, "--resume") if one != "--dry-run"]
-    return clean(shlex.join(["kdtrain", *kept, "--resume", "auto"]))
+    end = kept.index("--") if "--" in kept else len(kept)  # behind it nothing is an option
+    return clean(shlex.join(["kdtrain", *kept[:end], "--resume", "auto", *kept[end:]]))
 
 
 def insisting_command(allowed: Sequence[str]) -> str:

@@ -7,8 +7,8 @@ writes into a folder that is there already. Here:
 |---|---|
 | `checkpoint-<step>` | of the run's line; what `--resume auto` looks at |
 | `checkpoint-<step>.old-<n>` | of a branch that was left by `--resume` of an older checkpoint; nothing removes it |
-| `checkpoint-<step>.replaced` | while a step that was saved before is saved again |
-| `checkpoint-<step>.removed` | being removed: no half of a checkpoint stays under its name |
+| `checkpoint-<step>.kdtrain-replaced` | while a step that was saved before is saved again |
+| `checkpoint-<step>.kdtrain-removed` | being removed: no half of a checkpoint stays under its name |
 
 A process that is killed leaves the last two behind; the next run in the folder cleans up.
 """
@@ -26,15 +26,15 @@ from transformers import TrainingArguments
 
 from kdtrain.config.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, WEIGHTS
 from kdtrain.ranks import is_main
-from kdtrain.runs.checkpoints import missing_files, numbered, step_of, why_not
+from kdtrain.runs.checkpoints import TRAINER_STATE, missing_files, numbered, step_of, why_not
 from kdtrain.runs.folder import CHECKPOINT, MANIFEST
-from kdtrain.runs.manifest import UNFINISHED, read_manifest, sync_folder, write_manifest
+from kdtrain.runs.manifest import UNFINISHED, read_manifest, sync, write_manifest
 
 logger = logging.getLogger(__name__)
 
-_REPLACED, _REMOVED = ".replaced", ".removed"
+_REPLACED, _REMOVED = ".kdtrain-replaced", ".kdtrain-removed"
 _OF_A_CHECKPOINT = (
-    MANIFEST, UNFINISHED, "trainer_state.json", "optimizer.pt", WEIGHTS, INDEX, ADAPTER_WEIGHTS, ADAPTER_CONFIG,
+    MANIFEST, UNFINISHED, TRAINER_STATE, "optimizer.pt", WEIGHTS, INDEX, ADAPTER_WEIGHTS, ADAPTER_CONFIG,
     "config.json",
 )  # fmt: skip
 
@@ -64,7 +64,7 @@ class CheckpointKeeper:
             _make_way(checkpoint)
         checkpoint.mkdir(parents=True)
         (checkpoint / UNFINISHED).touch()
-        sync_folder(checkpoint)
+        sync(checkpoint)
 
     def finish(self, checkpoint: Path, finite: bool, best: str | None) -> None:
         """Write the manifest; only then remove what is older than `save_total_limit` allows."""
@@ -99,7 +99,7 @@ def _make_way(folder: Path) -> None:
 
 
 def rotate(run_dir: Path, newest: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints of a run, until `limit` are left.
+    """Remove the oldest checkpoints of a run, until `limit` are left, and what saves that were cut off have left.
 
     The newest, the newest that is finite, and the best one stay. Folders of a later step, which `--resume auto` has
     skipped, and those that hold no checkpoint are not counted.
@@ -108,9 +108,10 @@ def rotate(run_dir: Path, newest: Path, limit: int | None, best: str | None) -> 
         newest: which was saved now.
         best: folder name of the checkpoint with the best metric.
     """
-    for left in run_dir.glob(f"{CHECKPOINT}*{_REMOVED}"):
+    earlier = [path for path in numbered(run_dir) if step_of(path) <= step_of(newest)]
+    for left in (*run_dir.glob(f"{CHECKPOINT}*{_REMOVED}"), *(path for path in earlier if not _has_content(path))):
         _remove(left)
-    ours = [path for path in numbered(run_dir) if step_of(path) <= step_of(newest) and _is_ours(path)]
+    ours = [path for path in earlier if _is_ours(path)]
     if limit is None:
         return
     kept = {newest.name, *(name for name in (best,) if name)}
@@ -144,7 +145,7 @@ def _left_behind(folders: list[Path]) -> list[str]:
     """Give folders names that nothing here looks for; the new ones."""
     number = next(n for n in itertools.count(1) if not any(_with(path, f".old-{n}").exists() for path in folders))
     found = [path.rename(_with(path, f".old-{number}")).name for path in folders]
-    sync_folder(folders[0].parent)
+    sync(folders[0].parent)
     return found
 
 
@@ -196,9 +197,9 @@ def _remove(path: Path) -> None:
     """Remove a folder, in one move for whoever looks for checkpoints."""
     if not path.exists():
         return
-    if not path.name.endswith((_REMOVED, _REPLACED)):
-        path = path.rename(_with(path, _REMOVED))
     try:
+        if not path.name.endswith((_REMOVED, _REPLACED)):
+            path = path.rename(_with(path, _REMOVED))
         shutil.rmtree(path)
     except OSError as error:
         logger.warning("%s could not be removed: %s.", path, error.strerror or error)

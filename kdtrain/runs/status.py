@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from kdtrain.config.model_folder import read_map
-from kdtrain.disk import writing
 from kdtrain.errors import CheckpointError, Interrupted, KdtrainError
 from kdtrain.ranks import rank
 from kdtrain.runs.changed import ChangedRunError
-from kdtrain.runs.folder import ERRORS, STATUS, write_atomically
+from kdtrain.runs.folder import ERRORS, STATUS, write_atomically, writing_record
+from kdtrain.runs.lock import TakenError, goes_on
 
 _PROGRESS: dict[str, Any] = {"step": 0, "last_checkpoint": None, "best": None, "resumed_from": None}
 
@@ -52,6 +52,8 @@ def tracked_status(run_dir: Path) -> Iterator[None]:
         code, message = 130 if isinstance(error, KeyboardInterrupt) else 1, repr(error)
         if isinstance(error, KdtrainError):
             code, message = error.exit_code, str(error)
+        if isinstance(error, TakenError):
+            raise
         if (run_dir / STATUS).exists():
             if state == "failed":
                 _keep_traceback(run_dir / ERRORS, error)
@@ -89,7 +91,7 @@ def write_status(
     status |= {key: before.get(key, default) for key, default in _PROGRESS.items()} | dict(progress or {})
     cost = teacher or teacher_cost(run_dir)
     status |= {"teacher": dict(cost)} if cost else {}
-    with writing(run_dir / STATUS):
+    with writing_record(run_dir / STATUS):
         write_atomically(run_dir / STATUS, json.dumps(status, indent=2) + "\n")
 
 
@@ -109,6 +111,12 @@ def note_death(run_dir: Path, exit_code: int) -> None:
     status["message"] = message or "A process of the run was killed, and with it the run ended."
     with contextlib.suppress(OSError):
         write_atomically(run_dir / STATUS, json.dumps(status, indent=2) + "\n")
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """What `status.json` holds; `died` in place of `running` where no process holds the folder's lock any more."""
+    status = read_map(run_dir / STATUS)
+    return {**status, "state": "died"} if status.get("state") == "running" and not goes_on(run_dir) else status
 
 
 def teacher_cost(run_dir: Path) -> dict[str, int]:

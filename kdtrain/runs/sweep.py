@@ -23,6 +23,7 @@ from kdtrain.disk import writing
 from kdtrain.errors import CheckpointError, Interrupted, KdtrainError, PreflightError
 from kdtrain.runs.bench import EvaluationReporter
 from kdtrain.runs.build import Reporter
+from kdtrain.runs.changed import refuse_changed_options
 from kdtrain.runs.evaluate import evaluate
 from kdtrain.runs.fit import fit
 from kdtrain.runs.folder import (
@@ -154,6 +155,7 @@ class Sweep:
                 _check_options(run)
             else:
                 require_usable(run.folder, resuming=self._resume)
+                refuse_changed_options(run.config, "auto" if self._resume else None, self._allow_changes)
 
     def _outcome(self, run: PlannedRun, finished: bool, reporter: Reporter, evaluating: EvaluationReporter) -> Outcome:
         try:

@@ -85,8 +85,6 @@ class SavedPosition:
     processes: int
     step: int
     """Steps that were taken."""
-    schedule_step: int
-    """Where it stood in the schedule of learning rates."""
     end: Position | None = None
     """Where it would have ended; None where `max_steps` says it, or where it is not known."""
     num_train_epochs: float | None = None
@@ -131,5 +129,4 @@ def _worked_out(checkpoint: Path, dealing: Dealing) -> SavedPosition:
     before = Dealing(dealing.rows, batch, 1, dealing.drop_last)
     part, epoch = math.modf(state.get("epoch") or 0.0)
     row = before.trained(dealing.rows, round(part * before.batches(dealing.rows)))
-    step = int(state["global_step"])
-    return SavedPosition(Position(int(epoch), row), dealing.rows, None, None, processes, step, schedule_step=step)
+    return SavedPosition(Position(int(epoch), row), dealing.rows, None, None, processes, int(state["global_step"]))

@@ -27,7 +27,7 @@ _SHOWN = 8
 IN_FLOAT32 = {"teacher": "rlhf.teacher_model_init_kwargs: {dtype: float32}", "student": "model.dtype: float32"}
 _ADVICE = {
     "student": "Lower training.learning_rate, train in float32, or look at these rows",
-    "teacher": f"Load it in float32 ({IN_FLOAT32['teacher']}), or look at its weights",
+    "teacher": f"Load the teacher in float32 ({IN_FLOAT32['teacher']}), or look at its weights",
     "stored": "Compare what is stored with the teacher (kdtrain cache --verify), or write it anew",
     "given": "Look at what gives these targets",
 }

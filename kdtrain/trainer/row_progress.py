@@ -117,8 +117,10 @@ class RowProgress(TrainerCallback):
         """Training begins, from a checkpoint or from the first row."""
         self._start = None
         if checkpoint is not None and not self._trainer.args.ignore_data_skip:
-            self._start = self._start_at(Path(checkpoint))
-            self._say(self._start)
+            self._start = start = self._start_at(Path(checkpoint))
+            position = start.position
+            self._part = _Part(self.dealing, position.epoch, position.row, self.dealing.rows, start.saved.step)
+            self._say(start)
 
     def _start_at(self, checkpoint: Path) -> _Start:
         args, dealing = self._trainer.args, self.dealing
@@ -213,7 +215,6 @@ class RowProgress(TrainerCallback):
             rows_per_step=dealing.step,
             processes=args.world_size,
             step=self._trainer.state.global_step,
-            schedule_step=self.schedule_step,
             end=end,
             num_train_epochs=None if end is None else args.num_train_epochs,
         ).write(folder)
@@ -221,22 +222,21 @@ class RowProgress(TrainerCallback):
     def _next(self) -> Position:
         part, state = self._part, self._trainer.state
         steps = state.global_step - part.first_step
-        if self._trainer.control.should_epoch_stop or steps >= part.dealing.steps(part.rows):
+        control = self._trainer.control
+        ends_early = control.should_epoch_stop and not control.should_training_stop  # the run goes on with the next one
+        if ends_early or steps >= part.dealing.steps(part.rows):
             return Position(part.epoch + 1) if part.end == part.dealing.rows else Position(part.epoch, part.end)
         return Position(part.epoch, part.begin + part.dealing.trained(part.rows, steps))
 
     # ---- the schedule of learning rates ------------------------------------------------------------------------------
 
     @property
-    def schedule_step(self) -> int:
-        """Where the run stands in it: as many steps before its end as the run is."""
-        state = self._trainer.state
+    def schedule_step(self) -> int | None:
+        """Where a resumed run begins in it: as many steps before its end as the run is; None where it stood."""
+        start, state = self._start, self._trainer.state
+        if start is None or start.saved.rows_per_step == self.dealing.step:
+            return None
         return max(self.schedule_steps - (state.max_steps - state.global_step), 0)
-
-    @property
-    def schedule_moved(self) -> int:
-        """Steps by which a resumed run stands further on in it than the run that wrote the checkpoint; or back."""
-        return 0 if self._start is None else self.schedule_step - self._start.saved.schedule_step
 
     # ---- what is said of it ------------------------------------------------------------------------------------------
 

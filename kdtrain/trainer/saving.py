@@ -54,6 +54,7 @@ class Saving:
         """They rotate old checkpoints too; None leaves that to upstream."""
         self._under_way = False
         self._error: BaseException | None = None
+        self._push: Callable[[], None] | None = None
 
     def checkpoint(self, save: Callable[[], None]) -> None:
         """Save a checkpoint by upstream's function; a collective.
@@ -62,7 +63,7 @@ class Saving:
             CheckpointError: another rank could not write; the rank itself raises what it met.
         """
         args, limit = self._trainer.args, self._trainer.args.save_total_limit
-        self._error, self._under_way = None, True
+        self._error, self._push, self._under_way = None, None, True
         if self.hooks is not None:
             args.save_total_limit = None  # upstream would rotate before the manifest stands
         try:
@@ -76,6 +77,8 @@ class Saving:
             with self._kept(*_OF_WRITING):
                 self._finish(self.hooks, finite=not unsound)
             self._raise_together()
+        if self._push is not None:
+            self._push()
 
     def part(self, write: Callable[..., Any], *args: Any) -> None:
         """Write a part of a checkpoint, unless one before it failed; outside of a checkpoint, just write."""
@@ -84,6 +87,10 @@ class Saving:
         elif self._error is None:
             with self._kept(*_OF_WRITING):
                 write(*args)
+
+    def push_when_complete(self, push: Callable[[], None]) -> None:
+        """Send a checkpoint to the hub, once it has all its files."""
+        self._push = push
 
     def begin(self, checkpoint: str | Path) -> None:
         """Make way for a checkpoint, before any rank writes; a collective."""

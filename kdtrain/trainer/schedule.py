@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
+
+
+# Of an optimizer's groups; what else is in them may have been computed while training.
+_OPTIONS = ("weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha", "amsgrad")
+
+
+def group_options(trainer: GKDTrainerWithMetrics) -> list[dict[str, Any]]:
+    """What the arguments say of each group of the optimizer: a state that is loaded puts the earlier run's over it."""
+    groups = [] if trainer.optimizer is None or trainer.is_deepspeed_enabled else trainer.optimizer.param_groups
+    return [{name: group[name] for name in _OPTIONS if name in group} for group in groups]
+
+
+def set_group_options(trainer: GKDTrainerWithMetrics, options: list[dict[str, Any]]) -> None:
+    """Put them back after loading."""
+    if options:
+        for group, own in zip(trainer.optimizer.param_groups, options, strict=True):
+            group.update(own)
 
 
 def rates_of_beginning(trainer: GKDTrainerWithMetrics) -> list[float] | None:
@@ -20,7 +37,7 @@ def rates_of_beginning(trainer: GKDTrainerWithMetrics) -> list[float] | None:
     return [float(rate) for rate in scheduler.base_lrs]
 
 
-def go_on(trainer: GKDTrainerWithMetrics, rates: Sequence[float] | None, moved: int) -> None:
+def go_on(trainer: GKDTrainerWithMetrics, rates: Sequence[float] | None, step: int | None) -> None:
     """Set the rates of the next step, after optimizer and scheduler were loaded.
 
     They hold the rate that the run before would have gone on with: 0 at its end, where one that goes on for longer
@@ -28,13 +45,14 @@ def go_on(trainer: GKDTrainerWithMetrics, rates: Sequence[float] | None, moved: 
 
     Args:
         rates: of `rates_of_beginning`, before it was loaded.
-        moved: steps by which the run stands further on in the schedule than the one before; or back.
+        step: of the schedule, counted from 0; None is the one that was loaded.
     """
     scheduler = trainer.lr_scheduler
     if rates is None or not isinstance(scheduler, LambdaLR):
         return
     scheduler.base_lrs = list(rates)
-    scheduler.last_epoch = max(scheduler.last_epoch + moved, 0)
+    if step is not None:
+        scheduler.last_epoch = step
     groups = scheduler.optimizer.param_groups
     scheduler._last_lr = [
         rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)

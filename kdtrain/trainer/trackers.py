@@ -8,6 +8,7 @@ saved. Callbacks that a caller has passed are none of these: what they raise is 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -79,7 +80,8 @@ class _Guard:
 
     def __init__(self, trackers: Trackers, callback: TrainerCallback, name: str) -> None:
         self._trackers, self._name = trackers, name
-        self._failures, self._warned = 0, False
+        self._failures, self._warned = Counter[str](), False
+        """Of each hook, in a row."""
         for event in _EVENTS:
             if getattr(type(callback), event) is not getattr(TrainerCallback, event):
                 setattr(callback, event, partial(self._call, event, getattr(callback, event)))
@@ -90,14 +92,14 @@ class _Guard:
         self._guarded(event, hook, *args, **kwargs)
 
     def _guarded(self, event: str, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        if self._failures >= _MOST_FAILURES:
+        if any(count >= _MOST_FAILURES for count in self._failures.values()):
             return
         try:
             with self._trackers.time_limit(LONGEST_S.get(event, LONGEST_OTHER_S)):
                 hook(*args, **kwargs)
         except (Exception, SystemExit) as error:  # each has its own, and some end the process for want of a login
             # One that cannot begin would try again, and wait again, with every record.
-            self._failures += _MOST_FAILURES if event in ("on_init_end", "on_train_begin") else 1
+            self._failures[event] += _MOST_FAILURES if event in ("on_init_end", "on_train_begin") else 1
             if is_main() and not self._warned:
                 self._warned = True
                 reason = f"{type(error).__name__}: {said(error, 200)}"
@@ -107,4 +109,4 @@ class _Guard:
                     reason,
                 )
         else:
-            self._failures = 0
+            self._failures[event] = 0

@@ -22,11 +22,13 @@ What is overridden, and why:
 | `SFTTrainer.prediction_step`, `Trainer.evaluation_loop` | a mean over tokens, not of batch means; no row twice |
 | `Trainer.save_model` | weights that are not finite are not saved |
 | `SFTTrainer._save_checkpoint` | the time it takes is left out of tokens per second; what a run does around it |
+| `Trainer._push_from_checkpoint` | once the checkpoint is complete |
 | `Trainer._save_optimizer_and_scheduler`, `_save_scaler` | an error of one rank is raised on all, see `saving.py` |
 | `Trainer._save_rng_state`, `_prepare_for_training` | metrics since the last log, and a teacher's state, are kept |
 | `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | the projectors' file; and no pickle of the arguments |
 | `Trainer._load_optimizer_and_scheduler` | a file that does not fit is an error with a way out |
 | `Trainer._issue_warnings_after_load` | upstream only warns of weights that were not loaded |
+| `Trainer._push_from_checkpoint` | a hub that is down does not end a run |
 | `_BaseTrainer.create_model_card` | no card that says that a student from a folder derives from None |
 | `_BaseTrainer._send_telemetry` | nothing is sent anywhere |
 """
@@ -39,7 +41,7 @@ import logging
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,8 @@ from kdtrain.config.options import DistillationOptions, TrainingOptions
 from kdtrain.data.batch import Batch, received
 from kdtrain.data.collate import Collator
 from kdtrain.data.epochs import Epochs
+from kdtrain.data.errors import said
+from kdtrain.disk import failure_of
 from kdtrain.errors import CheckpointError
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.generation.sampler import Sampler
@@ -75,6 +79,7 @@ from kdtrain.teachers import Targets, Teacher, teacher_autocast
 from kdtrain.trainer import argument_checks as checks
 from kdtrain.trainer import construction, metrics
 from kdtrain.trainer.best_step import BestStep, metric_name
+from kdtrain.trainer.changed_options import check_can_change
 from kdtrain.trainer.completions import CompletionsLog
 from kdtrain.trainer.given_rows import check_raw_rows, check_stream, placeholder
 from kdtrain.trainer.guard import NonFiniteGuard
@@ -85,7 +90,7 @@ from kdtrain.trainer.resume_checks import check_can_be_loaded
 from kdtrain.trainer.row_progress import RowProgress
 from kdtrain.trainer.samples import SampleWatch
 from kdtrain.trainer.saving import Saving
-from kdtrain.trainer.schedule import go_on, rates_of_beginning
+from kdtrain.trainer.schedule import go_on, group_options, rates_of_beginning, set_group_options
 from kdtrain.trainer.startup_checks import check_startup, readable_beginning
 from kdtrain.trainer.teacher_failures import raised_on_all_ranks
 from kdtrain.trainer.teacher_steps import TellTeacher
@@ -167,6 +172,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.options, training_options = DistillationOptions.from_args(args), TrainingOptions.from_args(args)
         self._window: Window | None = None  # the one that is being trained
         self.saving = Saving(self)
+        self.changed_options: Collection[str] = ()  # fields of GKDConfig that a resumed run changes on purpose
         given = construction.prepare(
             args,
             self.options,
@@ -242,7 +248,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.first_gradients: dict[str, float] = {}
         """The gradient norms of the loss's terms before training, see `term_gradients.py`; in its first record."""
         self.summed_from = 0  # the step that upstream's sum of losses begins at
-        self.warned_of_no_samples = False
+        self.warned_of_no_samples = self._warned_of_push = False
         self._unlogged = RestoreUnlogged(self)
         watching = (TellTeacher(self), WatchGradients(self), WatchRounding(self))
         for callback in (self._unlogged, self.best_step, *watching):
@@ -618,6 +624,22 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.saving.part(self.rows.save, output_dir)
         self.accelerator.wait_for_everyone()  # trainer_state.json comes next: with it a checkpoint is complete
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As upstream, but behind the manifest, and that a hub which cannot be reached does not end the run."""
+        upstream = super()._push_from_checkpoint
+
+        def push() -> None:
+            try:
+                upstream(checkpoint_folder)
+            except Exception as error:  # of the network, and of the hub, which have many
+                if failure_of(error):
+                    raise
+                if not self._warned_of_push:
+                    logger.warning("A checkpoint could not be pushed to the hub (%s). Training goes on.", said(error))
+                self._warned_of_push = True
+
+        self.saving.push_when_complete(push)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """As upstream; other processes than those that wrote it begin with numbers of seed, step and rank."""
         if checkpoint is None or self.rows.earlier_processes is None:
@@ -638,7 +660,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        rates = rates_of_beginning(self)
+        check_can_change(self, self.changed_options)
+        rates, options = rates_of_beginning(self), group_options(self)
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
@@ -647,7 +670,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 f"Optimizer and scheduler of {checkpoint} cannot be loaded: {reason} Resume with the options that the "
                 "run began with, or from another checkpoint."
             ) from error
-        go_on(self, rates, self.rows.schedule_moved)
+        set_group_options(self, options)
+        go_on(self, rates, self.rows.schedule_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._loading_from = resume_from_checkpoint

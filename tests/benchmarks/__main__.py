@@ -4,10 +4,10 @@
     python -m tests.benchmarks --quick            small sizes, about a minute: does everything run?
     python -m tests.benchmarks --full             the whole grid of sizes, β, heads and dtypes; takes hours
     python -m tests.benchmarks --only loss        loss, memory, step, parts, visual, self, on-policy (8 minutes),
-                                                  angles, draws, cache-size or plan (10 minutes), printed; --out
-                                                  DIR writes it. The last four, which no machine changes, and
-                                                  on-policy, which says where it was measured, into the results
-                                                  that are there
+                                                  angles, draws, cache-size, plan (10 minutes) or manifest, printed;
+                                                  --out DIR writes it. angles, draws, cache-size and plan, which no
+                                                  machine changes, on-policy and manifest, which say where they were
+                                                  measured, into the results that are there
 
 On a machine with CUDA the loss is measured there instead; `--cpu` measures the CPU all the same.
 """
@@ -34,6 +34,7 @@ from tests.benchmarks import (
     draws,
     gpu,
     itself,
+    manifest,
     on_policy,
     parts,
     planned,
@@ -55,8 +56,11 @@ _ENVIRONMENT = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "PYTHONWARNINGS": "ignore",
 }
-PARTS = ("loss", "memory", "step", "parts", "visual", "self", "on-policy", "angles", "draws", "cache-size", "plan")
-KEPT_WITH_OTHERS = ("on-policy", "angles", "draws", "cache-size", "plan")
+PARTS = (
+    "loss", "memory", "step", "parts", "visual", "self", "on-policy", "angles", "draws", "cache-size", "plan",
+    "manifest",
+)  # fmt: skip
+KEPT_WITH_OTHERS = ("on-policy", "angles", "draws", "cache-size", "plan", "manifest")
 """Parts that may stand beside results of another day: no machine changes them, or they say when they were measured."""
 EAGER = [name for name, peer in PEERS.items() if not peer.compiled]
 
@@ -79,6 +83,7 @@ def main() -> None:
         measure = {
             "loss": _loss, "memory": _memory, "step": _step, "parts": _parts, "visual": _visual, "self": _self,
             "on-policy": _on_policy, "angles": _angles, "draws": _draws, "cache-size": _cache_size, "plan": _plan,
+            "manifest": _manifest,
         }  # fmt: skip
         for name in [options.only] if options.only else PARTS:
             results |= measure[name](options)
@@ -220,6 +225,11 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
     small = dataclasses.replace(planned.CASES[0], name="small", rows=2, length=64, student=(256, 2), teacher=(256, 2))
     cases = [small] if options.quick else planned.CASES
     return {"plan": [planned.measure(case, options.threads) for case in cases]}
+
+
+def _manifest(options: argparse.Namespace) -> dict[str, Any]:
+    cases = [manifest.ManifestCase(2**24)] if options.quick else manifest.CASES
+    return {"manifest": [manifest.measure(case, options.rounds) for case in cases]}
 
 
 def _on_cuda(options: argparse.Namespace) -> dict[str, Any]:

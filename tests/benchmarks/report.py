@@ -266,6 +266,15 @@ def _plan(part: list[dict[str, Any]]) -> str:
     ) + _table(["run", "planned", "measured", "planned / measured", "peak in", "time: told / took"], rows)
 
 
+def _manifest(part: list[dict[str, Any]]) -> str:
+    keys = ("save_s", "sync_s", "manifest_s")
+    rows = [[row["title"], *(f"{row[key]:.2f}" for key in keys), f"{row['share']:.1%}"] for row in part]
+    return (
+        "Seconds of writing the files, of bringing them onto the disk, and of hashing them and writing the manifest;\n"
+        "medians, on the disk of this machine.\n\n"
+    ) + _table(["checkpoint", "write", "onto the disk", "manifest", "share of all"], rows)
+
+
 _SECTIONS = [
     ("loss", "Time of the loss", _times),
     ("errors", "Errors", _errors),
@@ -279,6 +288,7 @@ _SECTIONS = [
     ("cache-size", "A cache: bytes a supervised token, and what storing costs", _cache_size),
     ("draws", "Drawn tokens: the gradient of forward KL, in the mean and of one set", _draws),
     ("plan", "The memory plan beside what runs take", _plan),
+    ("manifest", "What the manifest of a checkpoint adds to its save", _manifest),
     ("cuda", "On a GPU", _cuda),
 ]
 

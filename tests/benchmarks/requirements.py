@@ -66,6 +66,7 @@ ON_POLICY: list[tuple[OnPolicyCase, dict[str, float], int]] = [
 ]
 ANGLES = [(AngleCase(), 20.0), (AngleCase(gap=0.1), 20.0)]
 CACHE_BYTES = {1024: 110, 49152: 155, 151936: 170}
+MANIFEST_SHARE = 0.15
 # All at KL ≥ 0.5 nats: the error of the mean gradient, and the share of truncated top-12's angle.
 DRAWS: tuple[list[DrawsCase], float, float] = (CASES, 0.02, 1 / 5)
 
@@ -89,6 +90,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
     judges = {
         "loss": _loss, "memory": _memory, "step": _step, "parts": _parts, "visual": _visual, "self": _self,
         "on-policy": _on_policy, "angles": _angles, "draws": _draws, "cache-size": _cache_size,
+        "manifest": _manifest,
     }  # fmt: skip
     for part, judge in judges.items():
         if part in results:
@@ -213,6 +215,11 @@ def _cache_size(results: dict[str, Any]) -> Iterator[Row]:
             yield _below(f"loss of what is stored, {title}", row["difference"], 1e-3, "{:.1e}")
         elif case["mode"] == "hidden" and case["hidden_dtype"] == "int8":
             yield _below(f"bytes a token, {title}", row["bytes"], 1.05 * case["hidden"], "{:.1f}")
+
+
+def _manifest(results: dict[str, Any]) -> Iterator[Row]:
+    for row in results["manifest"]:
+        yield _below(f"manifest's share of a save, {row['title']}", row["share"], MANIFEST_SHARE, "{:.1%}")
 
 
 def _below(measured: str, found: float, most: float, text: str) -> Row:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdtrain.cli import process
+from kdtrain.cli.meeting import meeting
 from kdtrain.cli.shared import (
     ConfigFile,
     Debug,
@@ -22,7 +23,7 @@ from kdtrain.cli.shared import (
     loaded,
 )
 from kdtrain.errors import ConfigError
-from kdtrain.ranks import is_main
+from kdtrain.ranks import is_main, world_size
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig
@@ -104,7 +105,10 @@ def _cache_here(config: RunConfig, out: Path, wanted: Mapping[str, Any] | Path, 
 
     if is_main():
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    arguments = build_train_arguments(config)
+    with meeting():
+        arguments = build_train_arguments(config)
+        if world_size() > 1:
+            arguments.training_args.device  # noqa: B018 - the processes meet
     process.quiet_libraries(keep_bars=console.is_terminal and not quiet)
     reporter = CacheProgress(console, log_format, quiet)
     if isinstance(wanted, Path):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdtrain.cli import process
-from kdtrain.cli.shared import Debug
+from kdtrain.cli.meeting import meeting
+from kdtrain.cli.shared import Debug, set_up
 from kdtrain.errors import ConfigError
 from kdtrain.ranks import is_main
 
@@ -55,7 +56,7 @@ def evaluate(
 
     kdtrain evaluate runs/kd-1 runs/kd-2 --against runs/ce-1 --against runs/ce-2
     """
-    process.set_up_logging("text", debug)
+    set_up("text", debug)
     logger.setLevel(logging.ERROR if not is_main() else logging.WARNING if quiet else logging.INFO)
     runs, others = _opened(target, more or [], checkpoint, against or [])
     asked = _tasks(tasks, include_path)
@@ -64,7 +65,8 @@ def evaluate(
     from kdtrain.cli import evaluation
 
     process.quiet_libraries(keep_bars=False)
-    text = evaluation.evaluated(runs, others, asked, as_json, quiet)
+    with meeting():
+        text = evaluation.evaluated(runs, others, asked, as_json, quiet)
     if is_main():
         process.write_out(text)
     process.end_rank(0)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdtrain.cli import complete, process
+from kdtrain.cli.meeting import meeting
 from kdtrain.cli.shared import (
     ConfigFile,
     Debug,
@@ -26,7 +27,7 @@ from kdtrain.cli.shared import (
 )
 from kdtrain.cli.terminal import wrapped
 from kdtrain.errors import ConfigError
-from kdtrain.ranks import is_main
+from kdtrain.ranks import is_main, world_size
 
 if TYPE_CHECKING:
     from kdtrain.config import RunConfig
@@ -42,7 +43,7 @@ def fit(
         list[str] | None,
         typer.Option(
             metavar="KEY,…",
-            help="What may differ at --resume: options, or data.content.",
+            help="Options that may differ at --resume; data.content.",
             autocompletion=complete.changeable,
         ),
     ] = None,
@@ -58,13 +59,11 @@ def fit(
     log_format: LogFormat = "text",
     debug: Debug = False,
 ) -> None:
-    """Train: model, report.html and logs go to training.output_dir.
+    """Train: model, report.html and logs go to training.output_dir. With several GPUs, or launch.num_processes above 1,
+    it prints and runs the line of `accelerate launch` that does the same.
 
-    With several GPUs, or launch.num_processes above 1, it prints and runs the line of `accelerate launch` that does the
-    same.
-
-    kdtrain fit config.yaml rlhf.beta=0,0.5,1 training.seed=1,2 --sweep makes six runs, in a folder each, and ranks
-    them; with --resume auto those that are missing.
+    kdtrain fit config.yaml rlhf.beta=0,0.5,1 training.seed=1,2 --sweep makes six runs and ranks them; with --resume
+    auto those that are missing.
     """
     if sweep:
         _sweep(config, overrides or [], resume, allow_changes, dry_run, no_launch, quiet, log_format, debug)
@@ -85,7 +84,7 @@ def fit(
     refuse_changed_options(run_config, resume, allowed)
     if not no_launch:
         launch_if_wanted(run_config, quiet, run_dir)
-    _fit_here(run_config, resume, allowed, dry_run, quiet, log_format)
+    _fit_here(run_config, resume, dry_run, quiet, log_format, allowed)
 
 
 def _sweep(
@@ -128,7 +127,7 @@ def _allowed(allow_changes: list[str] | None, resume: str | None) -> tuple[str, 
 
 
 def _fit_here(
-    config: RunConfig, resume: str | None, allowed: Sequence[str], dry_run: bool, quiet: bool, log_format: str
+    config: RunConfig, resume: str | None, dry_run: bool, quiet: bool, log_format: str, allowed: Sequence[str] = ()
 ) -> None:
     """Train in this process, and print what came out."""
     console = console_for(quiet, log_format)
@@ -138,9 +137,13 @@ def _fit_here(
     from kdtrain.config.arguments import build_train_arguments
     from kdtrain.runs.fit import fit as run_fit
 
+    process.allow_many_files()
     if is_main():
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    arguments = build_train_arguments(config)
+    with meeting():
+        arguments = build_train_arguments(config)
+        if world_size() > 1:
+            arguments.training_args.device  # noqa: B018 - the processes meet
     warn_of_unseen_gpus()
     process.quiet_libraries(keep_bars=console.is_terminal and not quiet)
     reporter = ConsoleReporter(console, log_format, quiet)

@@ -16,7 +16,7 @@ from kdtrain import __version__
 from kdtrain.config.diagnose import clean
 from kdtrain.ranks import is_main
 from kdtrain.runs.folder import REPORT_DATA, write_atomically
-from kdtrain.runs.report.record import RunRecord
+from kdtrain.runs.report.record import RunRecord, working_folder
 
 if TYPE_CHECKING:
     from kdtrain.data import BuildReport
@@ -110,7 +110,7 @@ def environment() -> dict[str, str]:
 def plan_facts(run: RunRecord) -> list[tuple[str, str]]:
     """The table that the run has shown as it began."""
     plan = run.facts.get("plan")
-    here = f"{Path.cwd()}/"  # as in the rest of the page, paths begin where one stands
+    here = f"{working_folder() or Path('/')}/"  # as in the rest of the page, paths begin where one stands
     return [(clean(str(k)), clean(str(v)).replace(here, "")) for k, v in plan.items()] if isinstance(plan, dict) else []
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from kdtrain.ranks import is_main
 from kdtrain.runs.folder import CONFIG, REPORT
+from kdtrain.runs.lock import is_mine
 from kdtrain.runs.report.facts import FactsReporter, Warnings, write_facts
 from kdtrain.runs.report.record import shown_path
 from kdtrain.runs.report.write import write_report
@@ -31,7 +32,7 @@ def reported(run_dir: Path, reporter: Any) -> Iterator[FactsReporter]:
     finally:
         ours.removeHandler(warnings)
         # A run that never began has noted nothing: what is in the folder then is of an earlier one.
-        if noting.began and is_main() and (run_dir / CONFIG).is_file():
+        if noting.began and is_main() and is_mine(run_dir) and (run_dir / CONFIG).is_file():
             # Whoever stops a run does not wait for a picture: its state is saved, and a SIGKILL may follow.
             renew_report(run_dir, {**noting.facts, "warnings": list(warnings.messages)}, picture=ended)
 

@@ -9,10 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from kdtrain.config.diagnose import escape
 from kdtrain.config.model_folder import read_map
 from kdtrain.errors import ConfigError
 from kdtrain.runs.folder import CHECKPOINT, CONFIG, EVALUATION, LOG, REPORT_DATA, STATUS, is_run_folder
 from kdtrain.runs.records import read_records
+from kdtrain.runs.status import read_status
 
 Record = dict[str, Any]
 
@@ -39,7 +41,7 @@ class RunRecord:
 
     @property
     def state(self) -> str:
-        """running, finished, stopped, failed; or unknown."""
+        """running, finished, stopped, failed; died where it was killed; or unknown."""
         return str(self.status.get("state") or "unknown")
 
     @property
@@ -84,8 +86,18 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def shown_path(path: Path) -> str:
     """A path as one would type it from here."""
-    path = path.absolute()
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) and path != Path.cwd() else path)
+    here = working_folder()
+    if here is not None and (path := path.absolute()).is_relative_to(here) and path != here:
+        path = path.relative_to(here)
+    return escape(str(path))
+
+
+def working_folder() -> Path | None:
+    """Where one stands; None where that was deleted while a run went on."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return None
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
@@ -134,7 +146,7 @@ def _read_run(folder: Path, name: str) -> RunRecord:
         folder=folder,
         name=name,
         config=read_map(folder / CONFIG),
-        status=read_map(folder / STATUS),
+        status=read_status(folder),
         records=records,
         torn_lines=torn,
         evaluation=read_map(folder / EVALUATION),

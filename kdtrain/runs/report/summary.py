@@ -82,7 +82,11 @@ def _what_happened(run: RunRecord) -> str:
         case "running":
             left = _newest(run, "remaining_s")
             until = f", about {duration(left)} left" if left is not None else ""
-            return f"The run has not ended: it is at {of}{until}, or was killed there."
+            return f"The run has not ended: it is at {of}{until}."
+        case "died":
+            return (
+                f"The run was killed at {of}; `{command('fit', run)} --resume auto` goes on from its last checkpoint."
+            )
         case "stopped":
             return message or f"The run was stopped at {of}."
         case "failed":

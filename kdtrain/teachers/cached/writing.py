@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from kdtrain.data.batch import Batch
-from kdtrain.errors import TeacherError
+from kdtrain.errors import NonFiniteError, TeacherError
 from kdtrain.losses.chunks import chunk_sizes, default_chunk
 from kdtrain.losses.gemm import one_dtype
 from kdtrain.losses.sampled import SampledTargets
@@ -106,7 +106,8 @@ def stored_targets(targets: Targets, form: Format, keys: Sequence[bytes], counts
         counts: S of each row.
 
     Raises:
-        TeacherError: they are of another kind, of other tokens, or not finite.
+        TeacherError: they are of another kind, or of other tokens.
+        NonFiniteError: they are NaN or infinite.
     """
     scores = targets.scores
     if targets.covered_S is not None and not bool(targets.covered_S.all()):
@@ -233,7 +234,7 @@ def _uniforms(keys: Sequence[bytes], counts: Sequence[int], draws: int) -> torch
 
 def _check_finite(values: torch.Tensor) -> None:
     if not bool(torch.isfinite(values).all()):
-        raise TeacherError(
-            "The teacher's predictions are NaN or infinite. Load it in float32 or bfloat16 (rlhf.teacher.dtype), or "
-            "look at its weights."
+        raise NonFiniteError(
+            "The teacher's predictions are NaN or infinite, and were not stored. Load it in float32 or bfloat16 "
+            "(rlhf.teacher.dtype), or look at its weights."
         )
