@@ -216,6 +216,7 @@ TABLE: dict[str, Case] = {
         (
             "test_data_chat_template.py::test_the_first_word_of_an_answer_is_supervised_where_markers_begin_behind_its_space",
             "test_data_chat_template.py::test_what_is_tokenised_apart_gets_no_space_that_the_text_does_not_have",
+            "test_data_images.py::test_the_first_word_about_an_image_is_supervised_where_markers_begin_behind_its_space",
             "test_data_templates.py::test_every_kind_of_row_comes_out_as_the_template_renders_it_or_is_refused_with_a_true_reason",
             "test_data_images.py::test_the_answers_and_their_stop_tokens_are_supervised_and_nothing_else",
         ),

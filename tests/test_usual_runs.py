@@ -195,7 +195,9 @@ def test_a_tokenizer_that_cuts_and_pads_by_itself_cuts_and_pads_no_row(tmp_path)
     state = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
     state |= {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}}
     (tmp_path / "saved" / "tokenizer.json").write_text(json.dumps(state))
-    dataset, _ = encoded(tmp_path, load_tokenizer(str(tmp_path / "saved")))
+    loaded = load_tokenizer(str(tmp_path / "saved"))
+    assert len(loaded.backend_tokenizer.encode("the path of a long file").ids) == 64
+    dataset, _ = encoded(tmp_path, loaded)
     assert dataset["input_ids"] == expected["input_ids"]
 
 
