@@ -451,7 +451,7 @@ def test_a_nan_ends_with_exit_code_5_and_a_status_that_says_so(project, kdtrain)
 
 
 def test_weights_that_the_last_step_broke_end_with_exit_code_5_and_are_not_saved(project, kdtrain):
-    broken = ["training.learning_rate=1e38", "training.max_steps=1", "training.eval_strategy=no"]
+    broken = ["training.learning_rate=1e38", "training.max_steps=1", "training.eval_strategy=no", "data.eval=null"]
     code, _, err = kdtrain("fit", "config.yaml", *broken)
     assert code == 5, err
     assert "Not finite after step 1, rank 0: trained weights" in err
