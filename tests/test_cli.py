@@ -533,6 +533,7 @@ def test_a_run_that_is_half_done_goes_on_with_a_larger_batch_after_the_same_rows
         "A step has 4 rows, and had 2: the run goes on at the next row (epoch 1, row 13 of 24), with step 7 of 9" in err
     )
     assert "nothing is left" not in err
+    assert re.search(r"steps +9, of which 6 are done", err)
     assert out.startswith("9 steps")
     records = [json.loads(line) for line in (project / "run" / "logging.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records if record.get("step") in (7, 8, 9)][:3] == [16 / 24, 20 / 24, 1]

@@ -34,7 +34,7 @@ WRONG_SHARES: list[tuple[Any, str, str]] = [
     ("0%", "data.eval", "must be above 0% and below 100%"),
     ("100%", "data.eval", "must be above 0% and below 100%"),
     ("-5%", "data.eval", "must be above 0% and below 100%"),
-    (0.05, "data.eval", "such as 5%"),
+    (0.05, "data.eval", "percent sign: 5%"),
     (5, "data.eval", "such as 5%"),
     (["5%", "a.jsonl"], "data.eval", "data.eval: 5%, beside no other source"),
     ({"path": "5%"}, "data.eval", "data.eval: 5%, beside no other source"),

@@ -132,7 +132,7 @@ def fit(
         check_world(trainer.accelerator, config)
         trainer.changed_options = compared.fields
         if is_main():
-            reporter.plan(plan(trainer, config, report))
+            reporter.plan(plan(trainer, config, report, checkpoint))
             for callback in reporter.callbacks():
                 trainer.add_callback(callback)
         trainer.add_callback(ShowCompletions(trainer, reporter))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from kdtrain.config import RunConfig
 from kdtrain.data import BuildReport
 from kdtrain.models.parts import count_parameters, trained_parts
+from kdtrain.runs.checkpoints import steps_done
 from kdtrain.teachers import CachedTeacher, SelfTeacher, ServedTeacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.row_order import planned_steps, rows_per_batch
@@ -14,13 +17,18 @@ _PARTS = {"llm": "language model", "vit": "vision encoder", "aligner": "aligner"
 _WEIGHTS = {"base": "its adapter off", "live": "as it is at each step", "ema": "a moving average of what is trained"}
 
 
-def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport) -> dict[str, str]:
-    """The table's rows, name to text."""
+def plan(
+    trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport, checkpoint: Path | None = None
+) -> dict[str, str]:
+    """The table's rows, name to text; of a run that goes on from a checkpoint, if one is given."""
     args, ranks = trainer.args, trainer.accelerator.num_processes
     total, trainable = count_parameters(trainer.model)
     rows = rows_per_batch(trainer) * args.gradient_accumulation_steps
     tokens = report.total_tokens / report.rows_per_epoch
     steps, per_epoch = planned_steps(trainer, report.rows_per_epoch)
+    length = f"{steps:,}, {steps / per_epoch:.2f} epochs of {report.rows_per_epoch:,} rows"
+    if checkpoint is not None:
+        length = f"{trainer.rows.last_step(checkpoint):,}, of which {steps_done(checkpoint):,} are done"
     plan = {
         "student": f"{config.model.model}: {total:,} parameters, {trainable:,} trained, {trainer.model.dtype}",
         "teacher": "none" if trainer.teacher is None else _describe_teacher(trainer, config),
@@ -28,7 +36,7 @@ def plan(trainer: GKDTrainerWithMetrics, config: RunConfig, report: BuildReport)
         "answers": _describe_answers(trainer, config),
         "step": f"{rows} rows = {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
         f"{ranks} {'process' if ranks == 1 else 'processes'}, about {rows * tokens:,.0f} tokens",
-        "steps": f"{steps:,}, {steps / per_epoch:.2f} epochs of {report.rows_per_epoch:,} rows",
+        "steps": length,
         "device": _describe_device(trainer),
         "output": str(config.training["output_dir"]),
     }
