@@ -65,13 +65,15 @@ class Lock:
                 f"for {_GONE_S:.0f} s, as where its machine was suspended. It stops here, and writes nothing more."
             )
 
-    def release(self) -> None:
-        """Remove it; nothing where the folder, or the lock, is another's by now."""
+    def release(self) -> bool:
+        """Remove it, and say so; False where the folder, or the lock, is another's by now."""
         self._ended.set()
         self._thread.join(_TOUCH_S)
         with contextlib.suppress(OSError):  # somebody has moved or deleted the folder
             if self._path.read_text("utf-8") == self._text:
                 self._path.unlink()
+                return True
+        return False
 
     def _touch(self) -> None:
         while not self._ended.wait(_TOUCH_S):
@@ -129,8 +131,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         del _held[path.parent]
-        lock.release()
-        if not existed:
+        if lock.release() and not existed:
             with contextlib.suppress(OSError):
                 run_dir.rmdir()
 
