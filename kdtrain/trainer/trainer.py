@@ -22,13 +22,12 @@ What is overridden, and why:
 | `SFTTrainer.prediction_step`, `Trainer.evaluation_loop` | a mean over tokens, not of batch means; no row twice |
 | `Trainer.save_model` | weights that are not finite are not saved |
 | `SFTTrainer._save_checkpoint` | the time it takes is left out of tokens per second; what a run does around it |
-| `Trainer._push_from_checkpoint` | once the checkpoint is complete |
+| `Trainer._push_from_checkpoint` | once the checkpoint is complete; a hub that is down does not end a run |
 | `Trainer._save_optimizer_and_scheduler`, `_save_scaler` | an error of one rank is raised on all, see `saving.py` |
 | `Trainer._save_rng_state`, `_prepare_for_training` | metrics since the last log, and a teacher's state, are kept |
 | `Trainer._save`, `_load_from_checkpoint`, `_load_best_model` | the projectors' file; and no pickle of the arguments |
 | `Trainer._load_optimizer_and_scheduler` | a file that does not fit is an error with a way out |
 | `Trainer._issue_warnings_after_load` | upstream only warns of weights that were not loaded |
-| `Trainer._push_from_checkpoint` | a hub that is down does not end a run |
 | `_BaseTrainer.create_model_card` | no card that says that a student from a folder derives from None |
 | `_BaseTrainer._send_telemetry` | nothing is sent anywhere |
 """
