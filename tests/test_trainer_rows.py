@@ -150,10 +150,11 @@ def test_a_part_of_an_epoch_ends_after_the_row_where_the_first_run_would_have(tm
         folder = tmp_path / "-".join(map(str, options))
         whole = flat(Run(*options, num_train_epochs=epochs).train(save_in=folder))
         for step, other in itertools.product((1, 2), OPTIONS):
-            run = Run(*other, num_train_epochs=epochs)
-            rest = flat(run.train(str(folder / f"checkpoint-{step}")))
-            assert rest == whole[len(whole) - len(rest) :]
-            assert len(rest) == len(whole) - step * 2 * options[1] * options[2] // 2 * options[0]
+            left = len(whole) - step * options[0] * options[1] * options[2]
+            if left == 0:
+                continue  # `fit` says that nothing is left to train
+            rest = flat(Run(*other, num_train_epochs=epochs).train(str(folder / f"checkpoint-{step}")))
+            assert rest == whole[-left:]
 
 
 def test_rows_that_fill_no_batch_are_left_out_and_none_is_trained_twice(tmp_path):
