@@ -8,7 +8,6 @@ import contextlib
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from peft import get_peft_model
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -262,7 +261,6 @@ def test_adapters_that_are_more_than_a_product_are_refused(options, message):
 
 def two_ranks(fails):
     """Five prompts on rank 0 and none on rank 1, then two and one."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was forked
     rank = Accelerator(cpu=True).process_index
     model = tiny.make_qwen3(seed=1).eval()
     sampler = build(model, server := Server())

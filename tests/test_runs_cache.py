@@ -13,7 +13,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import PartialState
 
 from kdtrain.config import ConfigLoader
 from kdtrain.config.arguments import build_train_arguments
@@ -256,8 +256,6 @@ def test_a_command_that_is_refused_leaves_no_folder(project):
 
 
 def on_ranks(project, out, mode):
-    PartialState._reset_state()  # of the process that forked
-    AcceleratorState._reset_state()
     result = write(project, out, mode=mode)
     return result.written, PartialState().num_processes
 

@@ -148,7 +148,7 @@ def test_a_run_that_was_not_evaluated_says_which_command_does_it(run_folder):
 
 
 STATES = {
-    "died": ({"state": "running"}, "The run was killed at step 40 of 100; `kdtrain fit "),
+    "died": ({"state": "running"}, "The run was killed at step 40 of 100; kdtrain fit "),
     "failed": ({"state": "failed", "message": "Out of memory."}, "The run failed at step 40 of 100: Out of memory."),
     "stopped": ({"state": "stopped", "message": "Stopped by SIGTERM."}, "Stopped by SIGTERM."),
     "without a status": ({}, "How the run ended is not known"),

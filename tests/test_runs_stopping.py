@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from kdtrain.cli import last_words
@@ -66,7 +65,6 @@ def test_an_evaluation_is_left_after_its_batch_and_made_by_the_resumed_run(proje
 def _in_evaluation(own_signal):
     """Batches that a rank evaluates until the ranks stop, rank 1 having got a signal in the third."""
     torch.distributed.init_process_group("gloo")
-    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was forked
     accelerator, request = Accelerator(cpu=True), StopRequest()
     callback, batches = StopOnSignal(SimpleNamespace(accelerator=accelerator), request), 0
     with request.listening():

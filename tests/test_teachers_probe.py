@@ -458,7 +458,6 @@ def test_the_run_is_set_by_what_was_found(caplog):
 def _on_two_ranks(url, fails):
     from accelerate import PartialState
 
-    PartialState._reset_state()  # of the process that forked
     PartialState(cpu=True)
     teacher = ServedTeacher(Servers([url], max_retries=0), model="teacher", vocab_size=320, top_k=500 if fails else 8)
     try:

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from kdtrain.data.batch import Batch, Rows
@@ -39,7 +38,6 @@ def batch_of(samples, all_repeated=False):
 
 
 def make_watch():
-    AcceleratorState._reset_state(reset_partial_state=True)  # a rank has that of the process it was forked from
     trainer = SimpleNamespace(
         accelerator=Accelerator(cpu=True), state=SimpleNamespace(global_step=0), _metrics={"train": defaultdict(list)}
     )

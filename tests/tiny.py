@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -200,6 +201,7 @@ def _rank(
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was forked, which is alone
     try:
         # Results travel as plain numbers and lists: a tensor in a queue needs the sending process to stay alive.
         queue.put((rank, True, function(*args)))
