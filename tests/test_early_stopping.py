@@ -11,6 +11,7 @@ from kdtrain.config import check_config
 from kdtrain.errors import PreflightError
 from tests import test_cli
 from tests.test_cli import edit
+from tests.test_runs_checkpoints import flip
 from tests.test_trainer import make_trainer
 
 kdtrain = test_cli.kdtrain
@@ -87,6 +88,13 @@ def test_a_run_that_stopped_early_has_nothing_left_and_goes_on_with_more_patienc
     run = project / "run"
     before, stopped_at = load_file(run / "model.safetensors"), status(run)["step"]
     (run / "model.safetensors").unlink()  # as where it was killed before it was saved
+    best = run / f"checkpoint-{status(run)['best']['step']}" / "model.safetensors"
+    flip(best)
+    code, _, err = kdtrain("fit", "config.yaml", "--resume", "auto")
+    assert code == 6, err
+    assert "the best checkpoint (training.load_best_model_at_end), has a damaged model.safetensors" in err
+    assert not (run / "model.safetensors").exists()
+    flip(best)
     code, out, err = kdtrain("fit", "config.yaml", "--resume", "auto")
     assert code == 0, err
     assert f"stopped early, at step {stopped_at} of 30: nothing is left to train" in err

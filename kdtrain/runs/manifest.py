@@ -29,7 +29,7 @@ from typing import Any
 
 import xxhash
 
-from kdtrain.config.model_folder import read_map
+from kdtrain.config.model_folder import INDEX, read_map
 from kdtrain.errors import ConfigError
 from kdtrain.runs.folder import MANIFEST, replaced
 
@@ -107,6 +107,14 @@ def why_damaged(checkpoint: Path, only: Callable[[str], bool] = lambda name: Tru
     sizes = by_size()
     found = (_difference(checkpoint / name, name, facts, sizes) for name, facts in wanted.items())
     return next((difference for difference in found if difference), None)
+
+
+def is_of_the_model(name: str) -> bool:
+    """Whether a file of a checkpoint makes the model: its weights, and what says how they are to be used.
+
+    What lies in folders is a model in pieces (FSDP, DeepSpeed).
+    """
+    return name.endswith((".safetensors", INDEX, "config.json")) or "/" in name
 
 
 def _difference(path: Path, name: str, facts: Mapping[str, Any], sizes: bool) -> str | None:

@@ -17,7 +17,7 @@ from kdtrain.config.load import FileCheck, check_config
 from kdtrain.config.model_folder import ADAPTER_WEIGHTS, INDEX, WEIGHTS, read_map
 from kdtrain.errors import CheckpointError, ConfigError
 from kdtrain.runs.folder import CHECKPOINT, CONFIG, STATUS
-from kdtrain.runs.manifest import why_damaged
+from kdtrain.runs.manifest import is_of_the_model, why_damaged
 
 logger = logging.getLogger(__name__)
 
@@ -117,14 +117,9 @@ def _checkpoint(folder: Path, named: str) -> Path:
             f"--checkpoint {named}: {path} has neither {WEIGHTS} nor {ADAPTER_WEIGHTS}. Name another one: a checkpoint "
             "in pieces (FSDP, DeepSpeed ZeRO-3) is no model that can be loaded."
         )
-    if reason := why_damaged(path, only=_is_of_the_model):
+    if reason := why_damaged(path, only=is_of_the_model):
         raise CheckpointError(f"--checkpoint {named}: {path} {reason}. Name another one.")
     return path
-
-
-def _is_of_the_model(name: str) -> bool:
-    """Whether a file of a checkpoint makes the model: its weights, and what says how they are to be used."""
-    return name.endswith((".safetensors", INDEX, "config.json"))
 
 
 def _has_weights(folder: Path) -> bool:

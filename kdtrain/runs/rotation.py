@@ -28,7 +28,8 @@ from kdtrain.config.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, 
 from kdtrain.ranks import is_main
 from kdtrain.runs.checkpoints import TRAINER_STATE, missing_files, numbered, step_of, why_not
 from kdtrain.runs.folder import CHECKPOINT, MANIFEST
-from kdtrain.runs.manifest import UNFINISHED, read_manifest, sync, write_manifest
+from kdtrain.runs.manifest import UNFINISHED, is_of_the_model, read_manifest, sync, why_damaged, write_manifest
+from kdtrain.runs.resume import resume_command
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,17 @@ class CheckpointKeeper:
         (checkpoint / UNFINISHED).unlink(missing_ok=True)
         _remove(_with(checkpoint, _REPLACED))
         rotate(self._run_dir, checkpoint, self._args.save_total_limit, best)
+
+    def why_no_model(self, checkpoint: Path) -> str | None:
+        """Why the model of a checkpoint cannot be loaded for the one that was saved; None where it can be."""
+        reason = why_damaged(checkpoint, only=is_of_the_model) if checkpoint.is_dir() else "is not there any more"
+        if reason is None:
+            return None
+        return (
+            f"{checkpoint}, the best checkpoint (training.load_best_model_at_end), {reason}. No model is saved. "
+            f"Restore it, or save the model of the last step: {resume_command()} with "
+            "training.load_best_model_at_end=false behind it."
+        )
 
 
 def _make_way(folder: Path) -> None:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kdtrain.errors import CheckpointError
+from kdtrain.ranks import is_main
 from kdtrain.trainer.guard import local_part
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class CheckpointHooks(Protocol):
             finite: whether the optimizer's state is, on all ranks.
             best: folder name of the checkpoint with the best metric.
         """
+
+    def why_no_model(self, checkpoint: Path) -> str | None:
+        """Why the model of a checkpoint cannot be loaded for the one that was saved, as an error's message."""
 
 
 class Saving:
@@ -91,6 +95,18 @@ class Saving:
     def push_when_complete(self, push: Callable[[], None]) -> None:
         """Send a checkpoint to the hub, once it has all its files."""
         self._push = push
+
+    def check_model(self, checkpoint: str | Path) -> None:
+        """Refuse to load a model that is not as it was saved; a collective.
+
+        Raises:
+            CheckpointError: on all ranks.
+        """
+        if self.hooks is None:
+            return
+        [reason] = broadcast_object_list([self.hooks.why_no_model(Path(checkpoint)) if is_main() else None])
+        if reason is not None:
+            raise CheckpointError(reason)
 
     def begin(self, checkpoint: str | Path) -> None:
         """Make way for a checkpoint, before any rank writes; a collective."""

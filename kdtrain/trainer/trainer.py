@@ -679,9 +679,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.visual.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self.saving.check_model(self.state.best_model_checkpoint)
         self._loading_from = self.state.best_model_checkpoint
         super()._load_best_model()
-        if self.visual is not None and self.state.best_model_checkpoint:
+        if self.visual is not None:
             self.visual.load(self.state.best_model_checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
