@@ -9,7 +9,9 @@ Each message says what happened, where, and what to do. Anything else that escap
     │   ├── DataError                  3   rows that cannot be trained on
     │   └── VocabularyError            3   student and teacher do not speak the same token ids
     ├── TeacherError                   4   the teacher did not answer, or answered nonsense
+    │   └── TargetsError (ValueError)  4   its targets are no distributions
     ├── NonFiniteError                 5   NaN or infinity in a loss, a gradient or trained weights
+    │   └── NonFiniteTargetsError      5   in a teacher's targets (ValueError)
     ├── CheckpointError                6   a checkpoint or the disk under it
     ├── LostRankError              1   another process of the run has ended
     └── Interrupted          128+signal   SIGINT, SIGTERM and others; while training the state was saved
@@ -77,6 +79,14 @@ class NonFiniteError(KdtrainError):
     def __init__(self, message: str, facts: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.facts = dict(facts or {})
+
+
+class TargetsError(TeacherError, ValueError):
+    """Targets that are no distributions over the student's tokens. A `ValueError`: they are arguments of the losses."""
+
+
+class NonFiniteTargetsError(NonFiniteError, ValueError):
+    """NaN or infinity in targets."""
 
 
 class CheckpointError(KdtrainError):

@@ -11,9 +11,10 @@ from transformers import TrainerCallback
 import kdtrain as api
 from kdtrain.data import Collator, Source, build_dataset
 from kdtrain.data.batch import Batch
-from kdtrain.errors import NonFiniteError
+from kdtrain.errors import NonFiniteError, TeacherError
 from kdtrain.generation.answers import TeacherAnswers
 from kdtrain.generation.writers import LocalWriter
+from kdtrain.losses import TopKLogprobs
 from kdtrain.runs.checkpoints import missing_files
 from kdtrain.teachers import Targets, Teacher
 from tests import tiny
@@ -142,6 +143,33 @@ def test_targets_that_are_handed_over_are_the_teachers(tmp_path, student, value)
         trainer.train()
     assert caught.value.facts["origin"] == ["teacher"]
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+
+
+class GivenTopK(Given):
+    """The two most likely tokens, one log-probability of which is not what it should be."""
+
+    def targets(self, batch: Batch) -> Targets:
+        tokens = len(batch.labels_S)
+        logprobs = torch.full((tokens, 2), -1.0)
+        logprobs[-1, 0] = self._value
+        return Targets(TopKLogprobs(torch.tensor([[5, 6]]).repeat(tokens, 1), logprobs))
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_users_top_k_targets_that_are_no_numbers_name_the_teacher_and_the_rows(tmp_path, student, begun):
+    trainer = make_trainer(tmp_path, student, max_steps=2, extra={"teacher": GivenTopK(math.nan)}, lmbda=0.0)
+    trainer.alignment_checked = begun  # else the look at a few rows finds it
+    with pytest.raises(NonFiniteError, match="step 1, rank 0.*row.* 0, .*, given by GivenTopK") as caught:
+        trainer.train()
+    assert (caught.value.exit_code, caught.value.facts["origin"]) == (5, ["teacher"])
+    assert "0" in caught.value.facts["ranks"][0]["rows"]
+
+
+@pytest.mark.parametrize(("value", "said"), [(0.5, "add up to more than"), (-1e9, "a logprob below")])
+def test_a_users_top_k_targets_that_are_no_distributions_are_the_teachers_fault(tmp_path, student, value, said):
+    trainer = make_trainer(tmp_path, student, extra={"teacher": GivenTopK(value)}, lmbda=0.0)
+    with pytest.raises(TeacherError, match=f"no distributions: .*{said}.*given by GivenTopK"):
+        trainer.compute_loss(trainer.model, make_batch(trainer))
 
 
 def bad_rank_of_two(folder):

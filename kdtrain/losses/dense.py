@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from kdtrain.errors import TargetsError
 from kdtrain.losses.divergence import entropy, generalized_jsd
 from kdtrain.losses.kinds import Divergence, Tail
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, check_token_weights, kd_share, normaliser
@@ -162,7 +163,7 @@ def _check(
             f"got {tuple(student_logits.shape)} and {tuple(labels.shape)}"
         )
     if teacher_logits is not None and teacher_logits.shape != student_logits.shape:
-        raise ValueError(
+        raise TargetsError(
             f"student logits are {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)}: "
             "both must be [N, V] over the same tokens and the same vocabulary"
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from kdtrain.errors import TargetsError
 from kdtrain.losses.chunks import Call, ChunkedPass
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.divergence import check_divergence_arguments
@@ -289,13 +290,15 @@ def _check_teacher(
     hidden: torch.Tensor, weight: torch.Tensor, teacher_hidden: torch.Tensor, teacher_weight: torch.Tensor
 ) -> None:
     if teacher_hidden.ndim != 2 or len(teacher_hidden) != len(hidden):
-        raise ValueError(
+        raise TargetsError(
             f"expected teacher_hidden [N, H'] for the same {len(hidden)} tokens, got {tuple(teacher_hidden.shape)}"
         )
     if teacher_weight.ndim != 2 or teacher_weight.shape[1] != teacher_hidden.shape[1]:
-        raise ValueError(f"expected teacher_weight [V, {teacher_hidden.shape[-1]}], got {tuple(teacher_weight.shape)}")
+        raise TargetsError(
+            f"expected teacher_weight [V, {teacher_hidden.shape[-1]}], got {tuple(teacher_weight.shape)}"
+        )
     if teacher_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
+        raise TargetsError(
             f"the student's head has {weight.shape[0]} rows and the teacher's {teacher_weight.shape[0]}: both must be "
             "over one vocabulary; slice off the padding of the longer one"
         )

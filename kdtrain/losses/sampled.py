@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from kdtrain.errors import TargetsError
 from kdtrain.losses.divergence import check_divergence_arguments, generalized_jsd
-from kdtrain.losses.topk import TopKLogprobs, check_ids, repeated_ids
+from kdtrain.losses.topk import TopKLogprobs, check_ids, refuse_wrong, repeated_ids
 
 # Weights of one position may add up to this much more or less than 1: float32 shares of some hundred draws do, and
 # half precision rounds each of them by more.
@@ -45,12 +46,12 @@ class SampledTargets:
 
     def __post_init__(self) -> None:
         if self.indices.ndim != 2 or self.indices.shape != self.weights.shape:
-            raise ValueError(
+            raise TargetsError(
                 f"expected indices [N, K] and weights [N, K], got {tuple(self.indices.shape)} "
                 f"and {tuple(self.weights.shape)}"
             )
         if self.indices.dtype.is_floating_point or not self.weights.dtype.is_floating_point:
-            raise ValueError(
+            raise TargetsError(
                 f"expected integer indices and floating point weights, got {self.indices.dtype} and "
                 f"{self.weights.dtype}"
             )
@@ -81,24 +82,18 @@ def _checked_weights(indices: torch.Tensor, weights: torch.Tensor) -> torch.Tens
     """The weights of a position, [N, K]; divided by their sum where that is off by a rounding.
 
     Raises:
-        ValueError: naming the first position that holds no draws.
+        TargetsError, NonFiniteTargetsError: naming the first position that holds no draws.
     """
     total = weights.double().sum(-1)
     most = _OFF_BY.get(weights.dtype, _LEAST_OFF_BY)
     wrong = {
-        "NaN among the weights": weights.isnan().any(-1),
+        "NaN or infinity among the weights": ~weights.isfinite().all(-1),
         "a negative weight": (weights < 0).any(-1),
         "a token id twice": repeated_ids(indices),
         "a missing entry (id −1) with a weight": ((indices < 0) & (weights != 0)).any(-1),
         f"weights that do not add up to 1 within {most:g}": ~((total - 1).abs() <= most),
     }
-    for problem, rows in wrong.items():
-        if rows.any():
-            first = int(rows.nonzero()[0])
-            raise ValueError(
-                f"position {first} of the sampled targets has {problem} (ids {indices[first].tolist()[:8]}, "
-                f"weights {[round(x, 4) for x in weights[first].tolist()[:8]]}; {int(rows.sum())} positions like it)"
-            )
+    refuse_wrong("sampled targets", "weights", wrong, indices, weights)
     if not (total != 1).any():
         return weights
     return (weights.double() / total[:, None]).to(torch.promote_types(weights.dtype, torch.float32))

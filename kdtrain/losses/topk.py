@@ -8,11 +8,13 @@ temperature, then compared by `generalized_jsd`: at K = V this is the divergence
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_args
 
 import torch
 
+from kdtrain.errors import NonFiniteTargetsError, TargetsError
 from kdtrain.losses.divergence import generalized_jsd
 from kdtrain.losses.kinds import Divergence, Tail
 
@@ -41,9 +43,9 @@ class TopKLogprobs:
             bfloat16 1.03: they round logarithms by that much) is divided out.
 
     Raises:
-        ValueError: shapes that differ; and, for tensors on a CPU, NaN, an id twice in a row, probabilities that add up
-            to more, a missing entry with a logprob, or a number such as −1e9 in place of −inf. On another
-            device the values are not looked at: the host would wait for it.
+        ValueError: shapes that differ; and, for tensors on a CPU, NaN (`NonFiniteTargetsError`), an id twice in a row,
+            probabilities that add up to more, a missing entry with a logprob, or a number such as −1e9 in place of −inf
+            (`TargetsError`). On another device the values are not looked at: the host would wait for it.
     """
 
     indices: torch.Tensor
@@ -51,12 +53,12 @@ class TopKLogprobs:
 
     def __post_init__(self) -> None:
         if self.indices.ndim != 2 or self.indices.shape != self.logprobs.shape:
-            raise ValueError(
+            raise TargetsError(
                 f"expected indices [N, K] and logprobs [N, K], got {tuple(self.indices.shape)} "
                 f"and {tuple(self.logprobs.shape)}"
             )
         if self.indices.dtype.is_floating_point or not self.logprobs.dtype.is_floating_point:
-            raise ValueError(
+            raise TargetsError(
                 "expected integer indices and floating point logprobs, got "
                 f"{self.indices.dtype} and {self.logprobs.dtype}"
             )
@@ -83,30 +85,44 @@ def _checked_logprobs(indices: torch.Tensor, logprobs: torch.Tensor) -> torch.Te
     """The logprobs of a position, [N, K]; divided by their sum where that is above 1 by a rounding.
 
     Raises:
-        ValueError: naming the first position that holds no distribution.
+        TargetsError, NonFiniteTargetsError: naming the first position that holds no distribution.
     """
     missing = indices < 0
     mass = logprobs.double().exp().sum(-1)
     most = 1 + _EXCESS_MASS.get(logprobs.dtype, _LEAST_EXCESS_MASS)
     wrong = {
-        "NaN among the logprobs": logprobs.isnan().any(-1),
+        "NaN or infinity among the logprobs": (logprobs.isnan() | (logprobs == torch.inf)).any(-1),
         "a token id twice": repeated_ids(indices),
         "a missing entry (id −1) whose logprob is not −inf": (missing & (logprobs != -torch.inf)).any(-1),
         f"a logprob below {_FILLER:g} that is not −inf: mark a missing entry by the id −1 and −inf, not by a large "
         "negative number": ((logprobs < _FILLER) & (logprobs != -torch.inf)).any(-1),
         f"probabilities that add up to more than {most:g}": mass > most,
     }
-    for problem, rows in wrong.items():
-        if rows.any():
-            first = int(rows.nonzero()[0])
-            raise ValueError(
-                f"position {first} of the top-k targets has {problem} (ids {indices[first].tolist()[:8]}, "
-                f"logprobs {[round(x, 4) for x in logprobs[first].tolist()[:8]]}; {int(rows.sum())} positions like it)"
-            )
+    refuse_wrong("top-k targets", "logprobs", wrong, indices, logprobs)
     excess = mass.log().clamp(min=0)
     if not excess.any():
         return logprobs
     return (logprobs.double() - excess[:, None]).to(torch.promote_types(logprobs.dtype, torch.float32))
+
+
+def refuse_wrong(
+    kind: str, of_what: str, wrong: Mapping[str, torch.Tensor], indices: torch.Tensor, values: torch.Tensor
+) -> None:
+    """Raise for the first problem, [N] bool, that a row of targets [N, K] has; NaN, where it is looked for, first.
+
+    Raises:
+        TargetsError, NonFiniteTargetsError: naming the first such position.
+    """
+    for problem, rows in wrong.items():
+        if rows.any():
+            first = int(rows.nonzero()[0])
+            text = (
+                f"position {first} of the {kind} has {problem} (ids {indices[first].tolist()[:8]}, "
+                f"{of_what} {[round(x, 4) for x in values[first].tolist()[:8]]}; {int(rows.sum())} positions like it)"
+            )
+            if problem.startswith("NaN"):
+                raise NonFiniteTargetsError(f"The teacher's targets are not finite: {text}.")
+            raise TargetsError(f"The teacher's targets are no distributions: {text}.")
 
 
 def repeated_ids(indices: torch.Tensor) -> torch.Tensor:
@@ -199,10 +215,10 @@ def check_targets(targets: TopKLogprobs, tokens: int, vocabulary: int, tail: str
 
 
 def check_ids(indices: torch.Tensor, kind: str, tokens: int, vocabulary: int) -> None:
-    """Raise `ValueError` for a wrong number of rows [N, K], or, on a CPU, for ids outside the vocabulary."""
+    """Raise `TargetsError` for a wrong number of rows [N, K], or, on a CPU, for ids outside the vocabulary."""
     if len(indices) != tokens:
-        raise ValueError(f"{len(indices)} rows of {kind} for {tokens} supervised tokens")
+        raise TargetsError(f"The teacher gave {len(indices)} rows of {kind} for {tokens} supervised tokens.")
     if indices.device.type != "cpu":  # reading them would make the host wait for the device
         return
     if indices.numel() and not -1 <= int(indices.min()) <= int(indices.max()) < vocabulary:
-        raise ValueError(f"ids of {kind} must be in [0, {vocabulary}), or -1 where missing")
+        raise TargetsError(f"The teacher's ids of {kind} must be in [0, {vocabulary}), or -1 where missing.")

@@ -26,6 +26,7 @@ from kdtrain.preflight.findings import Together, report
 from kdtrain.preflight.positions import refuse_width
 from kdtrain.teachers import Targets, teacher_autocast
 from kdtrain.trainer.answers import generated
+from kdtrain.trainer.guard import targets_named
 from kdtrain.trainer.term_gradients import TermGradients, term_gradients
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def _targets(trainer: GKDTrainerWithMetrics, batch: Batch) -> Targets | None:
     if teacher is None or not trainer.options.lm_kd_active:
         return None
     teacher.prepare([batch])
-    with teacher_autocast(trainer.accelerator):
+    with teacher_autocast(trainer.accelerator), targets_named(trainer, batch):
         return teacher.targets(batch)
 
 

@@ -5,7 +5,8 @@ What was found stands in the error (`NonFiniteError.facts`): the step, the terms
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from kdtrain.data.batch import Batch
-from kdtrain.errors import NonFiniteError
+from kdtrain.errors import NonFiniteError, NonFiniteTargetsError, TargetsError
 from kdtrain.trainer.deepspeed import guard_steps, not_a_norm
 from kdtrain.trainer.objective import Terms
 
@@ -66,7 +67,7 @@ class NonFiniteGuard:
         entropies = {"student": terms.tokens.student_entropy_sum, "teacher": terms.tokens.teacher_entropy_sum}
         self._measured.append(
             _Measured(
-                tuple(batch.rows.name(row) for row in range(len(batch))),
+                _names(batch),
                 terms.named,
                 {name: value for name, value in entropies.items() if value is not None},
             )
@@ -220,6 +221,39 @@ def nonfinite_scores(trainer: GKDTrainerWithMetrics, ranks: Sequence[Mapping[str
         f"log-probabilities of {what}, {_named(rows)}, are no numbers. {_ADVICE['teacher']}.",
         _facts(trainer, "selection", ranks, origin=["teacher"]),
     )
+
+
+@contextmanager
+def targets_named(trainer: GKDTrainerWithMetrics, batch: Batch) -> Iterator[None]:
+    """Say of targets of a teacher that cannot be used of which rows they are, and of which class the teacher is.
+
+    Of a teacher in this process the loss shows it; those of others are looked at when they come.
+    """
+    try:
+        yield
+    except TargetsError as error:
+        raise TargetsError(f"{error} They are of {_named(_names(batch))}{_of_class(trainer)}.") from error
+    except NonFiniteTargetsError as error:
+        rank = trainer.accelerator.process_index
+        where = f"step {trainer.state.global_step + 1}" if trainer.model.training else "an evaluation"
+        raise NonFiniteTargetsError(
+            f"Not finite at {where}{_on([rank])}. {error} They are of {_named(_names(batch))}{_of_class(trainer)}. "
+            f"{_ADVICE['given']}.",
+            _facts(
+                trainer,
+                "training" if trainer.model.training else "evaluation",
+                [{"rank": rank, "rows": list(_names(batch))}],
+                origin=["teacher"],
+            ),
+        ) from error
+
+
+def _of_class(trainer: GKDTrainerWithMetrics) -> str:
+    return "" if trainer.teacher is None else f", given by {type(trainer.teacher).__name__}"
+
+
+def _names(batch: Batch) -> tuple[str, ...]:
+    return tuple(batch.rows.name(row) for row in range(len(batch)))
 
 
 def _facts(

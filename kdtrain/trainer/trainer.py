@@ -81,7 +81,7 @@ from kdtrain.trainer.best_step import BestStep, metric_name
 from kdtrain.trainer.changed_options import check_can_change
 from kdtrain.trainer.completions import CompletionsLog
 from kdtrain.trainer.given_rows import check_raw_rows, check_stream, placeholder
-from kdtrain.trainer.guard import NonFiniteGuard
+from kdtrain.trainer.guard import NonFiniteGuard, targets_named
 from kdtrain.trainer.live_option import LiveOption
 from kdtrain.trainer.objective import warn_of_logits
 from kdtrain.trainer.read_ahead import ReadAhead
@@ -431,15 +431,16 @@ class GKDTrainerWithMetrics(GKDTrainer):
         batch = self.receiver.accept(inputs)
         refuse_width(self._positions, batch)
         options = self._options_of(training)
-        terms = self._objective(
-            model,
-            batch,
-            options,
-            self._run_teacher_forward,
-            num_items_in_batch,
-            1.0 if self._window is None else self._window.aux_share,
-            self._window.num_kd_items if training and self._window is not None else None,
-        )
+        with targets_named(self, batch):
+            terms = self._objective(
+                model,
+                batch,
+                options,
+                self._run_teacher_forward,
+                num_items_in_batch,
+                1.0 if self._window is None else self._window.aux_share,
+                self._window.num_kd_items if training and self._window is not None else None,
+            )
         by_kind = options.lm_kd_active and max(options.lmbda, self.args.lmbda) > 0
         metrics.record(self._metrics["train" if training else "eval"], terms, batch, by_kind=by_kind)
         self._guard.note(batch, terms)
