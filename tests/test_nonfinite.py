@@ -159,7 +159,7 @@ class GivenTopK(Given):
 def test_a_users_top_k_targets_that_are_no_numbers_name_the_teacher_and_the_rows(tmp_path, student, begun):
     trainer = make_trainer(tmp_path, student, max_steps=2, extra={"teacher": GivenTopK(math.nan)}, lmbda=0.0)
     trainer.alignment_checked = begun  # else the look at a few rows finds it
-    with pytest.raises(NonFiniteError, match="step 1, rank 0.*row.* 0, .*, given by GivenTopK") as caught:
+    with pytest.raises(NonFiniteError, match=r"step 1, rank 0.*row.* 0, .*, given by GivenTopK") as caught:
         trainer.train()
     assert (caught.value.exit_code, caught.value.facts["origin"]) == (5, ["teacher"])
     assert "0" in caught.value.facts["ranks"][0]["rows"]
