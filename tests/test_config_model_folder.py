@@ -49,8 +49,16 @@ BROKEN = {
     "weights cut in the header": (lambda f: truncate(f / "model.safetensors", 300), r"is cut short: it has 300 bytes"),
     "weights cut in the first bytes": (lambda f: truncate(f / "model.safetensors", 5), "is not a safetensors file"),
     "an error page for weights": (
-        lambda f: (f / "model.safetensors").write_text("<html>404: not found</html>"),
-        "is not a safetensors file",
+        lambda f: (f / "model.safetensors").write_text("\n<html>404: not found</html>"),
+        "is a web page in place of the file",
+    ),
+    "zero bytes for weights": (
+        lambda f: (f / "model.safetensors").write_bytes(bytes(118_024)),
+        r"model\.safetensors holds zero bytes: .*never wrote it",
+    ),
+    "more than weights": (
+        lambda f: (f / "model.safetensors").open("ab").write(b"more"),
+        r"model\.safetensors has 118,\d+ bytes, and its header speaks of 118,",
     ),
     "empty weights": (lambda f: truncate(f / "model.safetensors", 0), r"model\.safetensors is empty"),
     "a pointer for weights": (

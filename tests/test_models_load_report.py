@@ -103,6 +103,16 @@ WRONG = {
         lambda w: [w.pop(name) for name in list(w) if "mlp" in name],
         r"6 weights do.* and 1 more\. Copy",
     ),
+    "a header whose data was never written": (
+        "tied",
+        lambda w: [value.zero_() for value in w.values()],
+        r"15 of its 15 matrices hold nothing but zeros",
+    ),
+    "an embedding that was never written": (
+        "untied",
+        lambda w: w["model.embed_tokens.weight"].zero_(),
+        r"1 of its 16 matrices hold nothing but zeros \(model\.embed_tokens\.weight\)",
+    ),
 }
 
 
@@ -134,6 +144,15 @@ OLD = {
     "a head that predicts further ahead": ("llama", {"mtp.fc.weight": torch.ones(2, 2)}),
     "a layer that predicts further ahead": ("further ahead", {"model.layers.2.mlp.up_proj.weight": torch.ones(2, 2)}),
 }
+
+
+def test_blocks_that_begin_with_zeros_are_no_false_alarm(saved, tmp_path):
+    def added(weights):
+        for name in weights:
+            if "layers.1" in name and name.endswith(("o_proj.weight", "down_proj.weight")):
+                weights[name].zero_()
+
+    load_model(changed(saved, "tied", tmp_path, added))
 
 
 @pytest.mark.parametrize("name", OLD)

@@ -59,11 +59,11 @@ NORM = "model.norm.weight"
 DAMAGES = {
     "cut": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), 2, "is cut short"),
     "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), 2, "is empty"),
-    "zeroed": (lambda f: (f / WEIGHTS).write_bytes(bytes(10_000)), 2, "is not a safetensors file"),
+    "zeroed": (lambda f: (f / WEIGHTS).write_bytes(bytes(10_000)), 2, "holds zero bytes"),
     "another header": (
         lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:8] + bytes(10_000)),
         2,
-        "is not a safetensors file",
+        "holds zero bytes",
     ),
     "a missing shard": (without_a_shard, 2, "is missing"),
     "another shape": (
@@ -116,7 +116,9 @@ def test_a_damaged_adapter_is_named(project, kdtrain, whose, damage):
         "student": ["model.adapter=./adapter", "tuner.train_type=lora"],
         "teacher": ["rlhf.teacher.adapter=./adapter", "rlhf.teacher_model=./student"],
     }
-    refused(kdtrain, 3, f"The adapter {project}/adapter could not be loaded", options=options[whose])
+    said = {"cut": ": adapter_model.safetensors is cut short", "zeroed": ": adapter_model.safetensors holds zero bytes"}
+    message = f"The adapter {project}/adapter could not be loaded{said.get(damage, '')}"
+    refused(kdtrain, 3, message, options=options[whose])
 
 
 def zipped(content):

@@ -54,7 +54,7 @@ def findings(folder: Path) -> Iterator[Problem]:
         return
     if (folder / ADAPTER_CONFIG).is_file() and weight_files(folder):
         yield _ADAPTER_BESIDE
-    yield from (finding for path in weight_files(folder) if (finding := _broken_weights(path)))
+    yield from (finding for path in weight_files(folder) if (finding := broken_weights(path)))
     yield from _unloadable(read_map(folder / "config.json"))
 
 
@@ -120,8 +120,11 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(map(str, shards.values())))] if isinstance(shards, dict) else []
 
 
-def _broken_weights(path: Path) -> Problem | None:
-    """Compare a safetensors file's length with what its header says: eight bytes of length, the header, the data."""
+def broken_weights(path: Path) -> Problem | None:
+    """What a safetensors file is instead of itself; None where it can be read.
+
+    Compares a safetensors file's length with what its header says: eight bytes of length, the header, the data.
+    """
     try:
         if not path.is_file():
             return _damaged(path, f"is missing, and {INDEX} names it")
@@ -129,7 +132,12 @@ def _broken_weights(path: Path) -> Problem | None:
             return finding
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            begins = file.read(64)
+        if not any(begins):
+            return _damaged(path, "holds zero bytes: a copy, a download or a disk that broke off never wrote it")
+        if begins.lstrip().startswith(b"<"):
+            return _damaged(path, "is a web page in place of the file, maybe of a login or an error")
+        length = int.from_bytes(begins[:8], "little")
         if size < 8 or length > _LARGEST_HEADER:
             return _damaged(path, "is not a safetensors file")
         end = 8 + length
@@ -140,7 +148,9 @@ def _broken_weights(path: Path) -> Problem | None:
         return _unreadable(path, error)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return _damaged(path, "is not a safetensors file")
-    return _damaged(path, f"is cut short: it has {size:,} bytes of {end:,}") if size < end else None
+    if size < end:
+        return _damaged(path, f"is cut short: it has {size:,} bytes of {end:,}")
+    return _damaged(path, f"has {size:,} bytes, and its header speaks of {end:,}") if size > end else None
 
 
 def read_header(path: Path) -> dict[str, Any]:

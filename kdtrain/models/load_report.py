@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kdtrain.config.model_folder import require_sound
-from kdtrain.errors import CheckpointError
+from kdtrain.errors import CheckpointError, PreflightError
 
 _SHOWN = 5
 # Constants that older versions of transformers saved with every layer: causal masks and their filler value, rotary
@@ -38,6 +38,30 @@ def wrong_weights(found: Mapping[str, Any], config: PreTrainedConfig) -> list[st
         for name, saved, wanted in sorted(found["mismatched_keys"])
     ]
     return lines + [f"unknown {name}" for name in unexpected]
+
+
+def refuse_zeros(model: PreTrainedModel, name: str) -> None:
+    """Refuse weights that were never written: of a file whose header alone has come to the disk, the rest is zeros.
+
+    A few matrices may be zeros, in blocks that were added to a model; embeddings, or most of them, are not.
+
+    Raises:
+        PreflightError: they are.
+    """
+    matrices = {
+        key: weight
+        for key, weight in model.named_parameters()
+        if weight.ndim > 1 and weight.numel() and weight.is_floating_point() and not weight.is_meta
+    }
+    # The first row is enough of most of them.
+    zeros = [key for key, weight in matrices.items() if not bool(weight[0].any()) and not bool(weight.any())]
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    if 2 * len(zeros) > len(matrices) or any(matrices[key] is embedding for key in zeros):
+        raise PreflightError(
+            f"The model {name} cannot be used: {len(zeros)} of its {len(matrices)} matrices hold nothing but zeros "
+            f"({listed(zeros)}). A copy, a download or a disk that broke off leaves such files: copy or download the "
+            "folder again."
+        )
 
 
 def listed(lines: list[str]) -> str:

@@ -23,13 +23,13 @@ from transformers import (
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from kdtrain.config.adapters import adapter_base, has_file, is_adapter_folder, levels
-from kdtrain.config.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, require_sound
+from kdtrain.config.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, broken_weights, require_sound
 from kdtrain.errors import KdtrainError, PreflightError
 from kdtrain.memory import is_out_of_memory, peak
 from kdtrain.models.generation_defaults import keep_savable
 from kdtrain.models.hub import require_model
 from kdtrain.models.kinds import refuse_other_kinds, sees_images
-from kdtrain.models.load_report import listed, loading_log, wrong_weights
+from kdtrain.models.load_report import listed, loading_log, refuse_zeros, wrong_weights
 from kdtrain.models.merging import merge_adapter
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ def _with_sound_weights(
     wrong = wrong_weights(found, model.config)
     if wrong:
         raise _wrong_weights(name, wrong)
+    refuse_zeros(model, name)
     if log.not_tied:
         logger.warning(
             "%s: its config says that embedding and head are one weight (tie_word_embeddings), and its files hold two "
@@ -195,6 +196,8 @@ def add_adapter(base: PreTrainedModel, folder: str, *, trained: bool = False) ->
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not has_file(folder, file):
             raise PreflightError(f"{folder} is not the folder of an adapter: it has no {file}.")
+    if broken := broken_weights(Path(folder) / ADAPTER_WEIGHTS):
+        raise PreflightError(f"The adapter {folder} could not be loaded: {broken.message}. {broken.hint.capitalize()}.")
     try:
         model = PeftModel.from_pretrained(base, folder, is_trainable=trained)
         # Once more, for what PEFT says of it: the names in the file may be older than the model's, and it knows some.
