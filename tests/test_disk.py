@@ -113,6 +113,10 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_saved_leaves_the_older_one_a
             code, _, err = kdtrain("fit", "config.yaml", "training.output_dir=disk/run", *STEPS)
         assert code == 6, err
         assert re.search(r"Writing \S+/disk/run\S* failed: .*MiB are free there, and a checkpoint takes about", err)
+        lost = (
+            "newest checkpoint is checkpoint-2: what was trained since, up to step 4, is lost. Then go on with kdtrain"
+        )
+        assert lost in " ".join(err.split())
         assert "--resume auto" in err
         assert "Traceback" not in err
         run = disk / "run"
@@ -132,6 +136,9 @@ def test_a_file_that_may_not_be_as_large_as_the_model_ends_the_run_where_nothing
         code, _, err = kdtrain("fit", "config.yaml", *STEPS, f"training.save_strategy={saving}")
     assert code == 6, err
     assert re.search(r"Writing \S+/run\S* failed: .*ulimit -f", err)
+    step, strategy = {"no": (4, "no"), "steps": (2, "steps")}[saving]
+    lost = f"No checkpoint was saved (training.save_strategy: {strategy}): all {step} steps are lost. Then go on with"
+    assert lost in " ".join(err.split())
     assert not list((project / "run").glob("*.safetensors"))
     assert not (project / "run" / ".model.tmp").exists()
 

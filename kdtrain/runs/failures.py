@@ -14,6 +14,8 @@ from trl.experimental.gkd import GKDConfig
 from kdtrain.disk import failure_of, in_units, write_error
 from kdtrain.errors import DataError, KdtrainError, PreflightError
 from kdtrain.memory import is_out_of_memory, peak
+from kdtrain.runs.checkpoints import numbered, step_of
+from kdtrain.runs.folder import MANIFEST
 from kdtrain.runs.resume import resume_command
 
 if TYPE_CHECKING:
@@ -44,11 +46,14 @@ def readable_construction() -> Iterator[None]:
 
 
 @contextmanager
-def readable_failures(args: GKDConfig, wanted: Callable[[], str] | None = None) -> Iterator[None]:
+def readable_failures(
+    args: GKDConfig, wanted: Callable[[], str] | None = None, lost: Callable[[], str] = lambda: ""
+) -> Iterator[None]:
     """Turn errors of the device's memory and the disk into errors that name a way out.
 
     Args:
         wanted: says how many bytes are to be written, where that is known.
+        lost: says what of a run is lost, where it is training that ends.
     """
     try:
         yield
@@ -68,8 +73,20 @@ def readable_failures(args: GKDConfig, wanted: Callable[[], str] | None = None) 
             ) from error
         if (failure := failure_of(error)) is None:
             raise
-        then = f"{_LESS if failure.is_full else ''}Then go on with {resume_command()}"
+        then = f"{_LESS if failure.is_full else ''}{lost()}Then go on with {resume_command()}"
         raise write_error(failure, Path(args.output_dir), then, wanted and wanted()) from error
+
+
+def what_is_lost(trainer: GKDTrainerWithMetrics) -> str:
+    """What of a run is lost where a write ends it: the steps since its newest checkpoint."""
+    step, run_dir = trainer.state.global_step, Path(trainer.args.output_dir)
+    saved = [path for path in numbered(run_dir) if (path / MANIFEST).is_file()]
+    if not step or (saved and step_of(saved[-1]) >= step):
+        return ""
+    if saved:
+        return f"The newest checkpoint is {saved[-1].name}: what was trained since, up to step {step}, is lost. "
+    strategy = getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy)
+    return f"No checkpoint was saved (training.save_strategy: {strategy}): all {step} steps are lost. "
 
 
 def disk_needs(trainer: GKDTrainerWithMetrics) -> str:

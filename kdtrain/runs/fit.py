@@ -24,7 +24,7 @@ from kdtrain.runs.callbacks import CheckWrapped, LeftEvaluationError, StopOnSign
 from kdtrain.runs.changed import Comparison
 from kdtrain.runs.checkpoints import checkpoint_to_resume, steps_done
 from kdtrain.runs.completions import ShowCompletions, WriteCompletions
-from kdtrain.runs.failures import disk_needs, readable_failures
+from kdtrain.runs.failures import disk_needs, readable_failures, what_is_lost
 from kdtrain.runs.final_model import push, save_final_model
 from kdtrain.runs.folder import (
     CHECKPOINT,
@@ -139,7 +139,7 @@ def fit(
         name_tensorboard(trainer, run_dir)
         trainer.remove_callback(PrinterCallback)  # it prints dicts to stdout, which is for results
         trainer.add_callback(CheckWrapped(trainer))
-        with readable_failures(args, lambda: disk_needs(trainer)):
+        with readable_failures(args, lambda: disk_needs(trainer), lambda: what_is_lost(trainer)):
             if dry_run:
                 metrics, times = timed_windows(trainer, tokens_per_row(report))
                 metrics |= {"step_time_s": times.step_s, "run_time_s": times.run_s}
