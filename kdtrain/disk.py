@@ -11,12 +11,16 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kdtrain.errors import CheckpointError, KdtrainError
+
+if TYPE_CHECKING:
+    import torch
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -35,6 +39,11 @@ _WAYS_OUT = {
     _GONE: "It, or a folder that it lies in, was moved or deleted. Put that back.",
     _TOO_MANY: "Let a process open more of them: ulimit -n 4096.",
 }
+
+
+_UMASK = os.umask(0o077)  # it cannot be asked for but by setting it
+os.umask(_UMASK)
+_NEW_FILE = 0o666 & ~_UMASK
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,23 @@ def write_error(failure: WriteFailure, path: Path, then: str = "", wanted: str |
     parts += [way for codes, way in _WAYS_OUT.items() if (failure.code or errno.ENOSPC) in codes]
     parts.append(then)
     return CheckpointError(" ".join(part for part in parts if part))
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """`safetensors.torch.save_file`, with the mode of any other new file."""
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path)
+    path.chmod(_NEW_FILE)
+
+
+def as_other_files(folder: Path) -> None:
+    """Give the safetensors files in a folder the mode of any other new file.
+
+    safetensors writes into a temporary file, which this user alone may read whatever the umask says.
+    """
+    for path in folder.glob("*.safetensors"):
+        path.chmod(_NEW_FILE)
 
 
 def free_bytes(path: Path) -> int | None:

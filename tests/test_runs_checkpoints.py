@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 
 import pytest
 import torch
@@ -59,6 +60,12 @@ def test_the_manifest_holds_every_file_of_a_checkpoint(run):
     }  # fmt: skip
     assert found["facts"].keys() == {"config", "training", "content", "data"}
     assert {"torch", "transformers", "trl"} <= found["versions"].keys()
+
+
+def test_other_users_may_read_weights_as_they_may_other_files(saved):
+    modes = {path.relative_to(saved): stat.S_IMODE(path.stat().st_mode) for path in saved.rglob("*") if path.is_file()}
+    assert sum(path.suffix == ".safetensors" for path in modes) == 5  # the model, and two files of each checkpoint
+    assert len(set(modes.values())) == 1, modes
 
 
 def test_all_files_are_on_the_disk_before_the_manifest_is_and_it_before_its_name(tmp_path, monkeypatch):

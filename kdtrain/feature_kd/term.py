@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from kdtrain.config.options import VisualKdConfig
 from kdtrain.data.batch import Batch
+from kdtrain.disk import save_tensors
 from kdtrain.errors import CheckpointError, PreflightError
 from kdtrain.feature_kd.distance import feature_distance
 from kdtrain.feature_kd.grids import NOTHING_KNOWN, TargetGrids, image_grids
@@ -160,7 +161,7 @@ class VisualTerm:
     def save(self, folder: str | Path) -> None:
         if self.projectors:
             state = {name: value.detach().cpu().contiguous() for name, value in self.projectors.state_dict().items()}
-            save_file(state, Path(folder) / PROJECTORS)
+            save_tensors(state, Path(folder) / PROJECTORS)
 
     def load(self, folder: str | Path) -> None:
         if not self.projectors:

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from kdtrain.config.adapters import has_file, is_adapter_folder
-from kdtrain.disk import writing
+from kdtrain.disk import as_other_files, writing
 from kdtrain.errors import PreflightError
 from kdtrain.generation.sampling import turn_ends
 from kdtrain.models.parts import count_parameters
@@ -82,8 +82,7 @@ def export(
     )
     with writing(out, "Nothing of it is left."), new_folder(out) as folder:
         model.save_pretrained(folder)
-        for file in folder.glob("*.safetensors"):  # which come readable for this user alone
-            shutil.copymode(folder / "config.json", file)
+        as_other_files(folder)
         processing.save_pretrained(folder)
         if version == 4:
             write_for_transformers_4(folder)

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from kdtrain.disk import save_tensors
 from kdtrain.errors import CheckpointError
 from kdtrain.ranks import is_main
 
@@ -69,7 +70,7 @@ class MovingAverage:
         """Write `FILE` on rank 0; all ranks call it, since some may hold pieces."""
         whole = {name: _whole(average, self._trained[name]).cpu() for name, average in self._averages.items()}
         if is_main():
-            save_file(whole, folder / FILE)
+            save_tensors(whole, folder / FILE)
 
     def load(self, folder: Path) -> None:
         """Read it back, on all ranks.

@@ -61,7 +61,7 @@ from kdtrain.data.batch import Batch, received
 from kdtrain.data.collate import Collator
 from kdtrain.data.epochs import Epochs
 from kdtrain.data.errors import said
-from kdtrain.disk import failure_of
+from kdtrain.disk import as_other_files, failure_of
 from kdtrain.errors import CheckpointError
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.generation.sampler import Sampler
@@ -656,6 +656,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if self.args.should_save:
             if self.visual is not None:
                 self.visual.save(output_dir or self.args.output_dir)
+            as_other_files(Path(output_dir or self.args.output_dir))
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
 

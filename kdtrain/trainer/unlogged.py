@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kdtrain.disk import save_tensors
 from kdtrain.errors import CheckpointError
 from kdtrain.trainer.metrics import SAME_ON_ALL_RANKS
 
@@ -44,7 +45,7 @@ def save_unlogged(trainer: GKDTrainerWithMetrics, folder: str | Path) -> None:
         if values:  # float64 holds every float32 and count exactly
             state[_METRIC + name] = torch.stack([value.detach().cpu().double() for value in values])
     state |= {_SAMPLES + name: value for name, value in trainer.samples.state().items()}
-    save_file(state, _file(folder, trainer.args.process_index))
+    save_tensors(state, _file(folder, trainer.args.process_index))
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
