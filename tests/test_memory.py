@@ -59,6 +59,20 @@ def test_a_model_that_finds_no_memory_while_it_is_loaded_is_named(project, kdtra
     assert not (project / "run").exists()
 
 
+def test_a_cache_that_finds_no_memory_says_how_to_go_on(project, kdtrain, monkeypatch):
+    from kdtrain.runs import cache
+
+    def write_shard(*_, **__):
+        raise WAYS["torch on a CPU"]()
+
+    monkeypatch.setattr(cache.CacheWriter, "write_shard", write_shard)
+    code, _, err = kdtrain("cache", "config.yaml", "--out", "cache")
+    assert code == 3, err
+    assert "Out of memory on cpu: the peak of this process was " in err
+    assert "rows at a time. Lower training.per_device_eval_batch_size" in err
+    assert "Whole shards stay, and the same command goes on." in " ".join(err.split())
+
+
 def test_memory_that_really_runs_out_in_a_step(project, kdtrain, monkeypatch):
     """By a limit on addresses, as the first step begins; torch's allocator says it."""
     real, limits = GKDTrainerWithMetrics.compute_loss, resource.getrlimit(resource.RLIMIT_AS)

@@ -23,6 +23,7 @@ from trl.experimental.gkd import GKDConfig
 from kdtrain import __version__
 from kdtrain.config import RunConfig, TrainArguments
 from kdtrain.errors import ConfigError, DataError, NonFiniteError, PreflightError, TeacherError
+from kdtrain.memory import is_out_of_memory, peak
 from kdtrain.models.processing import load_processing
 from kdtrain.preflight.server import by_one_rank
 from kdtrain.ranks import is_main
@@ -286,14 +287,17 @@ class Making:
         """Errors of the device's memory and of the teacher, with a way out."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            raise PreflightError(
-                f"Out of memory on {args.device} with {self.teacher.asking.batch_size} rows at a time. Lower "
-                "training.per_device_eval_batch_size; whole shards stay, and the same command goes on."
-            ) from error
         except (TeacherError, NonFiniteError) as error:
             error.args = (f"{error} {kept(self.folder)}",)
             raise
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise PreflightError(
+                f"Out of memory on {args.device}: {peak(args.device)}, with {self.teacher.asking.batch_size} rows at a "
+                "time. Lower training.per_device_eval_batch_size or data.max_length, or give the teacher half "
+                "precision (rlhf.teacher.dtype). Whole shards stay, and the same command goes on."
+            ) from error
 
 
 def _result(folder: Path, plan: CachePlan, started: float, written: int, verified: Verified | None) -> CacheResult:
