@@ -427,6 +427,38 @@ def test_where_one_rank_cannot_write_all_of_them_end(project, broken):
     assert why_not(project / "run" / "checkpoint-1") == "is not complete: the run ended while it was written"
 
 
+def fit_with_a_log_that_breaks(project, step):
+    """Train two steps in this rank; the record of one of them cannot be written."""
+    from kdtrain.config import ConfigLoader
+    from kdtrain.runs import log
+    from kdtrain.runs.fit import fit
+    from tests.test_vision_fit import Silent
+
+    real = log.JsonlLogger.on_log
+
+    def on_log(self, args, state, *rest, **kwargs):
+        if state.global_step == step:
+            self._path = type(self._path)("/dev/full")
+        return real(self, args, state, *rest, **kwargs)
+
+    log.JsonlLogger.on_log = on_log
+    options = ["training.max_steps=3", "training.save_strategy=no", "training.eval_strategy=no", "data.eval=null"]
+    options += [f"training.output_dir={project / 'run'}", "training.logging_steps=1", "training.report=false"]
+    try:
+        fit(ConfigLoader.load_training_config(project / "config.yaml", overrides=options), Silent())
+    except CheckpointError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("step", "saved_at"), [(1, 2), pytest.param(3, 3, marks=pytest.mark.faults)])
+def test_a_log_that_rank_0_cannot_write_stops_all_ranks_with_their_state_saved(project, step, saved_at):
+    first, second = tiny.run_ranks(fit_with_a_log_that_breaks, 2, project, step, timeout=60)
+    assert first == second
+    assert "Writing /dev/full failed: No space left on device." in first
+    assert f"The state of step {saved_at} is saved: go on with" in first
+    assert why_not(project / "run" / f"checkpoint-{saved_at}") is None
+
+
 def test_the_manifest_holds_the_files_of_all_ranks(project):
     assert tiny.run_ranks(fit_two_ranks, 2, project, None) == [None, None]
     found = read_manifest(project / "run" / "checkpoint-1")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from kdtrain.errors import Interrupted, PreflightError
 from kdtrain.ranks import is_main
-from kdtrain.runs.folder import CHECKPOINT
+from kdtrain.runs.folder import CHECKPOINT, RecordError
 from kdtrain.runs.lock import require_held
 from kdtrain.runs.log import is_record
 from kdtrain.runs.signals import StopRequest
@@ -29,15 +32,38 @@ class LeftEvaluationError(Interrupted):
     """A signal came while the model was evaluated between two steps. All ranks raise it, after the same batch."""
 
 
+class Records:
+    """What rank 0 writes between two steps, and what becomes of it where that cannot be written.
+
+    Alone, it raises at once. Of several ranks it goes on to the end of the next step, where all of them stop and save
+    their state together: see `StopOnSignal`.
+    """
+
+    def __init__(self) -> None:
+        self.error: RecordError | None = None
+        """Of this rank."""
+
+    @contextmanager
+    def writing(self, args: TrainingArguments) -> Iterator[None]:
+        """Write inside."""
+        try:
+            yield
+        except RecordError as error:
+            if args.world_size == 1:
+                raise
+            self.error = self.error or error
+
+
 class StopOnSignal(TrainerCallback):
     """Signals finish the step, save a checkpoint and end training; an evaluation is left after its batch.
 
     At the end of every step, and of every batch of an evaluation, the ranks agree on the largest signal noted, so that
     a signal to one rank stops all of them at the same place: otherwise the others would wait in a collective for ever.
+    A log that rank 0 cannot write stops them in the same way, at the end of a step.
     """
 
-    def __init__(self, trainer: GKDTrainerWithMetrics, request: StopRequest) -> None:
-        self._trainer, self._request = trainer, request
+    def __init__(self, trainer: GKDTrainerWithMetrics, request: StopRequest, records: Records) -> None:
+        self._trainer, self._request, self._records = trainer, request, records
         self.signum = 0
         """The signal the run was stopped by, on every rank; 0 if none."""
 
@@ -49,21 +75,37 @@ class StopOnSignal(TrainerCallback):
             self._trainer._determine_best_metric(metrics=metrics, trial=None)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._asked():
+        if self._is_lost() or self.signum:
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False
 
     def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        if self._asked():
+        self._is_lost()
+        if self.signum:
             raise LeftEvaluationError(self.signum, "Stopped in an evaluation.")
 
-    def _asked(self) -> bool:
-        accelerator = self._trainer.accelerator
+    def raise_lost(self) -> None:
+        """Raise on all ranks where a record of one could not be written; a collective.
+
+        Raises:
+            RecordError: the same on all.
+        """
+        error = self._records.error
+        said = [error and str(error)]
+        message = next(
+            filter(None, said if self._trainer.accelerator.num_processes == 1 else gather_object(said)), None
+        )
+        if message is not None:
+            raise error or RecordError(message)
+
+    def _is_lost(self) -> bool:
+        """Whether a record was lost on any rank; `signum` is then agreed upon as well."""
+        accelerator, lost = self._trainer.accelerator, self._records.error is not None
         self.signum = self._request.noted
         if accelerator.num_processes > 1:
-            noted = torch.tensor([self.signum], device=accelerator.device)
-            self.signum = int(accelerator.gather(noted).max())
-        return bool(self.signum)
+            noted = torch.tensor([[self.signum, lost]], device=accelerator.device)
+            self.signum, lost = accelerator.gather(noted).amax(dim=0).tolist()
+        return bool(lost)
 
 
 def _evaluation_is_due(args: TrainingArguments, state: TrainerState) -> bool:
@@ -82,8 +124,8 @@ class WriteProgress(TrainerCallback):
     And ends a run whose folder another one has taken, before it writes there again.
     """
 
-    def __init__(self, run_dir: Path, best_step: BestStep) -> None:
-        self._run_dir, self._best_step = run_dir, best_step
+    def __init__(self, run_dir: Path, best_step: BestStep, records: Records) -> None:
+        self._run_dir, self._best_step, self._records = run_dir, best_step, records
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         require_held(self._run_dir)
@@ -91,16 +133,19 @@ class WriteProgress(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
-        if is_main() and is_record(logs):
-            write_progress(self._run_dir, step=state.global_step)
+        if is_record(logs):
+            self._write(args, step=state.global_step)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if is_main():
-            write_progress(self._run_dir, step=state.global_step, best=as_object(self._best_step.best))
+        self._write(args, step=state.global_step, best=as_object(self._best_step.best))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._write(args, step=state.global_step, last_checkpoint=f"{CHECKPOINT}{state.global_step}")
+
+    def _write(self, args: TrainingArguments, **progress: Any) -> None:
         if is_main():
-            write_progress(self._run_dir, step=state.global_step, last_checkpoint=f"{CHECKPOINT}{state.global_step}")
+            with self._records.writing(args):
+                write_progress(self._run_dir, **progress)
 
 
 class CheckWrapped(TrainerCallback):

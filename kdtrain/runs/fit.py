@@ -14,13 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProcessorMixin
 
 from kdtrain.config import TrainArguments
 from kdtrain.errors import Interrupted, TeacherError
 from kdtrain.ranks import is_main
 from kdtrain.runs.build import Given, Reporter, build_trainer
-from kdtrain.runs.callbacks import CheckWrapped, LeftEvaluationError, StopOnSignal, WriteProgress, name_tensorboard
+from kdtrain.runs.callbacks import (
+    CheckWrapped,
+    LeftEvaluationError,
+    Records,
+    StopOnSignal,
+    WriteProgress,
+    name_tensorboard,
+)
 from kdtrain.runs.changed import Comparison
 from kdtrain.runs.checkpoints import checkpoint_to_resume, steps_done
 from kdtrain.runs.completions import ShowCompletions, WriteCompletions
@@ -168,15 +176,15 @@ def _train_and_save(
     trainer: GKDTrainerWithMetrics, run_dir: Path, checkpoint: Path | None, facts: Mapping[str, Any]
 ) -> dict[str, float]:
     """Train to the end, or to a signal, which saves a checkpoint and no model; the last metrics."""
-    request = StopRequest()
-    stop = StopOnSignal(trainer, request)
+    request, records = StopRequest(), Records()
+    stop = StopOnSignal(trainer, request, records)
     if is_main():
         run_dir.mkdir(parents=True, exist_ok=True)
     trainer.accelerator.wait_for_everyone()
     trainer.before_saving = SameFolder(run_dir).check
-    trainer.add_callback(JsonlLogger(run_dir / LOG))
+    trainer.add_callback(JsonlLogger(run_dir / LOG, records.writing))
     trainer.add_callback(WriteCompletions(trainer, run_dir / COMPLETIONS))
-    trainer.add_callback(WriteProgress(run_dir, trainer.best_step))
+    trainer.add_callback(WriteProgress(run_dir, trainer.best_step, records))
     trainer.add_callback(stop)
     trainer.saving.hooks = CheckpointKeeper(trainer.args, checkpoint, facts)
     at_its_end = checkpoint is not None and _is_at_its_end(trainer, checkpoint)
@@ -188,6 +196,7 @@ def _train_and_save(
         if checkpoint is None or not at_its_end:
             with _state_saved_before_the_end(trainer, run_dir), _state_saved_in_evaluation(trainer, run_dir):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                stop.raise_lost()
         else:  # transformers compares with max_steps after a step only, and would take one more
             load_end(trainer, checkpoint)
         if stop.signum:
@@ -267,8 +276,11 @@ def _state_saved_before_the_end(trainer: GKDTrainerWithMetrics, run_dir: Path) -
     except (TeacherError, RecordError) as error:
         step, alone = trainer.state.global_step, trainer.accelerator.num_processes == 1
         folder = run_dir / f"{CHECKPOINT}{step}"
-        together = isinstance(error, TeacherError) and error.between_steps
-        if step and (together or alone) and not folder.exists():
+        together = isinstance(error, RecordError) or error.between_steps
+        is_there = folder.exists()
+        if together and not alone:  # one that is late must not take what rank 0 begins to write for it
+            [is_there] = broadcast_object_list([is_there])
+        if step and (together or alone) and not is_there:
             try:
                 trainer._save_checkpoint(trainer.model, trial=None)
             except Exception:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,15 @@ class JsonlLogger(TrainerCallback):
     """Writes the records on rank 0, the last step's always: a run shorter than `logging_steps` would leave none.
 
     On resume, records of steps after the one resumed from are dropped, and so is a torn last line.
+
+    Args:
+        kept: around each record that is written: what becomes of a `RecordError`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path, kept: Callable[[TrainingArguments], AbstractContextManager[None]] = lambda args: nullcontext()
+    ) -> None:
+        self._path, self._kept = path, kept
         self._folder: SameFolder | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -48,7 +54,7 @@ class JsonlLogger(TrainerCallback):
         if is_main() and is_record(logs):
             if self._folder is not None:
                 self._folder.check()
-            with writing_record(self._path), self._path.open("a", encoding="utf-8") as file:
+            with self._kept(args), writing_record(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(_line({"step": state.global_step, **logs}))
 
 
