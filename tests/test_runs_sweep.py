@@ -226,6 +226,14 @@ def test_what_a_sweep_cannot_do_is_refused_before_torch_is_imported(fit, folder,
     assert message in " ".join(fit(*arguments, code=2).err.split())
 
 
+def test_runs_that_have_no_room_together_are_refused_before_the_first(fit, folder, monkeypatch):
+    model = sum(tensor.numel() for tensor in load_file(folder / "student" / "model.safetensors").values()) * 4
+    monkeypatch.setattr(sweep, "free_disk", lambda folder: 3 * model)
+    seeds = ("training.seed=1,2,3,4", "training.save_strategy=no", *ONE_STEP)
+    assert "The 4 runs of this sweep write about 0.4 MiB together" in fit(*seeds, code=3).err
+    assert not (folder / "run" / "seed-1").exists()
+
+
 def test_two_sweeps_do_not_share_a_folder(fit, folder):
     with run_lock(folder / "run"):
         assert "A run is going on in" in fit("rlhf.beta=0,1", code=3).err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -84,6 +85,36 @@ def _described(setup: Setup, plan: MemoryPlan) -> str:
     return f"{devices} about {in_units(plan.total)} at the most, in {plan.phase}, {rows}{beside}{images} ({parts})"
 
 
+@dataclass(frozen=True)
+class DiskNeed:
+    """Bytes that a run writes."""
+
+    model: int
+    checkpoint: int
+    checkpoints: int
+    """That are on the disk at a time."""
+
+    @property
+    def bytes(self) -> int:
+        return self.checkpoints * self.checkpoint + self.model
+
+
+def disk_need(setup: Setup, args: TrainingArguments, steps: int | None) -> DiskNeed:
+    """What checkpoints and the final model take.
+
+    Args:
+        steps: of the run, where they are known.
+
+    Raises:
+        NotSimulated: the model cannot be built.
+    """
+    weights, trained = student_sizes(setup.student, setup.tuner)
+    model = weights if setup.tuner.train_type == "full" else trained
+    average = int(trained * 4 / setup.student.dtype.itemsize) if setup.moving_average else 0
+    states = 0 if args.save_only_model else int(optimizer_bytes(setup, trained))
+    return DiskNeed(model, model + states + average, _checkpoints(args, steps))
+
+
 def disk_findings(setup: Setup, args: TrainingArguments, folder: Path, steps: int | None) -> list[Problem]:
     """Whether checkpoints and the final model have room on the disk.
 
@@ -92,24 +123,21 @@ def disk_findings(setup: Setup, args: TrainingArguments, folder: Path, steps: in
         steps: of the run, where they are known.
     """
     try:
-        weights, trained = student_sizes(setup.student, setup.tuner)
+        need = disk_need(setup, args, steps)
     except NotSimulated:  # loading it says why, and comes next
         return []
-    model = weights if setup.tuner.train_type == "full" else trained
-    average = int(trained * 4 / setup.student.dtype.itemsize) if setup.moving_average else 0
-    states = 0 if args.save_only_model else int(optimizer_bytes(setup, trained))
-    each, count = model + states + average, _checkpoints(args, steps)
-    needed, free = count * each + model, free_disk(folder) + _written_before(folder)
-    what = f"{count} checkpoints of {in_units(each)} and the model of {in_units(model)}"
-    message = f"What the run writes takes about {in_units(needed)} ({what}); {in_units(free)} are free"
-    if needed <= free:
+    free = free_disk(folder) + written_before(folder)
+    what = f"{need.checkpoints} checkpoints of {in_units(need.checkpoint)} and the model of {in_units(need.model)}"
+    message = f"What the run writes takes about {in_units(need.bytes)} ({what}); {in_units(free)} are free"
+    if need.bytes <= free:
         return [Problem(_DISK, message, level="info")]
+    count = need.checkpoints
     less = [] if count <= 2 else ["training.save_total_limit: 1 (with the one that is being written, two are there)"]
     less += [] if args.save_only_model else ["training.save_only_model: true (a resume is then not possible)"]
     return [Problem(_DISK, message, f"Name a folder on a larger disk, or set {' or '.join(less)}")]
 
 
-def _written_before(folder: Path) -> int:
+def written_before(folder: Path) -> int:
     """Bytes of the checkpoints and the model in a run folder: a run that is resumed has them, or writes over them."""
     kept = f"{PREFIX_CHECKPOINT_DIR}-*.*"  # of a branch that was left, or a user's: nothing removes them
     checkpoints = (path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if not path.match(kept))

@@ -19,8 +19,12 @@ from typing import Any, Protocol
 from kdtrain.config.arguments import build_train_arguments
 from kdtrain.config.model_folder import read_map
 from kdtrain.data.errors import show
-from kdtrain.disk import writing
+from kdtrain.disk import in_units, writing
 from kdtrain.errors import CheckpointError, Interrupted, KdtrainError, PreflightError
+from kdtrain.preflight.devices import free_disk
+from kdtrain.preflight.resources import disk_need, written_before
+from kdtrain.preflight.run_setup import setup_of
+from kdtrain.preflight.simulated import NotSimulated
 from kdtrain.runs.bench import EvaluationReporter
 from kdtrain.runs.build import Reporter
 from kdtrain.runs.changed import refuse_changed_options
@@ -125,6 +129,7 @@ class Sweep:
         self._check_folders()
         stopped = "Stopped. Finished runs are kept; go on with the same command and --resume auto."
         with nullcontext() if self._dry_run else run_lock(self.plan.folder), interrupting(stopped), reading_once():
+            self._check_disk()
             self._write()
             for number, run in enumerate(self.plan.runs):
                 finished = self._resume and is_trained(run.folder)
@@ -156,6 +161,30 @@ class Sweep:
             else:
                 require_usable(run.folder, resuming=self._resume)
                 refuse_changed_options(run.config, "auto" if self._resume else None, self._allow_changes)
+
+    def _check_disk(self) -> None:
+        """Refuse runs that have no room together: each alone may have it, and the last ones would fail for want of it.
+
+        Before the data is read their steps are not known where epochs say how many: one checkpoint is then taken.
+        """
+        needed = held = 0
+        runs = [run for run in self.plan.runs if not (self._resume and is_trained(run.folder))]
+        for run in runs if not self._dry_run else ():
+            with isolated():
+                args = build_train_arguments(run.config).training_args
+                world, on_cpu = args.world_size, args.device.type == "cpu"
+                try:
+                    need = disk_need(setup_of(run.config, args, world=world, on_cpu=on_cpu), args, None)
+                except (KdtrainError, NotSimulated):  # the run itself says why
+                    continue
+            needed, held = needed + need.bytes, held + written_before(run.folder)
+        free = free_disk(self.plan.folder) + held
+        if needed > free:
+            raise PreflightError(
+                f"The {len(runs)} runs of this sweep write about {in_units(needed)} together, with their checkpoints; "
+                f"{in_units(free)} are free in {self.plan.folder}. Name a folder on a larger disk, or let them keep "
+                "less: training.save_strategy=no keeps the models alone."
+            )
 
     def _outcome(self, run: PlannedRun, finished: bool, reporter: Reporter, evaluating: EvaluationReporter) -> Outcome:
         try:
