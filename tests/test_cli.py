@@ -456,6 +456,11 @@ def test_weights_that_the_last_step_broke_end_with_exit_code_5_and_are_not_saved
     assert code == 5, err
     assert "Not finite after step 1, rank 0: trained weights" in err
     assert not (project / "run" / "model.safetensors").exists()
+    evaluated = ["training.learning_rate=1e38", "training.max_steps=1", "training.eval_steps=1"]
+    evaluated.append("training.output_dir=evaluated")
+    code, _, err = kdtrain("fit", "config.yaml", *evaluated)  # the evaluation after step 1 is the first to see it
+    assert code == 5, err
+    assert "Not finite after step 1, rank 0: trained weights" in err
 
 
 def test_an_incomplete_checkpoint_is_refused_by_name_and_skipped_by_auto(project, kdtrain):

@@ -115,12 +115,15 @@ class NonFiniteGuard:
             ranks = [rank for rank, names in enumerate(found) if names]
             bad = bad or next((found[rank] for rank in ranks), [])
         if bad:
-            facts = _facts(trainer, "weights", [{"rank": rank} for rank in ranks], weights=bad[:_SHOWN])
-            raise NonFiniteError(
-                f"Not finite after step {trainer.state.global_step}{_on(ranks)}: trained weights, the first "
-                f"{', '.join(bad[:3])}. They were not saved. Lower training.learning_rate.",
-                facts,
-            )
+            raise self._of_weights(ranks, bad)
+
+    def _of_weights(self, ranks: Sequence[int], bad: Sequence[str]) -> NonFiniteError:
+        trainer = self._trainer
+        return NonFiniteError(
+            f"Not finite after step {trainer.state.global_step}{_on(ranks)}: trained weights, the first "
+            f"{', '.join(bad[:3])}. They were not saved. Lower training.learning_rate.",
+            _facts(trainer, "weights", [{"rank": rank} for rank in ranks], weights=list(bad[:_SHOWN])),
+        )
 
     def _bad_weights(self, side: str) -> list[str]:
         """Names of the weights of the student that it trains, or of all of the teacher's, that are not finite here."""
@@ -145,6 +148,8 @@ class NonFiniteGuard:
         """What was found on all ranks, the same on each; a collective."""
         trainer = self._trainer
         ranks = gather_object([self._found()])
+        if broken := [found for found in ranks if found["weights"]]:  # by the step before: no row has a part in it
+            return self._of_weights([found["rank"] for found in broken], broken[0]["weights"])
         bad = [found for found in ranks if found["micro_batches"]] or ranks
         terms = _union(found["terms"] for found in bad)
         origin = _union(found["origin"] for found in bad)
@@ -179,6 +184,8 @@ class NonFiniteGuard:
             "terms": list(dict.fromkeys(terms)),
             "origin": list(dict.fromkeys(origin)),
             "micro_batches": micro_batches,
+            # Those that a run begins with are what the rows show: its model, or what the user has made of it.
+            "weights": self._bad_weights("student") if terms and self._trainer.state.global_step else [],
         }
 
     def _because(self, origin: Sequence[str]) -> str:
