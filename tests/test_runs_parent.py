@@ -6,6 +6,7 @@ import sys
 import time
 
 import psutil
+import pytest
 
 CHILD = (
     "import signal, subprocess, sys, time\nfrom kdtrain.runs import parent\n"
@@ -39,9 +40,18 @@ def test_a_process_that_hangs_is_killed_with_what_it_has_started():
     launcher.communicate()
 
 
-def test_a_process_that_no_launcher_has_started_goes_on(monkeypatch):
+@pytest.mark.parametrize(
+    ("launcher", "variable", "watches"),
+    [("accelerate launch", True, True), ("accelerate launch", False, False), ("a shell", True, False)],
+)
+def test_a_process_that_no_launcher_has_started_goes_on(tmp_path, launcher, variable, watches):
+    """One that `accelerate launch` alone has started has none of torch's variables."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "KDTRAIN"))}
+    env |= {"ACCELERATE_MIXED_PRECISION": "no"} if variable else {}
     script = "import threading\nfrom kdtrain.runs import parent\nparent.end_with_parent()\n"
     script += "print(len(threading.enumerate()))"
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
-    assert done.stdout == "1\n", done.stderr
+    (tmp_path / "accelerate").write_text("import subprocess, sys\nsubprocess.run([sys.executable, '-c', sys.argv[-1]])")
+    own = ["launch"] if launcher == "accelerate launch" else []
+    command = [sys.executable, str(tmp_path / "accelerate"), *own, script]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{1 + watches}\n", done.stderr

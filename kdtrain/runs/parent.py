@@ -31,8 +31,20 @@ def started_by_me() -> dict[str, str]:
 def end_with_parent() -> None:
     """From now on, in a process that a launcher has started; in another one nothing."""
     parent = os.getppid()
-    if (STARTED_BY in os.environ or "TORCHELASTIC_RUN_ID" in os.environ) and parent:
+    launched = STARTED_BY in os.environ or "TORCHELASTIC_RUN_ID" in os.environ or _is_accelerate(parent)
+    if launched and parent:
         threading.Thread(target=_watch, args=(parent,), name="parent", daemon=True).start()
+
+
+def _is_accelerate(parent: int) -> bool:
+    """Whether it is `accelerate launch` of one process; its variables alone may be left in a shell."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return False
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return "launch" in psutil.Process(parent).cmdline()[1:4]
+    return False
 
 
 def _watch(parent: int) -> None:
