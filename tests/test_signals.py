@@ -104,6 +104,22 @@ def test_while_a_launcher_runs_signals_go_on_to_it():
         assert process.wait(timeout=20) == -signal.SIGXCPU
 
 
+@pytest.mark.parametrize(("program", "imports"), [("kdtrain", "kdtrain.cli"), ("kdtrain.runs.agent", "kdtrain.config")])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_while_a_program_imports_ends_it_without_a_traceback(program, imports, ignored):
+    script = (
+        "import os, runpy, signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {imports!r}: os.kill(os.getpid(), signal.SIGINT), os._exit(5)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        f"{'signal.signal(signal.SIGINT, signal.SIG_IGN)' * ignored}\n"
+        f"runpy.run_module({program!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (5 if ignored else -signal.SIGINT, "")
+
+
 def test_in_a_thread_signals_are_left_to_the_main_one():
     seen = []
 

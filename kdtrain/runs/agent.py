@@ -14,9 +14,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kdtrain.runs.signals import ENDING, end_silently_at_interrupts
+
+if __name__ == "__main__":
+    end_silently_at_interrupts()  # until the launcher hears signals, which it imports torch for
+
 from kdtrain.runs.launch import EXIT_CODE_FILE
 from kdtrain.runs.parent import STARTED_BY, end_with_parent, started_by_me
-from kdtrain.runs.signals import ENDING
 
 # A signal to the launcher goes on to the ranks. torch waits 30 s for what they do about it, then kills them: a large
 # checkpoint takes longer, and whoever has no time to wait kills the launcher.

@@ -67,6 +67,15 @@ class _EndsAtOnce(KeyboardInterrupt):
         self.message = message
 
 
+def end_silently_at_interrupts() -> None:
+    """Let Ctrl-C end this process as other signals do, while it imports and wherever nothing else is said here.
+
+    Python would raise in the middle of an import, and print where. Of a process that is the command's own.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def _handled_by(handler: Handler) -> Iterator[None]:
     """Handle the signals inside; the previous handlers come back on every way out.
