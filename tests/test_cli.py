@@ -57,6 +57,8 @@ def test_fit_trains_and_leaves_a_model_that_loads_with_its_tokenizer(project, kd
     code, out, err = kdtrain("fit", "config.yaml")
     assert code == 0, err
     assert out.startswith("4 steps; best eval_loss ")
+    assert "\nsteps    4" in err
+    assert not [line for line in err.splitlines() if line != line.rstrip()]
     run = project / "run"
     model = AutoModelForCausalLM.from_pretrained(run)
     before = AutoModelForCausalLM.from_pretrained(project / "student")

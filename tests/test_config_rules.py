@@ -47,6 +47,12 @@ def test_a_plain_config_has_neither_errors_nor_warnings() -> None:
     assert warnings(GOOD) == []
 
 
+def test_a_learning_rate_that_lacks_its_minus_is_told() -> None:
+    (warning,) = warnings(config(training__learning_rate=1e4))
+    assert (warning.path, warning.hint) == ("training.learning_rate", "the minus may be missing: 1e-4 is 0.0001")
+    assert not warnings(config(training__learning_rate=0.6))
+
+
 WRONG_VALUES: list[tuple[str, Any, str]] = [
     ("rlhf__beta", True, "expected a number, got the boolean true"),
     ("rlhf__beta", "0.5", "expected a number, got text '0.5' | remove the quotes"),

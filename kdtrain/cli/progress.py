@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 from transformers import TrainerCallback
 
 from kdtrain.cli.completions import as_object, as_text
@@ -59,7 +60,10 @@ class ConsoleReporter:
         table = Table(Column(style="bold"), Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
         for key, value in rows.items():
             table.add_row(key, printable(value))
-        self._console.print(table, markup=False, highlight=False)
+        with self._console.capture() as captured:
+            self._console.print(table, markup=False, highlight=False)
+        for line in captured.get().splitlines():  # which a table fills up with blanks
+            self._console.print(Text.from_ansi(line.rstrip()), soft_wrap=True, highlight=False)
 
     def callbacks(self) -> list[TrainerCallback]:
         if self._quiet:

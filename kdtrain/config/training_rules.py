@@ -3,6 +3,7 @@ loss or the guarantees of a run, are refused with the reason."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -159,6 +160,9 @@ def _check_key(key: str, value: Any) -> Problem | None:
         return Problem(path, message, hint)
     if key in _WITHOUT_EFFECT:
         return Problem(path, f"has no effect: {_WITHOUT_EFFECT[key]}", level="warning", on_key=True)
+    if key == "learning_rate" and isinstance(value, int | float) and 1 <= value < math.inf:
+        hint = "the minus may be missing: 1e-4 is 0.0001"
+        return Problem(path, f"is {value:g}: one step of that breaks the weights of a model", hint, level="warning")
     return _check_range(key, value)
 
 

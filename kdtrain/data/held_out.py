@@ -48,8 +48,8 @@ class HeldOut:
         """The error of a side without rows."""
         purpose = "train on" if self.training else "evaluate on"
         return DataError(
-            f"data.eval: {100 * self.share:.4g}% of the {rows} rows of data.train leaves none to {purpose}: which rows "
-            "are held out depends on what they say. Choose another share, or give data.eval rows of its own"
+            f"Holding out {100 * self.share:.4g}% of the {rows} rows of data.train leaves none to {purpose}: which "
+            "rows are held out depends on what they say. Choose another share for data.eval, or give it rows of its own"
         )
 
 

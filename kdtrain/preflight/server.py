@@ -112,7 +112,7 @@ def _report(teacher: ServedTeacher, result: ProbeResult) -> None:
     if is_main() and well:
         route = f"scored by {result.route}, {result.tokens_per_second:,.0f} tokens/s" if result.route else result.api
         logger.info(
-            "Teacher %s: %s; %d things are as they should be (kdtrain validate --deep lists them).",
+            "Teacher %s: %s; %d checks of it are passed.",
             teacher.model,
             route,
             len(well),
