@@ -46,7 +46,10 @@ def write_png(charts: Sequence[Chart], title: str, path: Path) -> None:
             colour, dashes = _STYLES[curve.colour]
             steps, values = zip(*((step, value) for step, value in curve.points), strict=True)
             label = None if curve.colour == "grey" else _literal(curve.label)
-            axes.plot(steps, values, color=colour, linestyle=dashes, linewidth=1.3, label=label)
+            marker = "o" if len(steps) == 1 else ""  # a line of one point cannot be seen
+            axes.plot(
+                steps, values, color=colour, linestyle=dashes, marker=marker, markersize=4, linewidth=1.3, label=label
+            )
         axes.set_title(f"{chart.title}{', ' if chart.unit else ''}{chart.unit}", fontsize=9, loc="left")
         axes.set_xlim(*chart.x_range)
         axes.set_ylim(*chart.y_range)
