@@ -1,4 +1,5 @@
-"""Memory that is exhausted: how libraries say it, and how much there was at the peak. Imports no torch by itself."""
+"""Memory that is exhausted: how libraries say it, how much there was at the peak; and the limit of open files. Imports
+no torch by itself."""
 
 from __future__ import annotations
 
@@ -42,6 +43,12 @@ def peak_memory_gib(device: torch.device | None = None) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB on Linux
+
+
+def open_files_limit() -> int | None:
+    """Files that this process may have open at a time; None where there is no limit."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def peak(device: torch.device | None = None) -> str:

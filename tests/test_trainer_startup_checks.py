@@ -1,6 +1,7 @@
 """What upstream finds out while training begins is found out before, and the best step is the best."""
 
 import json
+import resource
 
 import datasets
 import pytest
@@ -12,6 +13,7 @@ from kdtrain.errors import CheckpointError, DataError, PreflightError
 from kdtrain.preflight.token_ids import check_rows
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.metrics import HIGHER_IS_BETTER
+from kdtrain.trainer.startup_checks import check_startup
 from tests import tiny
 from tests.test_trainer import make_args, make_trainer
 
@@ -125,8 +127,6 @@ def test_what_a_callback_requires_is_an_error_of_the_set_up_and_what_happens_lat
 
 
 def test_a_rehearsal_keeps_nothing_and_leaves_the_run_as_it_is(tmp_path):
-    from kdtrain.trainer.startup_checks import check_startup
-
     records = []
     for times in (0, 3):
         trainer = make_trainer(
@@ -147,6 +147,22 @@ def test_fewer_rows_than_a_batch_are_refused_with_both_numbers(tmp_path, student
     trainer = make_trainer(tmp_path, student, teacher, per_device_train_batch_size=8, dataloader_drop_last=True)
     with pytest.raises(PreflightError, match=r"An epoch has 6 rows, and a batch takes 8"):
         trainer.train()
+
+
+def test_workers_that_need_more_open_files_than_there_may_be_are_refused(tmp_path, student, teacher):
+    """Without this Python printed the same traceback without an end, and the run hung."""
+    trainer = make_trainer(tmp_path, student, teacher, dataloader_num_workers=2)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, limits[1]))
+    try:
+        with pytest.raises(
+            PreflightError, match=r"40 files open, and 2 workers .* need about 112 .*ulimit -n 4096, or"
+        ):
+            check_startup(trainer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    trainer.args.dataloader_num_workers = 0
+    check_startup(trainer)
 
 
 def test_an_optimizer_file_that_does_not_fit_is_a_matter_of_the_checkpoint(tmp_path, student, teacher):

@@ -75,6 +75,7 @@ def set_up_logging(log_format: str, debug: bool) -> None:
         if owns_process:  # threads of libraries, TensorBoard's on a full disk; ours hand their errors on
             threading.excepthook = lambda _: None
         os.environ.setdefault("DATASETS_VERBOSITY", "error")
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a home that it cannot write to, and of fonts
         warnings.simplefilter("ignore")
 
 

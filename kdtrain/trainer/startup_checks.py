@@ -18,12 +18,16 @@ from transformers.training_args import OptimizerNames
 
 from kdtrain.disk import failure_of
 from kdtrain.errors import KdtrainError, PreflightError
-from kdtrain.memory import is_out_of_memory
+from kdtrain.memory import is_out_of_memory, open_files_limit
 from kdtrain.models.probe import OPTION_OF
 from kdtrain.preflight.findings import Together
 from kdtrain.trainer.best_metric import set_direction
 from kdtrain.trainer.first_look import look_at_losses
 from kdtrain.trainer.row_order import planned_steps, rows_per_batch
+
+_OPEN_FILES = 64  # of the process itself: libraries, rows, logs, sockets
+_FILES_OF_WORKER = 8
+_FILES_OF_BATCH = 8
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
@@ -38,6 +42,8 @@ def check_startup(trainer: GKDTrainerWithMetrics, greater_is_better: bool | None
     together = Together()
     with together.check(("training", "dataloader_drop_last")):
         _check_steps(trainer)
+    with together.check(("training", "dataloader_num_workers")):
+        _check_open_files(trainer)
     with together.check(("training", "metric_for_best_model")):
         set_direction(trainer, greater_is_better)
     if not trainer.is_deepspeed_enabled:  # which makes them itself
@@ -89,6 +95,25 @@ def _check_steps(trainer: GKDTrainerWithMetrics) -> None:
             f"An epoch has {rows} rows, and a batch takes {batch} ({own} x {batch // own} processes): with "
             "training.dataloader_drop_last not one is left, and nothing would be trained. Lower "
             "training.per_device_train_batch_size, or remove dataloader_drop_last."
+        )
+
+
+def _check_open_files(trainer: GKDTrainerWithMetrics) -> None:
+    """Each tensor that a data loader's worker hands over is an open file until it is used.
+
+    Where one is too many, Python says so without an end, and nothing goes on.
+    """
+    args = trainer.args
+    limit = open_files_limit()
+    if not args.dataloader_num_workers or limit is None:
+        return
+    batches = args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2)
+    wanted = _OPEN_FILES + args.dataloader_num_workers * _FILES_OF_WORKER + batches * _FILES_OF_BATCH
+    if limit < wanted:
+        raise PreflightError(
+            f"This process may have {limit} files open, and {args.dataloader_num_workers} workers of the data loader "
+            f"need about {wanted} (training.dataloader_num_workers). Let it open more, ulimit -n "
+            f"{max(4096, 2 * wanted)}, or set training.dataloader_num_workers: 0."
         )
 
 
