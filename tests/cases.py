@@ -214,9 +214,8 @@ TABLE: dict[str, Case] = {
         "LLaVA: the first word of an answer",
         "supervised, whatever the template's spaces",
         (
-            "test_data_chat_template.py::test_the_first_word_of_an_answer_is_supervised_where_markers_begin_behind_its_space",
+            "test_data_first_words.py::test_all_words_of_the_answers_are_supervised_and_no_others",
             "test_data_chat_template.py::test_what_is_tokenised_apart_gets_no_space_that_the_text_does_not_have",
-            "test_data_images.py::test_the_first_word_about_an_image_is_supervised_where_markers_begin_behind_its_space",
             "test_data_templates.py::test_every_kind_of_row_comes_out_as_the_template_renders_it_or_is_refused_with_a_true_reason",
             "test_data_images.py::test_the_answers_and_their_stop_tokens_are_supervised_and_nothing_else",
         ),
@@ -238,6 +237,7 @@ TABLE: dict[str, Case] = {
             "test_data_pixels.py::test_settings_reach_the_processor_of_each_side",
             "test_vision_processors.py::test_settings_are_part_of_what_rows_are_stored_by",
             "test_vision_processors.py::test_a_setting_that_a_processor_does_not_have_is_refused",
+            "test_vision_processors.py::test_a_setting_that_a_processors_class_overrides_is_refused",
             "test_vision_processors.py::test_a_model_of_text_has_no_settings_for_images",
             "test_vision_processors.py::test_settings_of_a_processor_among_those_of_its_model_are_refused_before_anything_is_loaded",
         ),
@@ -248,7 +248,7 @@ TABLE: dict[str, Case] = {
         (
             "test_data_images.py::test_transparent_parts_are_white_and_counted",
             "test_data_pixels.py::test_a_picture_reaches_the_model_as_a_person_sees_it",
-            "test_data_pixels.py::test_pictures_of_a_data_file_reach_the_model_so",
+            "test_data_pixels.py::test_pictures_of_a_data_file_reach_the_model_of_every_family_so",
         ),
     ),
     "D5": Case(
@@ -257,7 +257,7 @@ TABLE: dict[str, Case] = {
         (
             "test_data_images.py::test_greyscale_of_16_bits_is_scaled_and_noted",
             "test_data_pixels.py::test_a_picture_reaches_the_model_as_a_person_sees_it",
-            "test_data_pixels.py::test_pictures_of_a_data_file_reach_the_model_so",
+            "test_data_pixels.py::test_pictures_of_a_data_file_reach_the_model_of_every_family_so",
             "test_data_images.py::test_pixels_without_a_known_white_are_refused",
         ),
     ),
