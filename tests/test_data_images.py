@@ -6,7 +6,9 @@ import io
 import json
 import os
 import re
+import struct
 import unicodedata
+import zlib
 
 import datasets
 import pytest
@@ -686,6 +688,39 @@ def test_an_image_that_could_not_be_read_is_tried_again(build, tmp_path, monkeyp
     (entry,) = (tmp_path / "cache").iterdir()
     assert entry.stat().st_ctime_ns > written
     assert build(path)[1].images == 1
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def bomb(kind):
+    """A small file that says it is 20,000 × 20,000 pixels, or whose text becomes far longer when it is unpacked."""
+    if kind == "BMP":
+        header = struct.pack("<IiiHHIIiiII", 40, 20000, 20000, 1, 24, 0, 0, 0, 0, 0, 0)
+        return b"BM" + struct.pack("<IHHI", 54 + len(header), 0, 0, 54) + header
+    side = 8 if kind == "text" else 20000
+    text = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20))) if kind == "text" else b""
+    pixels = chunk(b"IDAT", zlib.compress(bytes(9 * 8)))
+    size = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + text + pixels + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "text"])
+def test_an_image_that_would_fill_the_memory_is_a_bad_row_however_it_is_given(build, tmp_path, kind):
+    data = bomb(kind)
+    assert len(data) < 100_000
+    (tmp_path / "a.img").write_bytes(data)
+    encoded = base64.b64encode(data).decode()
+    rows = [row(one) for one in ("a.img", f"data:image/png;base64,{encoded}", {"bytes": {"base64": encoded}})]
+    (tmp_path / "b.png").write_bytes(png())
+    path = write_lines(tmp_path / "a.jsonl", [*rows, row("b.png")])
+    dataset, report = build(path, max_bad_rows=3)
+    assert (len(dataset), report.bad_rows) == (1, 3)
+    said = "too large" if kind == "text" else r"Image size \(400000000 pixels\) exceeds limit"
+    assert all(re.search(rf"image .* cannot be read: .*{said}", one) for one in report.first_bad[:3]), report.first_bad
+    with pytest.raises(DataError, match=said):
+        build(path)
 
 
 def test_other_bad_rows_stay_as_they_were_stored(build, tmp_path, monkeypatch):
