@@ -171,7 +171,10 @@ TABLE: dict[str, Case] = {
     "B4": Case(
         "max_steps raised at a resume",
         "the learning rates of the longer run",
-        ("test_trainer_rows.py::test_max_steps_stays_a_number_of_steps",),
+        (
+            "test_trainer_rows.py::test_max_steps_stays_a_number_of_steps",
+            "test_runs_changed.py::test_what_is_allowed_of_the_optimizer_is_what_the_longer_run_goes_on_with",
+        ),
     ),
     # ---- folders and messages ----
     "C1": Case(
