@@ -11,8 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from kdtrain.runs.report import write
 from tests import tiny
 
+# The picture of a report takes three times as long as a whole run of the tests' size. Processes that tests start draw
+# it, and so do the tests of reports.
+write.write_png = lambda *_: None
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

@@ -209,3 +209,12 @@ def test_pages_show_what_the_comparison_measured():
     means = {arm: 100 * sum(one["all"] for one in of) / len(of) for arm, of in results["arms"].items()}
     gist = (FOLDER.parent.parent / "README.md").read_text(encoding="utf-8").split("## Vision-language models")[1]
     assert "| " + " | ".join(f"{mean:.1f}" for mean in means.values()) in gist
+
+
+def test_one_seed_alone_has_neither_spread_nor_differences(tmp_path):
+    results = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
+    results["arms"] = {arm: of[:1] for arm, of in results["arms"].items()}
+    table = compare.table(results | {"differences": {}})
+    assert "±" not in table
+    assert f"LM KD | {100 * results['arms']['lm'][0]['all']:.1f} |" in table
+    assert table.endswith("images; one seed.\n")

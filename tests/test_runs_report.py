@@ -68,9 +68,8 @@ EVALUATION = {
 
 @pytest.fixture
 def run_folder(tmp_path, monkeypatch):
-    """Write a run folder, and return it. Reports are without the picture, which takes as long as all the rest."""
+    """Write a run folder, and return it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(write, "write_png", lambda *_: None)
 
     def make(name="run", *, records=(), tail="", status=FINISHED, config=CONFIG, **files):
         folder = tmp_path / name

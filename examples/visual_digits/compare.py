@@ -1,13 +1,14 @@
 """Compares the five arms on held-out images.
 
-    python examples/visual_digits/compare.py
+    python examples/visual_digits/compare.py [--one-seed]
 
 Accuracy is the share of questions whose generated answer is, to the letter, the right one: greedy generation with plain
 transformers from the saved model and processor, stopped by the model itself; an answer that does not end is wrong.
 Nothing is taken from kdtrain, so that a mistake in its loss or its masks would show.
 
 Two arms are compared seed by seed, since equal seeds share their first weights. The interval is Student's t for the
-mean of the paired differences, 95 %; an interval that contains 0 is called within noise.
+mean of the paired differences, 95 %; an interval that contains 0 is called within noise. One seed alone has neither
+intervals nor differences.
 
 Writes `table.md`, `results.json` and `results.png` to `build/`.
 """
@@ -40,6 +41,7 @@ ARMS = {
     "both": "LM and visual KD",
 }
 SEEDS = (0, 1, 2)
+ONE_SEED = "--one-seed"
 # First arm minus second.
 PAIRS = (("seq", "ce"), ("lm", "ce"), ("visual", "ce"), ("both", "ce"), ("lm", "seq"), ("both", "seq"), ("both", "lm"))
 T_95 = 4.303  # two-sided 95 % of Student's t with two degrees of freedom: three seeds
@@ -97,7 +99,7 @@ def difference(first: Sequence[float], second: Sequence[float]) -> dict[str, flo
     return {"mean": statistics.mean(pairs), "half_interval": half, "above_0": sum(pair > 0 for pair in pairs)}
 
 
-def compare() -> dict[str, Any]:
+def compare(seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
     """Scores the teacher and all students on `build/heldout.jsonl`."""
     rows = read_rows(BUILD / "heldout.jsonl")
 
@@ -105,18 +107,20 @@ def compare() -> dict[str, Any]:
         model = AutoModelForImageTextToText.from_pretrained(RUNS / run, dtype=torch.float32).eval()
         return accuracy(model, AutoProcessor.from_pretrained(RUNS / run), rows, BUILD)
 
-    arms = {arm: [score(f"{arm}_{seed}") for seed in SEEDS] for arm in ARMS}
+    arms = {arm: [score(f"{arm}_{seed}") for seed in seeds] for arm in ARMS}
     overall = {arm: [scores["all"] for scores in of] for arm, of in arms.items()}
     return {
         "heldout": {"rows": len(rows), "images": len({row["images"][0] for row in rows})},
         "teacher": score("teacher"),
         "arms": arms,
-        "differences": {f"{a} − {b}": difference(overall[a], overall[b]) for a, b in PAIRS},
+        "differences": {f"{a} − {b}": difference(overall[a], overall[b]) for a, b in PAIRS if len(seeds) > 1},
     }
 
 
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation over the seeds, in percent."""
+    if len(values) == 1:
+        return f"{100 * values[0]:.1f}"
     return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
 
 
@@ -129,11 +133,12 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"| `{arm}`: {name} | {' | '.join(cells)} |")
     teacher = " | ".join(f"{100 * results['teacher'][key]:.1f}" for key in keys)
     lines.append(f"| teacher | {teacher} |")
-    heldout = results["heldout"]
+    heldout, seeds = results["heldout"], len(results["arms"]["ce"])
+    told = f"Right answers in percent, {heldout['rows']:,} questions about {heldout['images']} held-out images; "
+    lines += ["", told + ("one seed." if seeds == 1 else f"mean and standard deviation over {seeds} seeds.")]
+    if not results["differences"]:
+        return "\n".join(lines) + "\n"
     lines += [
-        "",
-        f"Right answers in percent, {heldout['rows']:,} questions about {heldout['images']} held-out images; mean and "
-        f"standard deviation over {len(SEEDS)} seeds.",
         "",
         "| difference | percentage points, 95 % interval | above 0 | |",
         "|---|--:|--:|---|",
@@ -141,7 +146,7 @@ def table(results: dict[str, Any]) -> str:
     for name, of in results["differences"].items():
         verdict = "" if abs(of["mean"]) > of["half_interval"] else "within noise"
         interval = f"{100 * of['mean']:+.1f} ± {100 * of['half_interval']:.1f}"
-        lines.append(f"| {name} | {interval} | {of['above_0']} of {len(SEEDS)} seeds | {verdict} |")
+        lines.append(f"| {name} | {interval} | {of['above_0']} of {seeds} seeds | {verdict} |")
     return "\n".join(lines) + "\n"
 
 
@@ -155,20 +160,22 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for i, arm in enumerate(ARMS):
         values = [100 * scores["all"] for scores in results["arms"][arm]]
-        left.plot([i - 0.12, i, i + 0.12], values, "o", color=f"C{i}", zorder=3)
+        left.plot([i - 0.12, i, i + 0.12][: len(values)], values, "o", color=f"C{i}", zorder=3)
+        if len(values) == 1:
+            continue
         mean, deviation = statistics.mean(values), statistics.stdev(values)
         left.errorbar(i + 0.28, mean, deviation, fmt="_", color="0.3", markersize=12, capsize=4)
     teacher = 100 * results["teacher"]["all"]
     left.axhline(teacher, color="0.5", linestyle="--")
     left.annotate("teacher", (0, teacher), (0, -4), textcoords="offset points", va="top", color="0.4")
     left.set(
-        title="Held-out accuracy: three seeds, mean ± standard deviation",
+        title="Held-out accuracy of every seed, mean ± standard deviation",
         xticks=range(len(ARMS)),
         xticklabels=list(ARMS),
         ylabel="right answers, %",
     )
     for i, arm in enumerate(ARMS):
-        for seed in SEEDS:
+        for seed in range(len(results["arms"][arm])):
             log = read_rows(RUNS / f"{arm}_{seed}" / "logging.jsonl")
             points = [(record["step"], record["vision_kd_loss"]) for record in log if "vision_kd_loss" in record]
             if points:
@@ -179,12 +186,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    runs = ["teacher", *(f"{arm}_{seed}" for arm in ARMS for seed in SEEDS)]
+    if sys.argv[1:] not in ([], [ONE_SEED]):
+        sys.exit(f"usage: compare.py [{ONE_SEED}]")
+    seeds = SEEDS[:1] if sys.argv[1:] else SEEDS
+    runs = ["teacher", *(f"{arm}_{seed}" for arm in ARMS for seed in seeds)]
     missing = [run for run in runs if not (RUNS / run / "config.json").exists()]
     if missing:
         sys.exit(f"No model in runs/ for {', '.join(missing)}. Run {HERE / 'demo.py'} first.")
     transformers.utils.logging.disable_progress_bar()
-    results = compare()
+    results = compare(seeds)
     (BUILD / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (BUILD / "table.md").write_text(table(results), encoding="utf-8")
     draw(results, BUILD / "results.png")

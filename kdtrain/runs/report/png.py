@@ -10,6 +10,7 @@ from kdtrain.runs.folder import replaced
 from kdtrain.runs.report.charts import Chart
 
 _COLUMNS, _WIDTH, _HEIGHT = 2, 5.5, 2.4  # inches, of each chart
+_TITLE = 0.4  # inches, of the picture's title
 # As style.css has them.
 _STYLES = {
     "ink": ("#1b1d21", "-"),
@@ -31,15 +32,24 @@ def write_png(charts: Sequence[Chart], title: str, path: Path) -> None:
     from matplotlib.figure import Figure  # no pyplot: it would keep the figure, and ask for a display
 
     rows = -(-len(charts) // _COLUMNS)
-    figure = Figure(figsize=(_COLUMNS * _WIDTH, rows * _HEIGHT + 0.4), dpi=100, layout="constrained")
-    figure.suptitle(_literal(title), fontsize=12, fontweight="bold")
+    width, height = _COLUMNS * _WIDTH, rows * _HEIGHT + _TITLE
+    figure = Figure(figsize=(width, height), dpi=100)
+    # Fixed margins: the layouts that measure every label draw all of it twice.
+    figure.subplots_adjust(
+        left=0.6 / width, right=1 - 0.2 / width, bottom=0.3 / height, top=1 - (_TITLE + 0.3) / height,
+        wspace=0.8 / (_WIDTH - 0.8), hspace=0.6 / (_HEIGHT - 0.6),
+    )  # fmt: skip
+    figure.suptitle(_literal(title), y=1 - 0.1 / height, fontsize=12, fontweight="bold")
     for i, chart in enumerate(charts):
         axes = figure.add_subplot(rows, _COLUMNS, i + 1)
         for curve in chart.curves:
             colour, dashes = _STYLES[curve.colour]
             steps, values = zip(*((step, value) for step, value in curve.points), strict=True)
             label = None if curve.colour == "grey" else _literal(curve.label)
-            axes.plot(steps, values, color=colour, linestyle=dashes, linewidth=1.3, label=label)
+            marker = "o" if len(steps) == 1 else ""  # a line of one point cannot be seen
+            axes.plot(
+                steps, values, color=colour, linestyle=dashes, marker=marker, markersize=4, linewidth=1.3, label=label
+            )
         axes.set_title(f"{chart.title}{', ' if chart.unit else ''}{chart.unit}", fontsize=9, loc="left")
         axes.set_xlim(*chart.x_range)
         axes.set_ylim(*chart.y_range)
