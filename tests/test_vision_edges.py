@@ -23,6 +23,7 @@ TEXT = {"messages": [{"role": "user", "content": "who?"}, {"role": "assistant", 
 # ---- projectors ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_projectors_stand_still_in_windows_without_images(models, tmp_path, world):  # noqa: F811
     """Rows 0 and 1 have one image, the others none; on two ranks, the second never has one."""
@@ -137,6 +138,7 @@ def by_hand(family, pattern):
     return losses, torch.cat([p.detach().flatten() for p in trained]).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "qwen"])
 def test_rows_without_images_count_and_teach_nothing_where_the_language_model_is_frozen(tmp_path, family):
     """A window of text alone is no step; beside an image text adds to D only, on one rank as on two."""
