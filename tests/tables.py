@@ -34,8 +34,9 @@ def run(table: Mapping[Key, Row], rows: Sequence[Key], heading: str) -> int:
     wanted = sorted({str(TESTS / test) for row in rows for test in table[row].tests})
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "results.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "", f"--junit-xml={found}", "-o", "junit_family=xunit1"]
-        status = subprocess.run([*command, *wanted], check=False).returncode
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal", "-m", "", *wanted]
+        results = [f"--junit-xml={found}", "-o", "junit_family=xunit1"]
+        status = subprocess.run([*command, *results], check=False).returncode
         cases = list(ElementTree.parse(found).iter("testcase"))
     print(f"\n{'':>3} {heading:<58} {'tests':>5} {'s':>7}  result")
     held = 0
