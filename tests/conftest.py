@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -17,6 +18,8 @@ from tests import tiny
 # The picture of a report takes three times as long as a whole run of the tests' size. Processes that tests start draw
 # it, and so do the tests of reports.
 write.write_png = lambda *_: None
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what stands before its &
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests send it to what they start
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

@@ -15,6 +15,7 @@ from kdtrain.models.loading import add_adapter, load_merged
 from kdtrain.models.merging import merge_adapter
 from tests import tiny
 from tests.test_cli import kdtrain  # noqa: F401 - a fixture
+from tests.test_trainer import make_trainer
 from tests.tiny_vision import make_vlm
 
 IDS = torch.arange(4, 24)[None]
@@ -47,8 +48,8 @@ def base(tmp_path, tokenizer):
 
 
 @torch.no_grad()
-def logits(model):
-    return model.double().eval()(input_ids=IDS).logits
+def logits(model, ids=IDS):
+    return model.double().eval()(input_ids=ids).logits
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,6 +64,46 @@ def test_a_merged_model_is_base_and_adapter_and_its_saved_form_too(base, tmp_pat
     for model in (merged, again):
         assert not isinstance(model, PeftModel)
         assert (logits(model) - expected).abs().max() < 1e-5
+
+
+# The adapter, and whether embedding and head are one weight.
+OF_NEW_TOKENS = {
+    "lora": (PLAIN, True),
+    "dora": ({**PLAIN, "use_dora": True}, False),
+    "copies of embedding and head": ({**PLAIN, "modules_to_save": ["embed_tokens", "lm_head"]}, False),
+    "a copy of the tied embedding": ({**PLAIN, "modules_to_save": ["embed_tokens"]}, True),
+    "the new rows alone": (
+        {"target_modules": ["v_proj"], "trainable_token_indices": {"embed_tokens": [320, 321]}},
+        True,
+    ),
+    "on the embedding": ({"target_modules": ["v_proj", "embed_tokens"]}, False),
+    "on the head": ({"target_modules": ["v_proj", "lm_head"]}, False),
+}
+
+
+@pytest.mark.parametrize("kind", OF_NEW_TOKENS)
+def test_a_model_with_new_tokens_computes_the_same_trained_reloaded_and_merged(tmp_path, kind):
+    """`resize_token_embeddings` before LoRA, as for tokens of tools: PEFT saves more or less of it by its own rules."""
+    options, tied = OF_NEW_TOKENS[kind]
+    tokenizer, model = tiny.make_tokenizer(), tiny.make_qwen3(seed=1, layers=1, tie_word_embeddings=tied)
+    tokenizer.add_tokens(["<tool>", "</tool>"])
+    model.resize_token_embeddings(len(tokenizer))
+    base, ids = tiny.save_model(model, tokenizer, tmp_path / "base"), torch.tensor([[4, 320, 9, 321, 7]])
+    turns = [{"role": "user", "content": "<tool>"}, {"role": "assistant", "content": "</tool>the path"}]
+    adapter = tiny.lora_config(rank=4, alpha=8, dropout=0.0, **options)
+    trainer = make_trainer(
+        tmp_path / "run", AutoModelForCausalLM.from_pretrained(base), tiny.make_qwen3(322, layers=1, seed=2),
+        [{"messages": turns}] * 4, tokenizer, {"peft_config": adapter}, learning_rate=0.1, max_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    expected, run = logits(trainer.model, ids), str(tmp_path / "run")
+    assert (expected - logits(model, ids)).abs().max() > 0.1
+    merged = load_merged(run, dtype="float32")
+    merged.save_pretrained(tmp_path / "merged")
+    reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run)
+    for found in (reloaded, merged, AutoModelForCausalLM.from_pretrained(tmp_path / "merged")):
+        assert (logits(found, ids) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -119,6 +119,7 @@ def test_a_cache_is_not_imported_but_trained_from(kdtrain):
     assert "--from c is a cache that kdtrain wrote. Train from it as it is" in err
 
 
+@pytest.mark.slow
 def test_several_processes_write_one_cache(project):
     process = started(project, "--out", "c", "launch.num_processes=2", "training.use_cpu=true")
     out, err = process.communicate(timeout=170)
@@ -129,6 +130,7 @@ def test_several_processes_write_one_cache(project):
     assert Manifest.read(project / "c").complete
 
 
+@pytest.mark.slow
 def test_sigterm_ends_it_with_143_and_one_line(project):
     rows = [{"prompt": f"What is {i}?", "completion": "the path " * (1 + i % 5)} for i in range(4000)]
     (project / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

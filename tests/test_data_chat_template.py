@@ -357,19 +357,12 @@ def sentencepiece(template):
 LLAVA = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}{% else %}{{ 'ASSISTANT: ' }}"
     "{% generation %}{{ m.content + ' ' }}{% endgeneration %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
 )
 
 
-def test_the_first_word_of_an_answer_is_supervised_where_markers_begin_behind_its_space():
-    tokenizer = sentencepiece(LLAVA)
-    (encoded,) = encode(tokenizer, rows_of({"role": "user", "content": "hi"}, {"role": "assistant", "content": "Yes"}))
-    tokens = tokenizer.convert_ids_to_tokens([label for label in encoded.labels if label != -100])
-    assert tokens == ["▁Yes", "▁"]
-
-
 def test_what_is_tokenised_apart_gets_no_space_that_the_text_does_not_have():
-    tokenizer = sentencepiece(LLAVA.replace("'ASSISTANT:' }}{% endif %}", "'ASSISTANT: ' }}{% endif %}"))
+    tokenizer = sentencepiece(LLAVA)
     (encoded,) = encode(tokenizer, rows_of({"role": "user", "content": "hi"}, {"role": "assistant", "content": "Yes"}))
     prompt_tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids[: encoded.prompt_length])
     assert prompt_tokens[-2:] == ["▁ASSISTANT:", "▁"]
@@ -508,11 +501,7 @@ def test_an_answer_that_begins_like_its_header_keeps_it():
 
 
 def test_what_is_tokenised_apart_loses_nothing_where_line_breaks_are_merged():
-    tokenizer = sentencepiece(
-        LLAVA.replace("'ASSISTANT:' }}{% endif %}", "'ASSISTANT: \n' }}{% endif %}").replace(
-            "'ASSISTANT: '", "'ASSISTANT: \n'"
-        )
-    )
+    tokenizer = sentencepiece(LLAVA.replace("'ASSISTANT: '", "'ASSISTANT: \n'"))
     tokenizer.add_tokens(["\n\n", "\n\n\n"])
     row = rows_of({"role": "user", "content": "hi"}, {"role": "assistant", "content": "\nYes"})
     labels = [label for label in encode(tokenizer, row)[0].labels if label != -100]

@@ -6,7 +6,9 @@ import io
 import json
 import os
 import re
+import struct
 import unicodedata
+import zlib
 
 import datasets
 import pytest
@@ -23,7 +25,6 @@ from kdtrain.data.parts import count_images
 from kdtrain.data.rows import parse_row
 from kdtrain.errors import DataError
 from tests import tiny_processors as vision
-from tests.test_data_chat_template import LLAVA, sentencepiece
 from tests.test_data_dataset import write_lines
 from tests.tiny_processors import picture, png
 
@@ -87,24 +88,6 @@ def test_the_answers_and_their_stop_tokens_are_supervised_and_nothing_else(famil
     assert images & set(everything.input_ids)
     for token, label in list(zip(everything.input_ids, everything.labels, strict=True))[1:]:
         assert label == (-100 if token in images else token)
-
-
-def test_the_first_word_about_an_image_is_supervised_where_markers_begin_behind_its_space():
-    """LLaVA-1.5's published way: SentencePiece, and a generation prompt that is shorter than the header."""
-    parts = "{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}"
-    template = LLAVA.replace("{{ 'USER: ' + m.content + ' ' }}", "{{ 'USER: ' }}" + parts + "{{ ' ' }}")
-    template = template.replace("m.content + ' '", "(m.content if m.content is string else m.content[0].text) + ' '")
-    tokenizer = sentencepiece(template)
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    llava = vision.make_llava()
-    processor = LlavaProcessor(
-        llava.image_processor, tokenizer, patch_size=8, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=template,
-    )  # fmt: skip
-    data = row(picture(), messages=[user(IMAGE, "hi"), {"role": "assistant", "content": "Yes"}])
-    encoded = encode_row(data, processor, train_on="assistant")
-    tokens = tokenizer.convert_ids_to_tokens([label for label in encoded.labels if label != -100])
-    assert tokens == ["▁Yes", "▁"]
 
 
 def test_the_ids_are_those_of_the_processor_itself(processor):
@@ -254,7 +237,9 @@ BAD = [
     (row({"path": "a.png", "url": "b.png"}), "path and url: keep the one"),
     (row({"bytes": b"x", "url": "b.png"}), "bytes and another source"),
     (row({"path": "a.png", "max_pixels": 200}), "max_pixels: the sizes of single images are not read"),
+    (row({"path": "a.png", "min_pixels": 200}), "min_pixels: the sizes of single images are not read"),
     ({"messages": [user({"type": "image", "image": "a.png", "resized_height": 28}), ANSWER]}, "resized_height"),
+    ({"messages": [user({"type": "image", "image": "a.png", "resized_width": 28}), ANSWER]}, "resized_width"),
     ({"messages": [user({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}), ANSWER]}, "detail"),
     (row("/8j/" + "4AAQ" * 2000), "8004 characters of text, /8j/4AAQ.*neither a path nor an image"),
     (row("iVBORw0K" + "!" * 300), "308 characters of text"),
@@ -705,6 +690,39 @@ def test_an_image_that_could_not_be_read_is_tried_again(build, tmp_path, monkeyp
     (entry,) = (tmp_path / "cache").iterdir()
     assert entry.stat().st_ctime_ns > written
     assert build(path)[1].images == 1
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def bomb(kind):
+    """A small file that says it is 20,000 × 20,000 pixels, or whose text becomes far longer when it is unpacked."""
+    if kind == "BMP":
+        header = struct.pack("<IiiHHIIiiII", 40, 20000, 20000, 1, 24, 0, 0, 0, 0, 0, 0)
+        return b"BM" + struct.pack("<IHHI", 54 + len(header), 0, 0, 54) + header
+    side = 8 if kind == "text" else 20000
+    text = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20))) if kind == "text" else b""
+    pixels = chunk(b"IDAT", zlib.compress(bytes(9 * 8)))
+    size = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + text + pixels + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "text"])
+def test_an_image_that_would_fill_the_memory_is_a_bad_row_however_it_is_given(build, tmp_path, kind):
+    data = bomb(kind)
+    assert len(data) < 100_000
+    (tmp_path / "a.img").write_bytes(data)
+    encoded = base64.b64encode(data).decode()
+    rows = [row(one) for one in ("a.img", f"data:image/png;base64,{encoded}", {"bytes": {"base64": encoded}})]
+    (tmp_path / "b.png").write_bytes(png())
+    path = write_lines(tmp_path / "a.jsonl", [*rows, row("b.png")])
+    dataset, report = build(path, max_bad_rows=3)
+    assert (len(dataset), report.bad_rows) == (1, 3)
+    said = "too large" if kind == "text" else r"Image size \(400000000 pixels\) exceeds limit"
+    assert all(re.search(rf"image .* cannot be read: .*{said}", one) for one in report.first_bad[:3]), report.first_bad
+    with pytest.raises(DataError, match=said):
+        build(path)
 
 
 def test_other_bad_rows_stay_as_they_were_stored(build, tmp_path, monkeypatch):

@@ -232,6 +232,7 @@ def test_the_demo_takes_seeds_and_options(arguments, expected):
     assert demo.options(arguments) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--seeds"], ["--seeds", "4"], ["training.max_steps=1"], ["fast"], ["--fast"]])
 def test_the_demo_refuses_other_words(arguments):
     ended = subprocess.run([sys.executable, FOLDER / "demo.py", *arguments], capture_output=True, text=True)

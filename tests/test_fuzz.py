@@ -28,6 +28,7 @@ def test_no_config_ends_in_a_traceback_or_takes_long(capsys):
     assert not summary["ran"]
 
 
+@pytest.mark.slow
 def test_no_data_ends_in_a_traceback(capsys):
     summary = fuzzed("data", 1, 60, capsys)
     assert summary["ended"].keys() == {"0", "2", "3"}

@@ -167,6 +167,7 @@ def histories() -> dict[str, dict[str, tuple[str, bool, float]]]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_call_gives_the_same_bits_after_any_other_calls(histories):
     different = []
     for threads in (1, 2):

@@ -49,6 +49,7 @@ def test_a_model_that_cannot_be_loaded_is_named_with_the_reason(folder, name):
         load_model(str(folder), **options)
     assert str(folder) in str(caught.value) or "dtype" in name
     assert "\n" not in str(caught.value)
+    assert r"\n" not in str(caught.value)
 
 
 def test_a_broken_tokenizer_is_named_too(folder):

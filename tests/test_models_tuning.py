@@ -104,6 +104,7 @@ MAMBAS = {
     "mamba2": lambda: hf.Mamba2Config(**SMALL, num_heads=4, head_dim=16, n_groups=1, state_size=16),
     "falcon_mamba": lambda: hf.FalconMambaConfig(**SMALL),
     "falcon_h1": lambda: hf.FalconH1Config(**SMALL, **HEADS, **SSM),
+    "nemotron_h": lambda: make("nemotron_h").config,
 }
 
 

@@ -164,6 +164,7 @@ def many_steps(folder, sharded, options):
     return numbers_of(trainer), [max(map(len, answers.values())) for _, answers in seen], wrapped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sharded", "options"), [(False, {}), (True, {"lmbda": 0.5, "seq_kd": True})], ids=["ddp", "fsdp2"]
 )

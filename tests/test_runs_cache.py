@@ -213,6 +213,7 @@ def killed_after(project, seen, pause):
     return os.waitpid(child, 0)[1]
 
 
+@pytest.mark.slow
 def test_killed_ten_times_while_it_writes_the_cache_is_the_one_that_was_written_in_one_go(project):
     many_rows(project, 480)
     write(project, "whole")

@@ -504,6 +504,7 @@ def test_rows_that_either_run_was_trained_on_are_left_out_and_counted(ce_run, kd
     assert clean["intervals"]["difference"] == pytest.approx(found["intervals"]["difference"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_that_only_another_seed_has_drawn_are_left_out_too(trained, kdtrain):  # noqa: F811
     """Of half the rows each seed draws others, and the verdict is over those that no run has read."""
     options = ("data.train=[{path: train.jsonl, weight: 0.5}]", "custom.sample_limit=100", "training.max_steps=1")
@@ -542,6 +543,7 @@ def test_a_share_of_the_training_rows_that_was_held_out_is_not_repeated(trained,
     assert found_in(trained / "one")["against"]["repeated_in_train"] == 0
 
 
+@pytest.mark.slow
 def test_three_pairs_of_runs_are_compared_over_their_seeds(trained, kdtrain):  # noqa: F811
     names = [f"{kind}-{seed}" for kind in ("kd", "ce") for seed in (1, 2, 3)]
     for name in names:
@@ -773,6 +775,7 @@ def test_what_is_internalised_is_measured_on_the_prompted_teachers_own_answers(p
     assert "the teacher's answers" in err
 
 
+@pytest.mark.slow
 def test_a_prompted_teacher_on_a_server_gives_the_same_share(prompted, kdtrain, tokenizer):  # noqa: F811
     """The student's weights behind a server, with a prefix that is the server's to read."""
     kdtrain("evaluate", "prompted")

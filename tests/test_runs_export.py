@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from kdtrain.cli.export import as_text
 from kdtrain.config import ConfigLoader
 from kdtrain.errors import CheckpointError, ConfigError, PreflightError
 from kdtrain.models.transformers4 import write_for_transformers_4
@@ -69,6 +70,7 @@ def test_an_adapter_is_merged_and_all_that_a_chat_needs_comes_along(original, tm
     assert (expected - logits(causal(original / "student"))).abs().max() > 0.1
     assert (logits(causal(out)) - expected).abs().max() < 1e-5
     assert (found.merged, found.model.dtype, found.model.parameters) == (True, "float32", 28_896)
+    assert as_text(found, public=False).splitlines()[1].startswith("for transformers 5 (--transformers 4 ")
 
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(original / "student").chat_template
@@ -185,7 +187,8 @@ def test_a_folder_that_is_filled_is_not_seen_before_its_end(tmp_path):
 
 
 def test_what_is_written_for_transformers_4_has_its_words_and_the_same_numbers(original, tmp_path):
-    export(open_run(original / "full"), tmp_path / "four", version=4)
+    found = export(open_run(original / "full"), tmp_path / "four", version=4)
+    assert as_text(found, public=False).splitlines()[1] == "for transformers 4 and 5"
     config = json.loads((tmp_path / "four" / "config.json").read_text())
     assert (config["torch_dtype"], config["rope_theta"], config["rope_scaling"]) == ("float32", 10000.0, None)
     assert {"dtype", "rope_parameters"}.isdisjoint(config)

@@ -49,6 +49,7 @@ def test_killed_at_25_random_times_it_always_goes_on_and_ends_as_if_nobody_had(t
     assert tally.largest <= kills.TOLERANCE.get(kind, 0.0)
 
 
+@pytest.mark.slow
 def test_killed_at_three_random_times_it_ends_as_if_nobody_had(tmp_path):
     tally = kills.kill_at_random(tmp_path, "text", 3, seed=1)
     assert (tally.kills, tally.failures, tally.largest) == (3, [], 0.0)

@@ -1,5 +1,6 @@
 """Real launches: two processes really are two, and a signal to one of them stops both."""
 
+import contextlib
 import json
 import os
 import signal
@@ -15,8 +16,8 @@ from kdtrain.config import ConfigLoader
 from kdtrain.runs import launch
 from kdtrain.runs.checkpoints import missing_files
 from tests import tiny
+from tests.tiny import slow
 
-pytestmark = pytest.mark.slow
 KDTRAIN = [sys.executable, "-m", "kdtrain"]
 
 
@@ -74,7 +75,10 @@ TWO = [
 ]
 
 
-@pytest.mark.parametrize("how", ["by itself", "accelerate launch", "accelerate launch without fit", "torchrun"])
+OTHERS = ("accelerate launch", "accelerate launch without fit", "torchrun")
+
+
+@pytest.mark.parametrize("how", ["by itself", *map(slow, OTHERS)])
 def test_two_processes_on_a_cpu_are_two_and_equal_one(project, single, how):
     arguments = ["config.yaml"]
     if how == "by itself":
@@ -95,6 +99,7 @@ def test_two_processes_on_a_cpu_are_two_and_equal_one(project, single, how):
     assert json.loads((project / "run" / "status.json").read_text())["exit_code"] == 0
 
 
+@pytest.mark.slow
 def test_no_launch_stays_in_one_process(project):
     done = run(project, "fit", "config.yaml", "launch.num_processes=2", "--no-launch", "training.max_steps=1")
     assert done.returncode == 0, done.stderr
@@ -108,6 +113,7 @@ def test_a_worker_that_fails_gives_the_launcher_its_exit_code(project):
     assert "train.jsonl:2" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_world_other_than_the_configs_is_refused(project):
     port = ["--main_process_port", str(tiny.free_port())]
     done = run(
@@ -117,7 +123,17 @@ def test_a_world_other_than_the_configs_is_refused(project):
     assert "launch.num_processes is 3, but the launcher started 2" in done.stderr
 
 
-def start(project, *arguments, command=KDTRAIN):
+@pytest.fixture
+def start(project):
+    """Begin a run, and wait until it has taken a step. Whatever a test leaves of it is ended."""
+    begun = []
+    yield lambda *arguments, **more: begun.append(_start(project, *arguments, **more)) or begun[-1]
+    for process in begun:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _start(project, *arguments, command=KDTRAIN):
     process = subprocess.Popen(
         [*command, "fit", "config.yaml", *arguments],
         cwd=project,
@@ -138,9 +154,9 @@ def start(project, *arguments, command=KDTRAIN):
 LONG = ["training.max_steps=100000", "training.eval_steps=100000"]
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_the_run_goes_on_from_there(project, signum, code):
-    process = start(project, *LONG)
+@pytest.mark.parametrize(("signum", "code"), [slow(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_goes_on_from_there(project, start, signum, code):
+    process = start(*LONG)
     process.send_signal(signum)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr
@@ -156,8 +172,9 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(project, signum, code):
     assert [record["step"] for record in records(project) if "loss" in record] == list(range(1, step + 4))
 
 
-def test_ctrl_c_stops_both_of_two_launched_ranks(project):
-    process = start(project, *LONG, "launch.num_processes=2")
+@pytest.mark.slow
+def test_ctrl_c_stops_both_of_two_launched_ranks(project, start):
+    process = start(*LONG, "launch.num_processes=2")
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     _, stderr = process.communicate(timeout=90)
     assert process.returncode == 130, stderr
@@ -176,9 +193,10 @@ def children(pid):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the workers through /proc")
-def test_sigterm_to_one_rank_stops_both_at_the_same_step(project):
-    process = start(project, *LONG, "launch.num_processes=2")
+def test_sigterm_to_one_rank_stops_both_at_the_same_step(project, start):
+    process = start(*LONG, "launch.num_processes=2")
     os.kill(children(process.pid)[1], signal.SIGTERM)
     _, stderr = process.communicate(timeout=90)
     assert process.returncode == 143, stderr
@@ -193,8 +211,9 @@ def gone(pids, within):
         time.sleep(0.1)
 
 
-def test_ranks_end_with_their_launcher_and_leave_a_checkpoint(project):
-    process = start(project, *LONG, "launch.num_processes=2")
+@pytest.mark.slow
+def test_ranks_end_with_their_launcher_and_leave_a_checkpoint(project, start):
+    process = start(*LONG, "launch.num_processes=2")
     workers = children(process.pid).values()
     process.kill()
     gone(workers, within=30)
@@ -205,8 +224,8 @@ def test_ranks_end_with_their_launcher_and_leave_a_checkpoint(project):
     assert not missing_files(checkpoint)
 
 
-def test_a_rank_that_is_killed_ends_the_run_and_that_is_said(project):
-    process = start(project, *LONG, "launch.num_processes=2")
+def test_a_rank_that_is_killed_ends_the_run_and_that_is_said(project, start):
+    process = start(*LONG, "launch.num_processes=2")
     os.kill(children(process.pid)[1], signal.SIGKILL)
     _, stderr = process.communicate(timeout=90)
     assert process.returncode == 137, stderr
@@ -218,8 +237,9 @@ def test_a_rank_that_is_killed_ends_the_run_and_that_is_said(project):
     assert (status["state"], status["exit_code"]) == ("failed", 137)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["kdtrain", "accelerate launch", "torchrun"])
-def test_sigterm_to_the_launcher_saves_and_says_so(project, launcher):
+def test_sigterm_to_the_launcher_saves_and_says_so(project, start, launcher):
     """What a cluster's scheduler does. Only `kdtrain fit` tells the exit code: the others have one for any failure."""
     command, more = KDTRAIN, ["launch.num_processes=2"]
     if launcher == "accelerate launch":
@@ -227,7 +247,7 @@ def test_sigterm_to_the_launcher_saves_and_says_so(project, launcher):
     elif launcher == "torchrun":
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
         command, more = [*torchrun, str(tiny.free_port()), "-m", "kdtrain"], []
-    process = start(project, *LONG, *more, command=command)
+    process = start(*LONG, *more, command=command)
     workers = children(process.pid)
     process.terminate()
     _, stderr = process.communicate(timeout=90)
@@ -240,6 +260,7 @@ def test_sigterm_to_the_launcher_saves_and_says_so(project, launcher):
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values()), "a worker outlived its launcher"
 
 
+@pytest.mark.slow
 def test_a_config_file_of_accelerate_says_how_many_processes_there_are(project):
     (project / "accelerate.yaml").write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nnum_machines: 1\n"
@@ -260,6 +281,7 @@ def test_the_command_for_a_cpu_asks_for_what_works_there(project):
     assert launch.wanted_processes(config, 4) == 4
 
 
+@pytest.mark.slow
 def test_a_run_shorter_than_its_logging_interval_logs_its_last_step(project):
     options = ["training.logging_steps=50", "training.max_steps=3", "training.eval_strategy=no", "data.eval=null"]
     done = run(project, "fit", "config.yaml", *options)

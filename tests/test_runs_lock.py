@@ -169,6 +169,7 @@ def test_a_run_that_fails_while_it_is_built_leaves_no_lock_and_no_folder(project
     assert not (project / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_the_run_is_built_leaves_no_lock(project, signum, code):
     script = (

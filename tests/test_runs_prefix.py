@@ -105,6 +105,7 @@ def greedy(model, prompt, count):
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_another_prefix_asks_for_other_answers_and_the_same_one_for_none(project, tmp_path):
     def answers():
         return {record["prompt"] for record in records(project)}
@@ -127,6 +128,7 @@ def server(tokenizer):
         yield server
 
 
+@pytest.mark.slow
 def test_a_server_is_sent_the_prefix_in_messages_and_the_student_reads_nothing_of_it(
     project, server, tokenizer, monkeypatch
 ):
@@ -152,6 +154,7 @@ def test_a_server_is_sent_the_prefix_in_messages_and_the_student_reads_nothing_o
     assert len(answers_asked(server)) == 12
 
 
+@pytest.mark.slow
 def test_a_server_that_is_asked_by_token_ids_answers_behind_the_prefix(project, server, tokenizer, monkeypatch):
     of_server = trained_on(monkeypatch)
     config = served(project, server, prefix=[PIRATE])
@@ -168,6 +171,7 @@ def test_a_server_that_is_asked_by_token_ids_answers_behind_the_prefix(project, 
     assert of_server == rows
 
 
+@pytest.mark.slow
 def test_targets_of_a_server_are_those_of_the_same_model_in_this_process_behind_the_same_prefix(project, server):
     def weights(teacher, folder):
         config = yaml.safe_load((project / "config.yaml").read_text())

@@ -148,6 +148,7 @@ def test_a_mixed_file_as_a_person_sees_it(mixed):
     assert {path: path.stat().st_mtime_ns for path in mixed.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_mixed_file_as_a_program_sees_it(mixed, tokenizer):
     done = command(mixed, "--json", "--rows", "50")
     assert (done.returncode, done.stderr) == (0, "")
@@ -177,6 +178,7 @@ def test_a_mixed_file_as_a_program_sees_it(mixed, tokenizer):
     assert of_all["notes"] == []
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_ends_it_without_a_word(mixed):
     write_rows(mixed / "train.jsonl", tiny.CHATS * 40)  # more than stdout keeps in memory
     # `true` has long gone when the first line is written, as `head` would be at a later one.
@@ -185,6 +187,7 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_word(mixed):
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
+@pytest.mark.slow
 def test_a_terminal_that_knows_ascii_alone_still_gets_all_of_it(mixed):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = command(mixed, "--rows", "2", env=environment)

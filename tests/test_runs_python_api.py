@@ -152,6 +152,7 @@ def test_a_run_is_rehearsed_once(project, monkeypatch):
     assert len(made) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["rlhf.teacher.backend=self", "rlhf.teacher_model=null"], []])
 def test_a_self_teacher_is_named_in_the_config_or_handed_over(project, options, caplog):
     teacher = None if options else SelfTeacher("base")
@@ -201,6 +202,7 @@ def test_a_teacher_with_an_adapter_by_its_folder(project, adapter, options, monk
     assert metrics["llm_kd_loss"] == pytest.approx(expected_terms(student, adapter, batch)[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_teachers_answers_are_made_anew_for_another_adapter(project, adapter, monkeypatch):
     monkeypatch.chdir(project)
     options = ["data.train={path: train.jsonl, answers: teacher}", "rlhf.max_new_tokens=3", "training.max_steps=1"]

@@ -377,6 +377,7 @@ def test_the_moving_mean_is_the_mean_of_what_is_around():
     assert moving_mean(points[:50]) == []
 
 
+@pytest.mark.slow
 def test_thousands_of_steps_make_a_page_below_a_megabyte(run_folder):
     more = {"teacher_agreement": 0.5, "student_entropy": 1.0, "teacher_entropy": 0.9, "tokens_per_second": 1e3}
     records = [record(step, token_accuracy=step % 97 / 97, grad_norm=step % 89, **more) for step in range(1, 20_001)]

@@ -82,6 +82,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_teacher_that_fails_while_training_ends_the_run_with_its_state_saved(project, server, fault):
     reply, words = FAULTS[fault]
@@ -96,6 +97,7 @@ def test_a_teacher_that_fails_while_training_ends_the_run_with_its_state_saved(p
     assert (project / "run" / "checkpoint-2" / "trainer_state.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lookahead", [0, 2])
 def test_it_goes_on_as_if_the_server_had_never_been_away(project, server, lookahead):
     config = served(project, server, lookahead=lookahead)
@@ -112,6 +114,7 @@ def test_it_goes_on_as_if_the_server_had_never_been_away(project, server, lookah
     assert steps == [1, 2, 3, 4, 4], log
 
 
+@pytest.mark.slow
 def test_another_model_behind_the_same_address_ends_the_run(project, server):
     config = served(project, server, lookahead=0)
     with pytest.raises(TeacherError, match="another model"):
@@ -119,6 +122,7 @@ def test_another_model_behind_the_same_address_ends_the_run(project, server):
     assert (project / "run" / "checkpoint-2").is_dir()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_slow_busy_and_down_for_a_while_changes_no_number(project, server):
     config = served(project, server, max_retries=5)
     kdtrain.fit(config)
@@ -176,7 +180,7 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", [*map(tiny.slow, list(ENDS)[:-1]), list(ENDS)[-1]])
 def test_the_key_is_in_no_file_and_on_neither_stream(project, teacher, tokenizer, end):
     reply, code = ENDS[end]
     with StubServer(teacher, tokenizer=tokenizer, api_key=KEY) as server:

@@ -34,6 +34,7 @@ def records(run):
     return [{k: v for k, v in json.loads(line).items() if not k.endswith(TIMES)} for line in lines]
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_left_after_its_batch_and_made_by_the_resumed_run(project, kdtrain, monkeypatch):
     at = 4
     assert kdtrain("fit", "config.yaml", *OPTIONS, "training.output_dir=uninterrupted")[0] == 0
@@ -155,6 +156,7 @@ def test_a_launchers_sigterm_after_a_failure_is_not_how_the_run_ended(tmp_path):
     assert json.loads((tmp_path / "status.json").read_text())["message"] == "not finite"
 
 
+@pytest.mark.slow
 def test_a_locale_that_is_not_utf_8_and_odd_names_do_no_harm(project):
     """A locale in ASCII, which Python is kept from leaving, no HOME, no TMPDIR, few files, and names of all kinds."""
     (project / "config.yaml").rename(project / "-k \u00f6'.yaml")

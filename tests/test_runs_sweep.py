@@ -71,6 +71,7 @@ evaluate([open_run(Path("alone"))], [], Progress(Console(stderr=True), True))
 """
 
 
+@pytest.mark.slow
 def test_a_run_of_a_sweep_has_bit_for_bit_the_numbers_that_it_has_alone(fit, folder):
     """The second run: behind one with another accumulation, a drawn adapter, dropout and generated answers."""
     options = [
@@ -97,6 +98,7 @@ def test_a_run_of_a_sweep_has_bit_for_bit_the_numbers_that_it_has_alone(fit, fol
     assert figures[0] == figures[1]
 
 
+@pytest.mark.slow
 def test_a_sweep_reads_its_data_once_and_keeps_no_model(fit, folder, monkeypatch):
     reads = []
     real = read_data.build_dataset
@@ -132,6 +134,7 @@ def test_what_a_run_sets_for_the_process_is_put_back(monkeypatch):
         assert tracker.run is None
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_end_the_others_and_resume_makes_what_is_missing(fit, folder, monkeypatch):
     values = "training.learning_rate=1e38,1e-3"
     printed = fit(values, *ONE_STEP, code=5)
@@ -156,6 +159,7 @@ def test_a_run_that_fails_does_not_end_the_others_and_resume_makes_what_is_missi
     assert "--resume auto" in err
 
 
+@pytest.mark.slow
 def test_runs_that_have_begun_go_on_as_they_began_or_as_it_is_allowed(fit, folder, monkeypatch):
     saving = ["training.eval_strategy=no", "training.save_strategy=steps", "training.report=false"]
     monkeypatch.setattr(sweep, "evaluate", lambda *_: 1 / 0)
@@ -171,6 +175,7 @@ def test_runs_that_have_begun_go_on_as_they_began_or_as_it_is_allowed(fit, folde
     assert "2 of 2 runs passed" in fit(*again, "--allow-changes", "rlhf.beta", "--dry-run").out
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_sweep_with_what_it_has(fit, folder, monkeypatch):
     real, calls = sweep.evaluate, []
 
@@ -255,6 +260,7 @@ def test_several_ranks_of_a_launcher_are_refused(folder, monkeypatch):
         refuse_several_processes(ConfigLoader.load("config.yaml"), no_launch=True)
 
 
+@pytest.mark.slow
 def test_answers_that_the_teacher_writes_are_written_once_for_all_runs(fit, folder):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["data"]["train"] = [{"path": "train.jsonl", "answers": "teacher"}]

@@ -63,6 +63,7 @@ def test_another_processor_and_other_threads_give_the_same_numbers(tmp_path, nam
         assert one == pytest.approx(two, rel=1e-5)  # sums in another order, in float32
 
 
+@pytest.mark.slow
 def test_two_threads_give_the_numbers_of_one(tmp_path):
     one, weights = trained(tmp_path / "one")
     before = torch.get_num_threads()

@@ -409,6 +409,7 @@ def losses(records):
     return [record.get("loss", record.get("eval_loss")) for record in records if {"loss", "eval_loss"} & record.keys()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_training_is_the_same_however_far_it_reads_ahead(cached, rows, tmp_path, mode):
     """Shuffled, more than two epochs with a short last batch, evaluations in between."""
@@ -437,6 +438,7 @@ def _two_ranks(folder, cache, rows, optim):
     return losses(records), weights.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["topk", "hidden"])
 def test_two_ranks_get_the_targets_of_their_own_rows(caches, rows, tmp_path, mode):
     """Eight rows, six of them a step: the last batch of an epoch is filled up, on one rank with nothing else."""

@@ -712,6 +712,7 @@ def test_ctrl_c_while_waiting_ends_a_process_long_before_its_request(stub):
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_an_interpreter_ends_quietly_with_requests_in_flight(stub):
     stub.on_request = lambda request: HANG
     process = started(

@@ -282,6 +282,7 @@ def test_waiting_for_answers_counts_in_the_share_of_waiting(tmp_path, server, mo
     assert min(shares) >= 0.2 / 10
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_micro_batches_nor_on_ranks(tmp_path, server):
     losses, answers = train(tmp_path / "one", server.url)
     accumulated, same = train(tmp_path / "accumulated", server.url, accumulate=2)

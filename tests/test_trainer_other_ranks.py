@@ -72,6 +72,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 1}
 FIRST = {1: batches(2, 1), 2: batches(1, 2)}  # 2 and 4 rows a step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "other", "options", "stops"),
     [
@@ -105,6 +106,7 @@ def test_a_run_goes_on_with_the_next_row_on_other_ranks_in_other_batches(tmp_pat
             assert rest["epochs"][0] == pytest.approx((done + sizes[0]) / 13)
 
 
+@pytest.mark.slow
 def test_a_record_covers_the_steps_before_a_resume_on_other_ranks(tmp_path):
     """Rows of a step are the same on one rank and on two, so its loss is too, but for rounding."""
     options = {"logging_steps": 4, "num_train_epochs": 1}

@@ -143,6 +143,7 @@ def test_nothing_that_is_trained_logged_or_saved_depends_on_it(tmp_path, ranks, 
     assert len(set(expected[0]["windows"])) > 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "ranks"), [(1, 1), (4, 1), (4, 2)])
 def test_a_run_that_is_resumed_within_an_epoch_is_the_same_run(tmp_path, ranks, step):
     saving = {"save_strategy": "steps", "save_steps": 1}
@@ -178,6 +179,7 @@ def test_the_teacher_is_told_of_each_window_once_in_order_and_so_many_ahead(tmp_
     assert [(len(names), asked) for names, asked in told] == [(2, 2 * step) for step in steps]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"lmbda": 0.5}, {"lmbda": 1.0}])
 def test_of_windows_that_are_generated_it_is_told_when_they_have_their_answers(tmp_path, options):
     (result,) = runs(tmp_path, 1, 2, eval_strategy="no", **options)
@@ -201,6 +203,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_a_callback_changes_holds_from_the_next_window_whatever_was_read_ahead(tmp_path, ranks, name):
@@ -234,6 +237,7 @@ def wait_fractions(folder, lookahead=2, resume=None, teacher=None, **kwargs):
     return [record.get("teacher_wait_fraction") for record in trainer.state.log_history if "loss" in record]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_share_of_waiting_is_logged_without_that_of_evaluations_and_survives_a_resume(tmp_path, ranks):
     """A quarter of a second for each batch; records of three steps, in laps of ten seconds.

@@ -295,6 +295,7 @@ def losses_of(folder, resume=None, **options):
     return [(r["loss"], r["grad_norm"], r.get("selected_fraction")) for r in records], trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"select": "best"}, {"select": "weighted"}], ids=["all", "best", "weighted"])
 def test_a_resumed_run_selects_and_trains_as_one_that_was_not_interrupted(tmp_path, options):
     options = {"samples_per_prompt": 3, **options}
@@ -330,8 +331,8 @@ def on_ranks(folder, select, expression, sharded=False):
     return [record.get(name, 0.0) for record in trainer.state.log_history if "loss" in record for name in names]
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "FSDP2"])
-@pytest.mark.parametrize(("select", "expression"), [("best", None), ("weighted", None), ("best", "(.)")])
+@pytest.mark.parametrize("sharded", [False, tiny.slow(True)], ids=["whole", "FSDP2"])
+@pytest.mark.parametrize(("select", "expression"), [("best", None), tiny.slow("weighted", None), ("best", "(.)")])
 def test_two_ranks_select_and_train_as_one_process(tmp_path, select, expression, sharded):
     """With the expression one of the ranks has a window of which nothing is left, and then both have."""
     alone = tiny.run_ranks(on_ranks, 1, str(tmp_path / "one"), select, expression)[0]

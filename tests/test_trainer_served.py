@@ -46,6 +46,7 @@ class Begin(TrainerCallback):
         self.server.requests.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lmbda", [0.0, 0.5])
 def test_training_is_the_same_however_far_it_asks_ahead_and_no_row_is_asked_about_twice(tmp_path, server, lmbda):
     """Two epochs of three windows; evaluations in between."""
@@ -64,6 +65,7 @@ def test_training_is_the_same_however_far_it_asks_ahead_and_no_row_is_asked_abou
     assert all(len(found) <= trained for found in asked)
 
 
+@pytest.mark.slow
 def test_answers_that_are_kept_to_be_looked_at_are_not_asked_about_twice(tmp_path, server):
     asked = {}
     for every in (None, 1):
@@ -95,6 +97,7 @@ def test_replies_that_take_50_ms_are_not_waited_for_by_steps_of_200(tmp_path, se
     assert (fractions[1] > 0.05) == waits
 
 
+@pytest.mark.slow
 def test_the_time_in_which_the_teacher_writes_is_waited(tmp_path, server):
     """Targets come with the answers: nothing else is asked of the server."""
     server.delay_s = 0.3

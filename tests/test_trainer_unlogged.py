@@ -31,6 +31,7 @@ def run(folder, world, resume=None, **kwargs):
     return records, rates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "steps"), [(1, (1, 2, 3, 4, 5)), (2, (2, 5))])
 def test_records_of_a_resumed_run_are_those_of_the_uninterrupted_one_bit_for_bit(tmp_path, world, steps):
     def records(resume):

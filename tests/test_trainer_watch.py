@@ -83,6 +83,21 @@ def test_updates_that_bfloat16_weights_cannot_take_are_told_with_their_share(tmp
     assert not train_in(tmp_path, torch.float32, caplog, learning_rate=1e-5)
 
 
+def train_on_ranks(folder, caplog, **kwargs):
+    return train_in(folder, torch.bfloat16, caplog, learning_rate=1e-5, per_device_train_batch_size=2, **kwargs)
+
+
+@pytest.mark.parametrize("pieces", [False, True], ids=["whole", "in pieces"])
+def test_two_ranks_are_told_once_of_updates_that_round_away(tmp_path, caplog, pieces):
+    from tests.test_distributed import sharding_on_a_cpu
+
+    sharding = sharding_on_a_cpu() if pieces else {}
+    first, second = tiny.run_ranks(lambda: train_on_ranks(tmp_path, caplog, **sharding), 2)
+    assert (len(first), second) == (1, [])
+    assert 90 <= int(first[0].split("%")[0]) <= 100
+    assert "of step 1 (learning rate 1.0e-05)" in first[0]
+
+
 # ---- trained tensors without a gradient ------------------------------------------------------------------------------
 
 

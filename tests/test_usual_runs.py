@@ -60,6 +60,7 @@ def plain(tmp_path_factory, tokenizer):
     return losses(records), [record["learning_rate"] for record in records if "loss" in record]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_run_with_a_usual_option_learns_and_its_model_loads(project, plain, name):
     records = run(project, training=OPTIONS[name])
@@ -93,6 +94,7 @@ def run_evaluated(project):
     return next(record["eval_loss"] for record in records if "eval_loss" in record)
 
 
+@pytest.mark.slow
 def test_a_run_with_workers_goes_on_bit_for_bit(project):
     saving = {"dataloader_num_workers": 1, "save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
     run(project, training=saving)
@@ -104,6 +106,7 @@ def test_a_run_with_workers_goes_on_bit_for_bit(project):
         assert torch.equal(weight, expected[name]), name
 
 
+@pytest.mark.slow
 def test_an_adapter_on_the_transposed_layers_of_gpt2_is_merged_as_it_runs(project, tokenizer):
     put(project, tokenizer, "student", make("gpt2"))
     run(project, tuner={"train_type": "lora", "target_modules": ["c_attn", "c_fc"]}, training={"learning_rate": 0.1})
@@ -115,6 +118,7 @@ def test_an_adapter_on_the_transposed_layers_of_gpt2_is_merged_as_it_runs(projec
     assert not torch.allclose(apart, before, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tied_weights_are_saved_once_in_the_students_type_and_load_as_one(project, tokenizer, dtype):
     put(project, tokenizer, "student", tiny.make_qwen3(seed=1, tie_word_embeddings=True).to(dtype))

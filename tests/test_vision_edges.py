@@ -23,6 +23,7 @@ TEXT = {"messages": [{"role": "user", "content": "who?"}, {"role": "assistant", 
 # ---- projectors ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_projectors_stand_still_in_windows_without_images(models, tmp_path, world):  # noqa: F811
     """Rows 0 and 1 have one image, the others none; on two ranks, the second never has one."""
@@ -137,6 +138,7 @@ def by_hand(family, pattern):
     return losses, torch.cat([p.detach().flatten() for p in trained]).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "qwen"])
 def test_rows_without_images_count_and_teach_nothing_where_the_language_model_is_frozen(tmp_path, family):
     """A window of text alone is no step; beside an image text adds to D only, on one rank as on two."""
@@ -200,6 +202,26 @@ def test_reentrant_checkpointing_of_a_tower_trained_in_parts_is_refused(tmp_path
     # LLaVA reads its tower's last layer but one.
     assert len(unused) == (family == "llava")
     assert all("in the first 3 windows with images" in one and "layers.1." in one for one in unused)
+
+
+def adapted_on_ranks(folder, caplog):
+    """What is refused, and what is said of tensors without a gradient."""
+    options = {"per_device_train_batch_size": 1, "ddp_find_unused_parameters": True, "max_steps": 3}
+    try:
+        adapted(folder, "llava", gradient_checkpointing_kwargs={"use_reentrant": True}, **options)
+    except PreflightError as error:
+        refused = str(error)
+    adapted(folder, "llava", pattern="titi", train_sampling_strategy="sequential", **options).train()
+    return refused, [r.getMessage() for r in caplog.records if "had no gradient" in r.getMessage()]
+
+
+def test_two_ranks_refuse_reentrant_checkpointing_and_name_tensors_without_a_gradient_once(tmp_path, caplog):
+    (refused, unused), (others, none) = tiny.run_ranks(adapted_on_ranks, 2, tmp_path, caplog)
+    assert refused == others
+    assert "trained in parts" in refused
+    assert len(unused) == 1
+    assert "in the first 3 windows with images" in unused[0]
+    assert none == []
 
 
 def test_a_tower_without_an_image_is_no_alarm(tmp_path, caplog):

@@ -335,6 +335,7 @@ def test_visual_kd_without_an_image_in_the_data_is_refused(models, tmp_path):
         run(models, tmp_path, data__train=str(tmp_path / "text.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_teacher_with_other_normalisation_sees_its_own_pixels(models, tmp_path):
     save_llava(tmp_path / "teacher", 48, 64, 2, image_mean=[0.1, 0.2, 0.3])
     _, same = run(models, tmp_path / "a", training__max_steps=1)
@@ -407,6 +408,7 @@ def test_answers_are_the_teachers_greedy_ones_and_replace_those_of_the_data(mode
     assert records[0]["sft_loss"] > 0
 
 
+@pytest.mark.slow
 def test_answers_that_were_stored_are_not_generated_again(models, prompts, tmp_path):
     source = {"path": str(prompts), "answers": "teacher"}
     options = {"data__train": source, "rlhf__max_new_tokens": 5, "training__per_device_eval_batch_size": 2}
@@ -425,6 +427,7 @@ def test_answers_that_were_stored_are_not_generated_again(models, prompts, tmp_p
     assert_same_weights(weights(whole.run_dir), weights(resumed.run_dir), 0.0)
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_answers(models, prompts, tmp_path):
     source = {"path": str(prompts), "answers": "teacher"}
     options = {"data__train": source, "rlhf__max_new_tokens": 4}
@@ -454,6 +457,7 @@ def test_a_prepared_row_with_an_answer_is_collated_with_its_image(models, prompt
 # ---- rows that fill up an epoch --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [5, 6])
 def test_images_of_rows_that_accelerate_repeats_count_once(models, tmp_path, rows):
     """5 = 4 + 1: of the last window one rank has no new row; it runs a repeated one, whose image must not count."""
@@ -491,6 +495,7 @@ def test_a_tokenizer_that_names_its_image_token_is_read(models, tmp_path):
     assert "vision_kd_loss" in records[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_that_is_stopped_while_the_teacher_answers_keeps_the_answers(models, prompts, tmp_path, number, code):
     options = {"data__train": {"path": str(prompts), "answers": "teacher"}, "rlhf__max_new_tokens": 400}
@@ -529,6 +534,7 @@ def test_a_dry_run_answers_one_window_and_leaves_nothing(models, prompts, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_answers_beyond_max_length_and_the_students_positions_are_told(models, prompts, tmp_path, caplog):
     options = {"data__train": {"path": str(prompts), "answers": "teacher"}, "rlhf__max_new_tokens": 500}
     run(models, tmp_path, training__max_steps=1, **options)
@@ -537,6 +543,7 @@ def test_answers_beyond_max_length_and_the_students_positions_are_told(models, p
     assert "prompts with the teacher's answer" not in caplog.text  # which is no error, and known better afterwards
 
 
+@pytest.mark.slow
 def test_a_student_that_teaches_itself_reads_the_images_as_a_second_model_does(models, tmp_path):
     changes = {"custom__visual_kd": {"enabled": False}, "tuner__train_type": "lora", "training__learning_rate": 1.0}
     records = []

@@ -71,7 +71,8 @@ def test_an_unusual_image_that_does_not_fit_the_teacher_is_found_before_the_firs
 def folders(tmp_path_factory):
     """Models that are their configs alone, with their processors."""
     root = tmp_path_factory.mktemp("models")
-    for name, processor in (("qwen", vision.make_qwen3()), ("llava", vision.make_llava())):
+    processors = {"qwen": vision.make_qwen3(), "llava": vision.make_llava(), "gemma3": vision.make_gemma3()}
+    for name, processor in processors.items():
         vision.make_model(name, processor).config.save_pretrained(root / name)
         processor.save_pretrained(root / name)
     return root
@@ -113,6 +114,18 @@ def test_settings_are_part_of_what_rows_are_stored_by(folders, tmp_path, build):
 def test_a_setting_that_a_processor_does_not_have_is_refused(folders, name, settings, says):
     with pytest.raises(PreflightError, match=says):
         load_processing(str(folders / name), processor_kwargs=settings)
+
+
+def test_a_setting_that_a_processors_class_overrides_is_refused(folders):
+    """Gemma 3's crops, InternVL's tiles: said in the settings they would change nothing, without a word."""
+    folder = str(folders / "gemma3")
+    own = getattr(load_processing(folder), "images_kwargs", None)
+    if own is None:  # an earlier transformers
+        pytest.skip("processors keep what they set themselves in another place")
+    assert own["do_pan_and_scan"] is False
+    load_processing(folder, processor_kwargs={"do_pan_and_scan": False})
+    with pytest.raises(PreflightError, match=r"a Gemma3Processor sets do_pan_and_scan to False at every call"):
+        load_processing(folder, processor_kwargs={"do_pan_and_scan": True})
 
 
 def test_a_model_of_text_has_no_settings_for_images(tmp_path):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
@@ -50,6 +51,11 @@ CHATS = [
         ["the path", "a token and the student", "zero", "the file it returns when they are equal", "two", "1 and 30"]
     )
 ]
+
+
+def slow(*values: Any) -> Any:
+    """Parameters of a test that are for `make test-slow` alone, beside others that `make test` takes."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def lora_config(*, rank: int, alpha: int, dropout: float, **options: Any) -> LoraConfig:

@@ -63,22 +63,27 @@ def parts_template(image: str, markers: bool = True) -> str:
     )
 
 
-def _tokenizer(*added: str, **tokens: str) -> PreTrainedTokenizerFast:
+def make_tokenizer(*added: str, **tokens: str) -> PreTrainedTokenizerFast:
+    """The tiny one with more special tokens, those of `tokens` also as attributes of these names."""
     tokenizer = tiny.make_tokenizer()
     tokenizer.add_tokens([*added, *tokens.values()], special_tokens=True)
     # What a tokenizer class names its model's inputs; the generic one would add token_type_ids for every family.
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    for name, token in tokens.items():
-        setattr(tokenizer, name, token)
-        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
-    return tokenizer
+    names = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+        extra_special_tokens=tokens,
+        model_input_names=names,
+        chat_template=tokenizer.chat_template,
+    )
 
 
 def make_llava(size: int = 32, patch: int = 8, markers: bool = True, **image: Any) -> LlavaProcessor:
     """(size / patch)² tokens per image; `image` are settings of the image processor."""
     return LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **image),
-        _tokenizer("<image>"),
+        make_tokenizer("<image>"),
         patch_size=patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -86,51 +91,43 @@ def make_llava(size: int = 32, patch: int = 8, markers: bool = True, **image: An
     )
 
 
-class _Qwen2_5_VLImagesOnly(Qwen2_5_VLProcessor):
-    """Without the video processor, whose import wants torchvision; images go the same way."""
+def images_only(kind: Any) -> Any:
+    """A processor's class without its video processor, whose import wants torchvision; images go the same way."""
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
-        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-        super(Qwen2_5_VLProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
+    def __init__(self: Any, image_processor: Any, tokenizer: Any, chat_template: Any = None, **settings: Any) -> None:
+        kind.__init__(self, image_processor, tokenizer, None, chat_template=chat_template, **settings)
+
+    return type(f"{kind.__name__}ImagesOnly", (kind,), {"__init__": __init__})
 
 
-class Qwen3VLImagesOnly(Qwen3VLProcessor):
-    """As above. Registered, so that `AutoProcessor` loads what it has saved."""
-
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
-        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-        super(Qwen3VLProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
+_Qwen3VLImagesOnly = images_only(Qwen3VLProcessor)
 
 
 class _OnlyForRegistering(PreTrainedConfig):
-    """A processor is registered with a config; it is found by its name."""
+    """A processor is registered with a config; `AutoProcessor` finds it by its name."""
 
 
-AutoProcessor.register(_OnlyForRegistering, Qwen3VLImagesOnly)
+AutoProcessor.register(_OnlyForRegistering, _Qwen3VLImagesOnly)
 
 
-def _make_qwen(kind: Any, markers: bool) -> Any:
+def make_qwen_of(kind: Any, markers: bool = True) -> Any:
     return kind(
         Qwen2VLImageProcessorPil(
             patch_size=8, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 128 * 128}
         ),
-        _tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+        make_tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
         chat_template=parts_template(_QWEN_IMAGE, markers),
     )
 
 
 def make_qwen(markers: bool = True) -> Qwen2_5_VLProcessor:
     """A token per 16 × 16 pixels, so that larger images take more of them."""
-    return _make_qwen(_Qwen2_5_VLImagesOnly, markers)
+    return make_qwen_of(images_only(Qwen2_5_VLProcessor), markers)
 
 
 def make_qwen3(markers: bool = True) -> Qwen3VLProcessor:
     """The same for Qwen3-VL."""
-    return _make_qwen(Qwen3VLImagesOnly, markers)
+    return make_qwen_of(_Qwen3VLImagesOnly, markers)
 
 
 def make_idefics3(split: bool = True, markers: bool = True, **image: Any) -> Idefics3Processor:
@@ -143,7 +140,7 @@ def make_idefics3(split: bool = True, markers: bool = True, **image: Any) -> Ide
         pytest.skip(str(error))
     return Idefics3Processor(
         tiles,
-        _tokenizer("<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", *grid),
+        make_tokenizer("<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", *grid),
         image_seq_len=4,
         chat_template=parts_template("<image>", markers),
     )
@@ -151,7 +148,7 @@ def make_idefics3(split: bool = True, markers: bool = True, **image: Any) -> Ide
 
 def make_gemma3(markers: bool = True) -> Gemma3Processor:
     """The expansion begins and ends with line breaks, and contains the placeholder again."""
-    tokenizer = _tokenizer(
+    tokenizer = make_tokenizer(
         "\n\n", "\n\n\n", image_token=_SOFT, boi_token="<start_of_image>", eoi_token="<end_of_image>"
     )
     return Gemma3Processor(
@@ -162,23 +159,14 @@ def make_gemma3(markers: bool = True) -> Gemma3Processor:
     )
 
 
-class _OneVisionImagesOnly(LlavaOnevisionProcessor):
-    """Without the video processor, as above."""
-
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
-        self.image_token, self.video_token = "<image>", "<video>"
-        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
-        self.num_image_tokens, self.vision_feature_select_strategy = 16, "full"
-        self.vision_aspect_ratio = "anyres_max_9"
-        super(LlavaOnevisionProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
-
-
 def make_onevision(markers: bool = True) -> LlavaOnevisionProcessor:
     """A row's only image is cut into tiles; of several each is one tile."""
     grid = [[32, 64], [64, 32], [64, 64]]
-    return _OneVisionImagesOnly(
+    return images_only(LlavaOnevisionProcessor)(
         LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, image_grid_pinpoints=grid),
-        _tokenizer("<image>", "<video>"),
+        make_tokenizer("<image>", "<video>"),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
         chat_template=parts_template("<image>\\n", markers),
     )
 

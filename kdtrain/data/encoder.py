@@ -378,7 +378,7 @@ class RowEncoder:
         """The tokens of a text with the labels of its turns.
 
         apart: where a token has both the end of a prompt and the beginning of its answer, the two are tokenised apart:
-            the prompt then has the tokens that it has at inference. Otherwise such a token is in neither.
+            the prompt then has the tokens that it has at inference. Otherwise such a token is the answer's first one.
         edges: characters that begin a token of their own in any case.
         """
         straddled = tuple(turn.start for turn in rendered.turns if tokens.straddled(turn.start))
@@ -391,7 +391,8 @@ class RowEncoder:
         labels = [IGNORE_INDEX] * len(ids)
         for turn in rendered.turns:
             for start, end in turn.spans:
-                first, behind = tokens.first_from(start), tokens.end_of(end)
+                first = tokens.complete_before(start) if start in straddled else tokens.first_from(start)
+                behind = tokens.end_of(end)
                 labels[first:behind] = ids[first:behind]
         if self.options.train_on == "all":
             labels = list(ids)

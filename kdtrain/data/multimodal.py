@@ -116,6 +116,12 @@ class Multimodal:
                 f"{type(self.processor).__name__} does not say which token stands for an image (image_token), so rows "
                 "with images cannot be encoded"
             )
+        if "suffix" in inspect.signature(type(self.processor).__call__).parameters:  # PaliGemma's
+            raise DataError(
+                f"{type(self.processor).__name__} takes prompt and answer apart and adds tokens of its own to "
+                "them, so rows with images are not available for it yet: take a vision-language model with a chat "
+                "template"
+            )
         placeholders = rendered.text.count(self.placeholder)
         if placeholders != len(images):
             raise RowError(

@@ -29,4 +29,7 @@ APART = (
     "the answer begins inside of a token of the generation prompt: prompt and answer are tokenised apart, as they are "
     "at inference"
 )
-STRADDLED = "the answer begins inside of a token of the generation prompt, which is left out of the prompt and the mask"
+STRADDLED = (
+    "the answer begins inside of a token of the generation prompt: that token is trained on as the first one of the "
+    "answer"
+)

@@ -96,7 +96,7 @@ def _without_places(tokenizer: Any) -> Any:
 
 
 def _check_settings(processor: ProcessorMixin, name: str, settings: Mapping[str, Any], option: str) -> None:
-    """Refuses names that `from_pretrained` would drop without a word."""
+    """Refuses what would change nothing, without a word: unknown names, and what the processor's class sets itself."""
     known = {*inspect.signature(type(processor).__init__).parameters} - _PARTS
     images = getattr(processor, "image_processor", None)
     valid = getattr(images, "valid_kwargs", None)
@@ -105,6 +105,12 @@ def _check_settings(processor: ProcessorMixin, name: str, settings: Mapping[str,
         near = difflib.get_close_matches(unknown, known, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"It has {', '.join(sorted(known))}."
         raise PreflightError(f"{option}: the {type(processor).__name__} of {name} has no setting {unknown}. {hint}")
+    own = getattr(processor, "images_kwargs", {})
+    for fixed in (one for one, value in settings.items() if own.get(one, value) != value):
+        raise PreflightError(
+            f"{option}: a {type(processor).__name__} sets {fixed} to {own[fixed]} at every call, whatever its settings "
+            f"say, and once saved it would do so again. Remove {fixed}."
+        )
 
 
 def _of_model(name: str, policy: Mapping[str, Any], setting: str) -> str:
