@@ -95,6 +95,7 @@ TABLE: dict[int, Fault] = {
         (
             "test_signals.py::test_while_training_the_first_signal_is_noted_and_a_later_one_ends_at_once",
             "test_runs_launch.py::test_ctrl_c_stops_both_of_two_launched_ranks",
+            "test_signals.py::test_ctrl_c_while_a_program_imports_ends_it_without_a_traceback",
         ),
     ),
     10: Fault(
@@ -120,6 +121,8 @@ TABLE: dict[int, Fault] = {
         (
             "test_nonfinite.py::test_the_file_has_step_rank_terms_rows_and_their_source",
             "test_nonfinite.py::test_targets_that_are_handed_over_are_the_teachers",
+            "test_nonfinite.py::test_a_users_top_k_targets_that_are_no_numbers_name_the_teacher_and_the_rows",
+            "test_nonfinite.py::test_a_users_top_k_targets_that_are_no_distributions_are_the_teachers_fault",
             "test_nonfinite.py::test_all_ranks_say_the_same_and_only_the_bad_micro_batch_is_listed",
             "test_nonfinite.py::test_the_checkpoint_before_is_intact_named_and_gone_on_from",
             "test_nonfinite.py::test_an_evaluation_stops_at_its_first_bad_batch",
@@ -150,6 +153,7 @@ TABLE: dict[int, Fault] = {
             "test_disk.py::test_a_disk_that_fills_up_while_a_checkpoint_is_saved_leaves_the_older_one_and_the_run_goes_on",
             "test_disk.py::test_a_file_that_may_not_be_as_large_as_the_model_ends_the_run_where_nothing_is_mounted",
             "test_disk.py::test_a_log_that_cannot_be_written_ends_the_run_with_its_state_saved",
+            "test_runs_checkpoints.py::test_a_log_that_rank_0_cannot_write_stops_all_ranks_with_their_state_saved",
             "test_disk.py::test_the_error_is_not_hidden_by_a_status_that_cannot_be_written_either",
             "test_disk.py::test_encoded_rows_that_do_not_fit_are_exit_code_6",
             "test_disk.py::test_answers_of_the_teacher_that_do_not_fit_are_exit_code_6",
@@ -170,7 +174,10 @@ TABLE: dict[int, Fault] = {
     16: Fault(
         "checkpoints larger than the free disk",
         "a finding with the numbers",
-        ("test_preflight_memory.py::test_disk_for_checkpoints_is_compared_with_what_is_free",),
+        (
+            "test_preflight_memory.py::test_disk_for_checkpoints_is_compared_with_what_is_free",
+            "test_runs_sweep.py::test_runs_that_have_no_room_together_are_refused_before_the_first",
+        ),
     ),
     17: Fault(
         "teacher 429 with Retry-After, 503, reset, then fine",
@@ -283,6 +290,7 @@ TABLE: dict[int, Fault] = {
             "test_cli.py::test_weights_as_a_pickle_are_refused_and_never_loaded",
             "test_no_bug.py::test_a_damaged_model_is_named",
             "test_no_bug.py::test_a_damaged_adapter_is_named",
+            "test_models_load_report.py::test_weights_that_do_not_fit_the_architecture_are_refused_by_name",
         ),
     ),
     29: Fault(
@@ -328,6 +336,7 @@ TABLE: dict[int, Fault] = {
         (
             "test_memory.py::test_a_step_that_finds_no_memory_says_the_peak_rows_length_and_three_ways_out",
             "test_memory.py::test_a_model_that_finds_no_memory_while_it_is_loaded_is_named",
+            "test_memory.py::test_a_cache_that_finds_no_memory_says_how_to_go_on",
             "test_memory.py::test_memory_that_really_runs_out_in_a_step",
             "test_memory.py::test_memory_that_runs_out_anywhere_else_is_no_bug_either",
         ),
@@ -412,6 +421,7 @@ TABLE: dict[int, Fault] = {
         (
             "test_runs_launch.py::test_ranks_end_with_their_launcher_and_leave_a_checkpoint",
             "test_runs_parent.py::test_a_process_that_hangs_is_killed_with_what_it_has_started",
+            "test_runs_parent.py::test_a_process_that_no_launcher_has_started_goes_on",
         ),
     ),
     44: Fault(
@@ -446,7 +456,11 @@ TABLE: dict[int, Fault] = {
     47: Fault(
         "read-only HOME, few files, umask, C locale, odd paths",
         "runs; a temporary cache is said",
-        ("test_runs_stopping.py::test_a_locale_that_is_not_utf_8_and_odd_names_do_no_harm",),
+        (
+            "test_runs_stopping.py::test_a_locale_that_is_not_utf_8_and_odd_names_do_no_harm",
+            "test_runs_checkpoints.py::test_other_users_may_read_weights_as_they_may_other_files",
+            "test_trainer_startup_checks.py::test_workers_that_need_more_open_files_than_there_may_be_are_refused",
+        ),
     ),
     48: Fault(
         "run folder moved or deleted meanwhile",

@@ -503,7 +503,7 @@ NO_DISTRIBUTION = {
     "NaN": ([4, 7, 1], [-1.0, INF - INF, -1.5], "NaN"),
     "probabilities above 1": ([4, 7, 1], [-0.5, -0.6, -3.0], "more than 1"),
     "a positive logprob": ([4, 7, 1], [0.1, -3.0, -4.0], "more than 1"),
-    "infinity": ([4, 7, 1], [INF, -3.0, -4.0], "more than 1"),
+    "infinity": ([4, 7, 1], [INF, -3.0, -4.0], "NaN or infinity"),
     "a filler": ([4, 7, 1], [-1.0, -1.2, -1e9], "not by a large negative number"),
     "a filler for a missing entry": ([4, 7, -1], [-1.0, -1.2, -1e9], "whose logprob is not −inf"),
     "a probability for a missing entry": ([4, -1, -1], [-1.0, -2.0, -INF], "whose logprob is not −inf"),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from kdtrain.cli import last_words
 from kdtrain.errors import CheckpointError, Interrupted, LostRankError, PreflightError, TeacherError
 from kdtrain.runs import status
-from kdtrain.runs.callbacks import LeftEvaluationError, StopOnSignal
+from kdtrain.runs.callbacks import LeftEvaluationError, Records, StopOnSignal
 from kdtrain.runs.lost_rank import lost_ranks_named
 from kdtrain.runs.signals import StopRequest
 from kdtrain.trainer import GKDTrainerWithMetrics
@@ -67,7 +67,7 @@ def _in_evaluation(own_signal):
     """Batches that a rank evaluates until the ranks stop, rank 1 having got a signal in the third."""
     torch.distributed.init_process_group("gloo")
     accelerator, request = Accelerator(cpu=True), StopRequest()
-    callback, batches = StopOnSignal(SimpleNamespace(accelerator=accelerator), request), 0
+    callback, batches = StopOnSignal(SimpleNamespace(accelerator=accelerator), request, Records()), 0
     with request.listening():
         try:
             while batches < 10:
