@@ -181,6 +181,7 @@ def adapter_weights(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_folder_with_an_adapter_is_gone_on_with_taught_by_and_trained_in_full(project, kdtrain):  # noqa: F811
     lora = ("tuner.train_type=lora", *FAST)
     assert kdtrain("fit", "config.yaml", *lora, "tuner.lora_rank=4", "training.output_dir=first")[0] == 0

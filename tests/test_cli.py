@@ -717,7 +717,11 @@ def processor_time():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["fit", "--help"], ["preview", "--help"], ["validate", "config.yaml"], ["schema"], ["env"]],
+    [
+        ["--help"],
+        ["validate", "config.yaml"],
+        *(tiny.slow(other) for other in (["fit", "--help"], ["preview", "--help"], ["schema"], ["env"])),
+    ],
 )
 def test_what_needs_no_torch_answers_in_a_second_without_it(project, arguments):
     code = (

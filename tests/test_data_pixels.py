@@ -209,6 +209,7 @@ def test_settings_reach_the_processor_of_each_side(tmp_path):
     assert not torch.equal(expected["student"]["pixel_values"], expected["teacher"]["pixel_values"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen", "onevision"])
 def test_many_sizes_of_images_take_no_more_memory(family):
     """240 sizes: nothing is kept for a size that comes once."""

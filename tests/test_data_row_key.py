@@ -81,6 +81,7 @@ def test_a_key_depends_on_nothing_that_targets_do_not_depend_on(change):
     assert row_key({**ROW, **change}) == row_key(ROW)
 
 
+@pytest.mark.slow
 def test_a_key_is_the_same_in_every_process_and_for_every_form_of_numbers():
     code = f"from kdtrain.data.row_key import row_key; print(row_key({TEACHER!r}).hex())"
     environment = {**os.environ, "PYTHONHASHSEED": "7"}

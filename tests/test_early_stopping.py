@@ -60,6 +60,7 @@ def test_it_stops_where_patience_ends_and_says_which_step_won(project, kdtrain, 
     assert same_weights(run, run / f"checkpoint-{best if keeps_best else best + 2}")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_stops_where_the_uninterrupted_one_does_bit_for_bit(project, kdtrain):
     edit(project, training={**JUMPING, "load_best_model_at_end": True, "save_total_limit": None})
     assert kdtrain("fit", "config.yaml")[0] == 0

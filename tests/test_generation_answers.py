@@ -169,6 +169,7 @@ def run(config, *arguments):
 TWO_RANKS = pytest.param(("launch.num_processes=2",), id="two ranks", marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launch", [pytest.param((), id="one process"), TWO_RANKS])
 def test_a_run_that_is_killed_pays_for_no_answer_twice(project, server, launch):
     """Every third reply is a 429, and the run dies by kill -9 when all of its slots wait for an answer."""

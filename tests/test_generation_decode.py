@@ -100,6 +100,7 @@ PLAIN = {"top_k": None, "top_p": None, "min_p": None}
 STOP = 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1, 2, 3], [4], [2, 2, 1, 4, 3, 1], [3, 4]]], ids=["one", "ragged"])
 @pytest.mark.parametrize(
     ("temperature", "narrowing"),

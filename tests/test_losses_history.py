@@ -180,6 +180,7 @@ def test_a_call_gives_the_same_bits_after_any_other_calls(histories):
     assert different == []
 
 
+@pytest.mark.slow
 def test_float32_is_float32_after_any_other_calls(histories):
     wrong = {
         (case, run): relative

@@ -157,13 +157,13 @@ STUDENTS = {
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("beta", [0, 1e-3, 0.5, 0.999, 1])
+@pytest.mark.parametrize("beta", [0, 1e-3, 0.5, 1])
 @pytest.mark.parametrize("name", STUDENTS)
 def test_it_is_finite_and_never_negative_whatever_mass_and_student(tail, divergence, beta, name):
     generator = torch.Generator().manual_seed(0)
     base = STUDENTS[name](torch.randn(6, V, generator=generator))
     labels = torch.zeros(6).long()
-    for k, mass in itertools.product([1, 4, V - 1, V], [0.2, 0.9, 1 - 1e-7, 1.0, 1 + 9e-4]):
+    for k, mass in itertools.product([1, 4, V], [0.2, 1 - 1e-7, 1 + 9e-4]):
         logprobs = torch.log_softmax(3 * torch.randn(6, k, generator=generator).double(), -1)
         targets = TopKLogprobs(torch.arange(k).expand(6, k), (logprobs + torch.tensor(mass).double().log()).float())
         student = base.clone().requires_grad_()

@@ -311,7 +311,7 @@ def resumable(folder, tuner, options, checkpoint, save=False):
     return records, seen, weights
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", tiny.first_quick(RESUMED))
 def test_a_run_resumed_at_any_step_samples_and_trains_on_bit_for_bit(tmp_path, name):
     records, seen, weights = resumable(tmp_path, *RESUMED[name], None, save=True)
     for checkpoint in [None, *range(1, STEPS)]:

@@ -386,6 +386,7 @@ def kdtrain(project, *arguments):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_on_the_command_line_a_config_of_the_cache_to_be_is_enough(project):
     rows = encoded(project)
     write_distillkit(project / "logits", [row["input_ids"] for row in rows])

@@ -237,6 +237,7 @@ def test_of_drawn_or_missing_figures_json_has_null(trained, kdtrain):  # noqa: F
     assert "–" in out
 
 
+@pytest.mark.slow
 def test_runs_of_fsdp_and_zero_are_evaluated_whole(trained, kdtrain):  # noqa: F811
     """By what they have saved at their end: nothing of their sharding is set up again."""
     _, expected, _ = kdtrain("evaluate", "run", "--json")
@@ -431,6 +432,7 @@ def test_a_disk_that_is_full_ends_it_with_6_and_the_old_file_stays(trained, kdtr
     assert found_in(trained / "run") == before
 
 
+@pytest.mark.slow
 def test_figures_of_a_model_that_is_written_over_are_not_kept(trained, kdtrain):  # noqa: F811
     file, resume = trained / "run" / "evaluation.json", ("fit", "config.yaml", "--resume", "auto", "--quiet")
     assert kdtrain("evaluate", "run")[0] == 0
@@ -474,6 +476,7 @@ def test_the_verdict_is_on_the_same_rows_with_its_interval(ce_run, kdtrain):  # 
     assert "warning" not in err
 
 
+@pytest.mark.slow
 def test_two_ways_round_have_opposite_differences(ce_run, kdtrain):  # noqa: F811
     kdtrain("evaluate", "run", "--against", "ce")
     kdtrain("evaluate", "ce", "--against", "run")
@@ -533,6 +536,7 @@ def test_with_nothing_but_training_rows_there_is_no_verdict(ce_run, kdtrain):  #
     assert "Every row of data.eval is also in data.train" in err
 
 
+@pytest.mark.slow
 def test_a_share_of_the_training_rows_that_was_held_out_is_not_repeated(trained, kdtrain):  # noqa: F811
     write_rows(trained / "train.jsonl", [*tiny.CHATS, *HELD_OUT])
     for name in ("one", "two"):
@@ -649,6 +653,7 @@ def test_rows_that_another_tokenizer_makes_too_long_are_named(ce_run, kdtrain): 
     assert "Raise data.max_length" in err
 
 
+@pytest.mark.slow
 def test_rows_that_are_cut_are_other_text_to_another_tokenizer_and_not_compared_per_byte(ce_run, kdtrain):  # noqa: F811
     save_with_other_tokens(ce_run / "ce")
     own, others = (
@@ -667,6 +672,7 @@ def test_rows_that_are_cut_are_other_text_to_another_tokenizer_and_not_compared_
 # ---- teachers --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_teacher_on_a_server_gives_bounds_that_the_table_marks(trained, kdtrain, teacher, tokenizer):  # noqa: F811
     with StubServer(teacher, tokenizer=tokenizer) as server:
         served(trained, server)
@@ -692,6 +698,7 @@ def test_a_teacher_on_a_server_gives_bounds_that_the_table_marks(trained, kdtrai
     assert "≥ and ≤ are bounds" in out
 
 
+@pytest.mark.slow
 def test_a_cache_of_hidden_states_gives_the_figures_of_the_teacher_itself(trained, kdtrain):  # noqa: F811
     assert kdtrain("cache", "config.yaml", "--out", "cache", "--mode", "hidden", "--quiet")[0] == 0
     assert kdtrain("evaluate", "run")[0] == 0
@@ -890,6 +897,7 @@ def test_rows_with_images_are_evaluated_as_in_training(models, tmp_path):  # noq
     assert low <= after.visual_reliance <= high
 
 
+@pytest.mark.slow
 def test_several_processes_find_what_one_finds(trained):
     run_dir, file = trained / "run", trained / "run" / "evaluation.json"
     evaluate([open_run(run_dir)], [], Quiet())

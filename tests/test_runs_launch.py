@@ -16,7 +16,6 @@ from kdtrain.config import ConfigLoader
 from kdtrain.runs import launch
 from kdtrain.runs.checkpoints import missing_files
 from tests import tiny
-from tests.tiny import slow
 
 KDTRAIN = [sys.executable, "-m", "kdtrain"]
 
@@ -75,10 +74,8 @@ TWO = [
 ]
 
 
-OTHERS = ("accelerate launch", "accelerate launch without fit", "torchrun")
-
-
-@pytest.mark.parametrize("how", ["by itself", *map(slow, OTHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["by itself", "accelerate launch", "accelerate launch without fit", "torchrun"])
 def test_two_processes_on_a_cpu_are_two_and_equal_one(project, single, how):
     arguments = ["config.yaml"]
     if how == "by itself":
@@ -154,7 +151,7 @@ def _start(project, *arguments, command=KDTRAIN):
 LONG = ["training.max_steps=100000", "training.eval_steps=100000"]
 
 
-@pytest.mark.parametrize(("signum", "code"), [slow(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [tiny.slow(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_the_run_goes_on_from_there(project, start, signum, code):
     process = start(*LONG)
     process.send_signal(signum)

@@ -133,7 +133,12 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    ("case", "ranks"), [*((case, 1) for case in CASES), ("data", 2), ("on-policy mix", 2), ("dropped rows", 2)]
+    ("case", "ranks"),
+    [
+        *(("data", 1), ("on-policy mix", 1), ("workers", 1), ("on-policy mix", 2)),
+        *(tiny.slow(case, 1) for case in list(CASES)[3:]),
+        *(tiny.slow("data", 2), tiny.slow("dropped rows", 2)),
+    ],
 )
 def test_nothing_that_is_trained_logged_or_saved_depends_on_it(tmp_path, ranks, case):
     """Some epochs and a piece of another, of rows that do not fill the last batch of an epoch."""

@@ -141,7 +141,7 @@ def largest(a: Any, b: Any) -> str:
     return str(pairs[:1])
 
 
-@pytest.mark.parametrize("name", ["one process", *map(tiny.slow, list(CASES)[1:])])
+@pytest.mark.parametrize("name", tiny.first_quick(CASES))
 def test_a_run_resumed_at_any_step_equals_the_uninterrupted_one_bit_for_bit(tmp_path, name):
     ranks, tuner, lmbda = CASES[name]
     checkpoints: list[int | None] = [*range(1, STEPS), None]

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,12 @@ CHATS = [
 def slow(*values: Any) -> Any:
     """Parameters of a test that are for `make test-slow` alone, beside others that `make test` takes."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def first_quick(names: Iterable[str]) -> list[Any]:
+    """The first one for `make test`, the others for `make test-slow`."""
+    first, *others = names
+    return [first, *map(slow, others)]
 
 
 def lora_config(*, rank: int, alpha: int, dropout: float, **options: Any) -> LoraConfig:

@@ -133,7 +133,7 @@ def broken_weights(path: Path) -> Problem | None:
         size = path.stat().st_size
         with path.open("rb") as file:
             begins = file.read(64)
-        if not any(begins):
+        if len(begins) > 8 and not any(begins[8:]):  # the first eight are a length
             return _damaged(path, "holds zero bytes: a copy, a download or a disk that broke off never wrote it")
         if begins.lstrip().startswith(b"<"):
             return _damaged(path, "is a web page in place of the file, maybe of a login or an error")
