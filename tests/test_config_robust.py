@@ -86,10 +86,18 @@ def test_any_damage_to_a_file_ends_with_a_verdict(tmp_path: Path) -> None:
         assert_verdict(check_config(path))
 
 
-@pytest.mark.parametrize("source", ["a\0b", "", "/dev/null", "~nobody-of-that-name/x.yaml"])
+@pytest.mark.parametrize("source", ["a\0b", "", "/dev/null", "~nobody-of-that-name/x.yaml", "x" * 5000])
 def test_any_name_of_a_file_ends_with_a_verdict(source: str) -> None:
     assert check_config(source).errors
     assert check_config({"extends": source}).errors
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.train.0", "data.eval.0"])
+@pytest.mark.parametrize("value", ["1e-5", "[1", "{a: b}", "{? [a]\na: b}"])
+def test_a_lone_source_is_replaced_as_a_whole_with_a_verdict(key: str, value: str) -> None:
+    """Found by `fuzz.py`."""
+    config = yaml.safe_load(START) | {"data": {"train": "a.jsonl", "eval": "b.jsonl"}}
+    assert check_config(config, [f"{key}={value}"]).errors
 
 
 def test_a_name_that_no_file_can_have_is_an_error(tmp_path: Path) -> None:

@@ -127,6 +127,8 @@ def _source_as_map(root: Node, path: KeyPath) -> tuple[Node, KeyPath]:
     node = get(root, path[:2])
     if node is not None and isinstance(node.value, (str, dict)) and path[2] == 0:
         path = (*path[:2], *path[3:])  # a lone source is the first
+        if len(path) == 2:  # all of it
+            return root, path
     holder = path[:3] if isinstance(path[2], int) else path[:2]
     lone = get(root, holder)
     if lone is None or not isinstance(lone.value, str) or len(path) == len(holder):
@@ -174,8 +176,8 @@ def read_text(path: Path, named_at: Place) -> tuple[str, SourceFile]:
 
 def _other_config(path: Path) -> str:
     """The config that was meant by the name of a folder, or of a file that is not there."""
-    folder = path if path.is_dir() else path.parent
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # a name that is too long among others
+        folder = path if path.is_dir() else path.parent
         found = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".yaml", ".yml"))
         if path.is_dir():
             return f"name the config in it: {', '.join(str(path / name) for name in found[:3])}" if found else ""
