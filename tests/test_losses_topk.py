@@ -178,7 +178,9 @@ def test_it_is_finite_and_never_negative_whatever_mass_and_student(tail, diverge
         assert value.isfinite().all(), case
         assert (value >= 0).all(), case
         assert gradient.isfinite().all(), case
-        assert fused.kd_sum.item() == pytest.approx(value.sum().item(), rel=1e-4, abs=1e-4), case
+        # Next to 1e4 the numbers of float32 are 1e-3 apart, and so are the log-probabilities of each of the six rows.
+        rounding = 1e-4 if name == "usual" else 6e-3
+        assert fused.kd_sum.item() == pytest.approx(value.sum().item(), rel=1e-4, abs=rounding), case
         assert fused_gradient.isfinite().all(), case
 
 
