@@ -64,5 +64,5 @@ def test_rows_that_are_handed_over_are_shared_out_and_sliced_as_those_of_files(r
 
 
 def test_a_share_that_leaves_a_side_empty_ends_the_run_before_it_begins(read):
-    with pytest.raises(DataError, match=r"data\.eval: 0\.01% of the 60 rows of data\.train leaves none to evaluate on"):
+    with pytest.raises(DataError, match=r"0\.01% of the 60 rows of data\.train leaves none to evaluate on"):
         read("data.eval=0.01%")

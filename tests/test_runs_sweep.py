@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from kdtrain.cli import app as cli
@@ -123,6 +124,7 @@ def test_what_a_run_sets_for_the_process_is_put_back(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     tracker = SimpleNamespace(run="open", finish=lambda: setattr(tracker, "run", None))
     monkeypatch.setitem(sys.modules, "wandb", tracker)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the tests before
     for precision in ("bf16", "no"):  # accelerate refuses a second one of another precision in a process
         with isolated():
             assert Accelerator(cpu=True, mixed_precision=precision).mixed_precision == precision
