@@ -6,7 +6,7 @@
 #                    (100 MB; ten minutes); make demo-context-full does it with three seeds
 # make demo-on-policy   a student that learns on what it writes itself, beside one that reads given answers and one
 #                    that does both (10 minutes); make demo-on-policy-full does it with three seeds (18 minutes)
-# make test          the tests (some fifteen minutes on two cores)
+# make test          the tests, but for those below
 # make test-slow     those that take longer, which make test leaves out: launches, signals, resumed and killed runs
 # make test-deepspeed   those of ZeRO, which make test skips where deepspeed is not installed
 # make test-server   those against a real vLLM server, for which it builds an environment in .venv-server (1.5 minutes)
@@ -63,10 +63,10 @@ smollm2: setup
 test: setup
 	$(VENV)/bin/python -m pytest -n auto --dist worksteal
 
-# Pure Python, a source package of 2 MB: neither a compiler nor CUDA, neither to install nor in these tests.
 test-slow: setup
 	$(VENV)/bin/python -m pytest -n auto --dist worksteal -m "slow and not server"
 
+# Pure Python, a source package of 2 MB: neither a compiler nor CUDA, neither to install nor in these tests.
 test-deepspeed: setup
 	$(VENV)/bin/pip install --quiet --no-compile --editable ".[dev,deepspeed]"
 	$(VENV)/bin/python -m pytest -n auto tests/test_deepspeed.py
