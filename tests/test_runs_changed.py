@@ -197,9 +197,11 @@ def test_data_that_were_only_moved_are_the_same_and_the_source_that_changed_is_n
 
 
 def test_a_limit_counts_by_the_rows_that_it_leaves(project, begun):
-    source = json.dumps({"path": str(project / "train.jsonl"), "limit": 24})
-    assert begun(f"data.train={source}")[0] == 0
-    code, _, err = begun(f"data.train={source.replace('24', '20')}", "training.max_steps=4")
+    def data(limit: int) -> str:
+        return "data.train=" + json.dumps({"path": str(project / "train.jsonl"), "limit": limit})
+
+    assert begun(data(24))[0] == 0
+    code, _, err = begun(data(20), "training.max_steps=4")
     assert code == 6, err
     assert "24 rows then, 20 now" in err
 
