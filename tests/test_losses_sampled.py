@@ -13,7 +13,8 @@ from kdtrain.losses import (
     sampled_divergence,
 )
 from kdtrain.losses.sampled import estimated_logprobs, most_drawn
-from kdtrain.losses.tile import Buffers, RowWeights, TileOptions, sampled_tile_terms
+from kdtrain.losses.sparse_tile import sampled_tile_terms
+from kdtrain.losses.tile import Buffers, RowWeights, TileOptions
 from tests.test_losses import DIVERGENCES
 from tests.test_losses_fused import make, topk_of
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kdtrain.losses.kinds import Divergence
+from kdtrain.losses.kinds import Divergence, DivergenceParams
 
 if TYPE_CHECKING:
     from kdtrain.losses.dense import dense_distillation_loss
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Divergence",
+    "DivergenceParams",
     "FusedLoss",
     "SampledTargets",
     "TopKLogprobs",

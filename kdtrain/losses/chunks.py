@@ -20,14 +20,13 @@ from kdtrain.losses.gemm import HalfGradients, add_weight_gradient, hidden_gradi
 from kdtrain.losses.head import Head
 from kdtrain.losses.reduce import kd_share, normaliser
 from kdtrain.losses.sampled import SampledTargets, SparseTargets
+from kdtrain.losses.sparse_tile import sampled_tile_terms, topk_tile_terms
 from kdtrain.losses.tile import (
     Buffers,
     RowWeights,
     TileOptions,
     TileSums,
-    sampled_tile_terms,
     tile_terms,
-    topk_tile_terms,
 )
 from kdtrain.losses.workspace import workspace
 

@@ -12,7 +12,7 @@ import torch
 
 from kdtrain.errors import TargetsError
 from kdtrain.losses.divergence import entropy, generalized_jsd
-from kdtrain.losses.kinds import Divergence, Tail
+from kdtrain.losses.kinds import DEFAULT_PARAMS, Divergence, DivergenceParams, Tail
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, check_token_weights, kd_share, normaliser
 from kdtrain.losses.sampled import (
     SampledTargets,
@@ -38,6 +38,7 @@ def dense_distillation_loss(
     temperature: float = 1.0,
     divergence: Divergence = "jsd",
     tail: Tail = "bucket",
+    params: DivergenceParams = DEFAULT_PARAMS,
     num_items: torch.Tensor | int | None = None,
     num_kd_items: torch.Tensor | int | None = None,
 ) -> FusedLoss:
@@ -55,7 +56,7 @@ def dense_distillation_loss(
         kd_weight, ce_weight: ≥ 0. At kd_weight 0 the divergence is not computed.
         ce_mask: [N] bool, tokens that take part in the cross-entropy; None is all of them. The others still count in D.
         kd_token_weights: [N], ≥ 0, w: what the divergence of each token counts; None is 1 for all.
-        beta, temperature, divergence, tail: as in `generalized_jsd` and `topk_divergence`.
+        beta, temperature, divergence, tail, params: as in `generalized_jsd` and `topk_divergence`.
         num_items: D; None is the number of supervised tokens in `labels`.
         num_kd_items: D_kd; see `fused_distillation_loss`.
 
@@ -65,7 +66,7 @@ def dense_distillation_loss(
     Raises:
         ValueError: shapes that do not fit, a negative weight, and what `generalized_jsd` refuses.
     """
-    _check(student_logits, labels, teacher_logits, targets, kd_weight, ce_weight, tail, beta)
+    _check(student_logits, labels, teacher_logits, targets, kd_weight, ce_weight, tail, beta, divergence)
     check_token_weights(kd_token_weights, labels)
     keep = labels != IGNORE_INDEX
     student = student_logits[keep].float()
@@ -98,7 +99,7 @@ def dense_distillation_loss(
         compared = _with_logits(student, teacher_logits[keep])
     if compared is not None:
         if kd_weight > 0:
-            values = generalized_jsd(compared.student, compared.teacher, beta, temperature, divergence)
+            values = generalized_jsd(compared.student, compared.teacher, beta, temperature, divergence, params)
             kd_sum = _weighted(values, weights)
             loss = loss + kd_weight * share * kd_sum
         num_agree = compared.num_agree
@@ -156,6 +157,7 @@ def _check(
     ce_weight: float,
     tail: Tail,
     beta: float,
+    divergence: Divergence,
 ) -> None:
     if student_logits.ndim != 2 or labels.shape != student_logits.shape[:1]:
         raise ValueError(
@@ -170,8 +172,8 @@ def _check(
     if teacher_logits is not None and targets is not None:
         raise ValueError("pass a teacher's logits or targets, not both")
     if isinstance(targets, SampledTargets):
-        check_sampled_targets(targets, len(labels), student_logits.shape[1], beta)
+        check_sampled_targets(targets, len(labels), student_logits.shape[1], beta, divergence)
     elif targets is not None:
-        check_targets(targets, len(labels), student_logits.shape[1], tail)
+        check_targets(targets, len(labels), student_logits.shape[1], tail, divergence)
     if not (kd_weight >= 0 and ce_weight >= 0):
         raise ValueError(f"weights must be non-negative, got kd_weight={kd_weight}, ce_weight={ce_weight}")

@@ -22,7 +22,7 @@ from kdtrain.losses.chunks import Call, ChunkedPass
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.divergence import check_divergence_arguments
 from kdtrain.losses.head import Head
-from kdtrain.losses.kinds import Divergence, Tail
+from kdtrain.losses.kinds import DEFAULT_PARAMS, Divergence, DivergenceParams, Tail
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, check_token_weights
 from kdtrain.losses.sampled import SampledTargets, SparseTargets, check_sampled_targets
 from kdtrain.losses.tile import TileOptions
@@ -45,6 +45,7 @@ def fused_distillation_loss(
     temperature: float = 1.0,
     divergence: Divergence = "jsd",
     tail: Tail = "bucket",
+    params: DivergenceParams = DEFAULT_PARAMS,
     num_items: torch.Tensor | int | None = None,
     num_kd_items: torch.Tensor | int | None = None,
     student_bias: torch.Tensor | None = None,
@@ -70,7 +71,7 @@ def fused_distillation_loss(
         kd_weight, ce_weight: ≥ 0.
         ce_mask: [N] bool, tokens that take part in the cross-entropy; None is all. The others still count in D.
         kd_token_weights: [N], ≥ 0, w: what the divergence of each token counts; None is 1 for all.
-        beta, temperature, divergence, tail: as in `generalized_jsd`, `topk_divergence` and `sampled_divergence`.
+        beta, temperature, divergence, tail, params: as in `generalized_jsd`, `topk_divergence`, `sampled_divergence`.
         num_items: D; None is the number of supervised tokens.
         num_kd_items: D_kd, beside `kd_token_weights`; None is D where that is given, and else the number of supervised
             tokens whose weight is above 0.
@@ -90,7 +91,7 @@ def fused_distillation_loss(
     Equals `dense_distillation_loss` on the logits. Source of the method: the closed-form gradients are in `tile.py`;
     the idea of fusing head and loss is Wijmans et al. 2024, https://arxiv.org/abs/2411.09009.
     """
-    options = TileOptions(kd_weight, ce_weight, beta, temperature, divergence, tail)
+    options = TileOptions(kd_weight, ce_weight, beta, temperature, divergence, tail, params)
     teacher = None
     if teacher_weight is not None:
         teacher = Head(teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap)
@@ -238,6 +239,7 @@ def _with_masked_columns(hidden: torch.Tensor, labels: torch.Tensor, call: Call)
             temperature=call.options.temperature,
             divergence=call.options.divergence,
             tail=call.options.tail,
+            params=call.options.params,
             num_items=call.num_items,
             num_kd_items=call.num_kd_items,
         )
@@ -274,9 +276,9 @@ def _check(
     if teacher_hidden is not None and teacher is not None:
         _check_teacher(hidden, weight, teacher_hidden, teacher.weight)
     if isinstance(targets, SampledTargets):
-        check_sampled_targets(targets, len(labels), weight.shape[0], options.beta)
+        check_sampled_targets(targets, len(labels), weight.shape[0], options.beta, options.divergence)
     elif targets is not None:
-        check_targets(targets, len(labels), weight.shape[0], options.tail)
+        check_targets(targets, len(labels), weight.shape[0], options.tail, options.divergence)
     if labels.device.type == "cpu" and labels.numel():  # on a GPU the host would have to wait for the device
         used = labels[labels != IGNORE_INDEX]
         if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < weight.shape[0]:

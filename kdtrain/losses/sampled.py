@@ -14,6 +14,7 @@ import torch
 
 from kdtrain.errors import TargetsError
 from kdtrain.losses.divergence import check_divergence_arguments, generalized_jsd
+from kdtrain.losses.kinds import WITH_BETA, Divergence
 from kdtrain.losses.topk import TopKLogprobs, check_ids, refuse_wrong, repeated_ids
 
 # Weights of one position may add up to this much more or less than 1: float32 shares of some hundred draws do, and
@@ -132,18 +133,21 @@ def sampled_divergence(student_logits: torch.Tensor, targets: SampledTargets, te
     return generalized_jsd(logits / temperature, weights_NV.log(), 0.0)
 
 
-def check_sampled_targets(targets: SampledTargets, tokens: int, vocabulary: int, beta: float = 0.0) -> None:
+def check_sampled_targets(
+    targets: SampledTargets, tokens: int, vocabulary: int, beta: float = 0.0, divergence: Divergence = "jsd"
+) -> None:
     """Raise `ValueError` for a wrong number of rows, ids outside the vocabulary, or another divergence than forward KL.
 
     Ids are looked at on a CPU only.
 
     Args:
-        beta: of the divergence; 0 is forward KL in each of them.
+        beta: of the divergence; 0 is forward KL in each of those that have one.
     """
-    if beta != 0:
+    if divergence not in WITH_BETA or beta != 0:
+        what = f"beta is {beta:g}" if divergence in WITH_BETA else f"the divergence is {divergence}"
         raise ValueError(
-            f"beta is {beta:g}, and the targets are tokens drawn from the teacher: their gradient is right for forward "
-            "KL alone. Use beta=0, or a teacher's top-k or full distributions."
+            f"{what}, and the targets are tokens drawn from the teacher: their gradient is right for forward KL alone. "
+            "Use divergence=jsd with beta=0, or a teacher's top-k or full distributions."
         )
     check_ids(targets.indices, "sampled targets", tokens, vocabulary)
 

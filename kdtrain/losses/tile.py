@@ -12,10 +12,12 @@ With g the gradient with respect to z/temperature:
 | forward KL of draws w | Σ w·log(w/p) | p − w |
 | reverse KL(S‖T) | Σ p·log(p/q) | p·(log(p/q) − KL) |
 | JSD_β | β·Σ q·log(q/m) + (1−β)·Σ p·log(p/m), m = β·q + (1−β)·p | (1−β)·p·(log(p/m) − KL(p‖m)) |
+| all others | `derivatives.py` | p·u − p·Σ p·u, u the derivative with respect to p |
 
 log(p/m) = −log(1 + β·(q−p)/p) keeps its digits where p ≈ m; see `_mixture` for β near 1.
 
-The definitions are those of `divergence.py`, and the tests hold this file to them.
+The definitions are those of `divergence.py`, and the tests hold this file to them. Of a teacher that is known by some
+tokens only, the terms are in `sparse_tile.py`.
 """
 
 from __future__ import annotations
@@ -25,16 +27,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kdtrain.losses.divergence import entropy, generalized_jsd
-from kdtrain.losses.kinds import Divergence, Tail
-from kdtrain.losses.sampled import SampledTargets, most_drawn
-from kdtrain.losses.topk import TopKLogprobs, teacher_tail
+from kdtrain.losses.derivatives import STUDENT_IS_BASE, dot, log_to_mixture, value_and_pu
+from kdtrain.losses.kinds import DEFAULT_PARAMS, Divergence, DivergenceParams, Tail
 from kdtrain.losses.workspace import workspace
-
-# Below the smallest normal float32 a probability is taken for this one where it is divided by.
-_TINY = torch.finfo(torch.float32).tiny
-# Largest β at which log(m/p) is taken from p itself; see `_mixture`.
-_STUDENT_IS_BASE = 0.85
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,7 @@ class TileOptions:
     temperature: float
     divergence: Divergence
     tail: Tail
+    params: DivergenceParams = DEFAULT_PARAMS
 
     def scaled(self, factor: float) -> TileOptions:
         """With both weights, and so the gradient, times a factor; the sums do not know the weights."""
@@ -54,22 +50,28 @@ class TileOptions:
 
     @property
     def forward_weight(self) -> float:
-        """Weight of a bare KL(T‖S) in the divergence."""
+        """Weight of a bare KL(T‖S) in the divergence; that of `entropy_aware` is each row's own."""
         if self.divergence == "mixed_kl":
             return 1 - self.beta
-        return 1.0 if self.beta == 0 else 0.0
+        if self.divergence == "skew_kl":
+            return float(self.params.skew_alpha == 0)
+        return float(self.divergence in ("jsd", "jsd_scaled") and self.beta == 0)
 
     @property
     def reverse_weight(self) -> float:
         """Weight of a bare KL(S‖T) in the divergence."""
         if self.divergence == "mixed_kl":
             return self.beta
-        return 1.0 if self.beta == 1 else 0.0
+        if self.divergence == "skew_reverse_kl":
+            return float(self.params.skew_alpha == 0)
+        return float(
+            self.divergence == "entropy_aware" or (self.divergence in ("jsd", "jsd_scaled") and self.beta == 1)
+        )
 
     @property
     def mixture_weight(self) -> float:
         """Weight of JSD_β in the divergence."""
-        if self.divergence == "mixed_kl" or self.beta in (0, 1):
+        if self.divergence not in ("jsd", "jsd_scaled") or self.beta in (0, 1):
             return 0.0
         return 1 / (self.beta * (1 - self.beta)) if self.divergence == "jsd_scaled" else 1.0
 
@@ -128,7 +130,7 @@ def tile_terms(
 
     Args:
         student: [R, V], finite; overwritten with d(kd_weight·Σ kd + ce_weight·Σ ce)/dz if `with_gradient`.
-        teacher: [R, V], finite, or None: cross-entropy only. Overwritten at a temperature other than 1.
+        teacher: [R, V], finite, or None: cross-entropy only. Overwritten.
         labels: [R], all in the vocabulary.
     """
     p, q, work = scratch.p, scratch.q, scratch.work
@@ -141,13 +143,13 @@ def tile_terms(
     ce = log_z - at_label
     sums = TileSums(
         kd=None,
-        ce=_total(ce, rows.ce),
+        ce=total_of(ce, rows.ce),
         correct=(at_label == largest).sum(),
         agree=None,
-        student_entropy=(log_z - _dot(p, student, work)).sum(),  # −Σ p·(z − log Z)
+        student_entropy=(log_z - dot(p, student, work)).sum(),  # −Σ p·(z − log Z)
         teacher_entropy=None,
     )
-    coefficient = _coefficient(options.ce_weight, rows.ce)
+    coefficient = coefficient_of(options.ce_weight, rows.ce)
     if teacher is None:
         if with_gradient:
             _ce_gradient(student, p, labels, coefficient)
@@ -158,12 +160,18 @@ def tile_terms(
     q_largest = q.gather(1, teacher_top)
     teacher_log_z = teacher_largest - q_largest.log()
     sums.agree = (student.gather(1, teacher_top) == largest).sum()
-    sums.teacher_entropy = (teacher_log_z - _dot(q, teacher, work)).sum()
+    teacher_entropy = teacher_log_z - dot(q, teacher, work)
+    sums.teacher_entropy = teacher_entropy.sum()
+    forward: torch.Tensor | float = options.forward_weight
+    if options.divergence == "entropy_aware":
+        forward = (teacher_entropy > options.params.entropy_threshold).to(student.dtype)
     if options.temperature != 1:
-        sums.kd = _tempered(student, teacher, labels, coefficient, rows.kd, options, scratch, with_gradient)
+        sums.kd = _tempered(student, teacher, labels, coefficient, rows.kd, forward, options, scratch, with_gradient)
     elif options.kd_weight > 0:
         ratio = _log_z_ratio(teacher_largest, largest, q_largest, p_largest)
-        sums.kd = _divergence(student, teacher, ratio, labels, coefficient, rows.kd, options, scratch, with_gradient)
+        sums.kd = _divergence(
+            student, teacher, ratio, labels, coefficient, rows.kd, forward, options, scratch, with_gradient
+        )
     elif with_gradient:
         _ce_gradient(student, p, labels, coefficient)
     return sums
@@ -175,6 +183,7 @@ def _tempered(
     labels: torch.Tensor,
     ce_coefficient: torch.Tensor | float,
     kd_rows: torch.Tensor | None,
+    forward: torch.Tensor | float,
     options: TileOptions,
     scratch: Buffers,
     with_gradient: bool,
@@ -195,7 +204,7 @@ def _tempered(
     ratio = _log_z_ratio(*largest)
     # The divergence gives its gradient with respect to z/temperature; with respect to z it is 1/temperature of that.
     softened = replace(options, kd_weight=options.kd_weight * inverse, ce_weight=0.0, temperature=1.0)
-    kd = _divergence(student, teacher, ratio, labels, 0.0, kd_rows, softened, scratch, with_gradient)
+    kd = _divergence(student, teacher, ratio, labels, 0.0, kd_rows, forward, softened, scratch, with_gradient)
     if ce_gradient is not None:
         student.add_(ce_gradient)
     return kd
@@ -208,36 +217,51 @@ def _divergence(
     labels: torch.Tensor,
     ce_coefficient: torch.Tensor | float,
     kd_rows: torch.Tensor | None,
+    forward: torch.Tensor | float,
     options: TileOptions,
     scratch: Buffers,
     with_gradient: bool,
 ) -> torch.Tensor:
-    """Σ divergence of a block; the gradient of divergence and cross-entropy over `student`. p and q are in scratch."""
+    """Σ divergence of a block; the gradient of divergence and cross-entropy over `student`. p and q are in scratch.
+
+    Args:
+        forward: weight of a bare KL(T‖S), one number or one per row [R, 1].
+    """
     p, q, work = scratch.p, scratch.q, scratch.work
     # log(q/p), logits subtracted from logits first: exact where the models nearly agree. It takes the place of the
     # student's logits, which nobody needs any more, and the gradient will take its place.
     log_qp = torch.sub(teacher, student, out=student).sub_(log_z_ratio)
     if options.mixture_weight:
         return _mixture(p, q, log_qp, work, labels, ce_coefficient, kd_rows, options, with_gradient)
+    kd = coefficient_of(options.kd_weight, kd_rows)
+    has_forward = isinstance(forward, torch.Tensor) or forward != 0
+    if not has_forward and not options.reverse_weight:
+        value, pu = value_and_pu(
+            options.divergence, options.params, p, q, log_qp, teacher, work, with_gradient=with_gradient
+        )
+        if pu is not None:  # kd·(p·u − p·Σ p·u) + c·(p − onehot), with one factor of p
+            shift = ce_coefficient - kd * pu.sum(-1, keepdim=True)
+            torch.mul(pu, kd, out=student).addcmul_(p, shift)
+            subtract_at(student, labels, ce_coefficient)
+        return total_of(value.clamp_(min=0), kd_rows)
     value = torch.zeros_like(log_z_ratio)  # [R, 1]
     reverse_kl = None
-    if options.forward_weight:
-        value += options.forward_weight * _dot(q, log_qp, work)
+    if has_forward:
+        value += forward * dot(q, log_qp, work)
     if options.reverse_weight:
-        reverse_kl = -_dot(p, log_qp, work)
+        reverse_kl = -dot(p, log_qp, work)
         value += options.reverse_weight * reverse_kl
     if with_gradient:
-        kd = _coefficient(options.kd_weight, kd_rows)
-        forward, reverse = kd * options.forward_weight, kd * options.reverse_weight
-        # forward·(p − q) + reverse·p·(−log(q/p) − KL) + c·(p − onehot), with one factor of p
+        of_forward, of_reverse = kd * forward, kd * options.reverse_weight
+        # of_forward·(p − q) + of_reverse·p·(−log(q/p) − KL) + c·(p − onehot), with one factor of p
         if reverse_kl is None:
-            torch.mul(p, forward + ce_coefficient, out=student)
+            torch.mul(p, of_forward + ce_coefficient, out=student)
         else:
-            log_qp.mul_(-reverse).add_(forward + ce_coefficient - reverse * reverse_kl).mul_(p)
-        if options.forward_weight:
-            _subtract(student, q, forward, out=student)
-        _subtract_at(student, labels, ce_coefficient)
-    return _total(value.clamp_(min=0), kd_rows)
+            log_qp.mul_(-of_reverse).add_(of_forward + ce_coefficient - of_reverse * reverse_kl).mul_(p)
+        if has_forward:
+            subtract(student, q, of_forward, out=student)
+        subtract_at(student, labels, ce_coefficient)
+    return total_of(value.clamp_(min=0), kd_rows)
 
 
 def _mixture(
@@ -257,35 +281,35 @@ def _mixture(
     log(m/a) + log(a/b) where a and b are far apart. The gradient needs log(m/p): a is p until w = β is near 1.
     """
     beta = options.beta
-    a, b, weight = (p, q, beta) if beta <= _STUDENT_IS_BASE else (q, p, 1 - beta)
-    log_ma = torch.sub(b, a, out=work).div_(a.clamp_(min=_TINY)).mul_(weight).log1p_()
+    a, b, weight = (p, q, beta) if beta <= STUDENT_IS_BASE else (q, p, 1 - beta)
+    log_ma = log_to_mixture(a, b, weight, work)
     # Where a is too small to be divided by, log(m/b) comes out too low. It is never below log w, since m ≥ w·b.
     if a is p:
         log_mp = log_ma
         log_qm = log_qp.sub_(log_ma).clamp_(max=-math.log(weight))
-        teacher_kl = _dot(q, log_qm, q)  # q is not needed any more, and takes the product
+        teacher_kl = dot(q, log_qm, q)  # q is not needed any more, and takes the product
     else:
         log_mp = log_qp.add_(log_ma).clamp_(min=math.log(weight))
-        teacher_kl = -_dot(q, log_ma, q)
-    p_log_mp = _dot(p, log_mp, work)
+        teacher_kl = -dot(q, log_ma, q)
+    p_log_mp = dot(p, log_mp, work)
     value = beta * teacher_kl - (1 - beta) * p_log_mp
     if with_gradient:
         # weight·(1−β)·p·(log(p/m) − KL(p‖m)) + c·(p − onehot), with one factor of p
-        factor = _coefficient(options.kd_weight, kd_rows) * (options.mixture_weight * (1 - beta))
+        factor = coefficient_of(options.kd_weight, kd_rows) * (options.mixture_weight * (1 - beta))
         p_times_log_mp = work  # where the product of the dot above was left
         p.mul_(factor * p_log_mp + ce_coefficient)
-        _subtract(p, p_times_log_mp, factor, out=log_qp)
-        _subtract_at(log_qp, labels, ce_coefficient)
-    return options.mixture_weight * _total(value.clamp(min=0), kd_rows)
+        subtract(p, p_times_log_mp, factor, out=log_qp)
+        subtract_at(log_qp, labels, ce_coefficient)
+    return options.mixture_weight * total_of(value.clamp(min=0), kd_rows)
 
 
 def _ce_gradient(out: torch.Tensor, p: torch.Tensor, labels: torch.Tensor, coefficient: torch.Tensor | float) -> None:
     """out = coefficient · (p − onehot)."""
     torch.mul(p, coefficient, out=out)
-    _subtract_at(out, labels, coefficient)
+    subtract_at(out, labels, coefficient)
 
 
-def _subtract_at(gradient: torch.Tensor, labels: torch.Tensor, coefficient: torch.Tensor | float) -> None:
+def subtract_at(gradient: torch.Tensor, labels: torch.Tensor, coefficient: torch.Tensor | float) -> None:
     """gradient[row, labels[row]] −= coefficient."""
     if not isinstance(coefficient, torch.Tensor):
         if coefficient == 0:
@@ -294,7 +318,7 @@ def _subtract_at(gradient: torch.Tensor, labels: torch.Tensor, coefficient: torc
     gradient.scatter_add_(1, labels[:, None], -coefficient)
 
 
-def _subtract(a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor | float, out: torch.Tensor) -> None:
+def subtract(a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor | float, out: torch.Tensor) -> None:
     """out = a − factor · b."""
     if isinstance(factor, torch.Tensor):
         torch.addcmul(a, b, factor, value=-1, out=out)
@@ -302,7 +326,7 @@ def _subtract(a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor | float, ou
         torch.sub(a, b, alpha=factor, out=out)
 
 
-def _coefficient(weight: float, rows: torch.Tensor | None) -> torch.Tensor | float:
+def coefficient_of(weight: float, rows: torch.Tensor | None) -> torch.Tensor | float:
     """Weight of a term: one number, or one per row [R, 1]."""
     return weight if rows is None or weight == 0 else weight * rows[:, None]
 
@@ -318,130 +342,14 @@ def _log_z_ratio(
     return (teacher_largest - student_largest) - (q_largest / p_largest).log()
 
 
-def _log_sum(p: torch.Tensor) -> torch.Tensor:
+def log_sum(p: torch.Tensor) -> torch.Tensor:
     """log Σ exp(z − max z), [R, 1], from the probabilities: the largest of them is its exponential's inverse."""
     return -p.amax(-1, keepdim=True).log()
 
 
-def _dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Σ a·b over the vocabulary, [R, 1]. As product and sum: faster here than any batched dot product."""
-    return torch.mul(a, b, out=out).sum(-1, keepdim=True)
-
-
-def _total(values: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+def total_of(values: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """Σ over the rows of values [R, 1], by their weights.
 
     Roundings can leave a divergence below 0 where the models agree to the last digit; it is clamped before this.
     """
     return values.sum() if rows is None else (values * rows[:, None]).sum()
-
-
-def topk_tile_terms(
-    student: torch.Tensor,
-    targets: TopKLogprobs,
-    labels: torch.Tensor,
-    rows: RowWeights,
-    options: TileOptions,
-    scratch: Buffers,
-    with_gradient: bool,
-) -> TileSums:
-    """As `tile_terms`, for a teacher that is known by its k most likely tokens.
-
-    The divergence is one of [R, K + 1] log-probabilities, small enough for autograd. With a its gradient with respect
-    to them, that with respect to z is a at the known tokens and a_tail·p/Σ_tail p at the others: it does not depend on
-    the common shift of the log-probabilities, so that Σ a = 0.
-    """
-    p = scratch.p
-    # Without a teacher: p is left in scratch, and the student's logits stay what they are.
-    sums = tile_terms(student, None, labels, rows, options, scratch, with_gradient=False)
-    largest = student.amax(-1, keepdim=True)
-    log_z = largest + _log_sum(p)
-    missing = targets.indices < 0  # a row may name fewer than K tokens: the rest of it is −1, and takes no part
-    ids = targets.indices.clamp(min=0)
-    known = (student.gather(1, ids) - log_z).masked_fill(missing, -torch.inf)
-    teacher = targets.logprobs.to(student.dtype)
-    if options.tail == "bucket":
-        # From the logits: the probabilities of a tail that the student finds impossible are 0 in float32.
-        others, total, log_others = _tail(student, ids, missing, scratch)
-        everything = (~missing).sum(-1, keepdim=True) == student.shape[1]
-        known = torch.cat([known, log_others - log_z], 1)
-        teacher = torch.cat([teacher, teacher_tail(teacher, everything)], 1)
-    with torch.enable_grad():
-        known.requires_grad_(with_gradient)
-        values = generalized_jsd(known, teacher, options.beta, options.temperature, options.divergence)
-        kd = _total(values[:, None], rows.kd)
-    sums.kd = kd.detach()
-    top = torch.where(missing, -torch.inf, targets.logprobs).argmax(-1, keepdim=True)
-    sums.agree = (student.gather(1, ids.gather(1, top)) == largest).sum()
-    sums.teacher_entropy = entropy(teacher).sum()
-    if with_gradient:
-        coefficient = _coefficient(options.ce_weight, rows.ce)
-        (gradient,) = torch.autograd.grad(kd, known)
-        gradient = gradient * options.kd_weight
-        count = ids.shape[1]
-        at_known = torch.where(missing, 0.0, gradient[:, :count])
-        # Over the student's logits: first the tail, in its shares of p, then the known tokens, then the cross-entropy.
-        if options.tail == "bucket":
-            in_tail = gradient[:, count:].masked_fill(everything, 0.0)
-            torch.mul(others, in_tail / total.masked_fill(total == 0, 1.0), out=student)
-        else:
-            student.zero_()
-        student.scatter_add_(1, ids, at_known)
-        if isinstance(coefficient, torch.Tensor):
-            student.addcmul_(p, coefficient)
-        elif coefficient != 0:
-            student.add_(p, alpha=coefficient)
-        _subtract_at(student, labels, coefficient)
-    return sums
-
-
-def _tail(
-    student: torch.Tensor, ids: torch.Tensor, missing: torch.Tensor, scratch: Buffers
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """exp(z − c) of the tokens that are not known, 0 for the others [R, V]; their sum [R, 1], and log Σ exp z of them.
-
-    Known ones become −∞ one by one: a mask of the vocabulary would be two more passes over it. A missing entry stands
-    for a known one of its row, and where a row has none, its logit is written over itself.
-    """
-    a_known = ids.gather(1, missing.int().argmin(-1, keepdim=True))
-    places = torch.where(missing, a_known, ids)
-    written = torch.where(missing.all(-1, keepdim=True), student.gather(1, places), -torch.inf)
-    others = scratch.work.copy_(student).scatter_(1, places, written)
-    shift = others.amax(-1, keepdim=True)
-    shift.masked_fill_(shift == -torch.inf, 0.0)  # nothing is left: exp(−∞) = 0
-    total = others.sub_(shift).exp_().sum(-1, keepdim=True)
-    return others, total, total.log() + shift
-
-
-def sampled_tile_terms(
-    student: torch.Tensor,
-    targets: SampledTargets,
-    labels: torch.Tensor,
-    rows: RowWeights,
-    options: TileOptions,
-    scratch: Buffers,
-    with_gradient: bool,
-) -> TileSums:
-    """As `tile_terms`, for a teacher that is known by tokens drawn from its distribution at the loss's temperature."""
-    p, inverse = scratch.p, 1 / options.temperature
-    # Without a teacher: p is left in scratch, and the student's logits stay what they are.
-    sums = tile_terms(student, None, labels, rows, options, scratch, with_gradient=False)
-    ids, weights = targets.indices.clamp(min=0), targets.weights.to(student.dtype)  # a missing entry weighs nothing
-    largest = student.amax(-1, keepdim=True)
-    sums.agree = (student.gather(1, most_drawn(targets)) == largest).sum()
-    below_largest = (student.gather(1, ids) - largest) * inverse
-    softened = p if inverse == 1 else torch.softmax(student.mul_(inverse), -1, out=scratch.q)
-    # From the largest logit and the largest probability: log Z alone is a number of ten, with a rounding of its own.
-    log_p = below_largest - _log_sum(softened)
-    divergence = torch.xlogy(weights, weights).sub_(weights * log_p).sum(-1, keepdim=True)
-    sums.kd = _total(divergence.clamp_(min=0), rows.kd)
-    if with_gradient:
-        coefficient = _coefficient(options.ce_weight, rows.ce)
-        factor = _coefficient(options.kd_weight * inverse, rows.kd)
-        if softened is p:
-            torch.mul(p, coefficient + factor, out=student)
-        else:
-            _subtract(torch.mul(p, coefficient, out=student), softened, -factor, out=student)
-        student.scatter_add_(1, ids, weights * -factor)
-        _subtract_at(student, labels, coefficient)
-    return sums

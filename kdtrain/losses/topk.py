@@ -16,7 +16,7 @@ import torch
 
 from kdtrain.errors import NonFiniteTargetsError, TargetsError
 from kdtrain.losses.divergence import generalized_jsd
-from kdtrain.losses.kinds import Divergence, Tail
+from kdtrain.losses.kinds import BUCKET_ONLY, DEFAULT_PARAMS, Divergence, DivergenceParams, Tail
 
 # The tail of a teacher whose known probabilities add up to 1 within float32: a bucket of exactly 0 would make the
 # reverse KL infinite, although all that is known is that the tail is small.
@@ -138,13 +138,14 @@ def topk_divergence(
     temperature: float = 1.0,
     divergence: Divergence = "jsd",
     tail: Tail = "bucket",
+    params: DivergenceParams = DEFAULT_PARAMS,
 ) -> torch.Tensor:
     """Divergence between a top-k teacher and the student at every position.
 
     Args:
         student_logits: [N, V], any float dtype.
         targets: N rows.
-        beta, temperature, divergence: as in `generalized_jsd`.
+        beta, temperature, divergence, params: as in `generalized_jsd`.
         tail: `bucket` keeps the mass outside K as one more outcome on both sides; `renormalize` drops it on both.
 
     Returns:
@@ -156,8 +157,9 @@ def topk_divergence(
     Raises:
         ValueError: shapes or ids that do not fit, and what `generalized_jsd` refuses.
     """
+    check_tail(tail, divergence)
     student_known, teacher_known = coarse_grain(student_logits, targets, tail)
-    return generalized_jsd(student_known, teacher_known, beta, temperature, divergence)
+    return generalized_jsd(student_known, teacher_known, beta, temperature, divergence, params)
 
 
 def coarse_grain(student_logits: torch.Tensor, targets: TopKLogprobs, tail: Tail) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,14 +206,27 @@ def teacher_tail(logprobs: torch.Tensor, everything: torch.Tensor) -> torch.Tens
     return left.log().masked_fill(everything, -torch.inf)
 
 
-def check_targets(targets: TopKLogprobs, tokens: int, vocabulary: int, tail: str) -> None:
-    """Raise `ValueError` for an unknown tail, a wrong number of rows, or ids outside the vocabulary.
+def check_targets(
+    targets: TopKLogprobs, tokens: int, vocabulary: int, tail: str, divergence: Divergence = "jsd"
+) -> None:
+    """Raise `ValueError` for a tail that does not fit, a wrong number of rows, or ids outside the vocabulary.
 
     Ids are looked at on a CPU only.
     """
+    check_tail(tail, divergence)
+    check_ids(targets.indices, "top-k targets", tokens, vocabulary)
+
+
+def check_tail(tail: str, divergence: str) -> None:
+    """Raise `ValueError` for an unknown tail, and for one that the divergence cannot have.
+
+    `renormalize` compares conditional distributions; total variation and the α-β divergence are made of probabilities
+    as they are, and would be of another size.
+    """
     if tail not in get_args(Tail):
         raise ValueError(f"tail must be {' or '.join(get_args(Tail))}, got {tail!r}")
-    check_ids(targets.indices, "top-k targets", tokens, vocabulary)
+    if tail == "renormalize" and divergence in BUCKET_ONLY:
+        raise ValueError(f"tail is renormalize, which {divergence} cannot have: use bucket")
 
 
 def check_ids(indices: torch.Tensor, kind: str, tokens: int, vocabulary: int) -> None:

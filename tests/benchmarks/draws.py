@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from kdtrain.losses import SampledTargets, TopKLogprobs, generalized_jsd, topk_divergence
-from kdtrain.losses.tile import Buffers, RowWeights, TileOptions, sampled_tile_terms
+from kdtrain.losses.sparse_tile import sampled_tile_terms
+from kdtrain.losses.tile import Buffers, RowWeights, TileOptions
 from tests.benchmarks.angles import AngleCase, angle, gradient, logits, truncated
 
 

@@ -1,0 +1,104 @@
+"""Divergences of a block of logits whose gradient comes from a derivative with respect to the probabilities.
+
+Shapes and names are those of `tile.py`. With u the derivative with respect to the student's p, the gradient with
+respect to z/temperature is p·u − p·Σ p·u; a number that is added to all of u changes nothing.
+
+| divergence | value | p·u |
+|---|---|---|
+| skew KL | Σ q·log(q/m), m = α·q + (1−α)·p | −(1−α)·p·(q/m − 1) |
+| skew reverse KL | Σ p·log(p/m), m = α·p + (1−α)·q | p·(log(p/m) − α·(p/m − 1)) |
+| α-β divergence, s = α+β | `alpha_beta_terms` | −p^s·(exp(α·log(q/p)) − 1)/α |
+| total variation | ½·Σ abs(p − q) | −½·p·sign(log(q/p)) |
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from kdtrain.losses.divergence import alpha_beta_terms
+from kdtrain.losses.kinds import Divergence, DivergenceParams
+
+# Below the smallest normal float32 a probability is taken for this one where it is divided by.
+_TINY = torch.finfo(torch.float32).tiny
+# Largest share of the teacher in m at which log(m/p) is taken from p itself.
+STUDENT_IS_BASE = 0.85
+# Largest exponent whose exponential is finite in float32.
+_LARGEST_EXPONENT = 88.0
+
+
+def value_and_pu(
+    divergence: Divergence,
+    params: DivergenceParams,
+    p: torch.Tensor,
+    q: torch.Tensor,
+    log_qp: torch.Tensor,
+    teacher: torch.Tensor,
+    work: torch.Tensor,
+    with_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The divergence of each row, [R, 1], and p·u, [R, V], in one of the blocks; all but p are overwritten.
+
+    Args:
+        log_qp: log(q/p), [R, V].
+        teacher: logits over temperature, [R, V].
+    """
+    if divergence == "skew_kl":
+        return _skew(p, q, log_qp, work, params.skew_alpha, with_gradient)
+    if divergence == "skew_reverse_kl":
+        return _skew_reverse(p, q, log_qp, work, params.skew_alpha, with_gradient)
+    if divergence == "alpha_beta":
+        return _alpha_beta(q, log_qp, teacher, params.ab_alpha, params.ab_beta, with_gradient)
+    value = 0.5 * torch.sub(p, q, out=work).abs_().sum(-1, keepdim=True)
+    return value, log_qp.sign_().mul_(p).mul_(-0.5) if with_gradient else None
+
+
+def _skew(
+    p: torch.Tensor, q: torch.Tensor, log_qp: torch.Tensor, work: torch.Tensor, alpha: float, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if alpha <= STUDENT_IS_BASE:
+        # Where p is too small to be divided by, log(q/m) comes out too high. It is never above −log α, since m ≥ α·q.
+        log_qm = log_qp.sub_(log_to_mixture(p, q, alpha, work)).clamp_(max=-math.log(alpha))
+    else:
+        log_qm = log_to_mixture(q, p, 1 - alpha, work).neg_()
+    value = (q * log_qm).sum(-1, keepdim=True)
+    return value, log_qm.expm1_().mul_(p).mul_(alpha - 1) if with_gradient else None
+
+
+def _skew_reverse(
+    p: torch.Tensor, q: torch.Tensor, log_qp: torch.Tensor, work: torch.Tensor, alpha: float, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if 1 - alpha <= STUDENT_IS_BASE:
+        log_pm = log_to_mixture(p, q, 1 - alpha, work).neg_()
+    else:
+        log_pm = log_qp.add_(log_to_mixture(q, p, alpha, work)).clamp_(min=math.log(alpha)).neg_()
+    value = (p * log_pm).sum(-1, keepdim=True)
+    return value, log_pm.sub_(log_pm.expm1(), alpha=alpha).mul_(p) if with_gradient else None
+
+
+def _alpha_beta(
+    q: torch.Tensor, log_qp: torch.Tensor, teacher: torch.Tensor, alpha: float, beta: float, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    log_q = teacher.sub_(teacher.amax(-1, keepdim=True)).add_(q.amax(-1, keepdim=True).log())
+    value = alpha_beta_terms(log_q, log_qp, alpha, beta).sum(-1, keepdim=True)
+    if not with_gradient:
+        return value, None
+    log_ps = torch.sub(log_q, log_qp, out=teacher).mul_(alpha + beta)
+    if alpha == 0:
+        return value, log_ps.exp_().mul_(log_qp).neg_()
+    # p^s·(exp(y) − 1) as exp(s·log p + max(y, 0))·(1 − exp(−|y|))·sign(y): neither factor overflows where the product
+    # does not, and p^s = 0 does not hide a q that is not.
+    y = log_qp.mul_(alpha)
+    pu = log_ps.add_(y.clamp(min=0)).clamp_(max=_LARGEST_EXPONENT).exp_().mul_(y.sign())
+    return value, pu.mul_(y.abs_().neg_().expm1_()).div_(alpha)
+
+
+def log_to_mixture(a: torch.Tensor, b: torch.Tensor, weight: float, out: torch.Tensor) -> torch.Tensor:
+    """log(m/a) for m = (1−weight)·a + weight·b, all digits of it where a ≈ b; a is overwritten where it is tiny."""
+    return torch.sub(b, a, out=out).div_(a.clamp_(min=_TINY)).mul_(weight).log1p_()
+
+
+def dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Σ a·b over the vocabulary, [R, 1]. As product and sum: faster here than any batched dot product."""
+    return torch.mul(a, b, out=out).sum(-1, keepdim=True)
