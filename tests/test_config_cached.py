@@ -150,6 +150,16 @@ def test_every_divergence_is_forward_kl_at_beta_0(tmp_path: Path, divergence: st
     assert warnings(cached(folder, **changes)) == []
 
 
+def test_a_divergence_without_beta_is_refused_for_drawn_tokens(tmp_path: Path) -> None:
+    folder = write(tmp_path / "drawn", SAMPLE)
+    found = errors(cached(folder, rlhf__kd_temperature=2.0, rlhf__divergence="skew_kl"))
+    assert list(found) == ["rlhf.divergence"]
+    assert (
+        "must be one of jsd, jsd_scaled, mixed_kl (it is skew_kl): the cache holds drawn tokens"
+        in found["rlhf.divergence"]
+    )
+
+
 def test_the_tail_is_that_of_the_most_likely_tokens_alone(tmp_path: Path) -> None:
     def about_the_tail(form: Any, tail: str) -> list[str]:
         folder = write(tmp_path / "cache", form)

@@ -74,7 +74,11 @@ WRONG_VALUES: list[tuple[str, Any, str]] = [
         "expected a whole number, got a list | or write a limit that grows",
     ),
     ("rlhf__max_new_tokens", 12.5, "expected a whole number, got the number 12.5"),
-    ("rlhf__divergence", "jsd_scale", "expected one of jsd, jsd_scaled, mixed_kl, got text 'jsd_scale' | did you mean"),
+    (
+        "rlhf__divergence",
+        "jsd_scale",
+        "entropy_aware, tvd, got text 'jsd_scale' | did you mean",
+    ),
     ("rlhf__rlhf_type", "dpo", "expected gkd, got text 'dpo'"),
     ("rlhf__seq_kd", "no", "expected true or false, got text 'no' | write false"),
     ("rlhf__seq_kd", 1, "expected true or false, got the number 1"),
@@ -287,7 +291,18 @@ CONFLICTS: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 ITSELF = {"backend": "self"}
+_SERVED = {"backend": "vllm", "base_url": "http://127.0.0.1:9/v1", "model": "teacher", "tail": "renormalize"}
 CONFLICTS += [
+    (
+        {"rlhf__divergence": "alpha_beta", "rlhf__ab_alpha": -1, "rlhf__ab_beta": 0.5},
+        "rlhf.ab_alpha",
+        "plus rlhf.ab_beta must not be negative, and is -0.5",
+    ),
+    (
+        {"rlhf__divergence": "tvd", "rlhf__teacher": _SERVED},
+        "rlhf.teacher.tail",
+        "must be bucket: tvd cannot do without the tail",
+    ),
     ({"rlhf": {"teacher": ITSELF}}, "rlhf.teacher.weights", "base needs tuner.train_type: lora"),
     ({"rlhf": {"teacher": {**ITSELF, "weights": "live"}}}, "rlhf.teacher.weights", "their divergence is 0"),
     (
@@ -348,6 +363,9 @@ def test_answers_from_the_teacher_need_one_though_the_loss_does_not() -> None:
 
 GROWING = {"from": 4, "to": 8, "over": 0.5}
 IDLE: list[tuple[dict[str, Any], str, str]] = [
+    ({"rlhf__divergence": "tvd", "rlhf__beta": 0.1}, "rlhf.beta", "rlhf.divergence is tvd"),
+    ({"rlhf__skew_alpha": 0.2}, "rlhf.skew_alpha", "rlhf.divergence is jsd"),
+    ({"rlhf__divergence": "skew_kl", "rlhf__ab_beta": 0.2}, "rlhf.ab_beta", "rlhf.divergence is skew_kl"),
     ({"rlhf__llm_kd_weight": 0}, "rlhf.teacher_model", "none is loaded"),
     ({"rlhf": {"llm_kd_weight": 0, "sft_alpha": 0.5}}, "rlhf.sft_alpha", "cross-entropy has weight 1.0"),
     ({"rlhf": {"llm_kd_weight": 0, "seq_kd": True}}, "rlhf.seq_kd", "rlhf.llm_kd_weight is 0"),

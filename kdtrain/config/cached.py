@@ -9,6 +9,7 @@ from typing import Any
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.tree import KeyPath, Problem, Written
+from kdtrain.losses.kinds import WITH_BETA
 
 # As `kdtrain.teachers.cached.manifest` writes it, which is read in full before training.
 _MANIFEST = "manifest.json"
@@ -53,7 +54,11 @@ def _unknown_text(config: RunConfig, written: Written) -> Iterator[Problem]:
 def _drawn_tokens(config: RunConfig, written: Written, form: Mapping[str, Any]) -> Iterator[Problem]:
     """A divergence that drawn tokens do not serve, or another temperature than they were drawn at."""
     rlhf = config.rlhf
-    if rlhf.beta > 0:
+    if rlhf.divergence not in WITH_BETA:
+        message = f"must be one of {', '.join(WITH_BETA)} (it is {rlhf.divergence}): the cache holds drawn tokens (mode"
+        hint = "set rlhf.divergence: jsd and rlhf.beta: 0, or write a cache of mode topk or hidden"
+        yield Problem(("rlhf", "divergence"), f"{message} sample), from which only forward KL can be learnt", hint)
+    elif rlhf.beta > 0:
         default = "" if written.has("rlhf", "beta") else ", the default"
         message = f"must be 0 (it is {rlhf.beta:g}{default}): the cache holds drawn tokens (mode sample), from which"
         hint = "set rlhf.beta: 0, or write a cache of mode topk or hidden"

@@ -26,7 +26,16 @@ from pydantic import (
 from kdtrain.config.diagnose import dotted
 from kdtrain.config.section import Count, Flag, NonNegative, Number, Positive, Section, Share, Text, Whole, wrong
 from kdtrain.errors import ConfigError
-from kdtrain.losses.kinds import VISUAL_TARGETS, Distance, Divergence, Match, Tail
+from kdtrain.losses.kinds import (
+    DEFAULT_PARAMS,
+    VISUAL_TARGETS,
+    WITH_BETA,
+    Distance,
+    Divergence,
+    DivergenceParams,
+    Match,
+    Tail,
+)
 
 if TYPE_CHECKING:
     from trl.experimental.gkd import GKDConfig
@@ -118,7 +127,17 @@ class LossAndSampling(Section):
     """Interpolation between forward KL (0) and reverse KL (1)."""
     divergence: Divergence = "jsd"
     """`jsd`: generalised Jensen-Shannon; `jsd_scaled`: divided by beta(1-beta), so that it does not vanish near the
-    ends; `mixed_kl`: (1-beta) forward + beta reverse KL."""
+    ends; `mixed_kl`: (1-beta) forward + beta reverse KL. Those that take no beta: `skew_kl` and `skew_reverse_kl`
+    (forward and reverse KL to a mixture with a little of the first distribution), `alpha_beta` (powers of both),
+    `entropy_aware` (reverse KL, and forward KL added where the teacher is uncertain), `tvd` (total variation)."""
+    skew_alpha: Annotated[Number, Field(ge=0, lt=1)] = DEFAULT_PARAMS.skew_alpha
+    """Of `skew_kl` and `skew_reverse_kl`: the share of the first distribution in the mixture; 0 is KL itself."""
+    ab_alpha: Number = DEFAULT_PARAMS.ab_alpha
+    """Of `alpha_beta`: the exponent of the teacher's probabilities. ab_alpha + ab_beta must not be negative."""
+    ab_beta: Number = DEFAULT_PARAMS.ab_beta
+    """Of `alpha_beta`: the exponent of the student's probabilities."""
+    entropy_threshold: NonNegative = DEFAULT_PARAMS.entropy_threshold
+    """Of `entropy_aware`: forward KL is added where the teacher's entropy, at temperature 1, is above so many nats."""
     kd_temperature: Positive = 1.0
     """Softens both distributions in the loss."""
     lmbda: Share = 0.5
@@ -163,6 +182,22 @@ class LossAndSampling(Section):
                 "and (?:…) around others"
             )
         return value
+
+    @property
+    def divergence_params(self) -> DivergenceParams:
+        """The numbers of single divergences, as the losses take them."""
+        return DivergenceParams(self.skew_alpha, self.ab_alpha, self.ab_beta, self.entropy_threshold)
+
+    @property
+    def student_mass_counts(self) -> bool:
+        """Whether what the student finds likely counts by itself, as in reverse KL, and not only at the teacher's."""
+        return self.beta > 0 if self.divergence in WITH_BETA else self.divergence != "skew_kl"
+
+    @property
+    def loss_numbers(self) -> str:
+        """What the divergence is at, such as `beta 0.5, temperature 1`."""
+        numbers = self.divergence_params.numbers(self.divergence, self.beta)
+        return f"{numbers}, temperature {self.kd_temperature:g}".removeprefix(", ")
 
     @property
     def most_new_tokens(self) -> int:

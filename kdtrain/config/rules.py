@@ -11,12 +11,12 @@ from operator import attrgetter
 
 from kdtrain.config.adapters import continued_adapter
 from kdtrain.config.best_step import best_step
-from kdtrain.config.cached import cached_teacher, gives_top_k
+from kdtrain.config.cached import cached_teacher
+from kdtrain.config.divergence import NUMBERS_OF, divergence_numbers, renormalized_tail
 from kdtrain.config.folders import model_folders, output_folder
 from kdtrain.config.from_pretrained import loading_arguments, processor_arguments
 from kdtrain.config.generation import generation_by_vllm
 from kdtrain.config.model_pair import same_model
-from kdtrain.config.options import RENORMALIZED
 from kdtrain.config.schema import RunConfig, TeacherConfig
 from kdtrain.config.server_urls import check_server_urls
 from kdtrain.config.splits import share_rows
@@ -115,7 +115,7 @@ def idle_distillation(config: RunConfig, written: Written) -> Iterator[Problem]:
     if not config.options.lm_kd_active:
         zero = "rlhf.llm_kd_weight is 0"
         generation = [*sampled, *sampling] if any(written.has("rlhf", name) for name in sampled) else []
-        yield from written.idle(["beta", "divergence", "kd_temperature", *generation], zero, "rlhf")
+        yield from written.idle(["divergence", *NUMBERS_OF, "kd_temperature", *generation], zero, "rlhf")
         yield from written.idle(completions, f"{zero}, so no answers are generated while training", "training")
         if rlhf.sft_alpha > 0 and written.has("rlhf", "sft_alpha"):
             message = f"is ignored: {zero}, so cross-entropy has weight 1.0"
@@ -275,14 +275,6 @@ def _served(config: RunConfig, written: Written) -> Iterator[Problem]:
         yield from written.idle(["api", "max_requests"], "the teacher writes no answers", *path)
 
 
-def renormalized_tail(config: RunConfig, written: Written) -> Iterator[Problem]:
-    """Top-k targets without their tail, where the student's own mass counts in the divergence."""
-    teacher = config.rlhf.teacher
-    in_force = config.options.lm_kd_active and config.rlhf.beta > 0 and teacher.tail == "renormalize"
-    if in_force and gives_top_k(config):
-        yield Problem(("rlhf", "teacher", "tail"), RENORMALIZED, "use tail: bucket", level="warning")
-
-
 def model_options(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Student options hidden in `init_kwargs`."""
     kwargs, path = config.model.init_kwargs, ("model", "init_kwargs")
@@ -417,12 +409,24 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (idle_distillation, (*_KD_SWITCHES, "rlhf.lmbda", "rlhf.seq_kd", "rlhf.sft_alpha")),
     (idle_generation, ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.seq_kd")),
     (teacher_options, (*_KD_SWITCHES, "rlhf.teacher", "rlhf.teacher_model_init_kwargs", "tuner.train_type")),
-    (cached_teacher, (*_KD_SWITCHES, "rlhf.teacher", "rlhf.lmbda", "rlhf.seq_kd", "rlhf.beta", "rlhf.kd_temperature")),
+    (
+        cached_teacher,
+        (
+            *_KD_SWITCHES,
+            "rlhf.teacher",
+            "rlhf.lmbda",
+            "rlhf.seq_kd",
+            "rlhf.beta",
+            "rlhf.divergence",
+            "rlhf.kd_temperature",
+        ),
+    ),
     (
         generation_by_vllm,
         ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.temperature", "rlhf.generation", "rlhf.teacher", "tuner.use_dora"),
     ),
-    (renormalized_tail, (*_KD_SWITCHES, "rlhf.teacher", "rlhf.beta")),
+    (renormalized_tail, (*_KD_SWITCHES, "rlhf.teacher", "rlhf.beta", "rlhf.divergence")),
+    (divergence_numbers, (*_KD_SWITCHES, "rlhf.divergence", "rlhf.ab_alpha", "rlhf.ab_beta")),
     (idle_selection, ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.samples_per_prompt", "rlhf.select")),
     (commented_regex, ()),
     (model_options, ("model.init_kwargs", "model.model")),

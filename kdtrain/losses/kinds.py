@@ -51,5 +51,15 @@ class DivergenceParams:
         if not 0 <= self.entropy_threshold < float("inf"):
             raise ValueError(f"entropy_threshold must be non-negative and finite, got {self.entropy_threshold}")
 
+    def numbers(self, divergence: str, beta: float) -> str:
+        """The numbers that a divergence has, in words, such as `beta 0.5`; empty where it has none."""
+        if divergence.startswith("skew"):
+            return f"alpha {self.skew_alpha:g}"
+        if divergence == "alpha_beta":
+            return f"alpha {self.ab_alpha:g}, beta {self.ab_beta:g}"
+        if divergence == "entropy_aware":
+            return f"entropy above {self.entropy_threshold:g} nats"
+        return f"beta {beta:g}" if divergence in WITH_BETA else ""
+
 
 DEFAULT_PARAMS = DivergenceParams()

@@ -151,7 +151,8 @@ def _method(run: TrainedRun) -> Iterator[str]:
     config, rlhf = run.config, run.config.rlhf
     if config.options.lm_kd_active:
         ce = f", and {rlhf.sft_alpha:g} × cross-entropy" if rlhf.sft_alpha else ""
-        yield f"Loss: {rlhf.llm_kd_weight:g} × `{rlhf.divergence}` at β {rlhf.beta:g} from the teacher{ce}."
+        numbers = config.options.loss_numbers
+        yield f"Loss: {rlhf.llm_kd_weight:g} × `{rlhf.divergence}` ({numbers}) from the teacher{ce}."
         yield (
             f"On the student's own answers in {rlhf.lmbda:.0%} of the steps."
             if rlhf.lmbda

@@ -72,8 +72,7 @@ def _describe_loss(trainer: GKDTrainerWithMetrics) -> str:
     options = trainer.options
     terms = []
     if options.lm_kd_active:
-        numbers = f"beta {options.beta:g}, temperature {options.kd_temperature:g}"
-        terms.append(f"{options.llm_kd_weight:g} x {options.divergence} ({numbers})")
+        terms.append(f"{options.llm_kd_weight:g} x {options.divergence} ({options.loss_numbers})")
     if options.ce_weight > 0:
         terms.append(f"{options.ce_weight:g} x cross-entropy")
     if options.visual_kd is not None:

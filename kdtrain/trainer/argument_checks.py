@@ -19,6 +19,7 @@ from kdtrain.config.schema import TunerConfig
 from kdtrain.config.training_rules import refused_loader_options
 from kdtrain.errors import ConfigError, NotAvailableError, PreflightError
 from kdtrain.generation.sampler import Sampler
+from kdtrain.losses.kinds import WITH_BETA
 from kdtrain.models.kinds import sees_images
 from kdtrain.models.parts import freeze_parts
 from kdtrain.preflight.generation import by_vllm
@@ -54,7 +55,7 @@ def check_teacher_arguments(
     gives_top_k = (
         teacher is not None and not teacher.is_student and teacher.module is None and not hasattr(args, "chats")
     )
-    if gives_top_k and options.lm_kd_active and options.tail == "renormalize" and options.beta > 0:
+    if gives_top_k and options.lm_kd_active and options.tail == "renormalize" and options.student_mass_counts:
         logger.warning("tail: renormalize %s. Use tail: bucket.", RENORMALIZED)
 
 
@@ -90,10 +91,11 @@ def check_teacher_can(teacher: Teacher | None, options: DistillationOptions) -> 
 
 def _check_draws(drawn_at: float, options: DistillationOptions) -> None:
     """Tokens that were drawn serve the divergence and the temperature alone that they were drawn for."""
-    if options.beta > 0:
+    if options.beta > 0 or options.divergence not in WITH_BETA:
+        what = f"beta is {options.beta:g}" if options.divergence in WITH_BETA else f"divergence is {options.divergence}"
         raise ValueError(
-            f"beta is {options.beta:g}, and the teacher's targets are drawn tokens (mode sample), from which only "
-            "forward KL can be learnt: set beta to 0."
+            f"{what}, and the teacher's targets are drawn tokens (mode sample), from which only "
+            "forward KL can be learnt: set divergence to jsd and beta to 0."
         )
     if options.kd_temperature != drawn_at:
         raise ValueError(

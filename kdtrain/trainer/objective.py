@@ -235,6 +235,7 @@ class StudentForward:
             temperature=options.kd_temperature,
             divergence=options.divergence,
             tail=options.tail,
+            params=options.divergence_params,
         )
 
     def loss_from_hidden(self, head: Head, part: Part) -> FusedLoss:
@@ -286,6 +287,7 @@ class StudentForward:
             temperature=options.temperature,
             divergence=options.divergence,
             tail=options.tail,
+            params=options.params,
             num_items=part.num_items,
             num_kd_items=self.num_kd_items,
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdtrain.config.diagnose import clean
+from kdtrain.losses.kinds import WITH_BETA
 from kdtrain.runs.report.charts import number
 from kdtrain.runs.report.curves import points_of
 from kdtrain.runs.report.record import Record, RunRecord, is_number
@@ -48,9 +49,9 @@ def subtitle(run: RunRecord) -> str:
 
 
 def _loss(divergence: object, beta: object) -> str:
-    if divergence in ("jsd", "jsd_scaled", "mixed_kl") and beta in (0, 1):
+    if divergence in WITH_BETA and beta in (0, 1):
         return "reverse KL" if beta else "forward KL"
-    return clean(f"{divergence} at β {beta:g}" if is_number(beta) else str(divergence))
+    return clean(f"{divergence} at β {beta:g}" if divergence in WITH_BETA and is_number(beta) else str(divergence))
 
 
 def _model(name: object) -> str:
