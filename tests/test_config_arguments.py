@@ -72,7 +72,8 @@ def test_scenario_the_constructor_never_sees_our_knobs(tmp_path: Any) -> None:
     ours = {**rlhf, "tail": "renormalize", "visual_kd": None}
     assert not set(ours) & set(kwargs)
     assert {name: getattr(args.training_args, name) for name in ours} == ours
-    fields, attached = set(DistillationOptions.model_fields), {"generation", "samples_per_prompt", "select"}
+    attached = {"generation", "samples_per_prompt", "select", "skew_alpha", "ab_alpha", "ab_beta", "entropy_threshold"}
+    fields = set(DistillationOptions.model_fields)
     assert set(kwargs) & fields == fields - set(ours) - attached - {"select_regex"}
 
 

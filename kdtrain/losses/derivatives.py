@@ -17,8 +17,9 @@ import math
 
 import torch
 
-from kdtrain.losses.divergence import alpha_beta_terms
+from kdtrain.losses.divergence import MAX_LOG_RATIO
 from kdtrain.losses.kinds import Divergence, DivergenceParams
+from kdtrain.losses.workspace import workspace
 
 # Below the smallest normal float32 a probability is taken for this one where it is divided by.
 _TINY = torch.finfo(torch.float32).tiny
@@ -49,7 +50,7 @@ def value_and_pu(
     if divergence == "skew_reverse_kl":
         return _skew_reverse(p, q, log_qp, work, params.skew_alpha, with_gradient)
     if divergence == "alpha_beta":
-        return _alpha_beta(q, log_qp, teacher, params.ab_alpha, params.ab_beta, with_gradient)
+        return _alpha_beta(q, log_qp, teacher, work, params.ab_alpha, params.ab_beta, with_gradient)
     value = 0.5 * torch.sub(p, q, out=work).abs_().sum(-1, keepdim=True)
     return value, log_qp.sign_().mul_(p).mul_(-0.5) if with_gradient else None
 
@@ -78,20 +79,55 @@ def _skew_reverse(
 
 
 def _alpha_beta(
-    q: torch.Tensor, log_qp: torch.Tensor, teacher: torch.Tensor, alpha: float, beta: float, with_gradient: bool
+    q: torch.Tensor,
+    log_qp: torch.Tensor,
+    teacher: torch.Tensor,
+    work: torch.Tensor,
+    alpha: float,
+    beta: float,
+    with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `alpha_beta_terms`, without its series: a term may be off by 1e-7·|log(q/p)| times the larger probability."""
+    s = alpha + beta
     log_q = teacher.sub_(teacher.amax(-1, keepdim=True)).add_(q.amax(-1, keepdim=True).log())
-    value = alpha_beta_terms(log_q, log_qp, alpha, beta).sum(-1, keepdim=True)
+    n = torch.abs(log_qp, out=work).neg_()
+    if min(alpha, beta) < 0:
+        n.clamp_(min=-MAX_LOG_RATIO)
+    h = _alpha_beta_kernel(n, log_qp, alpha, beta, q)
+    largest_s = torch.neg(log_qp, out=work).clamp_(min=0).add_(log_q).mul_(s).exp_()
+    value = dot(h, largest_s, work)
     if not with_gradient:
         return value, None
-    log_ps = torch.sub(log_q, log_qp, out=teacher).mul_(alpha + beta)
+    log_ps = torch.sub(log_q, log_qp, out=teacher).mul_(s)
     if alpha == 0:
         return value, log_ps.exp_().mul_(log_qp).neg_()
     # p^s·(exp(y) − 1) as exp(s·log p + max(y, 0))·(1 − exp(−|y|))·sign(y): neither factor overflows where the product
     # does not, and p^s = 0 does not hide a q that is not.
     y = log_qp.mul_(alpha)
-    pu = log_ps.add_(y.clamp(min=0)).clamp_(max=_LARGEST_EXPONENT).exp_().mul_(y.sign())
-    return value, pu.mul_(y.abs_().neg_().expm1_()).div_(alpha)
+    pu = log_ps.add_(torch.clamp(y, min=0, out=work)).clamp_(max=_LARGEST_EXPONENT).exp_()
+    pu.mul_(torch.sign(y, out=work))
+    return value, pu.mul_(y.abs_().neg_().expm1_()).mul_(1 / alpha)
+
+
+def _alpha_beta_kernel(
+    n: torch.Tensor, log_qp: torch.Tensor, alpha: float, beta: float, out: torch.Tensor
+) -> torch.Tensor:
+    """h of `alpha_beta_terms`, [R, V]; n is overwritten.
+
+    With c the larger exponent and d the other, it is (E(s) − E(d))/c where the larger probability has the exponent d
+    in h, and (exp(c·n)·E(d) − E(s))/c where it has c.
+    """
+    c, d = (beta, alpha) if abs(beta) >= abs(alpha) else (alpha, beta)
+    if c == 0:
+        return torch.mul(n, n, out=out).mul_(0.5)
+    s = c + d
+    of_d = torch.mul(n, d, out=out).expm1_().div_(d) if d else out.copy_(n)
+    of_s = workspace.take("alpha_beta", *n.shape, n.dtype, n.device)
+    of_s = torch.mul(n, s, out=of_s).expm1_().div_(s) if s else of_s.copy_(n)
+    student_is_larger = log_qp <= 0
+    with_c = n.mul_(c).exp_().mul_(of_d).sub_(of_s)
+    with_d = of_s.sub_(of_d)
+    return torch.where(student_is_larger if d == alpha else ~student_is_larger, with_d, with_c).mul_(1 / c)
 
 
 def log_to_mixture(a: torch.Tensor, b: torch.Tensor, weight: float, out: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ _SERIES_BELOW = 0.5
 # The same for the α-β divergence: where the larger exponent times |log p − log q| is below this.
 _AB_SERIES_ABOVE = 0.3
 # exp(80) is still finite in float32, and a probability of exp(−80) adds nothing to a sum.
-_MAX_LOG_RATIO = 80.0
+MAX_LOG_RATIO = 80.0
 # A logit this far below the largest has a probability of exactly 0 in float32 and float64.
 _BELOW_MAX = 1.0e4
 
@@ -184,7 +184,7 @@ def _jsd(student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float
     s, t = _normalise(student_logits, temperature), _normalise(teacher_logits, temperature)
     m = beta * t.p + (1 - beta) * s.p
     # log(t/m) and log(s/m) from log(t/s) alone: log m taken by itself would cost the digits that matter when s ≈ t.
-    log_ts = _log_ratio(t, s, temperature).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    log_ts = _log_ratio(t, s, temperature).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     teacher_part = kl_terms(t.p, m, _log_to_mixture(log_ts, beta))
     student_part = kl_terms(s.p, m, _log_to_mixture(-log_ts, 1 - beta))
     return (beta * teacher_part + (1 - beta) * student_part).sum(-1)
@@ -195,7 +195,7 @@ def _skewed(p_logits: torch.Tensor, q_logits: torch.Tensor, alpha: float, temper
     if alpha == 0:
         return _kl(p_logits, q_logits, temperature)
     p, q = _normalise(p_logits, temperature), _normalise(q_logits, temperature)
-    log_pq = _log_ratio(p, q, temperature).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    log_pq = _log_ratio(p, q, temperature).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return kl_terms(p.p, alpha * p.p + (1 - alpha) * q.p, _log_to_mixture(log_pq, alpha)).sum(-1)
 
 
@@ -227,7 +227,7 @@ def alpha_beta_terms(log_q: torch.Tensor, log_qp: torch.Tensor, alpha: float, be
     """
     n = -log_qp.abs()
     if min(alpha, beta) < 0:
-        n = n.clamp(min=-_MAX_LOG_RATIO)
+        n = n.clamp(min=-MAX_LOG_RATIO)
     largest_s = torch.exp((alpha + beta) * (log_q + (-log_qp).clamp(min=0)))
     if alpha == beta:
         h = _alpha_beta_kernel(n, alpha, beta)
