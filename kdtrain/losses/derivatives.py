@@ -122,7 +122,7 @@ def _alpha_beta_kernel(
         return torch.mul(n, n, out=out).mul_(0.5)
     s = c + d
     of_d = torch.mul(n, d, out=out).expm1_().div_(d) if d else out.copy_(n)
-    of_s = workspace.take("alpha_beta", *n.shape, n.dtype, n.device)
+    of_s = workspace.take("alpha_beta", n.shape[0], n.shape[1], n.dtype, n.device)
     of_s = torch.mul(n, s, out=of_s).expm1_().div_(s) if s else of_s.copy_(n)
     student_is_larger = log_qp <= 0
     with_c = n.mul_(c).exp_().mul_(of_d).sub_(of_s)
