@@ -268,7 +268,7 @@ def encode_sources(
             kept, made_of = _column(encoded, "status") == "ok", _column(encoded, "raw")
             if varies:
                 rows = np.flatnonzero(kept)
-                left = np.bincount(_column(raw, "source")[made_of[rows]], minlength=len(sources)).tolist()
+                left = np.bincount(_source_of(raw)[made_of[rows]], minlength=len(sources)).tolist()
                 report.epochs = Epochs(left, weights, seed)
                 epoch = rows[report.epochs.rows(0)]
             else:
@@ -312,8 +312,14 @@ def _unread(sources: Sequence[Source]) -> list[str]:
     return notes
 
 
-def _column(table: datasets.Dataset, name: str) -> np.ndarray:
-    return np.array(table[name][:])
+def _column(encoded: datasets.Dataset, name: str) -> np.ndarray:
+    """A column without missing values, out of Arrow: `datasets` would make a Python object of each value."""
+    return encoded.data.column(name).to_numpy()
+
+
+def _source_of(raw: datasets.Dataset) -> np.ndarray:
+    """The number of each raw row's source; of selected rows, so not out of the table below."""
+    return np.array(raw["source"][:])
 
 
 def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[Source], limits: Limits) -> BuildReport:
@@ -321,7 +327,7 @@ def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[S
     status, length = _column(encoded, "status"), _column(encoded, "length")
     bad, kept = np.flatnonzero(status == "bad"), status == "ok"
     made_of = _column(encoded, "raw")
-    by_teacher = np.array([sources[source].answers == "teacher" for source in raw["source"][:]])[made_of]
+    by_teacher = np.array([source.answers == "teacher" for source in sources])[_source_of(raw)[made_of]]
     images, kind = images_per_row(encoded), _column(encoded, "kind")
     is_text, dropped = kind == "text", status == "dropped"
     beyond = np.where(kept, np.maximum(length - (limits.max_length or length.max()), 0), np.where(dropped, length, 0))
@@ -342,8 +348,8 @@ def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[S
         image_rows=int((images > 0).sum()),
         images=int(images.sum()),
         longest=int(length.max()),
-        stop_tokens_added=sum(encoded["extended"][:]),
-        unterminated_rows=sum(encoded["unterminated"][:]),
+        stop_tokens_added=int(_column(encoded, "extended").sum()),
+        unterminated_rows=int(_column(encoded, "unterminated").sum()),
         teacher_text_rows=len(
             np.unique(made_of[np.asarray(pc.is_valid(encoded.data.column("teacher_prompt_length")))])
         ),
@@ -365,7 +371,7 @@ def _with_images(
     if not any(paths):
         return list(contents)
     owner = np.repeat(np.arange(len(encoded)), images_per_row(encoded))
-    of_source = _column(raw, "source")[_column(encoded, "raw")[owner]]
+    of_source = _source_of(raw)[_column(encoded, "raw")[owner]]
     found = []
     for number, one in enumerate(contents):
         # Each once: a conversation may have become several rows.
@@ -453,7 +459,7 @@ def _image_extremes(encoded: datasets.Dataset, raw: datasets.Dataset, rows: np.n
     kept = np.isin(owner, rows)
     sides, owner = sides[kept].astype(np.int64), owner[kept]
     made_of = _column(encoded, "raw")
-    source = _column(raw, "source")[made_of[owner]]
+    source = _source_of(raw)[made_of[owner]]
     area, least = sides.prod(1), sides.min(1, initial=2**31)
     chosen: dict[int, None] = {}
     for number in np.unique(source):

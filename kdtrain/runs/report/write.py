@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -54,7 +55,8 @@ def write_report(run_dirs: Sequence[Path], out: Path, *, picture: bool = True) -
     return out
 
 
-def _page(template: str, content: dict[str, Any]) -> str:
+@functools.cache
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("kdtrain.runs.report", "page"),
         autoescape=True,
@@ -63,8 +65,12 @@ def _page(template: str, content: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["code"] = _with_code
+    return environment
+
+
+def _page(template: str, content: dict[str, Any]) -> str:
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    return environment.get_template(template).render(version=__version__, written=written, **content)
+    return _environment().get_template(template).render(version=__version__, written=written, **content)
 
 
 def _with_code(text: str) -> Markup:
