@@ -36,9 +36,9 @@ def shell(command, folder, **variables):
     )
 
 
-@pytest.mark.parametrize("buffered", [True, False], ids=["", "unbuffered"])
+@pytest.mark.parametrize("buffered", [True, tiny.slow(False)], ids=["", "unbuffered"])
 @pytest.mark.parametrize(
-    "redirected", ["2>&1 | head -1", "> /dev/full 2>&1", ">&- 2>&-", "2>&-", ">&-", "<&- >&- 2>&-"]
+    "redirected", ["2>&1 | head -1", "> /dev/full 2>&1", *map(tiny.slow, (">&- 2>&-", "2>&-", ">&-")), "<&- >&- 2>&-"]
 )
 def test_a_process_outlives_its_streams(tmp_path, redirected, buffered):
     (tmp_path / "writes.py").write_text(WRITES)
@@ -115,7 +115,11 @@ def broken(kind):
 
 @pytest.mark.parametrize(
     ("kind", "log_format"),
-    [("a pipe without a reader", "text"), ("full", "text"), ("a terminal that is gone", "text"), ("full", "json")],
+    [
+        ("a pipe without a reader", "text"),
+        ("full", "json"),
+        *(tiny.slow(kind, "text") for kind in ("full", "a terminal that is gone")),
+    ],
 )
 def test_training_goes_on_and_the_model_is_saved(project, monkeypatch, kind, log_format):
     """In this process; `test_a_run_of_its_own...` is the same from a shell."""

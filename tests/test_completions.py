@@ -255,7 +255,9 @@ def test_at_most_64_are_kept_whichever_way_rows_are_batched(tmp_path):
 # ---- that nothing else changes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"disable_dropout": False}, {"seq_kd": True, "lmbda": 0.5}])
+@pytest.mark.parametrize(
+    "options", [tiny.slow({}), {"disable_dropout": False}, tiny.slow({"seq_kd": True, "lmbda": 0.5})]
+)
 def test_a_run_that_keeps_answers_equals_one_that_does_not(tmp_path, options):
     def student():
         return tiny.make_qwen3(seed=1, attention_dropout=0.3)
@@ -312,7 +314,7 @@ def on_ranks(folder, sharded):
     return [[vars(one) for one in found] for found in steps]
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharded", [tiny.slow(False), True], ids=["ddp", "fsdp2"])
 def test_answers_of_all_ranks_are_kept_and_none_of_a_rank_that_has_no_new_row(
     tmp_path, sharded, student, teacher, tokenizer
 ):

@@ -75,7 +75,7 @@ def test_two_epochs_of_half_the_rows_read_all_of_them_on_any_number_of_ranks(tmp
     assert [a + b for a, b in zip(first[0], second[0], strict=True)] == windows
 
 
-@pytest.mark.parametrize(("world", "step"), [(1, 3), (1, 5), (2, 5)])
+@pytest.mark.parametrize(("world", "step"), [(1, 3), tiny.slow(1, 5), tiny.slow(2, 5)])
 def test_a_resumed_run_reads_the_part_that_the_uninterrupted_one_read(tmp_path, world, step):
     def run(resume):
         if world == 1:

@@ -15,6 +15,7 @@ import yaml
 from kdtrain.config import CheckResult, InvalidConfigError, check_config
 from kdtrain.config.suggest import known_keys
 from kdtrain.preflight.files import all_files
+from tests.tiny import slow
 
 START = """\
 model: {model: org/student}
@@ -54,11 +55,16 @@ def assert_verdict(result: CheckResult) -> None:
         json.dumps(finding.to_dict(), allow_nan=False)
 
 
-@pytest.mark.parametrize("section", known_keys())
-def test_any_value_for_any_option_ends_with_a_verdict(section: str) -> None:
-    for key in known_keys()[section]:
-        for value in VALUES:
-            config = copy.deepcopy(yaml.safe_load(START))
+SECTIONS = [*((section, 1) for section in known_keys() if section != "training"), ("training", 4), slow("training", 1)]
+
+
+@pytest.mark.parametrize(("section", "every"), SECTIONS)
+def test_any_value_for_any_option_ends_with_a_verdict(section: str, every: int) -> None:
+    """Each option gets one in `every` values, and the next option others."""
+    start = yaml.safe_load(START)
+    for number, key in enumerate(known_keys()[section]):
+        for value in VALUES[number % every :: every]:
+            config = copy.deepcopy(start)
             holder = config
             for part in filter(None, section.split(".")):
                 if part in ("train", "eval"):

@@ -10,6 +10,7 @@ from kdtrain.data import Source
 from kdtrain.data.held_out import HeldOut
 from kdtrain.data.sources import read_all
 from kdtrain.errors import DataError
+from tests.tiny import slow
 
 datasets.disable_progress_bars()
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(2000)]
@@ -43,7 +44,7 @@ def test_each_row_is_on_one_side_with_the_number_that_it_has_among_all(sides):
     assert 60 < len(held_out) < 140  # 100 on average
 
 
-@pytest.mark.parametrize("share", [0.005, 0.3, 0.9])
+@pytest.mark.parametrize("share", [slow(0.005), 0.3, slow(0.9)])
 def test_about_the_share_is_held_out_and_more_of_it_holds_out_the_same_rows_and_others(share, sides):
     held_out = sides(in_memory(ROWS), share=share)[1]
     assert abs(len(held_out) - share * 2000) < 4 * (2000 * share * (1 - share)) ** 0.5

@@ -21,6 +21,8 @@ CASES = {
     "lora and a trained copy of the head": (False, ["lm_head"]),
 }
 
+LORA = "lora and a trained copy of the head"
+
 
 def train(folder, tied, lora, with_weights=False, **kwargs):
     """Two windows of the same eight rows; loss and gradient norm of each (and trained weights), and what it ran on."""
@@ -69,7 +71,7 @@ def train_fsdp2(folder, tied, lora, **kwargs):
     return train(folder, tied, lora, ranks=2, **kwargs, **sharding_on_a_cpu())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name if name in ("tied head", LORA) else tiny.slow(name) for name in CASES])
 def test_fsdp2_equals_one_process(tmp_path, name):
     tied, lora = CASES[name]
     expected, _, _ = train(tmp_path / "one", tied, lora)
@@ -79,7 +81,7 @@ def test_fsdp2_equals_one_process(tmp_path, name):
         assert numbers == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name, (_, lora) in CASES.items() if lora is not None])
+@pytest.mark.parametrize("name", [LORA, *map(tiny.slow, ("lora, tied head", "lora, head of its own"))])
 def test_adapters_under_ddp_equal_one_process(tmp_path, name):
     tied, lora = CASES[name]
     torch.manual_seed(0)  # of the adapters; forked ranks begin with it too
@@ -99,7 +101,7 @@ def generate_fsdp2(folder, options):
     return train_fsdp2(folder, True, None, max_new_tokens=12, **options)[0]
 
 
-@pytest.mark.parametrize("options", [{"lmbda": 1.0}, {"seq_kd": True}], ids=["student", "teacher"])
+@pytest.mark.parametrize("options", [tiny.slow({"lmbda": 1.0}), {"seq_kd": True}], ids=["student", "teacher"])
 def test_sharded_ranks_whose_answers_end_at_different_lengths_wait_for_each_other(tmp_path, options):
     first, second = tiny.run_ranks(generate_fsdp2, 2, tmp_path, options, timeout=90)
     assert first == second
@@ -152,7 +154,7 @@ def train_conversations(folder, count, world):
     return numbers + torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]).tolist()
 
 
-@pytest.mark.parametrize("count", [5, 6, 7])
+@pytest.mark.parametrize("count", [5, tiny.slow(6), tiny.slow(7)])
 def test_conversations_that_become_several_rows_count_once_on_two_ranks(tmp_path, count):
     expected = train_conversations(tmp_path / "one", count, 1)
     for numbers in tiny.run_ranks(train_conversations, 2, tmp_path / "two", count, 2):
@@ -213,7 +215,7 @@ def train_images_fsdp2(folder, family, images):
     return train_images(folder, family, 2, images, **sharding)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.first_quick(FAMILIES))
 def test_visual_kd_under_fsdp2_equals_one_process(tmp_path, family):
     expected, _ = train_images(tmp_path / "one", family, 1)
     for numbers, wrapped in tiny.run_ranks(train_images_fsdp2, 2, tmp_path / "two", family, 4):

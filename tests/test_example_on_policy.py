@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdtrain.cli import app as cli
+from tests.tiny import slow
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "on_policy"
@@ -116,7 +117,8 @@ def test_the_arms_differ_in_who_writes_alone(example):
 
 
 @pytest.mark.parametrize(
-    ("config", "on_policy"), [("teacher", 0), ("start", 0), ("off", 0), ("on", 1), ("mixed", None)]
+    ("config", "on_policy"),
+    [*(slow(config, 0) for config in ("teacher", "start", "off")), slow("on", 1), ("mixed", None)],
 )
 def test_every_config_trains_two_steps(config, on_policy, example, fit):
     options = ["training.max_steps=2", "training.logging_steps=1", "training.per_device_train_batch_size=4"]

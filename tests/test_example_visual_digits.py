@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from kdtrain.cli import app as cli
 from kdtrain.data import Source, build_dataset
+from tests import tiny
 
 FOLDER = Path(__file__).parent.parent / "examples" / "visual_digits"
 
@@ -149,7 +150,7 @@ def test_demo_and_comparison_know_all_arms_and_seeds():
     assert demo.SEEDS == compare.SEEDS == prepare.SEEDS
 
 
-@pytest.mark.parametrize("config", TERMS)
+@pytest.mark.parametrize("config", [name if name in ("teacher", "both") else tiny.slow(name) for name in TERMS])
 def test_every_config_trains_two_steps(config, example, fit):
     small = ["training.max_steps=2", "custom.sample_limit=12", "training.per_device_train_batch_size=4"]
     teacher = [f"rlhf.teacher_model={example / 'build' / 'teacher_init'}"] if config not in ("teacher", "ce") else []
@@ -171,6 +172,7 @@ def test_every_config_trains_two_steps(config, example, fit):
 # ---- comparison ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_accuracy_is_that_of_generated_answers(example, fit):
     """A model that has learnt nine rows by heart answers them, and is wrong where their answers are exchanged."""
     limits = ["custom.sample_limit=9", "training.per_device_train_batch_size=9", "training.max_steps=100"]

@@ -20,6 +20,7 @@ def fuzzed(kind, seed, count, capsys):
     return summary
 
 
+@pytest.mark.slow
 def test_no_config_ends_in_a_traceback_or_takes_long(capsys):
     summary = fuzzed("config", 1, 60, capsys)
     assert summary["ended"].keys() <= {"0", "2"}

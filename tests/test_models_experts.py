@@ -69,7 +69,7 @@ def make(family, **kwargs):
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.one_in(3, FAMILIES))
 def test_an_on_policy_run_with_experts_trains_and_what_it_saves_generates(tmp_path, family):
     trainer = make_trainer(
         tmp_path, make(family), tiny.make_qwen3(seed=2), rows=tiny.CHATS[:2], lmbda=1.0, max_steps=1, max_new_tokens=3
@@ -115,7 +115,7 @@ def test_a_student_given_by_its_name_is_saved_as_its_folder_says(tmp_path, token
 
 
 @pytest.mark.parametrize("family", WITHOUT)
-@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("asked", [tiny.slow(False), True])
 def test_a_mixture_class_without_experts_has_no_load_balancing_loss(tmp_path, family, asked):
     student = make(family, output_router_logits=asked, **WITHOUT[family])
     assert not has_experts(student)

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from kdtrain.errors import PreflightError
 from kdtrain.models.parts import adapter_exclusions, check_named_parts, freeze_parts, part_of, trained_parts
 from tests import tiny
+from tests.tiny import one_in, slow
 from tests.tiny_vision import FAMILIES, make_inputs, make_vlm
 
 PARTS = ("llm", "vit", "aligner")
@@ -41,7 +42,7 @@ def test_every_parameter_is_in_one_part(family):
     assert sum(len(part_of(model, part)) for part in PARTS) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", one_in(3, FAMILIES))
 def test_frozen_parts_do_not_move_in_a_step_and_the_others_do(family):
     for frozen in [*itertools.combinations(PARTS, 1), *itertools.combinations(PARTS, 2)]:
         model = make_vlm(family, seed=1)
@@ -83,7 +84,7 @@ def test_a_family_that_is_not_known_cannot_be_frozen_in_part():
             call(model, vit=True)
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "llava_next", "smolvlm"])
+@pytest.mark.parametrize("family", ["qwen3_vl", slow("qwen2_5_vl"), "llava_next", slow("smolvlm")])
 @pytest.mark.parametrize("frozen", [*itertools.combinations(PARTS, 1), *itertools.combinations(PARTS, 2)])
 def test_frozen_parts_get_no_adapter(family, frozen):
     """By exclusion before the adapters are made, and by freezing afterwards: the same parameters are trained."""

@@ -271,7 +271,7 @@ def test_rows_whose_lengths_nobody_knew_are_refused_before_the_forward_that_woul
         trainer.train()
 
 
-@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("evaluates", [tiny.slow(False), True])
 @pytest.mark.parametrize("own", ["none", "a Collator", "trl's"])
 def test_rows_count_as_long_as_the_collator_leaves_them(tmp_path, tokenizer, caplog, own, evaluates):
     collators = {
@@ -513,7 +513,7 @@ def test_prompts_that_cannot_be_generated_apart_are_refused(monkeypatch):
     assert generation_padding.answered_together(model, [[5]], CPU, True) == [[0]]
 
 
-@pytest.mark.parametrize("changes", [{"rlhf__lmbda": 1.0}, {"rlhf__seq_kd": True}])
+@pytest.mark.parametrize("changes", [{"rlhf__lmbda": 1.0}, tiny.slow({"rlhf__seq_kd": True})])
 def test_a_run_on_answers_of_a_model_that_does_not_honour_padding_says_so_before_training(
     project, tokenizer, caplog, changes
 ):
@@ -578,8 +578,15 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize(("misfit", "source"), [*((name, {}) for name in MISFITS), ("size", {"answers": "teacher"})])
-@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("side", "misfit", "source"),
+    [
+        *(("teacher", name, {}) for name in MISFITS),
+        ("student", "size", {"answers": "teacher"}),
+        *(tiny.slow("student", name, {}) for name in MISFITS),
+        tiny.slow("teacher", "size", {"answers": "teacher"}),
+    ],
+)
 def test_a_processor_that_does_not_fit_its_model_is_told_with_its_side(pictures, side, misfit, source):
     spoil, said = MISFITS[misfit]
     spoil(pictures / side)

@@ -73,7 +73,7 @@ WRITING = {
 }
 
 
-@pytest.mark.parametrize("name", WRITING)
+@pytest.mark.parametrize("name", tiny.one_in(2, WRITING))
 def test_a_model_that_writes_or_judges_samples_is_named_with_the_rows(project, kdtrain, name):  # noqa: F811
     side, overrides, during = WRITING[name]
     broken(project, side)
@@ -307,7 +307,7 @@ def test_a_bad_rank_ends_the_evaluation_of_both(tmp_path):
     assert "in the evaluation after step 1, rank 1" in first
 
 
-@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("side", ["student", tiny.slow("teacher")])
 def test_the_command_evaluate_names_the_model_and_the_row(project, kdtrain, monkeypatch, side):  # noqa: F811
     code, err = kdtrain("fit", "data.eval=eval.jsonl", "training.max_steps=1")
     assert code == 0, err

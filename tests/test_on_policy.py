@@ -79,7 +79,7 @@ def flat(numbers):
 
 
 @pytest.mark.parametrize("options", [{}, {"lmbda": 0.0, "seq_kd": True, "sft_alpha": 0.3}], ids=["student", "seq_kd"])
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("named", [True, tiny.slow(False)])
 def test_a_generated_step_does_not_depend_on_the_answers_of_the_data(tmp_path, options, named):
     results = []
     for completion in (0, 4, 40):
@@ -114,7 +114,7 @@ CUT = {
 }
 
 
-@pytest.mark.parametrize("options", CUT.values(), ids=CUT)
+@pytest.mark.parametrize("options", tiny.first_quick(CUT.values()), ids=CUT)
 def test_samples_and_gradients_do_not_depend_on_micro_batches_or_ranks(tmp_path, options):
     expected, sampled = cut(tmp_path, 8, 1, options)
     assert len({len(answer) for answer in sampled[0][1].values()}) > 2  # they end at different places
@@ -178,6 +178,9 @@ def test_ranks_whose_answers_end_at_different_places_take_fifty_steps_together(t
     assert sum(a != b for a, b in zip(first, second, strict=True)) > 10  # of the longest answer
 
 
+BEST = {"samples_per_prompt": 2, "select": "best"}
+
+
 def end_of_epochs(folder, world, sharded=False, options=None):
     """Two epochs of five rows in windows of four: at the end of each one rank of two has none of its own.
 
@@ -193,8 +196,11 @@ def end_of_epochs(folder, world, sharded=False, options=None):
     return [count for count, _ in seen], [answers for _, answers in seen], numbers_of(trainer)
 
 
-@pytest.mark.parametrize("options", [{}, {"samples_per_prompt": 2, "select": "best"}], ids=["all", "best"])
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("sharded", "options"),
+    [(False, {}), tiny.slow(False, BEST), tiny.slow(True, {}), (True, BEST)],
+    ids=["ddp-all", "ddp-best", "fsdp2-all", "fsdp2-best"],
+)
 def test_a_rank_of_which_all_rows_are_repeated_at_the_end_of_an_epoch_counts_nothing(tmp_path, sharded, options):
     counts, answers, numbers = end_of_epochs(tmp_path, 1, options=options)
     assert [len(window) for window in answers] == [4, 1, 4, 1]
@@ -234,7 +240,7 @@ def one_rank_stops_at_once(folder, sharded):
     return [len(answer) for answer in seen[0][1].values()], seen[0][0], numbers_of(trainer)
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharded", [tiny.slow(False), True], ids=["ddp", "fsdp2"])
 def test_a_rank_whose_rows_all_stop_at_the_first_token_waits_for_the_other(tmp_path, sharded):
     first, second = tiny.run_ranks(one_rank_stops_at_once, 2, tmp_path, sharded)
     assert (first[0], second[0]) == ([1, 1], [6, 6])
@@ -259,7 +265,7 @@ def one_rank_fails(folder, sharded):
     return None
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharded", [tiny.slow(False), True], ids=["ddp", "fsdp2"])
 def test_a_rank_whose_student_is_not_finite_while_sampling_stops_both(tmp_path, sharded):
     first, second = tiny.run_ranks(one_rank_fails, 2, tmp_path, sharded, timeout=200)
     assert "Not finite at step 1, rank 0, while the student wrote answers: the logits" in first

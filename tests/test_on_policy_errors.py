@@ -127,15 +127,15 @@ def overflowing(project, name):
 
 SILENT = {
     "student": ("student", ["rlhf.lmbda=1"]),
-    "student, lora": ("student", ["rlhf.lmbda=1", "tuner.train_type=lora"]),
     "student, half of the steps": ("student", ["rlhf.lmbda=0.5", "rlhf.seq_kd=true", "training.seed=3"]),
     "teacher, seq_kd": ("teacher", ["rlhf.lmbda=0", "rlhf.seq_kd=true"]),
+    "student, lora": ("student", ["rlhf.lmbda=1", "tuner.train_type=lora"]),
     "teacher, answers": ("teacher", ["rlhf.lmbda=0", ANSWERED_BY_TEACHER]),
     "teacher, answers alone": ("teacher", ["rlhf.lmbda=0", ANSWERED_BY_TEACHER, "rlhf.llm_kd_weight=0"]),
 }
 
 
-@pytest.mark.parametrize("name", SILENT)
+@pytest.mark.parametrize("name", tiny.one_in(2, SILENT))
 def test_a_model_whose_logits_are_not_finite_while_it_writes_ends_the_run_and_is_named(project, kdtrain, name):
     side, overrides = SILENT[name]
     overflowing(project, side)

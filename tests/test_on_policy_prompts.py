@@ -137,7 +137,9 @@ def continued(rows, prompts):
 
 
 @pytest.mark.parametrize(
-    "data", [{}, {"train_on": "last"}, {"train_on": "all"}, {"turns": "joint"}, {"turns": "split"}], ids=str
+    "data",
+    [{}, *map(tiny.slow, ({"train_on": "last"}, {"train_on": "all"}, {"turns": "joint"})), {"turns": "split"}],
+    ids=str,
 )
 def test_the_student_continues_the_prompt_of_the_last_answer(project, thinking, data):
     cases = [*PROMPTS.values(), *ANSWERED.values(), *MORE_PROMPTS.values()]
@@ -193,7 +195,9 @@ TEACHERS = {
 }
 
 
-@pytest.mark.parametrize("writer", [{"lmbda": 1.0}, {"lmbda": 0.0, "seq_kd": True}], ids=["student", "teacher"])
+@pytest.mark.parametrize(
+    "writer", [{"lmbda": 1.0}, tiny.slow({"lmbda": 0.0, "seq_kd": True})], ids=["student", "teacher"]
+)
 @pytest.mark.parametrize("name", TEACHERS)
 def test_a_teacher_that_reads_more_reads_the_answer_behind_its_own_prompt(project, thinking, name, writer):
     options, prompt_of_teacher = TEACHERS[name]

@@ -143,62 +143,62 @@ BOTH = {"aligner": {"weight": 0.5}, "vit": {"distance": "cosine", "weight": 2.0}
 # short window, a rank whose last batch is only repeated rows (5 rows on 3 ranks of 1). Every option of the loss meets
 # full training and adapters, several ranks and accumulation.
 CASES = [
-    Case("qwen3", "full", 1, 1, 7, loss=FORWARD | CE),
+    tiny.slow(Case("qwen3", "full", 1, 1, 7, loss=FORWARD | CE)),
     Case("qwen3", "full", 2, 2, 11, loss=SCALED | CE, optim="adamw", unlabelled=True),
-    Case("qwen3", "full", 3, 1, 14, loss=REVERSE),
+    tiny.slow(Case("qwen3", "full", 3, 1, 14, loss=REVERSE)),
     Case("qwen3", "lora", 1, 3, 7, loss=SOFT | CE, optim="momentum"),
-    Case("qwen3", "lora", 2, 1, 9, loss=MIXED, optim="adamw"),
+    tiny.slow(Case("qwen3", "lora", 2, 1, 9, loss=MIXED, optim="adamw")),
     Case("qwen3", "dora", 3, 2, 5, batch=1, loss=NO_KD),
     Case("llama", "full", 1, 3, 13, loss=MIXED | CE, optim="momentum", unlabelled=True),
-    Case("llama", "full", 2, 1, 8, loss=NO_KD, unlabelled=True),
-    Case("llama", "full", 3, 2, 19, loss=SOFT, optim="adamw"),
+    tiny.slow(Case("llama", "full", 2, 1, 8, loss=NO_KD, unlabelled=True)),
+    tiny.slow(Case("llama", "full", 3, 2, 19, loss=SOFT, optim="adamw")),
     Case("llama", "lora", 3, 1, 8, loss=FORWARD),
-    Case("llama", "dora", 1, 2, 6, loss=SCALED),
-    Case("llama", "lora+head", 1, 1, 5, loss=REVERSE | CE),
+    tiny.slow(Case("llama", "dora", 1, 2, 6, loss=SCALED)),
+    tiny.slow(Case("llama", "lora+head", 1, 1, 5, loss=REVERSE | CE)),
     Case("llama", "lora+head", 2, 3, 9, loss=SKEWED | CE, optim="adamw"),
-    Case("gemma2", "full", 1, 2, 7, loss=REVERSE | CE),
+    tiny.slow(Case("gemma2", "full", 1, 2, 7, loss=REVERSE | CE)),
     Case("gemma2", "full", 2, 1, 6, loss=SHARP),
-    Case("gemma2", "lora", 3, 3, 11, batch=1, loss=SKEWED | CE),
-    Case("gemma2", "dora", 2, 2, 9, loss=FORWARD, optim="adamw"),
-    Case("gemma3", "full", 1, 3, 8, loss=SOFT | CE, optim="adamw"),
+    tiny.slow(Case("gemma2", "lora", 3, 3, 11, batch=1, loss=SKEWED | CE)),
+    tiny.slow(Case("gemma2", "dora", 2, 2, 9, loss=FORWARD, optim="adamw")),
+    tiny.slow(Case("gemma3", "full", 1, 3, 8, loss=SOFT | CE, optim="adamw")),
     Case("gemma3", "full", 3, 1, 5, batch=1, loss=MIXED),
-    Case("gemma3", "lora", 2, 2, 9, loss=NO_KD),
+    tiny.slow(Case("gemma3", "lora", 2, 2, 9, loss=NO_KD)),
     Case("gemma3", "dora", 1, 1, 4, loss=SHARP, optim="momentum"),
     Case("granite", "full", 1, 1, 3, loss=SCALED | CE, unlabelled=True),
-    Case("granite", "full", 2, 3, 13, loss=SHARP | CE, optim="momentum"),
-    Case("granite", "lora", 1, 2, 7, loss=REVERSE),
-    Case("granite", "lora+head", 3, 1, 7, loss=MIXED | CE),
-    Case("cohere", "full", 1, 2, 5, loss=SKEWED),
-    Case("cohere", "full", 3, 1, 8, loss=NO_KD),
+    tiny.slow(Case("granite", "full", 2, 3, 13, loss=SHARP | CE, optim="momentum")),
+    tiny.slow(Case("granite", "lora", 1, 2, 7, loss=REVERSE)),
+    tiny.slow(Case("granite", "lora+head", 3, 1, 7, loss=MIXED | CE)),
+    tiny.slow(Case("cohere", "full", 1, 2, 5, loss=SKEWED)),
+    tiny.slow(Case("cohere", "full", 3, 1, 8, loss=NO_KD)),
     Case("cohere", "lora", 2, 3, 9, loss=SCALED, optim="adamw"),
     Case("cohere", "dora", 1, 1, 7, loss=SOFT | CE),
     Case("gpt2", "full", 1, 3, 11, loss=SHARP | CE),
-    Case("gpt2", "full", 2, 1, 5, loss=SKEWED | CE, optim="adamw"),
+    tiny.slow(Case("gpt2", "full", 2, 1, 5, loss=SKEWED | CE, optim="adamw")),
     Case("gpt2", "lora", 3, 2, 13, loss=SOFT),
-    Case("gpt2", "dora", 2, 1, 7, loss=REVERSE | CE),
+    tiny.slow(Case("gpt2", "dora", 2, 1, 7, loss=REVERSE | CE)),
     Case("opt", "full", 1, 1, 7, loss=FORWARD, optim="momentum"),
-    Case("opt", "full", 3, 3, 11, batch=1, loss=SCALED | CE),
-    Case("opt", "lora", 2, 1, 7, loss=SHARP, unlabelled=True),
-    Case("qwen3_moe", "full", 1, 2, 7, loss=SKEWED | CE),
+    tiny.slow(Case("opt", "full", 3, 3, 11, batch=1, loss=SCALED | CE)),
+    tiny.slow(Case("opt", "lora", 2, 1, 7, loss=SHARP, unlabelled=True)),
+    tiny.slow(Case("qwen3_moe", "full", 1, 2, 7, loss=SKEWED | CE)),
     Case("qwen3_moe", "full", 2, 2, 9, loss=FORWARD),
-    Case("qwen3_moe", "lora", 3, 1, 12, loss=MIXED | CE),
-    Case("qwen3_moe", "lora+head", 1, 3, 11, loss=NO_KD, optim="adamw"),
+    tiny.slow(Case("qwen3_moe", "lora", 3, 1, 12, loss=MIXED | CE)),
+    tiny.slow(Case("qwen3_moe", "lora+head", 1, 3, 11, loss=NO_KD, optim="adamw")),
     Case("mamba", "full", 1, 2, 5, loss=SCALED | CE),
-    Case("mamba", "full", 2, 1, 5, loss=REVERSE),
-    Case("mamba", "lora", 3, 1, 7, loss=FORWARD | CE),
+    tiny.slow(Case("mamba", "full", 2, 1, 5, loss=REVERSE)),
+    tiny.slow(Case("mamba", "lora", 3, 1, 7, loss=FORWARD | CE)),
     # Images in three rows of four.
-    Case("llava", "full", 1, 2, 7, loss=CE, visual=BOTH),
-    Case("llava", "full", 2, 1, 7, loss=NO_KD, visual=ALIGNER),
-    Case("llava", "full", 3, 1, 4, batch=1, loss=FORWARD, visual=ALIGNER, optim="adamw"),
+    tiny.slow(Case("llava", "full", 1, 2, 7, loss=CE, visual=BOTH)),
+    tiny.slow(Case("llava", "full", 2, 1, 7, loss=NO_KD, visual=ALIGNER)),
+    tiny.slow(Case("llava", "full", 3, 1, 4, batch=1, loss=FORWARD, visual=ALIGNER, optim="adamw")),
     Case("llava", "full", 2, 2, 5, batch=1, loss=CE, visual=BOTH, teacher_vision=48),
     Case("qwen2_5_vl", "full", 1, 1, 5, loss=NO_KD, visual=BOTH, optim="adamw"),
-    Case("qwen2_5_vl", "full", 2, 2, 9, loss=SHARP | CE, visual=ALIGNER),
+    tiny.slow(Case("qwen2_5_vl", "full", 2, 2, 9, loss=SHARP | CE, visual=ALIGNER)),
     Case("qwen3_vl", "full", 1, 3, 7, loss=REVERSE | CE, visual=BOTH | {"deepstack": {}}),
-    Case("qwen3_vl", "lora", 2, 1, 6, loss=MIXED | CE),
+    tiny.slow(Case("qwen3_vl", "lora", 2, 1, 6, loss=MIXED | CE)),
     # Answers that a model wrote: no cross-entropy on the student's own, and D counts what was written.
-    Case("qwen3", "full", 1, 2, 7, loss=SKEWED | CE, lmbda=1.0),
+    tiny.slow(Case("qwen3", "full", 1, 2, 7, loss=SKEWED | CE, lmbda=1.0)),
     Case("llama", "full", 2, 2, 9, loss=FORWARD | CE, lmbda=0.5),
-    Case("gpt2", "lora", 1, 3, 5, loss=REVERSE | CE, lmbda=0.5, optim="adamw"),
+    tiny.slow(Case("gpt2", "lora", 1, 3, 5, loss=REVERSE | CE, lmbda=0.5, optim="adamw")),
     Case("gemma2", "full", 3, 1, 5, batch=1, loss=MIXED | CE, lmbda=1.0),
     Case("llama", "full", 1, 1, 5, loss=SOFT | CE, seq_kd=True, unlabelled=True),
     Case("qwen3", "lora", 2, 1, 5, loss=SCALED | CE, seq_kd=True, lmbda=0.5),
@@ -367,19 +367,25 @@ def save_cases(cases: Sequence[Case], folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Callable[[Case], list[dict[str, Any]]]:
+def results(request, tmp_path_factory) -> Callable[[Case], list[dict[str, Any]]]:
     """What every rank of a case's run has. Cases of several ranks run together: starting processes takes longer."""
+
+    items = (item for item in request.session.items if item.path == request.path)
+    cases = [item.callspec.params["case"] for item in items]  # that are asked for
+
+    def of_ranks(ranks: int) -> list[Case]:
+        return [case for case in cases if case.ranks == ranks]
 
     @functools.cache
     def group(ranks: int) -> Path:
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        tiny.run_ranks(save_cases, ranks, [case for case in CASES if case.ranks == ranks], folder, timeout=240)
+        tiny.run_ranks(save_cases, ranks, of_ranks(ranks), folder, timeout=240)
         return folder
 
     def of(case: Case) -> list[dict[str, Any]]:
         if case.ranks == 1:
             return [train_case(case, tmp_path_factory.mktemp("run"))]
-        number = [other for other in CASES if other.ranks == case.ranks].index(case)
+        number = of_ranks(case.ranks).index(case)
         return [torch.load(group(case.ranks) / f"{number}-{r}.pt", weights_only=False) for r in range(case.ranks)]
 
     return of

@@ -141,7 +141,7 @@ def test_a_trained_teacher_that_is_off_by_one_is_an_error_that_names_the_directi
 
 
 @pytest.mark.parametrize("batch", [rows(), random_rows(), answers("zero"), answers("aaaa aaaa aaaa aaaa aaaa")])
-@pytest.mark.parametrize("k", [None, 8])
+@pytest.mark.parametrize("k", [tiny.slow(None), 8])
 def test_no_untrained_teacher_and_no_odd_rows_are_an_error(batch, k):
     for model in [*untrained(), trained()]:
         for stored in (False, True):

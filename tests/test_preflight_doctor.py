@@ -265,7 +265,20 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+# What is found by the same look as another fault above, or said by the same one of a healthy run.
+LOOKED_AT_LIKE_ANOTHER = {
+    "evaluates on a copy of what it trains on", "the student thinks and the teacher does not",
+    "the teacher's template adds a system message", "a temperature that flattens everything",
+    "a divergence that vanishes at its ends", "Jensen-Shannon", "reverse KL alone", "no divergence", "half learnt",
+    "rows held out by content", "answers of the teacher", "quickstart/ce", "on_policy/off",
+}  # fmt: skip
+
+
+def cases(names):
+    return [tiny.slow(name) if name in LOOKED_AT_LIKE_ANOTHER else name for name in names]
+
+
+@pytest.mark.parametrize("fault", cases(FAULTS))
 def test_a_planted_fault_is_found_before_the_first_step(folder, fault):
     plant, message = FAULTS[fault]
     config = planted.healthy(folder)
@@ -315,14 +328,14 @@ HEALTHY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HEALTHY)
+@pytest.mark.parametrize("name", cases(HEALTHY))
 def test_nothing_is_said_of_a_healthy_run(folder, name):
     config = planted.healthy(folder)
     HEALTHY[name](config, folder)
     assert said(config) == []
 
 
-@pytest.mark.parametrize("name", ["quickstart/distill", "quickstart/ce", "on_policy/off", "on_policy/mixed"])
+@pytest.mark.parametrize("name", cases(["quickstart/distill", "quickstart/ce", "on_policy/off", "on_policy/mixed"]))
 def test_nothing_is_said_of_an_example_with_models_that_know_its_rows(folder, name):
     own = [f"model.model={folder / 'student'}", f"data.train={folder / 'train.jsonl'}"]
     taught = [] if name == "quickstart/ce" else [f"rlhf.teacher_model={folder / 'teacher'}"]

@@ -59,7 +59,7 @@ def linear(monkeypatch):
 
 
 @pytest.mark.parametrize("tuner", [FULL, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("checkpointing", [tiny.slow(False), True], ids=["", "checkpointing"])
 def test_a_simulated_step_takes_what_a_real_one_takes(tuner, checkpointing):
     shape = Shape(4, 48, micro_batches=2, teacher_width=48, checkpointing=checkpointing, on_cpu=True)
     step = simulate_step(model_setup(), tuner, shape)
@@ -210,7 +210,9 @@ def test_a_run_that_cannot_fit_is_an_error_on_a_gpu_and_a_warning_where_it_may(l
     assert finding.hint.startswith("Not enough")
 
 
-@pytest.mark.parametrize("changes", [{}, {"student_writes": Writing(8, None, 16, 32)}], ids=["", "on-policy"])
+@pytest.mark.parametrize(
+    "changes", [tiny.slow({}), {"student_writes": Writing(8, None, 16, 32)}], ids=["", "on-policy"]
+)
 def test_what_surely_fits_is_more_than_what_is_planned(changes):
     run = setup(**changes, shape=Shape(4, 128, micro_batches=2, teacher_width=48, on_cpu=True))
     assert not surely_fits(run, plan_memory(run).total)

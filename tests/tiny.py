@@ -64,6 +64,11 @@ def first_quick(names: Iterable[str]) -> list[Any]:
     return [first, *map(slow, others)]
 
 
+def one_in(every: int, names: Iterable[Any]) -> list[Any]:
+    """One in `every` of them for `make test`, the others for `make test-slow`."""
+    return [slow(name) if number % every else name for number, name in enumerate(names)]
+
+
 def lora_config(*, rank: int, alpha: int, dropout: float, **options: Any) -> LoraConfig:
     """An adapter as a run has it."""
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM", **options)
