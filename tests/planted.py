@@ -83,7 +83,7 @@ def _train(model: Any, tokenizer: Any, texts: list[str], steps: int) -> None:
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        some = torch.randperm(len(texts), generator=generator)[:12]
+        some = torch.randperm(len(texts), generator=generator)[:24]
         inputs = {name: values[some] for name, values in batch.items() if name != "token_type_ids"}
         model(**inputs, labels=labels[some]).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -10,6 +10,7 @@ reply) and `on_reply` (changes the true one). Sampling knows `temperature` and `
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import socket
 import struct
@@ -45,6 +46,18 @@ class Request:
     """`time.monotonic()` at its arrival."""
     connection: int
     """Which of the server's connections it came over, counted from 0."""
+
+
+@functools.lru_cache(maxsize=2000)
+def _logprobs_of(model: Any, version: int, ids: tuple[int, ...]) -> torch.Tensor:
+    """[T, V] of a model's weights as they are now: what an answer begins with is asked for again and again.
+
+    Args:
+        version: another one where weights were changed in their place.
+    """
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        return logits.float().log_softmax(-1)
 
 
 class Refused(Exception):
@@ -323,9 +336,9 @@ class StubServer:
 
     def _logprobs(self, ids: Sequence[int]) -> torch.Tensor:
         """[T, V]; row t predicts token t + 1."""
-        with self._model_lock, torch.no_grad():
-            logits: torch.Tensor = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-            return logits.float().log_softmax(-1)
+        with self._model_lock:
+            version = sum(parameter._version for parameter in self.model.parameters())
+            return _logprobs_of(self.model, version, tuple(ids)).clone()
 
     def _prompt_scores(self, ids: Sequence[int], k: int) -> list[Any]:
         return [None, *self._scores(ids, range(1, len(ids)), k)]

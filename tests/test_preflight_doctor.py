@@ -34,6 +34,8 @@ def folder(world, tmp_path, monkeypatch):
         os.symlink(path, tmp_path / path.name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(world / "cache"))
+    # What memory a run takes is none of its faults here, and takes longer to find than all the others together.
+    monkeypatch.setattr("kdtrain.runs.resources.memory_findings", lambda setup, limit: [])
     return tmp_path
 
 

@@ -261,7 +261,7 @@ def on_ranks(project, out, mode):
     return result.written, PartialState().num_processes
 
 
-@pytest.mark.parametrize("mode", ["topk", "sample", "hidden"])
+@pytest.mark.parametrize("mode", tiny.first_quick(["topk", "sample", "hidden"]))
 def test_two_ranks_write_the_same_bytes_as_one(project, mode):
     many_rows(project, 60)
     write(project, "one", mode=mode)
@@ -271,7 +271,7 @@ def test_two_ranks_write_the_same_bytes_as_one(project, mode):
 
 
 @pytest.mark.parametrize(("mode", "name"), [("topk", "shard-00002"), ("hidden", "head")])
-@pytest.mark.parametrize("end", [None, -7], ids=["deleted", "damaged"])
+@pytest.mark.parametrize("end", [tiny.slow(None), -7], ids=["deleted", "damaged"])
 def test_a_file_of_a_finished_cache_that_is_deleted_or_damaged_is_written_again(project, mode, name, end):
     many_rows(project, 60)
     write(project, mode=mode)

@@ -101,7 +101,7 @@ FORMATS = {"recommended": (RECOMMENDED, 0.15), "bins": (WITH_BINS, 0.5), "deltas
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("pad", [True, False])
+@pytest.mark.parametrize("pad", [True, tiny.slow(False)])
 def test_distillkits_quantised_targets_are_those_of_the_tokens_that_they_are_for(name, pad, project):
     config, atol = FORMATS[name]
     rows = encoded(project)

@@ -59,6 +59,7 @@ def original(tokenizer, tmp_path_factory):
     project = tiny.make_project(tmp_path_factory.mktemp("original"), tokenizer)
     write_rows(project / "eval.jsonl", HELD_OUT)
     change(project, training={"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2})
+    change(project, rlhf={"max_new_tokens": 16})  # of samples, which take longer than all the rest
     fit(ConfigLoader.load_training_config(project / "config.yaml"), Silent())
     return project
 

@@ -449,7 +449,7 @@ def test_two_ranks_get_the_targets_of_their_own_rows(caches, rows, tmp_path, mod
         torch.testing.assert_close(torch.tensor(weights), torch.tensor(expected_weights), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("step", [2, tiny.slow(5)])
 def test_a_resumed_run_equals_the_uninterrupted_one(cached, rows, tmp_path, step):
     options = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
     expected, weights = train(tmp_path / "run", cached(), rows, **options)
@@ -561,7 +561,7 @@ def _in_pieces(folder, cache, rows):
     return losses(trainer.state.log_history), type(trainer.model_wrapped).__name__
 
 
-@pytest.mark.parametrize("mode", ["topk", "hidden"])
+@pytest.mark.parametrize("mode", ["topk", tiny.slow("hidden")])
 def test_a_student_in_pieces_is_trained_as_a_whole_one(cached, caches, rows, tmp_path, mode):
     options = {"optim": "sgd", "learning_rate": 0.05, "per_device_train_batch_size": 8, "max_steps": 3}
     trainer = make_trainer(tmp_path, rows=rows, extra={"teacher": cached(mode)}, **options)

@@ -690,6 +690,7 @@ def started(code, *arguments):
     return subprocess.Popen(command, text=True, **pipes)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_waiting_ends_a_process_long_before_its_request(stub):
     stub.on_request = lambda request: HANG
     process = started(

@@ -1,5 +1,6 @@
 """A server that lies is found out before a step is taken on its answers, and one that does not is left alone."""
 
+import functools
 import json
 import logging
 
@@ -24,6 +25,7 @@ ROUTES = ("prompt_logprobs", "echo")
 K = 64
 
 
+@functools.cache
 def model(seed=1):
     return tiny.make_qwen3(seed=seed, hidden=48)
 
@@ -222,8 +224,13 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("lie", LIES)
+def by_one_route(names):
+    """Each by one of the routes, and by the other in the slow tests."""
+    quick = [(name, ROUTES[number % len(ROUTES)]) for number, name in enumerate(names)]
+    return [*quick, *(tiny.slow(name, route) for name in names for route in ROUTES if (name, route) not in quick)]
+
+
+@pytest.mark.parametrize(("lie", "route"), by_one_route(LIES))
 def test_a_lie_is_found_before_a_step(lie, route, caplog):
     kind, options, word = LIES[lie]
     with kind(model(), **{"tokenizer": tiny.make_tokenizer(), "prompt_logprobs": route != "echo", **options}) as server:
@@ -330,8 +337,7 @@ HONEST = {
 }
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("name", HONEST)
+@pytest.mark.parametrize(("name", "route"), by_one_route(HONEST))
 def test_nothing_is_found_where_nothing_is_wrong(name, route):
     kind, options, asked = HONEST[name]
     with kind(model(), tiny.make_tokenizer(), prompt_logprobs=route != "echo", **options) as server:

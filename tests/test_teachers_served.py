@@ -404,7 +404,9 @@ class TopKOfModel(Teacher):
         return Targets(TopKLogprobs(indices, logprobs))
 
 
-@pytest.mark.parametrize("options", [{"beta": 0.0}, {"beta": 0.5}, {"beta": 1.0}, {"beta": 0.5, "kd_temperature": 2.0}])
+@pytest.mark.parametrize(
+    "options", [*map(tiny.slow, ({"beta": 0.0}, {"beta": 0.5}, {"beta": 1.0})), {"beta": 0.5, "kd_temperature": 2.0}]
+)
 @pytest.mark.parametrize("route", ["prompt_logprobs", "echo"])
 def test_with_all_tokens_named_loss_and_gradient_are_those_of_the_model_in_process(
     tmp_path, connect, model, route, options
@@ -433,7 +435,7 @@ def train(folder, teacher=None, model=None, steps=4, **kwargs):
     return losses, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-@pytest.mark.parametrize("k", [K, V])
+@pytest.mark.parametrize("k", [K, tiny.slow(V)])
 def test_a_training_with_accumulation_and_evaluations_is_that_of_the_same_targets_in_process(
     tmp_path, connect, model, server, k
 ):
