@@ -29,6 +29,9 @@ importlib.metadata.distribution = functools.cache(importlib.metadata.distributio
 importlib.metadata.Distribution.metadata = property(functools.cache(importlib.metadata.Distribution.metadata.fget))
 typer.main.get_command = functools.cache(typer.main.get_command)
 datasets.Value.__deepcopy__ = lambda self, memo: self  # nothing changes one
+if not torch.cuda.is_available():  # a seed for devices that are not there is kept, with the traceback of its call
+    for module in (torch.cuda.random, torch.xpu.random, torch.mtia):
+        module._lazy_call = lambda *_, **__: None
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what stands before its &
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests send it to what they start
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
