@@ -176,7 +176,8 @@ def test_two_real_processes_train_as_one_does(config):
     assert losses(records) == pytest.approx(losses(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", tiny.first_quick(MODES))
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
 def test_a_cache_that_the_command_writes_is_trained_from_by_the_same_file(config, mode):
     folder = config.parent / "cache"
     command = [sys.executable, "-m", "kdtrain", "cache", str(config), "--out", str(folder), "--mode", mode]

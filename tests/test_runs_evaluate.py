@@ -869,7 +869,7 @@ def test_rows_with_images_are_evaluated_as_in_training(models, tmp_path):  # noq
     result, records = run(
         models, tmp_path, data__eval=str(models / "train.jsonl"), training__eval_strategy="steps",
         training__eval_steps=4, rlhf__beta=0.0, rlhf__sft_alpha=1.0, custom__visual_kd__enabled=False,
-        training__per_device_eval_batch_size=3,
+        training__per_device_eval_batch_size=3, rlhf__max_new_tokens=8,
     )  # fmt: skip
     reporter = Quiet()
     found = evaluate([open_run(result.run_dir)], [], reporter)
