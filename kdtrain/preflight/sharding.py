@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import yaml
 
 from kdtrain.config import RunConfig
+from kdtrain.config.launching import launching, read_map
 
 Kind = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 
@@ -48,16 +48,15 @@ class Sharding:
 
 def sharding_of(config: RunConfig) -> Sharding:
     """What `training.deepspeed`, `training.fsdp` or accelerate's own file say."""
-    training, of_launch = config.training, _map(config.launch.config_file)
+    training, of_launch = config.training, launching(config)
     if training.get("deepspeed"):
         return _zero(_map(training["deepspeed"]))
     if training.get("fsdp"):
         return Sharding("fsdp")
-    kind = str(of_launch.get("distributed_type", "")).upper()
-    if kind == "FSDP":
+    if of_launch.kind == "FSDP":
         return Sharding("fsdp")
-    if kind == "DEEPSPEED":
-        options = of_launch.get("deepspeed_config") or {}
+    if of_launch.kind == "DEEPSPEED":
+        options = of_launch.of_file.get("deepspeed_config") or {}
         nested = options.get("deepspeed_config_file")
         return _zero(_map(nested) if nested else {"zero_optimization": {"stage": options.get("zero_stage", 2)}})
     return Sharding()
@@ -73,9 +72,11 @@ def _map(value: Any) -> dict[str, Any]:
     """A map, or what the file of that name holds; empty where there is none, which others refuse."""
     if isinstance(value, dict):
         return value
+    file = Path(str(value))
+    if file.suffix != ".json":
+        return read_map(file)
     try:
-        text = Path(str(value)).read_text(encoding="utf-8")
-        found = json.loads(text) if str(value).endswith(".json") else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
