@@ -49,6 +49,7 @@ def assert_same_run(ours, single):
                 key
                 not in (
                     "tokens_per_second",
+                    "supervised_tokens_per_second",
                     "peak_memory_gib",
                     "elapsed_s",
                     "remaining_s",

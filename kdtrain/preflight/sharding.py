@@ -16,12 +16,17 @@ from kdtrain.config.launching import launching, read_map
 Kind = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 
 
+DEEPSPEED_BUCKET = 500_000_000
+"""Numbers of the buffer in which DeepSpeed adds up gradients over the devices, unless its config says otherwise."""
+
+
 class Divided(NamedTuple):
     """By how many devices each part is divided."""
 
     weights: int
     gradients: int
     optimizer: int
+    teacher: int
     is_ddp: bool
 
 
@@ -30,14 +35,21 @@ class Sharding:
     """How the devices of a run share its parts."""
 
     kind: Kind = "ddp"
+    teacher_in_pieces: bool | None = None
+    """None is as the student's weights are."""
+    bucket: int = 0
+    """Numbers of DeepSpeed's buffer of gradients; 0 without DeepSpeed."""
 
-    def divided(self, world: int) -> Divided:
-        """For so many devices."""
+    def divided(self, world: int, micro_batches: int = 1) -> Divided:
+        """For so many devices. FSDP 2 keeps whole gradients from a micro-batch to the next, and reduces the last."""
         whole = self.kind in ("zero3", "fsdp")
+        in_pieces = (whole and not (self.kind == "fsdp" and micro_batches > 1)) or self.kind == "zero2"
+        of_teacher = whole if self.teacher_in_pieces is None else self.teacher_in_pieces
         return Divided(
             weights=world if whole else 1,
-            gradients=world if whole or self.kind == "zero2" else 1,
+            gradients=world if in_pieces else 1,
             optimizer=world if self.kind != "ddp" else 1,
+            teacher=world if of_teacher else 1,
             is_ddp=self.kind == "ddp",
         )
 
@@ -65,7 +77,10 @@ def sharding_of(config: RunConfig) -> Sharding:
 def _zero(options: Mapping[str, Any]) -> Sharding:
     stage = (options.get("zero_optimization") or {}).get("stage", 0)
     kinds: dict[Any, Kind] = {1: "zero1", 2: "zero2", 3: "zero3"}
-    return Sharding(kinds.get(stage, "ddp"))
+    if stage not in kinds:
+        return Sharding()
+    bucket = (options.get("zero_optimization") or {}).get("reduce_bucket_size", DEEPSPEED_BUCKET)
+    return Sharding(kinds[stage], bucket=int(bucket) if isinstance(bucket, int | float) else 0)
 
 
 def _map(value: Any) -> dict[str, Any]:
