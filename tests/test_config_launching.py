@@ -234,9 +234,8 @@ def test_the_slurm_script_gives_each_machine_its_rank(tmp_path):
         (tmp_path / name).chmod(stat.S_IRWXU)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "12345", "SLURM_NNODES": "2"}
     env["SLURM_JOB_NODELIST"] = "node-[7-8]"
-    done = subprocess.run(
-        [EXAMPLES / "slurm.sh", "run.yaml", "launch.config_file=fsdp2"], env=env, capture_output=True, text=True, check=True
-    )  # fmt: skip
+    command = [EXAMPLES / "slurm.sh", "run.yaml", "launch.config_file=fsdp2"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
         "fit run.yaml launch.config_file=fsdp2 --resume auto launch.main_process_port=32345 --num-machines 2 "
         f"--machine-rank {rank} --main-process-ip node-7"

@@ -24,8 +24,8 @@ SENT = {
     ("ddp", True): 2 * F * W + A * F * T,
     ("fsdp", False): F * W + 2 * A * F * W,
     ("fsdp", True): F * W + 2 * A * F * W + A * F * T,
-    ("zero2", False): A * F * W + F * W,
-    ("zero2", True): A * F * W + F * W + A * F * T,
+    ("zero2", False): 2 * A * F * W + F * W,
+    ("zero2", True): 2 * A * F * W + F * W + A * F * T,
     ("zero3", False): A * F * W + 2 * A * F * W,
     ("zero3", True): A * F * W + 2 * A * F * W + A * F * T,
 }

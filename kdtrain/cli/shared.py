@@ -126,7 +126,7 @@ def launch_if_wanted(config: RunConfig, quiet: bool, run_dir: Path | None = None
         command = launch.launch_command(config, processes, sys.argv[1:], on_cpu=devices == 0)
         if not quiet:
             logger.info(launch.shown(command))
-        code = launch.run_launcher(command, processes, on_cpu=devices == 0)
+        code = launch.run_launcher(command, processes)
         if code and run_dir is not None:
             note_death(run_dir, code)
         if code and process.in_json():  # the launcher's own last words are text

@@ -1,6 +1,6 @@
 """A run on N devices, by each way of spreading it: memory, bytes that are sent, seconds of a step.
 
-    python -m tests.benchmarks.spread    compares the memory with what two ranks hold
+    python -m tests.benchmarks.spread    compares both with what two ranks hold and send
 
 What is sent, by each device and for each optimizer step, of N devices in a ring. G are the bytes of the gradients, W of
 the student's weights, U of those that are trained, T of the teacher's, A micro-batches, and f = (N − 1)/N:
@@ -9,10 +9,12 @@ the student's weights, U of those that are trained, T of the teacher's, A micro-
 |---|---|---|---|
 | DDP | all-reduce, once: 2·f·G | 0 | A·f·T |
 | FSDP 2 | reduce-scatter, once: f·G | gathered for forward and backward: 2·A·f·W | A·f·T |
-| ZeRO-2 | reduce-scatter in each micro-batch: A·f·G | what was trained is gathered once: f·U | A·f·T |
+| ZeRO-2 | all-reduce in each micro-batch: 2·A·f·G | what was trained is gathered once: f·U | A·f·T |
 | ZeRO-3 | reduce-scatter in each micro-batch: A·f·G | gathered for forward and backward: 2·A·f·W | A·f·T |
 
-Metrics and D are some hundred bytes. Written answers send more: each new token of a student in pieces gathers it again.
+DeepSpeed's stages 1 and 2 keep a piece of each sum and make it by all-reduce (`use_multi_rank_bucket_allreduce`, its
+default), which sends twice what a reduce-scatter would. Metrics and D are some hundred bytes. Written answers send
+more: each new token of a student in pieces gathers it again.
 """
 
 from __future__ import annotations
@@ -69,8 +71,8 @@ def sent_bytes(setup: Setup, simulations: Simulations) -> int:
     batches, kind = setup.shape.micro_batches, setup.sharding.kind
     sent = {
         "ddp": 2 * gradients,
-        "zero1": gradients + trained,
-        "zero2": batches * gradients + trained,
+        "zero1": 2 * gradients + trained,
+        "zero2": 2 * batches * gradients + trained,
         "zero3": batches * gradients + 2 * batches * weights,
         "fsdp": gradients + 2 * batches * weights,
     }[kind]

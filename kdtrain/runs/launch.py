@@ -78,7 +78,7 @@ def launch_command(config: RunConfig, num_processes: int, arguments: Sequence[st
     return [*command, "-m", "kdtrain", *arguments]
 
 
-def run_launcher(command: Sequence[str], num_processes: int, on_cpu: bool) -> int:
+def run_launcher(command: Sequence[str], num_processes: int) -> int:
     """Run the launcher to its end; return the exit code of the worker that failed first, 0 if none did.
 
     Of several workers that end within moments a launcher does not know which was the first, so they leave their code in
@@ -87,8 +87,6 @@ def run_launcher(command: Sequence[str], num_processes: int, on_cpu: bool) -> in
     with tempfile.TemporaryDirectory() as folder:
         exit_code = Path(folder) / "exit_code"
         environment = {**started_by_me(), EXIT_CODE_FILE: str(exit_code), PROCESSES: str(num_processes)}
-        if on_cpu:  # else DeepSpeed looks for a device, and takes some CPUs for one
-            environment.setdefault("DS_ACCELERATOR", "cpu")
         process = subprocess.Popen(command, env=environment, start_new_session=True)
         with passed_on_to(process):
             status = process.wait()

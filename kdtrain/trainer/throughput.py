@@ -2,8 +2,8 @@
 
 The work of a micro-batch is three forwards of the student (one, and two for the backward) and the teacher's forward, of
 all tokens that are not padding. What is computed again for checkpointing is not counted, nor is the writing of
-answers, whose time is. With LoRA or frozen parts the backward takes less than twice a forward: it is counted as if it did not, so
-that runs can be compared by one number.
+answers, whose time is. With LoRA or frozen parts the backward takes less than twice a forward: it is counted as if it
+did not, so that runs can be compared by one number.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     python -m tests.benchmarks.spread [KIND ...]
     python -m tests.benchmarks.spread --trace    # the table of examples/accelerate/README.md, for 64 and 1,024 devices
 
-Measured are the bytes of all tensors that are alive on rank 0, each storage once, at their peak from the first step to
+Measured are the bytes of all tensors that are alive on a rank, each storage once, at their peak from the second step to
 the last: resident memory of a process is too coarse for models that two ranks train here, and has no share of buffers
-that a CPU gives out without touching them, which a GPU has to have. FSDP on a CPU is accelerate's own, under the name of
-another device (see `tests/test_distributed.py`). ZeRO needs the extra `deepspeed`. Sent is what the collectives are given,
-as a ring sends it.
+that a CPU gives out without touching them, which a GPU has to have. FSDP on a CPU is accelerate's own, under the name
+of another device (see `tests/test_distributed.py`). ZeRO needs the extra `deepspeed`. Sent is what the collectives are
+given, as a ring sends it.
 """
 
 from __future__ import annotations
@@ -181,9 +181,7 @@ def trace() -> None:
     peak = peak_flops(_DEVICE, "bfloat16")
     assert peak is not None
     seconds = work / (peak * _MFU)
-    shape = Shape(
-        _ROWS, _LENGTH, micro_batches=_BATCHES, checkpointing=True, autocast=torch.bfloat16, teacher_width=5120
-    )
+    shape = Shape(_ROWS, _LENGTH, _BATCHES, checkpointing=True, autocast=torch.bfloat16, teacher_width=5120)
     setup = Setup(ModelSetup(configs[0], torch.float32), ModelSetup(configs[1], torch.bfloat16), TunerConfig(), shape,
                   per_device_rows=_ROWS, teacher_rows=_ROWS)  # fmt: skip
     print(f"{work / 1e15:.1f} PFLOP a step and device, {seconds:.1f} s at {_MFU:.0%} of {peak / 1e12:.0f} TFLOP/s\n")
@@ -196,8 +194,8 @@ def trace() -> None:
             rates = (devices * _ROWS * _BATCHES * _LENGTH / time for time in (most, least))
             placed = "in pieces" if one.teacher_in_pieces else "on each"
             print(f"| {devices:,} | {STRATEGIES[one.kind]} | {placed} | {in_units(one.memory.total)} | "
-                  f"{'yes' if one.memory.total <= 80 * 2**30 else 'no'} | {in_units(one.sent)} | {least:.1f} to {most:.1f}"
-                  f" | {' to '.join(f'{rate / 1e3:,.0f} k' for rate in rates)} |")  # fmt: skip
+                  f"{'yes' if one.memory.total <= 80 * 2**30 else 'no'} | {in_units(one.sent)} | "
+                  f"{least:.1f} to {most:.1f} | {' to '.join(f'{rate / 1e3:,.0f} k' for rate in rates)} |")  # fmt: skip
 
 
 def main() -> None:
