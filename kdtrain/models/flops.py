@@ -41,6 +41,8 @@ _PEAKS: tuple[tuple[str, Mapping[str, float]], ...] = (
 )
 # Of configs of experts: which of them a token goes to is not known from the layers.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Of configs of layers that are no attention, or one of other widths.
+_OTHER_LAYERS = ("layers_block_type", "hybrid_override_pattern", "attn_layer_indices", "state_size", "qk_rope_head_dim")
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
@@ -88,27 +90,35 @@ def forward_flops(model: nn.Module) -> ForwardFlops | None:
     None where the layers do not tell: experts, images, layers that are not attention.
     """
     config: Any = getattr(model, "config", None)
-    if config is None or config.get_text_config() is not config or config.is_encoder_decoder:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    kinds = None if config is None or head is None else _attention(config)
+    if kinds is None:
         return None
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown or any(getattr(config, name, None) for name in _EXPERTS) or hasattr(config, "qk_rope_head_dim"):
-        return None
-    head = model.get_output_embeddings()  # type: ignore[operator]
     inside = {id(module) for module in head.modules()}
-    layers = sum(_product(module) for module in model.modules() if id(module) not in inside)
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    of_pair, near = 4 * heads * width, kinds.count("sliding_attention")
-    if near == 0 and (whole := getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True):
-        near = len(kinds) if getattr(config, "layer_types", None) is None and whole else 0  # all layers, as Mistral's
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    of_pair, near = 4 * config.num_attention_heads * width, kinds.count("sliding_attention")
     return ForwardFlops(
-        per_token=layers,
+        per_token=sum(_product(module) for module in model.modules() if id(module) not in inside),
         per_pair=of_pair * (len(kinds) - near),
         per_pair_in_window=of_pair * near,
         window=getattr(config, "sliding_window", None) or 0,
         per_supervised=sum(map(_product, head.modules())),
     )
+
+
+def _attention(config: Any) -> list[str] | None:
+    """Which kind of attention each layer has; None where it has something else, or nobody can tell what it takes."""
+    if config.get_text_config() is not config or getattr(config, "is_encoder_decoder", False):
+        return None
+    if any(getattr(config, name, None) for name in (*_EXPERTS, *_OTHER_LAYERS)):
+        return None
+    if any(getattr(config, name, None) is None for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")):
+        return None
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:  # as Mistral, of which all layers are alike
+        slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        kinds = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
+    return list(kinds) if set(kinds) <= {"full_attention", "sliding_attention"} else None
 
 
 def _product(module: nn.Module) -> int:

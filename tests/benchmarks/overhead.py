@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from tests import tiny
 
@@ -70,6 +70,7 @@ def once(kind: str, steps: int) -> tuple[float, float]:
     trainer, teacher = _trainer(kind, steps)
     watch = _Clock(trainer, teacher)
     trainer.add_callback(watch)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return 1e3 * watch.whole / watch.steps, 1e3 * (watch.whole - watch.models) / watch.steps
 
