@@ -438,7 +438,11 @@ CHANGES: dict[str, Change] = {
     "training.early_stopping_patience": Change(2, argument("early_stopping_patience")),
     "training.log_completions_steps": Change(1, kept_answers, {"rlhf.lmbda": 1.0}),
     "launch.num_processes": Change(2, launched),
-    "launch.config_file": Change("fsdp.yaml", launched),
+    "launch.config_file": Change("fsdp2", launched),
+    "launch.num_machines": Change(3, launched, {"launch.num_processes": 6}),
+    "launch.machine_rank": Change(1, launched, {"launch.num_machines": 2}),
+    "launch.main_process_ip": Change("10.0.0.1", launched, {"launch.num_machines": 2}),
+    "launch.main_process_port": Change(7000, launched, {"launch.num_machines": 2}),
 }
 SOURCE = {
     "path": Change("org/other", built("build_dataset")),

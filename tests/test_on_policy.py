@@ -286,6 +286,7 @@ RESUMED = {
 }
 NOT_NUMBERS = (
     "tokens_per_second",
+    "supervised_tokens_per_second",
     "peak_memory_gib",
     "elapsed_s",
     "remaining_s",

@@ -49,7 +49,7 @@ def linear(monkeypatch):
     def step(student, tuner, shape):
         weights, trained = simulated.student_sizes(student, tuner)
         activations = shape.rows * shape.length * (2**12 if shape.checkpointing else 2**13)
-        return simulated.Step(weights, trained, weights, activations, activations + trained, ())
+        return simulated.Step(weights, trained, weights, activations, activations + trained, 0, ())
 
     monkeypatch.setattr(memory, "simulate_step", step)
     monkeypatch.setattr(memory, "simulate_inference", lambda model, shape: shape.rows * shape.length * 2**9)

@@ -49,6 +49,7 @@ def assert_same_run(ours, single):
                 key
                 not in (
                     "tokens_per_second",
+                    "supervised_tokens_per_second",
                     "peak_memory_gib",
                     "elapsed_s",
                     "remaining_s",
@@ -266,6 +267,63 @@ def test_a_config_file_of_accelerate_says_how_many_processes_there_are(project):
     done = run(project, "fit", "config.yaml", "launch.config_file=accelerate.yaml", "training.max_steps=1")
     assert done.returncode == 0, done.stderr
     assert "x 2 processes" in done.stderr
+
+
+BY_NAME = [
+    "ddp",
+    pytest.param("zero2", marks=pytest.mark.deepspeed),
+    pytest.param("zero3", marks=pytest.mark.deepspeed),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_way_of_launching_by_name_equals_one_process(project, single, name):
+    if name != "ddp":
+        pytest.importorskip("deepspeed")
+    done = run(project, "fit", "config.yaml", f"launch.config_file={name}", "--num-processes", "2", timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert f"accelerate/{name}.yaml --num_processes 2" in done.stderr
+    assert ("deepspeed" if name != "ddp" else "multi_cpu") in done.stderr
+    assert_same_run(records(project), single)
+    assert (project / "run" / "model.safetensors").stat().st_size > 100_000, "pieces were saved and no model"
+
+
+@pytest.mark.slow
+def test_fsdp_by_name_is_refused_on_a_cpu_and_no_folder_is_made(project):
+    done = run(project, "fit", "config.yaml", "launch.config_file=fsdp2", "--num-processes", "2")
+    assert done.returncode == 3, done.stderr
+    assert "FSDP needs GPUs" in done.stderr
+    assert not (project / "run" / "logging.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_two_machines_meet_and_equal_one_process(project, single):
+    """Two launches on this host, each told another rank."""
+    port = tiny.free_port()
+    command = [*KDTRAIN, "fit", "config.yaml", f"launch.main_process_port={port}", "--num-processes", "2"]
+    command += ["--num-machines", "2", "--main-process-ip", "127.0.0.1", "--machine-rank"]
+    machines = [
+        subprocess.Popen([*command, str(rank)], cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in (1, 0)
+    ]
+    try:
+        said = [machine.communicate(timeout=200) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert "x 2 processes" in said[1][1]
+    assert "4 steps; best eval_loss" not in said[0][0], "the other machine says it"
+    assert_same_run(records(project), single)
+
+
+@pytest.mark.slow
+def test_one_process_that_a_launcher_made_of_two_is_refused(project):
+    cpu = [*ACCELERATE, "--cpu", "--num_processes", "2", "-m", "kdtrain"]
+    done = run(project, "fit", "config.yaml", command=cpu)
+    assert done.returncode != 0
+    assert "has started this one alone" in done.stderr
 
 
 def test_the_command_for_a_cpu_asks_for_what_works_there(project):

@@ -9,6 +9,7 @@ from tests.test_trainer import make_trainer
 
 NOT_COMPARED = {
     "tokens_per_second",
+    "supervised_tokens_per_second",
     "peak_memory_gib",
     "elapsed_s",
     "remaining_s",

@@ -6,6 +6,7 @@ from the job that a shell was started in.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -36,6 +37,7 @@ def check_variables() -> None:
         if name != "MASTER_ADDR" and not found[name].isdecimal():
             raise PreflightError(f"{name} is {show(repr(found[name]))}, and has to be a number. {_unset(found)}")
     if world_size() == 1:
+        _refuse_alone()
         return
     missing = [name for name in VARIABLES if name not in found and name != "LOCAL_RANK"]
     if missing:
@@ -85,11 +87,39 @@ def _say() -> None:
     process.end_now(PreflightError.exit_code)  # the main thread is in torch, and hears no exception
 
 
+def _refuse_alone() -> None:
+    """Refuse to be the one process that `accelerate launch` has made of several without a word.
+
+    So it does for --cpu and `distributed_type: MULTI_CPU`: the address at which the others would be met is set, and
+    nothing says that there are others.
+    """
+    of_accelerate = "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ
+    if of_accelerate and "RANK" not in os.environ and not _of_mpi() and not _asked_for_one():
+        raise PreflightError(
+            "accelerate launch was asked for several processes, and has started this one alone, as it does with --cpu "
+            "and distributed_type: MULTI_CPU. Use --multi_gpu or MULTI_GPU, which is right on a CPU too, or start with "
+            "`kdtrain fit --num-processes N`. If one process is meant: unset MASTER_PORT."
+        )
+
+
+def _asked_for_one() -> bool:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        words = psutil.Process(os.getppid()).cmdline()
+        text = " ".join(words).replace("=", " ").replace("-", "_")
+        return "__num_processes 1 " in text
+    return False
+
+
 def _has_launcher() -> bool:
     """Whether a launcher has started this process just now; what a shell in a SLURM job inherits is none."""
     of_torch = launched_by_us() or "TORCHELASTIC_RUN_ID" in os.environ
-    of_mpi = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
-    return of_torch or of_mpi or os.environ.get("SLURM_NTASKS") == str(world_size())
+    return of_torch or _of_mpi() or os.environ.get("SLURM_NTASKS") == str(world_size())
+
+
+def _of_mpi() -> bool:
+    return any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
 
 
 def _unset(found: dict[str, str]) -> str:

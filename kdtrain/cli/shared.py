@@ -5,8 +5,10 @@ Nothing here imports torch before a command needs it: help and static validation
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,6 +71,24 @@ def set_up(log_format: str, debug: bool) -> None:
         raise ConfigError(f"--log-format must be text or json, got {log_format!r}")
 
 
+def launch_options(config: Path, overrides: Sequence[str], given: Mapping[str, int | str | None]) -> list[str]:
+    """What `--num-processes` and its like say, as options of the config, which they win over; that is said once."""
+    from kdtrain.config.sources import Composer
+    from kdtrain.config.tree import get
+    from kdtrain.runs import launch
+
+    said = {name: value for name, value in given.items() if value is not None}
+    if not said:
+        return []
+    root = Composer().compose(config, overrides)
+    for name, value in said.items():
+        node = get(root, ("launch", name))
+        before = None if node is None else node.value
+        if before is not None and before != value and not launch.launched_by_us() and is_main():
+            logger.warning("--%s %s wins over launch.%s: %s.", name.replace("_", "-"), value, name, before)
+    return [f"launch.{name}={json.dumps(value)}" for name, value in said.items()]
+
+
 def refuse_several_processes(config: RunConfig, no_launch: bool) -> None:
     """A sweep is one process: refuse what would be several, with the ways out."""
     from kdtrain.cli.environment import visible_gpus
@@ -106,7 +126,7 @@ def launch_if_wanted(config: RunConfig, quiet: bool, run_dir: Path | None = None
         command = launch.launch_command(config, processes, sys.argv[1:], on_cpu=devices == 0)
         if not quiet:
             logger.info(launch.shown(command))
-        code = launch.run_launcher(command)
+        code = launch.run_launcher(command, processes)
         if code and run_dir is not None:
             note_death(run_dir, code)
         if code and process.in_json():  # the launcher's own last words are text

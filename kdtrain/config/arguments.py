@@ -4,6 +4,7 @@ only when something is built."""
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,10 @@ def build_train_arguments(config: RunConfig, hardware: Hardware | None = None) -
         kwargs.setdefault("metric_for_best_model", "loss")  # for its best checkpoint to be kept
     if kwargs["save_total_limit"] is not None:
         kwargs["save_total_limit"] = max(2, kwargs["save_total_limit"])
-    _fit_to_device(kwargs, hardware or detect_hardware())
+    hardware = hardware or detect_hardware()
+    _fit_to_device(kwargs, hardware)
+    if hardware.accelerator is None:  # else DeepSpeed looks for a device as it is imported, and takes some CPUs for one
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         with warnings.catch_warnings():
             # trl's own defaults use names that transformers has deprecated; no user can change that.

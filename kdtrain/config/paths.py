@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kdtrain.config.diagnose import describe
+from kdtrain.config.launching import BUILT_IN
 from kdtrain.config.schema import is_share
 from kdtrain.config.tree import KeyPath, Node, Problem, get, put
 
@@ -81,7 +82,8 @@ def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
                 message = f"{describe(text)} is neither a folder below {base} nor a hub id"
                 problems.append(Problem(path, message, "write ./name, or org/name"))
         elif path in _PATHS:
-            local = not text.startswith("{")  # JSON in a string
+            # JSON in a string, or a file that comes with kdtrain.
+            local = not text.startswith("{") and not (path == ("launch", "config_file") and text in BUILT_IN)
         elif is_share(text):
             continue
         else:  # existence is left to the preflight: data is often made after the config is written

@@ -12,12 +12,11 @@ from typing import Any
 
 import yaml
 
+from kdtrain.config.launching import accelerate_file, launch_problems
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.training_fields import choice, source_folder
 from kdtrain.config.tree import KeyPath, Problem
 
-BUILT_IN = ("ddp", "fsdp2", "zero2", "zero3")
-"""Names of `launch.config_file` that are no files, once they are there; a file of that name is ./fsdp2."""
 _JSON = ("deepspeed", "fsdp_config", "accelerator_config")
 # Importable modules of the trackers whose name is not that of their package.
 _PACKAGES: Mapping[str, tuple[str, ...]] = {
@@ -38,7 +37,8 @@ def run_files(config: RunConfig) -> Iterator[Problem]:
         hint = "pip install deepspeed, or remove the option"
         yield Problem(("training", "deepspeed"), "needs the package deepspeed, which is not installed", hint)
     if (file := config.launch.config_file) is not None:
-        yield from _accelerate_file(Path(file))
+        yield from _unreadable(("launch", "config_file"), accelerate_file(file), "YAML")
+    yield from launch_problems(config)
     yield from _trackers(training.get("report_to"))
     yield from _libraries(config)
 
@@ -87,15 +87,6 @@ def _libraries(config: RunConfig) -> Iterator[Problem]:
 def _missing(path: KeyPath, value: str, package: str, other: str) -> Problem:
     message = f"{value} needs the package {package}, which is not installed"
     return Problem(path, message, f"pip install {package}, or write {other}")
-
-
-def _accelerate_file(file: Path) -> Iterator[Problem]:
-    path = ("launch", "config_file")
-    if file.name in BUILT_IN and not file.exists():
-        hint = "write a file by accelerate config --config_file NAME.yaml, and name it"
-        yield Problem(path, f"not available yet: {file.name} as a built-in way of launching", hint)
-    else:
-        yield from _unreadable(path, file, "YAML")
 
 
 def _unreadable(path: KeyPath, file: Path, form: str) -> Iterator[Problem]:

@@ -381,9 +381,18 @@ class LaunchConfig(Section):
     """Passed to `accelerate launch`."""
 
     num_processes: Count | None = None
-    """Processes in all; null takes one per visible device."""
+    """Processes of all machines together; null takes one per visible device, on each machine."""
     config_file: Text | None = None
-    """accelerate's own YAML file, for FSDP, DeepSpeed or several machines."""
+    """`ddp`, `fsdp2`, `zero2` or `zero3`, which come with kdtrain, or a YAML file of accelerate's own; a file of such a
+    name is `./fsdp2`."""
+    num_machines: Count | None = None
+    """Machines of the run. The same command is given on each, but for its `machine_rank`."""
+    machine_rank: Annotated[Whole, Field(ge=0)] | None = None
+    """Which of the machines this one is, from 0."""
+    main_process_ip: Text | None = None
+    """Address of the machine of rank 0, as the others reach it."""
+    main_process_port: Annotated[Whole, Field(ge=1, le=65535)] | None = None
+    """Port there at which several machines meet; null takes 29500. One machine looks for a free one."""
 
 
 class RunConfig(Section):

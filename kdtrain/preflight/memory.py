@@ -125,7 +125,10 @@ def plan_memory(setup: Setup, simulations: Simulations | None = None) -> MemoryP
     """
     simulations = simulations or Simulations()
     step, shape = simulations.step(setup), setup.shape
-    pieces, scale = setup.sharding.divided(setup.world), setup.sharding.weight_scale(shape.autocast)
+    pieces, scale = (
+        setup.sharding.divided(setup.world, shape.micro_batches),
+        setup.sharding.weight_scale(shape.autocast),
+    )
     teacher, teacher_block = (0, 0) if setup.teacher is None else weights_of(setup.teacher)
     vocabulary = setup.student.config.get_text_config().vocab_size
     tile = tile_bytes(
@@ -135,16 +138,18 @@ def plan_memory(setup: Setup, simulations: Simulations | None = None) -> MemoryP
     stays = {
         "student": int(scale * step.weights / pieces.weights),
         "optimizer": int(optimizer_bytes(setup, step.trained) / pieces.optimizer),
-        "teacher": int(teacher / pieces.weights),
+        "teacher": int(teacher / pieces.teacher),
         "moving average": _moving_average(setup, step),
         "loss tile": tile if shape.on_cpu else 0,
     }
     gradients = int(scale * step.trained / pieces.gradients)
     buckets = step.trained if setup.world > 1 and pieces.is_ddp else 0
-    whole = 0 if pieces.weights == 1 else int(2 * scale * step.largest_block) + teacher_block
+    of_deepspeed = _buckets(setup, step, scale)
+    whole = 0 if pieces.weights == 1 else int(2 * scale * step.largest_block)
+    whole += 0 if pieces.teacher == 1 else teacher_block
     activations = max(step.forward, step.peak - step.trained)
     training = step.peak if setup.world == 1 else gradients + buckets + activations
-    resident = sum(stays.values())
+    resident = sum(stays.values()) + of_deepspeed
     phases = {
         "training": resident + whole + training,
         "the optimizer's step": resident + gradients + buckets + _step_scratch(setup, step),
@@ -169,15 +174,30 @@ def plan_memory(setup: Setup, simulations: Simulations | None = None) -> MemoryP
     parts = {
         "student": stays["student"], "gradients": gradients + buckets, "optimizer": stays["optimizer"],
         "teacher": stays["teacher"], "moving average": stays["moving average"], **temporary,
-        "layers that are whole": whole, **written,
+        "layers that are whole": whole, "DeepSpeed's buffer": of_deepspeed, **written,
     }  # fmt: skip
     return MemoryPlan({name: size for name, size in parts.items() if size}, phases)
+
+
+def _buckets(setup: Setup, step: Step, scale: float) -> int:
+    """DeepSpeed's buffer of gradients, and the largest of them, which is whole until it is in the buffer.
+
+    Twice, where embedding and head are one weight: each makes a gradient of it.
+    """
+    if not setup.sharding.bucket:
+        return 0
+    of_number = scale * setup.student.dtype.itemsize if setup.tuner.train_type == "full" else 4 * scale
+    if setup.sharding.kind == "zero3":  # a whole gradient is among the layers that are whole
+        return int(setup.sharding.bucket * of_number)
+    tied = 2 if setup.student.config.get_text_config().tie_word_embeddings else 1
+    return int(setup.sharding.bucket * of_number + tied * scale * step.largest_trained)
 
 
 def optimizer_bytes(setup: Setup, trained: int) -> float:
     """What an optimizer keeps for weights of so many bytes, on all devices together."""
     found = [count for name, count in _STATES.items() if name in setup.optimizer]
-    master = 0 if setup.sharding.weight_scale(setup.shape.autocast) == 1 else trained
+    # DeepSpeed's optimizer works on a float32 copy of its piece, of weights that are float32 themselves too.
+    master = trained if setup.sharding.kind.startswith("zero") else 0
     return (min(found) if found else 2.0) * trained + master
 
 

@@ -98,7 +98,7 @@ def _teacher_in_half(setup: Setup) -> Changes:
 
 def _in_pieces(setup: Setup) -> Changes:
     if setup.world > 1 and setup.sharding.kind not in ("fsdp", "zero3"):
-        text = "the models in pieces over the devices (launch.config_file with FSDP 2, or training.deepspeed, ZeRO-3)"
+        text = "the models in pieces over the devices (launch.config_file: fsdp2, or zero3)"
         yield text, replace(setup, sharding=Sharding("fsdp"))
 
 

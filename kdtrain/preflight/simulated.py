@@ -88,6 +88,8 @@ class Step:
     """At the peak, beside the weights: what a first forward keeps and allocates, before there are gradients."""
     peak: int
     """At the peak, beside the weights: activations, gradients, and the loss's tile where it is no buffer that stays."""
+    largest_trained: int
+    """Of the largest weight that gets a gradient."""
     adapted: tuple[int, ...]
     """Of each float32 weight under an adapter: `models/merging.py` may copy it."""
 
@@ -168,7 +170,8 @@ def simulate_step(setup: ModelSetup, tuner: TunerConfig, shape: Shape) -> Step:
             loss.backward()
             del loss
         weights, trained = _sizes(model)
-        return Step(weights, trained, _largest_block(model), forward, live.peak - before, _adapted(model))
+        largest = max((p.nbytes for p in model.parameters() if p.requires_grad), default=0)
+        return Step(weights, trained, _largest_block(model), forward, live.peak - before, largest, _adapted(model))
 
 
 def student_sizes(setup: ModelSetup, tuner: TunerConfig) -> tuple[int, int]:

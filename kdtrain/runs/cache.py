@@ -116,7 +116,7 @@ def write_cache(arguments: TrainArguments, folder: Path, wanted: Wanted, reporte
             here = by_one_rank(lambda: made_from(config, processing, like=like))
             cache_folder.require_same(folder, manifest, here | known)
         accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=args.mixed_precision)
-        check_world(accelerator, config)
+        check_world(args, config)
         opening = partial(open_teacher, config, args, accelerator, processing, data, wanted, at_the_end)
         opened = None
         if config.answers_from_teacher and manifest is not None:

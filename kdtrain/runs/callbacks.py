@@ -160,10 +160,10 @@ class CheckWrapped(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         trainer, accelerator = self._trainer, self._trainer.accelerator
-        if trainer.args.deepspeed and not trainer.is_deepspeed_enabled:
+        if trainer.args.deepspeed_plugin is not None and not trainer.is_deepspeed_enabled:
             # accelerate takes ACCELERATE_USE_CPU, which some launchers set, for a wish to go without.
             raise PreflightError(
-                "training.deepspeed is set, but this run is without DeepSpeed (its distributed type is "
+                "DeepSpeed is asked for, but this run is without DeepSpeed (its distributed type is "
                 f"{accelerator.distributed_type.value}). Unset ACCELERATE_USE_CPU, or remove the option."
             )
         wrapped = trainer.is_sharded or isinstance(trainer.model_wrapped, DistributedDataParallel)

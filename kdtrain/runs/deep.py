@@ -23,9 +23,10 @@ from kdtrain.models.probe import OPTION_OF
 from kdtrain.preflight.findings import in_a_list, listed, problems_of, report
 from kdtrain.runs.build import Given, build_trainer, option_of_teacher
 from kdtrain.runs.failures import readable_failures
-from kdtrain.runs.resources import time_findings
+from kdtrain.runs.resources import time_findings, tokens_per_row
 from kdtrain.runs.student import student_config
 from kdtrain.trainer.completions import Completion
+from kdtrain.trainer.dry_run import timed_windows
 
 _NO_TEACHER = Problem(("rlhf", "llm_kd_weight"), "No teacher is asked in this run", level="info")
 
@@ -71,6 +72,21 @@ def deep_findings(config: RunConfig) -> list[Problem]:
             errors = problems_of(error)
     nobody = [] if config.asks_teacher else [_NO_TEACHER]
     return [_at_its_option(finding, config) for finding in (*errors, *map(in_a_list, found), *nobody)]
+
+
+def measured_step(config: RunConfig) -> float:
+    """Seconds of a step of the run in this process, on this device: see `timed_windows`.
+
+    Raises:
+        KdtrainError: `fit` would stop too.
+    """
+    with ExitStack() as at_the_end, listed():
+        args = build_train_arguments(config).training_args
+        args.output_dir = at_the_end.enter_context(tempfile.TemporaryDirectory())
+        args.report_to = []
+        with readable_failures(args):
+            trainer, rows = build_trainer(config, args, _Silent(), True, Given(), at_the_end)
+            return timed_windows(trainer, tokens_per_row(rows))[1].step_s
 
 
 def _at_its_option(finding: Problem, config: RunConfig) -> Problem:

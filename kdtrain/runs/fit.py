@@ -136,8 +136,8 @@ def fit(
             at_the_end.enter_context(nonfinite_kept(run_dir, config, trains=True))
             at_the_end.enter_context(lost_ranks_named())
         at_the_end.enter_context(interrupting(OUTSIDE_OF_TRAINING))
+        check_world(args, config)
         trainer, report = build_trainer(config, args, reporter, dry_run, given, at_the_end, when_read)
-        check_world(trainer.accelerator, config)
         trainer.changed_options = compared.fields
         if is_main():
             reporter.plan(plan(trainer, config, report, checkpoint))

@@ -16,6 +16,7 @@ from kdtrain.preflight.devices import device_memory
 from kdtrain.preflight.findings import is_listing
 from kdtrain.preflight.resources import disk_findings, in_time, memory_findings, surely_fits
 from kdtrain.preflight.run_setup import setup_of
+from kdtrain.preflight.strategies import BANDWIDTH, strategy_findings
 from kdtrain.runs.read_data import RunData
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.dry_run import timed_windows
@@ -31,6 +32,10 @@ class Planned:
     devices: int | None = None
     memory: int | None = None
     """Bytes of each; None is what is here."""
+    bandwidth: float = BANDWIDTH
+    """Bytes a second that each sends."""
+    step_time: float | None = None
+    """Seconds of a step on one of them."""
 
 
 def planned_findings(config: RunConfig, args: GKDConfig, planned: Planned) -> list[Problem]:
@@ -40,7 +45,10 @@ def planned_findings(config: RunConfig, args: GKDConfig, planned: Planned) -> li
     here = None if (args.device.type == "cpu") != on_cpu else device_memory(args.device, world)
     setup = setup_of(config, args, world=world, on_cpu=on_cpu)
     limit = planned.memory or here
-    return [*memory_findings(setup, limit), *disk_findings(setup, args, _folder(config), None)]
+    found = [*memory_findings(setup, limit), *disk_findings(setup, args, _folder(config), None)]
+    if planned.devices is not None and planned.devices > 1:
+        found += strategy_findings(setup, planned.devices, limit, planned.bandwidth, planned.step_time)
+    return found
 
 
 def resource_findings(config: RunConfig, args: GKDConfig, data: RunData) -> list[Problem]:

@@ -68,7 +68,7 @@ def write_answers(
     assert teacher.teacher is not None, "the config asks for one"
     itself = teacher.teacher.is_student
     module: Any = student if itself else teacher.teacher.module
-    if module is not None and getattr(module, "hf_device_map", None) is None and not args.deepspeed:
+    if module is not None and getattr(module, "hf_device_map", None) is None and args.deepspeed_plugin is None:
         module.to(args.device)
     if itself:
         teacher.teacher.follow(student)

@@ -26,22 +26,26 @@ _GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 
 def prepare_deepspeed_run(args: TrainingArguments) -> None:
-    """Join DeepSpeed's ranks and check its config; nothing where `training.deepspeed` is not set.
+    """Join DeepSpeed's ranks and check its config; nothing of a run without DeepSpeed.
+
+    The config is that of `training.deepspeed`, or what `accelerate launch` has made of accelerate's own file.
 
     To be called after `args.device`, which joins the process group, and before the first model is loaded: ZeRO-3 cuts
     models into pieces while they are loaded.
     """
-    if not args.deepspeed:
+    if args.deepspeed_plugin is None:
         return
     if not under_launcher():
         raise PreflightError(
             "training.deepspeed needs a launcher, for one process too: set launch.num_processes above 1, or start with "
             "`torchrun --nproc_per_node 1 -m kdtrain fit CONFIG`."
         )
-    if is_deepspeed_zero3_enabled() and not args.hf_deepspeed_config.is_true(f"zero_optimization.{_GATHER}"):
+    config = args.deepspeed_plugin.hf_ds_config
+    if is_deepspeed_zero3_enabled() and not config.is_true(f"zero_optimization.{_GATHER}"):
+        where = f'"{_GATHER}": true under "zero_optimization" of training.deepspeed'
         raise PreflightError(
-            "training.deepspeed: ZeRO-3 would save its pieces and no model.safetensors, so that the run would end "
-            f'without a model. Set "{_GATHER}": true under "zero_optimization".'
+            "ZeRO-3 would save its pieces and no model.safetensors, so that the run would end without a model. Set "
+            f"{where if args.deepspeed else 'zero3_save_16bit_model: true in launch.config_file'}."
         )
     if args.device.type == "cpu" and torch.distributed.is_initialized():
         import deepspeed

@@ -75,7 +75,9 @@ _SELECTED = ("written_samples", "selected_samples")
 _WINDOWS = ("windows", "on_policy_windows", "teacher_wait_s")
 # Every rank has as many entries as there were windows: they are divided by the number of ranks, or by one another.
 SAME_ON_ALL_RANKS = frozenset((*SAMPLE_SUMS, *_WINDOWS))
-_KEYS = (*LOSS_TERMS, *_OF_KIND, *TOKEN_SUMS, *SAMPLE_SUMS, *_SELECTED, *_WINDOWS)
+# Of the models' work, see `throughput.py`; only where the device's peak is known.
+MODEL_FLOPS = "model_flops"
+_KEYS = (*LOSS_TERMS, *_OF_KIND, *TOKEN_SUMS, *SAMPLE_SUMS, *_SELECTED, *_WINDOWS, MODEL_FLOPS)
 
 Metrics = Mapping[str, Sequence[torch.Tensor]]
 
@@ -153,8 +155,12 @@ def _stack(values: Sequence[torch.Tensor], dtype: torch.dtype, device: torch.dev
     return torch.stack([value.to(device=device, dtype=dtype) for value in values])
 
 
-def training_metrics(reduced: Reduced, seconds: float) -> dict[str, float]:
-    """One training record: terms averaged over the steps since the last one, as `loss` is; the rest over tokens."""
+def training_metrics(reduced: Reduced, seconds: float, peak_flops: float | None = None) -> dict[str, float]:
+    """One training record: terms averaged over the steps since the last one, as `loss` is; the rest over tokens.
+
+    Args:
+        peak_flops: operations a second that each device can do at most; None where it is not known.
+    """
     steps = max(reduced.sums["windows"] / reduced.num_processes, 1)
     record = {key: reduced.sums[key] / steps for key in LOSS_TERMS if reduced.counts[key]}
     record |= _terms_of_kind(reduced)
@@ -165,6 +171,9 @@ def training_metrics(reduced: Reduced, seconds: float) -> dict[str, float]:
         record["selected_fraction"] = reduced.sums["selected_samples"] / reduced.sums["written_samples"]
     if seconds > 0:
         record["tokens_per_second"] = reduced.sums["input_tokens"] / seconds
+        record["supervised_tokens_per_second"] = reduced.sums["num_tokens"] / seconds
+        if peak_flops is not None:
+            record["mfu"] = reduced.sums[MODEL_FLOPS] / (peak_flops * reduced.num_processes * seconds)
         record["step_time_s"] = seconds / steps
         if reduced.counts["teacher_wait_s"]:
             record["teacher_wait_fraction"] = reduced.sums["teacher_wait_s"] / reduced.num_processes / seconds

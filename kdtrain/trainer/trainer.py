@@ -94,6 +94,7 @@ from kdtrain.trainer.startup_checks import check_startup, readable_beginning
 from kdtrain.trainer.teacher_failures import raised_on_all_ranks
 from kdtrain.trainer.teacher_steps import TellTeacher
 from kdtrain.trainer.term_gradients import note_at_evaluation
+from kdtrain.trainer.throughput import model_flops
 from kdtrain.trainer.trackers import Trackers
 from kdtrain.trainer.unlogged import RestoreUnlogged, save_unlogged
 from kdtrain.trainer.watch import WatchGradients, WatchRounding
@@ -233,6 +234,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.read_ahead = ReadAhead(self)
         self.samples = SampleWatch(self)
         self.stopwatch, self.clock = metrics.Stopwatch(), metrics.RunClock()
+        self.flops = model_flops(self)
+        """What the models' work is counted by; None where the device's peak is not known."""
         self.best_step = BestStep(training_options.early_stopping_patience)
         if self.best_step.patience is not None and args.metric_for_best_model is None:
             args.metric_for_best_model, args.greater_is_better = "loss", False
@@ -443,6 +446,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
             )
         by_kind = options.lm_kd_active and max(options.lmbda, self.args.lmbda) > 0
         metrics.record(self._metrics["train" if training else "eval"], terms, batch, by_kind=by_kind)
+        if training and self.flops is not None:
+            self._metrics["train"][metrics.MODEL_FLOPS].append(self.flops.of(batch, options.needs_teacher))
         self._guard.note(batch, terms)
         if training and self.is_deepspeed_enabled:
             self._guard.check_losses()  # it takes the optimizer step within backward: this is the last place before it
@@ -504,7 +509,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         """Add the reduced training metrics to a training record, and hand it to the callbacks and trackers."""
         if "loss" in logs:
             reduced = metrics.reduce_metrics(self._metrics["train"], self.accelerator, token_weighted=False)
-            logs |= metrics.training_metrics(reduced, self.stopwatch.lap())
+            logs |= metrics.training_metrics(
+                reduced, self.stopwatch.lap(), None if self.flops is None else self.flops.peak
+            )
             logs |= self.clock.times(self.state.global_step, self.state.max_steps)
             if not any("loss" in record for record in self.state.log_history):
                 logs |= self.first_gradients

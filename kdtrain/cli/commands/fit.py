@@ -21,6 +21,7 @@ from kdtrain.cli.shared import (
     Quiet,
     console_for,
     launch_if_wanted,
+    launch_options,
     loaded,
     refuse_several_processes,
     set_up,
@@ -54,6 +55,18 @@ def fit(
     sweep: Annotated[
         bool, typer.Option("--sweep", help="A run for each value of rlhf.beta=0,0.1,1, compared.")
     ] = False,
+    num_processes: Annotated[
+        int | None, typer.Option(metavar="N", help="launch.num_processes: of all machines together.")
+    ] = None,
+    num_machines: Annotated[
+        int | None, typer.Option(metavar="M", help="launch.num_machines: how many there are.")
+    ] = None,
+    machine_rank: Annotated[
+        int | None, typer.Option(metavar="R", help="launch.machine_rank: this one, from 0.")
+    ] = None,
+    main_process_ip: Annotated[
+        str | None, typer.Option(metavar="IP", help="launch.main_process_ip: of machine 0.")
+    ] = None,
     no_launch: NoLaunch = False,
     quiet: Quiet = False,
     log_format: LogFormat = "text",
@@ -61,12 +74,17 @@ def fit(
 ) -> None:
     """Train: model, report.html and logs go to training.output_dir. With several GPUs, or launch.num_processes above 1,
     it prints and runs the line of `accelerate launch` that does the same.
-
-    kdtrain fit config.yaml rlhf.beta=0,0.5,1 training.seed=1,2 --sweep makes six runs and ranks them; with --resume
-    auto those that are missing.
     """
+    set_up(log_format, debug)
+    launching = {
+        "num_processes": num_processes,
+        "num_machines": num_machines,
+        "machine_rank": machine_rank,
+        "main_process_ip": main_process_ip,
+    }
+    overrides = [*(overrides or []), *launch_options(config, overrides or [], launching)]
     if sweep:
-        _sweep(config, overrides or [], resume, allow_changes, dry_run, no_launch, quiet, log_format, debug)
+        _sweep(config, overrides, resume, allow_changes, dry_run, no_launch, quiet, log_format, debug)
         return
     from kdtrain.config.diagnose import InvalidConfigError
     from kdtrain.preflight.files import all_files
@@ -77,7 +95,7 @@ def fit(
     try:
         run_config = loaded(config, overrides, log_format, debug, files=all_files)
     except InvalidConfigError as error:
-        raise with_sweep_named(error, overrides or []) from None
+        raise with_sweep_named(error, overrides) from None
     run_dir = Path(run_config.training["output_dir"])
     refuse_if_locked(run_dir)
     allowed = _allowed(allow_changes, resume)
