@@ -104,6 +104,7 @@ def test_no_launch_stays_in_one_process(project):
     assert "1 process," in done.stderr
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_gives_the_launcher_its_exit_code(project):
     (project / "train.jsonl").write_text(json.dumps(tiny.CHATS[0]) + "\n{}\n")  # the first row is looked at before
     done = run(project, "fit", "config.yaml", "launch.num_processes=2")

@@ -139,6 +139,7 @@ def text_of(splits, **options):
 # ---- from the outside ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_mixed_file_as_a_person_sees_it(mixed):
     before = {path: path.stat().st_mtime_ns for path in mixed.rglob("*")}
     done = command(mixed)

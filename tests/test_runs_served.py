@@ -180,7 +180,8 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("end", tiny.first_quick(ENDS))
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ENDS)
 def test_the_key_is_in_no_file_and_on_neither_stream(project, teacher, tokenizer, end):
     reply, code = ENDS[end]
     with StubServer(teacher, tokenizer=tokenizer, api_key=KEY) as server:
