@@ -475,7 +475,7 @@ class Set(TrainerCallback):
     [
         ("topk", {"lmbda": 0.5}, "no targets for text that does not exist yet"),
         ("topk", {"seq_kd": True}, "no targets for text that does not exist yet"),
-        ("sample", {"beta": 0.5}, "only forward KL can be learnt: set beta to 0"),
+        ("sample", {"beta": 0.5}, "only forward KL can be learnt: set divergence to jsd and beta to 0"),
         ("sample", {"kd_temperature": 2.0}, "drawn at 1: set kd_temperature to 1"),
     ],
 )
