@@ -153,7 +153,8 @@ def _start(project, *arguments, command=KDTRAIN):
 LONG = ["training.max_steps=100000", "training.eval_steps=100000"]
 
 
-@pytest.mark.parametrize(("signum", "code"), [tiny.slow(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_the_run_goes_on_from_there(project, start, signum, code):
     process = start(*LONG)
     process.send_signal(signum)
