@@ -1,5 +1,6 @@
 """Ways of launching: accelerate's own parsers read every file that comes along, and what cannot work is refused."""
 
+import importlib.util
 import os
 import shlex
 import stat
@@ -158,9 +159,14 @@ PROBLEMS = [
 ]  # fmt: skip
 
 
+def deepspeed_is(monkeypatch, spec):
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec if name == "deepspeed" else found(name))
+
+
 @pytest.mark.parametrize(("options", "file", "message"), PROBLEMS, ids=[case[2] for case in PROBLEMS])
 def test_what_cannot_work_is_refused_before_anything_is_loaded(options, file, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torchao" else object())
+    deepspeed_is(monkeypatch, object())
     options = dict(options)
     training = options.pop("training", None)
     if file is not None:
@@ -173,7 +179,7 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(options, file, me
 
 
 def test_deepspeed_by_name_wants_the_package(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    deepspeed_is(monkeypatch, None)
     assert "needs the package deepspeed" in next(iter(launch_problems(config(config_file="zero2")))).message
 
 

@@ -10,7 +10,8 @@
 #SBATCH --requeue                  # and --resume auto goes on from there
 set -euo pipefail
 export HF_HOME="${HF_HOME:-$PWD/huggingface}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+machines=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${machines%%$'\n'*}
 port=$((20000 + SLURM_JOB_ID % 20000))   # two jobs may share a machine
 export first port
 # In single quotes: SLURM_NODEID is known on each machine, not here.

@@ -90,7 +90,7 @@ def forward_flops(model: nn.Module) -> ForwardFlops | None:
     None where the layers do not tell: experts, images, layers that are not attention.
     """
     config: Any = getattr(model, "config", None)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     kinds = None if config is None or head is None else _attention(config)
     if kinds is None:
         return None
@@ -102,7 +102,7 @@ def forward_flops(model: nn.Module) -> ForwardFlops | None:
         per_pair=of_pair * (len(kinds) - near),
         per_pair_in_window=of_pair * near,
         window=getattr(config, "sliding_window", None) or 0,
-        per_supervised=sum(map(_product, head.modules())),
+        per_supervised=sum(_product(module) for module in head.modules()),
     )
 
 

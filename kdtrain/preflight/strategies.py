@@ -14,7 +14,8 @@ the student's weights, U of those that are trained, T of the teacher's, A micro-
 
 DeepSpeed's stages 1 and 2 keep a piece of each sum and make it by all-reduce (`use_multi_rank_bucket_allreduce`, its
 default), which sends twice what a reduce-scatter would. Metrics and D are some hundred bytes. Written answers send
-more: each new token of a student in pieces gathers it again.
+more: each new token of a student in pieces gathers it again. For FSDP 2 it is an upper bound: what stays whole from a
+forward to its next use is not gathered again.
 """
 
 from __future__ import annotations

@@ -80,6 +80,7 @@ def _trainer(kind: str, steps: int) -> tuple[Any, Any]:
     from trl import SFTConfig, SFTTrainer
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+    from kdtrain.data import Collator
     from kdtrain.trainer import GKDTrainerWithMetrics
 
     common: dict[str, Any] = {
@@ -96,6 +97,11 @@ def _trainer(kind: str, steps: int) -> tuple[Any, Any]:
         return GKDTrainer(student, teacher, args=args, train_dataset=rows, processing_class=words), teacher
     args.llm_kd_weight, args.sft_alpha = (1.0, 0.0) if kind == "kdtrain, KD" else (0.0, 1.0)
     asked = teacher if kind == "kdtrain, KD" else None
+    collate = Collator(words, max_length=64)
+    encoded = [collate([row]) for row in rows]  # before the run, as `kdtrain fit` and the others do
+    rows = [
+        {"input_ids": one.model_inputs["input_ids"][0].tolist(), "labels": one.labels[0].tolist()} for one in encoded
+    ]
     return GKDTrainerWithMetrics(student, asked, args, train_dataset=rows, processing_class=words), asked
 
 

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 def validate(
     config: ConfigFile,
     overrides: Overrides = None,
-    deep: Annotated[
-        bool, typer.Option("--deep", help="Also rows, models and teacher, as fit does at its start.")
-    ] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Also rows, models, teacher, as fit does at start.")] = False,
     plan: Annotated[
         int | None, typer.Option("--plan", min=1, metavar="N", help="--deep: plan for N devices, wherever this is.")
     ] = None,
@@ -41,7 +39,7 @@ def validate(
     as_json: Annotated[bool, typer.Option("--json", help="Findings as JSON on stdout.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Every problem of a config file at once, with its place; no torch, in a second.
+    """Every problem of a config file at once, with its place; without torch.
 
     --deep goes on to what only the world can tell. It reads the rows, loads both models or asks the teacher's server,
     and lists what it found, numbered, with what to do about it; the exit code is 3 where fit would stop.
