@@ -15,7 +15,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 
 from kdtrain import fit
-from kdtrain.cli import main
 from kdtrain.config.schema import TunerConfig
 from kdtrain.errors import NotAvailableError, PreflightError
 from kdtrain.models import quantization
@@ -25,12 +24,13 @@ from kdtrain.models.quantization import bits_of, kept_whole, quantized_names, re
 from kdtrain.preflight.optimizers import bytes_per_weight
 from kdtrain.preflight.simulated import ModelSetup, Shape, simulate_step, weights_of
 from kdtrain.teachers import build_teacher
-from tests import tiny
+from tests import test_cli, tiny
 from tests.test_trainer import ROWS, make_args, make_batch, make_trainer
 from tests.tiny_vision import make_vlm
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")
+kdtrain = test_cli.kdtrain
 BITS = ("4bit", "8bit")
 QUANTIZED_HEAD = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["model.embed_tokens"]}
 
@@ -153,8 +153,7 @@ QLORA = (
 
 
 @pytest.mark.slow
-def test_a_run_is_resumed_bit_by_bit_evaluated_and_exported_into_whole_weights(project, monkeypatch, capsys):
-    monkeypatch.chdir(project)
+def test_a_run_is_resumed_bit_by_bit_evaluated_and_exported_into_whole_weights(project, kdtrain):
     fit("config.yaml", [*QLORA, "training.output_dir=whole"])
     shutil.copytree("whole", "half")
     shutil.rmtree("half/checkpoint-4")
@@ -162,8 +161,8 @@ def test_a_run_is_resumed_bit_by_bit_evaluated_and_exported_into_whole_weights(p
     ours, resumed = (load_file(f"{run}/adapter_model.safetensors") for run in ("whole", "half"))
     assert ours.keys() == resumed.keys()
     assert all(torch.equal(ours[name], resumed[name]) for name in ours)
-    assert main(["evaluate", "whole"]) == 0
-    assert main(["export", "whole", "out"]) == 0
+    assert kdtrain("evaluate", "whole")[0] == 0
+    assert kdtrain("export", "whole", "out")[0] == 0
     exported = AutoModelForCausalLM.from_pretrained("out")
     merged = AutoModelForCausalLM.from_pretrained("student")
     merged.load_adapter("whole")
