@@ -213,8 +213,6 @@ def test_every_refused_field_is_a_field_of_the_installed_trl() -> None:
 
 
 NOT_YET: list[tuple[str, Any]] = [
-    ("model__quantization", "4bit"),
-    ("rlhf__teacher__quantization", "8bit"),
     ("data__packing", True),
     ("data__padding_free", True),
 ]
@@ -233,7 +231,36 @@ def test_a_source_option_of_a_later_version_is_refused_not_ignored(option: str, 
     assert list(found) == [f"data.train[1].{option}"]
 
 
+QLORA = {"model__quantization": "4bit", "tuner__train_type": "lora"}
+OF_TEACHER = "rlhf.teacher_model_init_kwargs.quantization_config"
 CONFLICTS: list[tuple[dict[str, Any], str, str]] = [
+    ({"model__quantization": "8bit"}, "model.quantization", "8bit needs tuner.train_type: lora"),
+    ({**QLORA, "training__fsdp": "full_shard"}, "training.fsdp", "a quantised student cannot be cut into pieces"),
+    (
+        {"rlhf__teacher__quantization": "4bit", "rlhf__teacher_model_init_kwargs": {"quantization_config": {}}},
+        OF_TEACHER,
+        "given together with rlhf.teacher.quantization",
+    ),
+    (
+        {"rlhf__teacher": {"placement": "sharded", "quantization": "4bit"}},
+        "rlhf.teacher.placement",
+        "sharded cannot be combined with rlhf.teacher.quantization",
+    ),
+    (
+        {"rlhf__teacher": {"placement": "replicated", "device_map": "auto"}},
+        "rlhf.teacher.placement",
+        "replicated cannot be combined with rlhf.teacher.device_map",
+    ),
+    (
+        {"rlhf__teacher__placement": "cpu_offload", "training__use_cpu": True},
+        "rlhf.teacher.placement",
+        "moves weights between CPU and GPU, and training.use_cpu is true",
+    ),
+    (
+        {"rlhf__teacher__placement": "sharded", "data__train": [{"path": "a.jsonl", "answers": "teacher"}]},
+        "rlhf.teacher.placement",
+        "cannot be combined with answers: teacher yet",
+    ),
     ({"rlhf": {}}, "rlhf.teacher_model", "a teacher is needed, because rlhf.llm_kd_weight is 1"),
     ({"rlhf": {"llm_kd_weight": 0.25}}, "rlhf.teacher_model", "llm_kd_weight is 0.25"),
     ({"model": {}}, "model.model", "is required"),

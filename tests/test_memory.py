@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 
 from kdtrain.memory import is_out_of_memory
 from kdtrain.trainer import GKDTrainerWithMetrics
-from tests import test_cli
+from tests import test_cli, tiny
+from tests.test_trainer import make_batch, make_trainer
 
 kdtrain = test_cli.kdtrain
 CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
@@ -119,3 +120,24 @@ def test_other_errors_are_none_of_memory():
     outer = RuntimeError("a worker failed")
     outer.__cause__ = MemoryError()
     assert is_out_of_memory(outer)
+
+
+def test_activations_that_lie_elsewhere_until_backward_give_the_same_gradients(tmp_path):
+    """trl's own offloading wants an accelerator; this is its way, by hooks on what is saved for backward."""
+    found, saved = [], []
+
+    class Elsewhere(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self):
+            super().__init__(lambda tensor: saved.append(tensor.shape) or tensor.clone(), lambda tensor: tensor.clone())
+
+    for context in (None, Elsewhere()):
+        trainer = make_trainer(tmp_path, teacher=tiny.make_qwen3(seed=2, hidden=48), sft_alpha=0.3)
+        if context is not None:
+            trainer.maybe_activation_offload_context = context
+        trainer.create_optimizer()
+        trainer.accelerator.gradient_state._set_sync_gradients(True)
+        trainer.training_step(trainer.model.train(), make_batch(trainer), torch.tensor(40))
+        found.append({name: p.grad for name, p in trainer.model.named_parameters()})
+    assert len(saved) > 20
+    whole, offloaded = found
+    assert all(torch.equal(whole[name], offloaded[name]) for name in whole)

@@ -277,3 +277,43 @@ def test_a_gpu_that_is_not_here_is_planned_in_half_precision(project):
     assert made.shape.autocast == torch.bfloat16
     assert made.student.dtype == torch.float32  # all of its weights are trained
     assert setup_for(project, "training.bf16=false", on_cpu=False).shape.autocast is None
+
+
+# ---- where the teacher lies ------------------------------------------------------------------------------------------
+
+
+def test_the_plan_has_the_teacher_where_it_lies(linear):
+    """In pieces a share, and its head whole; offloaded only in its own forward, and its head with the targets."""
+    on_gpu = dataclasses.replace(setup().shape, on_cpu=False)
+    plans = {
+        placement: plan_memory(setup(world=4, shape=on_gpu, placement=placement))
+        for placement in ("auto", "sharded", "cpu_offload")
+    }
+    whole = plans["auto"].parts["teacher"]
+    head = 320 * 48 * 4
+    assert plans["sharded"].parts["teacher"] == whole // 4
+    assert plans["sharded"].parts["the teacher's head"] == head
+    assert plans["cpu_offload"].parts["teacher"] == whole
+    training = {placement: plan.phases["training"] for placement, plan in plans.items()}
+    assert training["cpu_offload"] == training["auto"] - whole + head
+    forward = {placement: plan.phases["the teacher's forward"] for placement, plan in plans.items()}
+    assert forward["cpu_offload"] == forward["auto"]
+    quantized = dataclasses.replace(setup().teacher, quantization="4bit")
+    assert setup(world=4, teacher=quantized, sharding=Sharding("fsdp")).teacher_pieces == 1
+    assert setup(world=4, sharding=Sharding("fsdp"), placement="replicated").teacher_pieces == 1
+
+
+def test_a_teacher_that_is_too_large_is_cut_into_pieces_or_offloaded(linear):
+    shape = dataclasses.replace(setup().shape, rows=1, length=2**14, checkpointing=True, on_cpu=False)
+    large = setup(LORA, shape=shape, per_device_rows=1, teacher_rows=1, optimizer="adamw_8bit")
+    large = dataclasses.replace(large, teacher=model_setup(hidden=512, layers=6))
+    on_cpu = dataclasses.replace(large, shape=dataclasses.replace(shape, on_cpu=True))
+    for run, way_out in (
+        (dataclasses.replace(large, world=4), "rlhf.teacher.placement: sharded"),
+        (large, "rlhf.teacher.placement: cpu_offload"),
+        (on_cpu, "rlhf.teacher.quantization: 4bit"),
+    ):
+        # Half precision would do on a GPU: this teacher has it already.
+        run = dataclasses.replace(run, teacher=dataclasses.replace(run.teacher, dtype=torch.bfloat16))
+        found = remedies(run, plan_memory(run).total - 2**20, memory.Simulations())
+        assert [one.text.partition(" (")[0] for one in found] == [way_out]

@@ -21,7 +21,7 @@ from tests.test_losses import reference
 
 KNOBS = ("llm_kd_weight", "sft_alpha", "divergence", "kd_temperature", "eval_kd", "tail", "visual_kd")
 KNOBS += ("samples_per_prompt", "select", "select_regex", "generation", "disable_dropout", "log_completions_steps")
-KNOBS += ("early_stopping_patience",)
+KNOBS += ("early_stopping_patience", "teacher_placement", "teacher_quantization")
 
 
 def make_args(folder, **kwargs):

@@ -99,6 +99,8 @@ def build_train_arguments(config: RunConfig, hardware: Hardware | None = None) -
     attached = own | {name: value for name, value in config.options if name not in training_fields()}
     # What the trainer's constructor cannot do by itself, so that it notices, and what its own collator does.
     attached |= {"tuner": config.tuner, "chats": config.chats, "on_overlength": config.data.on_overlength}
+    of_teacher = config.rlhf.teacher
+    attached |= {"teacher_placement": of_teacher.placement, "teacher_quantization": of_teacher.quantization}
     for name, value in attached.items():
         setattr(training_args, name, value)
     return TrainArguments(config, training_args)

@@ -13,11 +13,9 @@ from kdtrain.config.tree import KeyPath, Problem
 
 # Option -> what it is called in the message, and the values there are so far.
 NOT_AVAILABLE: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "model.quantization": ("a quantised student", (None,)),
     "data.packing": ("packing", (False,)),
     "data.padding_free": ("padding-free training", (False,)),
     "rlhf.teacher.backend": ("a teacher of this kind", ("hf", "self", "vllm", "openai", "cache")),
-    "rlhf.teacher.quantization": ("a quantised teacher", (None,)),
 }
 
 

@@ -82,7 +82,7 @@ CLASSES: dict[str, Kind] = {
     **_classes(CONTENT, "rlhf.teacher", "adapter revision path"),
     **_classes(REFUSED, "rlhf.teacher", "backend weights ema_decay dtype quantization processor_kwargs model api"),
     **_classes(REFUSED, "rlhf.teacher", "chat_template_kwargs prefix prefix_mode top_k tail"),
-    **_classes(FREE, "rlhf.teacher", "device_map base_url api_key_env max_requests timeout_s max_retries"),
+    **_classes(FREE, "rlhf.teacher", "device_map placement base_url api_key_env max_requests timeout_s max_retries"),
     **_classes(FREE, "rlhf.teacher", "concurrency lookahead"),
     **_classes(REFUSED, "rlhf", "llm_kd_weight sft_alpha beta divergence kd_temperature lmbda seq_kd temperature"),
     **_classes(REFUSED, "rlhf", "skew_alpha ab_alpha ab_beta entropy_threshold"),

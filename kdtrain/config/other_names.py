@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kdtrain.config.availability import NOT_AVAILABLE
-
 # Fields of GKDConfig that this schema has under another name.
 RENAMED_FIELDS = {"teacher_model_name_or_path": "rlhf.teacher_model", "model_init_kwargs": "model.init_kwargs"}
 _MODEL = (
@@ -134,8 +132,7 @@ def for_text(path: str, value: Any) -> str:
 def other_value(path: str, value: Any) -> str:
     """What to write instead of a value that other programs have."""
     if path == "tuner.train_type" and value == "qlora":
-        missing = ", which is not available yet" if "model.quantization" in NOT_AVAILABLE else ""
-        return f"QLoRA is tuner.train_type: lora beside model.quantization: 4bit{missing}"
+        return "QLoRA is tuner.train_type: lora beside model.quantization: 4bit"
     if path == "tuner.train_type" and value == "dora":
         return "write tuner.train_type: lora and tuner.use_dora: true"
     return ""

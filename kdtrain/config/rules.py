@@ -17,6 +17,8 @@ from kdtrain.config.folders import model_folders, output_folder
 from kdtrain.config.from_pretrained import loading_arguments, processor_arguments
 from kdtrain.config.generation import generation_by_vllm
 from kdtrain.config.model_pair import same_model
+from kdtrain.config.placement import teacher_placement
+from kdtrain.config.quantized import quantized_models
 from kdtrain.config.schema import RunConfig, TeacherConfig
 from kdtrain.config.server_urls import check_server_urls
 from kdtrain.config.splits import share_rows
@@ -43,6 +45,7 @@ _TEACHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "hf": (
         "dtype",
         "device_map",
+        "placement",
         "quantization",
         "adapter",
         "revision",
@@ -432,6 +435,14 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (model_options, ("model.init_kwargs", "model.model")),
     (processor_options, ("data.processor_kwargs", "rlhf.teacher.processor_kwargs")),
     (idle_lora, ("model.model", "model.adapter", "tuner.train_type", "tuner.lora_dropout", "rlhf.disable_dropout")),
+    (
+        quantized_models,
+        (*_KD_SWITCHES, "model", "tuner.train_type", "training.fsdp", "rlhf.lmbda", "rlhf.generation", "rlhf.teacher"),
+    ),
+    (
+        teacher_placement,
+        (*_KD_SWITCHES, "rlhf.teacher", "rlhf.teacher_model_init_kwargs", "training.use_cpu", "launch.num_processes"),
+    ),
     (idle_ce, ("rlhf.llm_kd_weight", "rlhf.sft_alpha", "data.train")),
     (visual_options, ("custom.visual_kd", "rlhf.teacher.chat_template_kwargs", "rlhf.teacher.prefix")),
     (

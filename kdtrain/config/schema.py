@@ -33,6 +33,7 @@ _SHARE = re.compile(r"[-+]?\d+(\.\d+)? ?%")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SelfWeights = Literal["base", "live", "ema"]
+Placement = Literal["auto", "replicated", "sharded", "cpu_offload"]
 
 
 def _names(value: Any) -> Any:
@@ -80,7 +81,10 @@ class ModelConfig(Section):
     trust_remote_code: Flag = False
     """Whether Python code that ships with a model may run. Off unless you have read that code."""
     quantization: Literal["4bit", "8bit"] | None = None
-    """Load the weights quantised (bitsandbytes, extra `quant`); for LoRA only."""
+    """Load the weights quantised (bitsandbytes, extra `quant`); LoRA only, which makes it QLoRA. `4bit`: NF4, its
+    scales quantised as well, products in `dtype` (under mixed precision in that); `8bit`: LLM.int8(), where what a row
+    gets depends a little on the rows beside it. Whole stay the embedding, the head, and of a vision-language model the
+    encoder and the projector. `kdtrain export` merges the adapter into the weights as they are on the disk."""
     init_kwargs: dict[str, Any] = {}
     """Further keyword arguments of `from_pretrained`."""
     adapter: Text | None = None
@@ -261,8 +265,14 @@ class TeacherConfig(Section):
     """hf: type of the weights in memory."""
     device_map: Annotated[Any, Field(json_schema_extra={"type": ["string", "object", "null"]})] = None
     """hf: placement over devices, as in `from_pretrained`; null puts it beside the student."""
+    placement: Placement = "auto"
+    """hf: where the weights lie. `auto`: whole on each device, and in pieces where FSDP or ZeRO-3 cuts the student into
+    pieces; `replicated`: whole on each device, under FSDP too; `sharded`: in pieces over all processes (FSDP 2), also
+    where the student is whole on each; `cpu_offload`: in CPU memory, and on the GPU during the teacher's forward
+    alone, to which they are copied each time. One whose weights `device_map` or `quantization` places has `auto`."""
     quantization: Literal["4bit", "8bit"] | None = None
-    """hf: load the weights quantised (extra `quant`)."""
+    """hf: load the weights quantised, whatever the student's are; as `model.quantization`. Other settings of
+    bitsandbytes can be given as `teacher_model_init_kwargs: {quantization_config: {load_in_4bit: true, …}}`."""
     adapter: Text | None = None
     """hf: folder of a LoRA adapter to put on the teacher. `teacher_model` may also be such a folder itself."""
     revision: Text | None = None

@@ -31,6 +31,7 @@ from kdtrain.models.hub import require_model
 from kdtrain.models.kinds import refuse_other_kinds, sees_images
 from kdtrain.models.load_report import listed, loading_log, refuse_zeros, wrong_weights
 from kdtrain.models.merging import merge_adapter
+from kdtrain.models.quantization import Bits, bits_and_bytes, refuse_pieces, settle
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +67,14 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    quantization: Bits | None = None,
     init_kwargs: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """A text or vision-language model with a language-model head, from a folder or the hub, safetensors only.
 
-    `dtype` is "auto" (see `resolve_dtype`, which depends on `trained_in_full` and `device`) or the name of one.
-    `init_kwargs` are further arguments of `from_pretrained`; they win.
+    `dtype` is "auto" (see `resolve_dtype`, which depends on `trained_in_full` and `device`) or the name of one; of a
+    model that is quantised it is that of the weights that are not. `init_kwargs` are further arguments of
+    `from_pretrained`; they win.
     """
     require_sound(Path(name))
     if is_adapter_folder(name):
@@ -86,8 +89,17 @@ def load_model(
     kwargs: dict[str, Any] = {"dtype": resolve_dtype(dtype, checkpoint, trained_in_full, device)}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        refuse_pieces(name, quantization)
+        with _readable_loading(name):
+            kwargs["quantization_config"] = bits_and_bytes(
+                name, quantization, config, kwargs["dtype"], trust_remote_code
+            )
+        # Unless told otherwise transformers takes a GPU that it sees, also for a run on the CPU.
+        kwargs["device_map"] = {"": str(device or "cpu")}
     kwargs |= {**policy, "use_safetensors": True, **options}
     model = _with_sound_weights(auto, name, kwargs)
+    settle(model)
     keep_savable(model, name)
     if hasattr(config, "quantization_config") and not hasattr(model.config, "quantization_config"):
         _take_expanded(name, model, config.quantization_config, kwargs["dtype"])

@@ -16,6 +16,7 @@ from torch import nn
 
 from kdtrain.errors import PreflightError
 from kdtrain.models.layouts import LAYOUTS, Layout, layout_of, model_type, unwrapped, unwrapped_name
+from kdtrain.models.quantization import size_of
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def _size(parameter: nn.Parameter) -> int:
     """Under ZeRO-3 a parameter is empty between its uses, and knows its own size."""
-    return getattr(parameter, "ds_numel", parameter.numel())
+    return getattr(parameter, "ds_numel", None) or size_of(parameter)
 
 
 def _frozen(llm: bool, vit: bool, aligner: bool) -> list[Part]:

@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 from kdtrain.config.schema import TunerConfig
 from kdtrain.errors import PreflightError
 from kdtrain.models.parts import adapter_exclusions, check_named_parts
+from kdtrain.models.quantization import refuse_trained_copies, require_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def adapter_config(tuner: TunerConfig, student: nn.Module) -> LoraConfig | None:
 def fit_student(model: nn.Module, peft_config: PeftConfig | None, args: TrainingArguments) -> PeftConfig | None:
     """What is to be trained, fitted to a loaded student before it is wrapped; its adapter's config comes back."""
     drop_unsupported_checkpointing(model, args)
+    require_adapter(model, peft_config is not None or is_peft_model(model))
     return peft_config if peft_config is None or is_peft_model(model) else fitted_adapter(model, peft_config)
 
 
@@ -90,6 +92,7 @@ def uses_reentrant_checkpointing(args: TrainingArguments) -> bool:
 def fitted_adapter(model: nn.Module, config: PeftConfig) -> PeftConfig:
     """The config for a model that is not wrapped yet, with `all-linear` narrowed to what PEFT can wrap there."""
     _check_names(model, config)
+    refuse_trained_copies(model, _listed(getattr(config, "modules_to_save", None)))
     target = getattr(config, "target_modules", None)
     if isinstance(target, str) and target.lower() == "all-linear":
         return _without_tied(model, _without_mamba_projections(model, config))

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import torch
 
-from kdtrain.config.schema import TunerConfig
+from kdtrain.config.schema import Placement, TunerConfig
 from kdtrain.generation.batching import CALL_BYTES, DRAW_BYTES, cache_bytes
 from kdtrain.generation.loop import ROOM_AT_FIRST
 from kdtrain.losses.chunks import tile_bytes
 from kdtrain.models.merging import WEIGHTS_PER_TOKEN
+from kdtrain.preflight.optimizers import bytes_per_weight
 from kdtrain.preflight.sharding import Sharding
 from kdtrain.preflight.simulated import (
     ModelSetup,
@@ -26,11 +27,6 @@ from kdtrain.preflight.simulated import (
     weights_of,
 )
 
-_STATES = {
-    "sgd": 0.0, "adafactor": 0.0, "rmsprop": 1.0, "adagrad": 1.0, "lion": 1.0, "lomo": 0.0, "adalomo": 0.0,
-    "8bit": 0.5,
-}  # fmt: skip
-"""By a part of its name, numbers as large as a weight that an optimizer keeps for each one; two where none fits."""
 _CPU, _GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -67,6 +63,16 @@ class Setup:
     teacher_writes: Writing | None = None
     world: int = 1
     sharding: Sharding = field(default_factory=Sharding)
+    placement: Placement = "auto"
+    """Of the teacher."""
+
+    @property
+    def teacher_pieces(self) -> int:
+        """By how many devices the teacher's weights are divided."""
+        if self.teacher is None or self.teacher.quantization is not None:
+            return 1
+        with_student = self.placement == "auto" and self.sharding.divided(self.world).teacher > 1
+        return self.world if with_student or self.placement == "sharded" else 1
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Simulations:
 
 
 def _key(model: ModelSetup) -> tuple[object, ...]:
-    return id(model.config), model.dtype, model.attention
+    return id(model.config), model.dtype, model.attention, model.quantization
 
 
 def plan_memory(setup: Setup, simulations: Simulations | None = None) -> MemoryPlan:
@@ -135,10 +141,12 @@ def plan_memory(setup: Setup, simulations: Simulations | None = None) -> MemoryP
         shape.rows * (shape.length - 1), vocabulary, torch.float32, _CPU if shape.on_cpu else _GPU,
         with_teacher=shape.teacher_width is not None,
     )  # fmt: skip
+    on_demand, head = _teacher_on_demand(setup, teacher)
     stays = {
         "student": int(scale * step.weights / pieces.weights),
         "optimizer": int(optimizer_bytes(setup, step.trained) / pieces.optimizer),
-        "teacher": int(teacher / pieces.teacher),
+        "teacher": 0 if on_demand else int(teacher / setup.teacher_pieces),
+        "the teacher's head": 0 if on_demand else head,
         "moving average": _moving_average(setup, step),
         "loss tile": tile if shape.on_cpu else 0,
     }
@@ -146,18 +154,18 @@ def plan_memory(setup: Setup, simulations: Simulations | None = None) -> MemoryP
     buckets = step.trained if setup.world > 1 and pieces.is_ddp else 0
     of_deepspeed = _buckets(setup, step, scale)
     whole = 0 if pieces.weights == 1 else int(2 * scale * step.largest_block)
-    whole += 0 if pieces.teacher == 1 else teacher_block
+    whole += 0 if setup.teacher_pieces == 1 else teacher_block
     activations = max(step.forward, step.peak - step.trained)
     training = step.peak if setup.world == 1 else gradients + buckets + activations
     resident = sum(stays.values()) + of_deepspeed
     phases = {
-        "training": resident + whole + training,
+        "training": resident + whole + training + (head if on_demand else 0),
         "the optimizer's step": resident + gradients + buckets + _step_scratch(setup, step),
     }
     written = {"KV cache": 0, "drawing tokens": 0, "copy for merging": 0}
     if setup.teacher_rows:
         kept = gradients + buckets if shape.micro_batches > 1 else 0
-        phases["the teacher's forward"] = resident + whole + kept + _teacher_forward(setup, simulations)
+        phases["the teacher's forward"] = resident + whole + kept + on_demand + _teacher_forward(setup, simulations)
     for who, writing, model in (
         ("the student's answers", setup.student_writes, setup.student),
         ("the teacher's answers", setup.teacher_writes, setup.teacher),
@@ -167,13 +175,14 @@ def plan_memory(setup: Setup, simulations: Simulations | None = None) -> MemoryP
         found = _writing(writing, model, shape, simulations)
         if model is setup.student:
             found["copy for merging"] = _merged(step, shape, writing.new_tokens)
-        phases[who] = resident + whole + sum(found.values())
+        phases[who] = resident + whole + sum(found.values()) + (0 if model is setup.student else on_demand)
         written |= {name: max(size, written[name]) for name, size in found.items() if name in written}
     # On a GPU the tile is there beside the activations, in which the simulation has it.
     temporary = {"loss tile": tile, "activations": max(activations - (0 if shape.on_cpu else tile), 0)}
     parts = {
         "student": stays["student"], "gradients": gradients + buckets, "optimizer": stays["optimizer"],
-        "teacher": stays["teacher"], "moving average": stays["moving average"], **temporary,
+        "teacher": stays["teacher"] + on_demand, "the teacher's head": head,
+        "moving average": stays["moving average"], **temporary,
         "layers that are whole": whole, "DeepSpeed's buffer": of_deepspeed, **written,
     }  # fmt: skip
     return MemoryPlan({name: size for name, size in parts.items() if size}, phases)
@@ -193,12 +202,25 @@ def _buckets(setup: Setup, step: Step, scale: float) -> int:
     return int(setup.sharding.bucket * of_number + tied * scale * step.largest_trained)
 
 
+def _teacher_on_demand(setup: Setup, teacher: int) -> tuple[int, int]:
+    """Bytes of a teacher that is on the device during its forward alone, and of a copy of its head.
+
+    Targets keep the head until the loss is made: a copy, where the weights themselves are in pieces or gone by then.
+    """
+    if setup.teacher is None:
+        return 0, 0
+    text = setup.teacher.config.get_text_config()
+    is_offloaded = setup.placement == "cpu_offload" and not setup.shape.on_cpu
+    copied = is_offloaded or setup.teacher_pieces > 1
+    return teacher if is_offloaded else 0, text.vocab_size * text.hidden_size * setup.teacher.dtype.itemsize * copied
+
+
 def optimizer_bytes(setup: Setup, trained: int) -> float:
     """What an optimizer keeps for weights of so many bytes, on all devices together."""
-    found = [count for name, count in _STATES.items() if name in setup.optimizer]
+    of_weight = 4 if setup.tuner.train_type == "lora" else setup.student.dtype.itemsize  # adapters are float32
     # DeepSpeed's optimizer works on a float32 copy of its piece, of weights that are float32 themselves too.
     master = trained if setup.sharding.kind.startswith("zero") else 0
-    return (min(found) if found else 2.0) * trained + master
+    return bytes_per_weight(setup.optimizer, of_weight) * trained / of_weight + master
 
 
 def _step_scratch(setup: Setup, step: Step) -> int:

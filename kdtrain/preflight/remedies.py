@@ -23,14 +23,15 @@ class Remedy:
 def remedies(setup: Setup, limit: int, simulations: Simulations) -> list[Remedy]:
     """Changes that together bring a run below `limit` bytes per device, or, where they cannot, all that help.
 
-    First those that change nothing of what is learned but cost time, then what asks for another device or folder, then
-    what trains other rows or other weights. One that spares less than a hundredth is left out.
+    First those that change nothing of what is learned but cost time, then what rounds more, then what asks for another
+    device or folder, then what trains other rows or other weights. One that spares less than a hundredth is left out.
     """
     found: list[Remedy] = []
     total = plan_memory(setup, simulations).total
     for change in (
-        _checkpointing, _fewer_answers_at_a_time, _smaller_micro_batches, _attention, _teacher_in_half, _in_pieces,
-        _teacher_elsewhere, _shorter_rows, _adapter,
+        _checkpointing, _fewer_answers_at_a_time, _smaller_micro_batches, _attention, _teacher_in_half, _teacher_pieces,
+        _in_pieces, _teacher_offloaded, _small_states, _teacher_quantized, _teacher_elsewhere, _shorter_rows, _adapter,
+        _quantized,
     ):  # fmt: skip
         best: tuple[str, Setup, int] | None = None
         for text, changed in change(setup):
@@ -96,6 +97,34 @@ def _teacher_in_half(setup: Setup) -> Changes:
         yield "rlhf.teacher.dtype: bfloat16", replace(setup, teacher=half)
 
 
+def _teacher_pieces(setup: Setup) -> Changes:
+    if _can_place_teacher(setup) and setup.world > 1 and setup.sharding.kind not in ("fsdp", "zero3"):
+        text = "rlhf.teacher.placement: sharded (in pieces over the devices, the student stays whole)"
+        yield text, replace(setup, placement="sharded")
+
+
+def _teacher_offloaded(setup: Setup) -> Changes:
+    if _can_place_teacher(setup) and not setup.shape.on_cpu and setup.sharding.kind != "zero3":
+        text = "rlhf.teacher.placement: cpu_offload (its weights are copied to the device for each of its forwards)"
+        yield text, replace(setup, placement="cpu_offload")
+
+
+def _can_place_teacher(setup: Setup) -> bool:
+    return setup.teacher is not None and setup.teacher.quantization is None and setup.placement == "auto"
+
+
+def _small_states(setup: Setup) -> Changes:
+    if setup.optimizer.startswith("adamw_torch") and "bit" not in setup.optimizer:
+        yield "training.optim: adamw_8bit (needs bitsandbytes)", replace(setup, optimizer="adamw_8bit")
+
+
+def _teacher_quantized(setup: Setup) -> Changes:
+    if setup.teacher is not None and setup.teacher.quantization is None and setup.sharding.kind != "zero3":
+        small = replace(setup.teacher, quantization="4bit")
+        text = "rlhf.teacher.quantization: 4bit (needs bitsandbytes; its targets are rounded)"
+        yield text, replace(setup, teacher=small, placement="auto")
+
+
 def _in_pieces(setup: Setup) -> Changes:
     if setup.world > 1 and setup.sharding.kind not in ("fsdp", "zero3"):
         text = "the models in pieces over the devices (launch.config_file: fsdp2, or zero3)"
@@ -123,3 +152,10 @@ def _adapter(setup: Setup) -> Changes:
     if setup.tuner.train_type == "full":
         lora = setup.tuner.model_copy(update={"train_type": "lora"})
         yield "tuner.train_type: lora (trains an adapter)", replace(setup, tuner=lora)
+
+
+def _quantized(setup: Setup) -> Changes:
+    can = setup.tuner.train_type == "lora" and setup.sharding.kind not in ("fsdp", "zero3")
+    if can and setup.student.quantization is None:
+        small = replace(setup.student, quantization="4bit")
+        yield "model.quantization: 4bit (QLoRA; needs bitsandbytes)", replace(setup, student=small)

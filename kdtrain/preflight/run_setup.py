@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from kdtrain.config import RunConfig
 from kdtrain.config.adapters import continued_adapter, is_adapter_folder, model_below
 from kdtrain.models.loading import load_config, resolve_dtype, trust_policy
+from kdtrain.models.quantization import bits_said
 from kdtrain.preflight.memory import Setup, Writing
 from kdtrain.preflight.sharding import sharding_of
 from kdtrain.preflight.simulated import ModelSetup, Shape
@@ -80,6 +81,7 @@ def setup_of(
         teacher_writes=_writing(None, rows * micro_batches, prompt, new_tokens) if by_teacher else None,
         world=world,
         sharding=sharding_of(config),
+        placement=config.rlhf.teacher.placement,
     )
 
 
@@ -92,7 +94,14 @@ def _student(config: RunConfig, device: torch.device) -> ModelSetup:
     found = load_config(model_below(options.model), trust_policy(options.trust_remote_code, options.revision))
     requested = str(options.init_kwargs.get("dtype") or options.dtype).removeprefix("torch.")
     dtype = resolve_dtype(requested, _checkpoint(found), config.tuner.train_type == "full", device)
-    return ModelSetup(found, dtype, options.attn_implementation, options.trust_remote_code, continued_adapter(config))
+    return ModelSetup(
+        found,
+        dtype,
+        options.attn_implementation,
+        options.trust_remote_code,
+        continued_adapter(config),
+        options.quantization or bits_said(getattr(found, "quantization_config", None)),
+    )
 
 
 def _teacher(config: RunConfig, args: GKDConfig, device: torch.device) -> ModelSetup | None:
@@ -106,7 +115,15 @@ def _teacher(config: RunConfig, args: GKDConfig, device: torch.device) -> ModelS
         model_below(name), trust_policy(config.model.trust_remote_code, kwargs.get("revision") or options.revision)
     )
     dtype = resolve_dtype(str(kwargs.get("dtype") or "auto").removeprefix("torch."), _checkpoint(found), False, device)
-    return ModelSetup(found, dtype, kwargs.get("attn_implementation"), config.model.trust_remote_code, adapter)
+    said = kwargs.get("quantization_config") or getattr(found, "quantization_config", None)
+    return ModelSetup(
+        found,
+        dtype,
+        kwargs.get("attn_implementation"),
+        config.model.trust_remote_code,
+        adapter,
+        options.quantization or bits_said(said),
+    )
 
 
 def _checkpoint(config: PreTrainedConfig) -> torch.dtype | None:

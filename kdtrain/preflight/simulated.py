@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,18 +25,21 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from kdtrain.config.schema import TunerConfig
 from kdtrain.errors import KdtrainError
 from kdtrain.losses.chunks import tile_bytes
 from kdtrain.losses.head import Head
-from kdtrain.models.kinds import sees_images
 from kdtrain.models.loss_head import add_loss_head
 from kdtrain.models.parts import freeze_parts
+from kdtrain.models.quantization import BYTES, Bits, empty_model, quantized_names
 from kdtrain.models.tuning import adapter_config, fitted_adapter
 
 _GPU = torch.device("cuda")
+_QUANTIZED = "_kdtrain_quantized_to"
+"""Attribute of a linear layer whose weight bitsandbytes would quantise. Its products take what those of a whole weight
+that is frozen take, beside that weight, which is expanded for a moment."""
 _PERIOD = 2
 """Layers of a model that is run without gradients: what they allocate is freed layer by layer."""
 
@@ -55,6 +59,7 @@ class ModelSetup:
     trust_remote_code: bool = False
     adapter: str | None = None
     """Folder of an adapter on it."""
+    quantization: Bits | None = None
 
 
 @dataclass(frozen=True)
@@ -170,8 +175,10 @@ def simulate_step(setup: ModelSetup, tuner: TunerConfig, shape: Shape) -> Step:
             loss.backward()
             del loss
         weights, trained = _sizes(model)
+        whole = _largest_expanded(model)
+        peak = live.peak - before + whole
         largest = max((p.nbytes for p in model.parameters() if p.requires_grad), default=0)
-        return Step(weights, trained, _largest_block(model), forward, live.peak - before, largest, _adapted(model))
+        return Step(weights, trained, _largest_block(model), forward + whole, peak, largest, _adapted(model))
 
 
 def student_sizes(setup: ModelSetup, tuner: TunerConfig) -> tuple[int, int]:
@@ -184,8 +191,23 @@ def student_sizes(setup: ModelSetup, tuner: TunerConfig) -> tuple[int, int]:
 
 
 def _sizes(model: nn.Module) -> tuple[int, int]:
-    parameters = list(model.parameters())
-    return sum(p.nbytes for p in parameters), sum(p.nbytes for p in parameters if p.requires_grad)
+    return sum(_weights(model).values()), sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+def _weights(model: nn.Module) -> dict[int, int]:
+    """Bytes of a model's parameters by their identity: tied ones once, quantised ones as bitsandbytes has them."""
+    sizes = {id(p): p.nbytes for p in model.parameters()}
+    for module in model.modules():
+        if (bits := getattr(module, _QUANTIZED, None)) is not None:
+            weight: Any = module.weight
+            sizes[id(weight)] = math.ceil(weight.numel() * BYTES[bits])
+    return sizes
+
+
+def _largest_expanded(model: nn.Module) -> int:
+    """Bytes of the largest quantised weight in the dtype of its product, which is made of it for a moment."""
+    marked: list[Any] = [module for module in model.modules() if hasattr(module, _QUANTIZED)]
+    return max((module.weight.nbytes for module in marked), default=0)
 
 
 def weights_of(setup: ModelSetup) -> tuple[int, int]:
@@ -199,7 +221,7 @@ def weights_of(setup: ModelSetup) -> tuple[int, int]:
     if setup.adapter is not None:
         with _or_not_simulated():
             model = get_peft_model(model, PeftConfig.from_pretrained(setup.adapter))
-    return sum(p.nbytes for p in model.parameters()), block
+    return sum(_weights(model).values()), block
 
 
 def simulate_inference(setup: ModelSetup, shape: Shape) -> int:
@@ -214,7 +236,7 @@ def simulate_inference(setup: ModelSetup, shape: Shape) -> int:
         before = live.peak = live.now
         with _autocast(shape):
             _backbone_forward(model, shape, lambda hidden, head, outputs: (hidden[:0],))
-        return live.peak - before
+        return live.peak - before + _largest_expanded(model)
 
 
 def _student(setup: ModelSetup, tuner: TunerConfig, shape: Shape) -> Any:
@@ -242,11 +264,11 @@ def _wrapped(model: Any, setup: ModelSetup, tuner: TunerConfig, shape: Shape) ->
 
 def _build(setup: ModelSetup) -> Any:
     """On the meta device."""
-    auto = AutoModelForImageTextToText if sees_images(setup.config) else AutoModelForCausalLM
     options = {} if setup.attention is None else {"attn_implementation": setup.attention}
-    config = copy.deepcopy(setup.config)  # a class may write into it
-    with _or_not_simulated(), torch.device("meta"):
-        model = auto.from_config(config, dtype=setup.dtype, trust_remote_code=setup.trust_remote_code, **options)
+    with _or_not_simulated():
+        model = empty_model(setup.config, setup.dtype, setup.trust_remote_code, **options)
+        for name in () if setup.quantization is None else quantized_names(model):
+            setattr(model.get_submodule(name.removesuffix(".weight")), _QUANTIZED, setup.quantization)
     add_loss_head(model)
     return model
 
@@ -339,14 +361,16 @@ class _LossOfShape(torch.autograd.Function):
 def _largest_block(model: nn.Module) -> int:
     """The layers are what model code keeps in lists; what is outside of them is whole all the time."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks = [sum(p.nbytes for p in block.parameters()) for blocks in lists for block in blocks]
+    sizes = _weights(model)
+    blocks = [sum(sizes[id(p)] for p in block.parameters()) for blocks in lists for block in blocks]
     inside = {id(p) for blocks in lists for p in blocks.parameters()}
-    outside = sum(p.nbytes for p in model.parameters() if id(p) not in inside)
+    outside = sum(size for key, size in sizes.items() if key not in inside)
     return outside + max(blocks, default=0)
 
 
 def _adapted(model: nn.Module) -> tuple[int, ...]:
     if not isinstance(model, PeftModel):
         return ()
-    weights = [module.get_base_layer().weight for module in model.modules() if isinstance(module, Linear)]
+    layers = [module.get_base_layer() for module in model.modules() if isinstance(module, Linear)]
+    weights = [layer.weight for layer in layers if not hasattr(layer, _QUANTIZED)]
     return tuple(weight.nbytes for weight in weights if weight.dtype == torch.float32)

@@ -55,18 +55,25 @@ def spreads(setup: Setup, devices: int, simulations: Simulations | None = None) 
     """
     simulations = simulations or Simulations()
     for kind in STRATEGIES:
-        for in_pieces in (None,) if setup.teacher is None else (False, True):
+        for in_pieces in _of_teacher(setup):
             bucket = DEEPSPEED_BUCKET if kind.startswith("zero") else 0
             if kind == setup.sharding.kind:  # as its own file says
                 bucket = setup.sharding.bucket
-            changed = replace(setup, world=devices, sharding=Sharding(kind, in_pieces, bucket))
+            changed = replace(setup, world=devices, sharding=Sharding(kind, in_pieces, bucket), placement="auto")
             plan = plan_memory(changed, simulations)
             yield Spread(kind, in_pieces, plan, sent_bytes(changed, simulations))
 
 
+def _of_teacher(setup: Setup) -> tuple[bool | None, ...]:
+    """Whether the teacher is in pieces; a quantised one never is."""
+    if setup.teacher is None:
+        return (None,)
+    return (False,) if setup.teacher.quantization is not None else (False, True)
+
+
 def sent_bytes(setup: Setup, simulations: Simulations) -> int:
     """Bytes that each device sends for an optimizer step; the formula is in the module's head."""
-    step, pieces = simulations.step(setup), setup.sharding.divided(setup.world)
+    step = simulations.step(setup)
     scale = setup.sharding.weight_scale(setup.shape.autocast)
     gradients, trained, weights = scale * step.trained, scale * step.trained, scale * step.weights
     batches, kind = setup.shape.micro_batches, setup.sharding.kind
@@ -77,7 +84,7 @@ def sent_bytes(setup: Setup, simulations: Simulations) -> int:
         "zero3": batches * gradients + 2 * batches * weights,
         "fsdp": gradients + 2 * batches * weights,
     }[kind]
-    if setup.teacher is not None and setup.teacher_rows and pieces.teacher > 1:
+    if setup.teacher is not None and setup.teacher_rows and setup.teacher_pieces > 1:
         sent += batches * weights_of(setup.teacher)[0]
     return int(sent * (setup.world - 1) / setup.world)
 

@@ -287,9 +287,17 @@ def teacher_side(
             kwargs["device_map"] = options.device_map
         hub = {**_hub_options(config), "revision": kwargs.pop("revision", None) or options.revision}
         own_processing = load_processing(name, **prepared, **hub)
-        teacher = build_teacher(name, init_kwargs=kwargs, device=args.device, adapter=options.adapter, **hub)
+        teacher = build_teacher(
+            name,
+            init_kwargs=kwargs,
+            device=args.device,
+            adapter=options.adapter,
+            quantization=options.quantization,
+            placement=options.placement,
+            **hub,
+        )
     else:
-        teacher = given if isinstance(given, Teacher) else LocalTeacher(given)
+        teacher = given if isinstance(given, Teacher) else LocalTeacher(given, config.rlhf.teacher.placement)
         folder = getattr(getattr(teacher.module, "config", None), "_name_or_path", "")
         known = os.path.isdir(folder)  # of one built in memory, the tokens are taken for the student's
         trust = args.trust_remote_code

@@ -98,6 +98,7 @@ def _of_teacher(config: RunConfig, dtype: str | None) -> dict[str, Callable[[], 
     of_model: dict[str, Callable[[], Any]] = {
         "teacher (rlhf.teacher_model)": lambda: rlhf.teacher_model and _model(rlhf.teacher_model, options.revision),
         "rlhf.teacher.adapter": lambda: _model(options.adapter) if options.adapter else NONE,
+        "rlhf.teacher.quantization": lambda: options.quantization or NONE,
         "rlhf.teacher_model_init_kwargs": lambda: _text(_compared(given)),
         "rlhf.teacher.processor_kwargs": lambda: (
             "data.processor_kwargs" if options.processor_kwargs is None else _text(options.processor_kwargs)
@@ -106,6 +107,7 @@ def _of_teacher(config: RunConfig, dtype: str | None) -> dict[str, Callable[[], 
     of_server: dict[str, Callable[[], Any]] = {"model of the server (rlhf.teacher.model)": lambda: options.model}
     of_self: dict[str, Callable[[], Any]] = {
         "student that is its own teacher (model.model)": lambda: _model(config.model.model, config.model.revision),
+        "model.quantization": lambda: config.model.quantization or NONE,
         "model.init_kwargs": lambda: _text(_compared(config.model.init_kwargs)),
         "rlhf.teacher.weights": lambda: options.weights,
     }

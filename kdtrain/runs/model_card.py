@@ -168,6 +168,11 @@ def _method(run: TrainedRun) -> Iterator[str]:
         yield f"Teacher: {_teacher(config)}."
     is_lora = config.tuner.train_type == "lora"
     yield f"Trained: {'an adapter (LoRA), merged into the weights' if is_lora else 'all weights'}."
+    if config.model.quantization is not None:
+        yield (
+            f"The adapter was trained on weights quantised to {config.model.quantization}; these are the weights as "
+            "they were before, with the adapter in them."
+        )
     sources = ", ".join(show(Path(one.path).name if one.is_local else one.path) for one in config.data.train)
     yield f"Data: {sources}."
     last = _last_record(run, "loss")

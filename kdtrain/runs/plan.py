@@ -7,6 +7,7 @@ from pathlib import Path
 from kdtrain.config import RunConfig
 from kdtrain.data import BuildReport
 from kdtrain.models.parts import count_parameters, trained_parts
+from kdtrain.models.quantization import weight_types
 from kdtrain.runs.checkpoints import steps_done
 from kdtrain.teachers import CachedTeacher, SelfTeacher, ServedTeacher
 from kdtrain.trainer import GKDTrainerWithMetrics
@@ -30,7 +31,7 @@ def plan(
     if checkpoint is not None:
         length = f"{trainer.rows.last_step(checkpoint):,}, of which {steps_done(checkpoint):,} are done"
     plan = {
-        "student": f"{config.model.model}: {total:,} parameters, {trainable:,} trained, {trainer.model.dtype}",
+        "student": f"{config.model.model}: {total:,} parameters, {trainable:,} trained, {weight_types(trainer.model)}",
         "teacher": "none" if trainer.teacher is None else _describe_teacher(trainer, config),
         "loss": _describe_loss(trainer),
         "answers": _describe_answers(trainer, config),
@@ -65,7 +66,9 @@ def _describe_teacher(trainer: GKDTrainerWithMetrics, config: RunConfig) -> str:
     if trainer.teacher_model is None:
         return type(trainer.teacher).__name__
     parameters, _ = count_parameters(trainer.teacher_model)
-    return f"{config.rlhf.teacher_model}: {parameters:,} parameters, {trainer.teacher_model.dtype}"
+    described = f"{config.rlhf.teacher_model}: {parameters:,} parameters, {weight_types(trainer.teacher_model)}"
+    placement = config.rlhf.teacher.placement
+    return described if placement == "auto" else f"{described}, {placement}"
 
 
 def _describe_loss(trainer: GKDTrainerWithMetrics) -> str:

@@ -86,4 +86,5 @@ def _options(config: RunConfig, device: torch.device) -> dict[str, Any]:
         "init_kwargs": options.init_kwargs,
         "trust_remote_code": options.trust_remote_code,
         "revision": options.revision,
+        "quantization": options.quantization,
     }

@@ -30,8 +30,10 @@ def load_alone(run: TrainedRun, dtype: str) -> PreTrainedModel:
             full is saved in. An adapter is added to its base in float32, and the sum rounded to it.
     """
     cpu, options = torch.device("cpu"), run.config.model
-    # Kernels of attention are not needed to save, and those of a GPU are not to be had here.
-    config = run.config.model_copy(update={"model": options.model_copy(update={"attn_implementation": None})})
+    # Kernels of attention are not needed to save, and those of a GPU are not to be had here. An adapter of a quantised
+    # model is merged into its weights as they were before: into quantised ones it would be rounded away.
+    whole = options.model_copy(update={"attn_implementation": None, "quantization": None})
+    config = run.config.model_copy(update={"model": whole})
     if not is_adapter_folder(str(run.model)):
         saved = load_config(str(run.model), trust_policy(options.trust_remote_code)).dtype
         return load_trained_weights(config, cpu, run.model, _named(saved) if dtype == "auto" else dtype)

@@ -111,6 +111,9 @@ class Teacher(ABC):
     is_student: bool = False
     """Whether `module` is the student itself, after `follow`: no model of its own, but the same with other weights."""
 
+    in_pieces: bool = False
+    """Whether, after `place`, its weights lie in pieces on several devices: every forward is then a collective, and all
+    ranks have to ask it equally often."""
     lookahead: int = 0
     """Optimizer windows that `prepare` is called ahead of the one that trains, where their answers are the data's."""
     waits: bool = False

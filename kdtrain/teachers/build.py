@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from kdtrain.config.schema import TeacherConfig
+from kdtrain.config.schema import Placement, TeacherConfig
 from kdtrain.models.loading import add_adapter, load_with_adapter
+from kdtrain.models.quantization import Bits
 from kdtrain.teachers.base import Teacher
 from kdtrain.teachers.local import LocalTeacher
 from kdtrain.teachers.served.http import Servers
@@ -23,6 +24,8 @@ def build_teacher(
     trust_remote_code: bool = False,
     revision: str | None = None,
     adapter: str | None = None,
+    quantization: Bits | None = None,
+    placement: Placement = "auto",
 ) -> Teacher:
     """Load a transformers model as a teacher.
 
@@ -31,6 +34,8 @@ def build_teacher(
         init_kwargs: arguments of `from_pretrained`; `dtype` is "auto" when missing. Never changed.
         device: where it will run, which dtype "auto" depends on.
         adapter: folder of an adapter that goes on top of `model`.
+        quantization: what its weights are quantised to.
+        placement: where its weights lie, see `rlhf.teacher.placement`.
     """
     kwargs = dict(init_kwargs or {})
     module = load_with_adapter(
@@ -39,9 +44,10 @@ def build_teacher(
         device=device,
         trust_remote_code=trust_remote_code,
         revision=revision,
+        quantization=quantization,
         init_kwargs=kwargs,
     )
-    return LocalTeacher(module if adapter is None else add_adapter(module, adapter))
+    return LocalTeacher(module if adapter is None else add_adapter(module, adapter), placement)
 
 
 def connect_teacher(options: TeacherConfig, vocab_size: int) -> ServedTeacher:

@@ -69,7 +69,8 @@ def generated(
     other ranks need: with images where theirs have some.
     """
     config = _generation_config(trainer, side, options)
-    asked = batches if trainer.is_sharded else [batch for batch in batches if not batch.all_repeated]
+    together = trainer.is_sharded or (side == "teacher" and trainer.asks_teacher_together)
+    asked = batches if together else [batch for batch in batches if not batch.all_repeated]
     seeds = row_seeds(asked, f"{side}:{trainer.args.seed}:{trainer.state.global_step}")
     seen = [batch.as_teacher_sees_it() if side == "teacher" else batch for batch in asked]
     with _finite_on_all_ranks(trainer, side):

@@ -130,7 +130,8 @@ class CompletionsLog:
         chosen = self._chosen(step, [*trained, *left_out])
         trainer = self._trainer
         # Each forward of a model in pieces is a collective, and all ranks have as many batches.
-        wanted = {n: batch for n, batch in enumerate(batches) if n in chosen or trainer.is_sharded}
+        together = trainer.is_sharded or trainer.asks_teacher_together
+        wanted = {n: batch for n, batch in enumerate(batches) if n in chosen or together}
         assert trainer.teacher is not None, "LM KD is active where answers are generated"
         # Once more, as before an evaluation: the loss will ask for the same targets.
         trainer.teacher.prepare([batch for batch in wanted.values() if batch.targets is None])

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.experimental.gkd import GKDConfig
 from trl.trainer import sft_trainer
 
 from kdtrain.config.options import DistillationOptions
+from kdtrain.config.schema import Placement
 from kdtrain.data import TemplateOptions
 from kdtrain.data.batch import Batch, forward_names
 from kdtrain.data.collate import Collator
@@ -31,6 +32,7 @@ from kdtrain.models.loading import load_with_adapter
 from kdtrain.models.loss_head import add_loss_head, why_no_loss_head
 from kdtrain.models.probe import Side
 from kdtrain.models.processing import load_processing, load_tokenizer
+from kdtrain.models.quantization import bits_of, settle
 from kdtrain.models.text_only import check_reentrant
 from kdtrain.models.tuning import check_trained, disable_dropout, fit_student
 from kdtrain.models.vocabulary import Vocabulary, shared_vocabulary, vocabulary_size
@@ -105,10 +107,16 @@ def prepare(
     elif args.model_init_kwargs is not None:
         raise ConfigError("model_init_kwargs would be ignored: the model is loaded already. Remove them.")
     checks.check_parts_are_frozen(args, model)
+    settle(model)
     check_generation(options, model.config, args.device)
     _set_arguments(args, visual_kd=options.visual_kd is not None)
     peft_config = fit_student(model, peft_config, args)
+    if peft_config is not None and bits_of(model) is not None and not is_peft_model(model):
+        # Here, so that `around_upstream` can keep the adapter's weights as they are.
+        given: Any = model
+        model, peft_config = get_peft_model(given, peft_config), None
     teacher = teacher if options.needs_teacher else None
+    assert isinstance(model, nn.Module)
     return Prepared(model, teacher, train, evaluation, processing_class, peft_config)
 
 
@@ -122,15 +130,18 @@ def _processing_of(model: nn.Module | str, args: GKDConfig) -> PreTrainedTokeniz
 
 
 def _local_teacher(teacher_model: nn.Module | str | None, args: GKDConfig) -> Teacher:
+    placement: Placement = getattr(args, "teacher_placement", "auto")
     if isinstance(teacher_model, str):
         return build_teacher(
             teacher_model,
             init_kwargs=args.teacher_model_init_kwargs,
             device=args.device,
             trust_remote_code=args.trust_remote_code,
+            quantization=getattr(args, "teacher_quantization", None),
+            placement=placement,
         )
     assert teacher_model is not None
-    return LocalTeacher(teacher_model)
+    return LocalTeacher(teacher_model, placement)
 
 
 def _load_student(name: str, args: GKDConfig, trained_in_full: bool) -> nn.Module:
@@ -169,6 +180,10 @@ def around_upstream(args: GKDConfig, student: Any) -> Iterator[None]:
     vars(args).update(hidden)
     # It refuses an adapter on `lm_head`, because its own loss reads the weight past it. Here the loss goes through it.
     refused, sft_trainer.BaseTunerLayer = sft_trainer.BaseTunerLayer, ()
+    # It brings an adapter on quantised weights to bfloat16, in which most of AdamW's updates are lost.
+    is_quantized = bits_of(student) is not None
+    trained = [p for p in student.parameters() if p.requires_grad and is_quantized]
+    weights = [p.data for p in trained]
     # It sets these in the student's config for good, and so in what is saved as well.
     use_cache, router_settings = getattr(student.config, "use_cache", None), experts.router_settings(student)
     try:
@@ -176,6 +191,8 @@ def around_upstream(args: GKDConfig, student: Any) -> Iterator[None]:
     finally:
         vars(args).update(before)
         sft_trainer.BaseTunerLayer = refused
+        for parameter, weight in zip(trained, weights, strict=True):
+            parameter.data = weight
         if use_cache is not None:
             student.config.use_cache = use_cache
         experts.restore_router_settings(student, router_settings)
@@ -327,6 +344,7 @@ def build_objective(trainer: GKDTrainerWithMetrics) -> Objective:
         router_logits=router_logits,
         aux_weight=trainer.router_aux_loss_coef if router_logits else 0.0,
         visual=_visual_term(trainer),
+        asks_together=trainer.asks_teacher_together,
     )
 
 

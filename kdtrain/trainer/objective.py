@@ -63,6 +63,13 @@ class Objective:
     aux_weight: float
     """Of that loss."""
     visual: VisualTerm | None
+    asks_together: bool = False
+    """Whether the teacher is in pieces, and so has to be asked on all ranks or on none."""
+
+    def asks_teacher(self, options: DistillationOptions, batch: Batch) -> bool:
+        """Whether the teacher runs on a batch: for the text, or for the features of its images."""
+        has_images = batch.has_images or self.asks_together
+        return options.lm_kd_active or (self.visual is not None and options.visual_kd is not None and has_images)
 
     def __call__(
         self,
@@ -98,7 +105,7 @@ class Objective:
                     return {}
                 return visual.terms(student_features, teacher_features, batch, whole=num_items is None)
 
-            targets = teacher_forward(batch) if options.lm_kd_active or visual is not None else None
+            targets = teacher_forward(batch) if self.asks_teacher(options, batch) else None
             if not options.lm_kd_active:  # asked for its features alone
                 targets = None
             run = StudentForward(self, options, batch, targets, weights_S, num_items, num_kd_items, visual_terms)

@@ -66,7 +66,7 @@ def term_gradients(
     visual = objective.visual if options.visual_kd is not None and batch.has_images else None
     captured: AbstractContextManager[Any] = nullcontext(({}, {})) if visual is None else visual.tapped()
     with torch.no_grad(), captured as (student_features, teacher_features):
-        targets = teacher_forward(batch) if options.lm_kd_active or visual is not None else None
+        targets = teacher_forward(batch) if objective.asks_teacher(options, batch) else None
         if not options.lm_kd_active:
             targets = None
         weights_S = batch.kd_weights_S

@@ -70,6 +70,7 @@ from kdtrain.losses.reduce import IGNORE_INDEX, world_scale
 from kdtrain.models.load_report import load_weights
 from kdtrain.models.loss_head import why_wrapped_head_differs
 from kdtrain.models.probe import own_random_state
+from kdtrain.models.quantization import refuse_fsdp
 from kdtrain.models.text_only import keep_a_path, trained_by_images_alone
 from kdtrain.models.vocabulary import Vocabulary
 from kdtrain.preflight.positions import refuse_width
@@ -203,6 +204,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             )
         self.trackers = Trackers(self)
         checks.check_parallelism(self.accelerator)
+        refuse_fsdp(self.model, self.accelerator)
         self.train_dataset, self.eval_dataset = given.train, given.evaluation
         construction.set_pad_token(self._tokenizer, args)
         if data_collator is None:  # not before: upstream may have changed the template or the special tokens
@@ -467,7 +469,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def _run_teacher_forward(self, batch: Batch) -> Targets:
         """The teacher's targets for the supervised tokens; also fires the hooks of visual KD."""
         assert self.teacher is not None, "the loss asks for a teacher that was never built"
-        if batch.targets is not None and not (self.visual is not None and batch.has_images):
+        wants_features = self.visual is not None and (batch.has_images or self.asks_teacher_together)
+        if batch.targets is not None and not wants_features:
             known: Targets = batch.targets
             return known
         counted = self.count_waiting() if self.model.training else contextlib.nullcontext()
@@ -722,6 +725,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def is_sharded(self) -> bool:
         """Whether FSDP or DeepSpeed keeps the models in pieces."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
+    def asks_teacher_together(self) -> bool:
+        """Whether all ranks have to ask the teacher equally often, which is in pieces on them."""
+        return self.teacher is not None and self.teacher.in_pieces
 
 
 def _filled_up(rows: torch.Tensor, count: int) -> torch.Tensor:
