@@ -39,13 +39,13 @@ class StandIns:
     def __init__(self, trainer: GKDTrainerWithMetrics) -> None:
         self._trainer = trainer
         self._row: Batch | None = None
-        config = getattr(trainer.unwrap(trainer.model), "config", None)
-        self._sees_images = config is not None and sees_images(config)
+        self._config = getattr(trainer.unwrap(trainer.model), "config", None)
 
     @property
     def may_be_needed(self) -> bool:
         """Whether ranks may wait for each other's images; the same on all of them."""
-        return self._sees_images and (self._trainer.accelerator.num_processes > 1 or self._trainer.is_sharded)
+        is_alone = self._trainer.accelerator.num_processes == 1 and not self._trainer.is_sharded
+        return not is_alone and self._config is not None and sees_images(self._config)
 
     def give(self, batches: Sequence[Batch], *, train: bool) -> list[Batch]:
         """The batches, with a stand-in where one is needed; a collective with FSDP and DeepSpeed.
@@ -70,7 +70,8 @@ class StandIns:
         With zeros, weight decay and momentum would still change the weights. DeepSpeed has taken its step by now, and
         knows no parameter without a gradient.
         """
-        for parameter in self._visual_parameters():
+        visual = self._trainer.visual
+        for parameter in (*self._visual_parameters(), *([] if visual is None else visual.parameters())):
             parameter.grad = None
 
     def _needed(self, batches: Sequence[Batch], train: bool) -> list[bool]:

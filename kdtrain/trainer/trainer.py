@@ -233,6 +233,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.by_images_alone = trained_by_images_alone(self.model)
         if self.by_images_alone:
             keep_a_path(self.model)
+        if self.visual is not None and self.is_sharded:
+            self.visual.put_into(self.model)
         self.stand_ins = StandIns(self)
         self.read_ahead = ReadAhead(self)
         self.samples = SampleWatch(self)
@@ -553,7 +555,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         return self.accelerator.clip_grad_norm_([*model.parameters(), *self._projectors()], largest)
 
     def _projectors(self) -> list[nn.Parameter]:
-        return [] if self.visual is None else self.visual.parameters()
+        """Those that are not in the model."""
+        return [] if self.visual is None or self.visual.in_model else self.visual.parameters()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The student's optimizer, with parameter groups of their own for the projectors of visual KD."""
@@ -668,10 +671,13 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     def _save_student(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
         """Weights, config and tokenizer; never the pickled arguments, which nothing reads back."""
+        projectors = None
+        if self.visual is not None and self.visual.in_model and state_dict is not None:
+            projectors = self.visual.taken_out(state_dict)
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             if self.visual is not None:
-                self.visual.save(output_dir or self.args.output_dir)
+                self.visual.save(output_dir or self.args.output_dir, projectors)
             as_other_files(Path(output_dir or self.args.output_dir))
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
