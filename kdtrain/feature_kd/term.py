@@ -99,8 +99,11 @@ class VisualTerm:
         return tapped(self.options, self.student, self.teacher)
 
     def terms(self, student: Features, teacher: Features, batch: Batch, whole: bool) -> dict[str, torch.Tensor]:
-        """The weighted terms of a batch with images: of a part of the counted window, or of a `whole` (evaluation)."""
-        share: torch.Tensor | float = 1.0
+        """The weighted terms of a batch with images: of a part of the counted window, or of a `whole` (evaluation).
+
+        Those of a stand-in are 0, with a graph: projectors in pieces are put together by all ranks.
+        """
+        share: torch.Tensor | float = 0.0 if batch.stand_in is not None else 1.0
         if not whole and self._window_units is not None:
             share = batch.image_units / self._window_units.clamp(min=1)
         grids = image_grids(self.options, self.student, self.teacher, batch.model_inputs, batch.teacher_inputs)

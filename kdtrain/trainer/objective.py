@@ -98,9 +98,7 @@ class Objective:
             def visual_terms() -> dict[str, torch.Tensor]:
                 if visual is None:
                     return {}
-                terms = visual.terms(student_features, teacher_features, batch, whole=num_items is None)
-                # Of a stand-in's features the share of a window is 0, and there is none of a batch by itself.
-                return {} if num_items is None and batch.stand_in is not None else terms
+                return visual.terms(student_features, teacher_features, batch, whole=num_items is None)
 
             targets = teacher_forward(batch) if options.lm_kd_active or visual is not None else None
             if not options.lm_kd_active:  # asked for its features alone
