@@ -17,7 +17,7 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 if HAS_DEEPSPEED:
     import deepspeed
 
-    # Faster collectives for CPUs are compiled at first use, which takes a minute and a compiler. Without it is gloo.
+    # Faster collectives for CPUs are compiled at first use, which takes a minute and a compiler. Without, it is gloo.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 _AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -69,7 +69,7 @@ class Strategy:
         def call() -> Any:
             return function(self, *args, **kwargs)
 
-        return [call()] if self.ranks == 1 else tiny.run_ranks(call, self.ranks, timeout=120)
+        return [call()] if self.ranks == 1 else tiny.run_ranks(call, self.ranks, timeout=280)
 
 
 ONE = Strategy(1, "NO", "")

@@ -1,4 +1,4 @@
-"""A stand-in runs through the whole model and changes nothing: neither loss nor gradient, nor what is said of a batch."""
+"""A stand-in runs through the whole model and changes neither loss nor gradient, nor what is said of a batch."""
 
 from dataclasses import replace
 

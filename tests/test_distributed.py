@@ -193,7 +193,10 @@ def train_images(folder, family, ranks, images=4, **kwargs):
     student, teacher = make_model(family, processor, 1), make_model(family, processor, 2)
     question = [{"type": "image"}, {"type": "text", "text": "what?"}]
     rows = [
-        {"messages": [{"role": "user", "content": question}, *row["messages"][-1:]], "images": [picture(i, 40 + 32 * i)]}
+        {
+            "messages": [{"role": "user", "content": question}, *row["messages"][-1:]],
+            "images": [picture(i, 40 + 32 * i)],
+        }
         for i, row in enumerate(ROWS[:images])
     ]
     rows += ROWS[images:4]

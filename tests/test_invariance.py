@@ -1,10 +1,10 @@
 """The table of invariance: the same rows give the same loss and gradient, however they are spread over ranks,
 micro-batches and padding. `make invariance` runs all cells.
 
-Each cell trains one window of the same eight rows with cross-entropy, LM KD and visual KD together, and is compared with
-one process that takes them in one micro-batch: loss, its terms and the gradient norm to 1e-5, and by way of an SGD step
-the gradient of every weight, the projectors of visual KD included. The first row of the model kinds sees images of
-different sizes, which are no ranks' alike: three and one, or some and none.
+Each cell trains one window of the same eight rows with cross-entropy, LM KD and visual KD together, and is compared
+with one process that takes them in one micro-batch: loss, its terms and the gradient norm to 1e-5, and by way of an SGD
+step the gradient of every weight, the projectors of visual KD included. Images are of different sizes, and ranks have
+different numbers of them: three and one, or some and none.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ COLUMNS = {
     "text, padded": Column(family=None),
     "text, padded to 64": Column({"pad_to_multiple_of": 64}, family=None),
 }
+"""Another way to lay rows is one more entry, text alone if it takes no images."""
 ANSWERS = {"the data's answers": {}, "its own answers": {"lmbda": 1.0}}
 SPLITS = {1: [(2, 4)], 2: [(4, 1), (2, 2), (1, 4)], 4: [(2, 1), (1, 2)]}
 """Ranks -> rows of a micro-batch, and micro-batches of a rank."""

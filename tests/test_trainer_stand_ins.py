@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
-import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from kdtrain.errors import PreflightError
 from kdtrain.models.parts import freeze_parts
-from tests import tiny
 from tests.strategies import ONE, STRATEGIES, marks_of, whole_weights
 from tests.test_invariance import rows_with_images
 from tests.test_trainer import make_trainer
@@ -38,7 +34,7 @@ def build(strategy, folder, counts, *, family="llava", frozen=None, width=48, mo
         student, teacher = (AutoModelForImageTextToText.from_pretrained(models / name) for name in ("one", "two"))
         assert (strategy.stage == 3) == all(hasattr(p, "ds_id") for m in (student, teacher) for p in m.parameters())
     if frozen:
-        freeze_parts(student, **{part: True for part in frozen})
+        freeze_parts(student, **dict.fromkeys(frozen, True))
     accumulation = options.get("gradient_accumulation_steps", 1)
     defaults = {
         "sft_alpha": 0.3, "optim": "sgd", "max_grad_norm": 1e9, "learning_rate": 0.1, "log_level": "error",
@@ -93,9 +89,7 @@ def test_answers_to_images_and_evaluations_are_those_of_one_process(tmp_path, na
     options |= WRITTEN[writer]
     counts = (1, 0, 0, 0, 2, 0, 0, 1)
     expected = train(ONE, tmp_path / "one", counts, **options)
-    for rank in STRATEGIES[name].run(
-        train, tmp_path / "two", counts, gradient_accumulation_steps=2, **options
-    ):
+    for rank in STRATEGIES[name].run(train, tmp_path / "two", counts, gradient_accumulation_steps=2, **options):
         assert_same(rank, expected)
 
 
@@ -107,7 +101,7 @@ DECAY = {"weight_decay": 0.5}  # of weights whose gradient is 0, and not of thos
 
 def train_texts_last(strategy, *args, **options):
     """A window of images, and then one without: what images alone train is left as it is."""
-    counts = (1, 0, 1, 1) + NONE
+    counts = (1, 0, 1, 1, *NONE)
     options["per_device_train_batch_size"] = 4 // strategy.ranks
     return train(strategy, *args, counts, **DECAY, **options)
 
