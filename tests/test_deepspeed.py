@@ -20,25 +20,13 @@ from kdtrain.runs.fit import fit
 from kdtrain.teachers import SelfTeacher
 from kdtrain.trainer import GKDTrainerWithMetrics
 from tests import tiny
+from tests.strategies import zero
 from tests.test_trainer import ROWS, make_args
 from tests.tiny import lora_config
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
 deepspeed = pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.deepspeed, pytest.mark.filterwarnings("ignore")]
-
-# Faster collectives for CPUs are compiled at first use, which takes a minute and a compiler. Without them it is gloo.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-
-
-def zero(stage, **more):
-    """A DeepSpeed config. No parameter is so small that ZeRO-3 leaves it whole."""
-    options = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
-    if stage == 3:
-        options["stage3_param_persistence_threshold"] = 0
-    return {"zero_optimization": options, "zero_allow_untested_optimizer": True} | dict.fromkeys(AUTO, "auto") | more
 
 
 def build(

@@ -222,15 +222,16 @@ def png(seed: int = 0, width: int = 40, height: int = 32) -> bytes:
     return buffer.getvalue()
 
 
-def make_model(family: str, processor: Any, seed: int = 0) -> Any:
-    """A model of some ten thousand parameters that fits `FAMILIES[family]()`."""
+def make_model(family: str, processor: Any, seed: int = 0, width: int = 32) -> Any:
+    """A model of some ten thousand parameters that fits `FAMILIES[family]()`; `width` is that of both its parts."""
     torch.manual_seed(seed)
-    vocabulary = len(processor.tokenizer)
+    vocabulary, heads = len(processor.tokenizer), width // 16
     if family == "llava":
-        return make_llava_model(vocabulary, seed)
-    text = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}
+        return make_llava_model(vocabulary, seed, width, width)
+    text = {"num_hidden_layers": 2, "num_attention_heads": heads, "num_key_value_heads": 1, "hidden_size": width}
     text |= {"intermediate_size": 64, "initializer_range": 0.2, "vocab_size": vocabulary, "pad_token_id": 3}
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    tower = {"hidden_size": width, "intermediate_size": 64, "num_attention_heads": heads, "image_size": 32}
+    tower |= {"patch_size": 8}
     if family == "idefics3":
         image = processor.image_token_id
         vision = {**tower, "model_type": "idefics3_vision", "num_hidden_layers": 2}
@@ -262,8 +263,8 @@ def make_model(family: str, processor: Any, seed: int = 0) -> Any:
         # transformers starts it at zero, and every image would look the same.
         torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
         return model
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 8}
-    vision |= {"out_hidden_size": 32, "window_size": 32, "fullatt_block_indexes": [1]}
+    vision = {"depth": 2, "hidden_size": width, "intermediate_size": 64, "num_heads": heads, "patch_size": 8}
+    vision |= {"out_hidden_size": width, "window_size": 32, "fullatt_block_indexes": [1]}
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     config = Qwen2_5_VLConfig(
         vision_config=vision,

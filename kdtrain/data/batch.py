@@ -117,6 +117,9 @@ class Batch:
     all_repeated: bool = False
     """Whether no row is new: the batch only fills up an epoch, or a window of which too few samples train, so that all
     ranks go through the same motions."""
+    stand_in: Batch | None = None
+    """A row with an image, see `stand_in.py`: the batch has no images, and another rank's has some. Of a batch as it is
+    run it is the last row."""
     targets: Any = None
     """The `kdtrain.teachers.Targets` of its supervised tokens, where the teacher was asked for them already."""
 
@@ -187,7 +190,7 @@ class Batch:
         Patches where the batch says how many, the area of images that are packed, crops or frames elsewhere. Crops that
         only fill up a batch, all zero, do not count: no model encodes them. On a GPU this waits for the device, once.
         """
-        if self.all_repeated:
+        if self.all_repeated or self.stand_in is not None:
             return 0.0
         inputs = self.model_inputs
         grids = [inputs[key] for key in ("image_grid_thw", "video_grid_thw") if inputs.get(key) is not None]
@@ -289,6 +292,7 @@ class Batch:
             ),
             teacher_images=None if images is None else replace(images, inputs=_mapped(images.inputs, noted)),
             teacher_tokens=None if tokens is None else TeacherTokens(**_mapped(vars(tokens), noted)),
+            stand_in=None if self.stand_in is None else self.stand_in.map_tensors(noted),
         )
         return mapped if any(changes) else self
 

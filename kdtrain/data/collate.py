@@ -198,6 +198,11 @@ class Collator:
             images = [image.load() for image in encoded.images]
         return [of_mean_colour(image) for image in images] if self.blank_images else images
 
+    @property
+    def of_teacher(self) -> Multimodal | None:
+        """What makes the teacher's images, where these come out differently from the student's."""
+        return self._teacher
+
     def has_images(self, row: Mapping[str, Any]) -> bool:
         return self._model is not None and bool(self._encode([row])[0][0].images)
 

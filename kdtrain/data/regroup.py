@@ -9,6 +9,7 @@ Shapes: B rows, T positions, N rows of all the batches together.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -37,7 +38,7 @@ def taken(batch: Batch, rows: Sequence[int]) -> Batch:
     Raises:
         CannotShareError: it is not known which row owns what of a tensor.
     """
-    return rows_of([batch], rows, 0, None)
+    return replace(rows_of([batch], rows, 0, None), stand_in=batch.stand_in)
 
 
 def dealt_by_length(batches: Sequence[Batch], pad_id: int, multiple: int | None = None) -> list[Batch]:

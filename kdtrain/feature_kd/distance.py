@@ -95,5 +95,6 @@ def _misfit(s: torch.Tensor, t: torch.Tensor, target: str, projector: nn.Module 
         return f"{widths}, which the projector does not lead to. To compare them, {modules}."
     return (
         f"{widths}, without a projector between them: either no row of the training data had an image when the trainer "
-        f"was built, or the run is in pieces (FSDP, DeepSpeed). Use plain data parallelism, or {modules}."
+        f"was built, or the models could not be run then (FSDP 1, weights that one rank loads for all). Use plain data "
+        f"parallelism, or {modules}."
     )

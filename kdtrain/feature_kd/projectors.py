@@ -1,7 +1,8 @@
 """Learned linear layers from the student's feature width to the teacher's.
 
 They belong to the run and not to the student: its optimizer trains them and they are saved beside the model, but they
-never become a part of what is exported.
+never become a part of what is exported. Under FSDP and DeepSpeed they are put into the model for the training, so that
+what is done with its weights and gradients there is done with theirs.
 """
 
 from __future__ import annotations
@@ -11,11 +12,21 @@ import zlib
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from kdtrain.config.options import VisualKdConfig
 from kdtrain.errors import PreflightError
 from kdtrain.feature_kd.hooks import Features
 from kdtrain.feature_kd.taps import SECTION, named
+from kdtrain.models.pieces import full_tensor
+
+
+class Projector(nn.Linear):
+    """A linear layer that computes in float32, whatever its weights are held in, and whether or not in pieces."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        weight, bias = full_tensor(self.weight), full_tensor(self.bias)
+        return functional.linear(features.float(), weight.float(), bias.float())
 
 
 def build_projectors(wanted: VisualKdConfig, student: Features, teacher: Features, seed: int) -> nn.ModuleDict:
@@ -51,8 +62,8 @@ def projector_name(target: str, level: int, levels: int) -> str:
     return target if levels == 1 else f"{target}_{level}"
 
 
-def _linear(width: int, wanted: int, seed: int, name: str) -> nn.Linear:
-    linear: nn.Linear = torch.nn.utils.skip_init(nn.Linear, width, wanted, dtype=torch.float32)
+def _linear(width: int, wanted: int, seed: int, name: str) -> Projector:
+    linear: Projector = torch.nn.utils.skip_init(Projector, width, wanted, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
     bound = 1 / math.sqrt(width)  # as nn.Linear's own
     with torch.no_grad():

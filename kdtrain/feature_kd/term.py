@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.config.options import VisualKdConfig
 from kdtrain.data.batch import Batch
@@ -22,8 +24,11 @@ from kdtrain.feature_kd.grids import NOTHING_KNOWN, TargetGrids, image_grids
 from kdtrain.feature_kd.hooks import Features, tapped
 from kdtrain.feature_kd.projectors import build_projectors, projector_name
 from kdtrain.feature_kd.taps import named
+from kdtrain.models.pieces import fill, put_together_by_module
 
 PROJECTORS = "visual_projectors.safetensors"
+_IN_MODEL = "kdtrain_visual_projectors"
+"""Where they are in a student that is trained in pieces."""
 
 
 def feature_terms(
@@ -83,6 +88,8 @@ class VisualTerm:
     ) -> None:
         self.options, self.student, self.teacher = options, student, teacher
         self.projectors = nn.ModuleDict()
+        self.in_model = False
+        """Whether the projectors are in the model that is trained; see `put_into`."""
         self._accelerator, self._seed = accelerator, seed
         self._window_units: torch.Tensor | None = None
 
@@ -92,8 +99,11 @@ class VisualTerm:
         return tapped(self.options, self.student, self.teacher)
 
     def terms(self, student: Features, teacher: Features, batch: Batch, whole: bool) -> dict[str, torch.Tensor]:
-        """The weighted terms of a batch with images: of a part of the counted window, or of a `whole` (evaluation)."""
-        share: torch.Tensor | float = 1.0
+        """The weighted terms of a batch with images: of a part of the counted window, or of a `whole` (evaluation).
+
+        Those of a stand-in are 0, with a graph: projectors in pieces are put together by all ranks.
+        """
+        share: torch.Tensor | float = 0.0 if batch.stand_in is not None else 1.0
         if not whole and self._window_units is not None:
             share = batch.image_units / self._window_units.clamp(min=1)
         grids = image_grids(self.options, self.student, self.teacher, batch.model_inputs, batch.teacher_inputs)
@@ -115,13 +125,15 @@ class VisualTerm:
             with torch.random.fork_rng(), self.tapped() as (student, teacher):
                 with torch.no_grad():
                     self._on_own_device(self.teacher, batch.teacher_inputs)
-                self._on_own_device(self.student, batch.model_inputs)
+                with put_together_by_module(self.student), torch.set_grad_enabled(not is_deepspeed_zero3_enabled()):
+                    self._on_own_device(self.student, batch.model_inputs)
         finally:
             for module, mode in modes.items():
                 module.train(mode)
         projectors = build_projectors(self.options, student, teacher, self._seed)
         self.projectors = projectors.to(self._accelerator.device)
-        self.terms(student, teacher, batch, whole=True)
+        with torch.set_grad_enabled(not is_deepspeed_zero3_enabled()):
+            self.terms(student, teacher, batch, whole=True)
 
     @staticmethod
     def _on_own_device(model: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -133,6 +145,17 @@ class VisualTerm:
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.projectors.parameters())
+
+    def put_into(self, model: nn.Module) -> None:
+        """Make the projectors a part of the student as it is trained, before FSDP or DeepSpeed wrap it."""
+        if self.projectors:
+            model.add_module(_IN_MODEL, self.projectors)
+            self.in_model = True
+
+    def taken_out(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What a student's whole state holds of the projectors, by their own names; it is then no more in that."""
+        names = [name for name in state if _IN_MODEL in name.split(".")]
+        return {name.split(f"{_IN_MODEL}.")[1]: state.pop(name) for name in names}
 
     def add_to(self, optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
         """Have the projectors trained by the student's optimizer: their weights decay, their biases do not."""
@@ -148,27 +171,36 @@ class VisualTerm:
         """Average the projectors' gradients over the ranks, as DDP does with the student's; a collective.
 
         A rank whose window had no image brings zeros. Where none had one there is no gradient, so that the optimizer
-        leaves them alone: with a zero it would decay them, and move them by its momentum.
+        leaves them alone: with a zero it would decay them, and move them by its momentum. In the model, the gradients
+        are reduced with its own.
         """
         if self._window_units is not None and not self._window_units:
             self.projectors.zero_grad()
+            return
+        if self.in_model:
             return
         for parameter in self.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad = self._accelerator.reduce(parameter.grad, reduction="mean")
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write the projectors' file, of their `state` where they are in pieces themselves."""
         if self.projectors:
-            state = {name: value.detach().cpu().contiguous() for name, value in self.projectors.state_dict().items()}
-            save_tensors(state, Path(folder) / PROJECTORS)
+            whole = self.projectors.state_dict() if state is None else state
+            save_tensors({k: v.detach().cpu().contiguous() for k, v in whole.items()}, Path(folder) / PROJECTORS)
 
     def load(self, folder: str | Path) -> None:
-        if not self.projectors:
+        """Read it back. What DeepSpeed has in its model it has loaded with that."""
+        if not self.projectors or (self.in_model and self._accelerator.distributed_type == DistributedType.DEEPSPEED):
             return
         path = Path(folder) / PROJECTORS
         try:
-            self.projectors.load_state_dict(load_file(path))
+            saved, parameters = load_file(path), dict(self.projectors.named_parameters())
+            if saved.keys() != parameters.keys():
+                raise RuntimeError(f"It holds {', '.join(saved) or 'none'}.")
+            for name, parameter in parameters.items():
+                fill(parameter, saved[name])
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path} does not hold the projectors of this run's visual targets ({', '.join(self.projectors)}): "

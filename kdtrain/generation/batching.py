@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kdtrain.data.visual_batch import images_left
 from kdtrain.generation.call import is_sharded
 from kdtrain.generation.padding import answered_together
 from kdtrain.models.vocabulary import vocabulary_size
@@ -45,6 +46,10 @@ class PromptInputs:
     visual: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Its own entries of the tensors of images."""
 
+    @property
+    def has_image(self) -> bool:
+        return images_left(self.visual, {name: [len(value)] for name, value in self.visual.items()})
+
 
 def calls(
     model: Any, groups: Sequence[Sequence[PromptInputs]], new_tokens: int, room: Room, device: torch.device
@@ -70,11 +75,27 @@ def calls(
         for g, prompts in enumerate(groups)
     ]
     if is_sharded(model):
+        found = [_with_an_image(own, prompts) for own, prompts in zip(found, groups, strict=True)]
         most = torch.tensor([len(own) for own in found], device=device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         for own, count in zip(found, most.tolist(), strict=True):
-            own += [own[-1][:1]] * (count - len(own))
+            own += [own[-1][-1:]] * (count - len(own))
     return [call for own in found for call in own]
+
+
+def _with_an_image(
+    calls_of_group: list[list[tuple[int, int]]], prompts: Sequence[PromptInputs]
+) -> list[list[tuple[int, int]]]:
+    """The calls of a group, each with an image where any prompt has one, which is then the last one of the call."""
+    shown = next((i for i, prompt in enumerate(prompts) if prompt.has_image), None)
+    if shown is None:
+        return calls_of_group
+    found = []
+    for call in calls_of_group:
+        own = next((one for one in call if prompts[one[1]].has_image), None)
+        rest = [one for one in call if one != own]
+        found.append([*rest, (call[0][0], shown) if own is None else own])
+    return found
 
 
 def _parts(

@@ -23,7 +23,7 @@ def call_generate(
     input_ids_BP = left_padded(prompts, config.pad_token_id, device)
     mask_BP = left_padded([[1] * len(prompt) for prompt in prompts], 0, device)
     # In eval mode: dropout, a LoRA adapter's included, must not reach the samples.
-    with evaluating(model), _only(model, config), without_router_logits(model):
+    with evaluating(model), _only(model, config), without_router_logits(model), _images_within_forward(model):
         made = model.generate(
             input_ids=input_ids_BP,
             attention_mask=mask_BP,
@@ -58,6 +58,23 @@ def _only(model: Any, config: GenerationConfig) -> Iterator[None]:
         yield
     finally:
         owner.generation_config = own
+
+
+@contextmanager
+def _images_within_forward(model: Any) -> Iterator[None]:
+    """Have a model in pieces of FSDP2 encode images in its forward, where its weights are whole.
+
+    `generate` would call the vision encoder by itself, before the first forward.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    owner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    owner._supports_mm_encoder_outputs = lambda: False
+    try:
+        yield
+    finally:
+        del owner._supports_mm_encoder_outputs
 
 
 @contextmanager

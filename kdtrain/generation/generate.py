@@ -140,7 +140,8 @@ def _sampled(
     per_token = {
         key: left_padded([prompt.per_token[key] for prompt in prompts], 0, device) for key in prompts[0].per_token
     }
-    visual = {name: torch.cat([prompt.visual[name] for prompt in prompts]) for name in prompts[0].visual}
+    names = prompts[0].visual if any(prompt.has_image for prompt in prompts) else ()
+    visual = {name: torch.cat([prompt.visual[name] for prompt in prompts]) for name in names}
     ids, seeds = [prompt.ids for prompt in prompts], [prompt.seed for prompt in prompts]
     try:
         return sample(model, ids, config, seeds, device, per_token=per_token, visual=visual)

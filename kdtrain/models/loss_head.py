@@ -22,6 +22,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from kdtrain.losses.head import Head
 from kdtrain.models.experts import without_router_logits
+from kdtrain.models.pieces import full_tensor
 from kdtrain.models.probe import evaluating, few_tokens
 
 LossHead = Callable[[torch.Tensor, Head, Any], Any]
@@ -143,22 +144,8 @@ def _gather_within_model(model: nn.Module) -> None:
 
 def _head(model: PreTrainedModel, module: nn.Linear) -> Head:
     config = model.config.get_text_config()
-    weight, bias = _full(module.weight), None if module.bias is None else _full(module.bias)
+    weight, bias = full_tensor(module.weight), None if module.bias is None else full_tensor(module.bias)
     return Head(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
-
-
-def _full(parameter: torch.Tensor) -> torch.Tensor:
-    """All rows of a parameter that FSDP2 has sharded.
-
-    Each rank computes a gradient for all rows, from its own tokens. By default `full_tensor` takes these gradients
-    for equal copies: the loss would be right and the head's gradient wrong. FSDP2 averages over ranks, and
-    `Partial("avg")` asks for the same here.
-    """
-    from torch.distributed.tensor import DTensor, Partial
-
-    if not isinstance(parameter, DTensor):
-        return parameter
-    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def _logit_scale(config: PreTrainedConfig) -> float:

@@ -18,6 +18,7 @@ from trl.models.utils import unwrap_model_for_generation
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
 from kdtrain.data.regroup import dealt_by_length
+from kdtrain.data.stand_in import as_run
 from kdtrain.generation.asking import answered_by
 from kdtrain.generation.batching import Room
 from kdtrain.generation.decode import NonFiniteLogits
@@ -72,14 +73,16 @@ def generated(
     together = trainer.is_sharded or (side == "teacher" and trainer.asks_teacher_together)
     asked = batches if together else [batch for batch in batches if not batch.all_repeated]
     seeds = row_seeds(asked, f"{side}:{trainer.args.seed}:{trainer.state.global_step}")
-    seen = [batch.as_teacher_sees_it() if side == "teacher" else batch for batch in asked]
+    run = [as_run(batch) for batch in asked]
+    seen = [batch.as_teacher_sees_it() if side == "teacher" else batch for batch in run]
     with _finite_on_all_ranks(trainer, side):
         if side == "student" and trainer.sampler is not None:
             written = written_by(trainer.sampler, seen, config, seeds)
         else:
-            written = _written(trainer, side, seen, config, seeds, options.generation.batch_size)
+            more = [[*of_rows, *[0] * (len(batch) - len(of_rows))] for of_rows, batch in zip(seeds, run, strict=True)]
+            written = _written(trainer, side, seen, config, more, options.generation.batch_size)
     # Behind the prompts of both: what the writer saw is not what the other one reads.
-    answers = iter([own for batch, own in zip(asked, written, strict=True) if not batch.all_repeated])
+    answers = iter([own[: len(batch)] for batch, own in zip(asked, written, strict=True) if not batch.all_repeated])
     return [
         batch if batch.all_repeated else _answered(trainer, batch, next(answers), config, side) for batch in batches
     ]
@@ -191,7 +194,7 @@ def dealt(trainer: GKDTrainerWithMetrics, batches: list[Batch]) -> list[Batch]:
 
     Not images under FSDP and DeepSpeed, whose ranks have agreed on which batches have some.
     """
-    if trainer.is_sharded and any(batch.has_images for batch in batches):
+    if trainer.is_sharded and any(batch.has_images or batch.stand_in for batch in batches):
         return batches
     pad_id = trainer._tokenizer.pad_token_id
     return dealt_by_length(batches, pad_id, trainer.args.pad_to_multiple_of)

@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
+from kdtrain.data.stand_in import as_run
 from kdtrain.generation.generate import prompts_of
 from kdtrain.generation.sampling import stable_seed
 from kdtrain.losses.comparison import Comparison, Scores, compare
@@ -197,6 +198,7 @@ class _Measured:
 def _measured(trainer: GKDTrainerWithMetrics, batch: Batch) -> _Measured:
     assert trainer.teacher is not None
     assert trainer.vocabulary is not None
+    batch = as_run(batch)
     labels_S, columns = batch.labels_S, trainer.vocabulary.shared
     with torch.no_grad(), own_random_state(trainer.accelerator.device):
         with teacher_autocast(trainer.accelerator):

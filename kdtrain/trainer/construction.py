@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, get_peft_model
 from torch import nn
@@ -28,18 +29,20 @@ from kdtrain.generation.sampler import Sampler
 from kdtrain.generation.sampling import turn_ends
 from kdtrain.generation.vllm import VllmSampler
 from kdtrain.models import experts
+from kdtrain.models.kinds import sees_images
 from kdtrain.models.loading import load_with_adapter
 from kdtrain.models.loss_head import add_loss_head, why_no_loss_head
 from kdtrain.models.probe import Side
 from kdtrain.models.processing import load_processing, load_tokenizer
 from kdtrain.models.quantization import bits_of, settle
 from kdtrain.models.text_only import check_reentrant
-from kdtrain.models.tuning import check_trained, disable_dropout, fit_student
+from kdtrain.models.tuning import check_trained, disable_dropout, fit_student, uses_reentrant_checkpointing
 from kdtrain.models.vocabulary import Vocabulary, shared_vocabulary, vocabulary_size
 from kdtrain.preflight.generation import by_vllm, check_generation, check_sharding
 from kdtrain.preflight.model_checks import both_sides, check_models
 from kdtrain.preflight.positions import rows_of_a_run
 from kdtrain.preflight.token_ids import check_rows, embedding_rows
+from kdtrain.ranks import world_size
 from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
 from kdtrain.trainer import argument_checks as checks
 from kdtrain.trainer.given_rows import as_rows
@@ -109,7 +112,7 @@ def prepare(
     checks.check_parts_are_frozen(args, model)
     settle(model)
     check_generation(options, model.config, args.device)
-    _set_arguments(args, visual_kd=options.visual_kd is not None)
+    _set_arguments(args, model)
     peft_config = fit_student(model, peft_config, args)
     if peft_config is not None and bits_of(model) is not None and not is_peft_model(model):
         # Here, so that `around_upstream` can keep the adapter's weights as they are.
@@ -159,7 +162,7 @@ def _load_student(name: str, args: GKDConfig, trained_in_full: bool) -> nn.Modul
     )
 
 
-def _set_arguments(args: GKDConfig, *, visual_kd: bool) -> None:
+def _set_arguments(args: GKDConfig, student: Any) -> None:
     """Set what the trainer's promises rest on, whatever the arguments say."""
     args.remove_unused_columns = False  # the collator reads columns that no forward takes
     args.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -167,8 +170,10 @@ def _set_arguments(args: GKDConfig, *, visual_kd: bool) -> None:
     if args.hub_token is not None:  # upstream pickles the arguments beside every checkpoint, and pushes them to the hub
         os.environ.setdefault("HF_TOKEN", args.hub_token)
         args.hub_token = None
-    if visual_kd and args.ddp_find_unused_parameters is None:
-        # A rank whose batch has no image leaves its vision path without a gradient; the others would wait for it.
+    config = getattr(student, "config", None)
+    is_of_several = world_size() > 1 and args.ddp_find_unused_parameters is None
+    if is_of_several and config is not None and sees_images(config) and not uses_reentrant_checkpointing(args):
+        # A rank whose batch has no image leaves its vision path without a gradient; DDP would wait for it.
         args.ddp_find_unused_parameters = True
 
 
@@ -355,13 +360,23 @@ def _visual_term(trainer: GKDTrainerWithMetrics) -> VisualTerm | None:
         return None
     student, teacher = trainer.unwrap(trainer.model), trainer.unwrap(trainer.teacher_model)
     visual = VisualTerm(wanted, student, teacher, trainer.accelerator, trainer.args.seed)
-    # In pieces, a model cannot be run before it is wrapped: what does not fit is found at the first step.
-    if trainer.train_dataset is not None and not trainer.is_sharded:
+    if trainer.train_dataset is not None and _can_be_probed(trainer):
         batch = first_batch_with_images(trainer.train_dataset, trainer.data_collator)
         if batch is not None:
             with trainer.compute_loss_context_manager():
                 visual.probe(batch)
     return visual
+
+
+def _can_be_probed(trainer: GKDTrainerWithMetrics) -> bool:
+    """Whether both models can be run on an image now: else what does not fit is found at the first step."""
+    fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if fsdp is None:
+        return True
+    if getattr(fsdp, "fsdp_version", 1) == 1:  # its pieces run inside its wrapper alone
+        return False
+    missing = any(parameter.is_meta for parameter in trainer.model.parameters())  # where one rank loads for all
+    return not trainer.accelerator.gather(torch.tensor([missing], device=trainer.accelerator.device)).any()
 
 
 def _base(model: Any) -> nn.Module:

@@ -130,7 +130,7 @@ class NonFiniteGuard:
         trainer = self._trainer
         if side == "student":
             weights = {name: local_part(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
-            if trainer.visual is not None:
+            if trainer.visual is not None and not trainer.visual.in_model:
                 weights |= {f"visual projector {name}": p for name, p in trainer.visual.projectors.named_parameters()}
         else:
             module = None if trainer.teacher is None or trainer.teacher.is_student else trainer.teacher.module

@@ -18,6 +18,7 @@ from torch import nn
 
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
+from kdtrain.data.stand_in import as_run, counted_inputs
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.fused import head_distillation_loss
@@ -91,6 +92,7 @@ class Objective:
             num_kd_items: D_kd, what the divergence is divided by where rows of the window have weights of their own;
                 None is D.
         """
+        batch = as_run(batch)
         weights_S = batch.kd_weights_S
         if num_items is None:  # a call of its own, for which what is known of a window does not hold
             num_kd_items = None if weights_S is None else (weights_S > 0).sum()
@@ -177,7 +179,7 @@ class StudentForward:
             tokens.append(self.sums(hidden_SH, functools.partial(self.loss_from_hidden, head)))
             visual = self.visual_terms()
             names.extend(visual)
-            aux = (load_balancing_loss(self.batch.model_inputs, outputs, inner),) if router_logits else ()
+            aux = (load_balancing_loss(counted_inputs(self.batch), outputs, inner),) if router_logits else ()
             return tokens[0].loss, *visual.values(), *aux
 
         # A wrapper may hang its own hooks on what the forward returns: the loss is made of what comes out of it.
@@ -191,8 +193,9 @@ class StudentForward:
         outputs = model(**self.inputs())
         tokens = self.sums(predicting(outputs.logits, predicts_BT)[predicts_BT], self.loss_from_logits)
         aux_loss = getattr(outputs, "aux_loss", None)
-        if self.objective.router_logits and aux_loss is None:  # a class that records its router logits, and no more
-            aux_loss = load_balancing_loss(self.batch.model_inputs, outputs, getattr(model, "module", model))
+        # A class that records its router logits, and no more; or has counted the tokens of a stand-in.
+        if self.objective.router_logits and (aux_loss is None or self.batch.stand_in is not None):
+            aux_loss = load_balancing_loss(counted_inputs(self.batch), outputs, getattr(model, "module", model))
         return tokens, aux_loss, self.visual_terms()
 
     def inputs(self) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def _dealt(trainer: GKDTrainerWithMetrics, new: Sequence[Batch], groups: Sequenc
 
     Images do under FSDP and DeepSpeed, whose ranks have agreed on which batches have some.
     """
-    if trainer.is_sharded and any(batch.has_images for batch in new):
+    if trainer.is_sharded and any(batch.has_images or batch.stand_in for batch in new):
         return None
     pad_id, multiple = trainer._tokenizer.pad_token_id, trainer.args.pad_to_multiple_of
     try:

@@ -25,6 +25,7 @@ from torch import nn
 
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
+from kdtrain.data.stand_in import as_run
 from kdtrain.feature_kd.hooks import Features
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.losses.head import Head
@@ -63,6 +64,7 @@ def term_gradients(
         model: the student, wrapped or not, in eval mode.
         teacher_forward: as of `Objective`.
     """
+    batch = as_run(batch)
     visual = objective.visual if options.visual_kd is not None and batch.has_images else None
     captured: AbstractContextManager[Any] = nullcontext(({}, {})) if visual is None else visual.tapped()
     with torch.no_grad(), captured as (student_features, teacher_features):
@@ -74,7 +76,9 @@ def term_gradients(
         forward = StudentForward(objective, options, batch, targets, weights_S, None, kd_items, dict)
         student, norms = _of_hidden(forward, model) if forward.can_fuse() else _of_logits(forward, model)
         if visual is not None:
-            norms[f"{PREFIX}vision_kd"] = _of_features(visual, student_features, teacher_features, batch)
+            norm = _of_features(visual, student_features, teacher_features, batch)
+            if batch.stand_in is None:
+                norms[f"{PREFIX}vision_kd"] = norm
     return TermGradients(norms if int(batch.num_supervised) else {}, student, targets)
 
 

@@ -61,6 +61,7 @@ from kdtrain.data.batch import Batch, received
 from kdtrain.data.collate import Collator
 from kdtrain.data.epochs import Epochs
 from kdtrain.data.errors import said
+from kdtrain.data.stand_in import as_run
 from kdtrain.disk import as_other_files, failure_of
 from kdtrain.errors import CheckpointError
 from kdtrain.feature_kd.term import VisualTerm
@@ -91,6 +92,7 @@ from kdtrain.trainer.row_progress import RowProgress
 from kdtrain.trainer.samples import SampleWatch
 from kdtrain.trainer.saving import Saving
 from kdtrain.trainer.schedule import go_on, group_options, rates_of_beginning, set_group_options
+from kdtrain.trainer.stand_ins import StandIns
 from kdtrain.trainer.startup_checks import check_startup, readable_beginning
 from kdtrain.trainer.teacher_failures import raised_on_all_ranks
 from kdtrain.trainer.teacher_steps import TellTeacher
@@ -99,7 +101,7 @@ from kdtrain.trainer.throughput import model_flops
 from kdtrain.trainer.trackers import Trackers
 from kdtrain.trainer.unlogged import RestoreUnlogged, save_unlogged
 from kdtrain.trainer.watch import WatchGradients, WatchRounding
-from kdtrain.trainer.window import Window, check_images_on_all_ranks, collect, num_supervised, options_of_window
+from kdtrain.trainer.window import Window, collect, num_supervised, options_of_window
 
 logger = logging.getLogger(__name__)
 
@@ -233,6 +235,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.by_images_alone = trained_by_images_alone(self.model)
         if self.by_images_alone:
             keep_a_path(self.model)
+        if self.visual is not None and self.is_sharded:
+            self.visual.put_into(self.model)
+        self.stand_ins = StandIns(self)
         self.read_ahead = ReadAhead(self)
         self.samples = SampleWatch(self)
         self.stopwatch, self.clock = metrics.Stopwatch(), metrics.RunClock()
@@ -410,9 +415,12 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self._window = replace(self._window, options=None)
         if self.visual is not None:
             self.visual.synchronise()
-        if self.by_images_alone and not self.window_has_images and self.accelerator.scaler is None:
-            # To None: with gradients of 0, weight decay and momentum would still change the weights.
-            self.model.zero_grad()
+        if not self.window_has_images and self.accelerator.scaler is None:
+            if self.by_images_alone:
+                # To None: with gradients of 0, weight decay and momentum would still change the weights.
+                self.model.zero_grad()
+            elif self.stand_ins.may_be_needed:
+                self.stand_ins.forget_zeros()
         return loss
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
@@ -456,7 +464,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         loss = terms.total * world_scale(num_items_in_batch, self.accelerator.num_processes // self.get_tp_size())
         if return_outputs:  # for compute_metrics: the loss itself makes no logits
             with torch.no_grad():
-                return loss, model(**batch.model_inputs, use_cache=False)
+                return loss, model(**as_run(batch).model_inputs, use_cache=False)
         return loss
 
     def _options_of(self, training: bool) -> DistillationOptions:
@@ -469,6 +477,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def _run_teacher_forward(self, batch: Batch) -> Targets:
         """The teacher's targets for the supervised tokens; also fires the hooks of visual KD."""
         assert self.teacher is not None, "the loss asks for a teacher that was never built"
+        if self.teacher.module is not None:  # one that looks its answers up needs the rows as they are
+            batch = as_run(batch)
         wants_features = self.visual is not None and (batch.has_images or self.asks_teacher_together)
         if batch.targets is not None and not wants_features:
             known: Targets = batch.targets
@@ -548,7 +558,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         return self.accelerator.clip_grad_norm_([*model.parameters(), *self._projectors()], largest)
 
     def _projectors(self) -> list[nn.Parameter]:
-        return [] if self.visual is None else self.visual.parameters()
+        """Those that are not in the model."""
+        return [] if self.visual is None or self.visual.in_model else self.visual.parameters()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The student's optimizer, with parameter groups of their own for the projectors of visual KD."""
@@ -572,7 +583,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         given = self._prepare_inputs(inputs)
         self._metrics["eval"]["rows"].append(torch.tensor(len(given)))
         batch = self.receiver.receive(given, rows, train=False)
-        check_images_on_all_ranks(self, [batch])
+        (batch,) = self.stand_ins.give([batch], train=False)
         if self.teacher is not None and self._options_of(training=False).needs_teacher:
             self.teacher.prepare([batch])
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -584,7 +595,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 return loss, None, None
             loss, outputs = loss
         # As many rows on every rank, for upstream to gather; it leaves out those that were repeated.
-        return loss, _filled_up(outputs.logits, len(given)), _filled_up(batch.labels, len(given))
+        kept, labels = len(batch), as_run(batch).labels
+        return loss, _filled_up(outputs.logits[:kept], len(given)), _filled_up(labels[:kept], len(given))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Upstream's loop, with means over the tokens of the whole set in place of its mean of batch means."""
@@ -662,10 +674,13 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     def _save_student(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
         """Weights, config and tokenizer; never the pickled arguments, which nothing reads back."""
+        projectors = None
+        if self.visual is not None and self.visual.in_model and state_dict is not None:
+            projectors = self.visual.taken_out(state_dict)
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             if self.visual is not None:
-                self.visual.save(output_dir or self.args.output_dir)
+                self.visual.save(output_dir or self.args.output_dir, projectors)
             as_other_files(Path(output_dir or self.args.output_dir))
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))

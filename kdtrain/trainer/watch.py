@@ -45,7 +45,8 @@ class WatchGradients(TrainerCallback):
         if self._trainer.is_deepspeed_enabled:  # it takes gradients out of the parameters
             return
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        visual_ids = {id(p) for p in _visual_parameters(model)}
+        projectors = [] if self._trainer.visual is None else self._trainer.visual.parameters()
+        visual_ids = {id(p) for p in (*_visual_parameters(model), *projectors)}
         self._trained = len(trained)
         self._without = {False: {}, True: {}}
         for name, parameter in trained.items():

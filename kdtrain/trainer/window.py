@@ -18,8 +18,7 @@ from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch, received, right_padded
 from kdtrain.data.collate import Collator
 from kdtrain.data.visual_batch import cut_rows
-from kdtrain.errors import DataError, PreflightError
-from kdtrain.models.kinds import sees_images
+from kdtrain.errors import DataError
 from kdtrain.preflight.token_ids import check_batch
 from kdtrain.ranks import is_main
 from kdtrain.trainer import argument_checks
@@ -167,7 +166,8 @@ def collect(
         options: of `options_of_window`.
     """
     trainer.receiver.count_truncated(batches)
-    check_images_on_all_ranks(trainer, batches)
+    if trainer.is_sharded:  # before answers are written: that is a forward too
+        batches = trainer.stand_ins.give(batches, train=True)
     writer = writer_of(trainer, options, trainer.state.global_step)
     selected = writer == "student" and selects(options)
     if writer is not None:
@@ -177,6 +177,8 @@ def collect(
         if selected:
             trainer.completions.will_select(batches)
         batches = select(trainer, batches, options) if selected else dealt(trainer, batches)
+    if not trainer.is_sharded:  # rows with images may have gone to other batches
+        batches = trainer.stand_ins.give(batches, train=True)
     new_images = _some_new_image(trainer, batches)
     if trainer.visual is not None:
         trainer.visual.count(batches)
@@ -202,35 +204,14 @@ def num_supervised(
     return all_tokens, kd_tokens
 
 
-def check_images_on_all_ranks(trainer: GKDTrainerWithMetrics, batches: Sequence[Batch]) -> None:
-    """Refuse what would wait for ever: a vision encoder in pieces is put together by all ranks or by none.
-
-    ZeRO-1 and 2 reduce gradients in buckets, which are others where the encoder has none.
-    """
-    if not (trainer.is_sharded and sees_images(trainer.unwrap(trainer.model).config)):
-        return
-    flags = torch.tensor([batch.has_images for batch in batches], device=trainer.accelerator.device).int()
-    ranks, step = trainer.accelerator.gather(flags[None]), trainer.state.global_step + 1
-    if not torch.equal(ranks.amin(0), ranks.amax(0)):
-        raise PreflightError(
-            f"A batch of step {step} has images on some ranks and none on others, which FSDP and DeepSpeed cannot "
-            "train: the ranks with images would wait for ever. Give every row an image, raise "
-            "training.per_device_train_batch_size, or train with plain data parallelism."
-        )
-    if trainer.by_images_alone and not bool(ranks.all()):
-        raise PreflightError(
-            f"A batch of step {step} has no image, and the language model is frozen: under FSDP and DeepSpeed every "
-            "batch needs something to train. Give every row an image, or train with plain data parallelism."
-        )
-
-
 def _some_new_image(trainer: GKDTrainerWithMetrics, batches: Sequence[Batch]) -> bool:
     """Whether a row has an image that is not there only to fill up an epoch; on any rank, where it is asked.
 
-    It is asked where nothing else is trained: a window without one is then no step for the optimizer.
+    It is asked where nothing else is trained, for a window without one is then no step for the optimizer; and where
+    ranks may have run images that teach nothing.
     """
     own = any(batch.has_images and not batch.all_repeated for batch in batches)
-    if not trainer.by_images_alone:
+    if not (trainer.by_images_alone or trainer.stand_ins.may_be_needed):
         return own
     return bool(trainer.accelerator.gather(torch.tensor([own], device=trainer.accelerator.device)).any())
 
