@@ -193,8 +193,11 @@ def test_the_changes_are_the_cheapest_and_bring_it_below_the_limit(linear):
         "training.gradient_checkpointing",
         "training.per_device_train_batch_size",
         "rlhf.teacher.dtype",
+        "rlhf.teacher.placement",
+        "training.optim",
         "the teacher from a cache (kdtrain cache, rlhf.teacher.backend",
         "tuner.train_type",
+        "model.quantization",
     ]
     assert [one.total for one in found] == sorted((one.total for one in found), reverse=True)
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from kdtrain.cli import process
 from kdtrain.data.errors import show
 from kdtrain.errors import PreflightError
-from kdtrain.ranks import VARIABLES, rank, world_size
+from kdtrain.ranks import VARIABLES, rank, under_launcher, world_size
 from kdtrain.runs.launch import launched_by_us
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def _refuse_alone() -> None:
     nothing says that there are others.
     """
     of_accelerate = "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ
-    if of_accelerate and "RANK" not in os.environ and not _of_mpi() and not _asked_for_one():
+    if of_accelerate and not under_launcher() and not _of_mpi() and not _asked_for_one():
         raise PreflightError(
             "accelerate launch was asked for several processes, and has started this one alone, as it does with --cpu "
             "and distributed_type: MULTI_CPU. Use --multi_gpu or MULTI_GPU, which is right on a CPU too, or start with "
