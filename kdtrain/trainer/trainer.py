@@ -371,6 +371,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._guard.begin()
         options = options_of_window(self)
         given = self.read_ahead.take(epoch_iterator, num_batches)
+        self.rows.note_window(given)
         batches, self._window = collect(self, given, options, device)
         num_items = None
         if batches:
