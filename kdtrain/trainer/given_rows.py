@@ -51,7 +51,7 @@ def as_rows(name: str, data: Any) -> Any:
         raise ConfigError(f"{name} is a dict with the keys {', '.join(map(str, data))}: pass one of its data sets.")
     if isinstance(data, StreamedRows | IteratedRows):
         return data
-    if isinstance(data, torch.utils.data.IterableDataset | datasets.IterableDataset):
+    if is_iterated(data):
         return IteratedRows(name, data)
     if not isinstance(data, list | tuple | Dataset | torch.utils.data.Dataset) or not hasattr(data, "__len__"):
         raise ConfigError(
@@ -109,12 +109,16 @@ def check_stream(data: Any, collator: Any, accelerator: Accelerator) -> None:
         NotAvailableError: on several processes, with a collator of this package.
     """
     made_by = collator.args[0] if isinstance(collator, functools.partial) and collator.args else collator
-    stream = isinstance(data, torch.utils.data.IterableDataset | datasets.IterableDataset)
-    if stream and isinstance(made_by, Collator) and accelerator.num_processes > 1:
+    if is_iterated(data) and isinstance(made_by, Collator) and accelerator.num_processes > 1:
         raise NotAvailableError(
             "eval_dataset: an IterableDataset (streaming) is not available yet on several processes: pass a "
             "datasets.Dataset or a list of rows, evaluate in one process, or pass a data_collator that returns dicts."
         )
+
+
+def is_iterated(data: Any) -> bool:
+    """Whether a data set has an order and no numbers."""
+    return isinstance(data, torch.utils.data.IterableDataset | datasets.IterableDataset)
 
 
 def is_stream(data: Any) -> bool:

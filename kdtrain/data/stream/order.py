@@ -1,8 +1,8 @@
 """The one order of the rows of a stream: a function of the files, the seed and the place alone.
 
-Rows are read in blocks of 10,000 (fewer where they are long). Which source gives the next row is drawn for a block at a
-time, in proportion to the sources' weights; the rows of a block are shuffled among themselves. A source that has been
-read to its end begins again, with its files in another order. So a place in it is the number of a block, where each
+Rows are read in blocks of 10,000, fewer where they are long, or where the only source ends. Which source gives the next
+row is drawn for a block at a time, in proportion to the sources' weights; the rows of a block are shuffled among
+themselves. A source that has been read to its end begins again, with its files in another order. So a place in it is the number of a block, where each
 source stood when it began, and a row of the block: to go on there, that one block is read again.
 
 Every process reads all rows, and knows by counting which are its own. Reading is cheap beside encoding: 400,000 rows of
@@ -52,6 +52,8 @@ class Drawn(NamedTuple):
 
     source: int
     row: RawRow
+    first: bool
+    """Whether its source is read for the first time."""
 
 
 class StreamOrder:
@@ -93,9 +95,9 @@ class StreamOrder:
         length = 0
         for source in draws:
             row = readers[source].next()
-            yield Drawn(source, row)
+            yield Drawn(source, row, not readers[source].place.reading)
             length += len(row.text)
-            if length > BLOCK_BYTES:
+            if length > BLOCK_BYTES or (len(readers) == 1 and readers[source].at_end):
                 return
 
     def files(self, source: int, reading: int) -> list[Shard]:
@@ -113,10 +115,17 @@ class _Reader:
     def __init__(self, order: StreamOrder, source: int, place: SourcePlace) -> None:
         self._order, self._source, self.place = order, source, place
         self._rows = self._all()
+        self._ahead = next(self._rows)
 
     def next(self) -> RawRow:
-        row, self.place = next(self._rows)
+        row, self.place = self._ahead
+        self._ahead = next(self._rows)
         return row
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the next row is the first one of another reading."""
+        return self._ahead[1].reading > self.place.reading
 
     def _all(self) -> Iterator[tuple[RawRow, SourcePlace]]:
         limit = self._order.sources[self._source].limit

@@ -13,7 +13,7 @@ rows, would make steps of fewer rows where some are left out, other ones for eac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -35,11 +35,15 @@ _AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the rows so far."""
+    """What became of the rows so far, each counted once."""
 
     read: int = 0
     bad: int = 0
     dropped: int = 0
+
+    def with_one(self, status: str) -> Counts:
+        """And one more."""
+        return Counts(self.read + 1, self.bad + (status == "bad"), self.dropped + (status == "dropped"))
 
 
 @dataclass(frozen=True)
@@ -145,35 +149,33 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
                 return row
 
     def _read(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The rows that can be used, with their numbers."""
+        """The rows that can be used, with their numbers.
+
+        Raises:
+            DataError: a row is too long, one more is bad than may be, or none can be used.
+        """
         start, counts = self._start, self._start.counts
-        number, begin, useless = start.row, start.begin, 0
+        number, begin = start.row, start.begin
         for block, drawn in self._order.blocks(start.block):
             for at in range(begin, len(drawn), _AT_ONCE):
                 some = drawn[at : at + _AT_ONCE]
                 place = replace(start, row=number, block=block, begin=at, counts=counts)
-                counts, rows = self._usable(some, counts)
-                for row in rows:
-                    yield number, {**row, PLACE: place}
-                    number += 1
-                useless = 0 if rows else useless + len(some)
-                self._check_useful(useless, block, counts)
+                for one, status, row in self._encoded(some):
+                    # What comes a second time was counted the first time.
+                    counts = counts.with_one(status) if one.first else counts
+                    if status == "ok":
+                        yield number, {**row, PLACE: place}
+                        number += 1
+                    elif status != "dropped":
+                        self._refuse(row, one, counts)
+                if not number and all(source.reading for source in block.sources):
+                    raise DataError(
+                        f"no row is left of {counts.read:,}: {counts.bad:,} are bad and {counts.dropped:,} too long"
+                    )
             begin = 0
 
-    def _check_useful(self, useless: int, block: BlockPlace, counts: Counts) -> None:
-        """End what would go on for ever: each source was read once, and nothing of it could be used."""
-        if useless == counts.read and all(source.reading for source in block.sources):
-            raise DataError(
-                f"no row is left of {counts.read:,} that were read: {counts.bad:,} are bad and {counts.dropped:,} too "
-                "long"
-            )
-
-    def _usable(self, drawn: Sequence[Drawn], counts: Counts) -> tuple[Counts, list[dict[str, Any]]]:
-        """Some rows encoded, and what became of them.
-
-        Raises:
-            DataError: a row is too long, or one more is bad than may be.
-        """
+    def _encoded(self, drawn: Sequence[Drawn]) -> Iterator[tuple[Drawn, str, dict[str, Any]]]:
+        """Some rows with what became of them, and as they are trained or with the reason why not."""
         batch = {
             "problem": [one.row.problem for one in drawn],
             "text": [one.row.text for one in drawn],
@@ -181,34 +183,29 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
             "source": [one.source for one in drawn],
         }
         found = encode_batch(batch, list(range(len(drawn))), self._encoder, self.sources, self._limits)
-        counts, rows = replace(counts, read=counts.read + len(drawn)), []
         made_of = found["raw"]
         for i, status in enumerate(found["status"]):
             one = drawn[made_of[i]]
             if status == "ok":
                 turn = made_of[:i].count(made_of[i]) if made_of.count(made_of[i]) > 1 else None
-                rows.append(self._row(found, i, one, turn))
-            elif status == "dropped":
-                counts = replace(counts, dropped=counts.dropped + 1)
+                yield one, status, self._row(found, i, one, turn)
             else:
-                counts = self._refused(found, i, one, counts)
-        return counts, rows
+                yield one, status, {"problem": found["problem"][i], "length": found["length"][i], "status": status}
 
-    def _refused(self, found: dict[str, list[Any]], i: int, drawn: Drawn, counts: Counts) -> Counts:
+    def _refuse(self, row: Mapping[str, Any], drawn: Drawn, counts: Counts) -> None:
+        """End the run where a row that cannot be used is one too many."""
         where = f"{show(drawn.row.file, 400)}:{drawn.row.line}"
-        if found["status"][i] == "long":
+        if row["status"] == "long":
             raise DataError(
-                f"{where}: {found['length'][i]} tokens{found['problem'][i]}, and max_length is "
-                f"{self._limits.max_length}. Raise data.max_length, or set data.on_overlength to truncate (cuts from "
-                "the right) or drop"
+                f"{where}: {row['length']} tokens{row['problem']}, and max_length is {self._limits.max_length}. Raise "
+                "data.max_length, or set data.on_overlength to truncate (cuts from the right) or drop"
             )
-        if counts.bad >= self._max_bad_rows:
+        if counts.bad > self._max_bad_rows:
             raise DataError(
-                f"{counts.bad + 1:,} of the {counts.read:,} rows that were read cannot be used, and data.max_bad_rows "
-                f"is {self._max_bad_rows}. The last one:\n  {where}: {found['problem'][i]}\nRepair it, or raise "
+                f"{counts.bad:,} of the {counts.read:,} rows that were read cannot be used, and data.max_bad_rows is "
+                f"{self._max_bad_rows}. The last one:\n  {where}: {row['problem']}\nRepair it, or raise "
                 "data.max_bad_rows to leave such rows out"
             )
-        return replace(counts, bad=counts.bad + 1)
 
     def _row(self, found: dict[str, list[Any]], i: int, drawn: Drawn, turn: int | None) -> dict[str, Any]:
         """A row as `build_dataset` has it."""

@@ -37,6 +37,7 @@ from kdtrain.errors import DataError
 Cursor = tuple[int, int]
 START: Cursor = (0, 0)
 _ROWS_AT_ONCE = 1000
+_STREAMED_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ class _Mapped(Shard):
     def rows(self, cursor: Cursor = START) -> Iterator[tuple[RawRow, Cursor]]:
         names = self.table.column_names
         check_table_columns(self.source, self.name, names)
+        if cursor[0] >= len(self.table):
+            return
         rest = self.table.select(range(cursor[0], len(self.table)))
         number = cursor[0]
         for row in table_rows(rest, self.name, *_found(self.source, names), first=number + 1):
@@ -186,10 +189,9 @@ class _Streamed(Shard):
         rows = self.stream.decode(False) if features is not None else self.stream
         try:
             # By `iter`: in a worker of a data loader __iter__ would give a part of the rows.
-            for batch in (rows.skip(number) if number else rows).iter(_STREAMED_AT_ONCE):
-              for values in zip(*batch.values()):
+            batches = (rows.skip(number) if number else rows).iter(_STREAMED_AT_ONCE)
+            for row in (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True)):
                 number += 1
-                row = dict(zip(batch, values))
                 found = {name: value for name, value in row.items() if name in wanted}
                 if features is not None:
                     found = {name: without_nulls(value, features[name]) for name, value in found.items()}
