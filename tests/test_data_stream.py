@@ -8,6 +8,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from kdtrain.data import Source, build_dataset
 from kdtrain.data.dataset import encoder_of
@@ -58,6 +59,11 @@ def _lines(folder, some):
         file.write("\n" + "".join(json.dumps(row) + "\n\n" for row in some[10:]))
 
 
+def _plain_lines(folder, some):
+    write_lines(folder / "a-1.jsonl", some[:10])
+    write_lines(folder / "a-2.jsonl", some[10:])
+
+
 def _parquet(folder, some):
     pq.write_table(datasets.Dataset.from_list(some[:10]).data.table, folder / "a.parquet", row_group_size=4)
     datasets.Dataset.from_list(some[10:]).to_parquet(folder / "b.parquet")
@@ -105,6 +111,32 @@ def test_files_give_the_rows_that_they_give_without_streaming_and_go_on_behind_e
     assert sum(len(list(part.rows())) for part in parts) == 25
 
 
+def test_a_data_set_of_the_hub_is_streamed_file_by_file_also_in_a_worker(stream, tmp_path, monkeypatch):
+    """By the loader of `datasets` itself, with files that lie here in place of the hub's."""
+    upstream = datasets.load_dataset_builder
+    for kind, write in (("json", _plain_lines), ("parquet", _parquet)):
+        (folder := tmp_path / kind).mkdir()
+        write(folder, [{**row, "images": []} for row in CHATS])
+        files = sorted(map(str, folder.iterdir()))
+        monkeypatch.setattr(
+            datasets, "load_dataset_builder", lambda name, *_, files=files, kind=kind, **__: upstream(kind, data_files=files)
+        )
+        source = Source("org/rows", streaming=True)
+        found, local = stream(source), stream(folder)
+        wanted = [row["input_ids"] for row in taken(local, 50)]
+        assert [row["input_ids"] for row in taken(found, 50)] == wanted
+        parts = shards.shards_of(source)
+        assert len(parts) == 2
+        for part in parts:
+            read = list(part.rows())
+            assert [list(part.rows(cursor)) for _, cursor in read] == [read[n:] for n in range(1, len(read) + 1)]
+        loader = torch.utils.data.DataLoader(stream(source, length=20), batch_size=5, num_workers=2, collate_fn=list)
+        assert [row["input_ids"] for batch in loader for row in batch] == wanted[:20]
+    with pytest.raises(DataError, match="cannot load the data set org/none"):
+        monkeypatch.setattr(datasets, "load_dataset_builder", upstream)
+        stream(Source("org/none", streaming=True))
+
+
 def test_a_file_without_a_row_in_each_line_is_refused(stream, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(CHATS, indent=1))
     with pytest.raises(DataError, match="not one row in each line"):
@@ -148,9 +180,9 @@ def test_sources_are_drawn_by_their_weights_and_a_limit_takes_the_first_rows(str
     one, two = _shards(tmp_path / "a", [30]), _shards(tmp_path / "b", [3, 3])
     many = Source(one.path, weight=3, streaming=True), Source(two.path, limit=4, ce=False, streaming=True)
     for shuffle in (False, True):
-        found = taken(stream(*many, shuffle=shuffle), 4000)
+        found = taken(stream(*many, shuffle=shuffle), 800)
         of_second = [row for row in found if row["row_id"].startswith("1:")]
-        assert len(of_second) == pytest.approx(1000, abs=90)  # 3.3 standard deviations
+        assert len(of_second) == pytest.approx(200, abs=41)  # 3.3 standard deviations
         assert {row["row_id"] for row in of_second} == {"1:0.jsonl:1", "1:0.jsonl:2", "1:0.jsonl:3", "1:1.jsonl:1"}
         assert {row["ce"] for row in of_second} == {False}
 

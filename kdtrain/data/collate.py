@@ -143,7 +143,7 @@ class Collator:
                 truncated=truncated if any(truncated) else (),
                 places=None if places == list(range(given)) else places,
                 answers=[_answer(row) for row, _ in kept] if self.answers else (),
-                stream_place=kept[0][0].get(PLACE),
+                stream_place=kept[-1][0].get(PLACE),
                 **_conversations([row for row, _ in kept]),
             ),
             teacher_tokens=self._teacher_tokens([row for _, row in fitting]),

@@ -58,8 +58,14 @@ def read_data(
     processing: PreTrainedTokenizerBase | ProcessorMixin,
     reporter: Reporter,
     given: Given,
+    *,
+    all_rows: bool = False,
 ) -> RunData:
-    """Read and encode the rows, in one process of a machine; the others read its cache."""
+    """Read and encode the rows, in one process of a machine; the others read its cache.
+
+    Args:
+        all_rows: read a stream to its end as well.
+    """
     most_bad = config.data.max_bad_rows
     evaluation = evaluation_report = stream = None
     together = Together()
@@ -67,7 +73,7 @@ def read_data(
         sources = sources_of(config.data.train, given.train_dataset)
         with together.check(("data", "train")):
             options = encoding_options(config, seed, "train")
-            if config.data.streams:
+            if config.data.streams and not all_rows:
                 some = [first_of(source, _FIRST_ROWS) for source in sources]
                 train, report = _read(some, processing, max_bad_rows=most_bad, **options)
                 stream = _stream(config, seed, processing, sources, train, report)

@@ -154,8 +154,16 @@ class RowProgress(TrainerCallback):
 
     def note_window(self, batches: Sequence[Batch]) -> None:
         """Keep where the window that is about to train can be read again from."""
-        if batches and batches[0].rows.stream_place is not None:
-            self._places.append(batches[0].rows.stream_place)
+        if batches and batches[-1].rows.stream_place is not None:
+            self._places.append(batches[-1].rows.stream_place)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Say what was left out of a stream, which nobody knew before."""
+        if self._places and is_main() and ((found := self._places[-1].so_far).bad or found.dropped):
+            logger.warning(
+                "Of %s rows that were read of the stream, %s were bad and %s too long: they were left out.",
+                *(f"{count:,}" for count in (found.read, found.bad, found.dropped)),
+            )
 
     def _start_at(self, checkpoint: Path) -> _Start:
         args, dealing = self._trainer.args, self.dealing

@@ -14,7 +14,7 @@ rows, would make steps of fewer rows where some are left out, other ones for eac
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,8 @@ class Place:
     shuffle: bool
     identity: str
     """Of the files, whose order everything depends on."""
+    so_far: Counts = field(default_factory=Counts)
+    """What became of the rows up to the one that this place comes with."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,7 +74,8 @@ class Place:
             SourcePlace(reading, shard, (cursor[0], cursor[1]), taken)
             for reading, shard, cursor, taken in block["sources"]
         )
-        return cls(**{**values, "block": BlockPlace(block["number"], sources), "counts": Counts(**values["counts"])})
+        counts = {name: Counts(**values[name]) for name in ("counts", "so_far")}
+        return cls(**{**values, "block": BlockPlace(block["number"], sources), **counts})
 
 
 class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
@@ -112,8 +115,9 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
         return self.length
 
     def identities(self) -> list[str]:
-        """Of the files of each source."""
-        return [identity_of(shards) for shards in self._order.shards]
+        """What tells the rows of each source from those of another time."""
+        pairs = zip(self.sources, self._order.shards, strict=True)
+        return [f"{identity_of(shards)}, limit {source.limit}" for source, shards in pairs]
 
     def start_at(self, values: dict[str, Any] | None) -> None:
         """Begin at a `Place`, in JSON, from now on; None is the first row.
@@ -164,7 +168,7 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
                     # What comes a second time was counted the first time.
                     counts = counts.with_one(status) if one.first else counts
                     if status == "ok":
-                        yield number, {**row, PLACE: place}
+                        yield number, {**row, PLACE: replace(place, so_far=counts)}
                         number += 1
                     elif status != "dropped":
                         self._refuse(row, one, counts)
