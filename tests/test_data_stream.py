@@ -16,6 +16,7 @@ from kdtrain.data.stream import order, rows, shards
 from kdtrain.data.stream.order import StreamOrder
 from kdtrain.data.stream.rows import PLACE, StreamedRows
 from kdtrain.errors import CheckpointError, DataError
+from tests.benchmarks import stream_memory
 from tests.test_data_dataset import FORGETFUL, tokenizer_with, write_lines
 
 datasets.disable_progress_bars()
@@ -267,3 +268,10 @@ def test_a_conversation_that_becomes_several_rows_has_a_number_for_each(stream, 
     path = write_lines(tmp_path / "a.jsonl", [several, chat(2)])
     found = names(stream(path, tokenizer=tokenizer_with(FORGETFUL)), 3)
     assert found == ["0:a.jsonl:1:0", "0:a.jsonl:1:1", "0:a.jsonl:2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_does_not_grow_with_the_rows(workers, tmp_path):
+    few, many = (stream_memory.measure(tmp_path, count, workers)["peak_mib"] for count in (20_000, 100_000))
+    assert many < few + 15
