@@ -88,9 +88,7 @@ def _arrow(folder, some):
 
 
 @pytest.mark.parametrize("write", [_lines, _parquet, _csv, _saved, _arrow])
-def test_files_give_the_rows_that_they_give_without_streaming_and_go_on_behind_each(
-    write, stream, tmp_path, tokenizer
-):
+def test_files_give_the_rows_that_they_give_without_streaming_and_go_on_behind_each(write, stream, tmp_path, tokenizer):
     (folder := tmp_path / "data").mkdir()
     write(folder, CHATS)
     counted, _ = build_dataset(
@@ -120,7 +118,9 @@ def test_a_data_set_of_the_hub_is_streamed_file_by_file_also_in_a_worker(stream,
         write(folder, [{**row, "images": []} for row in CHATS])
         files = sorted(map(str, folder.iterdir()))
         monkeypatch.setattr(
-            datasets, "load_dataset_builder", lambda name, *_, files=files, kind=kind, **__: upstream(kind, data_files=files)
+            datasets,
+            "load_dataset_builder",
+            lambda name, *_, files=files, kind=kind, **__: upstream(kind, data_files=files),
         )
         source = Source("org/rows", streaming=True)
         found, local = stream(source), stream(folder)
@@ -133,14 +133,14 @@ def test_a_data_set_of_the_hub_is_streamed_file_by_file_also_in_a_worker(stream,
             assert [list(part.rows(cursor)) for _, cursor in read] == [read[n:] for n in range(1, len(read) + 1)]
         loader = torch.utils.data.DataLoader(stream(source, length=20), batch_size=5, num_workers=2, collate_fn=list)
         assert [row["input_ids"] for batch in loader for row in batch] == wanted[:20]
-    with pytest.raises(DataError, match="cannot load the data set org/none"):
-        monkeypatch.setattr(datasets, "load_dataset_builder", upstream)
+    monkeypatch.setattr(datasets, "load_dataset_builder", upstream)
+    with pytest.raises(DataError, match=r"cannot load the data set org/none"):
         stream(Source("org/none", streaming=True))
 
 
 def test_a_file_without_a_row_in_each_line_is_refused(stream, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(CHATS, indent=1))
-    with pytest.raises(DataError, match="not one row in each line"):
+    with pytest.raises(DataError, match=r"not one row in each line"):
         stream(tmp_path / "a.json")
 
 
@@ -234,7 +234,7 @@ def test_other_files_are_refused(stream, tmp_path):
     source = _shards(tmp_path / "a", [7, 5])
     place = stream(source)[3][PLACE].as_json()
     write_lines(tmp_path / "a/2.jsonl", [chat(100)])
-    with pytest.raises(CheckpointError, match="files of data.train are others"):
+    with pytest.raises(CheckpointError, match=r"files of data.train are others"):
         stream(source).start_at(place)
 
 
@@ -259,7 +259,7 @@ def test_long_rows_stop_or_are_left_out(stream, tmp_path):
 
 def test_a_stream_of_which_nothing_is_left_ends(stream, tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"messages": []}] * 3)
-    with pytest.raises(DataError, match="no row is left of 3: 3 are bad"):
+    with pytest.raises(DataError, match=r"no row is left of 3: 3 are bad"):
         names(stream(path, bad=10**9), 1)
 
 

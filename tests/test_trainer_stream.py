@@ -23,7 +23,9 @@ def make_stream(folder, bad=100):
         for name, sizes in (("a", (9, 5)), ("b", (6, 7))):
             (folder / name).mkdir(parents=True)
             for number, size in enumerate(sizes):
-                some = [{"prompt": f"the {i}", "completion": " path" * (1 + i % 5) + f" {name}{i}"} for i in range(size)]
+                some = [
+                    {"prompt": f"the {i}", "completion": " path" * (1 + i % 5) + f" {name}{i}"} for i in range(size)
+                ]
                 write_lines(folder / name / f"{number}.jsonl", [*some, {"prompt": 3}, {"prompt": "the " * 40}])
     order.BLOCK_ROWS, rows._AT_ONCE = 10, 3
     encoder, limits = encoder_of(tiny.make_tokenizer(), max_length=40, on_overlength="drop", train_on="assistant")
@@ -62,10 +64,8 @@ def train(folder, resume=None, data=None, bad=100, out="run", **options):
 
 def on_ranks(ranks, folder, resume=None, **options):
     """The same of several ranks, a step's rows in the order in which they were dealt, and the losses."""
-    if ranks == 1:
-        found = [train(folder, resume, **options)]
-    else:
-        found = tiny.run_ranks(_train, ranks, folder, resume, options)
+    alone = ranks == 1
+    found = [train(folder, resume, **options)] if alone else tiny.run_ranks(_train, ranks, folder, resume, options)
     steps = zip(*(one[0] for one in found), strict=True)
     return [[row for batch in zip(*step, strict=True) for own in batch for row in own] for step in steps], found[0][1]
 
@@ -97,8 +97,8 @@ def test_steps_have_the_same_rows_whatever_deals_them_and_a_resumed_run_is_the_s
 
 
 def test_a_run_that_goes_on_with_other_batches_and_more_steps_begins_at_the_next_row(tmp_path):
-    steps, losses, *_ = train(tmp_path, **batches(4, 1))
-    rest, resumed, *_ = train(tmp_path, 2, max_steps=10, **batches(2, 1))
+    steps, *_ = train(tmp_path, **batches(4, 1))
+    rest, *_ = train(tmp_path, 2, max_steps=10, **batches(2, 1))
     found = [row for step in rest for batch in step for row in batch]
     assert found == [row for step in steps[2:] for batch in step for row in batch]
     more, *_ = train(tmp_path, 10, max_steps=12, **batches(2, 1))

@@ -1,4 +1,4 @@
-"""Sources that are read while training: what cannot stand beside `streaming: true`, since their rows are not counted."""
+"""Sources that are read while training: what cannot stand beside `streaming: true`, where rows are not counted."""
 
 from __future__ import annotations
 

@@ -37,9 +37,7 @@ def table_size(path: Path, kind: str) -> int:
     return 0 if is_empty(path, kind) else len(load_table(path, kind))
 
 
-def table_rows(
-    table: Any, name: str, columns: Sequence[str], named: Sequence[str], first: int = 1
-) -> Iterator[RawRow]:
+def table_rows(table: Any, name: str, columns: Sequence[str], named: Sequence[str], first: int = 1) -> Iterator[RawRow]:
     """The rows of a table with these columns, numbered from `first` on; of those of `named` it is only said whether
     they hold something."""
     features = _undecoded(table.select_columns(columns).features)

@@ -16,7 +16,7 @@ import numpy as np
 
 from kdtrain.config import RunConfig
 from kdtrain.config.schema import DataSource
-from kdtrain.data import BuildReport, Source
+from kdtrain.data import BuildReport
 from kdtrain.data.dataset import EncodedSources, encode_sources, images_per_row
 from kdtrain.data.multimodal import reads_images
 from kdtrain.data.segments import Segment, segments, special_ids

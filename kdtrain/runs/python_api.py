@@ -74,8 +74,8 @@ def prepare(
     check_callbacks(callbacks)
     if train_dataset is not None and (checked.data.streams or is_iterated(train_dataset)):
         raise ConfigError(
-            "train_dataset is a stream, or data.train says so: kdtrain.fit streams the files, folders and data sets that "
-            "data.train names, with streaming: true. An IterableDataset is taken by "
+            "train_dataset is a stream, or data.train says so: kdtrain.fit streams the files, folders and data sets "
+            "that data.train names, with streaming: true. An IterableDataset is taken by "
             "kdtrain.trainer.GKDTrainerWithMetrics."
         )
     given = Given(

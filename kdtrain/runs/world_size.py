@@ -26,8 +26,8 @@ def check_world_size(config: RunConfig, checkpoint: Path | None, processes: int,
     if before != processes:
         raise CheckpointError(
             f"{checkpoint} was written by {before} {_processes(before)}, and there {'is' if processes == 1 else 'are'} "
-            f"{processes} now: of a stream a step would have other rows. Go on with {before}, or insist, and it goes on "
-            f"at the next row:\n  {world_size_command()}"
+            f"{processes} now: of a stream a step would have other rows. Go on with {before}, or insist, and it goes "
+            f"on at the next row:\n  {world_size_command()}"
         )
 
 

@@ -60,7 +60,9 @@ def look_at_losses(trainer: GKDTrainerWithMetrics) -> None:
 
 
 def _few_rows(trainer: GKDTrainerWithMetrics) -> Batch | None:
-    batch = few_rows(rows_to_look_at(trainer.train_dataset), trainer.data_collator, trainer.args.per_device_train_batch_size)
+    batch = few_rows(
+        rows_to_look_at(trainer.train_dataset), trainer.data_collator, trainer.args.per_device_train_batch_size
+    )
     if batch is None:
         return None
     batch = _received(trainer, batch)

@@ -1,8 +1,8 @@
 """`python -m tests.benchmarks.stream_memory`: the peak of the memory while rows are streamed, few of them and many.
 
 Each number of rows is read to its end by a process of its own, as a run reads them: files of JSON lines, shuffled,
-encoded, dealt by the sampler and the data loader, collated in batches of 64; without a model. A worker of the data loader
-counts too.
+encoded, dealt by the sampler and the data loader, collated in batches of 64; without a model. A worker of the data
+loader counts too.
 
     python -m tests.benchmarks.stream_memory                  20 thousand and 2 million rows; 10 minutes of one core
     python -m tests.benchmarks.stream_memory --rows 200000    another number than 2 million

@@ -104,9 +104,7 @@ def fit(
     refuse_if_locked(run_dir)
     allowed = _allowed(allow_changes, resume)
     if allow_world_size_change and resume is None:
-        raise ConfigError(
-            "--allow-world-size-change is of a run that is resumed: add --resume auto, or remove it."
-        )
+        raise ConfigError("--allow-world-size-change is of a run that is resumed: add --resume auto, or remove it.")
     refuse_changed_options(run_config, resume, allowed)
     if not no_launch:
         launch_if_wanted(run_config, quiet, run_dir)

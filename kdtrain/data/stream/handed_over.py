@@ -47,8 +47,9 @@ class IteratedRows(torch.utils.data.Dataset[dict[str, Any]]):
 
     def _read(self) -> Iterator[Any]:
         while True:
-            number = -1
-            for number, row in enumerate(self._data):
+            is_empty = True
+            for row in self._data:
+                is_empty = False
                 yield row
-            if number < 0:
+            if is_empty:
                 raise DataError(f"{self._name} gave rows once, and none the second time: give it an __iter__.")

@@ -2,11 +2,12 @@
 
 Rows are read in blocks of 10,000, fewer where they are long, or where the only source ends. Which source gives the next
 row is drawn for a block at a time, in proportion to the sources' weights; the rows of a block are shuffled among
-themselves. A source that has been read to its end begins again, with its files in another order. So a place in it is the number of a block, where each
-source stood when it began, and a row of the block: to go on there, that one block is read again.
+themselves. A source that has been read to its end begins again, with its files in another order. So a place in it is
+the number of a block, where each source stood when it began, and a row of the block: to go on there, that one block is
+read again.
 
-Every process reads all rows, and knows by counting which are its own. Reading is cheap beside encoding: 400,000 rows of
-200 bytes a second on one core, where 4,000 are encoded.
+Every process reads all rows, and knows by counting which are its own. Reading takes a fiftieth of what encoding takes:
+one busy core reads 60,000 rows of 900 bytes in a second.
 """
 
 from __future__ import annotations

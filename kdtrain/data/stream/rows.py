@@ -4,11 +4,12 @@ Row n is the same one for every process, batch size and number of workers, so th
 and workers does with a stream what it does with rows that were counted. Behind the last row it goes back to nothing: a
 run asks for as many rows as its `max_steps` take.
 
-Which number a row has is known once those before it are encoded: some are bad, some too long, and a conversation may be
-several. So every process encodes all rows, and not only its own: with W processes each of them does W times the work.
-On one core 4,000 rows of 200 tokens are encoded in a second, which eight processes that take 8 rows in half a second
-each use 3 % of; a worker (`training.dataloader_num_workers: 1`) does it beside the model. The other way, of the raw
-rows, would make steps of fewer rows where some are left out, other ones for each number of processes.
+Which number a row has is known once those before it are encoded: some are bad, some too long, and a conversation may
+be several. So every process encodes all rows, and not only its own: with W processes each of them does W times the
+work. One busy core encodes 1,300 rows of 180 tokens a second: eight processes that take 8 rows each in half a second
+use a tenth of one each, and 64 most of one, which a worker (`training.dataloader_num_workers: 1`) does beside the
+model. To deal the raw rows instead would make steps of fewer rows where some are left out, and larger ones where some
+are several.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
 
     def _encoded(self, drawn: Sequence[Drawn]) -> Iterator[tuple[Drawn, str, dict[str, Any]]]:
         """Some rows with what became of them, and as they are trained or with the reason why not."""
-        batch = {
+        batch: dict[str, list[Any]] = {
             "problem": [one.row.problem for one in drawn],
             "text": [one.row.text for one in drawn],
             "file": [one.row.file for one in drawn],

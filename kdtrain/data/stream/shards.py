@@ -183,14 +183,17 @@ class _Streamed(Shard):
 
     def rows(self, cursor: Cursor = START) -> Iterator[tuple[RawRow, Cursor]]:
         number, features = cursor[0], self.stream.features
-        wanted, named = wanted_columns(self.source.columns) | {self.source.prefix_column}, unread_media(
-            self.source.columns
+        wanted, named = (
+            wanted_columns(self.source.columns) | {self.source.prefix_column},
+            unread_media(self.source.columns),
         )
         rows = self.stream.decode(False) if features is not None else self.stream
         try:
             # By `iter`: in a worker of a data loader __iter__ would give a part of the rows.
             batches = (rows.skip(number) if number else rows).iter(_STREAMED_AT_ONCE)
-            for row in (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True)):
+            for row in (
+                dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True)
+            ):
                 number += 1
                 found = {name: value for name, value in row.items() if name in wanted}
                 if features is not None:
@@ -233,7 +236,7 @@ def _columns(source: Source, schema: pa.Schema) -> list[str]:
 
 
 def _found(source: Source, names: list[str]) -> tuple[list[str], list[str]]:
-    """Of the columns of a table, those that are read, and those of which it is only said whether they hold something."""
+    """Of the columns of a table those that are read, and those of which it is only said whether they hold something."""
     wanted = wanted_columns(source.columns) | {source.prefix_column}
     return [one for one in names if one in wanted], [one for one in unread_media(source.columns) if one in names]
 
