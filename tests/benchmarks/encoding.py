@@ -29,10 +29,40 @@ from typing import Any
 ALLOWED = 1.2
 WARM_S = 15
 _WORDS = 130  # of a row; about 200 tokens with the tokenizer of the tests
-_TEXT = (
-    "the path of the file it returns when they are equal a token and the student learns from a divergence between two "
-    "distributions numbers predicts next function does what zero as well"
-).split()
+_TEXT = [
+    "the",
+    "path",
+    "of",
+    "the",
+    "file",
+    "it",
+    "returns",
+    "when",
+    "they",
+    "are",
+    "equal",
+    "a",
+    "token",
+    "and",
+    "the",
+    "student",
+    "learns",
+    "from",
+    "a",
+    "divergence",
+    "between",
+    "two",
+    "distributions",
+    "numbers",
+    "predicts",
+    "next",
+    "function",
+    "does",
+    "what",
+    "zero",
+    "as",
+    "well",
+]
 
 
 def main() -> None:
@@ -48,7 +78,8 @@ def main() -> None:
         rate = options.rows / one["wall_s"]
         print(f"| {name} | {one['wall_s']:.1f} | {one['cpu_s']:.1f} | {rate:,.0f} | {one['peak_mib']:,.0f} |")
     ratio = found["ours"]["cpu_s"] / found["theirs"]["cpu_s"]
-    print(f"{found['ours']['tokens'] / options.rows:.0f} tokens a row; {ratio:.2f} times the processor, allowed {ALLOWED}")
+    tokens = found["ours"]["tokens"] / options.rows
+    print(f"{tokens:.0f} tokens a row; {ratio:.2f} times the processor, allowed {ALLOWED}")
     print(f"again: {found['again']['wall_s']:.1f} s, allowed {WARM_S}")
     sys.exit(ratio > ALLOWED or found["again"]["wall_s"] > WARM_S)
 
@@ -144,9 +175,7 @@ def _theirs(options: argparse.Namespace, tokenizer: Any) -> int:
         return {"input_ids": found["input_ids"], "assistant_masks": found["assistant_masks"]}
 
     rows = datasets.load_dataset("json", data_files=options.path, split="train")
-    found = rows.map(
-        encode, batched=True, batch_size=500, remove_columns=rows.column_names, num_proc=options.processes
-    )
+    found = rows.map(encode, batched=True, batch_size=500, remove_columns=rows.column_names, num_proc=options.processes)
     return sum(map(len, found[:10]["input_ids"])) * options.rows // 10
 
 
