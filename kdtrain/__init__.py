@@ -35,6 +35,7 @@ def fit(
     teacher: Any = None,
     resume: str | None = None,
     allow_changes: Sequence[str] = (),
+    allow_world_size_change: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
 ) -> RunResult:
@@ -53,6 +54,7 @@ def fit(
         resume: "auto" (the newest complete checkpoint, or a clean start) or a checkpoint's path.
         allow_changes: what may differ from the run that made the checkpoint: options such as "rlhf.beta", sections, or
             "data.content".
+        allow_world_size_change: whether a run that streams its rows goes on with another number of processes.
         dry_run: build everything and run a window of each kind forward and backward; no step, no file.
         quiet: show no progress; warnings come through `logging`.
 
@@ -78,4 +80,12 @@ def fit(
     from kdtrain.runs.fit import fit as run
 
     reporter = ConsoleReporter(Console(stderr=True), quiet=quiet)
-    return run(arguments, reporter, resume=resume, allow_changes=allowed, dry_run=dry_run, given=given)
+    return run(
+        arguments,
+        reporter,
+        resume=resume,
+        allow_changes=allowed,
+        allow_world_size_change=allow_world_size_change,
+        dry_run=dry_run,
+        given=given,
+    )

@@ -408,7 +408,7 @@ def fuzz_data(seed: int, count: int) -> dict[str, Any]:
                 result = check_config(config, files=data_files)
                 code = "2"
                 if result.config is not None:
-                    source = Source(**result.config.data.train[0].model_dump(exclude={"streaming"}))
+                    source = Source(**result.config.data.train[0].model_dump())
                     rows, _ = build_dataset(
                         [source], processor, max_length=96, on_overlength="truncate", train_on="assistant",
                         max_bad_rows=config["data"]["max_bad_rows"], cache_dir=str(folder / "cache"), num_proc=1,

@@ -225,10 +225,31 @@ def test_an_option_of_a_later_version_is_refused_not_ignored(option: str, value:
     assert "not available yet" in found[option.replace("__", ".")]
 
 
-@pytest.mark.parametrize(("option", "value"), [("streaming", True)])
-def test_a_source_option_of_a_later_version_is_refused_not_ignored(option: str, value: Any) -> None:
-    found = errors(config(data__train=["a.jsonl", {"path": "b.jsonl", option: value}]))
-    assert list(found) == [f"data.train[1].{option}"]
+STREAM = {"path": "a.jsonl", "streaming": True}
+STEPS = {"training__max_steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("changed", "where", "message"),
+    [
+        ({}, "training.max_steps", "nobody knows how many rows and epochs"),
+        ({"training__num_train_epochs": 2}, "training.num_train_epochs", "set training.max_steps"),
+        ({**STEPS, "data__train": [STREAM, "b.jsonl"]}, "data.train[1]", "for all sources of data.train, or for none"),
+        ({**STEPS, "data__train": [STREAM | {"split": "train[:9]"}]}, "data.train[0].split", "use limit"),
+        ({**STEPS, "data__train": [STREAM | {"answers": "teacher"}]}, "data.train[0].answers", "rlhf.seq_kd: true"),
+        ({**STEPS, "data__eval": [{"path": "c.jsonl", "streaming": True}]}, "data.eval[0].streaming", "use limit"),
+        ({**STEPS, "data__eval": "5%"}, "data.eval", "name rows of their own"),
+        ({**STEPS, "training__save_strategy": "epoch"}, "training.save_strategy", "has no epochs"),
+        ({**STEPS, "custom__sample_limit": 5}, "custom.sample_limit", "use limit of the source"),
+    ],
+)
+def test_what_counts_on_the_number_of_rows_is_refused_beside_a_stream(
+    changed: dict[str, Any], where: str, message: str
+) -> None:
+    found = errors(config(**{"data__train": [STREAM], **changed}))
+    assert list(found) == [where]
+    assert message in found[where]
+    assert not errors(config(data__train=[STREAM], **STEPS))
 
 
 QLORA = {"model__quantization": "4bit", "tuner__train_type": "lora"}

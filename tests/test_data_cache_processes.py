@@ -70,15 +70,15 @@ def test_two_processes_that_encode_the_same_rows_at_once_both_succeed_50_times(t
 def test_an_entry_that_another_process_has_just_stored_stays(tmp_path, tokenizer, monkeypatch):
     """The other one stores the same rows between our look into the cache and our own storing."""
     path, cache = write_lines(tmp_path / "a.jsonl", [pair(0)]), tmp_path / "cache"
-    real, theirs = encoding_module._encode_batch, []
+    real, theirs = encoding_module.encode_batch, []
 
     def slower(*arguments, **options):
-        monkeypatch.setattr(encoding_module, "_encode_batch", real)
+        monkeypatch.setattr(encoding_module, "encode_batch", real)
         build(path, tokenizer, cache)
         theirs.extend(file.stat().st_ino for file in cache.glob("encoded-*/rows*.arrow"))
         return real(*arguments, **options)
 
-    monkeypatch.setattr(encoding_module, "_encode_batch", slower)
+    monkeypatch.setattr(encoding_module, "encode_batch", slower)
     found = build(path, tokenizer, cache)
     assert len(theirs) == 1
     assert [file.stat().st_ino for file in cache.glob("encoded-*/rows*.arrow")] == theirs
@@ -86,14 +86,14 @@ def test_an_entry_that_another_process_has_just_stored_stays(tmp_path, tokenizer
 
 
 def _encode_and_wait(path, tokenizer, cache, reached, go_on):
-    real = encoding_module._encode_batch
+    real = encoding_module.encode_batch
 
     def waiting(*arguments, **options):
         reached.set()
         assert go_on.wait(60)
         return real(*arguments, **options)
 
-    encoding_module._encode_batch = waiting
+    encoding_module.encode_batch = waiting
     build(path, tokenizer, cache)
 
 

@@ -728,7 +728,7 @@ def test_an_image_that_would_fill_the_memory_is_a_bad_row_however_it_is_given(bu
 def test_other_bad_rows_stay_as_they_were_stored(build, tmp_path, monkeypatch):
     path = write_lines(tmp_path / "a.jsonl", [{"messages": []}, {"messages": TURNS}])
     build(path, max_bad_rows=1)
-    monkeypatch.setattr("kdtrain.data.cache._encode_batch", None)
+    monkeypatch.setattr("kdtrain.data.cache.encode_batch", None)
     assert build(path, max_bad_rows=1)[1].bad_rows == 1
 
 

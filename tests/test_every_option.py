@@ -450,7 +450,7 @@ SOURCE = {
     "name": Change("subset", built("build_dataset")),
     "split": Change("test", built("build_dataset")),
     "columns": Change({"prompt": "question"}, built("build_dataset")),
-    "streaming": Change(True, findings),
+    "streaming": Change(True, findings),  # of data.train that max_steps is missing
     "limit": Change(3, built("build_dataset")),
     "weight": Change(2.0, built("build_dataset")),
     "ce": Change(False, built("build_dataset")),

@@ -421,7 +421,6 @@ def test_a_torch_data_set_with_a_length_trains(tmp_path, student, teacher):
         ("train.jsonl", ConfigError, r"it is a str\. Files are read by kdtrain\.fit"),
         (["a row"], DataError, "the first is a str"),
         (datasets.DatasetDict(train=datasets.Dataset.from_list(tiny.CHATS)), ConfigError, "keys train: pass one of"),
-        (datasets.Dataset.from_list(tiny.CHATS).to_iterable_dataset(), NotAvailableError, "IterableDataset"),
     ],
 )
 def test_what_is_no_training_data_is_an_error_that_says_so(tmp_path, student, teacher, tokenizer, rows, error, message):

@@ -26,7 +26,5 @@ def check_available(config: RunConfig) -> list[Problem]:
         for option, (what, available) in NOT_AVAILABLE.items()
         if attrgetter(option)(config) not in available
     ]
-    for part, sources in (("train", config.data.train), ("eval", config.data.eval_sources)):
-        used += [(("data", part, i, "streaming"), "streaming") for i, source in enumerate(sources) if source.streaming]
     hint = "remove it, or wait for a later version"
     return [Problem(path, f"not available yet: {what}", hint) for path, what in used]

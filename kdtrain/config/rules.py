@@ -22,6 +22,7 @@ from kdtrain.config.quantized import quantized_models
 from kdtrain.config.schema import RunConfig, TeacherConfig
 from kdtrain.config.server_urls import check_server_urls
 from kdtrain.config.splits import share_rows
+from kdtrain.config.streams import streamed_sources
 from kdtrain.config.tree import KeyPath, Node, Problem, Written, dotted, get, locate
 
 _SERVER = (
@@ -452,6 +453,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (frozen_parts, ("tuner.freeze_llm", "tuner.freeze_vit", "tuner.freeze_aligner", "custom.visual_kd")),
     (evaluation, (*_KD_SWITCHES, "training.eval_strategy")),
     (evaluation_on_training_rows, ("data.train", "data.eval")),
+    (streamed_sources, ("data.train", "data.eval", "training", "custom.sample_limit")),
     (training_conflicts, ("training.output_dir", "training.max_steps", "training.dataloader_num_workers")),
     (best_step, (*_KD_SWITCHES, "training", "rlhf.eval_kd")),
     (same_model, ("model.model", "rlhf.teacher_model", "rlhf.teacher", "rlhf.llm_kd_weight", "rlhf.sft_alpha")),

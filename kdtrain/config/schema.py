@@ -136,13 +136,17 @@ class DataSource(Section):
     then not read, but for those of images, videos and sounds; one that the rows would lose that way
     (`system`, `tools`, `input`) is an error. `{input: null}` says that a column is not to be read."""
     streaming: Flag = False
-    """Read while training instead of before it, for data larger than memory or disk."""
+    """Read while training instead of before it, for data larger than memory or disk: files with a row in each line
+    (also packed), Parquet, Arrow, CSV, folders of them, saved data sets and those of the hub. Rows are shuffled in
+    blocks of 10,000, and files among themselves. All sources of data.train or none; needs training.max_steps."""
     limit: Count | None = None
     """Use the first n rows only."""
     weight: Positive = 1.0
     """How often each row appears in an epoch: 1 once, 2 twice, 0.5 a random half of the rows, from the seed. While
     training the next epoch takes the rows that came least, so that two of 0.5 are all rows once (all are encoded,
-    and answered where the teacher writes); evaluation and `custom.sample_limit` keep to the same rows."""
+    and answered where the teacher writes); evaluation and `custom.sample_limit` keep to the same rows. Of sources that
+    are streamed, whose rows are not counted, it is a source's part of the rows that are drawn: 3 beside 1 is three of
+    four."""
     ce: Flag = True
     """Whether the rows' own labels count. false: the teacher alone supervises them."""
     answers: Literal["data", "teacher"] = "data"
@@ -232,6 +236,11 @@ class DataConfig(Section):
     cache_dir: Text | None = None
     """Folder for encoded rows, which later runs read again; null: below HF_HOME, or a temporary folder where that
     cannot be written, which a line then says."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether the training rows are read while training: all sources of them or none, see `rules_of_streams`."""
+        return any(source.streaming for source in self.train)
 
     @property
     def eval_sources(self) -> tuple[DataSource, ...]:

@@ -21,6 +21,7 @@ encoded_row.py   a row as tokens, rows that were tokens already, and what become
 cache.py         all rows encoded, in parallel, cached by content
 segments.py      the text of a row's tokens, cut where supervision begins and ends
 cache_folder.py  where that is
+stream/          rows that are read while training
 epochs.py        which rows make up an epoch
 dataset.py       sources -> data set and report
 collate.py       rows -> batch

@@ -62,6 +62,8 @@ class Rows:
     """Of generated rows: whether each answer reached `max_new_tokens` without a token that ends it."""
     kd_weights: torch.Tensor | None = None
     """[B] float32: what the divergence of each row counts; None is 1 for all. A row of weight 0 is not in its D."""
+    stream_place: Any = None
+    """Of rows of a stream: the `kdtrain.data.stream.rows.Place` that reading can go on from, at or before the last."""
     images: Sequence[Sequence[Image]] = ()
     """Beside `chats`: the images of each row, in the order of its image parts, and maybe more of a row that was cut."""
 

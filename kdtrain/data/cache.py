@@ -89,7 +89,7 @@ def encode_cached(
         work = scratch / "new"
         work.mkdir()
         raw.map(
-            _encode_batch,
+            encode_batch,
             batched=True,
             with_indices=True,
             batch_size=at_once,
@@ -141,7 +141,7 @@ def _is_repaired(
     rows = np.array(stored["raw"][:])[np.array(stored["again"][:])]
     for start in range(0, len(rows), 100):
         some = rows[start : start + 100]
-        if set(_encode_batch(raw[some], list(some), encoder, sources, limits)["status"]) != {"bad"}:
+        if set(encode_batch(raw[some], list(some), encoder, sources, limits)["status"]) != {"bad"}:
             return True
     return False
 
@@ -201,9 +201,15 @@ def _workers(rows: int, num_proc: int | None) -> int | None:
     return chosen if chosen > 1 else None
 
 
-def _encode_batch(
+def encode_batch(
     batch: dict[str, list[Any]], indices: list[int], encoder: RowEncoder, sources: Sequence[Source], limits: Limits
 ) -> dict[str, list[Any]]:
+    """Raw rows encoded, in the columns of `_FEATURES`.
+
+    Args:
+        batch: by column `problem`, `text` and `file` of a RawRow, and `source`, the number of its source.
+        indices: the numbers of the rows, which become their `raw`.
+    """
     problems, parsed = list(batch["problem"]), {}
     for i, text in enumerate(batch["text"]):
         if not problems[i]:

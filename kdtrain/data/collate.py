@@ -27,6 +27,7 @@ from kdtrain.data.images import of_mean_colour, stored_image
 from kdtrain.data.multimodal import Multimodal, Processed, image_content, multimodal, reads_images, tokenizer_content
 from kdtrain.data.row_key import encoded_row_key
 from kdtrain.data.rows import parse_row
+from kdtrain.data.stream.rows import PLACE
 from kdtrain.data.visual_batch import cut_rows, pad_token_tensors, stack_visual
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
@@ -142,6 +143,7 @@ class Collator:
                 truncated=truncated if any(truncated) else (),
                 places=None if places == list(range(given)) else places,
                 answers=[_answer(row) for row, _ in kept] if self.answers else (),
+                stream_place=kept[-1][0].get(PLACE),
                 **_conversations([row for row, _ in kept]),
             ),
             teacher_tokens=self._teacher_tokens([row for _, row in fitting]),

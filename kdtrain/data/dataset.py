@@ -73,13 +73,15 @@ class BuildReport:
     # they come from: tried first, so that an image that does not fit a model does not end the run in its middle.
     image_extremes: list[tuple[int, str]] = field(default_factory=list)
     contents: list[SourceContent] = field(default_factory=list)  # of each source, with the sizes of its image files
+    streamed: bool = False  # these are the first rows of a stream, and stand for the others
     epochs: Epochs | None = None  # which rows of the data set make up each epoch; None: all, in every epoch
 
     def summary(self) -> str:
         """Some lines for people; counts of zero are left out, except the bad rows."""
         share = self.supervised_tokens / max(self.total_tokens, 1)
+        epoch = "streamed, these are the first" if self.streamed else f"{self.rows_per_epoch} per epoch"
         lines = [
-            f"{self.rows_kept} of {self.rows_read} rows, {self.rows_per_epoch} per epoch; "
+            f"{self.rows_kept} of {self.rows_read} rows, {epoch}; "
             f"{self.supervised_tokens} of {self.total_tokens} tokens supervised ({share:.0%}); "
             f"longest row {self.longest} tokens; {self.bad_rows} bad rows"
         ]
@@ -237,8 +239,8 @@ def encode_sources(
     if image_root is not None and not Path(image_root).is_dir():
         raise DataError(f"image_root is no folder: {show(image_root, 400)}")
     encoder = RowEncoder(processing_class, train_on, image_root=image_root, **options)
-    column, default = encoder.options.teacher_prefix_column, encoder.options.teacher_prefix is not None
-    sources = [replace(source, prefix_column=column, prefix_default=default) for source in sources]
+    column = encoder.options.teacher_prefix_column
+    sources = with_prefix_column(sources, encoder)
     limits = Limits(max_length, on_overlength)
     if not sources:
         raise DataError("there is no data source")
@@ -279,6 +281,31 @@ def encode_sources(
             report.image_extremes = _image_extremes(encoded, raw, rows)
             kept_columns = (encoder.keep_chats, encoder.keep_answers)
             yield EncodedSources(raw, encoded, sources, limits, rows, report, *kept_columns)
+
+
+def encoder_of(
+    processing_class: Any,
+    *,
+    max_length: int | None,
+    on_overlength: str,
+    train_on: str,
+    image_root: str | None = None,
+    sample_limit: int | None = None,
+    seed: int = 0,
+    num_proc: int | None = None,
+    cache_dir: str | None = None,
+    held_out: HeldOut | None = None,
+    **options: Any,
+) -> tuple[RowEncoder, Limits]:
+    """What encodes rows as `build_dataset` does with these arguments, for rows that are read one by one."""
+    encoder = RowEncoder(processing_class, train_on, image_root=image_root, **options)
+    return encoder, Limits(max_length, on_overlength)
+
+
+def with_prefix_column(sources: Sequence[Source], encoder: RowEncoder) -> list[Source]:
+    """Sources that know the column of the teacher's prefix."""
+    column, default = encoder.options.teacher_prefix_column, encoder.options.teacher_prefix is not None
+    return [replace(source, prefix_column=column, prefix_default=default) for source in sources]
 
 
 def _check_prefix_column(raw: datasets.Dataset, column: str) -> None:

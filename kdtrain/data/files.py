@@ -120,19 +120,30 @@ def not_utf8(byte: int) -> str:
 
 
 def read_lines(path: Path) -> Iterator[RawRow]:
-    """Bytes are split at newlines only: str.splitlines would also cut at U+2028, which JSON strings may hold."""
+    """The rows of a file with one in each line."""
+    return (row for row, _ in lines_from(path))
+
+
+def lines_from(path: Path, offset: int = 0, line: int = 0) -> Iterator[tuple[RawRow, int]]:
+    """The same from a place on, each with the place behind it: its byte, of the file unpacked.
+
+    Bytes are split at newlines only: str.splitlines would also cut at U+2028, which JSON strings may hold.
+    """
     name = str(path)
     try:
         with open_text(path) as file:
-            for number, line in enumerate(file, start=1):
+            if offset:
+                file.seek(offset)
+            for number, text in enumerate(file, start=line + 1):
+                offset += len(text)
                 if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if not line.strip():
+                    text = text.removeprefix(b"\xef\xbb\xbf")
+                if not text.strip():
                     continue
                 try:
-                    yield RawRow(name, number, line.decode("utf-8").strip())
+                    yield RawRow(name, number, text.decode("utf-8").strip()), offset
                 except UnicodeDecodeError as error:
-                    yield RawRow(name, number, problem=not_utf8(error.object[error.start]))
+                    yield RawRow(name, number, problem=not_utf8(error.object[error.start])), offset
     except READ_ERRORS as error:
         raise cannot_read(name, error) from error
 

@@ -18,6 +18,7 @@ from kdtrain.data.csv_files import read_csv
 from kdtrain.data.errors import RowError, show
 from kdtrain.data.files import (
     CSV,
+    JSON,
     READ_ERRORS,
     TABLES,
     RawRow,
@@ -30,7 +31,7 @@ from kdtrain.data.files import (
     open_text,
 )
 from kdtrain.data.folders import is_saved
-from kdtrain.data.json_files import read_json
+from kdtrain.data.json_files import check_has_lines, read_json
 from kdtrain.data.media import parse_media_row
 from kdtrain.data.rows import Chat, Pair, PlainText, answered, prompt_of
 from kdtrain.data.source import ColumnsError, Source, check_columns, check_source, check_table_columns, files_of
@@ -103,6 +104,8 @@ def _first_rows(source: Source) -> tuple[list[RawRow], bool]:
     if kind in TABLES:
         _check_table(source, file, kind)
         return [], False
+    if source.streaming and kind in JSON:
+        check_has_lines(file, row_columns(source.columns))
     rows = list(islice(read_csv(file, CSV[kind]), _ROWS)) if kind in CSV else _json_rows(source, file, part.name)
     are_all = not others and (kind in CSV or file.stat().st_size < _BYTES)
     if not rows and are_all:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,27 @@ def load_from_hub(name: str, config: str | None, split: str) -> Any:
         DataError: the name is no id, or the data set cannot be loaded.
     """
     _check_id(name)
-    try:
+    with _readable(name):
         once = datasets.DownloadConfig(max_retries=1)
         return datasets.load_dataset(name, config, split=split, download_config=once)
+
+
+def stream_from_hub(name: str, config: str | None, split: str) -> tuple[Any, str]:
+    """A split of a data set of the hub, which is read while it is used; and its version.
+
+    Raises:
+        DataError: the name is no id, or the data set cannot be found.
+    """
+    _check_id(name)
+    with _readable(name):
+        builder = datasets.load_dataset_builder(name, config, download_config=datasets.DownloadConfig(max_retries=1))
+        return builder.as_streaming_dataset(split=split), str(builder.hash)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         reason = said(error)
         raise DataError(

@@ -45,6 +45,21 @@ def read_json(path: Path, columns: Collection[str], split: str) -> Iterator[RawR
         yield RawRow(str(path), number, json.dumps(row))
 
 
+def check_has_lines(path: Path, columns: Collection[str]) -> None:
+    """Refuse a file that is to be streamed and has no row in each line.
+
+    Raises:
+        DataError: what to make of it.
+    """
+    first, second = _first_lines(path)
+    if first[:1] == b"[" or (first[:1] == b"{" and not _has_lines(first, second, columns)):
+        raise DataError(
+            f"{show(str(path), 400)} has not one row in each line, and would have to be read as a whole: streaming is "
+            "for JSON lines, Parquet, Arrow and CSV. Remove streaming: true, or write a row into each line, jq -c "
+            "'.[]' OLD > NEW"
+        )
+
+
 def _first_lines(path: Path) -> list[bytes]:
     """The first two lines that are not blank, or less."""
     try:

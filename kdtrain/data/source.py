@@ -48,6 +48,7 @@ class Source:
     answers: str = "data"  # `teacher`: the rows' own answers are left out, for the teacher to write
     prefix_column: str | None = None  # of the messages that the teacher alone reads, see prefix.py
     prefix_default: bool = False  # rows without a value there have others
+    streaming: bool = False  # read by `kdtrain.data.stream`, without a copy of what is read
     rows: Any = None  # the rows themselves, a `datasets.Dataset` or a sequence; `path` is then their name in messages
 
 

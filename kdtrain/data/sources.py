@@ -41,6 +41,7 @@ from kdtrain.data.source import (
     files_of,
 )
 from kdtrain.data.splits import parse_split
+from kdtrain.data.stream.shards import shards_of
 from kdtrain.data.tables import is_empty, load_saved, load_table, portable, table_rows, table_size
 from kdtrain.errors import DataError
 
@@ -120,6 +121,9 @@ def _read(source: Source) -> Iterator[RawRow]:
 
 
 def _rows(source: Source) -> Iterator[RawRow]:
+    if source.streaming and source.rows is None:
+        yield from (row for shard in shards_of(source) for row, _ in shard.rows())
+        return
     parts = parse_split(source.split)
     if source.rows is None and not os.path.exists(source.path) and not glob.has_magic(source.path):
         split = "+".join(part.text for part in parts)  # `datasets` slices itself

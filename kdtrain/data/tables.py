@@ -37,14 +37,15 @@ def table_size(path: Path, kind: str) -> int:
     return 0 if is_empty(path, kind) else len(load_table(path, kind))
 
 
-def table_rows(table: Any, name: str, columns: Sequence[str], named: Sequence[str]) -> Iterator[RawRow]:
-    """The rows of a table with these columns; of those of `named` it is only said whether they hold something."""
+def table_rows(table: Any, name: str, columns: Sequence[str], named: Sequence[str], first: int = 1) -> Iterator[RawRow]:
+    """The rows of a table with these columns, numbered from `first` on; of those of `named` it is only said whether
+    they hold something."""
     features = _undecoded(table.select_columns(columns).features)
     batches = table.select_columns([*columns, *named]).with_format("arrow").iter(batch_size=rows_at_once(table, 1000))
     rows = (
         pair for batch in batches for pair in zip(batch.select(columns).to_pylist(), _has(batch, named), strict=True)
     )
-    for number, (row, has) in enumerate(rows, start=1):
+    for number, (row, has) in enumerate(rows, start=first):
         decoded = features.decode_example(row)
         given = {column: without_nulls(decoded[column], features[column]) for column in decoded}
         yield RawRow(name, number, json.dumps({**given, **dict.fromkeys(has, "present")}, default=portable))

@@ -62,9 +62,7 @@ def data_files(
     prefix = config.chats["teacher_prefix_column"]
     has_default = config.chats["teacher_prefix"] is not None
     for path, given, prompts in _sources(config, splits):
-        # Streaming is not available yet, which the config's own checks say.
-        options = given.model_dump(exclude={"streaming"})
-        source = Source(**options, prefix_column=prefix, prefix_default=has_default)
+        source = Source(**given.model_dump(), prefix_column=prefix, prefix_default=has_default)
         lets = config.data.max_bad_rows > 0 if tolerant is None else tolerant
         found = wrong_with(source, prompts=prompts, root=config.data.image_root, tolerant=lets)
         if found:

@@ -161,7 +161,7 @@ def build_trainer(
             student,
             args=args,
             data_collator=collator,
-            train_dataset=data.train,
+            train_dataset=data.train if data.stream is None else data.stream,
             eval_dataset=data.evaluation,
             processing_class=processing,
             peft_config=adapter_config(config.tuner, student),

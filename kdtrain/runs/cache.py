@@ -109,7 +109,7 @@ def write_cache(arguments: TrainArguments, folder: Path, wanted: Wanted, reporte
             trust_remote_code=config.model.trust_remote_code,
             revision=config.model.revision,
         )
-        data = read_data(config, args.seed, processing, reporter, Given())
+        data = read_data(config, args.seed, processing, reporter, Given(), all_rows=True)
         known = wanted.identity(config)
         if manifest is not None:
             like = manifest.made_from

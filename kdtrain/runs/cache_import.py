@@ -90,7 +90,7 @@ def import_cache(arguments: TrainArguments, source: Path, folder: Path, reporter
             trust_remote_code=config.model.trust_remote_code,
             revision=config.model.revision,
         )
-        data = read_data(config, args.seed, processing, reporter, Given())
+        data = read_data(config, args.seed, processing, reporter, Given(), all_rows=True)
         plan = plan_rows([data.train, *([] if data.evaluation is None else [data.evaluation])])
         candidates = Candidates(file, plan, config, processing, args.seed)
         found = survey(candidates, student_vocabulary(config))

@@ -59,6 +59,7 @@ from kdtrain.runs.resume_facts import content_of, data_of, defaults_of, facts_of
 from kdtrain.runs.rotation import CheckpointKeeper, clean_up, leave_branch
 from kdtrain.runs.signals import OUTSIDE_OF_TRAINING, StopRequest, interrupting, time_limit
 from kdtrain.runs.status import teacher_cost, tracked_status, write_progress, write_status
+from kdtrain.runs.world_size import check_world_size
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.best_step import Best, as_object, load_end, step_of_model
 from kdtrain.trainer.dry_run import timed_windows
@@ -95,6 +96,7 @@ def fit(
     *,
     resume: str | None = None,
     allow_changes: Sequence[str] = (),
+    allow_world_size_change: bool = False,
     dry_run: bool = False,
     given: Given | None = None,
 ) -> RunResult:
@@ -102,6 +104,7 @@ def fit(
 
     Args:
         allow_changes: what may differ from the run that made the checkpoint, see `checked_names`.
+        allow_world_size_change: whether a stream goes on with another number of processes.
 
     A dry run builds everything and runs a window of each kind that the run will have (on-policy, off-policy) forward
     and backward: no step is taken, nothing is written.
@@ -127,6 +130,7 @@ def fit(
             at_the_end.enter_context(run_lock(run_dir))
             clean_up(run_dir)
         checkpoint = checkpoint_to_resume(run_dir, resume)
+        check_world_size(config, checkpoint, args.world_size, allow_world_size_change)
         compared = Comparison(checkpoint, allow_changes)
         compared.options(facts, defaults_of(args))
         if not dry_run:

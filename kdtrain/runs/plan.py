@@ -28,6 +28,8 @@ def plan(
     tokens = report.total_tokens / report.rows_per_epoch
     steps, per_epoch = planned_steps(trainer, report.rows_per_epoch)
     length = f"{steps:,}, {steps / per_epoch:.2f} epochs of {report.rows_per_epoch:,} rows"
+    if report.streamed:
+        length = f"{steps:,}, of {steps * rows:,} rows of a stream, whose end is not known"
     if checkpoint is not None:
         length = f"{trainer.rows.last_step(checkpoint):,}, of which {steps_done(checkpoint):,} are done"
     plan = {

@@ -8,7 +8,7 @@ Nothing is written but the cache of encoded rows, which `fit` uses as well.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -16,13 +16,13 @@ import numpy as np
 
 from kdtrain.config import RunConfig
 from kdtrain.config.schema import DataSource
-from kdtrain.data import BuildReport, Source
+from kdtrain.data import BuildReport
 from kdtrain.data.dataset import EncodedSources, encode_sources, images_per_row
 from kdtrain.data.multimodal import reads_images
 from kdtrain.data.segments import Segment, segments, special_ids
 from kdtrain.errors import DataError
 from kdtrain.models.processing import load_processing
-from kdtrain.runs.read_data import check_losses, encoding_options, sources_of, unread_answers
+from kdtrain.runs.read_data import check_losses, encoding_options, first_of, sources_of, unread_answers
 
 # Rows that are read of each source unless all are asked for: some seconds, however large the data are. A processor
 # takes as long for an image as a tokenizer for hundreds of rows.
@@ -113,7 +113,7 @@ def _split(
     shown: int,
 ) -> Split:
     sources = sources_of(configured)
-    read = [_first_of(source, first) for source in sources] if first else sources
+    read = [first_of(source, first) for source in sources] if first else sources
     with encode_sources(read, processing, new_parts=name == "train", **options) as rows:
         if name == "train" and (note := unread_answers(config, rows.report)):
             rows.report.notes.append(note)
@@ -130,10 +130,6 @@ def _split(
             first if partly else None,
             _refusal(name, config, rows, partly),
         )
-
-
-def _first_of(source: Source, rows: int) -> Source:
-    return replace(source, limit=rows if source.limit is None else min(source.limit, rows))
 
 
 def _refusal(name: str, config: RunConfig, rows: EncodedSources, partly: bool) -> str | None:

@@ -69,9 +69,15 @@ def prepare(
     from kdtrain.runs.build import Given
     from kdtrain.teachers import Teacher
     from kdtrain.trainer.argument_checks import check_callbacks, check_model
-    from kdtrain.trainer.given_rows import as_rows
+    from kdtrain.trainer.given_rows import as_rows, is_iterated
 
     check_callbacks(callbacks)
+    if train_dataset is not None and (checked.data.streams or is_iterated(train_dataset)):
+        raise ConfigError(
+            "train_dataset is a stream, or data.train says so: kdtrain.fit streams the files, folders and data sets "
+            "that data.train names, with streaming: true. An IterableDataset is taken by "
+            "kdtrain.trainer.GKDTrainerWithMetrics."
+        )
     given = Given(
         train_dataset=None if train_dataset is None else as_rows("train_dataset", train_dataset),
         eval_dataset=None if eval_dataset is None else as_rows("eval_dataset", eval_dataset),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -17,17 +18,23 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from kdtrain.config import RunConfig
 from kdtrain.config.schema import DataSource
 from kdtrain.data import BuildReport, HeldOut, Source, build_dataset
-from kdtrain.data.dataset import encode_sources
+from kdtrain.data.dataset import encode_sources, encoder_of, with_prefix_column
 from kdtrain.data.multimodal import image_content, tokenizer_content
 from kdtrain.data.row_key import row_keys
+from kdtrain.data.sources import SourceContent
+from kdtrain.data.stream.rows import StreamedRows
 from kdtrain.errors import DataError
 from kdtrain.preflight.findings import Together
 from kdtrain.ranks import is_main
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from kdtrain.runs.build import Given, Reporter
 
 _ANY_NUMBER = 10**9
+_FIRST_ROWS = 1000
+"""Of each source that is streamed: what is looked at before training."""
 # What was read, by all that it depends on; None outside of `reading_once`.
 _read_before: dict[str, Any] | None = None
 _Read = TypeVar("_Read")
@@ -41,6 +48,8 @@ class RunData:
     evaluation: datasets.Dataset | None
     report: BuildReport
     evaluation_report: BuildReport | None = None
+    stream: StreamedRows | None = None
+    """The training rows where they are streamed; `train` and `report` are then of the first of them."""
 
 
 def read_data(
@@ -49,16 +58,27 @@ def read_data(
     processing: PreTrainedTokenizerBase | ProcessorMixin,
     reporter: Reporter,
     given: Given,
+    *,
+    all_rows: bool = False,
 ) -> RunData:
-    """Read and encode the rows, in one process of a machine; the others read its cache."""
+    """Read and encode the rows, in one process of a machine; the others read its cache.
+
+    Args:
+        all_rows: read a stream to its end as well.
+    """
     most_bad = config.data.max_bad_rows
-    evaluation = evaluation_report = None
+    evaluation = evaluation_report = stream = None
     together = Together()
     with PartialState().local_main_process_first():
         sources = sources_of(config.data.train, given.train_dataset)
         with together.check(("data", "train")):
             options = encoding_options(config, seed, "train")
-            train, report = _read(sources, processing, new_parts=True, max_bad_rows=most_bad, **options)
+            if config.data.streams and not all_rows:
+                some = [first_of(source, _FIRST_ROWS) for source in sources]
+                train, report = _read(some, processing, max_bad_rows=most_bad, **options)
+                stream = _stream(config, seed, processing, sources, train, report)
+            else:
+                train, report = _read(sources, processing, new_parts=True, max_bad_rows=most_bad, **options)
         if config.data.eval_sources:
             sources = sources_of(config.data.eval_sources, given.eval_dataset)
         with together.check(("data", "eval")):
@@ -70,7 +90,39 @@ def read_data(
         if is_main() and one is not None:
             reporter.data(name, one)
     check_losses(config, report)
-    return RunData(train, evaluation, report, evaluation_report)
+    return RunData(train, evaluation, report, evaluation_report, stream)
+
+
+def first_of(source: Source, rows: int) -> Source:
+    """A source without all but its first rows."""
+    return replace(source, limit=rows if source.limit is None else min(source.limit, rows))
+
+
+def _stream(
+    config: RunConfig,
+    seed: int,
+    processing: PreTrainedTokenizerBase | ProcessorMixin,
+    sources: Sequence[Source],
+    first: datasets.Dataset,
+    report: BuildReport,
+) -> StreamedRows:
+    """The training rows, of which some of the first were read; the report says that it is of these."""
+    options = encoding_options(config, seed, "train")
+    encoder, limits = encoder_of(processing, **options)
+    data_seed = config.training.get("data_seed")
+    stream = StreamedRows(
+        with_prefix_column(sources, encoder),
+        encoder,
+        limits,
+        seed=seed if data_seed is None else data_seed,
+        shuffle=config.training.get("train_sampling_strategy") != "sequential",
+        first=first,
+        max_bad_rows=config.data.max_bad_rows,
+        keep=["chat"] * bool(options["keep_chats"]) + ["answer"] * bool(options["keep_answers"]),
+    )
+    report.streamed = True
+    report.contents = [SourceContent(one.path, 0, name) for one, name in zip(sources, stream.identities(), strict=True)]
+    return stream
 
 
 @dataclass(frozen=True)
@@ -140,6 +192,9 @@ def repeated_rows(
         config: the one that they were encoded by: the training rows are encoded alike.
         trained: the run's own, which names its training rows.
     """
+    if trained.data.streams:
+        logger.warning("Rows of data.eval that are also in data.train are not looked for: data.train is streamed.")
+        return [False] * len(rows)
     own = {name: getattr(trained.data, name) for name in ("train", "eval", "image_root")}
     data = config.data.model_copy(update=own)
     alike = config.model_copy(update={"data": data, "custom": trained.custom})
@@ -228,8 +283,7 @@ def encoding_options(config: RunConfig, seed: int, split: Literal["train", "eval
 
 def sources_of(sources: Sequence[DataSource], rows: Any = None) -> list[Source]:
     """The sources of one split; `rows` were handed over and stand in for those that its path names."""
-    # Streaming is not available yet, which the config's own checks say.
-    return [Source(**source.model_dump(exclude={"streaming"}), rows=rows) for source in sources]
+    return [Source(**source.model_dump(), rows=rows) for source in sources]
 
 
 def check_losses(config: RunConfig, report: BuildReport) -> None:

@@ -28,6 +28,15 @@ def insisting_command(allowed: Sequence[str]) -> str:
     return clean(shlex.join(["kdtrain", *kept, "--allow-changes", ",".join(dict.fromkeys(allowed))]))
 
 
+def world_size_command() -> str:
+    """The command of this process, which may go on with another number of processes."""
+    arguments = sys.argv[1:]
+    if arguments[:1] != ["fit"]:
+        return "kdtrain.fit(…, allow_world_size_change=True)"
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return clean(shlex.join(["kdtrain", *arguments[:end], "--allow-world-size-change", *arguments[end:]]))
+
+
 def _without(arguments: Sequence[str], option: str) -> list[str]:
     """A command line without an option that has a value, in either form."""
     kept, names = [], iter(arguments)

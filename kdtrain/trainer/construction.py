@@ -45,7 +45,7 @@ from kdtrain.preflight.token_ids import check_rows, embedding_rows
 from kdtrain.ranks import world_size
 from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
 from kdtrain.trainer import argument_checks as checks
-from kdtrain.trainer.given_rows import as_rows
+from kdtrain.trainer.given_rows import as_rows, check_stream_arguments, rows_to_look_at
 from kdtrain.trainer.objective import Objective, warn_of_logits
 from kdtrain.trainer.refused_fields import check_fields, check_supervision
 from kdtrain.trainer.window import Receiver
@@ -96,8 +96,9 @@ def prepare(
     if teacher is None or not teacher.is_student:
         checks.check_teacher_is_another_model(model, teacher_model if teacher is None else teacher.module)
     train, evaluation = as_rows("train_dataset", train_dataset), as_rows("eval_dataset", eval_dataset)
+    check_stream_arguments(train, args)
     if not has_collator:
-        check_supervision(args, train[0], formatted=formatting_func is not None)
+        check_supervision(args, rows_to_look_at(train)[0], formatted=formatting_func is not None)
     elif formatting_func is not None:
         raise ConfigError("formatting_func and data_collator: the collator gets the rows as they are; format there.")
     if processing_class is None:
@@ -309,7 +310,7 @@ def build_receiver(trainer: GKDTrainerWithMetrics, train: Any, evaluation: Any) 
 
 def check_both_models(trainer: GKDTrainerWithMetrics) -> dict[Side, int]:
     """Warn of, or refuse, what `check_models` finds; the positions of each model that has a table of them."""
-    options, collator, train = trainer.options, trainer.data_collator, trainer.train_dataset
+    options, collator, train = trainer.options, trainer.data_collator, rows_to_look_at(trainer.train_dataset)
     teacher = trainer.unwrap(trainer.teacher_model)  # DeepSpeed's engine has a config of its own
     sides = both_sides(trainer.model, trainer.teacher, collator, teacher)
     may_generate = [(trainer.model, options.lmbda > 0), (teacher, options.seq_kd)]
@@ -361,7 +362,7 @@ def _visual_term(trainer: GKDTrainerWithMetrics) -> VisualTerm | None:
     student, teacher = trainer.unwrap(trainer.model), trainer.unwrap(trainer.teacher_model)
     visual = VisualTerm(wanted, student, teacher, trainer.accelerator, trainer.args.seed)
     if trainer.train_dataset is not None and _can_be_probed(trainer):
-        batch = first_batch_with_images(trainer.train_dataset, trainer.data_collator)
+        batch = first_batch_with_images(rows_to_look_at(trainer.train_dataset), trainer.data_collator)
         if batch is not None:
             with trainer.compute_loss_context_manager():
                 visual.probe(batch)

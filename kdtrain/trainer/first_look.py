@@ -26,6 +26,7 @@ from kdtrain.preflight.findings import Together, report
 from kdtrain.preflight.positions import refuse_width
 from kdtrain.teachers import Targets, teacher_autocast
 from kdtrain.trainer.answers import generated
+from kdtrain.trainer.given_rows import rows_to_look_at
 from kdtrain.trainer.guard import targets_named
 from kdtrain.trainer.term_gradients import TermGradients, term_gradients
 
@@ -59,7 +60,9 @@ def look_at_losses(trainer: GKDTrainerWithMetrics) -> None:
 
 
 def _few_rows(trainer: GKDTrainerWithMetrics) -> Batch | None:
-    batch = few_rows(trainer.train_dataset, trainer.data_collator, trainer.args.per_device_train_batch_size)
+    batch = few_rows(
+        rows_to_look_at(trainer.train_dataset), trainer.data_collator, trainer.args.per_device_train_batch_size
+    )
     if batch is None:
         return None
     batch = _received(trainer, batch)
@@ -88,7 +91,7 @@ def _check_context(trainer: GKDTrainerWithMetrics) -> None:
     teacher = trainer.teacher
     if teacher is None or not trainer.options.lm_kd_active or not teacher.answers_anything:
         return
-    batch = rows_with_context(trainer.train_dataset, trainer.data_collator)
+    batch = rows_with_context(rows_to_look_at(trainer.train_dataset), trainer.data_collator)
     if batch is None:
         return
     batch = _received(trainer, batch)
@@ -151,7 +154,7 @@ def _gradients(
 
 
 def _rows_with_images(trainer: GKDTrainerWithMetrics) -> Batch | None:
-    batch = few_with_images(trainer.train_dataset, trainer.data_collator, _ROWS_WITH_IMAGES)
+    batch = few_with_images(rows_to_look_at(trainer.train_dataset), trainer.data_collator, _ROWS_WITH_IMAGES)
     return None if batch is None or not int(batch.num_supervised) else _received(trainer, batch)
 
 

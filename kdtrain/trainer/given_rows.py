@@ -14,6 +14,8 @@ from datasets import Dataset
 from kdtrain.data.collate import Collator
 from kdtrain.data.columns import KNOWN_COLUMNS
 from kdtrain.data.errors import RowError
+from kdtrain.data.stream.handed_over import IteratedRows
+from kdtrain.data.stream.rows import StreamedRows
 from kdtrain.data.tables import has_mappings, without_nulls
 from kdtrain.errors import ConfigError, DataError, NotAvailableError
 
@@ -47,10 +49,10 @@ def as_rows(name: str, data: Any) -> Any:
         raise ConfigError("`train_dataset` is required: a datasets.Dataset, or a list of rows.")
     if isinstance(data, dict):
         raise ConfigError(f"{name} is a dict with the keys {', '.join(map(str, data))}: pass one of its data sets.")
-    if isinstance(data, torch.utils.data.IterableDataset | datasets.IterableDataset):
-        raise NotAvailableError(
-            "An IterableDataset (streaming) is not available yet: pass a datasets.Dataset, whose rows can be counted."
-        )
+    if isinstance(data, StreamedRows | IteratedRows):
+        return data
+    if is_iterated(data):
+        return IteratedRows(name, data)
     if not isinstance(data, list | tuple | Dataset | torch.utils.data.Dataset) or not hasattr(data, "__len__"):
         raise ConfigError(
             f"{name} must be a datasets.Dataset, a list of rows or a torch Dataset with a length; it is a "
@@ -107,16 +109,52 @@ def check_stream(data: Any, collator: Any, accelerator: Accelerator) -> None:
         NotAvailableError: on several processes, with a collator of this package.
     """
     made_by = collator.args[0] if isinstance(collator, functools.partial) and collator.args else collator
-    stream = isinstance(data, torch.utils.data.IterableDataset | datasets.IterableDataset)
-    if stream and isinstance(made_by, Collator) and accelerator.num_processes > 1:
+    if is_iterated(data) and isinstance(made_by, Collator) and accelerator.num_processes > 1:
         raise NotAvailableError(
             "eval_dataset: an IterableDataset (streaming) is not available yet on several processes: pass a "
             "datasets.Dataset or a list of rows, evaluate in one process, or pass a data_collator that returns dicts."
         )
 
 
+def is_iterated(data: Any) -> bool:
+    """Whether a data set has an order and no numbers."""
+    return isinstance(data, torch.utils.data.IterableDataset | datasets.IterableDataset)
+
+
+def is_stream(data: Any) -> bool:
+    """Whether training rows are read while training, and have no number."""
+    return isinstance(data, StreamedRows | IteratedRows)
+
+
+def rows_to_look_at(data: Any) -> Any:
+    """The training rows, or of a stream the first of them."""
+    return data.first if is_stream(data) else data
+
+
+def check_stream_arguments(data: Any, args: Any) -> None:
+    """Refuse arguments that count on the number of the training rows, which a stream does not tell.
+
+    Raises:
+        ConfigError: what to set instead.
+    """
+    if not is_stream(data):
+        return
+    if args.max_steps <= 0:
+        raise ConfigError("train_dataset is a stream, whose rows are not counted: set max_steps, not num_train_epochs.")
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if str(getattr(getattr(args, name), "value", getattr(args, name))) == "epoch":
+            raise ConfigError(f"train_dataset is a stream, which has no epochs: set {name} to steps.")
+    if isinstance(data, IteratedRows) and args.dataloader_num_workers:
+        raise ConfigError(
+            "train_dataset is an IterableDataset, of which workers of the data loader would read a part each: set "
+            "dataloader_num_workers to 0, or name files in a config, with streaming: true."
+        )
+
+
 def placeholder(data: Any) -> Any:
     """What upstream's constructor gets: it asks for the type and the length, and wants an Arrow table."""
+    if is_stream(data):
+        return Dataset.from_dict({"row": [0]})
     if isinstance(data, dict):
         return {key: placeholder(rows) for key, rows in data.items()}
     return Dataset.from_dict({"row": range(len(data))}) if isinstance(data, RowsInMemory) else data

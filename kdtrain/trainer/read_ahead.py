@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
 from kdtrain.trainer.answers import writer_of
+from kdtrain.trainer.given_rows import is_stream
+from kdtrain.trainer.teacher_failures import row_errors_on_all_ranks
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
@@ -67,7 +69,7 @@ class ReadAhead:
             self.forget()
             self._iterator = epoch_iterator
         if not self._waiting:
-            self._waiting.append(_Read(list(self._received(num_batches)), prepared=False))
+            self._waiting.append(_Read(self._read(self._received(num_batches)), prepared=False))
         self._taken = self._waiting.popleft()
         return self._taken.batches
 
@@ -86,12 +88,21 @@ class ReadAhead:
             trainer.teacher.prepare(batches)
         steps_left = trainer.state.max_steps - step - 1
         while len(self._waiting) < min(self.lookahead, steps_left):
-            if not (following := list(self._until_the_end(trainer.args.gradient_accumulation_steps))):
+            if not (following := self._read(self._until_the_end(trainer.args.gradient_accumulation_steps))):
                 break
             is_data = writer_of(trainer, options, step + 1 + len(self._waiting)) is None
             if is_data:
                 trainer.teacher.prepare(following)
             self._waiting.append(_Read(following, prepared=is_data))
+
+    def _read(self, batches: Iterator[Batch]) -> list[Batch]:
+        """A window as it is received. A row of a stream that one rank cannot use ends all of them, in the same step."""
+        trainer = self._trainer
+        if not is_stream(trainer.train_dataset) or trainer.accelerator.num_processes == 1:
+            return list(batches)
+        with row_errors_on_all_ranks(trainer.accelerator):
+            found = list(batches)
+        return found
 
     def _received(self, count: int) -> Iterator[Batch]:
         """Each batch is received as soon as it is read: what the loader says of the end holds for the last one read."""

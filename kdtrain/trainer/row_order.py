@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, cycle, islice
 from typing import TYPE_CHECKING
 
@@ -48,7 +48,7 @@ class RowOrder:
     def __len__(self) -> int:
         return self._rows if isinstance(self._rows, int) else len(self._rows)
 
-    def of(self, epoch: int) -> list[int]:
+    def of(self, epoch: int) -> Sequence[int]:
         """Row numbers of an epoch, counted from 0."""
         own = self._rows
         rows = torch.arange(own) if isinstance(own, int) else torch.from_numpy(own.rows(epoch))
@@ -57,6 +57,17 @@ class RowOrder:
             rows = rows[torch.randperm(len(rows), generator=generator)]
         found: list[int] = rows.tolist()
         return found
+
+
+class StreamOrder(RowOrder):
+    """Rows that come in the order in which they are trained: one epoch of as many as the run takes."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        super().__init__(rows, False, seed)
+
+    def of(self, epoch: int) -> Sequence[int]:
+        """All numbers; no list of them, which would take memory."""
+        return range(len(self))
 
 
 class EpochSampler(Sampler[int]):

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kdtrain.data.batch import Batch
 from kdtrain.data.epochs import Epochs
+from kdtrain.data.stream.rows import StreamedRows
 from kdtrain.ranks import is_main
 from kdtrain.trainer.data_position import Dealing, Position, SavedPosition, read_position
-from kdtrain.trainer.row_order import EpochSampler, RowOrder, rows_per_batch
+from kdtrain.trainer.given_rows import is_stream
+from kdtrain.trainer.row_order import EpochSampler, RowOrder, StreamOrder, rows_per_batch
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
@@ -76,6 +81,8 @@ class RowProgress(TrainerCallback):
         """What makes up each epoch, where that is not all of the training data."""
         self._start: _Start | None = None
         self._part = _Part(Dealing(0, 1, 1, False), 0, 0, 0, 0)
+        self._stream_rows = 0  # that the run takes of a stream
+        self._places: deque[Any] = deque(maxlen=2)  # where the last two windows of a stream can be read again from
         self.schedule_steps = 0
         """Steps of the schedule of learning rates."""
 
@@ -86,6 +93,8 @@ class RowProgress(TrainerCallback):
         """Of today's options."""
         args, epochs = self._trainer.args, self.epochs
         seed = args.seed if args.data_seed is None else args.data_seed
+        if is_stream(self._trainer.train_dataset):
+            return StreamOrder(self._stream_rows or args.max_steps * self._rows_per_step, seed)
         rows = len(self._trainer.train_dataset) if epochs is None else epochs
         return RowOrder(rows, args.train_sampling_strategy != "sequential", seed)
 
@@ -95,6 +104,10 @@ class RowProgress(TrainerCallback):
         args = self._trainer.args
         batch, accumulation = rows_per_batch(self._trainer), args.gradient_accumulation_steps
         return Dealing(len(self.order), batch, accumulation, args.dataloader_drop_last)
+
+    @property
+    def _rows_per_step(self) -> int:
+        return rows_per_batch(self._trainer) * self._trainer.args.gradient_accumulation_steps
 
     def new_sampler(self) -> EpochSampler:
         """What the data loader of a training reads its rows from."""
@@ -115,16 +128,48 @@ class RowProgress(TrainerCallback):
 
     def begin(self, checkpoint: str | None) -> None:
         """Training begins, from a checkpoint or from the first row."""
-        self._start = None
+        self._start, self._stream_rows = None, 0
+        self._places.clear()
         if checkpoint is not None and not self._trainer.args.ignore_data_skip:
             self._start = start = self._start_at(Path(checkpoint))
             position = start.position
             self._part = _Part(self.dealing, position.epoch, position.row, self.dealing.rows, start.saved.step)
             self._say(start)
+        self._begin_stream()
+
+    def _begin_stream(self) -> None:
+        """Let a stream begin where the run does."""
+        rows = self._trainer.train_dataset
+        if not is_stream(rows):
+            return
+        start = self._start
+        self._stream_rows = self._rows_of_stream(start.saved) if start is not None else 0
+        rows.length = len(self.order)
+        if isinstance(rows, StreamedRows):
+            rows.start_at(None if start is None else start.saved.stream)
+
+    def _rows_of_stream(self, saved: SavedPosition) -> int:
+        """The rows that the run will have taken at its end."""
+        return saved.position.row + max(self._trainer.args.max_steps - saved.step, 0) * self._rows_per_step
+
+    def note_window(self, batches: Sequence[Batch]) -> None:
+        """Keep where the window that is about to train can be read again from."""
+        if batches and batches[-1].rows.stream_place is not None:
+            self._places.append(batches[-1].rows.stream_place)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Say what was left out of a stream, which nobody knew before."""
+        if self._places and is_main() and ((found := self._places[-1].so_far).bad or found.dropped):
+            logger.warning(
+                "Of %s rows that were read of the stream, %s were bad and %s too long: they were left out.",
+                *(f"{count:,}" for count in (found.read, found.bad, found.dropped)),
+            )
 
     def _start_at(self, checkpoint: Path) -> _Start:
         args, dealing = self._trainer.args, self.dealing
         saved = read_position(checkpoint, dealing)
+        if is_stream(self._trainer.train_dataset):
+            dealing = replace(dealing, rows=self._rows_of_stream(saved))
         epochs, same_rows = args.num_train_epochs, saved.rows_per_epoch == dealing.rows
         position = Position(saved.position.epoch, min(saved.position.row, dealing.rows))
         if args.max_steps > 0:
@@ -208,8 +253,11 @@ class RowProgress(TrainerCallback):
         end = None
         if args.max_steps <= 0:
             end = dealing.end(args.num_train_epochs) if self._start is None else self._start.end
+        position = self._next()
+        if is_stream(self._trainer.train_dataset):  # its end is the run's, which may become longer
+            position = Position(0, self._part.end) if position.epoch else position
         SavedPosition(
-            position=self._next(),
+            position=position,
             rows_per_epoch=dealing.rows,
             seed=self.order.seed,
             rows_per_step=dealing.step,
@@ -217,7 +265,15 @@ class RowProgress(TrainerCallback):
             step=self._trainer.state.global_step,
             end=end,
             num_train_epochs=None if end is None else args.num_train_epochs,
+            stream=self._stream_place(position.row),
         ).write(folder)
+
+    def _stream_place(self, row: int) -> dict[str, Any] | None:
+        """The last one at or before a row: a window that was read need not have been trained."""
+        found = next((place for place in reversed(self._places) if place.row <= row), None)
+        if found is not None:
+            return found.as_json()
+        return None if self._start is None else self._start.saved.stream
 
     def _next(self) -> Position:
         part, state = self._part, self._trainer.state
@@ -244,7 +300,10 @@ class RowProgress(TrainerCallback):
         if not is_main():
             return
         saved, dealing, order = start.saved, self.dealing, self.order
-        if saved.rows_per_epoch != dealing.rows or saved.seed not in (None, order.seed):
+        if is_stream(self._trainer.train_dataset):
+            if saved.seed not in (None, order.seed):
+                logger.warning("The seed is %d, and the stream keeps the order of seed %s.", order.seed, saved.seed)
+        elif saved.rows_per_epoch != dealing.rows or saved.seed not in (None, order.seed):
             logger.warning(
                 "The order of rows is another one than before (%d rows of seed %s, now %d of seed %d): of this epoch "
                 "some rows may be trained twice, and others not at all.",

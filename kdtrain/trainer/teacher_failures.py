@@ -1,4 +1,4 @@
-"""A teacher that fails one rank: all of them stop, and between two steps, so that the state can be saved."""
+"""What fails one rank: all of them stop, and between two steps, so that the state can be saved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 
-from kdtrain.errors import TeacherError
+from kdtrain.errors import DataError, TeacherError
 
 
 @contextmanager
@@ -30,3 +30,20 @@ def raised_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
         error = error or TeacherError("The teacher failed another rank, whose message says how.")
         error.between_steps = True
         raise error
+
+
+@contextmanager
+def row_errors_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
+    """Read the rows of a window; a collective.
+
+    Raises:
+        DataError: a row cannot be used, of this rank or another one.
+    """
+    error = None
+    try:
+        yield
+    except DataError as raised:
+        error = raised
+    failed = torch.tensor([error is not None], device=accelerator.device)
+    if bool(accelerator.gather(failed).any()):
+        raise error or DataError("A row of another process cannot be used; its message says which.")

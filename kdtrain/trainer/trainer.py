@@ -127,7 +127,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
             and where `args.teacher_model_name_or_path` names it.
         args: fields that the trainer does not honour are refused (see `refused_fields.py`).
         train_dataset: a `datasets.Dataset`, a list of rows, or a torch data set with a length; eval_dataset as well, or
-            a dict of them.
+            a dict of them. An IterableDataset needs `args.max_steps`, and to give the same rows on every process, each
+            of which takes its own; see `kdtrain.data.stream.handed_over`.
         processing_class: None is what is saved with the model.
         data_collator: None is `kdtrain.data.Collator`, which cuts rows at `args.max_length`; rows hold `input_ids` and
             `labels`, or are still `messages`, `prompt` and `completion`, or `text`. A batch is `input_ids` [B, T],
@@ -376,6 +377,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._guard.begin()
         options = options_of_window(self)
         given = self.read_ahead.take(epoch_iterator, num_batches)
+        self.rows.note_window(given)
         batches, self._window = collect(self, given, options, device)
         num_items = None
         if batches:

@@ -48,6 +48,10 @@ def fit(
             autocompletion=complete.changeable,
         ),
     ] = None,
+    allow_world_size_change: Annotated[
+        bool,
+        typer.Option("--allow-world-size-change", help="At --resume: a stream goes on with other processes."),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Build everything, try a window of each kind; no file."),
@@ -99,10 +103,12 @@ def fit(
     run_dir = Path(run_config.training["output_dir"])
     refuse_if_locked(run_dir)
     allowed = _allowed(allow_changes, resume)
+    if allow_world_size_change and resume is None:
+        raise ConfigError("--allow-world-size-change is of a run that is resumed: add --resume auto, or remove it.")
     refuse_changed_options(run_config, resume, allowed)
     if not no_launch:
         launch_if_wanted(run_config, quiet, run_dir)
-    _fit_here(run_config, resume, dry_run, quiet, log_format, allowed)
+    _fit_here(run_config, resume, dry_run, quiet, log_format, allowed, allow_world_size_change)
 
 
 def _sweep(
@@ -145,7 +151,13 @@ def _allowed(allow_changes: list[str] | None, resume: str | None) -> tuple[str, 
 
 
 def _fit_here(
-    config: RunConfig, resume: str | None, dry_run: bool, quiet: bool, log_format: str, allowed: Sequence[str] = ()
+    config: RunConfig,
+    resume: str | None,
+    dry_run: bool,
+    quiet: bool,
+    log_format: str,
+    allowed: Sequence[str] = (),
+    other_world_size: bool = False,
 ) -> None:
     """Train in this process, and print what came out."""
     console = console_for(quiet, log_format)
@@ -165,7 +177,14 @@ def _fit_here(
     warn_of_unseen_gpus()
     process.quiet_libraries(keep_bars=console.is_terminal and not quiet)
     reporter = ConsoleReporter(console, log_format, quiet)
-    result = run_fit(arguments, reporter, resume=resume, allow_changes=allowed, dry_run=dry_run)
+    result = run_fit(
+        arguments,
+        reporter,
+        resume=resume,
+        allow_changes=allowed,
+        allow_world_size_change=other_world_size,
+        dry_run=dry_run,
+    )
     if is_main():
         written = outcome.as_json(result, dry_run) if log_format == "json" else outcome.as_text(result, dry_run)
         process.write_out(written if log_format == "json" else wrapped(written, sys.stdout))

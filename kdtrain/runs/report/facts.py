@@ -64,6 +64,8 @@ class FactsReporter:
 
     def data(self, name: str, report: BuildReport) -> None:
         counts = {key: value for key, value in asdict(report).items() if key in (*_COUNTS, "first_bad", "notes")}
+        if report.streamed:  # these are of its first rows, and an epoch has none
+            counts |= {"rows_per_epoch": 0, "notes": [*report.notes, "streamed: the counts are of the first rows"]}
         self.facts["data"][name] = counts
         self._reporter.data(name, report)
 
