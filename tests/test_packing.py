@@ -1,7 +1,6 @@
 """Rows behind each other in a forward: the loss and the gradient are those of padded batches, whatever lies where."""
 
 import itertools
-import json
 import random
 
 import pytest
@@ -11,7 +10,7 @@ from trl.experimental.gkd import GKDConfig
 
 from kdtrain.data import Collator
 from kdtrain.data.packing import Dealing, Layout, best_fit, in_lines, split_up
-from kdtrain.errors import ConfigError, DataError, NotAvailableError, PreflightError
+from kdtrain.errors import PreflightError
 from kdtrain.preflight.packing import why_documents_mix
 from kdtrain.teachers import CachedTeacher, LocalTeacher, SelfTeacher, ServedTeacher, Targets, Teacher
 from kdtrain.teachers.cached.store import Format
@@ -123,9 +122,9 @@ def with_teacher_view(rows):
     def seen(row, i):
         prefix = [7 + i % 5] * (1 + i % 6)
         return {
-            "labels": [-100] + row["labels"][1:],
+            "labels": [-100, *row["labels"][1:]],
             "teacher_input_ids": prefix + row["input_ids"],
-            "teacher_labels": [-100] * len(prefix) + [-100] + row["labels"][1:],
+            "teacher_labels": [-100] * (len(prefix) + 1) + row["labels"][1:],
             "teacher_prompt_length": len(prefix) + row["prompt_length"],
         }
 
@@ -169,7 +168,8 @@ CASES = {
         {**lora(), "teacher": SelfTeacher(), "train_dataset": with_teacher_view(skewed_rows())}, {}, None
     ),
     "a teacher with a prefix": lambda: (
-        {"train_dataset": with_teacher_view(skewed_rows())}, {"lmbda": 0.5, "max_new_tokens": 6}, tiny.make_qwen3(seed=2)
+        {"train_dataset": with_teacher_view(skewed_rows())}, {"lmbda": 0.5, "max_new_tokens": 6},
+        tiny.make_qwen3(seed=2),
     ),
 }  # fmt: skip
 

@@ -89,6 +89,8 @@ class SavedPosition:
     """Where it would have ended; None where `max_steps` says it, or where it is not known."""
     num_train_epochs: float | None = None
     """What `end` comes from."""
+    rows_per_group: int | None = None
+    """Of the order, where rows are grouped by length."""
 
     def write(self, folder: str | Path) -> None:
         """Write `data_position.json` of a checkpoint."""

@@ -10,15 +10,18 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kdtrain.data.epochs import Epochs
+from kdtrain.preflight.positions import tokens_of_rows
 from kdtrain.ranks import is_main
 from kdtrain.trainer.data_position import Dealing, Position, SavedPosition, read_position
-from kdtrain.trainer.row_order import EpochSampler, RowOrder, rows_per_batch
+from kdtrain.trainer.row_order import ByLength, EpochSampler, RowOrder, rows_per_batch
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
@@ -75,6 +78,7 @@ class RowProgress(TrainerCallback):
         self.epochs: Epochs | None = None
         """What makes up each epoch, where that is not all of the training data."""
         self._start: _Start | None = None
+        self._group: int | None = None  # rows of a group, where a run goes on that others were grouped for
         self._part = _Part(Dealing(0, 1, 1, False), 0, 0, 0, 0)
         self.schedule_steps = 0
         """Steps of the schedule of learning rates."""
@@ -87,7 +91,21 @@ class RowProgress(TrainerCallback):
         args, epochs = self._trainer.args, self.epochs
         seed = args.seed if args.data_seed is None else args.data_seed
         rows = len(self._trainer.train_dataset) if epochs is None else epochs
-        return RowOrder(rows, args.train_sampling_strategy != "sequential", seed)
+        return RowOrder(rows, args.train_sampling_strategy != "sequential", seed, self._by_length)
+
+    @property
+    def _by_length(self) -> ByLength | None:
+        if self._trainer.args.train_sampling_strategy != "group_by_length":
+            return None
+        return ByLength(self._lengths, self._group or self._rows_per_step)
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return tokens_of_rows(self._trainer.train_dataset)
+
+    @property
+    def _rows_per_step(self) -> int:
+        return rows_per_batch(self._trainer) * self._trainer.args.gradient_accumulation_steps
 
     @property
     def dealing(self) -> Dealing:
@@ -115,9 +133,10 @@ class RowProgress(TrainerCallback):
 
     def begin(self, checkpoint: str | None) -> None:
         """Training begins, from a checkpoint or from the first row."""
-        self._start = None
+        self._start, self._group = None, None
         if checkpoint is not None and not self._trainer.args.ignore_data_skip:
             self._start = start = self._start_at(Path(checkpoint))
+            self._group = start.saved.rows_per_group
             position = start.position
             self._part = _Part(self.dealing, position.epoch, position.row, self.dealing.rows, start.saved.step)
             self._say(start)
@@ -217,6 +236,7 @@ class RowProgress(TrainerCallback):
             step=self._trainer.state.global_step,
             end=end,
             num_train_epochs=None if end is None else args.num_train_epochs,
+            rows_per_group=None if (by_length := self._by_length) is None else by_length.group,
         ).write(folder)
 
     def _next(self) -> Position:
