@@ -129,6 +129,11 @@ def _joined(batch: Batch, lengths: _Lengths, multiple: int | None) -> Batch:
 
 def _dealt(trainer: GKDTrainerWithMetrics, batches: Sequence[Batch]) -> list[Batch]:
     options, args, ranks = trainer.layout, trainer.args, trainer.accelerator
+    if trainer.is_sharded and any(batch.has_images for batch in batches):
+        raise NotAvailableError(
+            "per_device_train_tokens deals rows to other forwards, and under FSDP and DeepSpeed ranks have agreed on "
+            "which have images: not available yet. Remove it."
+        )
     new = [batch for batch in batches if not batch.all_repeated]
     of_batches = _lengths(new)
     lengths = _Lengths.joined(of_batches)
