@@ -35,12 +35,12 @@ class PackingCase:
 
     windows: int = 4
     rows: int = 8
-    accumulation: int = 4
+    accumulation: int = 2
     longest: int = 512
     median: float = 64
     sigma: float = 1.0
-    student: tuple[int, int] = (256, 4)
-    teacher: tuple[int, int] = (384, 6)
+    student: tuple[int, int] = (128, 2)
+    teacher: tuple[int, int] = (256, 2)
     vocab: int = 4096
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ class PackingCase:
         )
 
 
-CASES = [PackingCase(), PackingCase(median=128, sigma=0.7)]
+CASES = [PackingCase()]
 
 
 def lengths_of(case: PackingCase) -> list[int]:
