@@ -14,7 +14,7 @@ What is overridden, and why:
 | `Trainer._load_rng_state` | processes that were not there have no states |
 | `Trainer._prepare_inputs` | upstream moves mappings only to the device |
 | `Trainer.get_batch_samples` | has a whole window before its first forward: generate there, then count D |
-| `GKDTrainer.training_step` | draws on-policy per rank and micro-batch; here the window is already drawn |
+| `GKDTrainer.training_step` | draws on-policy per rank; here the window is drawn, and its forwards may be others |
 | `GKDTrainer.compute_loss` | the loss itself: upstream's is 1/world_size, ignores temperature and has no CE |
 | `SFTTrainer.log` | metrics reduced across ranks |
 | `Trainer._get_grad_norm` | a gradient or loss that is not finite raises here, before the step (`guard.py`) |

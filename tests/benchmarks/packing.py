@@ -83,7 +83,7 @@ def measure(case: PackingCase, rounds: int) -> dict[str, Any]:
     }
     progress(f"packing, {case}: " + ", ".join(f"{name} {found['ratio']:.2f}" for name, found in peers.items()))
     machine = describe_machine()
-    measured = f"Measured on {machine['cpu']}, {machine['date']}, commit {machine['commit']}."
+    measured = f"Measured on {machine['cpu']}, {machine['date']}."
     return {"case": vars(case), "title": str(case), "peers": peers, "measured": measured}
 
 
