@@ -1,5 +1,6 @@
 """Rows behind each other in a forward: the loss and the gradient are those of padded batches, whatever lies where."""
 
+import dataclasses
 import itertools
 import random
 
@@ -10,8 +11,10 @@ from trl.experimental.gkd import GKDConfig
 
 from kdtrain.data import Collator
 from kdtrain.data.packing import Dealing, Layout, best_fit, in_lines, split_up
-from kdtrain.errors import PreflightError
-from kdtrain.preflight.packing import why_documents_mix
+from kdtrain.errors import DataError, PreflightError
+from kdtrain.models.probe import TextLook
+from kdtrain.preflight.model_checks import CheckedModel
+from kdtrain.preflight.packing import packing_findings, why_documents_mix
 from kdtrain.teachers import CachedTeacher, LocalTeacher, SelfTeacher, ServedTeacher, Targets, Teacher
 from kdtrain.teachers.cached.store import Format
 from kdtrain.teachers.served.http import Servers
@@ -21,6 +24,7 @@ from tests.stub_server import StubServer
 from tests.test_trainer_served import Begin
 from tests.tiny_cache import write_cache
 from tests.tiny_families import make
+from tests.tiny_vision import make_vlm
 
 NONE = {}
 PADDING_FREE = {"padding_free": True}
@@ -301,3 +305,25 @@ def test_models_whose_masks_follow_the_positions_keep_rows_apart(family):
 def test_a_model_that_lets_rows_of_a_line_see_each_other_is_refused(tmp_path, tokenizer, family):
     with pytest.raises(PreflightError, match="does not keep rows of one line apart with"):
         trained(tmp_path, make(family), None, tokenizer=tokenizer, llm_kd_weight=0.0, **PACKING)
+
+
+def test_a_model_that_reads_images_is_refused_before_anything_is_trained():
+    side = CheckedModel("student", make_vlm("llava"), TextLook())
+    (finding,) = packing_findings(side, ("data", "packing"))
+    assert (finding.level, finding.path) == ("error", ("data", "packing"))
+    assert "reads images" in finding.message
+
+
+def test_rows_that_cannot_lie_in_a_line_are_refused(tmp_path, tokenizer):
+    class Masking:
+        """A user's collator whose mask leaves a token out in the middle of a row."""
+
+        def __call__(self, rows):
+            batch = Collator(tokenizer)(rows)
+            mask = batch.model_inputs["attention_mask"].clone()
+            mask[:, 1] = 0
+            return dataclasses.replace(batch, model_inputs={**batch.model_inputs, "attention_mask": mask})
+
+    with pytest.raises(DataError, match="leaves out tokens in front of its last one"):
+        trained(tmp_path, tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2), tokenizer=tokenizer,
+                extra={"data_collator": Masking()}, **PADDING_FREE)  # fmt: skip
