@@ -247,6 +247,7 @@ CONFLICTS: list[tuple[dict[str, Any], str, str]] = [
         {"rlhf__teacher__placement": "sharded", "data__train": [{"path": "a.jsonl", "answers": "teacher"}]},
         "rlhf.teacher.placement",
         "cannot be combined with answers: teacher yet",
+    ),
     (
         {"data__packing": True, "training__neftune_noise_alpha": 5.0},
         "data.packing",
