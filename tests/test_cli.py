@@ -172,7 +172,6 @@ WRONG_CONFIGS = {
     "a key in the wrong section": (["training.beta=0.1"], "move it to rlhf.beta"),
     "not a number": (["rlhf.beta=.nan"], "not a finite number"),
     "a boolean for a number": (["rlhf.beta=true"], "expected a number, got the boolean true"),
-    "something that comes later": (["data.packing=true"], "not available yet"),
     "an unknown log format": (["--log-format", "xml"], "--log-format must be text or json"),
 }
 

@@ -212,19 +212,6 @@ def test_every_refused_field_is_a_field_of_the_installed_trl() -> None:
     assert set(REFUSED) <= set(training_fields())
 
 
-NOT_YET: list[tuple[str, Any]] = [
-    ("data__packing", True),
-    ("data__padding_free", True),
-]
-
-
-@pytest.mark.parametrize(("option", "value"), NOT_YET)
-def test_an_option_of_a_later_version_is_refused_not_ignored(option: str, value: Any) -> None:
-    found = errors(config(**{option: value}))
-    assert list(found) == [option.replace("__", ".")]
-    assert "not available yet" in found[option.replace("__", ".")]
-
-
 STREAM = {"path": "a.jsonl", "streaming": True}
 STEPS = {"training__max_steps": 5}
 
@@ -240,6 +227,11 @@ STEPS = {"training__max_steps": 5}
         ({**STEPS, "data__eval": [{"path": "c.jsonl", "streaming": True}]}, "data.eval[0].streaming", "use limit"),
         ({**STEPS, "data__eval": "5%"}, "data.eval", "name rows of their own"),
         ({**STEPS, "training__save_strategy": "epoch"}, "training.save_strategy", "has no epochs"),
+        (
+            {**STEPS, "training__train_sampling_strategy": "group_by_length"},
+            "training.train_sampling_strategy",
+            "rows of like length",
+        ),
         ({**STEPS, "custom__sample_limit": 5}, "custom.sample_limit", "use limit of the source"),
     ],
 )
@@ -281,6 +273,16 @@ CONFLICTS: list[tuple[dict[str, Any], str, str]] = [
         {"rlhf__teacher__placement": "sharded", "data__train": [{"path": "a.jsonl", "answers": "teacher"}]},
         "rlhf.teacher.placement",
         "cannot be combined with answers: teacher yet",
+    ),
+    (
+        {"data__packing": True, "training__neftune_noise_alpha": 5.0},
+        "data.packing",
+        "cannot be beside training.neftune_noise_alpha",
+    ),
+    (
+        {"data__padding_free": True, "custom__visual_kd": {"enabled": True, "targets": {"vit": {"weight": 1.0}}}},
+        "data.padding_free",
+        "is for text, and custom.visual_kd needs rows with images",
     ),
     ({"rlhf": {}}, "rlhf.teacher_model", "a teacher is needed, because rlhf.llm_kd_weight is 1"),
     ({"rlhf": {"llm_kd_weight": 0.25}}, "rlhf.teacher_model", "llm_kd_weight is 0.25"),

@@ -320,3 +320,24 @@ def test_a_teacher_that_is_too_large_is_cut_into_pieces_or_offloaded(linear):
         run = dataclasses.replace(run, teacher=dataclasses.replace(run.teacher, dtype=torch.bfloat16))
         found = remedies(run, plan_memory(run).total - 2**20, memory.Simulations())
         assert [one.text.partition(" (")[0] for one in found] == [way_out]
+
+
+def test_lines_are_planned_as_long_as_they_may_be(project):
+    size = ["training.per_device_train_batch_size=3", "training.gradient_accumulation_steps=2"]
+    joined = setup_for(project, *size, "data.padding_free=true", longest=40).shape
+    assert (joined.ids, joined.in_lines) == ((1, 120), True)
+    packed = setup_for(project, *size, "data.packing=true", longest=40).shape
+    assert packed.ids == (3, 64)  # six rows of 40 in lines of max_length: four lines, three at a time
+    assert setup_for(project, *size, "data.packing=true", longest=8).shape.ids == (1, 48)
+    bounded = setup_for(project, *size, "training.per_device_train_tokens=100", longest=40)
+    assert bounded.shape.ids == (2, 40)
+    assert bounded.teacher_rows == 2
+    both = setup_for(project, *size, "training.per_device_train_tokens=100", "data.padding_free=true", longest=40).shape
+    assert both.ids == (1, 80)
+
+
+def test_attention_over_a_long_line_takes_more_than_over_its_rows(project):
+    eager = ["training.per_device_train_batch_size=8", "model.attn_implementation=eager"]
+    rows = plan_memory(setup_for(project, *eager, longest=64))
+    line = plan_memory(setup_for(project, *eager, "data.padding_free=true", longest=64))
+    assert line.parts["activations"] > 2 * rows.parts["activations"]

@@ -808,7 +808,7 @@ def test_dropout_is_off_in_modules_and_in_functions(tmp_path, teacher):
 
 def test_what_would_count_rows_wrongly_is_refused(tmp_path, student, teacher):
     with pytest.raises(ValueError, match="not available yet"):
-        make_trainer(tmp_path, student, teacher, train_sampling_strategy="group_by_length")
+        make_trainer(tmp_path, student, teacher, train_sampling_strategy="batch_rebalance")
     with pytest.raises(ValueError, match="not available yet"):
         GKDTrainerWithMetrics(
             student, teacher, make_args(tmp_path),

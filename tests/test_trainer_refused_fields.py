@@ -46,14 +46,15 @@ UPSTREAM = """
 # By the trainer itself, where some values are refused.
 OURS = """
     beta lmbda temperature max_new_tokens seq_kd disable_dropout teacher_model_name_or_path teacher_model_init_kwargs
-    model_init_kwargs trust_remote_code max_length pad_token pad_to_multiple_of dataset_text_field dataset_kwargs
+    model_init_kwargs trust_remote_code max_length packing padding_free pad_token pad_to_multiple_of
+    dataset_text_field dataset_kwargs
     completion_only_loss assistant_only_loss train_sampling_strategy parallelism_config hub_token"""
 
 IRRELEVANT = {
     "remove_unused_columns": "always off: the collator reads columns that no forward takes",
     "logging_nan_inf_filter": "always off: a NaN stops the run",
     "dataset_num_proc": "a warning: rows are encoded when they are needed",
-    "length_column_name": "of group_by_length, which is refused",
+    "length_column_name": "the tokens of a row are counted",
     "do_train": "for scripts",
     "do_eval": "for scripts",
     "do_predict": "for scripts",
@@ -63,7 +64,7 @@ IRRELEVANT = {
 
 # A value of each refused field that changes something.
 VALUES = {
-    "packing": True, "eval_packing": True, "padding_free": True, "packing_strategy": "wrapped", "loss_type": "dft",
+    "eval_packing": True, "packing_strategy": "wrapped", "loss_type": "dft",
     "label_smoothing_factor": 0.1, "use_liger_kernel": True, "liger_kernel_config": {"rope": True},
     "truncation_mode": "keep_end", "shuffle_dataset": True, "average_tokens_across_devices": False,
     "auto_find_batch_size": True, "label_names": ["answers"], "use_cache": True,
@@ -129,7 +130,8 @@ def test_harmless_values_of_refused_fields_pass(tmp_path, student, teacher):
         ({"model_init_kwargs": {"dtype": "float32"}}, tiny.CHATS, "model_init_kwargs would be ignored"),
         ({}, [{"input_ids": [1, 5, 6]}], "Add a 'labels' column"),
         ({"pad_token": "<nothing>"}, tiny.CHATS, "pad_token '<nothing>' is no token"),
-        ({"train_sampling_strategy": "group_by_length"}, tiny.CHATS, "not available yet"),
+        ({"train_sampling_strategy": "batch_rebalance"}, tiny.CHATS, "not available yet"),
+        ({"packing": True, "max_length": None}, tiny.CHATS, "which is None: set it"),
     ],
 )
 def test_values_that_do_not_fit_are_refused(tmp_path, student, teacher, options, rows, message):

@@ -5,17 +5,21 @@ import itertools
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from accelerate.data_loader import BatchSamplerShard
+from datasets import Dataset
 from torch.utils.data import BatchSampler, RandomSampler
 
 from kdtrain.trainer.data_position import Dealing, Position, read_position
-from kdtrain.trainer.row_order import EpochSampler, RowOrder
+from kdtrain.trainer.row_order import ByLength, EpochSampler, RowOrder
 from kdtrain.trainer.row_progress import RowProgress
 
 ROWS, SEED, EPOCHS = 13, 7, 2
 OPTIONS = list(itertools.product((1, 2, 4), range(1, 7), (1, 2, 3)))  # ranks, batch, accumulation
 ORDER = [RowOrder(ROWS, True, SEED).of(epoch) for epoch in range(EPOCHS + 1)]
+LENGTHS = [5, 30, 7, 31, 6, 29, 32, 8, 9, 28, 33, 27, 10]
+DATA = Dataset.from_dict({"input_ids": [[1] * length for length in LENGTHS]})
 ALL = [(epoch, row) for epoch in range(EPOCHS) for row in ORDER[epoch]]
 
 
@@ -28,11 +32,11 @@ class Run:
     def __init__(self, ranks, batch, accumulation, **options):
         arguments = {"num_train_epochs": EPOCHS, "max_steps": -1, "dataloader_drop_last": False, **options}
         self.args = SimpleNamespace(
-            seed=SEED, data_seed=None, train_sampling_strategy="random", world_size=ranks, ignore_data_skip=False,
-            gradient_accumulation_steps=accumulation, **arguments,
+            **{"train_sampling_strategy": "random", **arguments}, seed=SEED, data_seed=None, world_size=ranks,
+            ignore_data_skip=False, gradient_accumulation_steps=accumulation,
         )  # fmt: skip
         self.accelerator, self._train_batch_size = SimpleNamespace(num_processes=ranks), batch
-        self.train_dataset, self.get_tp_size = range(ROWS), lambda: 1
+        self.train_dataset, self.get_tp_size = DATA, lambda: 1
         self.state = SimpleNamespace(global_step=0, epoch=0.0, max_steps=0)
         self.control = SimpleNamespace(should_epoch_stop=False, should_training_stop=False)
         self.rows = RowProgress(self)
@@ -214,3 +218,54 @@ def test_another_tools_checkpoint_is_placed_by_its_batches(tmp_path):
         (tmp_path / f"rng_state_{rank}.pth").touch()
     saved = read_position(tmp_path, Dealing(ROWS, 3, 1, False))
     assert (saved.position, saved.processes, saved.step) == (Position(1, 8), 2, 6)
+
+
+# ---- rows grouped by length ------------------------------------------------------------------------------------------
+
+BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
+
+
+def test_steps_grouped_by_length_have_the_same_rows_however_they_are_dealt(tmp_path):
+    by_step = {}
+    for ranks, batch, accumulation in OPTIONS:
+        windows = Run(ranks, batch, accumulation, **BY_LENGTH).train()
+        by_step.setdefault(ranks * batch * accumulation, []).append(windows)
+    for size, runs in by_step.items():
+        assert all(windows == runs[0] for windows in runs)
+        for epoch in range(EPOCHS):
+            rows = [row for window in runs[0] for number, row in window if number == epoch]
+            assert sorted(rows) == list(range(ROWS))
+            assert size > ROWS or LENGTHS[rows[0]] == 33 or 33 in [LENGTHS[row] for row in rows[ROWS // size * size :]]
+    of_4 = by_step[4][0]
+    assert of_4[:3] != [[(0, row) for _, row in window] for window in of_4[4:7]]  # another order in each epoch
+    widths = [max(LENGTHS[row] for _, row in window) * len(window) for window in of_4]
+    random_widths = [max(LENGTHS[row] for _, row in window) * len(window) for window in Run(1, 4, 1).train()]
+    assert sum(widths) < 0.9 * sum(random_widths)
+
+
+def test_a_run_grouped_by_length_goes_on_with_other_options_at_the_next_row_of_its_order(tmp_path):
+    windows = Run(1, 4, 1, **BY_LENGTH).train(save_in=tmp_path)
+    for step in range(1, len(windows) + 1):
+        for options in ((1, 4, 1), (2, 1, 2), (2, 3, 1), (1, 1, 1)):
+            run = Run(*options, **BY_LENGTH)
+            again = run.train(str(tmp_path / f"checkpoint-{step}"), save_in=tmp_path / f"{step}-{options}")
+            assert flat(windows[:step]) + flat(again) == flat(windows)
+            for later in (tmp_path / f"{step}-{options}").glob("checkpoint-*"):  # and once more
+                saved = read_position(later, run.rows.dealing)
+                assert saved.rows_per_group == 4
+
+
+def test_groups_of_many_rows_have_little_padding_and_meet_other_rows_in_each_epoch():
+    draw = random.Random(0)
+    lengths = np.array([draw.randint(1, 500) for _ in range(3003)])
+    order = RowOrder(len(lengths), True, SEED, ByLength(lengths, 8))
+    first, second = order.of(0), order.of(1)
+    assert sorted(first) == sorted(second) == list(range(3003))
+    steps = [first[i : i + 8] for i in range(0, 3003, 8)]
+    assert len(steps[-1]) == 3
+    assert sum(max(lengths[step]) * 8 for step in steps[:-1]) < 1.05 * lengths.sum()
+    assert lengths[first[0]] == max(lengths[first[:3000]])
+    again = {frozenset(second[i : i + 8]) for i in range(0, 3003, 8)}
+    assert len(again & set(map(frozenset, steps))) < 5
+    longest = [max(lengths[step]) for step in steps[1:-1]]
+    assert abs(np.corrcoef(np.arange(len(longest)), longest)[0, 1]) < 0.2  # in any order

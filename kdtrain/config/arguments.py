@@ -123,7 +123,7 @@ def _from_sections(config: RunConfig) -> dict[str, Any]:
     loading = dict(rlhf.teacher_model_init_kwargs or {})  # a copy: the caller's dict stays as it is
     loading.setdefault("dtype", loading.pop("torch_dtype", rlhf.teacher.dtype))
     kwargs["teacher_model_init_kwargs"] = loading
-    kwargs["max_length"] = config.data.max_length
+    kwargs |= {name: getattr(config.data, name) for name in ("max_length", "packing", "padding_free")}
     if config.options.needs_teacher and rlhf.teacher_model and rlhf.teacher.backend == "hf":
         kwargs["teacher_model_name_or_path"] = rlhf.teacher_model
     return kwargs

@@ -13,8 +13,6 @@ from kdtrain.config.tree import KeyPath, Problem
 
 # Option -> what it is called in the message, and the values there are so far.
 NOT_AVAILABLE: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "data.packing": ("packing", (False,)),
-    "data.padding_free": ("padding-free training", (False,)),
     "rlhf.teacher.backend": ("a teacher of this kind", ("hf", "self", "vllm", "openai", "cache")),
 }
 

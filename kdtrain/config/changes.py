@@ -108,7 +108,7 @@ CLASSES: dict[str, Kind] = {
     **_classes(FREE, "training", "logging_strategy logging_steps logging_first_step log_on_each_node log_level"),
     **_classes(FREE, "training", "log_level_replica include_num_input_tokens_seen disable_tqdm skip_memory_metrics"),
     **_classes(FREE, "training", "report_to run_name project trackio_space_id trackio_bucket_id"),
-    **_classes(FREE, "training", "trackio_static_space_id report log_completions_steps debug"),
+    **_classes(FREE, "training", "trackio_static_space_id report log_completions_steps debug per_device_train_tokens"),
     **_classes(FREE, "training", "eval_strategy eval_steps eval_delay eval_on_start eval_do_concat_batches"),
     **_classes(FREE, "training", "eval_use_gather_object eval_accumulation_steps early_stopping_patience"),
     **_classes(FREE, "training", "load_best_model_at_end metric_for_best_model greater_is_better"),

@@ -347,6 +347,11 @@ class TrainingOptions(Section):
     report: Flag = True
     """Write report.html and report.json into the run folder, as the run ends: one page with its curves, samples,
     options and data. `kdtrain report` writes it at any time."""
+    per_device_train_tokens: Count | None = None
+    """Most tokens of a forward, padding included, on each device: the rows of a step (per_device_train_batch_size ×
+    gradient_accumulation_steps) are cut into as many forwards as that takes, rows of like length together. Which rows a
+    step has stays as it is, and so does the loss: this bounds memory. A row that is longer by itself has a forward of
+    its own. null: forwards of per_device_train_batch_size rows."""
     log_completions_steps: Count | None = None
     """Keep answers that were generated while training, to be looked at: of the first generated step, and of the first
     one at or after each multiple of this, up to 64 with their divergence from the teacher token by token, in

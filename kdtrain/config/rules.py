@@ -133,6 +133,22 @@ def idle_distillation(config: RunConfig, written: Written) -> Iterator[Problem]:
         yield from written.idle(["from", "over"], reason, "rlhf", "max_new_tokens")
 
 
+def rows_in_lines(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """What cannot be beside `padding_free` and `packing`, and what has no effect there."""
+    data = config.data
+    option: KeyPath = ("data", "packing" if data.packing else "padding_free")
+    if not (data.packing or data.padding_free):
+        return
+    if data.packing:
+        yield from written.idle(["padding_free"], "data.packing joins rows already", "data")
+    if config.options.visual_kd is not None:
+        message = "is for text, and custom.visual_kd needs rows with images"
+        yield Problem(option, message, "remove one of them", on_key=True)
+    if config.training.get("neftune_noise_alpha"):
+        message = "cannot be beside training.neftune_noise_alpha, whose noise depends on how long a row is"
+        yield Problem(option, message, "remove one of them", on_key=True)
+
+
 def idle_selection(config: RunConfig, written: Written) -> Iterator[Problem]:
     """A choice among answers of the student, where it writes none, or one to each prompt."""
     rlhf = config.rlhf
@@ -433,6 +449,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (divergence_numbers, (*_KD_SWITCHES, "rlhf.divergence", "rlhf.ab_alpha", "rlhf.ab_beta")),
     (idle_selection, ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.samples_per_prompt", "rlhf.select")),
     (commented_regex, ()),
+    (rows_in_lines, ("data.packing", "data.padding_free", "custom.visual_kd", "training.neftune_noise_alpha")),
     (model_options, ("model.init_kwargs", "model.model")),
     (processor_options, ("data.processor_kwargs", "rlhf.teacher.processor_kwargs")),
     (idle_lora, ("model.model", "model.adapter", "tuner.train_type", "tuner.lora_dropout", "rlhf.disable_dropout")),

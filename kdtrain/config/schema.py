@@ -230,9 +230,12 @@ class DataConfig(Section):
     """Settings of the image processor in place of those saved with the model, such as `{max_pixels: 200704}`, for the
     student and, unless it has its own, the teacher. The student's are saved with it."""
     packing: Flag = False
-    """Join short rows into one sequence of max_length, without attention between them."""
+    """Lay the rows of a step behind each other in as few lines of max_length as fit, per_device_train_batch_size lines
+    in a forward, without attention between rows. Which rows a step has stays as it is, and so does the loss (TRL's
+    packing puts more rows into a step)."""
     padding_free: Flag = False
-    """Flatten a batch into one sequence instead of padding it."""
+    """Lay the rows of a micro-batch behind each other in one line instead of padding them, without attention between
+    rows. The loss stays as it is."""
     cache_dir: Text | None = None
     """Folder for encoded rows, which later runs read again; null: below HF_HOME, or a temporary folder where that
     cannot be written, which a line then says."""

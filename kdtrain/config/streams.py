@@ -43,6 +43,10 @@ def _counted(config: RunConfig) -> Iterator[Problem]:
         if training.get(name) == "epoch":
             message = "data.train is streamed, and has no epochs"
             yield Problem(("training", name), message, "use steps", on_key=True)
+    if training.get("train_sampling_strategy") == "group_by_length":
+        message = "rows of like length are looked for among all, and data.train is streamed"
+        hint = "remove it, or set data.padding_free: true or data.packing: true, which need no order"
+        yield Problem(("training", "train_sampling_strategy"), message, hint, on_key=True)
     if config.data.eval_share is not None:
         message = "a share of the training rows would have to be read to its end, and data.train is streamed"
         yield Problem(("data", "eval"), message, "name rows of their own", on_key=True)

@@ -84,7 +84,7 @@ _WITHOUT_EFFECT = {
     "do_train": "kdtrain fit always trains",
     "do_eval": "training.eval_strategy decides",
     "do_predict": "kdtrain never predicts while training",
-    "length_column_name": "rows are not grouped by length",
+    "length_column_name": "the tokens of rows are counted where rows are grouped by length",
 }
 
 # Options of accelerate's data loader: the value that is refused, why, and what to do.

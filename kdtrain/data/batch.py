@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from kdtrain.data.images import Image
+from kdtrain.data.packing import ForwardInputs, Layout, in_lines
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX, next_token_labels
 
@@ -124,6 +125,9 @@ class Batch:
     run it is the last row."""
     targets: Any = None
     """The `kdtrain.teachers.Targets` of its supervised tokens, where the teacher was asked for them already."""
+    layout: Layout | None = None
+    """How its rows lie in the forward of a model in this process; None is beside each other, with padding. The batch
+    itself is padded in any case: what is asked by row, and what is sent to a server, does not depend on it."""
 
     # ---- the supervised tokens ---------------------------------------------------------------------------------------
 
@@ -203,6 +207,20 @@ class Batch:
 
     # ---- other forms of it -------------------------------------------------------------------------------------------
 
+    def for_forward(self, model: nn.Module) -> ForwardInputs:
+        """What the forward of a model takes, and where in its outputs the supervised tokens are predicted.
+
+        Args:
+            model: one that reads this batch's tokens (of a teacher: `as_teacher_sees_it`), wrapped or not.
+        """
+        if self.layout is None:
+            return ForwardInputs(self.model_inputs, self.model_inputs.get("attention_mask"), self.predicts_BT)
+        tokens = {"input_ids": self.model_inputs["input_ids"], **self.token_level}
+        config = getattr(getattr(model, "module", model), "config", None)
+        # transformers looks for documents in the positions of a single line there.
+        flat = "flash" in str(getattr(config, "_attn_implementation", ""))
+        return in_lines(tokens, self.predicts_BT, self.layout, flat=flat)
+
     @property
     def teacher_inputs(self) -> Mapping[str, Any]:
         """What the teacher's forward takes: its own images replace all of the student's, which it may not know.
@@ -246,6 +264,7 @@ class Batch:
             labels=tokens.labels,
             rows=replace(self.rows, prompt_lengths=tokens.prompt_lengths, prompts=None),
             teacher_tokens=None,
+            layout=self.layout and replace(self.layout, lengths=self.layout.teacher_lengths, teacher_lengths=()),
         )
         # By row as well: a token more in one and less in the next would be the same tokens in all.
         same_counts = torch.equal(seen.predicts_BT.sum(1), self.predicts_BT.sum(1))

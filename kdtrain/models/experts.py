@@ -94,8 +94,12 @@ def check_experts(model: nn.Module, args: TrainingArguments) -> None:
         )
 
 
-def load_balancing_loss(model_inputs: Mapping[str, Any], outputs: Any, model: nn.Module) -> torch.Tensor:
-    """The auxiliary loss that a mixture-of-experts model would have returned beside its logits, a scalar."""
+def load_balancing_loss(mask: torch.Tensor | None, outputs: Any, model: nn.Module) -> torch.Tensor:
+    """The auxiliary loss that a mixture-of-experts model would have returned beside its logits, a scalar.
+
+    Args:
+        mask: of the forward's positions, 0 in the padding; None where there is none.
+    """
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     experts, per_token = _counts(_text_config(model))
@@ -103,7 +107,6 @@ def load_balancing_loss(model_inputs: Mapping[str, Any], outputs: Any, model: nn
         raise NotAvailableError(
             f"{type(model).__name__} returns no router logits. Set training.router_aux_loss_coef: 0."
         )
-    mask = model_inputs.get("attention_mask")
     value = load_balancing_loss_func(outputs.router_logits, experts, per_token, mask)
     assert isinstance(value, torch.Tensor)
     return value

@@ -6,7 +6,7 @@ turns: training a micro-batch, the teacher's forward, the optimizer's step, writ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
@@ -234,7 +234,7 @@ def _moving_average(setup: Setup, step: Step) -> int:
 
 def _teacher_forward(setup: Setup, simulations: Simulations) -> int:
     shape = setup.shape
-    seen = Shape(setup.teacher_rows, shape.length, autocast=shape.autocast, on_cpu=shape.on_cpu)
+    seen = replace(shape, rows=setup.teacher_rows, micro_batches=1, checkpointing=False, teacher_width=None)
     return simulations.forward(setup.teacher or setup.student, seen)
 
 

@@ -20,7 +20,7 @@ from kdtrain.config.options import DistillationOptions
 from kdtrain.config.tree import Problem
 from kdtrain.data.batch import Batch
 from kdtrain.data.collate import Collator
-from kdtrain.errors import DataError
+from kdtrain.errors import ConfigError, DataError
 from kdtrain.memory import is_out_of_memory
 from kdtrain.models.probe import OPTION_OF, Side, evaluating, few_tokens
 
@@ -127,6 +127,21 @@ def _lengths(data: Any) -> dict[Side | None, np.ndarray]:
         return {None: own}
     other = _counts_of(data, "teacher_input_ids")
     return {"student": own, "teacher": np.where(other > 0, other, own)}
+
+
+def tokens_of_rows(data: Any) -> np.ndarray:
+    """Tokens of each row, as the student reads it.
+
+    Raises:
+        ConfigError: rows that are tokenised only as they are read.
+    """
+    found = _lengths(data)
+    if not found:
+        raise ConfigError(
+            "training.train_sampling_strategy: group_by_length has to know how long rows are before they are read: "
+            "pass a datasets.Dataset of rows with input_ids and labels, or remove it."
+        )
+    return found.get("student", next(iter(found.values())))
 
 
 def _counts_of(data: Any, column: str) -> np.ndarray:

@@ -70,7 +70,7 @@ def surely_fits(setup: Setup, limit: int) -> bool:
     sizes = (getattr(text, name, None) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     layers, width, heads = (size or math.inf for size in sizes)
     inner = getattr(text, "intermediate_size", None) or 4 * width
-    of_token = layers * (48 * width + 16 * inner + 16 * heads * shape.length) * 4
+    of_token = layers * (48 * width + 16 * inner + 16 * heads * shape.ids[1]) * 4
     writes = setup.student_writes is not None or setup.teacher_writes is not None
     bound = weights + 6 * trained + 2 * teacher + shape.rows * shape.length * of_token + _LOSS
     return bound + (2 * CALL_BYTES if writes else 0) <= limit
@@ -81,7 +81,8 @@ def _described(setup: Setup, plan: MemoryPlan) -> str:
     devices = "The run takes" if setup.world == 1 else f"Each of {setup.world} devices takes"
     beside = "" if setup.shape.on_cpu else ", beside what CUDA itself takes"
     images = ", images left out" if setup.student.config.get_text_config() is not setup.student.config else ""
-    rows = f"{setup.shape.rows} rows of {setup.shape.length:,} tokens at a time"
+    count, columns = setup.shape.ids
+    rows = f"{count} {'lines' if setup.shape.in_lines else 'rows'} of {columns:,} tokens at a time"
     return f"{devices} about {in_units(plan.total)} at the most, in {plan.phase}, {rows}{beside}{images} ({parts})"
 
 

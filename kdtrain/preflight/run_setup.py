@@ -56,23 +56,28 @@ def setup_of(
     samples = options.samples_per_prompt if options.lm_kd_active and options.lmbda > 0 else 1
     rows, micro_batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
     asked = teacher or (student if asks_itself and options.lm_kd_active else None)
+    of_forward = rows * (1 if options.select == "best" else samples)
+    forward_rows, length = _forward(config, of_forward, of_forward * micro_batches, max(row, 2), rows)
     shape = Shape(
-        rows=rows * (1 if options.select == "best" else samples),
-        length=max(row, 2),
+        rows=forward_rows,
+        length=length,
         micro_batches=micro_batches,
         checkpointing=bool(args.gradient_checkpointing),
         checkpointing_kwargs=args.gradient_checkpointing_kwargs,
         autocast=_autocast(config, args, on_cpu),
         teacher_width=None if asked is None else asked.config.get_text_config().hidden_size,
         on_cpu=on_cpu,
+        in_lines=config.data.packing or config.data.padding_free,
+        joined=config.data.padding_free and not config.data.packing,
     )
+    asked_rows = forward_rows * samples if options.select == "best" else forward_rows
     return Setup(
         student=student,
         teacher=teacher,
         tuner=config.tuner,
         shape=shape,
         per_device_rows=rows,
-        teacher_rows=0 if asked is None else rows * samples,
+        teacher_rows=0 if asked is None else asked_rows,
         optimizer=str(getattr(args.optim, "value", args.optim)),
         moving_average=asks_itself and config.rlhf.teacher.weights == "ema",
         student_writes=_writing(options.generation.batch_size, rows * micro_batches * samples, prompt, new_tokens)
@@ -83,6 +88,24 @@ def setup_of(
         sharding=sharding_of(config),
         placement=config.rlhf.teacher.placement,
     )
+
+
+def _forward(config: RunConfig, rows: int, of_step: int, longest: int, per_device: int) -> tuple[int, int]:
+    """Rows, or lines, of the largest forward, and their length.
+
+    Args:
+        rows: of a micro-batch.
+        of_step: on this device.
+        longest: row, in tokens.
+        per_device: `per_device_train_batch_size`, the lines of a forward.
+    """
+    most, length = config.training_options.per_device_train_tokens, longest
+    if config.data.packing:
+        length = min(max(config.data.max_length, longest), of_step * longest)
+        rows = min(per_device, -(-of_step * longest // length))
+    if most is not None:
+        rows = max(most // length, 1)
+    return rows, length
 
 
 def _writing(per_call: int | None, rows: int, prompt: int, new_tokens: int) -> Writing:

@@ -77,6 +77,15 @@ class Shape:
     teacher_width: int | None = None
     """H of the teacher, whose hidden states wait for the loss; None where it has none."""
     on_cpu: bool = False
+    in_lines: bool = False
+    """Whether rows lie behind each other (`data.packing`), for which attention takes a mask of [T, T]."""
+    joined: bool = False
+    """Whether all B of them do, in one line of B · T (`data.padding_free`)."""
+
+    @property
+    def ids(self) -> tuple[int, int]:
+        """Rows and columns of what a forward takes."""
+        return (1, self.rows * self.length) if self.joined else (self.rows, self.length)
 
 
 @dataclass(frozen=True)
@@ -317,9 +326,12 @@ def _loss(model: Any, shape: Shape) -> torch.Tensor:
 
 
 def _backbone_forward(model: Any, shape: Shape, loss_head: Callable[..., Any]) -> Any:
-    ids = torch.zeros(shape.rows, shape.length, dtype=torch.long)
+    rows, columns = shape.ids
+    ids = torch.zeros(rows, columns, dtype=torch.long)
     # One row alone has no padding, and attention then needs no mask of [T, T].
-    mask = {} if shape.rows == 1 else {"attention_mask": torch.ones_like(ids)}
+    mask = {} if rows == 1 else {"attention_mask": torch.ones_like(ids)}
+    if shape.in_lines:
+        mask = {"attention_mask": torch.ones(rows, 1, columns, columns, dtype=torch.bool)}
     return model(input_ids=ids, **mask, use_cache=False, loss_head=loss_head)
 
 

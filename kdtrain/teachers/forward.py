@@ -17,7 +17,6 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.data.batch import Batch
 from kdtrain.losses.head import Head
-from kdtrain.losses.reduce import predicting
 from kdtrain.models.experts import without_router_logits
 from kdtrain.models.loss_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.teachers.base import DenseTargets, Targets
@@ -62,19 +61,19 @@ class ModelForward:
             self._head_unchecked, self._from_logits = False, reason is not None
             if reason is not None:
                 _report_logits(reason)
-        seen = batch.as_teacher_sees_it()  # its own tokens predict the same supervised ones, in the same order
-        inputs, predicts_BT = seen.model_inputs, seen.predicts_BT
+        # Its own tokens predict the same supervised ones, in the same order.
+        seen = batch.as_teacher_sees_it().for_forward(module)
+        inputs = seen.model_inputs
         made: list[DenseTargets] = []
 
         def keep(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor]:
-            hidden_SH = predicting(hidden_BTH, predicts_BT)[predicts_BT.to(hidden_BTH.device)]
+            hidden_SH = seen.predicting(hidden_BTH)
             made.append(DenseTargets(hidden_SH, self._lasting(module, head)))
             return (hidden_SH[:0],)  # a wrapper may cast or copy what a forward returns: that must not be the targets
 
         with torch.no_grad(), without_router_logits(getattr(module, "module", module)):
             if self._from_logits:
-                logits_BTV = predicting(module(**inputs, use_cache=False).logits, predicts_BT)
-                return Targets(logits_BTV[predicts_BT.to(logits_BTV.device)])
+                return Targets(seen.predicting(module(**inputs, use_cache=False).logits))
             module(**inputs, use_cache=False, loss_head=keep)
         return Targets(made[0])
 

@@ -266,8 +266,10 @@ def check_data_options(args: GKDConfig) -> None:
         )
     for name, reason, instead in refused_loader_options(args.accelerator_config.to_dict()):
         raise NotAvailableError(f"training.accelerator_config: {name} cannot be had: {reason}. To do: {instead}.")
-    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+    if args.train_sampling_strategy == "batch_rebalance":
         raise NotAvailableError(
-            f"training.train_sampling_strategy: {args.train_sampling_strategy} is not available yet: its order depends "
-            "on the state of each rank, so that ranks would skip rows and a resumed run would see others."
+            "training.train_sampling_strategy: batch_rebalance is not available yet: its order depends on the state of "
+            "each rank, so that ranks would skip rows and a resumed run would see others. Use group_by_length."
         )
+    if args.packing and args.max_length is None:
+        raise ConfigError("packing lays rows into lines of max_length tokens, which is None: set it.")

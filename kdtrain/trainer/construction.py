@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,8 +38,10 @@ from kdtrain.models.quantization import bits_of, settle
 from kdtrain.models.text_only import check_reentrant
 from kdtrain.models.tuning import check_trained, disable_dropout, fit_student, uses_reentrant_checkpointing
 from kdtrain.models.vocabulary import Vocabulary, shared_vocabulary, vocabulary_size
+from kdtrain.preflight.findings import report
 from kdtrain.preflight.generation import by_vllm, check_generation, check_sharding
-from kdtrain.preflight.model_checks import both_sides, check_models
+from kdtrain.preflight.model_checks import CheckedModel, both_sides, check_models
+from kdtrain.preflight.packing import packing_findings
 from kdtrain.preflight.positions import rows_of_a_run
 from kdtrain.preflight.token_ids import check_rows, embedding_rows
 from kdtrain.ranks import world_size
@@ -182,6 +184,7 @@ def _set_arguments(args: GKDConfig, student: Any) -> None:
 def around_upstream(args: GKDConfig, student: Any) -> Iterator[None]:
     """What SFTTrainer's constructor may not see or leave behind: fields of `args`, its check of the head, configs."""
     hidden: dict[str, Any] = {"model_init_kwargs": None, "assistant_only_loss": False, "report_to": []}  # honoured here
+    hidden |= {"packing": False, "padding_free": False}
     before = {name: getattr(args, name) for name in hidden}
     vars(args).update(hidden)
     # It refuses an adapter on `lm_head`, because its own loss reads the weight past it. Here the loss goes through it.
@@ -330,7 +333,22 @@ def check_both_models(trainer: GKDTrainerWithMetrics) -> dict[Side, int]:
         is_sharded=trainer.is_sharded,
         autocast=trainer.compute_loss_context_manager,
     )
+    if trainer.layout.in_lines:
+        with trainer.compute_loss_context_manager():
+            _check_packing(trainer, sides)
     return {side.name: side.look.positions for side in sides if side.look.positions is not None}
+
+
+def _check_packing(trainer: GKDTrainerWithMetrics, sides: Sequence[CheckedModel]) -> None:
+    """Refuse models that do not keep rows of one line apart; of those in pieces see `compute_loss`."""
+    option = ("data", "packing" if trainer.layout.packing else "padding_free")
+    as_teacher = trainer.teacher is not None and trainer.teacher.is_student  # the student, which is looked at anyway
+    report(
+        finding
+        for side in sides
+        if side.look.looked and not (side.name == "teacher" and as_teacher)
+        for finding in packing_findings(side, option)
+    )
 
 
 def build_objective(trainer: GKDTrainerWithMetrics) -> Objective:

@@ -91,6 +91,8 @@ class SavedPosition:
     """What `end` comes from."""
     stream: dict[str, Any] | None = None
     """Where a stream is read on from, at or before the next row."""
+    rows_per_group: int | None = None
+    """Of the order, where rows are grouped by length."""
 
     def write(self, folder: str | Path) -> None:
         """Write `data_position.json` of a checkpoint."""

@@ -144,6 +144,8 @@ def check_stream_arguments(data: Any, args: Any) -> None:
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         if str(getattr(getattr(args, name), "value", getattr(args, name))) == "epoch":
             raise ConfigError(f"train_dataset is a stream, which has no epochs: set {name} to steps.")
+    if args.train_sampling_strategy == "group_by_length":
+        raise ConfigError("train_dataset is a stream, whose rows come as they are read: group_by_length is not for it.")
     if isinstance(data, IteratedRows) and args.dataloader_num_workers:
         raise ConfigError(
             "train_dataset is an IterableDataset, of which workers of the data loader would read a part each: set "

@@ -35,7 +35,7 @@ TERMS_OF_KIND = {
     True: {"llm_kd_loss": "llm_kd_loss_on_policy"},
     False: {"llm_kd_loss": "llm_kd_loss_off_policy", "sft_loss": "sft_loss_off_policy"},
 }
-# Plain sums over supervised tokens (`input_tokens`: over all tokens that are not padding).
+# Plain sums over supervised tokens (`input_tokens`: over all tokens that are not padding, `positions`: those as well).
 TOKEN_SUMS = (
     "num_tokens",
     "num_correct",
@@ -44,6 +44,7 @@ TOKEN_SUMS = (
     "student_entropy_sum",
     "teacher_entropy_sum",
     "input_tokens",
+    "positions",
 )
 # Plain sums over the student's own answers, see `samples.py`; the last one is by window.
 SAMPLE_SUMS = (
@@ -106,6 +107,7 @@ def record(metrics: Mapping[str, list[torch.Tensor]], terms: Terms, batch: Batch
     if tokens.teacher_entropy_sum is not None:
         metrics["teacher_entropy_sum"].append(tokens.teacher_entropy_sum)
     metrics["input_tokens"].append(batch.num_input_tokens)
+    metrics["positions"].append(torch.tensor(float(terms.num_positions)))
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,8 @@ def training_metrics(reduced: Reduced, seconds: float, peak_flops: float | None 
     record |= _sample_metrics(reduced)
     if reduced.sums["written_samples"]:
         record["selected_fraction"] = reduced.sums["selected_samples"] / reduced.sums["written_samples"]
+    if positions := reduced.sums["positions"]:
+        record["padding_fraction"] = 1 - reduced.sums["input_tokens"] / positions
     if seconds > 0:
         record["tokens_per_second"] = reduced.sums["input_tokens"] / seconds
         record["supervised_tokens_per_second"] = reduced.sums["num_tokens"] / seconds

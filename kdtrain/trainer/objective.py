@@ -18,12 +18,13 @@ from torch import nn
 
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
+from kdtrain.data.packing import ForwardInputs
 from kdtrain.data.stand_in import as_run, counted_inputs
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.fused import head_distillation_loss
 from kdtrain.losses.head import Head
-from kdtrain.losses.reduce import FusedLoss, normaliser, predicting
+from kdtrain.losses.reduce import FusedLoss, normaliser
 from kdtrain.losses.sampled import SparseTargets
 from kdtrain.losses.tile import TileOptions
 from kdtrain.models.experts import load_balancing_loss
@@ -49,6 +50,8 @@ class Terms:
     """Sums over the supervised tokens, without weights."""
     num_teacher_tokens: torch.Tensor
     """Supervised tokens that the teacher has answered for."""
+    num_positions: int
+    """Of the student's forward, padding included."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ class Objective:
             targets = teacher_forward(batch) if self.asks_teacher(options, batch) else None
             if not options.lm_kd_active:  # asked for its features alone
                 targets = None
-            run = StudentForward(self, options, batch, targets, weights_S, num_items, num_kd_items, visual_terms)
+            seen = batch.for_forward(model)
+            run = StudentForward(self, options, batch, seen, targets, weights_S, num_items, num_kd_items, visual_terms)
             tokens, aux_loss, named_visual = run.within_forward(model) if run.can_fuse() else run.from_logits(model)
         named = _token_terms(options, batch, tokens, num_items, num_kd_items) | named_visual
         if aux_loss is not None and self.router_logits:
@@ -123,6 +127,7 @@ class Objective:
             {name: value.detach() for name, value in named.items()},
             tokens,
             tokens.num_tokens if targets is None or targets.covered_S is None else targets.covered_S.sum(),
+            seen.model_inputs["input_ids"].numel(),
         )
 
 
@@ -150,6 +155,8 @@ class StudentForward:
     objective: Objective
     options: DistillationOptions
     batch: Batch
+    seen: ForwardInputs
+    """The batch as the student's forward takes it."""
     targets: Targets | None
     kd_weights_S: torch.Tensor | None
     num_items: NumItems
@@ -169,17 +176,15 @@ class StudentForward:
 
     def within_forward(self, model: nn.Module) -> tuple[FusedLoss, Any, dict[str, torch.Tensor]]:
         """The terms, the auxiliary loss or None, and the visual terms; all made inside the model's own forward."""
-        predicts_BT = self.batch.predicts_BT
         tokens: list[FusedLoss] = []
         names: list[str] = []
         router_logits, inner = self.objective.router_logits, getattr(model, "module", model)
 
         def loss_head(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, ...]:
-            hidden_SH = predicting(hidden_BTH, predicts_BT)[predicts_BT.to(hidden_BTH.device)]
-            tokens.append(self.sums(hidden_SH, functools.partial(self.loss_from_hidden, head)))
+            tokens.append(self.sums(self.seen.predicting(hidden_BTH), functools.partial(self.loss_from_hidden, head)))
             visual = self.visual_terms()
             names.extend(visual)
-            aux = (load_balancing_loss(counted_inputs(self.batch), outputs, inner),) if router_logits else ()
+            aux = (load_balancing_loss(self._counted_mask, outputs, inner),) if router_logits else ()
             return tokens[0].loss, *visual.values(), *aux
 
         # A wrapper may hang its own hooks on what the forward returns: the loss is made of what comes out of it.
@@ -189,20 +194,29 @@ class StudentForward:
 
     def from_logits(self, model: nn.Module) -> tuple[FusedLoss, Any, dict[str, torch.Tensor]]:
         """The same from the model's logits."""
-        predicts_BT = self.batch.predicts_BT
         outputs = model(**self.inputs())
-        tokens = self.sums(predicting(outputs.logits, predicts_BT)[predicts_BT], self.loss_from_logits)
+        tokens = self.sums(self.seen.predicting(outputs.logits), self.loss_from_logits)
         aux_loss = getattr(outputs, "aux_loss", None)
-        # A class that records its router logits, and no more; or has counted the tokens of a stand-in.
-        if self.objective.router_logits and (aux_loss is None or self.batch.stand_in is not None):
-            aux_loss = load_balancing_loss(counted_inputs(self.batch), outputs, getattr(model, "module", model))
+        # A class that records its router logits, and no more; or has counted the tokens of a stand-in, or of padding
+        # that no mask has told it of.
+        has_counted_more = self.batch.stand_in is not None or self.batch.layout is not None
+        if self.objective.router_logits and (aux_loss is None or has_counted_more):
+            aux_loss = load_balancing_loss(self._counted_mask, outputs, getattr(model, "module", model))
         return tokens, aux_loss, self.visual_terms()
+
+    @property
+    def _counted_mask(self) -> torch.Tensor | None:
+        """Of the positions that experts are balanced for: neither padding nor a stand-in."""
+        if self.batch.stand_in is None:
+            return self.seen.mask
+        mask: torch.Tensor = counted_inputs(self.batch)["attention_mask"]
+        return mask
 
     def inputs(self) -> dict[str, Any]:
         router_logits = self.objective.router_logits
         extra = {} if router_logits is None else {"output_router_logits": router_logits}
         # With a cache, models let packed documents attend to each other, and it costs memory.
-        return {**self.batch.model_inputs, "use_cache": False, **extra}
+        return {**self.seen.model_inputs, "use_cache": False, **extra}
 
     def sums(self, outputs_S: torch.Tensor, compute: Callable[[Part], FusedLoss]) -> FusedLoss:
         """The token terms; of tokens that the teacher has not answered for, the cross-entropy alone."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
 from kdtrain.trainer.answers import writer_of
+from kdtrain.trainer.forwards import laid_out
 from kdtrain.trainer.given_rows import is_stream
 from kdtrain.trainer.teacher_failures import row_errors_on_all_ranks
 
@@ -29,7 +30,9 @@ class _Read:
 
     batches: list[Batch]
     prepared: bool
-    """Whether the teacher was told of it ahead."""
+    """Whether the teacher was told of it ahead: then its rows lie as they will train."""
+    micro_batches: int
+    """As upstream counts them."""
 
 
 class ReadAhead:
@@ -44,7 +47,7 @@ class ReadAhead:
         self._trainer = trainer
         self._iterator: Iterator[Any] = iter(())
         self._waiting: deque[_Read] = deque()
-        self._taken = _Read([], prepared=False)
+        self._taken = _Read([], prepared=False, micro_batches=0)
         self.lookahead = 0 if trainer.teacher is None else trainer.teacher.lookahead
         """Windows; see `Teacher.lookahead`."""
 
@@ -59,6 +62,16 @@ class ReadAhead:
         return self._iterator
 
     @property
+    def is_laid_out(self) -> bool:
+        """Whether the rows of the window that was taken last lie as they train, see `forwards.py`."""
+        return self._taken.prepared
+
+    @property
+    def micro_batches(self) -> int:
+        """Of the window that was taken last, as upstream counts them."""
+        return self._taken.micro_batches
+
+    @property
     def last_batches(self) -> list[Batch]:
         """Of the window that was taken last, as received."""
         return self._taken.batches
@@ -69,7 +82,8 @@ class ReadAhead:
             self.forget()
             self._iterator = epoch_iterator
         if not self._waiting:
-            self._waiting.append(_Read(self._read(self._received(num_batches)), prepared=False))
+            received = self._read(self._received(num_batches))
+            self._waiting.append(_Read(received, prepared=False, micro_batches=len(received)))
         self._taken = self._waiting.popleft()
         return self._taken.batches
 
@@ -91,9 +105,11 @@ class ReadAhead:
             if not (following := self._read(self._until_the_end(trainer.args.gradient_accumulation_steps))):
                 break
             is_data = writer_of(trainer, options, step + 1 + len(self._waiting)) is None
+            count = len(following)
             if is_data:
+                following = laid_out(trainer, following)
                 trainer.teacher.prepare(following)
-            self._waiting.append(_Read(following, prepared=is_data))
+            self._waiting.append(_Read(following, prepared=is_data, micro_batches=count))
 
     def _read(self, batches: Iterator[Batch]) -> list[Batch]:
         """A window as it is received. A row of a stream that one rank cannot use ends all of them, in the same step."""

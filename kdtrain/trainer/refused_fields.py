@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from trl.experimental.gkd import GKDConfig
@@ -16,7 +15,6 @@ from kdtrain.errors import ConfigError, NotAvailableError
 
 logger = logging.getLogger(__name__)
 
-_NO_PACKING = Refused("packing and padding-free training are not available yet", harmless=(None, False), later=True)
 _SAME_IN_YAML = (
     "loss_type",
     "label_smoothing_factor",
@@ -30,10 +28,8 @@ _SAME_IN_YAML = (
     "use_cache",
 )
 REFUSED: dict[str, Refused] = {
-    "packing": _NO_PACKING,
-    "eval_packing": _NO_PACKING,
-    "padding_free": _NO_PACKING,
-    "packing_strategy": replace(_NO_PACKING, harmless=(None, "bfd")),
+    "eval_packing": Refused("rows of an evaluation are padded, which gives the same numbers", harmless=(None, False)),
+    "packing_strategy": Refused("whole rows are packed, best fit decreasing", harmless=(None, "bfd")),
     **{name: REFUSED_IN_YAML[name] for name in _SAME_IN_YAML},
 }
 

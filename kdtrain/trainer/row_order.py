@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 from transformers import Trainer
@@ -15,6 +17,8 @@ from kdtrain.data.epochs import Epochs
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
+
+_GROUPS_TOGETHER = 50
 
 
 def planned_steps(trainer: GKDTrainerWithMetrics, rows: int) -> tuple[int, int]:
@@ -34,16 +38,27 @@ def rows_per_batch(trainer: GKDTrainerWithMetrics) -> int:
     return trainer._train_batch_size * (trainer.accelerator.num_processes // trainer.get_tp_size())
 
 
+@dataclass(frozen=True)
+class ByLength:
+    """Steps whose rows are of like length (`train_sampling_strategy: group_by_length`)."""
+
+    lengths: np.ndarray
+    """Tokens of each row of the data set."""
+    group: int
+    """Rows of a step; of a resumed run those of the steps that it began with."""
+
+
 class RowOrder:
     """The rows of each epoch in the order in which they are trained: a function of seed and epoch alone.
 
     Args:
         rows: of the data set, all of which make up an epoch; or what makes up each one.
         shuffle: False is the order of the sources.
+        by_length: of shuffled rows: those of a step are of like length. A function of the lengths, too.
     """
 
-    def __init__(self, rows: int | Epochs, shuffle: bool, seed: int) -> None:
-        self._rows, self._shuffle, self.seed = rows, shuffle, seed
+    def __init__(self, rows: int | Epochs, shuffle: bool, seed: int, by_length: ByLength | None = None) -> None:
+        self._rows, self._shuffle, self.seed, self._by_length = rows, shuffle, seed, by_length
 
     def __len__(self) -> int:
         return self._rows if isinstance(self._rows, int) else len(self._rows)
@@ -55,6 +70,8 @@ class RowOrder:
         if self._shuffle:
             generator = torch.Generator().manual_seed(self.seed + epoch)
             rows = rows[torch.randperm(len(rows), generator=generator)]
+            if self._by_length is not None:
+                rows = _grouped(rows, self._by_length, generator)
         found: list[int] = rows.tolist()
         return found
 
@@ -68,6 +85,29 @@ class StreamOrder(RowOrder):
     def of(self, epoch: int) -> Sequence[int]:
         """All numbers; no list of them, which would take memory."""
         return range(len(self))
+
+
+def _grouped(rows: torch.Tensor, by_length: ByLength, generator: torch.Generator) -> torch.Tensor:
+    """Shuffled rows in groups of like length, the longest of a group first, so that its batches are of like length too.
+
+    Groups are made of a few hundred rows each time, so that which rows meet is another in every epoch, and come in any
+    order; but the one with the longest row is first: what does not fit into memory is seen at once. The last group of
+    an epoch, which may be smaller, is rows of any length.
+    """
+    size = by_length.group
+    whole = len(rows) // size * size
+    lengths = torch.from_numpy(by_length.lengths)[rows]
+    longest_first = [
+        part[lengths[part].argsort(descending=True, stable=True)]
+        for part in (*torch.arange(whole).split(_GROUPS_TOGETHER * size), torch.arange(whole, len(rows)))
+    ]
+    places = torch.cat(longest_first)
+    groups = places[:whole].view(-1, size)
+    if len(groups):
+        groups = groups[torch.randperm(len(groups), generator=generator)]
+        first = int(lengths[groups[:, 0]].argmax())
+        groups = torch.cat([groups[first : first + 1], groups[:first], groups[first + 1 :]])
+    return rows[torch.cat([groups.flatten(), places[whole:]])]
 
 
 class EpochSampler(Sampler[int]):

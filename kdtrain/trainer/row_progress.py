@@ -12,18 +12,21 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kdtrain.data.batch import Batch
 from kdtrain.data.epochs import Epochs
 from kdtrain.data.stream.rows import StreamedRows
+from kdtrain.preflight.positions import tokens_of_rows
 from kdtrain.ranks import is_main
 from kdtrain.trainer.data_position import Dealing, Position, SavedPosition, read_position
 from kdtrain.trainer.given_rows import is_stream
-from kdtrain.trainer.row_order import EpochSampler, RowOrder, StreamOrder, rows_per_batch
+from kdtrain.trainer.row_order import ByLength, EpochSampler, RowOrder, StreamOrder, rows_per_batch
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
@@ -80,6 +83,7 @@ class RowProgress(TrainerCallback):
         self.epochs: Epochs | None = None
         """What makes up each epoch, where that is not all of the training data."""
         self._start: _Start | None = None
+        self._group: int | None = None  # rows of a group, where a run goes on that others were grouped for
         self._part = _Part(Dealing(0, 1, 1, False), 0, 0, 0, 0)
         self._stream_rows = 0  # that the run takes of a stream
         self._places: deque[Any] = deque(maxlen=2)  # where the last two windows of a stream can be read again from
@@ -96,7 +100,21 @@ class RowProgress(TrainerCallback):
         if is_stream(self._trainer.train_dataset):
             return StreamOrder(self._stream_rows or args.max_steps * self._rows_per_step, seed)
         rows = len(self._trainer.train_dataset) if epochs is None else epochs
-        return RowOrder(rows, args.train_sampling_strategy != "sequential", seed)
+        return RowOrder(rows, args.train_sampling_strategy != "sequential", seed, self._by_length)
+
+    @property
+    def _by_length(self) -> ByLength | None:
+        if self._trainer.args.train_sampling_strategy != "group_by_length":
+            return None
+        return ByLength(self._lengths, self._group or self._rows_per_step)
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return tokens_of_rows(self._trainer.train_dataset)
+
+    @property
+    def _rows_per_step(self) -> int:
+        return rows_per_batch(self._trainer) * self._trainer.args.gradient_accumulation_steps
 
     @property
     def dealing(self) -> Dealing:
@@ -104,10 +122,6 @@ class RowProgress(TrainerCallback):
         args = self._trainer.args
         batch, accumulation = rows_per_batch(self._trainer), args.gradient_accumulation_steps
         return Dealing(len(self.order), batch, accumulation, args.dataloader_drop_last)
-
-    @property
-    def _rows_per_step(self) -> int:
-        return rows_per_batch(self._trainer) * self._trainer.args.gradient_accumulation_steps
 
     def new_sampler(self) -> EpochSampler:
         """What the data loader of a training reads its rows from."""
@@ -128,10 +142,11 @@ class RowProgress(TrainerCallback):
 
     def begin(self, checkpoint: str | None) -> None:
         """Training begins, from a checkpoint or from the first row."""
-        self._start, self._stream_rows = None, 0
+        self._start, self._group, self._stream_rows = None, None, 0
         self._places.clear()
         if checkpoint is not None and not self._trainer.args.ignore_data_skip:
             self._start = start = self._start_at(Path(checkpoint))
+            self._group = start.saved.rows_per_group
             position = start.position
             self._part = _Part(self.dealing, position.epoch, position.row, self.dealing.rows, start.saved.step)
             self._say(start)
@@ -266,6 +281,7 @@ class RowProgress(TrainerCallback):
             end=end,
             num_train_epochs=None if end is None else args.num_train_epochs,
             stream=self._stream_place(position.row),
+            rows_per_group=None if (by_length := self._by_length) is None else by_length.group,
         ).write(folder)
 
     def _stream_place(self, row: int) -> dict[str, Any] | None:

@@ -29,7 +29,6 @@ from kdtrain.data.stand_in import as_run
 from kdtrain.feature_kd.hooks import Features
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.losses.head import Head
-from kdtrain.losses.reduce import predicting
 from kdtrain.teachers import DenseTargets, Targets
 from kdtrain.trainer.objective import Objective, StudentForward, TokenTerm
 
@@ -73,7 +72,8 @@ def term_gradients(
             targets = None
         weights_S = batch.kd_weights_S
         kd_items = None if weights_S is None else (weights_S > 0).sum()
-        forward = StudentForward(objective, options, batch, targets, weights_S, None, kd_items, dict)
+        seen = batch.for_forward(model)
+        forward = StudentForward(objective, options, batch, seen, targets, weights_S, None, kd_items, dict)
         student, norms = _of_hidden(forward, model) if forward.can_fuse() else _of_logits(forward, model)
         if visual is not None:
             norm = _of_features(visual, student_features, teacher_features, batch)
@@ -93,12 +93,11 @@ def _terms(forward: StudentForward) -> list[TokenTerm]:
 
 def _of_hidden(forward: StudentForward, model: nn.Module) -> tuple[DenseTargets, dict[str, float]]:
     """Within the model's own forward: with weights in pieces the head is whole there alone."""
-    predicts_BT = forward.batch.predicts_BT
     kept: list[DenseTargets] = []
     norms: dict[str, float] = {}
 
     def loss_head(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor]:
-        hidden_SH = predicting(hidden_BTH, predicts_BT)[predicts_BT.to(hidden_BTH.device)].detach()
+        hidden_SH = forward.seen.predicting(hidden_BTH).detach()
         frozen = replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
         for term in _terms(forward):
             only = replace(forward, only=term)
@@ -116,7 +115,7 @@ def _of_hidden(forward: StudentForward, model: nn.Module) -> tuple[DenseTargets,
 def _of_logits(forward: StudentForward, model: nn.Module) -> tuple[torch.Tensor | None, dict[str, float]]:
     """From the model's own logits: the graph begins where its head begins. Without a head that is a module, nothing."""
     inner: Any = getattr(model, "module", model)
-    head, predicts_BT = inner.get_output_embeddings(), forward.batch.predicts_BT
+    head = inner.get_output_embeddings()
     leaves: list[torch.Tensor] = []
     if head is None:
         return None, {}
@@ -129,7 +128,7 @@ def _of_logits(forward: StudentForward, model: nn.Module) -> tuple[torch.Tensor 
     norms = {}
     try:
         with torch.enable_grad():
-            logits_SV = predicting(model(**forward.inputs()).logits, predicts_BT)[predicts_BT]
+            logits_SV = forward.seen.predicting(model(**forward.inputs()).logits)
             for term in _terms(forward) if leaves else ():
                 only = replace(forward, only=term)
                 norms[PREFIX + term] = _norm(only.sums(logits_SV, only.loss_from_logits).loss, leaves[:1])

@@ -14,7 +14,7 @@ What is overridden, and why:
 | `Trainer._load_rng_state` | processes that were not there have no states |
 | `Trainer._prepare_inputs` | upstream moves mappings only to the device |
 | `Trainer.get_batch_samples` | has a whole window before its first forward: generate there, then count D |
-| `GKDTrainer.training_step` | draws on-policy per rank and micro-batch; here the window is already drawn |
+| `GKDTrainer.training_step` | draws on-policy per rank; here the window is drawn, and its forwards may be others |
 | `GKDTrainer.compute_loss` | the loss itself: upstream's is 1/world_size, ignores temperature and has no CE |
 | `SFTTrainer.log` | metrics reduced across ranks |
 | `Trainer._get_grad_norm` | a gradient or loss that is not finite raises here, before the step (`guard.py`) |
@@ -40,7 +40,7 @@ import logging
 import math
 import os
 import pickle
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ from kdtrain.models.probe import own_random_state
 from kdtrain.models.quantization import refuse_fsdp
 from kdtrain.models.text_only import keep_a_path, trained_by_images_alone
 from kdtrain.models.vocabulary import Vocabulary
+from kdtrain.preflight.packing import check_wrapped
 from kdtrain.preflight.positions import refuse_width
 from kdtrain.ranks import is_main
 from kdtrain.teachers import Targets, Teacher, teacher_autocast
@@ -82,6 +83,7 @@ from kdtrain.trainer import construction, metrics
 from kdtrain.trainer.best_step import BestStep, metric_name
 from kdtrain.trainer.changed_options import check_can_change
 from kdtrain.trainer.completions import CompletionsLog
+from kdtrain.trainer.forwards import Forwards, LayoutOptions, as_micro_batches, unsynchronised
 from kdtrain.trainer.given_rows import check_raw_rows, check_stream, placeholder
 from kdtrain.trainer.guard import NonFiniteGuard, targets_named
 from kdtrain.trainer.live_option import LiveOption
@@ -174,6 +176,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         assert args is not None
         assert model is not None
         self.options, training_options = DistillationOptions.from_args(args), TrainingOptions.from_args(args)
+        self.layout = LayoutOptions.from_args(args, training_options.per_device_train_tokens)
+        """How rows lie in forwards, and which of them share one."""
         self._window: Window | None = None  # the one that is being trained
         self.saving = Saving(self)
         self.changed_options: Collection[str] = ()  # fields of GKDConfig that a resumed run changes on purpose
@@ -233,6 +237,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._objective = construction.build_objective(self)
         # Under ZeRO-3 the model has to be wrapped for the comparison.
         self._head_unchecked = self._objective.fused and is_deepspeed_zero3_enabled()
+        self._packing_unchecked = self.layout.in_lines and is_deepspeed_zero3_enabled()
         self.by_images_alone = trained_by_images_alone(self.model)
         if self.by_images_alone:
             keep_a_path(self.model)
@@ -370,15 +375,15 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], torch.Tensor | None]:
+    ) -> tuple[Sequence[Batch | Forwards], torch.Tensor | None]:
         """Collect one window, replace its answers where it is generated, and count D on what will be trained on."""
         self.stopwatch.start()
         self.begun = True
         self._guard.begin()
         options = options_of_window(self)
-        given = self.read_ahead.take(epoch_iterator, num_batches)
-        self.rows.note_window(given)
-        batches, self._window = collect(self, given, options, device)
+        read = self.read_ahead.take(epoch_iterator, num_batches)
+        self.rows.note_window(read)
+        batches, self._window = collect(self, read, options, device)
         num_items = None
         if batches:
             num_items, kd_items = (n // self.get_tp_size() for n in num_supervised(batches, self.accelerator, device))
@@ -389,12 +394,13 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 with raised_on_all_ranks(self.accelerator), self.count_waiting():
                     self.teacher.wait([batch for batch in batches if batch.targets is None])
         self.completions.note(batches, options)
+        given = as_micro_batches(batches, self.read_ahead.micro_batches) if self.layout.changes else batches
         for name, value in (("windows", 1.0), ("on_policy_windows", float(self._window.on_policy))):
             self._metrics["train"][name].append(torch.tensor(value))
         if self._random_from is not None:
             self._load_rng_state(self._random_from)
             self._random_from = None
-        return batches, num_items
+        return given, num_items
 
     def _prepare_inputs(self, inputs: Batch | Mapping[str, Any]) -> Batch:
         """As upstream: onto the device, and under DeepSpeed into its dtype; but for weights of the loss."""
@@ -405,12 +411,18 @@ class GKDTrainerWithMetrics(GKDTrainer):
         return replace(prepared, rows=replace(prepared.rows, kd_weights=weights.to(prepared.labels.device)))
 
     def training_step(
-        self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
+        self, model: nn.Module, inputs: Batch | Forwards, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """One micro-batch. The window was drawn and generated in `get_batch_samples`."""
         if self.is_deepspeed_enabled:
             self._guard.watch_steps(model)
-        loss = super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
+        loss, batches = torch.zeros((), device=self.args.device), [inputs]
+        if isinstance(inputs, Forwards):
+            batches = list(inputs.batches)
+        for i, batch in enumerate(batches):
+            adds = self.accelerator.sync_gradients and i + 1 < len(batches)
+            with unsynchronised(self, model) if adds else contextlib.nullcontext():
+                loss = loss + super(GKDTrainer, self).training_step(model, batch, num_items_in_batch)
         if not self.accelerator.sync_gradients:
             return loss
         if self._window is not None:
@@ -442,6 +454,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             return_outputs: also the student's, of a forward of their own.
         """
         self.student_takes_loss_head(model)  # where it is not known yet, before it is asked for
+        self._check_packing(model)
         training = self.model.training
         batch = self.receiver.accept(inputs)
         refuse_width(self._positions, batch)
@@ -511,6 +524,15 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 warn_of_logits(reason)
                 self._objective = replace(self._objective, fused=False)
         return self._objective.fused
+
+    def _check_packing(self, model: nn.Module) -> None:
+        """Of models that ZeRO-3 has in pieces, the first time; a collective then. See `preflight/packing.py`."""
+        if not self._packing_unchecked:
+            return
+        self._packing_unchecked = False
+        check_wrapped(model, "student", self.args.device)
+        if self.teacher is not None and self.teacher_model is not None and not self.teacher.is_student:
+            check_wrapped(self.teacher_model, "teacher", self.args.device)
 
     # ---- metrics -----------------------------------------------------------------------------------------------------
 

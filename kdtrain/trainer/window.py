@@ -23,6 +23,7 @@ from kdtrain.preflight.token_ids import check_batch
 from kdtrain.ranks import is_main
 from kdtrain.trainer import argument_checks
 from kdtrain.trainer.answers import answered, dealt, new_tokens, writer_of
+from kdtrain.trainer.forwards import laid_out
 from kdtrain.trainer.selection import select, selects
 
 if TYPE_CHECKING:
@@ -176,9 +177,14 @@ def collect(
             trainer.samples.note(batches, new_tokens(trainer, options))
         if selected:
             trainer.completions.will_select(batches)
-        batches = select(trainer, batches, options) if selected else dealt(trainer, batches)
+        if selected:
+            batches = select(trainer, batches, options)
+        elif not trainer.layout.changes:
+            batches = dealt(trainer, batches)
     if not trainer.is_sharded:  # rows with images may have gone to other batches
         batches = trainer.stand_ins.give(batches, train=True)
+    if writer is not None or not trainer.read_ahead.is_laid_out:
+        batches = laid_out(trainer, batches)
     new_images = _some_new_image(trainer, batches)
     if trainer.visual is not None:
         trainer.visual.count(batches)

@@ -4,10 +4,11 @@
     python -m tests.benchmarks --quick            small sizes, about a minute: does everything run?
     python -m tests.benchmarks --full             the whole grid of sizes, β, heads and dtypes; takes hours
     python -m tests.benchmarks --only loss        loss, memory, step, parts, visual, self, on-policy (8 minutes),
-                                                  angles, draws, cache-size, plan (10 minutes) or manifest, printed;
+                                                  packing (4 minutes), angles, draws, cache-size, plan
+                                                  (10 minutes) or manifest, printed;
                                                   --out DIR writes it. angles, draws, cache-size and plan, which no
-                                                  machine changes, on-policy and manifest, which say where they were
-                                                  measured, into the results that are there
+                                                  machine changes, on-policy, packing and manifest, which
+                                                  say where they were measured, into the results that are there
 
 On a machine with CUDA the loss is measured there instead; `--cpu` measures the CPU all the same.
 """
@@ -36,6 +37,7 @@ from tests.benchmarks import (
     itself,
     manifest,
     on_policy,
+    packing,
     parts,
     planned,
     report,
@@ -57,10 +59,10 @@ _ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
 }
 PARTS = (
-    "loss", "memory", "step", "parts", "visual", "self", "on-policy", "angles", "draws", "cache-size", "plan",
-    "manifest",
+    "loss", "memory", "step", "parts", "visual", "self", "on-policy", "packing", "angles", "draws", "cache-size",
+    "plan", "manifest",
 )  # fmt: skip
-KEPT_WITH_OTHERS = ("on-policy", "angles", "draws", "cache-size", "plan", "manifest")
+KEPT_WITH_OTHERS = ("on-policy", "packing", "angles", "draws", "cache-size", "plan", "manifest")
 """Parts that may stand beside results of another day: no machine changes them, or they say when they were measured."""
 EAGER = [name for name, peer in PEERS.items() if not peer.compiled]
 
@@ -82,8 +84,8 @@ def main() -> None:
         limit_memory()
         measure = {
             "loss": _loss, "memory": _memory, "step": _step, "parts": _parts, "visual": _visual, "self": _self,
-            "on-policy": _on_policy, "angles": _angles, "draws": _draws, "cache-size": _cache_size, "plan": _plan,
-            "manifest": _manifest,
+            "on-policy": _on_policy, "packing": _packing, "angles": _angles, "draws": _draws,
+            "cache-size": _cache_size, "plan": _plan, "manifest": _manifest,
         }  # fmt: skip
         for name in [options.only] if options.only else PARTS:
             results |= measure[name](options)
@@ -204,6 +206,13 @@ def _on_policy(options: argparse.Namespace) -> dict[str, Any]:
         small = on_policy.OnPolicyCase(16, student=(128, 2), teacher=(128, 2), vocab=512)
         cases = [(case, list(on_policy.CONTENDERS), 2) for case in (small, dataclasses.replace(small, stopping=True))]
     return {"on-policy": [on_policy.measure(case, [OURS, *names], rounds) for case, names, rounds in cases]}
+
+
+def _packing(options: argparse.Namespace) -> dict[str, Any]:
+    cases = packing.CASES
+    if options.quick:
+        cases = [packing.PackingCase(1, 4, 2, longest=64, median=16, student=(128, 2), teacher=(128, 2))]
+    return {"packing": [packing.measure(case, options.rounds) for case in cases]}
 
 
 def _angles(options: argparse.Namespace) -> dict[str, Any]:

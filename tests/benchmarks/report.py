@@ -182,6 +182,18 @@ def _on_policy(part: list[dict[str, Any]]) -> str:
     )
 
 
+def _packing(part: list[dict[str, Any]]) -> str:
+    rows = [
+        [row["title"], name, f"{found['tokens_per_s']:.0f}", f"{found['ratio']:.2f}×", f"{found['padding']:.0%}"]
+        for row in part
+        for name, found in row["peers"].items()
+    ]
+    return (
+        "Windows of KD from collection to gradients, sdpa attention; tokens that are not padding per second of the\n"
+        f"processor, and the median over rounds of that over padded windows. {part[0]['measured']}\n\n"
+    ) + _table(["window", "rows lie", "tokens/s", "over padded", "padding"], rows)
+
+
 def _angles(part: list[dict[str, Any]]) -> str:
     rows = [
         [row["title"], f"{row['mass']:.2f}", f"{row['divergence']:.4f}", *(f"{row['degrees'][t]:.1f}°" for t in TAILS)]
@@ -284,6 +296,7 @@ _SECTIONS = [
     ("visual", "What visual KD adds to a step", _visual),
     ("self", "Peak memory of a run whose teacher is the student itself", _self),
     ("on-policy", "An on-policy window", _on_policy),
+    ("packing", "Rows behind each other", _packing),
     ("angles", "Top-k: angle to the gradient of the full distributions", _angles),
     ("cache-size", "A cache: bytes a supervised token, and what storing costs", _cache_size),
     ("draws", "Drawn tokens: the gradient of forward KL, in the mean and of one set", _draws),

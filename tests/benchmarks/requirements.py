@@ -67,6 +67,8 @@ ON_POLICY: list[tuple[OnPolicyCase, dict[str, float], int]] = [
 ANGLES = [(AngleCase(), 20.0), (AngleCase(gap=0.1), 20.0)]
 CACHE_BYTES = {1024: 110, 49152: 155, 151936: 170}
 MANIFEST_SHARE = 0.15
+PACKING = 1.5
+"""Tokens per second of rows behind each other over padded ones, on a set of very different lengths."""
 # All at KL ≥ 0.5 nats: the error of the mean gradient, and the share of truncated top-12's angle.
 DRAWS: tuple[list[DrawsCase], float, float] = (CASES, 0.02, 1 / 5)
 
@@ -89,7 +91,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
     found: list[Row] = []
     judges = {
         "loss": _loss, "memory": _memory, "step": _step, "parts": _parts, "visual": _visual, "self": _self,
-        "on-policy": _on_policy, "angles": _angles, "draws": _draws, "cache-size": _cache_size,
+        "on-policy": _on_policy, "packing": _packing, "angles": _angles, "draws": _draws, "cache-size": _cache_size,
         "manifest": _manifest,
     }  # fmt: skip
     for part, judge in judges.items():
@@ -224,6 +226,13 @@ def _manifest(results: dict[str, Any]) -> Iterator[Row]:
 
 def _below(measured: str, found: float, most: float, text: str) -> Row:
     return Row(measured, "", "≤ " + text.format(most), text.format(found), found <= most)
+
+
+def _packing(results: dict[str, Any]) -> Iterator[Row]:
+    row = results["packing"][0]
+    for name in ("padding_free", "packing"):
+        found = row["peers"][name]
+        yield _at_least(f"tokens/s, {name}, {row['title']}", "padded", PACKING, found, "ratio", f"≥ {PACKING:g}×")
 
 
 def _cuda(results: dict[str, Any]) -> Iterator[Row]:
