@@ -256,7 +256,7 @@ WRONG_WORLDS = {
         ["rlhf.llm_kd_weight=0"],
         "Nothing supervises this run",
     ),
-    "an optimizer that is not installed": (lambda p: None, ["training.optim=adamw_bnb_8bit"], "bitsandbytes"),
+    "an optimizer that is not installed": (lambda p: None, ["training.optim=galore_adamw"], "galore"),
     "modules that are not there": (
         lambda p: None,
         ["tuner.train_type=lora", "tuner.target_modules=[foo]"],

@@ -45,6 +45,9 @@ COLUMNS = {
     "padded to 64": Column({"pad_to_multiple_of": 64}),
     "text, padded": Column(family=None),
     "text, padded to 64": Column({"pad_to_multiple_of": 64}, family=None),
+    "text, padding-free": Column({"padding_free": True}, family=None),
+    "text, packed": Column({"packing": True, "max_length": 96}, family=None),
+    "text, 64 tokens a forward": Column({"padding_free": True, "per_device_train_tokens": 64}, family=None),
 }
 """Another way to lay rows is one more entry, text alone if it takes no images."""
 ANSWERS = {"the data's answers": {}, "its own answers": {"lmbda": 1.0}}

@@ -142,7 +142,7 @@ def test_rates_of_other_batches_are_those_of_a_run_with_them_at_the_same_row(tmp
     saved = json.loads((tmp_path / "checkpoint-6" / "data_position.json").read_text())
     assert saved == {
         "version": 1, "epoch": 0, "row": 12, "rows_per_epoch": 13, "seed": 42, "rows_per_step": 2, "processes": 1,
-        "step": 6, "end": {"epoch": 2, "row": 0}, "num_train_epochs": 2,
+        "step": 6, "end": {"epoch": 2, "row": 0}, "num_train_epochs": 2, "stream": None, "rows_per_group": None,
     }  # fmt: skip
 
 

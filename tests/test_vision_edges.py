@@ -233,24 +233,6 @@ def test_a_tower_without_an_image_is_no_alarm(tmp_path, caplog):
     assert not [r for r in caplog.records if "had no gradient" in r.getMessage()]
 
 
-def frozen_in_pieces(folder):
-    from tests.test_distributed import sharding_on_a_cpu
-
-    processor = FAMILIES["qwen"]()
-    student = frozen_student("qwen")[0]
-    trainer = make_trainer(
-        folder, student, make_model("qwen", processor, 2), rows=image_rows("iitt"), max_steps=2,
-        per_device_train_batch_size=1, train_sampling_strategy="sequential", extra={"processing_class": processor},
-        **sharding_on_a_cpu(),
-    )  # fmt: skip
-    trainer.train()
-
-
-def test_in_pieces_a_frozen_language_model_and_no_image_are_told_instead_of_waiting(tmp_path):
-    with pytest.raises(AssertionError, match=r"batch of step 2 has no image, and the language model is frozen"):
-        tiny.run_ranks(frozen_in_pieces, 2, tmp_path, timeout=200)
-
-
 def generated_in_pieces(folder):
     """A window of five rows on two ranks: the last batch, with an image, only fills the epoch up on the second one."""
     from tests.test_distributed import sharding_on_a_cpu

@@ -34,7 +34,7 @@ Overrides = Annotated[
         metavar="[KEY.SUB=VALUE]...", help="Options that win, such as rlhf.beta=0.1.", autocompletion=complete.option
     ),
 ]
-LogFormat = Annotated[str, typer.Option(help="text, or json: an object per line.", autocompletion=complete.log_format)]
+LogFormat = Annotated[str, typer.Option(help="text, or json: one per line.", autocompletion=complete.log_format)]
 NoLaunch = Annotated[bool, typer.Option("--no-launch", help="Stay in this process, and start no others.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks and the libraries' own messages.")]

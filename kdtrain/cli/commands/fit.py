@@ -39,28 +39,26 @@ logger = logging.getLogger("kdtrain")
 def fit(
     config: ConfigFile,
     overrides: Overrides = None,
-    resume: Annotated[str | None, typer.Option(help="auto: from the newest checkpoint, if any. Or a path.")] = None,
+    resume: Annotated[str | None, typer.Option(help="auto: from the newest checkpoint. Or a path.")] = None,
     allow_changes: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY,…",
-            help="Options that may differ at --resume; data.content.",
+            help="What may differ at --resume; data.content.",
             autocompletion=complete.changeable,
         ),
     ] = None,
     allow_world_size_change: Annotated[
         bool,
-        typer.Option("--allow-world-size-change", help="At --resume: a stream goes on with other processes."),
+        typer.Option("--allow-world-size-change", help="A resumed stream may have other processes."),
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Build everything, try a window of each kind; no file."),
+        typer.Option("--dry-run", help="Build all, try a window of each kind; no file."),
     ] = False,
-    sweep: Annotated[
-        bool, typer.Option("--sweep", help="A run for each value of rlhf.beta=0,0.1,1, compared.")
-    ] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="A run for each of rlhf.beta=0,0.1,1, compared.")] = False,
     num_processes: Annotated[
-        int | None, typer.Option(metavar="N", help="launch.num_processes: of all machines together.")
+        int | None, typer.Option(metavar="N", help="launch.num_processes: of all machines.")
     ] = None,
     num_machines: Annotated[
         int | None, typer.Option(metavar="M", help="launch.num_machines: how many there are.")
@@ -76,8 +74,8 @@ def fit(
     log_format: LogFormat = "text",
     debug: Debug = False,
 ) -> None:
-    """Train: model, report.html and logs go to training.output_dir. With several GPUs, or launch.num_processes above 1,
-    it prints and runs the line of `accelerate launch` that does the same.
+    """Train: model, report.html and logs go to training.output_dir. Of several processes it prints and runs the line
+    of `accelerate launch`.
     """
     set_up(log_format, debug)
     launching = {
