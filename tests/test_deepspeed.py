@@ -85,6 +85,7 @@ def outcome(trainer):
     times = (
         "tokens_per_second",
         "supervised_tokens_per_second",
+        "padding_fraction",
         "peak_memory_gib",
         "elapsed_s",
         "remaining_s",

@@ -334,7 +334,7 @@ def test_a_run_gives_its_weights_to_the_server_once_in_each_window(tmp_path, mon
     assert len(losses) == syncs == 3
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
+@pytest.mark.parametrize("lora", [tiny.slow(False), True], ids=["all weights", "lora"])
 def test_under_fsdp2_the_server_gets_whole_weights(tmp_path, lora):
     (losses, syncs), (others, none) = tiny.run_ranks(trained, 2, tmp_path, lora, True, timeout=90)
     assert losses == others

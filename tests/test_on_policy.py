@@ -198,7 +198,7 @@ def end_of_epochs(folder, world, sharded=False, options=None):
 
 @pytest.mark.parametrize(
     ("sharded", "options"),
-    [(False, {}), tiny.slow(False, BEST), tiny.slow(True, {}), (True, BEST)],
+    [tiny.slow(False, {}), tiny.slow(False, BEST), tiny.slow(True, {}), (True, BEST)],
     ids=["ddp-all", "ddp-best", "fsdp2-all", "fsdp2-best"],
 )
 def test_a_rank_of_which_all_rows_are_repeated_at_the_end_of_an_epoch_counts_nothing(tmp_path, sharded, options):

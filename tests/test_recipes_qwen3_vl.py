@@ -134,6 +134,7 @@ def test_the_recipe_trains_two_steps_with_tiny_models(fit):
     assert shapes == {f"{name}.weight": wide for name in ("aligner", "deepstack_0", "deepstack_1", "deepstack_2")}
 
 
+@pytest.mark.slow
 def test_its_adapter_reaches_the_vision_encoder_and_the_mergers_and_learns_there(fit):
     run, _ = fit("rlhf.lmbda=0")
     adapter = load_file(run / "adapter_model.safetensors")
@@ -143,11 +144,13 @@ def test_its_adapter_reaches_the_vision_encoder_and_the_mergers_and_learns_there
         assert any(part in name for name in trained), part
 
 
+@pytest.mark.slow
 def test_an_adapter_in_the_language_model_alone_cannot_follow_the_visual_term(fit):
     err = " ".join(fit("rlhf.lmbda=0", "tuner.target_modules=[q_proj, v_proj]", code=3).split())
     assert "the student's features carry no gradient" in err
 
 
+@pytest.mark.slow
 def test_with_a_frozen_encoder_the_mergers_still_learn(fit):
     run, _ = fit("rlhf.lmbda=0", "tuner.freeze_vit=true")
     adapter = load_file(run / "adapter_model.safetensors")

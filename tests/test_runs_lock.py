@@ -15,7 +15,7 @@ from kdtrain.errors import PreflightError
 from kdtrain.runs import lock
 from kdtrain.runs.lock import refuse_if_locked, run_lock
 from kdtrain.runs.status import read_status, write_status
-from tests import test_cli
+from tests import test_cli, tiny
 
 kdtrain = test_cli.kdtrain
 
@@ -87,7 +87,7 @@ def test_of_a_run_that_cannot_be_seen_from_here_one_waits_for_a_sign_of_life(tmp
 
 
 @pytest.mark.parametrize("where", ELSEWHERE)
-@pytest.mark.parametrize("hours", [-3, 0, 3])
+@pytest.mark.parametrize("hours", tiny.first_quick([-3, 0, 3]))
 def test_one_that_gives_none_is_taken_over_whatever_its_clock_says(tmp_path, quick, caplog, where, hours):
     hold(tmp_path, pid=os.getpid(), **where)
     os.utime(tmp_path / "run.lock", (time.time() + hours * 3600,) * 2)

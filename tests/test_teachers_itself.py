@@ -335,7 +335,7 @@ def test_features_of_the_same_modules_are_not_compared(tmp_path):
 # ---- answers before training -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", ["base", "ema"])
+@pytest.mark.parametrize("weights", tiny.first_quick(["ema", "base"]))
 def test_answers_before_training_are_those_of_the_model_as_it_was_loaded(project, monkeypatch, weights):
     monkeypatch.chdir(project)
     options = [

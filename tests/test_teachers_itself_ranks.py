@@ -64,7 +64,7 @@ def in_two_ranks(function, folder, weights, lora, options):
     return tiny.run_ranks(call, 2, timeout=100)
 
 
-@pytest.mark.parametrize("name", ["base", *map(tiny.slow, list(CASES)[1:-1]), list(CASES)[-1]])
+@pytest.mark.parametrize("name", tiny.first_quick(CASES))
 @pytest.mark.parametrize(("function", "wrapper"), [(train_ddp, "Distributed"), (train_fsdp2, "FSDP")])
 def test_two_ranks_equal_one_process(tmp_path, name, function, wrapper):
     weights, lora, options = CASES[name]

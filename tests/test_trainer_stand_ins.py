@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 from kdtrain.errors import PreflightError
 from kdtrain.models.parts import freeze_parts
+from tests import tiny
 from tests.strategies import ONE, STRATEGIES, marks_of, whole_weights
 from tests.test_invariance import rows_with_images
 from tests.test_trainer import make_args, make_trainer
@@ -106,7 +107,7 @@ def train_texts_last(strategy, *args, **options):
     return train(strategy, *args, counts, **DECAY, **options)
 
 
-@pytest.mark.parametrize("frozen", [None, ("vit", "aligner")], ids=["trained", "frozen"])
+@pytest.mark.parametrize("frozen", tiny.first_quick([None, ("vit", "aligner")]), ids=["trained", "frozen"])
 @pytest.mark.parametrize("name", cases("DDP, 2 ranks", "FSDP2", quick=("DDP, 2 ranks",)))
 def test_windows_without_images_leave_the_vision_path_as_it_is(tmp_path, name, frozen):
     # Of LLaVA's tower the last layer is never used, which DDP would have to look for.
