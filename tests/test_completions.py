@@ -62,16 +62,10 @@ def train(folder, every, student=None, teacher=None, **kwargs):
 
 def numbers(trainer):
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    times = (
-        "tokens_per_second",
-        "supervised_tokens_per_second",
-        "peak_memory_gib",
-        "elapsed_s",
-        "remaining_s",
-        "step_time_s",
-    )
     records = [
-        {k: v for k, v in record.items() if k not in times} for record in trainer.state.log_history if "loss" in record
+        {k: v for k, v in record.items() if k not in tiny.MEASURED}
+        for record in trainer.state.log_history
+        if "loss" in record
     ]
     return weights, records
 

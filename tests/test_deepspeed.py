@@ -82,15 +82,7 @@ def outcome(trainer):
         teacher = trainer.model_wrapped if trainer.teacher.is_student else trainer.teacher_model
         assert type(trainer.model_wrapped).__name__ == type(teacher).__name__ == "DeepSpeedEngine"
         assert trainer.model_wrapped.zero_optimization_stage() == trainer.args.deepspeed["zero_optimization"]["stage"]
-    times = (
-        "tokens_per_second",
-        "supervised_tokens_per_second",
-        "padding_fraction",
-        "peak_memory_gib",
-        "elapsed_s",
-        "remaining_s",
-        "step_time_s",
-    )
+    times = (*tiny.MEASURED, "padding_fraction")
     records = [  # before training nothing is asked of models that DeepSpeed wraps
         {key: value for key, value in record.items() if key not in times and not key.startswith("grad_norm_")}
         for record in trainer.state.log_history

@@ -285,12 +285,7 @@ RESUMED = {
     "lora, the teacher": ("lora", {"lmbda": 0.0, "seq_kd": True, "sft_alpha": 0.3}),
 }
 NOT_NUMBERS = (
-    "tokens_per_second",
-    "supervised_tokens_per_second",
-    "peak_memory_gib",
-    "elapsed_s",
-    "remaining_s",
-    "step_time_s",
+    *tiny.MEASURED,
     "runtime",
     "samples_per_second",
     "steps_per_second",

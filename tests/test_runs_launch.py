@@ -45,20 +45,7 @@ def assert_same_run(ours, single):
     assert len(ours) == len(single) == 5
     for a, b in zip(ours, single, strict=True):
         for key in b:
-            if (
-                key
-                not in (
-                    "tokens_per_second",
-                    "supervised_tokens_per_second",
-                    "padding_fraction",
-                    "peak_memory_gib",
-                    "elapsed_s",
-                    "remaining_s",
-                    "step_time_s",
-                    "eval_runtime",
-                )
-                and "per_second" not in key
-            ):
+            if key not in (*tiny.MEASURED, "padding_fraction", "eval_runtime") and "per_second" not in key:
                 assert a[key] == pytest.approx(b[key], rel=1e-4), key
 
 

@@ -8,12 +8,7 @@ from tests import tiny
 from tests.test_trainer import make_trainer
 
 NOT_COMPARED = {
-    "tokens_per_second",
-    "supervised_tokens_per_second",
-    "peak_memory_gib",
-    "elapsed_s",
-    "remaining_s",
-    "step_time_s",
+    *tiny.MEASURED,
     "runtime",
     "samples_per_second",
     "steps_per_second",

@@ -53,6 +53,11 @@ CHATS = [
 ]
 
 
+MEASURED = ("tokens_per_second", "supervised_tokens_per_second", "mfu", "peak_memory_gib")
+MEASURED += ("elapsed_s", "remaining_s", "step_time_s")
+"""What a record says of time and memory, which differs between equal runs."""
+
+
 def slow(*values: Any) -> Any:
     """Parameters of a test that are for `make test-slow` alone, beside others that `make test` takes."""
     return pytest.param(*values, marks=pytest.mark.slow)
