@@ -29,7 +29,7 @@ from kdtrain.data.sources import Source
 from kdtrain.data.tables import rows_at_once
 
 # Raise it with every change that makes the same row come out differently.
-VERSION = 7
+VERSION = 8
 
 _FEATURES = datasets.Features(
     {
@@ -60,6 +60,7 @@ _FEATURES = datasets.Features(
         "answer": datasets.Value("large_string"),
     }
 )
+_SCHEMA = _FEATURES.arrow_schema
 
 
 def encode_cached(
@@ -67,16 +68,20 @@ def encode_cached(
     encoder: RowEncoder,
     sources: Sequence[Source],
     limits: Limits,
+    content: Sequence[str],
     num_proc: int | None,
     cache_dir: Path,
 ) -> datasets.Dataset:
     """Encodes the rows of `read_all`, or reads what an earlier call stored.
 
+    Args:
+        content: hashes that say what the rows are, see `SourceContent.content`: they are not read again for it.
+
     Entries are folders in `cache_dir`, complete as soon as they are visible; a damaged one is made again. Processes
     that encode the same rows at once do not wait for each other: the first entry counts. Returned is every row in the
     same order, as one row or several, with the columns of `_FEATURES`; bad rows have a `problem` and no tokens.
     """
-    entry = cache_dir / f"encoded-{_key(raw, encoder, sources, limits)}"
+    entry = cache_dir / f"encoded-{_key(raw, encoder, sources, limits, content)}"
 
     def current() -> datasets.Dataset | None:
         stored = _stored(entry, len(raw))
@@ -89,7 +94,7 @@ def encode_cached(
         work = scratch / "new"
         work.mkdir()
         raw.map(
-            encode_batch,
+            _encoded_table,
             batched=True,
             with_indices=True,
             batch_size=at_once,
@@ -131,14 +136,14 @@ def _stored(entry: Path, rows: int) -> datasets.Dataset | None:
     if not parts:
         return None
     stored = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    return stored if len(np.unique(stored["raw"][:])) == rows else None
+    return stored if len(np.unique(stored.data.column("raw").to_numpy())) == rows else None
 
 
 def _is_repaired(
     stored: datasets.Dataset, raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], limits: Limits
 ) -> bool:
     """Whether an image that could not be read can be read now: rights, limits and libraries change."""
-    rows = np.array(stored["raw"][:])[np.array(stored["again"][:])]
+    rows = stored.data.column("raw").to_numpy()[stored.data.column("again").to_numpy()]
     for start in range(0, len(rows), 100):
         some = rows[start : start + 100]
         if set(encode_batch(raw[some], list(some), encoder, sources, limits)["status"]) != {"bad"}:
@@ -146,7 +151,9 @@ def _is_repaired(
     return False
 
 
-def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], limits: Limits) -> str:
+def _key(
+    raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], limits: Limits, content: Sequence[str]
+) -> str:
     """A hash of all that the encoded rows depend on.
 
     Not the place of a row: the same data under another path is the same data. Images count with theirs.
@@ -166,10 +173,9 @@ def _key(raw: datasets.Dataset, encoder: RowEncoder, sources: Sequence[Source], 
         "columns": [dict(source.columns) if source.columns else None for source in sources],
         "answers": [source.answers for source in sources],
         "libraries": [datasets.__version__, version("transformers")],
+        "rows": list(content),
     }
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
-    for batch in raw.select_columns(["source", "problem", "text"]).iter(batch_size=rows_at_once(raw, 1000)):
-        digest.update(json.dumps(batch).encode())
     if encoder.multimodal is not None:
         for batch in raw.select_columns(["source", "text", "file"]).iter(batch_size=rows_at_once(raw, 1000)):
             for image in _image_files(batch, sources, encoder.image_root):
@@ -199,6 +205,14 @@ def _workers(rows: int, num_proc: int | None) -> int | None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     chosen = (min(cores, 8) if rows > 2000 else 1) if num_proc is None else num_proc
     return chosen if chosen > 1 else None
+
+
+def _encoded_table(
+    batch: dict[str, list[Any]], indices: list[int], encoder: RowEncoder, sources: Sequence[Source], limits: Limits
+) -> pa.Table:
+    """`encode_batch` in Arrow: `datasets` takes several times as long to make it of lists."""
+    columns = encode_batch(batch, indices, encoder, sources, limits)
+    return pa.table([pa.array(columns[field.name], field.type) for field in _SCHEMA], schema=_SCHEMA)
 
 
 def encode_batch(

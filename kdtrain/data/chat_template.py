@@ -121,7 +121,8 @@ class ChatTemplate:
             rendered = [Rendered(self._prompt(call, len(chat.messages)), messages=len(chat.messages))]
         else:
             rendered = self._answered(call, split)
-        rendered = [replace(one, notes=(*notes, *one.notes)) for one in rendered]
+        if notes:
+            rendered = [replace(one, notes=(*notes, *one.notes)) for one in rendered]
         if self._options.control_tokens == "text":
             rendered = [one.without_marks() for one in rendered]
         return rendered
@@ -156,7 +157,7 @@ class ChatTemplate:
         note = () if split else (SPLIT,)
         return [replace(one, notes=(*note, *one.notes)) for one in alone]
 
-    def _each_alone(self, call: _Call, wanted: list[int]) -> list[Rendered]:
+    def _each_alone(self, call: _Call, wanted: Sequence[int]) -> list[Rendered]:
         """Each answer, but for a first one that the template cannot render without a user's message."""
         messages, alone = call.chat.messages, []
         notes: tuple[str, ...] = ()
@@ -167,7 +168,7 @@ class ChatTemplate:
                 if i == wanted[-1] or any(message["role"] == "user" for message in messages[:i]):
                     raise
                 notes = (FIRST_LEFT,)
-        return [replace(one, notes=(*notes, *one.notes)) for one in alone]
+        return [replace(one, notes=(*notes, *one.notes)) for one in alone] if notes else alone
 
     def _all(self, call: _Call, last: Rendered) -> Rendered:
         """Every token is supervised, those behind the last answer as well, but for turns that are switched off."""
@@ -193,12 +194,12 @@ class ChatTemplate:
         else:
             text, start, note = self._diverging(call, i, prompt, text)
             blocks, notes = [], (note,)  # positions of markers no longer hold
-        turn, stop = self._turn(text, start, blocks, bool(call.chat.messages[i].get("tool_calls")))
+        turn, stop = self._turn(text, start, blocks, i + 1, bool(call.chat.messages[i].get("tool_calls")))
         if stop is not None:
             notes = (*notes, STOP_ADDED)
         if not turn.spans:
             notes = (*notes, MARKED_OUT)
-        return Rendered(text, (replace(turn, messages=i + 1),), i + 1, stop=stop, notes=notes)
+        return Rendered(text, (turn,), i + 1, stop=stop, notes=notes)
 
     def _with_reasoning(self, call: _Call, i: int, prompt: str, text: str) -> tuple[str, int, list[tuple[int, int]]]:
         """The answer with reasoning that the template does not render, in the block that its prompt opens."""
@@ -259,7 +260,7 @@ class ChatTemplate:
         never has to write it. `anywhere`: there is no message before the answer, so all up to the header is given.
         """
         header = self._template.generation_prompt
-        if header and text[:start].endswith(header):
+        if header and text.endswith(header, 0, start):
             return start
         for header in self._template.headers:
             at = text.find(header, start)
@@ -267,8 +268,10 @@ class ChatTemplate:
                 return at + len(header)
         return start
 
-    def _turn(self, text: str, start: int, blocks: Sequence[tuple[int, int]], calls: bool) -> tuple[Turn, str | None]:
-        """The turn that ends a text, and the token that is missing at its end."""
+    def _turn(
+        self, text: str, start: int, blocks: Sequence[tuple[int, int]], messages: int, calls: bool
+    ) -> tuple[Turn, str | None]:
+        """The turn that ends a text of so many messages, and the token that is missing at its end."""
         content_end = self._content_end(text, start)
         stop = self._stops_pattern.match(text, content_end)
         missing = None
@@ -281,7 +284,7 @@ class ChatTemplate:
             last = next((token for token in self._template.added if text.endswith(token, start, end)), "")
             content_end, end = (end - len(last), end) if last else (len(text), len(text))
         spans, extended = self._spans(text, start, content_end, end, blocks)
-        return Turn(start, end, spans, content_end < end or missing is not None, extended), missing
+        return Turn(start, end, spans, content_end < end or missing is not None, extended, messages), missing
 
     def _content_end(self, text: str, start: int) -> int:
         """Where the run of white space and stop tokens begins that a text ends with."""
@@ -344,7 +347,8 @@ class ChatTemplate:
         found: dict[int, str] = {}
         for i, message in enumerate(chat.messages):
             for text in written(message):
-                found.update((i, token) for _, token in find(text))
+                for _, token in find(text):
+                    found[i] = token
             if message.get("tool_calls"):
                 self._refuse_control_tokens(message["tool_calls"], f"messages[{i}].tool_calls")
         if chat.tools:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import xxhash
 
@@ -260,8 +260,10 @@ def encode_sources(
             # Rows of no epoch are not encoded. From here on rows are numbered among those that are.
             used = np.arange(len(raw)) if varies else np.unique(plan)
             plan = np.searchsorted(used, plan)
-            raw = raw.select(used) if len(used) < len(raw) else raw
-            encoded = encode_cached(raw, encoder, sources, limits, num_proc, folder)
+            content = [f"{one.rows}:{one.content}" for one in contents]
+            if len(used) < len(raw):
+                raw, content = raw.select(used), [*content, xxhash.xxh3_128(used.astype("<i8").tobytes()).hexdigest()]
+            encoded = encode_cached(raw, encoder, sources, limits, content, num_proc, folder)
             report = _count(encoded, raw, sources, limits)
             report.notes += ([moved] if moved else []) + _unread(sources) + _row_notes(encoded, raw)
             report.teacher_option = teacher_option(encoder.options)
@@ -345,8 +347,13 @@ def _column(encoded: datasets.Dataset, name: str) -> np.ndarray:
 
 
 def _source_of(raw: datasets.Dataset) -> np.ndarray:
-    """The number of each raw row's source; of selected rows, so not out of the table below."""
-    return np.array(raw["source"][:])
+    """The number of each raw row's source."""
+    return _numbers(raw, "source")
+
+
+def _numbers(raw: datasets.Dataset, column: str) -> np.ndarray:
+    """A column of rows that may be selected ones, which the table below has not."""
+    return np.asarray(raw.select_columns([column]).with_format("numpy")[:][column])
 
 
 def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[Source], limits: Limits) -> BuildReport:
@@ -467,15 +474,20 @@ def _count_tokens(encoded: datasets.Dataset, epoch: np.ndarray, limits: Limits, 
     report.teacher_tokens = int(np.where(np.asarray(of_teacher) > 0, of_teacher, lengths)[epoch].sum())
 
 
-def _row_ids(made_of: list[int], origin: list[int], numbers: list[int]) -> list[str]:
-    """`source:row`, and `source:row:turn` for each row of a conversation that became several."""
-    counts = Counter(made_of)
-    turn: Counter[int] = Counter()
-    ids = []
-    for i, source in zip(made_of, origin, strict=True):
-        ids.append(f"{source}:{numbers[i]}:{turn[i]}" if counts[i] > 1 else f"{source}:{numbers[i]}")
-        turn[i] += 1
-    return ids
+def _row_ids(made_of: np.ndarray, source: np.ndarray, number: np.ndarray) -> pa.Array:
+    """`source:row`, and `source:row:turn` for each row of a conversation that became several.
+
+    Args:
+        made_of: the raw row of each encoded one, in order; `source` and `number` are that one's.
+    """
+    ids = _joined(source, number)
+    turn = np.arange(len(made_of)) - np.searchsorted(made_of, made_of, side="left")
+    several = np.searchsorted(made_of, made_of, side="right") - np.searchsorted(made_of, made_of, side="left") > 1
+    return pc.if_else(several, _joined(source, number, turn), ids) if several.any() else ids
+
+
+def _joined(*numbers: np.ndarray) -> pa.Array:
+    return pc.binary_join_element_wise(*(pa.array(one).cast(pa.string()) for one in numbers), ":")
 
 
 def _image_extremes(encoded: datasets.Dataset, raw: datasets.Dataset, rows: np.ndarray) -> list[tuple[int, str]]:
@@ -505,12 +517,16 @@ def _assemble(
     report: BuildReport,
     kept: list[str],
 ) -> datasets.Dataset:
-    made_of = encoded["raw"][:]
-    sources_of = raw["source"][:]
-    origin = [sources_of[i] for i in made_of]
-    ids = _row_ids(made_of, origin, raw["row"][:])
-    full = encoded.add_column("row_id", ids).add_column("ce", [sources[source].ce for source in origin])
-    full = full.add_column("answers", [sources[source].answers == "teacher" for source in origin])
+    made_of = _column(encoded, "raw")
+    origin = _source_of(raw)[made_of]
+    new = {
+        "row_id": _row_ids(made_of, origin, _numbers(raw, "row")[made_of]),
+        "ce": np.array([source.ce for source in sources])[origin],
+        "answers": np.array([source.answers == "teacher" for source in sources])[origin],
+    }
+    # In one table: with `add_column` each value of a column would be hashed for itself.
+    beside = datasets.Dataset(datasets.table.InMemoryTable.from_pydict(new))
+    full = datasets.concatenate_datasets([encoded, beside], axis=1)
     if len(rows) != len(encoded) or (rows != np.arange(len(encoded))).any():
         full = full.select(rows)
     columns = ["input_ids", "labels", "prompt_length", "ce", "row_id"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ def form_of(chat: Chat, kwargs: Mapping[str, Any]) -> Any:
     messages = tuple(
         (
             message["role"],
-            tuple(_kinds(message)),
+            _kinds(message),
             "reasoning_content" in message,
             bool(message.get("name")),
             len(message.get("tool_calls") or ()),
@@ -38,18 +38,21 @@ def form_of(chat: Chat, kwargs: Mapping[str, Any]) -> Any:
     return messages, len(chat.tools or ()), arguments, tuple(chat.trained)
 
 
-def _kinds(message: Message) -> Iterator[str]:
+def _kinds(message: Message) -> tuple[str, ...]:
     """What the pieces of a text are: a tag, thinking (what a closing tag follows), content, or nothing."""
     text = text_of(message)
-    pieces = _TAGS.split(text) if THINK_END in text or THINK in text else [text]
+    if THINK not in text and THINK_END not in text:
+        return ("",) if not text or text.isspace() else ("content",)
+    pieces, kinds = _TAGS.split(text), []
     for i, piece in enumerate(pieces):
         if i % 2:
-            yield piece
+            kinds.append(piece)
         elif not piece or piece.isspace():
-            yield ""
+            kinds.append("")
         else:
             closed = message["role"] == "assistant" and pieces[i + 1 : i + 2] == [THINK_END]
-            yield "thinking" if closed else "content"
+            kinds.append("thinking" if closed else "content")
+    return tuple(kinds)
 
 
 def words_of(message: Message, i: int, kind: str) -> list[str]:
@@ -58,12 +61,14 @@ def words_of(message: Message, i: int, kind: str) -> list[str]:
 
 
 def text_of(message: Message) -> str:
-    return "".join(texts_of(message["content"]))
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(texts_of(content))
 
 
 def written(message: Message) -> list[str]:
     """The texts of a message that people or models wrote."""
-    return [*texts_of(message["content"]), str(message.get("reasoning_content") or "")]
+    texts = texts_of(message["content"])
+    return [*texts, str(message["reasoning_content"])] if message.get("reasoning_content") else texts
 
 
 def has_reasoning(message: Message) -> bool:

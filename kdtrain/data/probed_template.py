@@ -6,11 +6,11 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError, meta
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template
 from trl.chat_template_utils import has_generation_markers
 
 from kdtrain.data.control_tokens import ControlTokens
@@ -61,11 +61,10 @@ class ProbedTemplate:
         self, processing_class: Any, chat_template: str | None, tools: bool, kwargs: Mapping[str, Any] | None
     ) -> None:
         self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._specials = dict(self._tokenizer.special_tokens_map)
-        self._kwargs = dict(kwargs or {})
+        self._arguments = {**self._tokenizer.special_tokens_map, **(kwargs or {})}
         self.text = chat_template or _own_template(processing_class, self._tokenizer, tools)
         try:
-            _ = self._compiled
+            _ready(self.text)
         except TemplateSyntaxError as error:
             raise DataError(f"the chat template of {_name(self._tokenizer)} cannot be read: {error}") from error
         self.check_kwargs(kwargs, "data.chat_template_kwargs")
@@ -74,10 +73,6 @@ class ProbedTemplate:
         self.added_pattern = any_of(self.added)
         self._as_parts = False
         self._as_parts = not self._renders_question() and self._renders_question(as_parts=True)
-
-    @property
-    def _compiled(self) -> Template:
-        return _compile_jinja_template(self.text)  # which keeps it
 
     def render(
         self,
@@ -122,25 +117,21 @@ class ProbedTemplate:
         spans: bool,
         kwargs: Mapping[str, Any],
     ) -> tuple[str, list[tuple[int, int]]]:
-        arguments = {
+        template, names = _ready(self.text)
+        given = {
+            **names,
+            "messages": [_with_thinking(message) for message in messages],
+            "documents": None,
             "tools": tools,
             "add_generation_prompt": generation_prompt,
-            **self._specials,
-            **self._kwargs,
+            **self._arguments,
             **kwargs,
         }
         try:
-            if not spans:
-                # What `render_jinja_template` does, without the copies that it makes of all of it at every call.
-                messages = [_with_thinking(message) for message in messages]
-                return self._compiled.render(messages=messages, documents=None, **arguments), []
-            texts, indices = render_jinja_template(
-                conversations=[messages], chat_template=self.text, return_assistant_tokens_mask=True, **arguments
-            )
+            return _rendered(template, given, spans)
         # Templates are programs: besides their own raise_exception they trip over missing keys and wrong types.
         except _FAILURES as error:
             raise RowError(f"the chat template refuses the conversation: {said(error)}") from error
-        return texts[0], indices[0]
 
     # ---- probes ------------------------------------------------------------------------------------------------------
 
@@ -256,7 +247,7 @@ class ProbedTemplate:
 
     @cached_property
     def _reads(self) -> set[str]:
-        return meta.find_undeclared_variables(self._compiled.environment.parse(self.text))
+        return meta.find_undeclared_variables(_ready(self.text)[0].environment.parse(self.text))
 
     def check_kwargs(self, kwargs: Mapping[str, Any] | None, option: str) -> None:
         """Refuses arguments of an option that the template does not read."""
@@ -265,6 +256,27 @@ class ProbedTemplate:
                 raise DataError(
                     f"{option} has {show(name, 60)}, which the chat template of {_name(self._tokenizer)} does not read"
                 )
+
+
+@lru_cache
+def _ready(text: str) -> tuple[Template, dict[str, Any]]:
+    """A template compiled, and the names that it knows by itself. Not kept in an object: that is sent to processes."""
+    template = _compile_jinja_template(text)
+    return template, dict(template.globals)
+
+
+def _rendered(template: Template, given: dict[str, Any], spans: bool) -> tuple[str, list[tuple[int, int]]]:
+    """What `render_jinja_template` gives, without the copies that it and jinja make of all of `given` at every call."""
+    environment: Any = template.environment
+    context = environment.context_class(environment, given, template.name, template.blocks)
+    pieces: list[str] = []
+    found: list[tuple[int, int]] = []
+    if not spans:
+        return "".join(template.root_render_func(context)), found
+    with environment.activate_tracker(pieces, found):  # which reads in `pieces` how much stands there already
+        for piece in template.root_render_func(context):
+            pieces.append(piece)
+    return "".join(pieces), found
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from kdtrain.data.columns import CONTEXT_COLUMNS, ROW_COLUMNS, check_preference, unread_columns, unread_note
@@ -40,11 +41,11 @@ class Chat:
     def prompt_only(self) -> bool:
         return self.messages[-1]["role"] != "assistant"
 
-    @property
-    def trained(self) -> list[int]:
+    @cached_property
+    def trained(self) -> tuple[int, ...]:
         """Positions of the assistant messages that may be supervised."""
-        assistants = (i for i, message in enumerate(self.messages) if message["role"] == "assistant")
-        return [i for i in assistants if i >= self.first_trained and i not in self.untrained]
+        assistants = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        return tuple(i for i in assistants if i >= self.first_trained and i not in self.untrained)
 
     def noting_keys(self, template: str) -> Chat:
         """With notes of the messages' keys that are unknown here and that the text of a template does not name."""

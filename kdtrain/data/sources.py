@@ -84,14 +84,21 @@ def read_all(
                 total += len(batch)
                 about = (source.columns, source.answers, source.prefix_column)
                 kept = [(i, row) for i, row in batch if held_out is None or held_out.has(row, *about)]
-                numbered = [{**vars(row), "source": index, "row": i} for i, row in kept]
-                writer.write_batch(pa.RecordBatch.from_pylist(numbered, schema=_RAW))
+                writer.write_batch(_table_of(kept, index))
                 digest.update("".join(f"{row.text}\0{row.problem}\0" for _, row in kept).encode(errors="replace"))
                 size += len(kept)
             contents.append(SourceContent(source.path, size, digest.hexdigest()))
     if held_out is not None and not sum(content.rows for content in contents):
         raise held_out.refuse_empty(total)
     return datasets.Dataset.from_file(str(path)), contents
+
+
+def _table_of(rows: Sequence[tuple[int, RawRow]], source: int) -> pa.RecordBatch:
+    fields = zip(*((row.file, row.line, row.text, row.problem, source, i) for i, row in rows), strict=True)
+    columns = list(fields) or [()] * len(_RAW)
+    return pa.RecordBatch.from_arrays(
+        [pa.array(values, field.type) for values, field in zip(columns, _RAW, strict=True)], schema=_RAW
+    )
 
 
 def _batches(rows: Iterator[tuple[int, RawRow]]) -> Iterator[list[tuple[int, RawRow]]]:

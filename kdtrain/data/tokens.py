@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -16,26 +16,31 @@ _SPACES = ("Ġ", "▁", " ")
 
 @dataclass(frozen=True)
 class Tokens:
-    """One tokenised text, with the characters each token covers."""
+    """One tokenised text, with the characters each token covers: a token's place gives where it begins and ends."""
 
     tokenizer: Any
     text: str
     ids: list[int]
-    offsets: list[tuple[int, int]]
+    offsets: Callable[[int], tuple[int, int]]
     edges: Mapping[int, int] = field(default_factory=dict)  # characters where a token begins, known from elsewhere
+    _found: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
     def first_from(self, char: int) -> int:
         """The first token that begins at or after a character."""
         if char in self.edges:
             return self.edges[char]
-        return bisect_left(self.offsets, (char, -1))
+        found = self._found.get(char)
+        if found is None:
+            found = bisect_left(range(len(self.ids)), char, key=lambda token: self.offsets(token)[0])
+            self._found[char] = found
+        return found
 
     def complete_before(self, char: int) -> int:
         """How many leading tokens lie entirely before a character: a straddling one would give away the answer."""
         if char in self.edges:
             return self.edges[char]
         token = self.first_from(char)
-        while token and self.offsets[token - 1][1] > char:
+        while token and self.offsets(token - 1)[1] > char:
             token -= 1
         return token
 
@@ -47,7 +52,7 @@ class Tokens:
         """
         token = self.complete_before(char)
         if token < len(self.ids) and char not in self.edges:
-            start, end = self.offsets[token]
+            start, end = self.offsets(token)
             if start < char < end and self.text[start:char].strip() and not self.text[char:end].strip():
                 return token + 1
         return token
@@ -66,8 +71,8 @@ class Tokens:
     def without(self, chars: int) -> Tokens:
         """The tokens behind some leading characters of the text."""
         first = self.first_from(chars)
-        offsets = [(start - chars, end - chars) for start, end in self.offsets[first:]]
-        return Tokens(self.tokenizer, self.text[chars:], self.ids[first:], offsets)
+        offsets = [(start - chars, end - chars) for start, end in map(self.offsets, range(first, len(self.ids)))]
+        return Tokens(self.tokenizer, self.text[chars:], self.ids[first:], offsets.__getitem__)
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> list[Tokens]:
@@ -85,7 +90,8 @@ def tokenize(tokenizer: Any, texts: list[str]) -> list[Tokens]:
         encodings = backend.encode_batch(texts, add_special_tokens=False)
     finally:
         backend.post_processor = kept
-    return [Tokens(tokenizer, text, one.ids, one.offsets) for text, one in zip(texts, encodings, strict=True)]
+    # A few places are asked for: lists of all of them take as long as the rest of what is done with a row's tokens.
+    return [Tokens(tokenizer, text, one.ids, one.token_to_chars) for text, one in zip(texts, encodings, strict=True)]
 
 
 def tokenize_apart(tokenizer: Any, text: str, at: set[int]) -> Tokens:
@@ -99,8 +105,8 @@ def tokenize_apart(tokenizer: Any, text: str, at: set[int]) -> Tokens:
         if start and piece.begins_with_a_space_of_its_own:
             piece = _behind_another(tokenizer, text[start:end])
         ids += piece.ids
-        offsets += [(start + first, start + behind) for first, behind in piece.offsets]
-    return Tokens(tokenizer, text, ids, offsets, edges)
+        offsets += [(start + first, start + behind) for first, behind in map(piece.offsets, range(len(piece.ids)))]
+    return Tokens(tokenizer, text, ids, offsets.__getitem__, edges)
 
 
 def _behind_another(tokenizer: Any, text: str) -> Tokens:
@@ -108,6 +114,6 @@ def _behind_another(tokenizer: Any, text: str) -> Tokens:
     for other in ("\n", ".", "\t"):
         (longer,) = tokenize(tokenizer, [other + text])
         piece = longer.without(len(other))
-        if piece.offsets and piece.offsets[0][0] == 0 and not piece.begins_with_a_space_of_its_own:
+        if piece.ids and piece.offsets(0)[0] == 0 and not piece.begins_with_a_space_of_its_own:
             return piece
     raise RowError(f"the tokenizer cannot tell …{show(text, 40)} from a text that begins so")
