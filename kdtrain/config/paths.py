@@ -87,11 +87,21 @@ def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
         elif is_share(text):
             continue
         else:  # existence is left to the preflight: data is often made after the config is written
-            local = local or Path(text).suffix.lower() in _DATA_SUFFIXES or not is_hub_id or _names_a_folder(text)
+            local = _is_local_data(text, base)
             problems += _unlikely_id(path, text, base, local)
         if local:
             root = put(root, path, Node(os.path.abspath(base / os.path.expanduser(text)), node.place))
     return root, problems
+
+
+def data_path(text: str) -> str:
+    """A source of data as a command line names it: an absolute path, or a data set's id on the hub as it is."""
+    return os.path.abspath(os.path.expanduser(text)) if _is_local_data(text, Path.cwd()) else text
+
+
+def _is_local_data(text: str, base: Path) -> bool:
+    is_hub_id, has_suffix = _HUB_ID.fullmatch(text), Path(text).suffix.lower() in _DATA_SUFFIXES
+    return _looks_local(text, base) or has_suffix or not is_hub_id or _names_a_folder(text)
 
 
 def _data_paths(root: Node) -> Iterator[KeyPath]:

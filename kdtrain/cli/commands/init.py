@@ -1,8 +1,9 @@
-"""`kdtrain init`: the recipes that are shipped, and copies of them to begin with."""
+"""`kdtrain init`: the recipes that are shipped, and copies of them to begin with; and a student from a teacher."""
 
 from __future__ import annotations
 
 import json
+import sys
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -10,12 +11,17 @@ from typing import Annotated
 
 import typer
 
+from kdtrain.cli import process
+from kdtrain.cli.shared import Debug
+from kdtrain.config.paths import data_path
 from kdtrain.data.errors import show
 from kdtrain.disk import writing
 from kdtrain.errors import ConfigError
+from kdtrain.runs.new_folder import require_new
 
 SCHEMA = "kdtrain.schema.json"  # what the first line of each recipe names
 _PURPOSE_LINE = 1
+_ROWS = 256
 
 
 def recipes() -> dict[str, str]:
@@ -39,23 +45,80 @@ def init(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="NAME", help="The recipe. Left out: all of them, a line each.", autocompletion=_complete
+            metavar="NAME|DIR",
+            help="The recipe (left out: a list of them); with --from: DIR.",
+            autocompletion=_complete,
         ),
     ] = None,
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where it goes, which is made if it is not there.")
-    ] = Path("."),
+        Path | None, typer.Argument(metavar="DIR", help="Where the recipe goes; made if it is not there.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="MODEL", help="Cut a student out of it: a folder, hub id or run.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(metavar="N", help="Its layers: the N that change the text most.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(metavar="W", help="Its hidden size; MLPs in proportion, heads stay.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Rows to see by what to keep, as data.train.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(metavar="R", help="The first R of them: 256.")] = None,
+    debug: Debug = False,
 ) -> None:
     """Copy a recipe to begin with: a config file that says what each of its options does.
 
-    Beside it goes the JSON Schema of the config, by which an editor completes and checks it. Nothing is overwritten.
+    Or make a student from a teacher: --from MODEL --layers N --data PATH DIR writes a model into DIR. Nothing is
+    overwritten.
     """
+    if source is not None:
+        _prune(source, name, folder, layers, width, data, rows, debug)
+        return
+    given = {"--layers": layers, "--width": width, "--data": data, "--rows": rows}
+    if lone := next((option for option, value in given.items() if value is not None), None):
+        raise ConfigError(f"{lone} is about a student from a teacher: kdtrain init --from MODEL {lone} … DIR")
     if name is None:
         _list()
         return
-    copy = copied(name, folder)
+    copy = copied(name, folder or Path("."))
     typer.echo(f"{copy}: {recipes()[name]}")
     typer.echo(f"Its first lines say which data it wants, and what else. Next: kdtrain validate {copy}")
+
+
+def _prune(
+    source: str,
+    name: str | None,
+    folder: Path | None,
+    layers: int | None,
+    width: int | None,
+    data: str | None,
+    rows: int | None,
+    debug: bool,
+) -> None:
+    """Cut a student out of a teacher, and print what became of it."""
+    usage = "kdtrain init --from MODEL --layers N [--width W] --data PATH DIR"
+    if name is None or folder is not None:
+        raise ConfigError(f"With --from there is one name, DIR, the folder of the student: {usage}")
+    for option, value in (("--layers N", layers), ("--data PATH", data)):
+        if value is None:
+            why = "the layers of the student" if layers is None else "rows, by which is seen what to keep"
+            raise ConfigError(f"{option} is missing: {why}. {usage}")
+    if rows is not None and rows < 1:
+        raise ConfigError(f"--rows {rows}: give at least 1.")
+    assert layers is not None
+    assert data is not None
+    process.set_up_logging("text", debug)
+    require_new(Path(name))
+    if sys.stderr.isatty():
+        typer.echo("loading torch and transformers …", err=True)
+    from kdtrain.cli.pruned import as_text
+    from kdtrain.runs.pruned import Wanted, prune
+
+    process.quiet_libraries(keep_bars=False)
+    wanted = Wanted(source, layers, width, data_path(data), rows or _ROWS)
+    process.write_out(as_text(prune(wanted, Path(name)), source) + "\n")
 
 
 def _list() -> None:

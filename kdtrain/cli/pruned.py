@@ -1,0 +1,42 @@
+"""What `kdtrain init --from` prints."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator
+
+from kdtrain.runs.pruned import Pruned
+
+
+def as_text(found: Pruned, source: str) -> str:
+    """The layers with their scores, both sizes, and what comes next."""
+    return "\n".join(
+        [*_layers(found), "", *_sizes(found), *(f"note: {note}" for note in found.notes), *_next(found, source)]
+    )
+
+
+def _layers(found: Pruned) -> Iterator[str]:
+    yield f"{'layer':>5}  {'influence':>9}"
+    for number, score in enumerate(found.scores):
+        yield f"{number:>5}  {score:>9.4f}{'' if number in found.kept else '  dropped'}"
+
+
+def _sizes(found: Pruned) -> Iterator[str]:
+    for name, size in (("teacher", found.before), ("student", found.after)):
+        parts = [
+            f"{size.layers} layers",
+            f"width {size.hidden}",
+            f"MLP {size.inner}",
+            f"{size.parameters:,} parameters",
+        ]
+        if not math.isnan(size.perplexity):
+            parts.append(f"perplexity {size.perplexity:,.4g}")
+        yield f"{name}: {', '.join(parts)}"
+    yield f"On {found.rows} rows, {found.tokens:,} tokens. The student is not healed yet: distil it before you use it."
+
+
+def _next(found: Pruned, source: str) -> Iterator[str]:
+    folder = shlex.quote(str(found.folder))
+    yield "Next: kdtrain init forward-kl, then"
+    yield f"  kdtrain fit forward-kl.yaml model.model={folder} rlhf.teacher_model={shlex.quote(source)}"
