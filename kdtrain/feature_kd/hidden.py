@@ -103,7 +103,9 @@ class HiddenTerm(FeatureTerm):
     def taught(self, features: Features, batch: Batch) -> Features:
         """The supervised positions alone, [S, H] of each layer."""
         seen = batch.as_teacher_sees_it().for_forward(self.teacher)
-        return {LAYER: [[seen.predicting(self._single(level, "teacher")).detach()] for level in features[LAYER]]}
+        # The last forward: under ZeRO-3 the head is looked at on a few tokens in front of the first one.
+        outputs = [self._single(passes[-1:], "teacher") for passes in features[LAYER]]
+        return {LAYER: [[seen.predicting(output).detach()] for output in outputs]}
 
     def terms(
         self, student: Features, teacher: Features, batch: Batch, predicting: Predicting, num_items: NumItems
@@ -128,10 +130,11 @@ class HiddenTerm(FeatureTerm):
             teacher_SH = teacher_SH.to(projected.device).float()
             return distances(projected, teacher_SH, self.options.distance).mean(-1).sum()
 
-    def _single(self, passes: list[torch.Tensor], side: Side) -> torch.Tensor:
-        """The one output of a layer in a forward, if it is what its config says."""
+    def _single(self, passes: list[torch.Tensor], side: Side, rows: int | None = None) -> torch.Tensor:
+        """The one output of a layer in a forward, if it is [rows, tokens, H] as its config says."""
         width = self.layers[side].width
-        if len(passes) != 1 or passes[0].dim() != 3 or passes[0].shape[-1] != width:
+        fits = len(passes) == 1 and passes[0].dim() == 3 and passes[0].shape[-1] == width
+        if not fits or rows not in (None, len(passes[0])):
             found = [tuple(output.shape) for output in passes] or "nothing"
             raise PreflightError(
                 f"{named(LAYER)}: a layer of the {side} gave {found} in a forward, and one tensor [rows, tokens, "
@@ -155,7 +158,7 @@ class HiddenTerm(FeatureTerm):
             try:
                 with own_random_state(ids.device), captured as features:
                     self.run_once(side, {"input_ids": ids})
-                    outputs = [self._single(passes, side) for passes in features[LAYER]]
+                    outputs = [self._single(passes, side, rows=1) for passes in features[LAYER]]
                     if side == "student" and not is_deepspeed_zero3_enabled():
                         check_gradient(LAYER, outputs)
             finally:
