@@ -44,7 +44,9 @@ class Loss:
     divergence: str = "jsd"
     temperature: float = 1.0
     aux: float = 0.0
-    vision: Callable[[nn.Module, nn.Module, Sequence[Row]], torch.Tensor] | None = None
+    features: Callable[[nn.Module, nn.Module, Sequence[Row]], torch.Tensor] | None = None
+    prefix: Sequence[int] = ()
+    """What the teacher reads in front of each row."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class _Float64(TorchFunctionMode):
 class Oracle:
     """Trains a copy of `student` in float64.
 
-    total = kd · Σ divergence / D + ce · Σ −log p(label) / D + aux · mean over micro-batches + vision
+    total = kd · Σ divergence / D + ce · Σ −log p(label) / D + aux · mean over micro-batches + features
     with sums over the supervised tokens of the whole window, and D their number.
     """
 
@@ -110,8 +112,8 @@ class Oracle:
         if self.loss.aux:
             terms = [_load_balancing(self.student, batch) for batch in window.micro_batches]
             total = total + self.loss.aux * torch.stack(terms).mean()
-        if self.loss.vision is not None:
-            total = total + self.loss.vision(self.student, self.teacher, window.rows)
+        if self.loss.features is not None:
+            total = total + self.loss.features(self.student, self.teacher, window.rows)
         return total
 
     def _row(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,7 +126,8 @@ class Oracle:
             return torch.zeros((), dtype=torch.float64), ce
         if id(row) not in self.taught:
             with torch.no_grad():
-                self.taught[id(row)] = _logits(self.teacher, row)
+                seen = row | {"input_ids": [*self.loss.prefix, *row["input_ids"]]}
+                self.taught[id(row)] = _logits(self.teacher, seen)[len(self.loss.prefix) :]
         teacher_SV = self.taught[id(row)][positions]
         shared = min(student_SV.shape[1], teacher_SV.shape[1])
         tau = self.loss.temperature

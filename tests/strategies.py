@@ -92,10 +92,10 @@ def marks_of(name: str) -> list[Any]:
 
 
 def whole_weights(trainer: Any) -> dict[str, list[float]]:
-    """Every weight that is trained, the projectors of visual KD included, as plain numbers on every rank."""
+    """Every weight that is trained, the projectors of features included, as plain numbers on every rank."""
     named = dict(trainer.model.named_parameters())
-    if trainer.visual is not None and not trainer.visual.in_model:
-        named |= {f"kdtrain_visual_projectors.{k}": p for k, p in trainer.visual.projectors.named_parameters()}
+    for term in (one for one in trainer.feature_terms if not one.in_model):
+        named |= {f"{term.in_model_name}.{k}": p for k, p in term.projectors.named_parameters()}
     sharded = [p for p in named.values() if hasattr(p, "ds_id")]
     if sharded:
         with deepspeed.zero.GatheredParameters(sharded):

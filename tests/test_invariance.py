@@ -1,10 +1,10 @@
 """The table of invariance: the same rows give the same loss and gradient, however they are spread over ranks,
 micro-batches and padding. `make invariance` runs all cells.
 
-Each cell trains one window of the same eight rows with cross-entropy, LM KD and visual KD together, and is compared
-with one process that takes them in one micro-batch: loss, its terms and the gradient norm to 1e-5, and by way of an SGD
-step the gradient of every weight, the projectors of visual KD included. Images are of different sizes, and ranks have
-different numbers of them: three and one, or some and none.
+Each cell trains one window of the same eight rows with cross-entropy, LM KD and visual KD (of text: hidden-state KD)
+together, and is compared with one process that takes them in one micro-batch: loss, its terms and the gradient norm to
+1e-5, and by way of an SGD step the gradient of every weight, projectors included. Images are of different sizes, and
+ranks have different numbers of them: three and one, or some and none.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from tests.tiny_processors import FAMILIES, make_model, picture
 
 IMAGES = (1, 0, 2, 0, 0, 0, 1, 0)
 RATE = 0.1
-TERMS = ("loss", "grad_norm", "llm_kd_loss", "sft_loss", "vision_kd_loss", "vision_kd_loss_vit")
+COMMON = ("loss", "grad_norm", "llm_kd_loss", "sft_loss")
+VISUAL = (*COMMON, "vision_kd_loss", "vision_kd_loss_vit")
+HIDDEN = (*COMMON, "hidden_kd_loss", "hidden_kd_loss_layer_0.5")
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ def given_samples() -> Iterator[None]:
 def models_and_rows(family: str | None) -> tuple[Any, Any, Any, dict[str, Any]]:
     """A student, a wider teacher, rows, and what else a trainer of them takes."""
     if family is None:
-        rows = (ROWS * 2)[: len(IMAGES)]
-        return tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2, hidden=48), rows, {}
+        rows, options = (ROWS * 2)[: len(IMAGES)], {"hidden_kd": {"targets": {"layer": [0.5, 1.0]}}}
+        return tiny.make_qwen3(seed=1), tiny.make_qwen3(seed=2, hidden=48, layers=4), rows, options
     processor = FAMILIES[family]()
     student, teacher = make_model(family, processor, 1), make_model(family, processor, 2, width=48)
     options = {"visual_kd": {"targets": ["vit", "aligner"]}, "extra": {"processing_class": processor}}
@@ -110,18 +112,20 @@ def train(strategy: Strategy, folder: Any, column: Column, split: tuple[int, int
     strategy.check(trainer)
     [record] = [record for record in trainer.state.log_history if "loss" in record]
     assert record["on_policy_fraction"] == kwargs.get("lmbda", 0)
-    return {name: record[name] for name in TERMS if name in record}, whole_weights(trainer)
+    return {name: record[name] for name in {*VISUAL, *HIDDEN} & record.keys()}, whole_weights(trainer)
 
 
 @functools.cache
 def expected(folder: Any, family: str | None, answers: str) -> Any:
     """Of one process with all rows in one micro-batch, and which parts of the models it trains."""
     numbers, weights = train(ONE, folder, Column(family=family), (len(IMAGES), 1), **ANSWERS[answers])
-    assert set(numbers) == set(TERMS if family else TERMS[:4])
+    assert set(numbers) == set(VISUAL if family else HIDDEN)
     assert all(numbers[name] > 1e-3 for name in numbers if name != "sft_loss" or answers != "its own answers")
     untrained, _, _, _ = models_and_rows(family)
     moved = {name for name, p in untrained.named_parameters() if p.detach().flatten().tolist() != weights[name]}
-    for part in ("visual.blocks", "visual.merger", "language_model", "projectors") if family else ("layers",):
+    for part in (
+        ("visual.blocks", "visual.merger", "language_model", "projectors") if family else ("layers", "projectors")
+    ):
         assert any(part in name for name in (*moved, *(weights.keys() - dict(untrained.named_parameters()).keys())))
     return numbers, weights
 

@@ -119,6 +119,14 @@ class Case:
     """Visual targets: weight and distance of each."""
     teacher_vision: int = 32
     """Width of the teacher's tower: another than the student's 32 wants a projector for `vit`."""
+    hidden: dict[str, Any] = field(default_factory=dict)
+    """Hidden-state KD: weight, distance and depths. The teacher is then a Qwen3 of three layers."""
+    teacher_width: int = 32
+    """Of that teacher's hidden states."""
+    checkpointing: bool = False
+    """Gradient checkpointing."""
+    prefix: bool = False
+    """The teacher reads three tokens in front of each row."""
 
     def __str__(self) -> str:
         options = ",".join(f"{k}={v}" for k, v in self.loss.items())
@@ -126,6 +134,8 @@ class Case:
         marks += (
             ["unlabelled"] * self.unlabelled + [f"lmbda={self.lmbda}"] * (self.lmbda > 0) + ["seq_kd"] * self.seq_kd
         )
+        marks += [f"hidden={self.hidden}"] * bool(self.hidden) + ["checkpointing"] * self.checkpointing
+        marks += ["prefix"] * self.prefix
         return " ".join([self.family, self.tuner, *filter(None, marks), *self.visual])
 
 
@@ -136,6 +146,7 @@ SOFT = {"kd_temperature": 2.0, "beta": 0.3, "llm_kd_weight": 8.0}
 SHARP = {"kd_temperature": 0.7, "beta": 0.9, "llm_kd_weight": 8.0}
 CE, NO_KD = {"sft_alpha": 0.4, "llm_kd_weight": 0.7}, {"llm_kd_weight": 0.0}
 ALIGNER = {"aligner": {}}
+DEPTHS = {"targets": {"layer": [0.33, 1.0]}}
 BOTH = {"aligner": {"weight": 0.5}, "vit": {"distance": "cosine", "weight": 2.0}}
 
 # Family, tuner, ranks, accumulation and rows; 2 rows a batch. Every family meets full training and adapters (a trained
@@ -203,6 +214,15 @@ CASES = [
     Case("llama", "full", 1, 1, 5, loss=SOFT | CE, seq_kd=True, unlabelled=True),
     Case("qwen3", "lora", 2, 1, 5, loss=SCALED | CE, seq_kd=True, lmbda=0.5),
     Case("qwen3_moe", "full", 1, 2, 5, loss=FORWARD | CE, lmbda=0.5),
+    # Hidden states: equal widths and others, both distances, alone and beside the divergence.
+    Case("qwen3", "full", 1, 2, 7, loss=CE, hidden=DEPTHS, checkpointing=True),
+    Case("llama", "full", 2, 2, 9, batch=1, loss=CE, hidden=DEPTHS | {"weight": 0.5}, teacher_width=48, prefix=True),
+    tiny.slow(Case("qwen3", "lora", 2, 1, 8, loss=NO_KD, hidden=DEPTHS, teacher_width=48, optim="adamw")),
+    Case("gpt2", "full", 1, 1, 5, loss=NO_KD, hidden=DEPTHS | {"distance": "cosine"}, teacher_width=48),
+    tiny.slow(Case("gpt2", "full", 3, 1, 4, loss=FORWARD, hidden=DEPTHS | {"distance": "cosine"}, unlabelled=True)),
+    tiny.slow(Case("mamba", "full", 2, 3, 5, loss=NO_KD, hidden=DEPTHS, teacher_width=48, checkpointing=True)),
+    Case("llama", "full", 2, 1, 5, loss=CE, hidden=DEPTHS, teacher_width=48, lmbda=0.5, checkpointing=True),
+    Case("qwen3_vl", "full", 2, 1, 6, loss=CE, hidden={"targets": {"layer": [0.5, 1.0]}}, visual=ALIGNER),
 ]  # fmt: skip
 
 
@@ -241,6 +261,21 @@ def with_image(row: Row, family: str, seed: int) -> Row:
         "input_ids": ids, "labels": [-100] * len(prefix) + row["labels"],
         "prompt_length": len(prefix) + row["prompt_length"], "inputs": inputs,
     }  # fmt: skip
+
+
+PREFIX = (7, 9, 11)
+
+
+def collate_prefix(rows: Sequence[Row]) -> dict[str, Any]:
+    """A batch whose teacher reads `PREFIX` in front of each row."""
+    batch = collate_images(rows)
+    added = torch.tensor([PREFIX] * len(rows))
+    batch["teacher_inputs"] = {
+        "input_ids": torch.cat([added, batch["input_ids"]], 1),
+        "attention_mask": torch.cat([torch.ones_like(added), batch["attention_mask"]], 1),
+        "labels": torch.cat([torch.full_like(added, -100), batch["labels"]], 1),
+    }
+    return batch
 
 
 @functools.cache
@@ -287,6 +322,8 @@ def train_case(case: Case, folder: Path) -> dict[str, Any]:
     knobs = dict(case.loss)
     if case.visual:
         knobs["visual_kd"] = {"enabled": True, "weight": 0.5, "targets": case.visual}
+    if case.hidden:
+        knobs["hidden_kd"] = case.hidden
     optim: dict[str, Any] = {
         "sgd": {"optim": "sgd", "learning_rate": 0.3, "lr_scheduler_type": "constant"},
         "momentum": {
@@ -301,12 +338,13 @@ def train_case(case: Case, folder: Path) -> dict[str, Any]:
         folder, **optim, **knobs, max_steps=STEPS, per_device_train_batch_size=case.batch,
         gradient_accumulation_steps=case.accumulation, train_sampling_strategy="sequential", lmbda=case.lmbda,
         seq_kd=case.seq_kd, max_new_tokens=NEW_TOKENS, weight_decay=weight_decay(case), logging_steps=STEPS,
+        gradient_checkpointing=case.checkpointing,
     )  # fmt: skip
     torch.manual_seed(11)  # of adapters
     trainer = GKDTrainerWithMetrics(
-        student, teacher if case.loss.get("llm_kd_weight") != 0 or case.visual else None, args,
+        student, teacher if case.loss.get("llm_kd_weight") != 0 or case.visual or case.hidden else None, args,
         train_dataset=make_rows(case), processing_class=_tokenizer(), peft_config=peft_config(case),
-        data_collator=collate_images if case.family in VISION else None,
+        data_collator=collate_images if case.family in VISION else collate_prefix if case.prefix else None,
     )  # fmt: skip
     start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     projectors = [p.detach().clone() for p in trainer._projectors()]
@@ -345,6 +383,10 @@ def _tokenizer() -> Any:
 def models_of(case: Case) -> tuple[nn.Module, nn.Module]:
     if case.family in VISION:
         return make_model(case.family, 1), make_model(case.family, 2, vision=case.teacher_vision)
+    if case.hidden:
+        torch.manual_seed(2)
+        config = _TEXT | {"hidden_size": case.teacher_width, "num_hidden_layers": 3}
+        return make_model(case.family, 1), hf.Qwen3ForCausalLM(hf.Qwen3Config(**config, head_dim=16))
     return make_model(case.family, 1), make_model(case.teacher, 2)
 
 
@@ -410,7 +452,8 @@ def oracle_of(case: Case, start: dict[str, Any]) -> Oracle:
         divergence=case.loss.get("divergence", "jsd"),
         temperature=case.loss.get("kd_temperature", 1.0),
         aux=0.1 if case.family == "qwen3_moe" else 0.0,
-        vision=functools.partial(visual_loss, case, projectors) if case.visual else None,
+        features=functools.partial(feature_loss, case, projectors) if case.visual or case.hidden else None,
+        prefix=PREFIX if case.prefix else (),
     )
     optimizer = {
         "sgd": Optimizer([0.3] * STEPS),
@@ -418,6 +461,58 @@ def oracle_of(case: Case, start: dict[str, Any]) -> Oracle:
         "adamw": Optimizer([0.02 * (1 - i / STEPS) for i in range(STEPS)], "adamw", weight_decay=weight_decay(case)),
     }[case.optim]
     return Oracle(double(student), double(teacher), loss, optimizer, projectors)
+
+
+def feature_loss(
+    case: Case, projectors: Sequence[nn.Parameter], student: nn.Module, teacher: nn.Module, rows: Sequence[Row]
+) -> torch.Tensor:
+    total = visual_loss(case, projectors, student, teacher, rows)
+    return total + hidden_loss(case, projectors, student, teacher, rows) if case.hidden else total
+
+
+def hidden_loss(
+    case: Case, projectors: Sequence[nn.Parameter], student: nn.Module, teacher: nn.Module, rows: Sequence[Row]
+) -> torch.Tensor:
+    """weight / (depths · D) · Σ of the distances at the supervised positions of all rows, token by token."""
+    depths = case.hidden["targets"]["layer"]
+    supervised = sum(1 for row in rows for label in row["labels"][1:] if label != -100)
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        ours = layer_outputs(student, row, ())
+        with torch.no_grad():
+            theirs = layer_outputs(teacher, row, PREFIX if case.prefix else ())
+        shift = len(PREFIX) if case.prefix else 0
+        for i, depth in enumerate(depths):
+            s_TH, t_TH = (layers[max(int(depth * len(layers) + 0.5), 1) - 1] for layers in (ours, theirs))
+            for position in (t for t in range(len(row["labels"]) - 1) if row["labels"][t + 1] != -100):
+                s, t = s_TH[position], t_TH[position + shift]
+                if s.shape != t.shape:
+                    s = projectors[2 * i] @ s + projectors[2 * i + 1]
+                cosine = case.hidden.get("distance") == "cosine"
+                distance = 1 - (s @ t) / (s.norm() * t.norm()) if cosine else ((s - t) ** 2).sum() / len(t)
+                total = total + case.hidden.get("weight", 1.0) / len(depths) * distance / supervised
+    return total
+
+
+def layer_outputs(model: nn.Module, row: Row, prefix: Sequence[int]) -> list[torch.Tensor]:
+    """What goes into each layer but the first, and into the norm behind the last one; [T, H] each."""
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in row.get("inputs", {}).items()}
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = getattr(inner, "backbone", None) or inner.get_decoder()
+    layers = decoder.h if hasattr(decoder, "h") else decoder.layers
+    norm = next(getattr(decoder, name) for name in ("norm", "norm_f", "ln_f") if hasattr(decoder, name))
+    found: list[torch.Tensor] = []
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: found.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        for module in (*layers[1:], norm)
+    ]
+    model(input_ids=torch.tensor([[*prefix, *row["input_ids"]]]), **inputs, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    assert len(found) == len(layers)
+    return [one[0] for one in found]
 
 
 def visual_loss(

@@ -16,7 +16,8 @@ from kdtrain.runs.log import is_record
 from kdtrain.trainer.best_step import best_so_far
 
 # In the order in which one reads them; the rest of a record is in logging.jsonl.
-_SHOWN = ("loss", "llm_kd_loss", "sft_loss", "vision_kd_loss", "token_accuracy", "teacher_agreement", "grad_norm")
+_TERMS = ("llm_kd_loss", "sft_loss", "vision_kd_loss", "hidden_kd_loss")
+_SHOWN = ("loss", *_TERMS, "token_accuracy", "teacher_agreement", "grad_norm")
 _OF_KIND = ("llm_kd_loss_on_policy", "llm_kd_loss_off_policy", "sft_loss_off_policy")
 
 _HEADER_EVERY = 25  # rows, so that one stands on every screen
@@ -56,6 +57,7 @@ COLUMNS = (
     Column("llm_kd", "llm_kd_loss", 7, number, 1),
     Column("sft", "sft_loss", 7, number, 1),
     Column("vision", "vision_kd_loss", 7, number, 1),
+    Column("hidden", "hidden_kd_loss", 7, number, 1),
     Column("on-policy", "on_policy_fraction", 9, percent, 2),
     Column("accuracy", "token_accuracy", 8, percent, 3),
     Column("agreement", "teacher_agreement", 9, percent, 4),

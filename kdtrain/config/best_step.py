@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
+from kdtrain.config.hidden_kd import HIDDEN_TERM
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.training_fields import choice
 from kdtrain.config.tree import Problem, Written
@@ -85,4 +86,6 @@ def _present(config: RunConfig) -> Iterator[str]:
         yield "sft_loss"
     if options.visual_kd is not None:
         yield from ("vision_kd_loss", *(f"vision_kd_loss_{target}" for target in options.visual_kd.targets))
+    if options.hidden_kd is not None:
+        yield from (HIDDEN_TERM, *options.hidden_kd.names)
     yield "aux_loss"  # of a mixture of experts, which shows when it is loaded

@@ -22,10 +22,7 @@ def cached_teacher(config: RunConfig, written: Written) -> Iterator[Problem]:
     if config.rlhf.teacher.backend != "cache" or not config.asks_teacher:
         return
     yield from _unknown_text(config, written)
-    if config.options.visual_kd is not None:
-        message = "has no features to compare (a cache has targets alone), which custom.visual_kd needs"
-        hint = "use backend: hf, or set custom.visual_kd.enabled: false"
-        yield Problem(("rlhf", "teacher", "backend"), message, hint)
+    yield from features_of(config, "a cache has targets alone")
     if config.rlhf.teacher.path is None:
         return  # said by the rule that asks for it
     found = _read(Path(config.rlhf.teacher.path))
@@ -37,6 +34,15 @@ def cached_teacher(config: RunConfig, written: Written) -> Iterator[Problem]:
         yield from _drawn_tokens(config, written, _form(found))
     if mode in ("sample", "hidden"):
         yield from written.idle(["tail"], f"the cache is of mode {mode}, which leaves nothing out", *_PATH[:2])
+
+
+def features_of(config: RunConfig, why: str) -> Iterator[Problem]:
+    """Terms that compare features, with a teacher that does not run in this process."""
+    for name in ("visual_kd", "hidden_kd"):
+        if getattr(config.options, name) is not None:
+            message = f"has no features to compare ({why}), which custom.{name} needs"
+            hint = f"use backend: hf, or set custom.{name}.enabled: false"
+            yield Problem(("rlhf", "teacher", "backend"), message, hint)
 
 
 def _unknown_text(config: RunConfig, written: Written) -> Iterator[Problem]:

@@ -94,6 +94,7 @@ CLASSES: dict[str, Kind] = {
     **_classes(REFUSED, "custom", "sample_limit"),
     **_classes(REFUSED, "custom.visual_kd", "enabled weight distance targets"),
     **_classes(REFUSED, "custom.visual_kd.targets.*", "weight distance module student_module teacher_module match"),
+    **_classes(REFUSED, "custom.hidden_kd", "enabled weight distance targets.layer"),
     **_classes(FREE, "launch", "num_processes config_file num_machines machine_rank main_process_ip main_process_port"),
     "training": REFUSED,
     **_classes(NEVER, "training", "optim optim_target_modules"),

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from kdtrain.config.diagnose import dotted
+from kdtrain.config.hidden_kd import HiddenKdConfig
 from kdtrain.config.section import Count, Flag, NonNegative, Number, Positive, Section, Share, Text, Whole, wrong
 from kdtrain.errors import ConfigError
 from kdtrain.losses.kinds import (
@@ -284,8 +285,8 @@ def _builtin(value: Any) -> Any:
 
 
 def _as_given(value: Any) -> Any:
-    """`visual_kd` as Python code writes it: a mapping, or an object with attributes, means that it is switched on."""
-    if value is None or isinstance(value, VisualKdConfig):
+    """`visual_kd`, `hidden_kd` as Python code writes them: a mapping or an object with attributes is switched on."""
+    if value is None or isinstance(value, VisualKdConfig | HiddenKdConfig):
         return value
     given = value if isinstance(value, Mapping) else getattr(value, "__dict__", None)
     return value if given is None else {"enabled": True, **given}
@@ -298,10 +299,12 @@ class DistillationOptions(LossAndSampling):
     """See `rlhf.teacher.tail`."""
     visual_kd: Annotated[VisualKdConfig | None, BeforeValidator(_as_given)] = None
     """See `custom.visual_kd`; None where it is switched off."""
+    hidden_kd: Annotated[HiddenKdConfig | None, BeforeValidator(_as_given)] = None
+    """See `custom.hidden_kd`; None where it is switched off."""
 
-    @field_validator("visual_kd")
+    @field_validator("visual_kd", "hidden_kd")
     @classmethod
-    def _in_force(cls, value: VisualKdConfig | None) -> VisualKdConfig | None:
+    def _in_force(cls, value: VisualKdConfig | HiddenKdConfig | None) -> VisualKdConfig | HiddenKdConfig | None:
         return None if value is None else value.in_force()
 
     @classmethod
@@ -325,7 +328,12 @@ class DistillationOptions(LossAndSampling):
     @property
     def needs_teacher(self) -> bool:
         """Whether anything asks the teacher; if not, none is loaded even where one is configured."""
-        return self.lm_kd_active or self.visual_kd is not None
+        return self.lm_kd_active or self.compares_features
+
+    @property
+    def compares_features(self) -> bool:
+        """Whether a term compares what is inside both models: the teacher then has to run in this process."""
+        return self.visual_kd is not None or self.hidden_kd is not None
 
     @property
     def ce_weight(self) -> float:
@@ -334,7 +342,7 @@ class DistillationOptions(LossAndSampling):
 
     def without_kd(self) -> DistillationOptions:
         """The same run with every teacher term off: CE only."""
-        return self.model_copy(update={"llm_kd_weight": 0.0, "visual_kd": None})
+        return self.model_copy(update={"llm_kd_weight": 0.0, "visual_kd": None, "hidden_kd": None})
 
 
 class TrainingOptions(Section):

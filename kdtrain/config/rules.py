@@ -11,7 +11,7 @@ from operator import attrgetter
 
 from kdtrain.config.adapters import continued_adapter
 from kdtrain.config.best_step import best_step
-from kdtrain.config.cached import cached_teacher
+from kdtrain.config.cached import cached_teacher, features_of
 from kdtrain.config.divergence import NUMBERS_OF, divergence_numbers, renormalized_tail
 from kdtrain.config.folders import model_folders, output_folder
 from kdtrain.config.from_pretrained import loading_arguments, processor_arguments
@@ -91,7 +91,8 @@ def teacher_is_named(config: RunConfig, written: Written) -> Iterator[Problem]:
         reason = f"rlhf.llm_kd_weight is {rlhf.llm_kd_weight:g}"
         turn_off = "or rlhf.llm_kd_weight: 0 for plain fine-tuning"
     elif config.options.needs_teacher:
-        reason, turn_off = "custom.visual_kd is enabled", "or disable visual_kd"
+        name = "visual_kd" if config.options.visual_kd is not None else "hidden_kd"
+        reason, turn_off = f"custom.{name} is enabled", f"or disable {name}"
     else:
         reason, turn_off = "a data source has answers: teacher", "or remove answers: teacher"
     backend = rlhf.teacher.backend
@@ -245,7 +246,7 @@ def _itself(config: RunConfig, written: Written) -> Iterator[Problem]:
         hint = "train an adapter, or use weights: live or ema, or backend: hf with a teacher_model"
         yield Problem((*path, "weights"), f"base {message}are trained nothing is left of what they were", hint)
     reads_the_same = not teacher.chat_template_kwargs and teacher.prefix is None
-    if teacher.weights == "live" and config.options.lm_kd_active and reads_the_same:
+    if teacher.weights == "live" and config.options.needs_teacher and reads_the_same:
         message = "live teaches nothing: the teacher is the student as it is and reads the same, so their divergence "
         hint = "give the teacher a prefix or chat_template_kwargs of its own, or use weights: base or ema"
         yield Problem((*path, "weights"), f"{message}is 0", hint)
@@ -282,9 +283,7 @@ def _served(config: RunConfig, written: Written) -> Iterator[Problem]:
     teacher, path = config.rlhf.teacher, ("rlhf", "teacher")
     with_key = teacher.api_key_env is not None
     yield from check_server_urls((*path, "base_url"), teacher.base_url or (), with_key=with_key)
-    if config.options.visual_kd is not None:
-        message = f"has no features to compare ({teacher.backend} is a server), which custom.visual_kd needs"
-        yield Problem((*path, "backend"), message, "use backend: hf, or set custom.visual_kd.enabled: false")
+    yield from features_of(config, f"{teacher.backend} is a server")
     if config.options.lm_kd_active and teacher.api == "chat":
         message = f"only writes answers, and rlhf.llm_kd_weight is {config.rlhf.llm_kd_weight:g}: text has no"
         hint = "set rlhf.llm_kd_weight: 0, or use a server with log-probabilities of prompts (vLLM) and api: auto"
@@ -351,6 +350,15 @@ def visual_options(config: RunConfig, written: Written) -> Iterator[Problem]:
         if target.module and (target.student_module or target.teacher_module):
             message = "given together with student_module or teacher_module"
             yield Problem((*path, "targets", name, "module"), message, "keep one of the two forms")
+
+
+def hidden_options(config: RunConfig, written: Written) -> Iterator[Problem]:
+    """Options of a term over hidden states that is off."""
+    path, hidden = ("custom", "hidden_kd"), config.custom.hidden_kd
+    if not hidden.enabled:
+        yield from written.idle(("weight", "distance", "targets"), "custom.hidden_kd.enabled is false", *path)
+    elif hidden.weight == 0:
+        yield from written.idle(["enabled"], "custom.hidden_kd.weight is 0", *path)
 
 
 def evaluation(config: RunConfig, written: Written) -> Iterator[Problem]:
@@ -421,7 +429,12 @@ def training_conflicts(config: RunConfig, written: Written) -> Iterator[Problem]
             yield from written.idle([steps], f"training.{strategy} is {training[strategy]}", "training")
 
 
-_KD_SWITCHES = ("rlhf.llm_kd_weight", "custom.visual_kd.enabled", "custom.visual_kd.weight", "data.train", "data.eval")
+_KD_SWITCHES = (
+    "rlhf.llm_kd_weight",
+    *(f"custom.{term}.{name}" for term in ("visual_kd", "hidden_kd") for name in ("enabled", "weight")),
+    "data.train",
+    "data.eval",
+)
 
 # A rule, and the options it reads: where one of them is wrong in itself, the rule would only guess.
 RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
@@ -463,6 +476,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     ),
     (idle_ce, ("rlhf.llm_kd_weight", "rlhf.sft_alpha", "data.train")),
     (visual_options, ("custom.visual_kd", "rlhf.teacher.chat_template_kwargs", "rlhf.teacher.prefix")),
+    (hidden_options, ("custom.hidden_kd",)),
     (
         always_on_policy,
         ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.sft_alpha", "rlhf.seq_kd", "data.train", "data.eval"),

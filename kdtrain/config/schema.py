@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from kdtrain.config.hidden_kd import HiddenKdConfig
 from kdtrain.config.options import (
     DEFAULT_TAIL,
     DistillationOptions,
@@ -397,6 +398,8 @@ class CustomConfig(Section):
     """Use only the first n rows of all data (smoke tests)."""
     visual_kd: VisualKdConfig = VisualKdConfig()
     """Feature distillation of the vision path."""
+    hidden_kd: HiddenKdConfig = HiddenKdConfig()
+    """Distillation of the language model's hidden states."""
 
 
 class LaunchConfig(Section):

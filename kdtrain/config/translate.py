@@ -77,6 +77,6 @@ def to_problem(error: Mapping[str, Any]) -> Problem:
 def _section(path: KeyPath) -> str:
     """The section as `suggest` names it: without list positions and target names."""
     names = [part for part in path if isinstance(part, str)]
-    if names[:1] == ["visual_kd"]:  # of `DistillationOptions`
+    if names[:1] in (["visual_kd"], ["hidden_kd"]):  # of `DistillationOptions`
         names = ["custom", *names]
     return ".".join(names[:3] if names[:3] == ["custom", "visual_kd", "targets"] else names)

@@ -63,13 +63,18 @@ def feature_distance(
             pairs.append((projected.flatten(0, -2), t.flatten(0, -2).float()))
         # All passes in one mean: an image weighs by its tokens, whichever pass it came with.
         student_NF, teacher_NF = (torch.cat(of_model) for of_model in zip(*pairs, strict=True))
-        if distance == "mse":
-            return (student_NF - teacher_NF).square().mean()
-        return _cosine_distance(student_NF, teacher_NF)
+        return distances(student_NF, teacher_NF, distance).mean()
 
 
-def _cosine_distance(student_NF: torch.Tensor, teacher_NF: torch.Tensor) -> torch.Tensor:
-    """Mean of ½·|s/|s| − t/|t||². A vector of zeros has no direction: its distance is 1, without a gradient.
+def distances(student_NF: torch.Tensor, teacher_NF: torch.Tensor, distance: Distance) -> torch.Tensor:
+    """What the distance of a token is the mean of: (s − t)² of `mse`, [N, F], or 1 − cos of `cosine`, [N, 1]."""
+    if distance == "mse":
+        return (student_NF - teacher_NF).square()
+    return _cosine_distances(student_NF, teacher_NF)
+
+
+def _cosine_distances(student_NF: torch.Tensor, teacher_NF: torch.Tensor) -> torch.Tensor:
+    """[N, 1]: ½·|s/|s| − t/|t||². A vector of zeros has no direction: its distance is 1, without a gradient.
 
     Divided by a small number instead, one such token would give a gradient of 1e8, and clipping would take the rest of
     the step away.
@@ -78,8 +83,7 @@ def _cosine_distance(student_NF: torch.Tensor, teacher_NF: torch.Tensor) -> torc
     directed = (lengths[0] > _SHORTEST) & (lengths[1] > _SHORTEST)
     both_zero = (lengths[0] <= _SHORTEST) & (lengths[1] <= _SHORTEST)
     s, t = (x / torch.where(directed, length, 1.0) for x, length in zip((student_NF, teacher_NF), lengths, strict=True))
-    distances = torch.where(directed, (s - t).square().sum(-1, keepdim=True) / 2, (~both_zero).float())
-    return distances.mean()
+    return torch.where(directed, (s - t).square().sum(-1, keepdim=True) / 2, (~both_zero).float())
 
 
 def _misfit(s: torch.Tensor, t: torch.Tensor, target: str, projector: nn.Module | None) -> str:

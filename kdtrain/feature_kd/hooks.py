@@ -20,18 +20,18 @@ from torch import nn
 
 from kdtrain.config.options import VisualKdConfig
 from kdtrain.errors import PreflightError
-from kdtrain.feature_kd.taps import SECTION, named, option, tapped_module, taps_of_both
+from kdtrain.feature_kd.taps import LAYER, named, option, section_of, tapped_module, taps_of_both
 from kdtrain.models.layouts import Tap
 from kdtrain.models.probe import Side
 
 Features = Mapping[str, Sequence[list[torch.Tensor]]]
-"""Target -> level (one but for deepstack) -> one tensor per visual pass, in the order of the passes."""
+"""Target -> level (one but for deepstack and layers) -> one tensor per pass, in the order of the passes."""
 
 # Otherwise a graph that was compiled without hooks is used with them too, and nothing is ever captured.
 torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 _Keeper = Callable[[Any, Any], None]
-_keepers: WeakKeyDictionary[nn.Module, list[_Keeper]] = WeakKeyDictionary()
+_keepers: WeakKeyDictionary[nn.Module, list[tuple[Side, _Keeper]]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -53,34 +53,37 @@ def capture(model: nn.Module, taps: Mapping[str, Sequence[Tap]], side: Side) -> 
     way out.
     """
     captured: dict[str, list[list[torch.Tensor]]] = {target: [[] for _ in levels] for target, levels in taps.items()}
-    modules: dict[nn.Module, list[_Keeper]] = {}
+    modules: dict[nn.Module, list[tuple[Side, _Keeper]]] = {}
     for target, levels in taps.items():
         for tap, kept in zip(levels, captured[target], strict=True):
             module = tapped_module(model, tap.path, target, side)
-            if module in _keepers:
+            if any(other != side for other, _ in _keepers.get(module, ())):
                 raise PreflightError(
                     f"{named(target)}: {tap.path!r} is the same module in student and teacher, so their features "
-                    f"cannot be told apart. Use a teacher of its own, or disable {SECTION}."
+                    f"cannot be told apart. Use a teacher of its own, or disable {section_of(target)}."
                 )
-            modules.setdefault(module, []).append(_keeper(kept, tap, target, side))
+            modules.setdefault(module, []).append((side, _keeper(kept, tap, target, side)))
     handles = []
     try:
         for module, keepers in modules.items():
-            _keepers[module] = keepers
-            handles.append(module.register_forward_hook(_keep))
+            if module not in _keepers:  # another term may have its hook there
+                handles.append(module.register_forward_hook(_keep))
+            _keepers.setdefault(module, []).extend(keepers)
         yield captured
     finally:
         for handle in handles:
             handle.remove()
-        for module in modules:
-            _keepers.pop(module, None)
+        for module, keepers in modules.items():
+            left = [one for one in _keepers.pop(module, []) if one not in keepers]
+            if left:
+                _keepers[module] = left
 
 
 @torch.compiler.disable
 def _keep(module: nn.Module, args: Any, output: Any) -> None:
     if torch._C._current_graph_task_id() != -1:  # within backward: gradient checkpointing repeats the forward
         return
-    for keeper in _keepers.get(module, ()):
+    for _, keeper in _keepers.get(module, ()):
         keeper(args, output)
 
 
@@ -89,9 +92,11 @@ def _keeper(kept: list[torch.Tensor], tap: Tap, target: str, side: Side) -> _Kee
         value = _value(tap, args, output)
         if not isinstance(value, torch.Tensor):
             came = f"called with {len(args)} positional arguments" if tap.what == "input" else type(output).__name__
+            way_out = f"Set {option(target, f'{side}_module')} to a module that returns one."
+            if target == LAYER:
+                way_out = f"Disable {section_of(target)}."
             raise PreflightError(
-                f"{named(target)}: no tensor as {tap.what} of the {side}'s module {tap.path!r} ({came}). Set "
-                f"{option(target, f'{side}_module')} to a module that returns one."
+                f"{named(target)}: no tensor as {tap.what} of the {side}'s module {tap.path!r} ({came}). {way_out}"
             )
         kept.append(value)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -39,10 +40,18 @@ def build_projectors(wanted: VisualKdConfig, student: Features, teacher: Feature
     projectors = nn.ModuleDict()
     for target in wanted.targets:
         pairs = list(zip(student_widths[target], teacher_widths[target], strict=True))
-        for level, (width, teacher_width) in enumerate(pairs):
-            if width != teacher_width:
-                name = projector_name(target, level, len(pairs))
-                projectors[name] = _linear(width, teacher_width, seed, name).to(student[target][level][0].device)
+        device = student[target][0][0].device
+        projectors.update(dict(linear_projectors(target, pairs, seed).to(device).items()))
+    return projectors
+
+
+def linear_projectors(target: str, widths: Sequence[tuple[int, int]], seed: int) -> nn.ModuleDict:
+    """One for each level of a target at which the widths of student and teacher differ."""
+    projectors = nn.ModuleDict()
+    for level, (width, teacher_width) in enumerate(widths):
+        if width != teacher_width:
+            name = projector_name(target, level, len(widths))
+            projectors[name] = _linear(width, teacher_width, seed, name)
     return projectors
 
 

@@ -22,16 +22,23 @@ Taps = dict[str, list[Tap]]
 """Target -> one tap per level: one, but for deepstack."""
 
 SECTION = "custom.visual_kd"
+LAYER = "layer"
+"""The target of hidden-state KD, of which each depth is a level; see `layers.py`."""
 
 
 def named(target: str) -> str:
     """The subject of a message about a target."""
-    return f"visual_kd target {target!r}"
+    return "hidden_kd" if target == LAYER else f"visual_kd target {target!r}"
 
 
 def option(target: str, name: str) -> str:
     """What messages call a target's option."""
     return f"{SECTION}.targets.{target}.{name}"
+
+
+def section_of(target: str) -> str:
+    """The section of the config that a target belongs to."""
+    return "custom.hidden_kd" if target == LAYER else SECTION
 
 
 def taps_of_both(wanted: VisualKdConfig, student: nn.Module, teacher: nn.Module) -> tuple[Taps, Taps]:

@@ -164,10 +164,11 @@ def require_cachable(config: RunConfig, wanted: Wanted) -> None:
             "rlhf.lmbda: 0 and rlhf.seq_kd: false to train on the data's answers, or on the teacher's that are written "
             "once (answers: teacher in a data source)."
         )
-    if config.options.visual_kd is not None:
-        raise ConfigError(
-            "custom.visual_kd compares features of a teacher that runs, and a cache has none: disable it."
-        )
+    for name in ("visual_kd", "hidden_kd"):
+        if getattr(config.options, name) is not None:
+            raise ConfigError(
+                f"custom.{name} compares features of a teacher that runs, and a cache has none: disable it."
+            )
     if backend == "self" and rlhf.teacher.weights != "base":
         raise ConfigError(
             f"rlhf.teacher.weights is {rlhf.teacher.weights}: this teacher learns with the student, and what it says "

@@ -2,7 +2,7 @@
 
 A checkpoint holds what transformers saves (weights or an adapter, optimizer, scheduler, random numbers,
 `trainer_state.json`), beside it, one file per rank, the sums that no record has covered yet
-(`unlogged_<rank>.safetensors`) and what visual KD trains (`visual_projectors.safetensors`), and last the manifest, by
+(`unlogged_<rank>.safetensors`) and what feature terms train (`…_projectors.safetensors`), and last the manifest, by
 which it is verified; see `manifest.py`.
 
 The folders `checkpoint-<step>` of a run are one line: each was made by going on from the one before. Where a run goes

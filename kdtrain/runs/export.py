@@ -2,7 +2,7 @@
 
     weights (an adapter merged) -> tokenizer or processor -> tokens that end an answer -> model card -> the hub
 
-What visual KD trains beside the student, its projectors, is no part of it.
+What visual and hidden-state KD train beside the student, their projectors, is no part of it.
 """
 
 from __future__ import annotations

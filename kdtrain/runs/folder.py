@@ -17,6 +17,7 @@
 | `checkpoint-<step>.old-<n>/` | of a branch that was left by `--resume` of an older one | `rotation.py` |
 | `model.safetensors` or `adapter_model.safetensors`, configs, tokenizer | the trained student | transformers |
 | `visual_projectors.safetensors` | what visual KD trained beside the student | `feature_kd/` |
+| `hidden_projectors.safetensors` | what hidden-state KD trained beside it | `feature_kd/` |
 | a folder of the run's name, or another one | of a tracker in `training.report_to` | transformers |
 
 With `--sweep` each run has such a folder in `training.output_dir`, but for `teacher_answers`. There lie:

@@ -162,6 +162,9 @@ def _method(run: TrainedRun) -> Iterator[str]:
         yield "Loss: cross-entropy."
     if config.options.visual_kd is not None:
         yield f"Visual features of the teacher were learnt beside it: {', '.join(config.custom.visual_kd.targets)}."
+    if config.options.hidden_kd is not None:
+        depths = ", ".join(f"{depth:g}" for depth in config.options.hidden_kd.targets.layer)
+        yield f"Hidden states of the teacher were learnt beside it, at the depths {depths}."
     if config.answers_from_teacher:
         yield "The teacher has written answers that were trained on (sequence-level distillation)."
     if config.asks_teacher:

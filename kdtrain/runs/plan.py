@@ -82,6 +82,8 @@ def _describe_loss(trainer: GKDTrainerWithMetrics) -> str:
         terms.append(f"{options.ce_weight:g} x cross-entropy")
     if options.visual_kd is not None:
         terms.append(f"{options.visual_kd.weight:g} x visual ({', '.join(options.visual_kd.targets)})")
+    if (hidden := trainer.hidden) is not None:
+        terms.append(f"{hidden.options.weight:g} x hidden states, {hidden.options.distance} of {hidden.in_words}")
     return " + ".join(terms)
 
 

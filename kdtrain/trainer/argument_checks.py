@@ -45,12 +45,12 @@ def check_teacher_arguments(
         raise ConfigError("teacher_model_init_kwargs would be ignored: the teacher is loaded already. Remove them.")
     if options.needs_teacher and teacher_model is None and teacher is None:
         raise ValueError(
-            f"llm_kd_weight is {options.llm_kd_weight} and visual KD is {'on' if options.visual_kd else 'off'}: this "
-            "needs a teacher. Pass teacher_model (rlhf.teacher_model), or set llm_kd_weight to 0 for supervised "
-            "training."
+            f"llm_kd_weight is {options.llm_kd_weight}, visual KD is {'on' if options.visual_kd else 'off'} and "
+            f"hidden-state KD is {'on' if options.hidden_kd else 'off'}: this needs a teacher. Pass teacher_model "
+            "(rlhf.teacher_model), or set llm_kd_weight to 0 for supervised training."
         )
     if not options.needs_teacher and (teacher_model is not None or teacher is not None):
-        logger.warning("No KD is active (llm_kd_weight is 0, visual KD is off): the teacher is not used.")
+        logger.warning("No KD is active (llm_kd_weight is 0, no features are compared): the teacher is not used.")
     # Of a config's own server the config's check has said it, with its place.
     gives_top_k = (
         teacher is not None and not teacher.is_student and teacher.module is None and not hasattr(args, "chats")
@@ -87,6 +87,8 @@ def check_teacher_can(teacher: Teacher | None, options: DistillationOptions) -> 
     if options.visual_kd is not None and not teacher.has_features:
         own = "of its own: of the student itself the features are the same" if teacher.is_student else "in this process"
         raise ValueError(f"Visual KD needs a teacher that is a model {own}.")
+    if options.hidden_kd is not None and teacher.module is None:
+        raise ValueError("Hidden-state KD needs a teacher that is a model in this process.")
 
 
 def _check_draws(drawn_at: float, options: DistillationOptions) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from transformers import EarlyStoppingCallback
 
+from kdtrain.config.hidden_kd import HIDDEN_TERM
 from kdtrain.data.with_images import first_batch_with_images
 from kdtrain.errors import PreflightError
 from kdtrain.trainer.metrics import HIGHER_IS_BETTER, TOKEN_METRICS
@@ -35,13 +36,14 @@ def set_direction(trainer: GKDTrainerWithMetrics, asked: bool | None = None) -> 
     if name is None:
         return
     bare = _without_prefix(name, trainer.eval_dataset)
-    if bare not in HIGHER_IS_BETTER and bare not in _NEITHER and trainer.compute_metrics is not None:
+    directions = HIGHER_IS_BETTER | dict.fromkeys(trainer.loss_terms, False)
+    if bare not in directions and bare not in _NEITHER and trainer.compute_metrics is not None:
         return
     present = sorted(_present(trainer, bare))
     if bare not in present:
         why = "has no better and worse" if bare in _NEITHER else f"no evaluation has {bare!r}"
         raise PreflightError(f"training.metric_for_best_model: {name}: {why}. There are {', '.join(present)}.")
-    higher = HIGHER_IS_BETTER[bare]
+    higher = directions[bare]
     if asked is not None and asked is not higher:
         raise PreflightError(
             f"training.greater_is_better: {str(asked).lower()} would keep the worst step: of {bare} "
@@ -91,6 +93,8 @@ def _present(trainer: GKDTrainerWithMetrics, wanted: str) -> Iterator[str]:
         yield "aux_loss"
     if options.visual_kd is not None and (not wanted.startswith("vision_kd_loss") or _has_images(trainer)):
         yield from ("vision_kd_loss", *(f"vision_kd_loss_{target}" for target in options.visual_kd.targets))
+    if options.hidden_kd is not None:
+        yield from (HIDDEN_TERM, *options.hidden_kd.names)
 
 
 def _has_images(trainer: GKDTrainerWithMetrics) -> bool:

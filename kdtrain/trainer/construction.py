@@ -24,6 +24,7 @@ from kdtrain.data.batch import Batch, forward_names
 from kdtrain.data.collate import Collator
 from kdtrain.data.with_images import first_batch_with_images
 from kdtrain.errors import ConfigError, PreflightError
+from kdtrain.feature_kd.hidden import HiddenTerm
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.generation.sampler import Sampler
 from kdtrain.generation.sampling import turn_ends
@@ -368,6 +369,7 @@ def build_objective(trainer: GKDTrainerWithMetrics) -> Objective:
         router_logits=router_logits,
         aux_weight=trainer.router_aux_loss_coef if router_logits else 0.0,
         visual=_visual_term(trainer),
+        hidden=_hidden_term(trainer),
         asks_together=trainer.asks_teacher_together,
     )
 
@@ -387,8 +389,21 @@ def _visual_term(trainer: GKDTrainerWithMetrics) -> VisualTerm | None:
     return visual
 
 
+def _hidden_term(trainer: GKDTrainerWithMetrics) -> HiddenTerm | None:
+    """Hidden-state KD, tried on a few tokens."""
+    wanted = trainer.options.hidden_kd
+    if wanted is None:
+        return None
+    student, teacher = trainer.unwrap(trainer.model), trainer.unwrap(trainer.teacher_model)
+    hidden = HiddenTerm(wanted, student, teacher, trainer.accelerator, trainer.args.seed)
+    if _can_be_probed(trainer):
+        with trainer.compute_loss_context_manager():
+            hidden.probe()
+    return hidden
+
+
 def _can_be_probed(trainer: GKDTrainerWithMetrics) -> bool:
-    """Whether both models can be run on an image now: else what does not fit is found at the first step."""
+    """Whether both models can be run now: else what does not fit is found at the first step."""
     fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if fsdp is None:
         return True

@@ -129,6 +129,8 @@ def _consult(trainer: GKDTrainerWithMetrics, batch: Batch | None, targets: Targe
 
 def _compare(trainer: GKDTrainerWithMetrics, batch: Batch, targets: Targets | None) -> None:
     options, teacher = trainer.options.checked(), trainer.teacher
+    if options.hidden_kd is not None:
+        targets = None  # the teacher runs again, for its features
     found = _gradients(trainer, batch, targets, options)
     trainer.first_gradients = found.norms
     if found.student is not None and found.targets is not None and teacher is not None:

@@ -130,8 +130,9 @@ class NonFiniteGuard:
         trainer = self._trainer
         if side == "student":
             weights = {name: local_part(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
-            if trainer.visual is not None and not trainer.visual.in_model:
-                weights |= {f"visual projector {name}": p for name, p in trainer.visual.projectors.named_parameters()}
+            for term in (one for one in trainer.feature_terms if not one.in_model):
+                named = term.projectors.named_parameters()
+                weights |= {f"{term.section} projector {name}": p for name, p in named}
         else:
             module = None if trainer.teacher is None or trainer.teacher.is_student else trainer.teacher.module
             weights = {} if module is None else {name: local_part(p) for name, p in module.named_parameters()}

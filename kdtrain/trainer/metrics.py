@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
+from kdtrain.config.hidden_kd import HIDDEN_TERM
+from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
 from kdtrain.losses.kinds import VISUAL_TARGETS
 from kdtrain.memory import peak_memory_gib
@@ -29,6 +31,7 @@ LOSS_TERMS = (
     "vision_kd_loss",
     *(f"vision_kd_loss_{target}" for target in VISUAL_TARGETS),
     "aux_loss",
+    HIDDEN_TERM,  # and its layers, of which each run has its own: `loss_terms`
 )
 # The same of the steps of one kind alone: whose answers they are on -> a term -> its name.
 TERMS_OF_KIND = {
@@ -56,11 +59,11 @@ SAMPLE_SUMS = (
     "distinct_first_tokens",
 )
 # Of one micro-batch before training and at evaluations, see `term_gradients.py`.
-GRADIENT_NORMS = ("grad_norm_llm_kd", "grad_norm_sft", "grad_norm_vision_kd")
+GRADIENT_NORMS = ("grad_norm_llm_kd", "grad_norm_sft", "grad_norm_vision_kd", "grad_norm_hidden_kd")
 # What is made of the sums over tokens.
 TOKEN_METRICS = ("token_accuracy", "teacher_agreement", "student_entropy", "teacher_entropy")
 # Terms whose sum is the loss; the others are parts of one of these.
-TOTAL_TERMS = ("llm_kd_loss", "sft_loss", "vision_kd_loss", "aux_loss")
+TOTAL_TERMS = ("llm_kd_loss", "sft_loss", "vision_kd_loss", "aux_loss", HIDDEN_TERM)
 # In evaluations of a run that may stop early: the metric that decides, whatever its name.
 EARLY_STOP_METRIC = "early_stop_metric"
 # Which way an evaluation's metrics get better; entropies are neither good nor bad.
@@ -78,9 +81,14 @@ _WINDOWS = ("windows", "on_policy_windows", "teacher_wait_s")
 SAME_ON_ALL_RANKS = frozenset((*SAMPLE_SUMS, *_WINDOWS))
 # Of the models' work, see `throughput.py`; only where the device's peak is known.
 MODEL_FLOPS = "model_flops"
-_KEYS = (*LOSS_TERMS, *_OF_KIND, *TOKEN_SUMS, *SAMPLE_SUMS, *_SELECTED, *_WINDOWS, MODEL_FLOPS)
+_KEYS = (*_OF_KIND, *TOKEN_SUMS, *SAMPLE_SUMS, *_SELECTED, *_WINDOWS, MODEL_FLOPS)
 
 Metrics = Mapping[str, Sequence[torch.Tensor]]
+
+
+def loss_terms(options: DistillationOptions) -> tuple[str, ...]:
+    """The loss terms that a run can have, the same on all ranks."""
+    return LOSS_TERMS if options.hidden_kd is None else (*LOSS_TERMS, *options.hidden_kd.names)
 
 
 def record(metrics: Mapping[str, list[torch.Tensor]], terms: Terms, batch: Batch, *, by_kind: bool) -> None:
@@ -114,6 +122,8 @@ def record(metrics: Mapping[str, list[torch.Tensor]], terms: Terms, batch: Batch
 class Reduced:
     """Sums and counts over all ranks."""
 
+    terms: Sequence[str]
+    """The loss terms among them."""
     sums: dict[str, float]
     counts: dict[str, float]
     num_processes: int
@@ -121,22 +131,26 @@ class Reduced:
     """Largest over the ranks."""
 
 
-def reduce_metrics(metrics: Metrics, accelerator: Accelerator, *, token_weighted: bool) -> Reduced:
+def reduce_metrics(
+    metrics: Metrics, accelerator: Accelerator, *, token_weighted: bool, terms: Sequence[str] = LOSS_TERMS
+) -> Reduced:
     """Sums over the micro-batches of all ranks; a collective.
 
     Args:
         metrics: name -> scalar tensors, one per micro-batch; names outside the fixed list are ignored.
         token_weighted: weight the loss terms by the batch's supervised tokens (evaluation: batch means become a sum).
             A term that not every batch has, a visual one, needs its own weights under `<term>_weight`.
+        terms: see `loss_terms`.
     """
+    keys = (*terms, *_KEYS)
     device = accelerator.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    packed = torch.zeros(2 * len(_KEYS) + 1, dtype=dtype, device=device)
+    packed = torch.zeros(2 * len(keys) + 1, dtype=dtype, device=device)
     weights = _stack(metrics.get("num_tokens", ()), dtype, device)
-    for i, key in enumerate(_KEYS):
+    for i, key in enumerate(keys):
         values = _stack(metrics.get(key, ()), dtype, device)
         count: float | torch.Tensor = len(values)
-        if token_weighted and key in LOSS_TERMS and len(values):
+        if token_weighted and key in terms and len(values):
             own = metrics.get(f"{key}_weight")
             weight = weights if own is None else _stack(own, dtype, device)
             values, count = values * weight, weight.sum()
@@ -146,8 +160,9 @@ def reduce_metrics(metrics: Metrics, accelerator: Accelerator, *, token_weighted
     ranks = accelerator.gather(packed[None])
     total = ranks[:, :-1].sum(0).tolist()
     return Reduced(
-        sums={key: total[2 * i] for i, key in enumerate(_KEYS)},
-        counts={key: total[2 * i + 1] for i, key in enumerate(_KEYS)},
+        terms=terms,
+        sums={key: total[2 * i] for i, key in enumerate(keys)},
+        counts={key: total[2 * i + 1] for i, key in enumerate(keys)},
         num_processes=accelerator.num_processes,
         peak_memory_gib=ranks[:, -1].max().item(),
     )
@@ -166,7 +181,7 @@ def training_metrics(reduced: Reduced, seconds: float, peak_flops: float | None 
         peak_flops: operations a second that each device can do at most; None where it is not known.
     """
     steps = max(reduced.sums["windows"] / reduced.num_processes, 1)
-    record = {key: reduced.sums[key] / steps for key in LOSS_TERMS if reduced.counts[key]}
+    record = {key: reduced.sums[key] / steps for key in reduced.terms if reduced.counts[key]}
     record |= _terms_of_kind(reduced)
     record |= _token_metrics(reduced)
     record["on_policy_fraction"] = reduced.sums["on_policy_windows"] / max(reduced.sums["windows"], 1)
@@ -192,7 +207,7 @@ def evaluation_metrics(reduced: Reduced) -> dict[str, float]:
 
     Visual terms are means over its images.
     """
-    terms = {key: reduced.sums[key] / reduced.counts[key] for key in LOSS_TERMS if reduced.counts[key]}
+    terms = {key: reduced.sums[key] / reduced.counts[key] for key in reduced.terms if reduced.counts[key]}
     total = sum(terms[key] for key in TOTAL_TERMS if key in terms)
     return {"loss": total, **terms, **_token_metrics(reduced)}
 

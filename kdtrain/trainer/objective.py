@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +19,8 @@ from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
 from kdtrain.data.packing import ForwardInputs
 from kdtrain.data.stand_in import as_run, counted_inputs
+from kdtrain.feature_kd.hidden import HiddenTerm
+from kdtrain.feature_kd.projected import BatchFeatures, FeatureTerm
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.fused import head_distillation_loss
@@ -67,13 +68,24 @@ class Objective:
     aux_weight: float
     """Of that loss."""
     visual: VisualTerm | None
+    hidden: HiddenTerm | None = None
     asks_together: bool = False
     """Whether the teacher is in pieces, and so has to be asked on all ranks or on none."""
 
+    @property
+    def feature_terms(self) -> list[FeatureTerm]:
+        """The terms that compare features."""
+        return [term for term in (self.visual, self.hidden) if term is not None]
+
+    def features(self, options: DistillationOptions, batch: Batch) -> BatchFeatures:
+        """What is captured of a batch, of those of them that it has."""
+        return BatchFeatures([term for term in self.feature_terms if term.applies(options, batch)], batch)
+
     def asks_teacher(self, options: DistillationOptions, batch: Batch) -> bool:
-        """Whether the teacher runs on a batch: for the text, or for the features of its images."""
+        """Whether the teacher runs on a batch: for its text, or for the features of its images."""
         has_images = batch.has_images or self.asks_together
-        return options.lm_kd_active or (self.visual is not None and options.visual_kd is not None and has_images)
+        of_images = self.visual is not None and options.visual_kd is not None and has_images
+        return options.lm_kd_active or options.hidden_kd is not None or of_images
 
     def __call__(
         self,
@@ -85,11 +97,11 @@ class Objective:
         aux_share: torch.Tensor | float,
         num_kd_items: torch.Tensor | None = None,
     ) -> Terms:
-        """total = llm_kd_weight · jsd + c · ce + Σ visual, and the experts' load balancing where there are any.
+        """total = llm_kd_weight · jsd + c · ce + Σ visual + Σ hidden, and the load balancing of experts if there are any.
 
         Args:
             model: the student, as wrapped for training.
-            teacher_forward: called where a term needs it; also fires the hooks of visual KD.
+            teacher_forward: called where a term needs it; also fires the hooks on its features.
             num_items: D; None (evaluation, a call of its own) is the batch's own supervised tokens.
             aux_share: the batch's share of the window in the load-balancing loss, which is a mean of micro-batches.
             num_kd_items: D_kd, what the divergence is divided by where rows of the window have weights of their own;
@@ -101,27 +113,21 @@ class Objective:
             num_kd_items = None if weights_S is None else (weights_S > 0).sum()
         elif weights_S is None and num_kd_items is not None:
             weights_S = torch.ones_like(batch.labels_S, dtype=torch.float32)
-        visual = self.visual if options.visual_kd is not None and batch.has_images else None
-        captured: AbstractContextManager[Any] = nullcontext(({}, {})) if visual is None else visual.tapped()
-        with captured as (student_features, teacher_features):
-
-            def visual_terms() -> dict[str, torch.Tensor]:
-                if visual is None:
-                    return {}
-                return visual.terms(student_features, teacher_features, batch, whole=num_items is None)
-
+        features = self.features(options, batch)
+        with features.of_teacher():
             targets = teacher_forward(batch) if self.asks_teacher(options, batch) else None
-            if not options.lm_kd_active:  # asked for its features alone
-                targets = None
+        if not options.lm_kd_active:  # asked for its features alone
+            targets = None
+        with features.of_student():
             seen = batch.for_forward(model)
-            run = StudentForward(self, options, batch, seen, targets, weights_S, num_items, num_kd_items, visual_terms)
-            tokens, aux_loss, named_visual = run.within_forward(model) if run.can_fuse() else run.from_logits(model)
-        named = _token_terms(options, batch, tokens, num_items, num_kd_items) | named_visual
+            run = StudentForward(self, options, batch, seen, targets, weights_S, num_items, num_kd_items, features)
+            tokens, aux_loss, of_features = run.within_forward(model) if run.can_fuse() else run.from_logits(model)
+        named = _token_terms(options, batch, tokens, num_items, num_kd_items) | of_features
         if aux_loss is not None and self.router_logits:
             share = 0.0 if batch.all_repeated else aux_share
             named["aux_loss"] = self.aux_weight * (1.0 if num_items is None else share) * aux_loss
         # tokens.loss is llm_kd_weight · jsd + c · ce, made in one pass over the tokens.
-        total = tokens.loss + named.get("vision_kd_loss", 0.0) + named.get("aux_loss", 0.0)
+        total = tokens.loss + sum(named[term.name] for term in features.of_terms) + named.get("aux_loss", 0.0)
         return Terms(
             total,
             {name: value.detach() for name, value in named.items()},
@@ -161,7 +167,7 @@ class StudentForward:
     kd_weights_S: torch.Tensor | None
     num_items: NumItems
     num_kd_items: torch.Tensor | None
-    visual_terms: Callable[[], dict[str, torch.Tensor]]
+    features: BatchFeatures
     only: TokenTerm | None = None
     """One of the two token terms, without the other; None is their sum."""
 
@@ -175,17 +181,17 @@ class StudentForward:
         return self.objective.fused and not needs_logits
 
     def within_forward(self, model: nn.Module) -> tuple[FusedLoss, Any, dict[str, torch.Tensor]]:
-        """The terms, the auxiliary loss or None, and the visual terms; all made inside the model's own forward."""
+        """The terms, the auxiliary loss or None, and the terms of features; all made inside the model's own forward."""
         tokens: list[FusedLoss] = []
         names: list[str] = []
         router_logits, inner = self.objective.router_logits, getattr(model, "module", model)
 
         def loss_head(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, ...]:
             tokens.append(self.sums(self.seen.predicting(hidden_BTH), functools.partial(self.loss_from_hidden, head)))
-            visual = self.visual_terms()
-            names.extend(visual)
+            of_features = self.features.terms(self.seen.predicting, self.num_items)
+            names.extend(of_features)
             aux = (load_balancing_loss(self._counted_mask, outputs, inner),) if router_logits else ()
-            return tokens[0].loss, *visual.values(), *aux
+            return tokens[0].loss, *of_features.values(), *aux
 
         # A wrapper may hang its own hooks on what the forward returns: the loss is made of what comes out of it.
         loss, *rest = model(**self.inputs(), loss_head=loss_head)
@@ -202,7 +208,7 @@ class StudentForward:
         has_counted_more = self.batch.stand_in is not None or self.batch.layout is not None
         if self.objective.router_logits and (aux_loss is None or has_counted_more):
             aux_loss = load_balancing_loss(self._counted_mask, outputs, getattr(model, "module", model))
-        return tokens, aux_loss, self.visual_terms()
+        return tokens, aux_loss, self.features.terms(self.seen.predicting, self.num_items)
 
     @property
     def _counted_mask(self) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ evaluations.
     grad_norm_llm_kd     ‖∂ llm_kd_loss / ∂ h‖₂
     grad_norm_sft        ‖∂ sft_loss / ∂ h‖₂          h [S, H]: the last hidden states before the head
     grad_norm_vision_kd  ‖∂ vision_kd_loss / ∂ f‖₂    f: the student's features at their taps
+    grad_norm_hidden_kd  ‖∂ hidden_kd_loss / ∂ f‖₂    f: the outputs of its layers
 
 The terms are weighted as they enter the loss, and D is the micro-batch's own supervised tokens. Two terms that are
 alike in value may pull very differently: a divergence that has saturated has hardly a gradient. The student runs once
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from torch import nn
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
 from kdtrain.data.stand_in import as_run
-from kdtrain.feature_kd.hooks import Features
+from kdtrain.feature_kd.projected import BatchFeatures, Predicting
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.losses.head import Head
 from kdtrain.teachers import DenseTargets, Targets
@@ -64,21 +64,20 @@ def term_gradients(
         teacher_forward: as of `Objective`.
     """
     batch = as_run(batch)
-    visual = objective.visual if options.visual_kd is not None and batch.has_images else None
-    captured: AbstractContextManager[Any] = nullcontext(({}, {})) if visual is None else visual.tapped()
-    with torch.no_grad(), captured as (student_features, teacher_features):
-        targets = teacher_forward(batch) if objective.asks_teacher(options, batch) else None
+    features = objective.features(options, batch)
+    with torch.no_grad():
+        with features.of_teacher():
+            targets = teacher_forward(batch) if objective.asks_teacher(options, batch) else None
         if not options.lm_kd_active:
             targets = None
         weights_S = batch.kd_weights_S
         kd_items = None if weights_S is None else (weights_S > 0).sum()
-        seen = batch.for_forward(model)
-        forward = StudentForward(objective, options, batch, seen, targets, weights_S, None, kd_items, dict)
-        student, norms = _of_hidden(forward, model) if forward.can_fuse() else _of_logits(forward, model)
-        if visual is not None:
-            norm = _of_features(visual, student_features, teacher_features, batch)
-            if batch.stand_in is None:
-                norms[f"{PREFIX}vision_kd"] = norm
+        with features.of_student():
+            seen = batch.for_forward(model)
+            none = BatchFeatures([], batch)
+            forward = StudentForward(objective, options, batch, seen, targets, weights_S, None, kd_items, none)
+            student, norms = _of_hidden(forward, model) if forward.can_fuse() else _of_logits(forward, model)
+        norms |= _of_features(features, seen.predicting, batch)
     return TermGradients(norms if int(batch.num_supervised) else {}, student, targets)
 
 
@@ -137,14 +136,19 @@ def _of_logits(forward: StudentForward, model: nn.Module) -> tuple[torch.Tensor 
     return logits_SV.detach(), norms
 
 
-def _of_features(visual: VisualTerm, student: Features, teacher: Features, batch: Batch) -> float:
-    with torch.enable_grad():
-        leaves = {
-            target: [[one.detach().requires_grad_() for one in level] for level in levels]
-            for target, levels in student.items()
-        }
-        loss = visual.terms(leaves, teacher, batch, whole=True)["vision_kd_loss"]
-        return _norm(loss, [one for levels in leaves.values() for level in levels for one in level])
+def _of_features(features: BatchFeatures, predicting: Predicting, batch: Batch) -> dict[str, float]:
+    norms = {}
+    for number, (term, student) in enumerate(zip(features.of_terms, features.student, strict=True)):
+        with torch.enable_grad():
+            leaves = {
+                target: [[one.detach().requires_grad_() for one in level] for level in levels]
+                for target, levels in student.items()
+            }
+            loss = features.term(number, leaves, predicting, None)[term.name]
+            norm = _norm(loss, [one for levels in leaves.values() for level in levels for one in level])
+        if term.name != VisualTerm.name or batch.stand_in is None:
+            norms[PREFIX + term.name.removesuffix("_loss")] = norm
+    return norms
 
 
 def _norm(loss: torch.Tensor, leaves: list[torch.Tensor]) -> float:

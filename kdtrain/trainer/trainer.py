@@ -18,7 +18,7 @@ What is overridden, and why:
 | `GKDTrainer.compute_loss` | the loss itself: upstream's is 1/world_size, ignores temperature and has no CE |
 | `SFTTrainer.log` | metrics reduced across ranks |
 | `Trainer._get_grad_norm` | a gradient or loss that is not finite raises here, before the step (`guard.py`) |
-| `Trainer.create_optimizer`, `_clip_grad_norm` | the projectors of visual KD belong to the run, not to the student |
+| `Trainer.create_optimizer`, `_clip_grad_norm` | projectors of features belong to the run, not to the student |
 | `SFTTrainer.prediction_step`, `Trainer.evaluation_loop` | a mean over tokens, not of batch means; no row twice |
 | `Trainer.save_model` | weights that are not finite are not saved |
 | `SFTTrainer._save_checkpoint` | the time it takes is left out of tokens per second; what a run does around it |
@@ -43,7 +43,7 @@ import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -64,6 +64,8 @@ from kdtrain.data.errors import said
 from kdtrain.data.stand_in import as_run
 from kdtrain.disk import as_other_files, failure_of
 from kdtrain.errors import CheckpointError
+from kdtrain.feature_kd.hidden import HiddenTerm
+from kdtrain.feature_kd.projected import FeatureTerm
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.generation.sampler import Sampler
 from kdtrain.generation.sampling import stable_seed
@@ -176,6 +178,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         assert args is not None
         assert model is not None
         self.options, training_options = DistillationOptions.from_args(args), TrainingOptions.from_args(args)
+        self.loss_terms = metrics.loss_terms(self.options)
         self.layout = LayoutOptions.from_args(args, training_options.per_device_train_tokens)
         """How rows lie in forwards, and which of them share one."""
         self._window: Window | None = None  # the one that is being trained
@@ -241,8 +244,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.by_images_alone = trained_by_images_alone(self.model)
         if self.by_images_alone:
             keep_a_path(self.model)
-        if self.visual is not None and self.is_sharded:
-            self.visual.put_into(self.model)
+        for term in self.feature_terms if self.is_sharded else ():
+            term.put_into(self.model)
         self.stand_ins = StandIns(self)
         self.read_ahead = ReadAhead(self)
         self.samples = SampleWatch(self)
@@ -277,6 +280,16 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def visual(self) -> VisualTerm | None:
         """The term of visual KD, where there is one."""
         return self._objective.visual
+
+    @property
+    def hidden(self) -> HiddenTerm | None:
+        """The term of hidden-state KD, where there is one."""
+        return self._objective.hidden
+
+    @property
+    def feature_terms(self) -> list[FeatureTerm]:
+        """Those of visual KD and of hidden-state KD, where there are any."""
+        return self._objective.feature_terms
 
     @property
     def has_aux_loss(self) -> bool:
@@ -427,8 +440,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
             return loss
         if self._window is not None:
             self._window = replace(self._window, options=None)
-        if self.visual is not None:
-            self.visual.synchronise()
+        for term in self.feature_terms:
+            term.synchronise()
         if not self.window_has_images and self.accelerator.scaler is None:
             if self.by_images_alone:
                 # To None: with gradients of 0, weight decay and momentum would still change the weights.
@@ -446,7 +459,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """total = llm_kd_weight · jsd + c · ce + Σ visual, for one micro-batch.
+        """total = llm_kd_weight · jsd + c · ce + Σ visual + Σ hidden, for one micro-batch.
 
         Args:
             num_items_in_batch: D, and the loss is the batch's share of the window's, times the world size; None
@@ -490,11 +503,12 @@ class GKDTrainerWithMetrics(GKDTrainer):
         return options if training or options.eval_kd else options.without_kd()
 
     def _run_teacher_forward(self, batch: Batch) -> Targets:
-        """The teacher's targets for the supervised tokens; also fires the hooks of visual KD."""
+        """The teacher's targets for the supervised tokens; also fires the hooks on its features."""
         assert self.teacher is not None, "the loss asks for a teacher that was never built"
         if self.teacher.module is not None:  # one that looks its answers up needs the rows as they are
             batch = as_run(batch)
         wants_features = self.visual is not None and (batch.has_images or self.asks_teacher_together)
+        wants_features = wants_features or self.hidden is not None
         if batch.targets is not None and not wants_features:
             known: Targets = batch.targets
             return known
@@ -536,16 +550,22 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     # ---- metrics -----------------------------------------------------------------------------------------------------
 
+    def _reduced(self, mode: Literal["train", "eval"]) -> metrics.Reduced:
+        """The metrics so far over all ranks; a collective."""
+        return metrics.reduce_metrics(
+            self._metrics[mode], self.accelerator, token_weighted=mode == "eval", terms=self.loss_terms
+        )
+
     def window_metrics(self) -> dict[str, float]:
         """The metrics since the last record, `loss` as the sum of its terms; a collective."""
-        reduced = metrics.reduce_metrics(self._metrics["train"], self.accelerator, token_weighted=False)
+        reduced = self._reduced("train")
         found = metrics.training_metrics(reduced, 0.0)
         return {"loss": sum(found.get(name, 0.0) for name in metrics.TOTAL_TERMS), **found}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the reduced training metrics to a training record, and hand it to the callbacks and trackers."""
         if "loss" in logs:
-            reduced = metrics.reduce_metrics(self._metrics["train"], self.accelerator, token_weighted=False)
+            reduced = self._reduced("train")
             logs |= metrics.training_metrics(
                 reduced, self.stopwatch.lap(), None if self.flops is None else self.flops.peak
             )
@@ -583,13 +603,13 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     def _projectors(self) -> list[nn.Parameter]:
         """Those that are not in the model."""
-        return [] if self.visual is None or self.visual.in_model else self.visual.parameters()
+        return [p for term in self.feature_terms if not term.in_model for p in term.parameters()]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The student's optimizer, with parameter groups of their own for the projectors of visual KD."""
+        """The student's optimizer, with parameter groups of their own for the projectors of features."""
         optimizer = super().create_optimizer(model)
-        if self.visual is not None:
-            self.visual.add_to(optimizer, self.args.weight_decay)
+        for term in self.feature_terms:
+            term.add_to(optimizer, self.args.weight_decay)
         return optimizer
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
@@ -629,7 +649,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         # A data loader draws a seed as it begins: dropout of the next steps must not depend on it.
         with self.stopwatch.pause(), own_random_state(self.args.device):
             output = super().evaluation_loop(*args, **kwargs)
-            reduced = metrics.reduce_metrics(self._metrics["eval"], self.accelerator, token_weighted=True)
+            reduced = self._reduced("eval")
         norms = {name: float(v[0]) for name in metrics.GRADIENT_NORMS if (v := self._metrics["eval"][name])}
         [norms] = broadcast_object_list([norms])  # rank 0's batch: every rank has the same log
         if not output.num_samples:  # of a stream upstream counts the rows of batches that are mappings only
@@ -698,13 +718,14 @@ class GKDTrainerWithMetrics(GKDTrainer):
 
     def _save_student(self, output_dir: str | None, state_dict: dict[str, Any] | None) -> None:
         """Weights, config and tokenizer; never the pickled arguments, which nothing reads back."""
-        projectors = None
-        if self.visual is not None and self.visual.in_model and state_dict is not None:
-            projectors = self.visual.taken_out(state_dict)
+        taken_out = [
+            term.taken_out(state_dict) if term.in_model and state_dict is not None else None
+            for term in self.feature_terms
+        ]
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            if self.visual is not None:
-                self.visual.save(output_dir or self.args.output_dir, projectors)
+            for term, projectors in zip(self.feature_terms, taken_out, strict=True):
+                term.save(output_dir or self.args.output_dir, projectors)
             as_other_files(Path(output_dir or self.args.output_dir))
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
@@ -726,16 +747,16 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._loading_from = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.visual is not None:
-            self.visual.load(resume_from_checkpoint)
+        for term in self.feature_terms:
+            term.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self.saving.check_model(self.state.best_model_checkpoint)
         self._loading_from = self.state.best_model_checkpoint
         super()._load_best_model()
-        if self.visual is not None:
-            self.visual.load(self.state.best_model_checkpoint)
+        for term in self.feature_terms:
+            term.load(self.state.best_model_checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Load weights whose names differ from the model's; upstream warns, and goes on with those it began with.

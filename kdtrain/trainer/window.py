@@ -188,7 +188,8 @@ def collect(
     new_images = _some_new_image(trainer, batches)
     if trainer.visual is not None:
         trainer.visual.count(batches)
-        trainer.visual.projectors.zero_grad()  # upstream zeroes the model's gradients only
+    for term in trainer.feature_terms:
+        term.begin_window()
     share = _aux_share(trainer, batches, device) if trainer.has_aux_loss else 1.0
     weighs_rows = selected and options.select == "weighted"
     return batches, Window(options, new_images, writer == "student", weighs_rows, aux_share=share)

@@ -13,6 +13,7 @@ _NAMES: Mapping[str, tuple[str, KeyPath]] = {
     "grad_norm_llm_kd": ("The divergence from the teacher", ("rlhf", "llm_kd_weight")),
     "grad_norm_sft": ("The cross-entropy", ("rlhf", "sft_alpha")),
     "grad_norm_vision_kd": ("Visual KD", ("custom", "visual_kd", "weight")),
+    "grad_norm_hidden_kd": ("Hidden-state KD", ("custom", "hidden_kd", "weight")),
 }
 _FIFTH = 0.25  # of the others' norm makes a fifth of the sum
 
@@ -33,6 +34,7 @@ def gradient_findings(norms: Mapping[str, float], options: DistillationOptions, 
         "grad_norm_llm_kd": options.llm_kd_weight,
         "grad_norm_sft": options.ce_weight,
         "grad_norm_vision_kd": 0.0 if options.visual_kd is None else options.visual_kd.weight,
+        "grad_norm_hidden_kd": 0.0 if options.hidden_kd is None else options.hidden_kd.weight,
     }
     small = [name for name, norm in norms.items() if norm < LITTLE * total]
     return [_finding(name, norms, weights[name]) for name in small if not (itself and name == "grad_norm_llm_kd")]

@@ -68,6 +68,7 @@ PANELS = (
         "llm_kd_loss blue",
         "sft_loss red",
         "vision_kd_loss green",
+        "hidden_kd_loss sky",
         "aux_loss purple",
     ),
     _panel(
@@ -77,6 +78,7 @@ PANELS = (
         "eval_llm_kd_loss blue",
         "eval_sft_loss red",
         "eval_vision_kd_loss green",
+        "eval_hidden_kd_loss sky",
         "eval_aux_loss purple",
     ),
     _panel(
@@ -106,6 +108,7 @@ PANELS = (
         "grad_norm_llm_kd blue",
         "grad_norm_sft red",
         "grad_norm_vision_kd green",
+        "grad_norm_hidden_kd sky",
     ),
     _panel("Gradient norm", "of all weights, before clipping", "grad_norm ink"),
     _panel(
@@ -156,6 +159,7 @@ COMPARED = (
     ("llm_kd_loss", "Divergence, training", "times its weight; not comparable over β"),
     ("sft_loss", "Cross-entropy, training", "times its weight"),
     ("vision_kd_loss", "Visual term, training", "times its weight"),
+    ("hidden_kd_loss", "Hidden states, training", "times its weight"),
     ("teacher_agreement", "Agreement with the teacher, training", "share of tokens"),
     ("token_accuracy", "Token accuracy, training", "share of tokens"),
     ("student_entropy", "Entropy of the student, training", "nats per token"),

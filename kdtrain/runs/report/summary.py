@@ -13,7 +13,7 @@ from kdtrain.runs.report.charts import number
 from kdtrain.runs.report.curves import points_of
 from kdtrain.runs.report.record import Record, RunRecord, is_number
 
-_TERMS = ("grad_norm_llm_kd", "grad_norm_sft", "grad_norm_vision_kd")
+_TERMS = ("grad_norm_llm_kd", "grad_norm_sft", "grad_norm_vision_kd", "grad_norm_hidden_kd")
 _LEAST_SHARE = 0.05
 _LONGEST_MESSAGE = 600
 
