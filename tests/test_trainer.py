@@ -21,7 +21,13 @@ from tests.test_losses import reference
 
 KNOBS = ("llm_kd_weight", "sft_alpha", "divergence", "kd_temperature", "eval_kd", "tail", "visual_kd")
 KNOBS += ("samples_per_prompt", "select", "select_regex", "generation", "disable_dropout", "log_completions_steps")
-KNOBS += ("early_stopping_patience", "teacher_placement", "teacher_quantization", "per_device_train_tokens")
+KNOBS += (
+    "token_selection",
+    "early_stopping_patience",
+    "teacher_placement",
+    "teacher_quantization",
+    "per_device_train_tokens",
+)
 
 
 def make_args(folder, **kwargs):

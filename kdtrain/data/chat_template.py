@@ -172,6 +172,11 @@ class ChatTemplate:
     def _all(self, call: _Call, last: Rendered) -> Rendered:
         """Every token is supervised, those behind the last answer as well, but for turns that are switched off."""
         count = len(call.chat.messages)
+        if weighed := list(call.chat.message_weights):
+            raise RowError(
+                f"messages[{weighed[0]}] has kd_weight, and data.train_on: all trains on more than answers: give the "
+                "row the weight, or set data.train_on to assistant or last"
+            )
         full = (
             last if last.messages == count else replace(last, text=self._render(call, count), messages=count, stop=None)
         )
@@ -198,7 +203,8 @@ class ChatTemplate:
             notes = (*notes, STOP_ADDED)
         if not turn.spans:
             notes = (*notes, MARKED_OUT)
-        return Rendered(text, (replace(turn, messages=i + 1),), i + 1, stop=stop, notes=notes)
+        turn = replace(turn, messages=i + 1, kd_weight=call.chat.message_weights.get(i, 1.0))
+        return Rendered(text, (turn,), i + 1, stop=stop, notes=notes)
 
     def _with_reasoning(self, call: _Call, i: int, prompt: str, text: str) -> tuple[str, int, list[tuple[int, int]]]:
         """The answer with reasoning that the template does not render, in the block that its prompt opens."""
