@@ -74,7 +74,7 @@ def test_scenario_the_constructor_never_sees_our_knobs(tmp_path: Any) -> None:
     assert {name: getattr(args.training_args, name) for name in ours} == ours
     attached = {"generation", "samples_per_prompt", "select", "skew_alpha", "ab_alpha", "ab_beta", "entropy_threshold"}
     fields = set(DistillationOptions.model_fields)
-    assert set(kwargs) & fields == fields - set(ours) - attached - {"select_regex"}
+    assert set(kwargs) & fields == fields - set(ours) - attached - {"select_regex", "token_selection"}
 
 
 def test_the_defaults_reach_the_real_class_on_this_machine(tmp_path: Any) -> None:

@@ -23,6 +23,7 @@ OTHER: dict[str, Any] = {
     "ab_beta": 0.5,
     "entropy_threshold": 1.5,
     "kd_temperature": 2.0,
+    "token_selection": {"by": "disagreement", "keep": 0.25},
     "lmbda": 0.75,
     "seq_kd": True,
     "temperature": 0.5,

@@ -179,7 +179,7 @@ def test_the_dense_loss_is_the_weighted_sums_over_d(num_items, kd_weight, ce_wei
         teacher,
         kd_weight=kd_weight,
         ce_weight=ce_weight,
-        ce_mask=ce_mask,
+        ce_token_weights=ce_mask,
         num_items=num_items,
         beta=0.1,
     )

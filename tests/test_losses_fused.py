@@ -89,7 +89,7 @@ def test_value_and_gradients_match_float64(beta, divergence):
         ce_mask = torch.arange(37) % 2 == 0 if masked else None
         expected, gradients = reference_loss(problem, kd, ce, beta, temperature, divergence, scale, cap, ce_mask)
         result = fused_distillation_loss(
-            **problem, kd_weight=kd, ce_weight=ce, ce_mask=ce_mask, beta=beta, temperature=temperature,
+            **problem, kd_weight=kd, ce_weight=ce, ce_token_weights=ce_mask, beta=beta, temperature=temperature,
             divergence=divergence, student_logit_scale=scale, teacher_logit_scale=scale, student_softcap=cap,
             teacher_softcap=cap, chunk_tokens=chunk,
         )  # fmt: skip

@@ -91,7 +91,7 @@ def test_the_loss_from_logits_and_the_fused_one_are_those_of_the_formula(draws, 
     mask = torch.arange(N) % 4 != 1
     for ce, ce_mask, items in itertools.product([0.0, 0.3], [None, mask], [None, 100]):
         options = {
-            "kd_weight": kd_weight, "ce_weight": ce, "ce_mask": ce_mask, "num_items": items, "beta": 0.0,
+            "kd_weight": kd_weight, "ce_weight": ce, "ce_token_weights": ce_mask, "num_items": items, "beta": 0.0,
             "temperature": temperature, "targets": targets,
         }  # fmt: skip
         logits = hidden @ weight.t() + bias

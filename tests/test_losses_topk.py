@@ -65,8 +65,8 @@ def test_value_gradient_and_sums_from_logits_are_those_of_the_definition(tail, d
     each_with_each = [(1.0, None, None), (1.0, mask, 100), (2.0, mask, None), (2.0, None, 100)]
     for temperature, ce_mask, items in each_with_each:
         result = dense_distillation_loss(
-            student, labels, targets=targets, tail=tail, kd_weight=0.7, ce_weight=0.3, ce_mask=ce_mask, beta=beta,
-            temperature=temperature, divergence=divergence, num_items=items,
+            student, labels, targets=targets, tail=tail, kd_weight=0.7, ce_weight=0.3, beta=beta,
+            ce_token_weights=ce_mask, temperature=temperature, divergence=divergence, num_items=items,
         )  # fmt: skip
         (gradient,) = torch.autograd.grad(result.loss, student)
         expected, wanted, kd_sum, ce_sum = by_definition(

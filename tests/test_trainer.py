@@ -23,6 +23,7 @@ KNOBS = ("llm_kd_weight", "sft_alpha", "divergence", "kd_temperature", "eval_kd"
 KNOBS += ("samples_per_prompt", "select", "select_regex", "generation", "disable_dropout", "log_completions_steps")
 KNOBS += (
     "hidden_kd",
+    "token_selection",
     "early_stopping_patience",
     "teacher_placement",
     "teacher_quantization",

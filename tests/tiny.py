@@ -265,6 +265,7 @@ def contents(batch):
     named = {
         **batch.model_inputs,
         "labels": batch.labels,
+        "weights of tokens": batch.kd_token_weights,
         "visual sizes": dict(batch.visual_sizes),
         **{f"rows.{field.name}": getattr(rows, field.name) for field in dataclasses.fields(rows)},
         **({} if images is None else {f"teacher's {name}": value for name, value in images.inputs.items()}),

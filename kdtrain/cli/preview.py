@@ -43,6 +43,8 @@ def _row_object(row: ShownRow) -> dict[str, Any]:
         "answers": "teacher" if row.answered_by_teacher else "data",
         "images": row.images,
         "notes": row.notes,
+        "kd_weight": row.kd_weight,
+        "kd_weights": row.kd_weights,
         **_view_object(row.student),
         "teacher": row.teacher and _view_object(row.teacher),
     }
@@ -106,6 +108,12 @@ def _facts(row: ShownRow) -> Iterator[str]:
             yield f"a prompt of {prompt}"
     if not row.ce:
         yield "no cross-entropy"
+    if row.kd_weight != 1:
+        yield f"kd_weight {row.kd_weight:g}"
+    if row.kd_weights is not None:
+        yield "kd_weight " + " and ".join(
+            f"{weight:g} of {count} tokens" for weight, count in row.weighted_tokens.items()
+        )
 
 
 def _view(view: View, coloured: bool) -> Text:

@@ -69,6 +69,10 @@ def _drawn_tokens(config: RunConfig, written: Written, form: Mapping[str, Any]) 
         message = f"must be 0 (it is {rlhf.beta:g}{default}): the cache holds drawn tokens (mode sample), from which"
         hint = "set rlhf.beta: 0, or write a cache of mode topk or hidden"
         yield Problem(("rlhf", "beta"), f"{message} only forward KL can be learnt", hint, on_key=True)
+    if config.options.selection is not None and config.options.selection.by == "disagreement":
+        message = "must be student_entropy: the cache holds drawn tokens (mode sample), and choosing tokens by what was"
+        hint = "set rlhf.token_selection.by: student_entropy, or write a cache of mode topk or hidden"
+        yield Problem(("rlhf", "token_selection", "by"), f"{message} drawn there makes their gradient wrong", hint)
     drawn_at = form.get("temperature")
     if isinstance(drawn_at, int | float) and drawn_at != rlhf.kd_temperature:
         message = f"must be {drawn_at:g} (it is {rlhf.kd_temperature:g}): the cache holds tokens that were drawn at"

@@ -36,6 +36,7 @@ from kdtrain.losses.kinds import (
     DivergenceParams,
     Match,
     Tail,
+    TokenScore,
 )
 
 if TYPE_CHECKING:
@@ -117,6 +118,21 @@ AnswerLimit = Annotated[
 ]
 
 
+class TokenSelection(Section):
+    """Which tokens the divergence is taken at (TIP, https://arxiv.org/abs/2604.14084)."""
+
+    by: TokenScore = "student_entropy"
+    """What tokens are ranked by, at temperature 1. `student_entropy`: how unsure the student is; `disagreement`:
+    (1 - H(S)/log V) · KL(T||S), the few tokens at which it is sure and wrong."""
+    keep: Annotated[Number, Field(gt=0, le=1)] = 0.5
+    """Share of each row's supervised tokens that count in the divergence, rounded up; 1 is all of them."""
+
+    @property
+    def ratio(self) -> tuple[int, int]:
+        """`keep` as a fraction, to six digits: a product of floats is rounded up too far, 0.07 · 100 to 8."""
+        return Fraction(str(self.keep)).limit_denominator(10**6).as_integer_ratio()
+
+
 class LossAndSampling(Section):
     """What `rlhf` says of the loss and of the answers that are sampled."""
 
@@ -141,6 +157,9 @@ class LossAndSampling(Section):
     """Of `entropy_aware`: forward KL is added where the teacher's entropy, at temperature 1, is above so many nats."""
     kd_temperature: Positive = 1.0
     """Softens both distributions in the loss."""
+    token_selection: TokenSelection | None = None
+    """While training, take the divergence at some of each row's tokens alone, such as
+    `{by: student_entropy, keep: 0.5}`. null takes all. Evaluation does in any case."""
     lmbda: Share = 0.5
     """Share of batches whose completions the student generates itself."""
     seq_kd: Flag = False
@@ -339,6 +358,16 @@ class DistillationOptions(LossAndSampling):
     def ce_weight(self) -> float:
         """c: `sft_alpha` beside LM KD; 1 without it, where CE is the only thing the language model learns from."""
         return self.sft_alpha if self.lm_kd_active else 1.0
+
+    @property
+    def selection(self) -> TokenSelection | None:
+        """`token_selection` where it leaves anything out."""
+        found = self.token_selection
+        return None if found is None or found.keep == 1 or not self.lm_kd_active else found
+
+    def at_all_tokens(self) -> DistillationOptions:
+        """The same without `token_selection`."""
+        return self if self.token_selection is None else self.model_copy(update={"token_selection": None})
 
     def without_kd(self) -> DistillationOptions:
         """The same run with every teacher term off: CE only."""

@@ -120,7 +120,8 @@ def idle_distillation(config: RunConfig, written: Written) -> Iterator[Problem]:
     if not config.options.lm_kd_active:
         zero = "rlhf.llm_kd_weight is 0"
         generation = [*sampled, *sampling] if any(written.has("rlhf", name) for name in sampled) else []
-        yield from written.idle(["divergence", *NUMBERS_OF, "kd_temperature", *generation], zero, "rlhf")
+        of_divergence = ["divergence", *NUMBERS_OF, "kd_temperature", "token_selection"]
+        yield from written.idle([*of_divergence, *generation], zero, "rlhf")
         yield from written.idle(completions, f"{zero}, so no answers are generated while training", "training")
         if rlhf.sft_alpha > 0 and written.has("rlhf", "sft_alpha"):
             message = f"is ignored: {zero}, so cross-entropy has weight 1.0"
@@ -132,6 +133,8 @@ def idle_distillation(config: RunConfig, written: Written) -> Iterator[Problem]:
     if config.answers_from_teacher and not (config.options.lm_kd_active and sampled):
         reason = "no step samples, and answers that are written before training may have `to` tokens"
         yield from written.idle(["from", "over"], reason, "rlhf", "max_new_tokens")
+    if config.options.lm_kd_active and rlhf.token_selection is not None and rlhf.token_selection.keep == 1:
+        yield from written.idle(["token_selection"], "its keep is 1, which is every token", "rlhf")
 
 
 def rows_in_lines(config: RunConfig, written: Written) -> Iterator[Problem]:
@@ -439,7 +442,7 @@ _KD_SWITCHES = (
 # A rule, and the options it reads: where one of them is wrong in itself, the rule would only guess.
 RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (teacher_is_named, (*_KD_SWITCHES, "rlhf.teacher_model", "rlhf.teacher")),
-    (idle_distillation, (*_KD_SWITCHES, "rlhf.lmbda", "rlhf.seq_kd", "rlhf.sft_alpha")),
+    (idle_distillation, (*_KD_SWITCHES, "rlhf.lmbda", "rlhf.seq_kd", "rlhf.sft_alpha", "rlhf.token_selection")),
     (idle_generation, ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.seq_kd")),
     (teacher_options, (*_KD_SWITCHES, "rlhf.teacher", "rlhf.teacher_model_init_kwargs", "tuner.train_type")),
     (
@@ -452,6 +455,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
             "rlhf.beta",
             "rlhf.divergence",
             "rlhf.kd_temperature",
+            "rlhf.token_selection",
         ),
     ),
     (

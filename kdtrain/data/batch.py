@@ -62,7 +62,8 @@ class Rows:
     cut: Sequence[bool] = ()
     """Of generated rows: whether each answer reached `max_new_tokens` without a token that ends it."""
     kd_weights: torch.Tensor | None = None
-    """[B] float32: what the divergence of each row counts; None is 1 for all. A row of weight 0 is not in its D."""
+    """[B] float32: what the divergence of each row counts; None is 1 for all. A row of weight 0 is not in its D. It is
+    the answer's, whoever writes it; see `Batch.kd_token_weights` as well."""
     stream_place: Any = None
     """Of rows of a stream: the `kdtrain.data.stream.rows.Place` that reading can go on from, at or before the last."""
     images: Sequence[Sequence[Image]] = ()
@@ -110,6 +111,9 @@ class Batch:
     (`…token_type_ids` [B, T]), and its images, whose first axis counts images, patches or rows."""
     labels: torch.Tensor
     """[B, T] long: −100 where nothing is supervised."""
+    kd_token_weights: torch.Tensor | None = None
+    """[B, T] float32, as the labels: what the divergence of each token of the data's answers counts, times the row's
+    weight; None is 1 for all."""
     rows: Rows = field(default_factory=Rows)
     visual_sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """Per tensor of images: how many entries along its first axis each of the B rows owns."""
@@ -154,12 +158,21 @@ class Batch:
         return self.rows.ce.to(self.predicts_BT.device)[:, None].expand_as(self.predicts_BT)[self.predicts_BT]
 
     @property
+    def kd_weights_BT(self) -> torch.Tensor | None:
+        """[B, T−1] float32: what the divergence of each token that is predicted counts; None is 1 for all."""
+        of_rows, of_tokens, device = self.rows.kd_weights, self.kd_token_weights, self.labels.device
+        if of_rows is None and of_tokens is None:
+            return None
+        weights_BT = torch.ones(self.predicts_BT.shape, device=device)
+        if of_rows is not None:
+            weights_BT = weights_BT * of_rows.to(device)[:, None]
+        return weights_BT if of_tokens is None else weights_BT * next_token_labels(of_tokens.to(device))
+
+    @property
     def kd_weights_S(self) -> torch.Tensor | None:
         """[S] float32: what the divergence of each supervised token counts; None is 1 for all."""
-        if self.rows.kd_weights is None:
-            return None
-        weights_B = self.rows.kd_weights.to(self.predicts_BT.device)
-        return weights_B[:, None].expand_as(self.predicts_BT)[self.predicts_BT]
+        weights_BT = self.kd_weights_BT
+        return None if weights_BT is None else weights_BT[self.predicts_BT]
 
     # ---- tokens and images -------------------------------------------------------------------------------------------
 
@@ -262,6 +275,7 @@ class Batch:
             self,
             model_inputs={**self.model_inputs, **per_token, **tokens.inputs},
             labels=tokens.labels,
+            kd_token_weights=None,  # of the student's tokens
             rows=replace(self.rows, prompt_lengths=tokens.prompt_lengths, prompts=None),
             teacher_tokens=None,
             layout=self.layout and replace(self.layout, lengths=self.layout.teacher_lengths, teacher_lengths=()),
@@ -304,6 +318,7 @@ class Batch:
             self,
             model_inputs=_mapped(self.model_inputs, noted),
             labels=noted(self.labels),
+            kd_token_weights=_mapped(self.kd_token_weights, noted),
             rows=replace(
                 rows,
                 prompt_lengths=_mapped(rows.prompt_lengths, noted),
@@ -369,7 +384,8 @@ def received(batch: Batch | Mapping[str, Any], accepted: frozenset[str] | None) 
     """A batch of any collator, without what the student's forward does not take (see `forward_names`).
 
     A mapping has `input_ids`, `attention_mask`, `labels` and whatever else the model takes; optionally `prompt_lengths`
-    [B] (or trl's `prompts`), `ce_rows` [B], `row_ids`, `visual_sizes`, `teacher_inputs` and `teacher_visual_sizes`.
+    [B] (or trl's `prompts`), `ce_rows` [B], `kd_weights` [B] or [B, T], `row_ids`, `visual_sizes`, `teacher_inputs` and
+    `teacher_visual_sizes`.
     Where the teacher reads other tokens, `teacher_inputs` has `input_ids`, `attention_mask` and `labels` of its own as
     well, and `prompt_lengths` where answers are generated.
     """
@@ -397,11 +413,13 @@ def _from_mapping(batch: Mapping[str, Any]) -> Batch:
             "where nothing is supervised."
         )
     prompts, mask = rest.pop("prompts", None), rest.pop("prompt_attention_mask", None)
+    of_rows, of_tokens = _weights(rest.pop("kd_weights", None), labels)
     rows = Rows(
         ids=rest.pop("row_ids", ()),
         prompt_lengths=rest.pop("prompt_lengths", None),
         prompts=None if prompts is None or mask is None else (prompts, mask),
         ce=rest.pop("ce_rows", None),
+        kd_weights=of_rows,
         truncated=rest.pop("truncated", ()),
         places=rest.pop("places", None),
     )
@@ -409,12 +427,26 @@ def _from_mapping(batch: Mapping[str, Any]) -> Batch:
     sizes = rest.pop("teacher_visual_sizes", {})
     return Batch(
         labels=labels,
+        kd_token_weights=of_tokens,
         rows=rows,
         visual_sizes=rest.pop("visual_sizes", {}),
         teacher_images=None if images is None else TeacherImages(inputs=images, sizes=sizes),
         teacher_tokens=tokens,
         model_inputs=rest,
     )
+
+
+def _weights(given: Any, labels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Weights in the divergence of the rows, and of their tokens: a user's collator gives one of the two."""
+    if given is None:
+        return None, None
+    weights = torch.as_tensor(given, dtype=torch.float32)
+    if weights.shape not in (labels.shape, labels.shape[:1]) or not bool((weights.isfinite() & (weights >= 0)).all()):
+        raise DataError(
+            f"The collator's kd_weights {tuple(weights.shape)} must be a finite number of 0 or more for each row "
+            f"{tuple(labels.shape[:1])} or each token {tuple(labels.shape)}."
+        )
+    return (weights, None) if weights.dim() == 1 else (None, weights)
 
 
 _TOKENS = ("input_ids", "attention_mask", "labels")
@@ -465,4 +497,5 @@ def right_padded(batch: Batch) -> Batch:
         batch,
         model_inputs={name: shifted(name, value) for name, value in batch.model_inputs.items()},
         labels=shifted("labels", batch.labels),
+        kd_token_weights=None if batch.kd_token_weights is None else shifted("labels", batch.kd_token_weights),
     )

@@ -38,6 +38,8 @@ _FEATURES = datasets.Features(
         "input_ids": datasets.Sequence(datasets.Value("int32")),
         "labels": datasets.Sequence(datasets.Value("int32")),
         "prompt_length": datasets.Value("int32"),
+        "kd_weight": datasets.Value("float32"),
+        "kd_weights": datasets.Sequence(datasets.Value("float32")),
         "status": datasets.Value("string"),  # ok | bad | long (over max_length, an error) | dropped
         "problem": datasets.Value("string"),
         "again": datasets.Value("bool"),  # an image could not be read: next time it may be

@@ -173,6 +173,11 @@ class ChatTemplate:
     def _all(self, call: _Call, last: Rendered) -> Rendered:
         """Every token is supervised, those behind the last answer as well, but for turns that are switched off."""
         count = len(call.chat.messages)
+        if weighed := list(call.chat.message_weights):
+            raise RowError(
+                f"messages[{weighed[0]}] has kd_weight, and data.train_on: all trains on more than answers: give the "
+                "row the weight, or set data.train_on to assistant or last"
+            )
         full = (
             last if last.messages == count else replace(last, text=self._render(call, count), messages=count, stop=None)
         )
@@ -199,6 +204,8 @@ class ChatTemplate:
             notes = (*notes, STOP_ADDED)
         if not turn.spans:
             notes = (*notes, MARKED_OUT)
+        if i in call.chat.message_weights:
+            turn = replace(turn, kd_weight=call.chat.message_weights[i])
         return Rendered(text, (turn,), i + 1, stop=stop, notes=notes)
 
     def _with_reasoning(self, call: _Call, i: int, prompt: str, text: str) -> tuple[str, int, list[tuple[int, int]]]:

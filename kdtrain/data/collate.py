@@ -57,6 +57,19 @@ def pad_rows(
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+def _weights(rows: Sequence[EncodedRow], width: int) -> dict[str, torch.Tensor | None]:
+    """Weights in the divergence, of the rows [B] and of their tokens [B, T]; None where all are 1."""
+    of_rows = torch.tensor([row.kd_weight for row in rows])
+    if all(row.kd_weights is None for row in rows):
+        of_tokens = None
+    else:
+        of_tokens = torch.ones(len(rows), width)
+        for i, row in enumerate(rows):
+            if row.kd_weights is not None:
+                of_tokens[i, : len(row.kd_weights)] = torch.tensor(row.kd_weights)
+    return {"rows": of_rows if bool((of_rows != 1).any()) else None, "tokens": of_tokens}
+
+
 @dataclass
 class Collator:
     """Collates rows of `build_dataset`, or raw rows, which are encoded on the fly in the same way.
@@ -132,14 +145,17 @@ class Collator:
         truncated = [row is not encoded[i] for i, row in fitting]
         pairs = [(row.input_ids, row.labels) for _, row in fitting]
         tokens = pad_rows(pairs, self._pad_id, self.pad_to_multiple_of)
+        weights = _weights([row for _, row in fitting], tokens["labels"].shape[1])
         batch = Batch(
             labels=tokens.pop("labels"),
+            kd_token_weights=weights["tokens"],
             model_inputs=tokens,
             rows=Rows(
                 ids=[str(row.get("row_id", "")) for row, _ in kept],
                 keys=[encoded_row_key(row) for _, row in fitting] if self.row_keys else (),
                 prompt_lengths=torch.tensor([row.prompt_length for _, row in fitting], dtype=torch.long),
                 ce=torch.tensor([bool(row.get("ce", True)) for row, _ in kept]),
+                kd_weights=weights["rows"],
                 truncated=truncated if any(truncated) else (),
                 places=None if places == list(range(given)) else places,
                 answers=[_answer(row) for row, _ in kept] if self.answers else (),
@@ -314,7 +330,7 @@ class Collator:
     @staticmethod
     def _unsupervised(row: EncodedRow, length: int) -> EncodedRow:
         ids = row.input_ids[:length]
-        return replace(row, input_ids=ids, labels=[IGNORE_INDEX] * len(ids), prompt_length=len(ids))
+        return row.first_tokens(length, labels=[IGNORE_INDEX] * len(ids), prompt_length=len(ids))
 
 
 def _answer(row: Mapping[str, Any]) -> str | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdtrain.data.errors import RowError, show, type_name
+from kdtrain.data.kd_weights import WEIGHT
 from kdtrain.data.parts import AUDIO_COLUMNS, VIDEO_COLUMNS
 from kdtrain.data.turns import blank
 
@@ -48,10 +49,10 @@ _PREFERENCES = ("label", "kto_tag", "chosen", "rejected", "rejected_response", "
 # answer, another answer, boxes in an image, retrieved documents, what is trained on. Not names such as source or score.
 _MEANT = (
     *("reasoning", "reasoning_content", "thinking", "documents", *_CHECKS),
-    *("weight", "kd_weight", "loss", "loss_mask", "train", *_PREFERENCES),
+    *("weight", "loss", "loss_mask", "train", *_PREFERENCES),
 )
-NAMED_COLUMNS = (*KNOWN_COLUMNS, *_MEANT)
-_NAMED = frozenset(NAMED_COLUMNS) - {*IMAGE_COLUMNS}
+NAMED_COLUMNS = (*KNOWN_COLUMNS, WEIGHT, *_MEANT)
+_NAMED = frozenset(NAMED_COLUMNS) - {*IMAGE_COLUMNS, WEIGHT}  # every kind of row has a weight
 
 
 def renamed(columns: Mapping[str, str | None] | None) -> dict[str, str]:
@@ -138,14 +139,15 @@ def _watched(mapped: Mapping[str, str]) -> tuple[str, ...]:
     """The columns that rows of this kind would lose if they were not mapped."""
     kind = next((column for column in ROW_COLUMNS if column in mapped), None)
     if kind in (None, "text"):
-        return ()
-    return CONTEXT_COLUMNS if kind in ("messages", "conversations") else (*CONTEXT_COLUMNS, *_QUESTION_COLUMNS)
+        return () if kind is None else (WEIGHT,)
+    of_chat = (WEIGHT, *CONTEXT_COLUMNS)
+    return of_chat if kind in ("messages", "conversations") else (*of_chat, *_QUESTION_COLUMNS)
 
 
 def _would_be_lost(name: str, row: Mapping[str, Any], mapped: Mapping[str, str]) -> str:
     """Says how to map it: beside a prompt that is text, by the layout that becomes a conversation."""
     better = dict(mapped)
-    if isinstance(row.get(mapped.get("prompt", "")), str):
+    if isinstance(row.get(mapped.get("prompt", "")), str) and name != WEIGHT:
         names = {"prompt": "input" if name == "instruction" else "instruction", "completion": "output"}
         better = {names.get(canonical, canonical): column for canonical, column in mapped.items()}
     return (

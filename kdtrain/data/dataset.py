@@ -30,6 +30,7 @@ from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.epochs import Epochs, mix
 from kdtrain.data.errors import show
 from kdtrain.data.held_out import HeldOut
+from kdtrain.data.kd_weights import WEIGHT
 from kdtrain.data.prefix import OPTION as PREFIX
 from kdtrain.data.scratch import scratch_folder
 from kdtrain.data.sources import Source, SourceContent, read_all, unread_of
@@ -67,6 +68,7 @@ class BuildReport:
     stop_tokens_added: int = 0  # rows whose template marks the answer without the token that ends it
     unterminated_rows: int = 0  # with a supervised turn that ends without a stop token
     teacher_text_rows: int = 0  # kept; the teacher reads another text than the student
+    weighted_rows: int = 0  # kept, with a weight in the divergence that is not 1, of the row or of some tokens
     teacher_option: str = ""  # which options say so
     notes: list[str] = field(default_factory=list)
     # The rows of the data set with the smallest, largest, narrowest and most elongated image of each source, and where
@@ -96,6 +98,7 @@ class BuildReport:
             (self.stop_tokens_added, "got the end-of-turn token into the mask, which the template's markers leave out"),
             (self.unterminated_rows, f"end a turn without an end-of-turn token: {_NO_STOP}"),
             (self.teacher_text_rows, f"have another text for the teacher ({self.teacher_option})"),
+            (self.weighted_rows, f"have a weight in the divergence that is not 1 ({WEIGHT})"),
         )
         lines += [f"  {count} rows {what}" for count, what in counts if count]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
@@ -154,7 +157,8 @@ def build_dataset(
         `teacher_input_ids`, `teacher_labels` and `teacher_prompt_length` (None in the other rows): its supervised
         tokens are those of `labels`, in their order. With `keep_chats` also `chat`, as of `kdtrain.data.conversation`:
         up to the last answer that the row trains, and None for plain text and for rows cut within their first prompt.
-        With `keep_answers` also `answer`.
+        With `keep_answers` also `answer`. If any row has weights in the divergence, also `kd_weight` (of its answer,
+        whoever writes it) and `kd_weights` (of each token, in the length of `labels`; None is 1 for all).
 
     Raises:
         DataError: nothing to read, too many bad rows, over-long rows with `error`, no row left, or a tokenizer or
@@ -384,10 +388,18 @@ def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[S
         longest=int(length.max()),
         stop_tokens_added=int(_column(encoded, "extended").sum()),
         unterminated_rows=int(_column(encoded, "unterminated").sum()),
+        weighted_rows=len(np.unique(made_of[kept & _weighs(encoded)])),
         teacher_text_rows=len(
             np.unique(made_of[np.asarray(pc.is_valid(encoded.data.column("teacher_prompt_length")))])
         ),
     )
+
+
+def _weighs(encoded: datasets.Dataset) -> np.ndarray:
+    """[rows] bool: whether a weight in the divergence is not 1."""
+    of_tokens = np.asarray(pc.is_valid(encoded.data.column("kd_weights")))
+    weighs: np.ndarray = (_column(encoded, "kd_weight") != 1) | of_tokens
+    return weighs
 
 
 def images_per_row(encoded: datasets.Dataset) -> np.ndarray:
@@ -532,5 +544,6 @@ def _assemble(
     columns = ["input_ids", "labels", "prompt_length", "ce", "row_id"]
     columns += ["text", "images"] if report.images else []
     columns += [f"teacher_{name}" for name in ("input_ids", "labels", "prompt_length")] * bool(report.teacher_text_rows)
+    columns += ["kd_weight", "kd_weights"] * bool(report.weighted_rows)
     columns += ["answers"] if any(source.answers == "teacher" for source in sources) else []
     return full.select_columns([*columns, *kept])

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kdtrain.data.conversation import first_messages
-from kdtrain.data.errors import show
+from kdtrain.data.errors import RowError, show
 from kdtrain.data.images import Image
+from kdtrain.data.kd_weights import WEIGHT, read_weight, read_weights
 from kdtrain.data.multimodal import Processed
 from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
@@ -45,6 +46,8 @@ class EncodedRow:
     processed: Processed | None = field(default=None, repr=False, compare=False)  # where `RowEncoder` keeps pixels
     teacher: EncodedRow | None = None  # the row as the teacher reads it, where that is other text; labels are the same
     chat: str | None = None  # as of conversation.py, where `RowEncoder` keeps it
+    kd_weight: float = 1.0  # what its divergence counts, whoever writes its answer
+    kd_weights: list[float] | None = None  # and that of each of its tokens, as the labels; None is 1 for all
 
     @property
     def supervised(self) -> int:
@@ -53,6 +56,12 @@ class EncodedRow:
     @property
     def supervised_ids(self) -> list[int]:
         return [label for label in self.labels if label != IGNORE_INDEX]
+
+    def first_tokens(self, count: int, **changes: Any) -> EncodedRow:
+        """The row without what follows them."""
+        weights = None if self.kd_weights is None else self.kd_weights[:count]
+        kept = {"input_ids": self.input_ids[:count], "labels": self.labels[:count], "kd_weights": weights}
+        return replace(self, **{**kept, **changes})
 
     @property
     def longest(self) -> int:
@@ -72,8 +81,31 @@ def tokenised_row(row: Mapping[str, Any]) -> EncodedRow:
     mask = _ints(row.get("completion_mask"))
     before_completion = next((i for i, on in enumerate(mask) if on), len(mask))  # 0 without a mask
     start = int(row.get("prompt_length", before_completion))
-    encoded = EncodedRow(ids, labels, start, prompt_only=start == len(ids), turn_starts=(start,))
+    of_row, of_tokens = _weights(row, len(ids))
+    encoded = EncodedRow(
+        *(ids, labels, start),
+        prompt_only=start == len(ids),
+        turn_starts=(start,),
+        kd_weight=of_row,
+        kd_weights=of_tokens,
+    )
     return replace(encoded, teacher=_tokenised_teacher(row, encoded))
+
+
+def _weights(row: Mapping[str, Any], tokens: int) -> tuple[float, list[float] | None]:
+    """Of the row, and of its tokens: `kd_weight` is one or the other, `kd_weights` is what the encoder gives."""
+    given, of_tokens = _plain(row.get(WEIGHT)), _plain(row.get(f"{WEIGHT}s"))
+    try:
+        if isinstance(given, list | tuple):
+            return 1.0, read_weights(given, tokens)
+        return read_weight(given), None if of_tokens is None else read_weights(of_tokens, tokens, f"{WEIGHT}s")
+    except RowError as error:
+        raise DataError(f"a tokenised row ({show(row.get('row_id', 'no row_id'))}): {error}") from error
+
+
+def _plain(values: Any) -> Any:
+    """Data sets with a torch or numpy format give tensors, of no dimension for a number."""
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 def _tokenised_teacher(row: Mapping[str, Any], student: EncodedRow) -> EncodedRow | None:
@@ -100,9 +132,7 @@ def _labels(row: Mapping[str, Any], ids: list[int]) -> list[int]:
 
 def _ints(values: Any) -> list[int]:
     """Data sets with a torch or numpy format give tensors."""
-    if values is None:
-        return []
-    return list(values.tolist()) if hasattr(values, "tolist") else list(values)
+    return [] if values is None else list(_plain(values))
 
 
 @dataclass(frozen=True)
@@ -136,7 +166,7 @@ def truncate(row: EncodedRow, max_length: int) -> EncodedRow | None:
     # All images of the row reach the model, so that a prompt to generate from needs all of their tokens.
     fitting = [start for start in row.turn_starts if row.images_end <= start < max_length]
     start = fitting[-1] if fitting else 0
-    cut = replace(row, input_ids=row.input_ids[:max_length], labels=labels, prompt_length=start)
+    cut = row.first_tokens(max_length, prompt_length=start)
     return _with_turns(cut, sum(start < max_length for start in row.turn_starts))
 
 
@@ -150,7 +180,7 @@ def _truncate_both(row: EncodedRow, teacher: EncodedRow, max_length: int) -> Enc
     starts = zip(*(view.turn_starts for view in views), strict=True)
     fitting = [pair for pair in starts if all(start < end for start, end in zip(pair, ends, strict=True))]
     own, other = (
-        replace(view, input_ids=view.input_ids[:end], labels=view.labels[:end], prompt_length=start)
+        view.first_tokens(end, prompt_length=start)
         for view, end, start in zip(views, ends, fitting[-1] if fitting else (0, 0), strict=True)
     )
     return _with_turns(replace(own, teacher=other), len(fitting))

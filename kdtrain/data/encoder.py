@@ -188,6 +188,7 @@ class RowEncoder:
         self._follow_tokenizer()
         results: list[list[EncodedRow] | RowError] = [[] for _ in rows]
         answers: list[str | None] = [None] * len(rows)
+        weights = [1.0] * len(rows)
         chats: list[_Text] = []
         characters = 0
         for i, row in enumerate(rows):
@@ -195,6 +196,7 @@ class RowEncoder:
                 row, prefix = self._prefix(row)
                 row, answers[i] = self._answer(row)
                 parsed = self._parse(row, folders[i], bool(teacher_answers and teacher_answers[i]))
+                weights[i] = parsed.kd_weight
                 if prefix is not None and not isinstance(parsed, Chat):
                     refuse_text(parsed)
                 if isinstance(parsed, PlainText):
@@ -216,11 +218,9 @@ class RowEncoder:
                 self._encode_chats(chats, results)
                 chats, characters = [], 0
         self._encode_chats(chats, results)
-        if self.keep_answers:
-            return [
-                found if isinstance(found, RowError) else [replace(one, answer=answer) for one in found]
-                for found, answer in zip(results, answers, strict=True)
-            ]
+        for i, found in enumerate(results):
+            if not isinstance(found, RowError) and (self.keep_answers or weights[i] != 1):
+                results[i] = [replace(one, answer=answers[i], kd_weight=weights[i]) for one in found]
         return results
 
     def _answer(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
@@ -389,11 +389,13 @@ class RowEncoder:
         if not rendered.turns:
             return EncodedRow(ids, [IGNORE_INDEX] * len(ids), len(ids), prompt_only=True)
         labels = [IGNORE_INDEX] * len(ids)
+        weights = [1.0] * len(ids)
         for turn in rendered.turns:
             for start, end in turn.spans:
                 first = tokens.complete_before(start) if start in straddled else tokens.first_from(start)
                 behind = tokens.end_of(end)
                 labels[first:behind] = ids[first:behind]
+                weights[first:behind] = [turn.kd_weight] * len(ids[first:behind])
         if self.options.train_on == "all":
             labels = list(ids)
             for start, end in rendered.excluded:
@@ -402,6 +404,7 @@ class RowEncoder:
         if rendered.stop is not None:
             ids.append(self.tokenizer.convert_tokens_to_ids(rendered.stop))
             labels.append(ids[-1] if rendered.turns[-1].spans else IGNORE_INDEX)
+            weights.append(rendered.turns[-1].kd_weight)
         labels[:1] = [IGNORE_INDEX]
         starts = tuple(tokens.complete_before(turn.start) for turn in rendered.turns)
         return EncodedRow(
@@ -414,6 +417,7 @@ class RowEncoder:
             extended=any(turn.extended for turn in rendered.turns),
             unterminated=not all(turn.terminated for turn in rendered.turns),
             notes=(APART if apart else STRADDLED,) if straddled else (),
+            kd_weights=weights if any(turn.kd_weight != 1 for turn in rendered.turns) else None,
         )
 
     def _verified(self, row: EncodedRow, notes: tuple[str, ...]) -> EncodedRow:

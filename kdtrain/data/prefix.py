@@ -109,6 +109,7 @@ def with_prefix(chat: Chat, prefix: Sequence[Message], mode: str) -> PrefixedCha
         messages=[*first, *chat.messages[skips:]],
         first_trained=chat.first_trained and chat.first_trained + further,
         untrained=frozenset(answers | {i + further for i in chat.untrained}),
+        message_weights={i + further: weight for i, weight in chat.message_weights.items()},
     )
     return PrefixedChat(read, first, skips)
 

@@ -107,6 +107,7 @@ def rows_of(batches: Sequence[Batch], order: Sequence[int], pad_id: int, multipl
     has_images = images_left(visual, sizes)
     return Batch(
         labels=tokens.pop("labels"),
+        kd_token_weights=tokens.pop(_WEIGHTS, None),
         model_inputs={**tokens, **(visual if has_images else {})},
         rows=_rows([batch.rows for batch in batches], [len(batch) for batch in batches], order),
         visual_sizes=sizes if has_images else {},
@@ -140,21 +141,30 @@ def _check(batches: Sequence[Batch]) -> None:
 def _tokens(batches: Sequence[Batch], order: Sequence[int], pad_id: int, multiple: int | None) -> dict[str, Any]:
     """Ids, mask, labels and what else there is for every token, as long as the longest of the rows."""
     own_rows, back = _by_batch([len(batch) for batch in batches], order)
+    weighs = any(batch.kd_token_weights is not None for batch in batches)
     own = [
-        {name: values[rows] for name, values in _per_token(batch).items()}
+        {name: values[rows] for name, values in _per_token(batch, weighs=weighs).items()}
         for batch, rows in zip(batches, own_rows, strict=True)
         if rows
     ]
     longest = max(1, *(length for part in own for length in _lengths(part["attention_mask"], part["labels"])))
     width = _rounded(longest, multiple, max(part["labels"].shape[1] for part in own))
-    fill = {"input_ids": pad_id, "labels": IGNORE_INDEX}
+    fill = {"input_ids": pad_id, "labels": IGNORE_INDEX, _WEIGHTS: 1}
     return {name: torch.cat([_to_width(part[name], width, fill.get(name, 0)) for part in own])[back] for name in own[0]}
 
 
-def _per_token(batch: Batch) -> dict[str, torch.Tensor]:
+_WEIGHTS = "kd_token_weights"
+
+
+def _per_token(batch: Batch, *, weighs: bool = False) -> dict[str, torch.Tensor]:
+    """By name, [B, T]; with weights in the divergence where some of the batches have any."""
     ids = batch.model_inputs["input_ids"]
     mask = batch.model_inputs.get("attention_mask", torch.ones_like(ids))
-    return {"input_ids": ids, "attention_mask": mask, **batch.token_level, "labels": batch.labels}
+    found = {"input_ids": ids, "attention_mask": mask, **batch.token_level, "labels": batch.labels}
+    if weighs:
+        ones = torch.ones(batch.labels.shape, device=batch.labels.device)
+        found[_WEIGHTS] = ones if batch.kd_token_weights is None else batch.kd_token_weights
+    return found
 
 
 def _lengths(mask_BT: torch.Tensor, labels_BT: torch.Tensor) -> list[int]:

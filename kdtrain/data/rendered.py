@@ -21,6 +21,7 @@ class Turn:
     terminated: bool = True  # it ends with a token that makes the model stop
     extended: bool = False  # that token stands outside of the template's own markers
     messages: int = 0  # of the conversation, up to and with its own
+    kd_weight: float = 1.0  # what the divergence of its tokens counts
 
 
 @dataclass(frozen=True)

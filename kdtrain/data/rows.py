@@ -16,6 +16,7 @@ from kdtrain.data.context import read_system, read_template_kwargs, read_tools
 from kdtrain.data.errors import RowError, show, type_name
 from kdtrain.data.images import Image
 from kdtrain.data.instructions import instruction_messages, query_messages
+from kdtrain.data.kd_weights import WEIGHT, read_weight
 from kdtrain.data.parts import column_images, count_images, place_images, texts_of
 from kdtrain.data.turns import Message, Turns, blank, nonempty, read_messages
 
@@ -25,7 +26,8 @@ class Chat:
     """A conversation. Assistant messages before `first_trained`, and those of `untrained`, are never supervised.
 
     `images` are those of the messages' image parts, in order; `template_kwargs` the row's own arguments for the chat
-    template; `notes` what the row says and nothing reads; `unknown_keys` those of messages, which a template may read.
+    template; `notes` what the row says and nothing reads; `unknown_keys` those of messages, which a template may read;
+    `kd_weight` what its divergence counts, times `message_weights` of single assistant messages.
     """
 
     messages: list[Message]
@@ -36,6 +38,8 @@ class Chat:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unknown_keys: tuple[str, ...] = ()
+    kd_weight: float = 1.0
+    message_weights: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def prompt_only(self) -> bool:
@@ -62,6 +66,7 @@ class Pair:
     prompt: str
     completion: str | None = None
     notes: tuple[str, ...] = ()
+    kd_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class PlainText:
 
     text: str
     notes: tuple[str, ...] = ()
+    kd_weight: float = 1.0
 
 
 def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair | PlainText:
@@ -77,8 +83,8 @@ def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair 
 
     Rows have `messages`, `conversations` (ShareGPT), `prompt` with or without `completion`, `instruction` (Alpaca,
     Dolly) or `query` (ms-swift), or `text`. Conversations also have the columns of `CONTEXT_COLUMNS`, and `images` or
-    `image`. Null counts as missing, and columns that mean nothing here are ignored. `folder` is what the paths of
-    images are relative to; None refuses relative paths.
+    `image`; all of them may have `kd_weight`. Null counts as missing, and columns that mean nothing here are ignored.
+    `folder` is what the paths of images are relative to; None refuses relative paths.
     """
     images = column_images(row)
     kind = _kind(row)
@@ -92,7 +98,7 @@ def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair 
         raise RowError("images need a conversation: give messages, or prompt and completion as lists of messages")
     else:
         parsed = _without_context(parsed, row)
-    return _with_notes(parsed, row, kind)
+    return replace(_with_notes(parsed, row, kind), kd_weight=read_weight(row.get(WEIGHT)))
 
 
 def asked_in(row: Mapping[str, Any]) -> Chat | Pair:
@@ -122,7 +128,7 @@ def prompt_of(parsed: Chat | Pair | PlainText) -> Chat | Pair:
     if isinstance(parsed, PlainText):
         raise RowError("plain text has no prompt that a teacher could answer: give messages, or a prompt column")
     if isinstance(parsed, Pair):
-        return Pair(parsed.prompt, notes=parsed.notes)
+        return replace(parsed, completion=None)
     if parsed.prompt_only:
         return parsed
     cut = _first_messages(parsed, parsed.trained[0 if parsed.first_trained else -1])
@@ -148,8 +154,13 @@ def answered(parsed: Chat | Pair | PlainText) -> Chat | Pair | PlainText:
 
 def _first_messages(chat: Chat, count: int) -> Chat:
     messages = chat.messages[:count]
-    untrained = frozenset(i for i in chat.untrained if i < count)
-    return replace(chat, messages=messages, untrained=untrained, images=chat.images[: count_images(messages)])
+    return replace(
+        chat,
+        messages=messages,
+        untrained=frozenset(i for i in chat.untrained if i < count),
+        message_weights={i: weight for i, weight in chat.message_weights.items() if i < count},
+        images=chat.images[: count_images(messages)],
+    )
 
 
 def _chat(turns: Turns, first_trained: int = 0) -> Chat:
@@ -159,6 +170,7 @@ def _chat(turns: Turns, first_trained: int = 0) -> Chat:
         untrained=turns.untrained,
         notes=turns.notes,
         unknown_keys=turns.unknown_keys,
+        message_weights=turns.weights,
     )
 
 
@@ -173,9 +185,9 @@ def _prompt_row(row: Mapping[str, Any]) -> Chat | Pair:
         return Pair(nonempty(prompt, "prompt"), nonempty(completion, "completion"))
     asked = read_messages(prompt, "prompt")
     count = len(asked.messages)
-    if asked.switched_on:
+    if asked.switched_on or asked.weights:
         note = "a message of prompt says that it is trained on, which is not read: only the completion is"
-        asked = replace(asked, notes=(*asked.notes, note))
+        asked = replace(asked, notes=(*asked.notes, note), weights={})
     if completion is None:
         if asked.messages[-1]["role"] == "assistant":
             raise RowError("prompt ends with an assistant message and there is no completion")
@@ -188,6 +200,7 @@ def _prompt_row(row: Mapping[str, Any]) -> Chat | Pair:
     whole = Turns(
         asked.messages + answer.messages,
         asked.untrained | {count + i for i in answer.untrained},
+        weights={count + i: weight for i, weight in answer.weights.items()},
         notes=(*asked.notes, *answer.notes),
         unknown_keys=tuple(dict.fromkeys([*asked.unknown_keys, *answer.unknown_keys])),
     )
@@ -227,6 +240,7 @@ def _with_context(chat: Chat, row: Mapping[str, Any]) -> Chat:
         messages=[{"role": "system", "content": system}, *chat.messages],
         first_trained=chat.first_trained and chat.first_trained + 1,
         untrained=frozenset(i + 1 for i in chat.untrained),
+        message_weights={i + 1: weight for i, weight in chat.message_weights.items()},
     )
 
 

@@ -26,6 +26,7 @@ from kdtrain.data.columns import (
 from kdtrain.data.errors import show, suggestion
 from kdtrain.data.files import RawRow, cannot_read
 from kdtrain.data.folders import files_in, files_matching
+from kdtrain.data.kd_weights import WEIGHT
 from kdtrain.data.prefix import OPTION as PREFIX
 from kdtrain.data.splits import DEFAULT_SPLIT, EVERY_SPLIT, names_split, same_split
 from kdtrain.errors import DataError
@@ -62,7 +63,9 @@ def check_source(source: Source) -> None:
         raise DataError(f"{show(source.path)}: answers must be one of {known}, not {show(source.answers, 40)}")
     for column, name in (source.columns or {}).items():
         allowed = (
-            (*KNOWN_COLUMNS, ANSWER_COLUMN) if name is not None else (*NAMED_COLUMNS, *PATH_COLUMNS, *UNREAD_MEDIA)
+            (*KNOWN_COLUMNS, ANSWER_COLUMN, WEIGHT)
+            if name is not None
+            else (*NAMED_COLUMNS, *PATH_COLUMNS, *UNREAD_MEDIA)
         )
         if column not in allowed:
             raise DataError(

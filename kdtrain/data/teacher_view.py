@@ -197,7 +197,7 @@ def with_teacher(row: EncodedRow, teacher: EncodedRow, option: str = OPTION) -> 
     if same_text and row.prompt_length == teacher.prompt_length:
         return row
     notes = (*row.notes, PROMPT_ALONE) if same_text else row.notes
-    return replace(row, teacher=replace(teacher, notes=()), notes=notes)
+    return replace(row, teacher=replace(teacher, notes=(), kd_weights=None), notes=notes)
 
 
 def teacher_notes(own: tuple[str, ...], teacher: tuple[str, ...]) -> tuple[str, ...]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kdtrain.data.errors import RowError, show, type_name
+from kdtrain.data.kd_weights import WEIGHT, read_weight, refuse_in_part
 from kdtrain.data.parts import image_part, merge_parts
 
 Message = dict[str, Any]
@@ -20,6 +21,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 # What a message may say about its loss: 0 or false is an answer that is context only. Of OpenAI, Mistral and together
 # (weight), ms-swift (loss), LLaMA-Factory (loss_mask), axolotl (train) and verl (trainable).
 SWITCHES = ("weight", "loss", "loss_mask", "train", "trainable")
+_LOSS = (*SWITCHES, WEIGHT)  # no part of a message's text
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 _CALL = "function_call"  # a turn whose content is the call as JSON text
@@ -46,6 +48,7 @@ class Turns:
     messages: list[Message]
     untrained: frozenset[int] = frozenset()  # assistant messages whose loss is switched off
     switched_on: bool = False  # an assistant message says that it is trained on
+    weights: Mapping[int, float] = field(default_factory=dict)  # in the divergence, of assistant messages, but for 1
     notes: tuple[str, ...] = ()
     unknown_keys: tuple[str, ...] = ()
 
@@ -54,6 +57,7 @@ def read_messages(value: Any, column: str) -> Turns:
     """Checks the messages of one column: a list, the same as JSON text, or a mapping of lists (one per key)."""
     messages: list[Message] = []
     untrained: set[int] = set()
+    weights: dict[int, float] = {}
     switched_on, after_call = False, False
     notes: dict[str, None] = {}
     unknown: dict[str, None] = {}
@@ -69,13 +73,16 @@ def read_messages(value: Any, column: str) -> Turns:
         if not others:
             continue
         switch, key = _switch(others, where)
+        weight = read_weight(others.get(WEIGHT), f"{where}.{WEIGHT}")
         if message["role"] == "assistant":
             switched_on = switched_on or switch is True
             untrained.update([len(messages) - 1] if switch is False else [])
-        elif switch:
+            weights.update({len(messages) - 1: weight} if weight != 1 else {})
+        elif switch or weight != 1:
+            key = key if switch else WEIGHT
             notes[f"a {message['role']} message has {key}, which is not read: only answers are trained on"] = None
-        unknown.update(dict.fromkeys(key for key in others if key not in SWITCHES))
-    return Turns(messages, frozenset(untrained), switched_on, tuple(notes), tuple(unknown))
+        unknown.update(dict.fromkeys(key for key in others if key not in _LOSS))
+    return Turns(messages, frozenset(untrained), switched_on, weights, tuple(notes), tuple(unknown))
 
 
 def blank(value: Any) -> bool:
@@ -135,6 +142,8 @@ def read_content(content: Any, where: str) -> str | list[dict[str, Any]]:
             raise RowError(
                 f"{where}.content has a part with {off[0]}: a message is trained on or not, not a part of it"
             )
+        if isinstance(part, Mapping):
+            refuse_in_part(part, where)
         parts.append({"type": "text", "text": valid_unicode(text, where)})
     return merge_parts(parts)
 
@@ -183,7 +192,7 @@ def _message(message: Any, where: str) -> tuple[Message, dict[str, Any]]:
     others = {key: value for key, value in kept.items() if key not in _READ and key not in _IDS and not blank(value)}
     if media := [key for key in _MEDIA if key in others]:
         raise RowError(f"{where} has {media[0]} beside its content: give it as a part of the content, or as a column")
-    kept = {key: value for key, value in kept.items() if key in _READ or (key in others and key not in SWITCHES)}
+    kept = {key: value for key, value in kept.items() if key in _READ or (key in others and key not in _LOSS)}
     if role in ("assistant", _CALL):
         kept = _acting(kept, where)
     elif misplaced := [key for key in ("tool_calls", "function_call", *REASONING) if not blank(kept.pop(key, None))]:

@@ -142,6 +142,7 @@ def cut_rows(batch: Batch, kept: int) -> Batch:
         batch,
         model_inputs=by_row | visual,
         labels=batch.labels[:kept],
+        kd_token_weights=None if batch.kd_token_weights is None else batch.kd_token_weights[:kept],
         rows=Rows(**rows),
         visual_sizes=sizes,
         teacher_images=teacher,

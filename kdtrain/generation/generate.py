@@ -180,7 +180,12 @@ def with_completions(
         teacher = replace(teacher, **_answered(of_teacher, written, pad_id, multiple, device))
     rows = replace(batch.rows, keys=(), cut=cut)  # keys: they name what the rows were
     return replace(
-        batch, model_inputs={**batch.model_inputs, **tokens}, labels=labels, rows=rows, teacher_tokens=teacher
+        batch,
+        model_inputs={**batch.model_inputs, **tokens},
+        labels=labels,
+        kd_token_weights=None,  # of the answers that are gone
+        rows=rows,
+        teacher_tokens=teacher,
     )
 
 

@@ -46,7 +46,7 @@ class Call:
     teacher_hidden: torch.Tensor | None
     targets: SparseTargets | None
     options: TileOptions
-    ce_mask: torch.Tensor | None
+    ce_token_weights: torch.Tensor | None
     kd_token_weights: torch.Tensor | None
     num_items: torch.Tensor | int | None
     num_kd_items: torch.Tensor | int | None
@@ -69,6 +69,7 @@ class ChunkedPass:
     Args:
         hidden_SH, labels_S: of the supervised tokens.
         rows: [S], which tokens of the call these are.
+        taught: leading tokens of these that a term teaches; of the others there are sums, and no gradient.
         wanted: whether the gradients of hidden state, weight and bias are.
         half: on a GPU under autocast its dtype, in which the model would have made its logits; else None.
     """
@@ -78,11 +79,12 @@ class ChunkedPass:
         hidden_SH: torch.Tensor,
         labels_S: torch.Tensor,
         rows: torch.Tensor,
+        taught: int,
         call: Call,
         wanted: tuple[bool, ...],
         half: torch.dtype | None,
     ) -> None:
-        self.labels, self.rows, self.call = labels_S, rows, call
+        self.labels, self.rows, self.taught, self.call = labels_S, rows, taught, call
         self.hidden, weight = one_dtype(hidden_SH, call.student.weight, half)
         self.student = replace(call.student, weight=weight)
         self.teacher, self.teacher_hidden = call.teacher, call.teacher_hidden
@@ -98,7 +100,7 @@ class ChunkedPass:
         self.inverse_items = 1 / normaliser(call.num_items, tokens).to(self.dtype)
         ce_rows, kd_rows = (
             None if given is None else given.to(device)[rows].to(self.dtype)
-            for given in (call.ce_mask, call.kd_token_weights)
+            for given in (call.ce_token_weights, call.kd_token_weights)
         )
         # Where KD has a denominator of its own, D / D_kd is in its weights, so that 1/D is left for both terms.
         self.kd_share = kd_share(kd_rows, call.num_items, call.num_kd_items, tokens)
@@ -109,20 +111,20 @@ class ChunkedPass:
         self.options, self.left_to_scale = call.options, self.inverse_items
         self.scale = float(call.student.logit_scale)
         self.half = None
-        if HalfGradients.fit(hidden_SH, call.student.weight) and len(labels_S):
+        if HalfGradients.fit(hidden_SH, call.student.weight) and taught:
             # Products that end as bfloat16 are rounded once: all factors, 1/D as well, go in before that. On a CPU
             # reading D costs nothing. The tile's g is made with weights times `unit`, and `scale` takes it out again.
             factor = self.scale * float(self.inverse_items)
             unit = power_of_two_unit(factor, call.options.ce_weight or call.options.kd_weight)
             self.options, self.scale = call.options.scaled(unit), factor / unit
             self.left_to_scale = torch.ones(())
-            self.half = HalfGradients(hidden_SH, call.student.weight, self.scale, wants_hidden, wants_weight)
+            self.half = HalfGradients(hidden_SH[:taught], call.student.weight, self.scale, wants_hidden, wants_weight)
         # What is not wanted stays None.
         self.grad_hidden: torch.Tensor | None = None
         self.grad_weight: torch.Tensor | None = None
         self.grad_bias: torch.Tensor | None = None
         if wants_hidden and self.half is None:
-            self.grad_hidden = torch.empty_like(hidden_SH, dtype=self.dtype)
+            self.grad_hidden = torch.empty_like(hidden_SH[:taught], dtype=self.dtype)
         if wants_weight and self.half is None:
             self.grad_weight = torch.zeros_like(call.student.weight, dtype=self.dtype)
         if wants_bias:
@@ -131,17 +133,20 @@ class ChunkedPass:
 
     def all_chunks(self) -> None:
         """Compute everything, chunk by chunk, in buffers that are made once."""
-        call, (tokens, vocabulary) = self.call, (len(self.labels), self.call.student.weight.shape[0])
-        sizes = chunk_sizes(tokens, call.chunk_tokens or default_chunk(vocabulary, self.dtype, self.hidden.device))
+        call, vocabulary = self.call, self.call.student.weight.shape[0]
+        most = call.chunk_tokens or default_chunk(vocabulary, self.dtype, self.hidden.device)
+        parts = self.taught, len(self.labels) - self.taught
+        sizes = [size for part in parts for size in chunk_sizes(part, most)]
         if not sizes:
             return
-        tile = sizes[0], vocabulary, self.dtype, self.hidden.device
+        largest = max(sizes)
+        tile = largest, vocabulary, self.dtype, self.hidden.device
         student = workspace.take("student", *tile)
         teacher = workspace.take("teacher", *tile) if call.teacher is not None else None
-        block = max(1, _BLOCK_VALUES // vocabulary) if student.device.type == "cpu" else sizes[0]
-        scratch = Buffers.like(student, min(block, sizes[0]))
+        block = block_rows(vocabulary, student.device, largest)
+        scratch = Buffers.like(student, block)
         start = 0
-        for size in sizes:  # the last chunks may be a row shorter than the buffers
+        for size in sizes:  # some chunks are shorter than the buffers
             chunk = slice(start, start + size)
             self._chunk(chunk, student[:size], None if teacher is None else teacher[:size], block, scratch)
             start += size
@@ -157,7 +162,8 @@ class ChunkedPass:
         if teacher is not None and self.teacher is not None and self.teacher_hidden is not None:
             # The teacher's hidden states are of all tokens: gathered a chunk at a time, they are never copied whole.
             self.teacher.logits(self.teacher_hidden.index_select(0, self.rows[chunk]), teacher)
-        # After this loop `student` holds d loss/d(hidden · weightᵀ + bias), but for `scale` and `left_to_scale`.
+        # After this loop `student` holds d loss/d(hidden · weightᵀ + bias), but for `scale` and `left_to_scale`; of
+        # tokens that nothing teaches it holds nothing.
         for first in range(0, len(student), block):
             inside = slice(first, min(first + block, len(student)))
             self._block(
@@ -166,6 +172,8 @@ class ChunkedPass:
                 None if teacher is None else teacher[inside],
                 scratch.rows(inside.stop - inside.start),
             )
+        if chunk.start >= self.taught:
+            return
         if self.grad_bias is not None:
             self.grad_bias.add_(student.sum(0), alpha=self.scale)
         if self.half is not None:
@@ -178,17 +186,20 @@ class ChunkedPass:
 
     def _block(self, rows: slice, student: torch.Tensor, teacher: torch.Tensor | None, scratch: Buffers) -> None:
         """All terms of some rows; their gradient with respect to the raw logits is left in `student`."""
-        call = self.call
-        softcap = call.student.softcap if self.with_gradient else None
+        call, options = self.call, self.options
+        with_gradient = self.with_gradient and rows.start < self.taught
+        if rows.start >= self.taught:  # a divergence that weighs nothing is not looked at
+            options = replace(options, kd_weight=0.0, temperature=1.0)
+        softcap = call.student.softcap if with_gradient else None
         # The derivative of y = softcap·tanh(x/softcap) is 1 − (y/softcap)². It needs y, which the gradient is about to
         # overwrite.
         slope = None if softcap is None else (student / softcap).square_().neg_().add_(1)
         common = (
             self.labels[rows],
             self.row_weights[rows],
-            self.options,
+            options,
             scratch,
-            self.with_gradient,
+            with_gradient,
         )
         if call.targets is not None:
             # Row i of the targets is token i of the call, as with the teacher's hidden states.
@@ -239,8 +250,13 @@ def default_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device) -> 
 def tile_bytes(tokens: int, vocabulary: int, dtype: torch.dtype, device: torch.device, *, with_teacher: bool) -> int:
     """Bytes of the buffers of one pass over so many supervised tokens: the logits' tiles, and the scratch."""
     chunk = max(chunk_sizes(tokens, default_chunk(vocabulary, dtype, device)), default=0)
-    block = min(max(1, _BLOCK_VALUES // vocabulary), chunk) if device.type == "cpu" else chunk
+    block = block_rows(vocabulary, device, chunk)
     return dtype.itemsize * vocabulary * ((2 if with_teacher else 1) * chunk + 3 * block)
+
+
+def block_rows(vocabulary: int, device: torch.device, chunk: int) -> int:
+    """Rows of a chunk whose element-wise passes are made together."""
+    return min(max(1, _BLOCK_VALUES // vocabulary), chunk) if device.type == "cpu" else chunk
 
 
 def chunk_sizes(tokens: int, chunk: int) -> list[int]:

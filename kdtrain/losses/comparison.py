@@ -20,6 +20,7 @@ from kdtrain.losses.divergence import generalized_jsd
 from kdtrain.losses.gemm import one_dtype
 from kdtrain.losses.head import Head
 from kdtrain.losses.topk import TopKLogprobs, coarse_grain, teacher_tail
+from kdtrain.losses.workspace import workspace
 
 BINS = 15
 """Of the calibration error; of equal width."""
@@ -44,8 +45,18 @@ class Scores:
     def __len__(self) -> int:
         return len(self.outputs)
 
-    def logits(self, rows: slice) -> torch.Tensor:
-        """[C, columns], float32 (float64 of float64)."""
+    @property
+    def finite(self) -> bool:
+        """Whether no logit is −inf, as far as that is known without making them."""
+        return self.head is not None and not self.head.masks_columns()
+
+    def logits(self, rows: slice, buffer: str | None = None) -> torch.Tensor:
+        """[C, columns], float32 (float64 of float64).
+
+        Args:
+            buffer: with a head, the name of the workspace's buffer that they are made in; they are then valid until it
+                is taken again.
+        """
         some = self.outputs[rows]
         if self.head is None:
             return some[:, : self.columns].to(torch.promote_types(some.dtype, torch.float32))
@@ -55,7 +66,10 @@ class Scores:
         head = self.head.first_columns(self.columns)
         hidden, weight = one_dtype(some, head.weight, half)
         dtype = torch.promote_types(some.dtype, torch.float32)
-        out = torch.empty(len(hidden), len(weight), dtype=dtype, device=hidden.device)
+        if buffer is None:
+            out = torch.empty(len(hidden), len(weight), dtype=dtype, device=hidden.device)
+        else:
+            out = workspace.take(buffer, len(hidden), len(weight), dtype, hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             return replace(head, weight=weight).logits(hidden, out)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from kdtrain.errors import TargetsError
 from kdtrain.losses.divergence import entropy, generalized_jsd
@@ -32,8 +33,8 @@ def dense_distillation_loss(
     targets: SparseTargets | None = None,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
-    ce_mask: torch.Tensor | None = None,
     kd_token_weights: torch.Tensor | None = None,
+    ce_token_weights: torch.Tensor | None = None,
     beta: float = 0.5,
     temperature: float = 1.0,
     divergence: Divergence = "jsd",
@@ -42,7 +43,7 @@ def dense_distillation_loss(
     num_items: torch.Tensor | int | None = None,
     num_kd_items: torch.Tensor | int | None = None,
 ) -> FusedLoss:
-    """kd_weight · Σ w · divergence / num_kd_items + ce_weight · Σ cross-entropy / num_items.
+    """kd_weight · Σ w · divergence / num_kd_items + ce_weight · Σ v · cross-entropy / num_items.
 
     Over the tokens whose label is not −100.
 
@@ -54,8 +55,8 @@ def dense_distillation_loss(
         targets: a top-k teacher instead, or tokens drawn from one: row i is the teacher of token i, [N, K]. Drawn
             tokens want β 0.
         kd_weight, ce_weight: ≥ 0. At kd_weight 0 the divergence is not computed.
-        ce_mask: [N] bool, tokens that take part in the cross-entropy; None is all of them. The others still count in D.
         kd_token_weights: [N], ≥ 0, w: what the divergence of each token counts; None is 1 for all.
+        ce_token_weights: [N], ≥ 0 or bool, v: what the cross-entropy of each counts; None is 1 for all. D has all.
         beta, temperature, divergence, tail, params: as in `generalized_jsd` and `topk_divergence`.
         num_items: D; None is the number of supervised tokens in `labels`.
         num_kd_items: D_kd; see `fused_distillation_loss`.
@@ -67,15 +68,13 @@ def dense_distillation_loss(
         ValueError: shapes that do not fit, a negative weight, and what `generalized_jsd` refuses.
     """
     _check(student_logits, labels, teacher_logits, targets, kd_weight, ce_weight, tail, beta, divergence)
-    check_token_weights(kd_token_weights, labels)
+    check_token_weights(labels, kd_token_weights=kd_token_weights, ce_token_weights=ce_token_weights)
     keep = labels != IGNORE_INDEX
     student = student_logits[keep].float()
     kept_labels = labels[keep]
     num_tokens = keep.sum()
 
-    # cross_entropy ignores by the same index, and its "sum" over nothing is a 0 that still has a gradient path.
-    ce_labels = kept_labels if ce_mask is None else kept_labels.masked_fill(~ce_mask[keep], IGNORE_INDEX)
-    ce_sum = torch.nn.functional.cross_entropy(student, ce_labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    ce_sum = _cross_entropy(student, kept_labels, None if ce_token_weights is None else ce_token_weights[keep])
     loss = (
         ce_weight * ce_sum if ce_weight > 0 else student[:0].sum()
     )  # an empty sum: 0 with a gradient path, −inf or not
@@ -87,10 +86,16 @@ def dense_distillation_loss(
         targets = targets[keep.to(targets.indices.device)]
     weights = None if kd_token_weights is None else kd_token_weights.to(student.device)[keep].float()
     share = kd_share(weights, num_items, num_kd_items, num_tokens)
+    # A weight of 0 leaves a token out, whatever its divergence is: 0 · ∞ is no number, in the gradient neither.
+    part: torch.Tensor | slice = slice(None)
+    if weights is not None:
+        part = weights > 0
+        weights = weights[part]
     compared = None
     if isinstance(targets, SampledTargets):
         if kd_weight > 0:
-            kd_sum = _weighted(sampled_divergence(student, targets, temperature), weights)
+            drawn = targets[part if isinstance(part, slice) else part.to(targets.indices.device)]
+            kd_sum = _weighted(sampled_divergence(student[part], drawn, temperature), weights)
             loss = loss + kd_weight * share * kd_sum
         num_agree = _agreeing(student, most_drawn(targets))  # and their entropy is not the teacher's
     elif targets is not None:
@@ -99,7 +104,9 @@ def dense_distillation_loss(
         compared = _with_logits(student, teacher_logits[keep])
     if compared is not None:
         if kd_weight > 0:
-            values = generalized_jsd(compared.student, compared.teacher, beta, temperature, divergence, params)
+            values = generalized_jsd(
+                compared.student[part], compared.teacher[part], beta, temperature, divergence, params
+            )
             kd_sum = _weighted(values, weights)
             loss = loss + kd_weight * share * kd_sum
         num_agree = compared.num_agree
@@ -115,6 +122,15 @@ def dense_distillation_loss(
         student_entropy_sum=student_entropy,
         teacher_entropy_sum=teacher_entropy,
     )
+
+
+def _cross_entropy(student: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    # cross_entropy ignores by the same index, and its "sum" over nothing is a 0 that still has a gradient path.
+    left_out = torch.zeros_like(labels, dtype=torch.bool) if weights is None else weights.to(labels.device) == 0
+    labels = labels.masked_fill(left_out, IGNORE_INDEX)
+    of_tokens = weights is not None and weights.dtype != torch.bool
+    found = nn.functional.cross_entropy(student, labels, reduction="none" if of_tokens else "sum")
+    return (found * weights.to(found)).sum() if of_tokens and weights is not None else found
 
 
 def _weighted(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

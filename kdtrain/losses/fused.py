@@ -39,8 +39,8 @@ def fused_distillation_loss(
     targets: SparseTargets | None = None,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
-    ce_mask: torch.Tensor | None = None,
     kd_token_weights: torch.Tensor | None = None,
+    ce_token_weights: torch.Tensor | None = None,
     beta: float = 0.5,
     temperature: float = 1.0,
     divergence: Divergence = "jsd",
@@ -56,7 +56,7 @@ def fused_distillation_loss(
     teacher_softcap: float | None = None,
     chunk_tokens: int | None = None,
 ) -> FusedLoss:
-    """kd_weight · Σ w · divergence / num_kd_items + ce_weight · Σ cross-entropy / num_items, from hidden states.
+    """kd_weight · Σ w · divergence / num_kd_items + ce_weight · Σ v · cross-entropy / num_items, from hidden states.
 
     Logits are softcap·tanh(scale·(hidden·weightᵀ + bias)/softcap), as the models make them; the terms are those of
     `generalized_jsd` and cross-entropy.
@@ -69,8 +69,10 @@ def fused_distillation_loss(
         targets: a top-k teacher instead, or tokens drawn from one: row i is the teacher of token i, [N, K]. Drawn
             tokens want β 0, forward KL: of every other divergence their gradient is wrong in the mean.
         kd_weight, ce_weight: ≥ 0.
-        ce_mask: [N] bool, tokens that take part in the cross-entropy; None is all. The others still count in D.
-        kd_token_weights: [N], ≥ 0, w: what the divergence of each token counts; None is 1 for all.
+        kd_token_weights: [N], ≥ 0, w: what the divergence of each token counts; None is 1 for all. Where there is no
+            cross-entropy, tokens of weight 0 cost no gradient.
+        ce_token_weights: [N], ≥ 0, v: what the cross-entropy of each token counts, or bool, which take part in it; None
+            is 1 for all. D counts all of them whatever they are.
         beta, temperature, divergence, tail, params: as in `generalized_jsd`, `topk_divergence`, `sampled_divergence`.
         num_items: D; None is the number of supervised tokens.
         num_kd_items: D_kd, beside `kd_token_weights`; None is D where that is given, and else the number of supervised
@@ -103,8 +105,8 @@ def fused_distillation_loss(
         teacher_hidden,
         teacher,
         targets=targets,
-        ce_mask=ce_mask,
         kd_token_weights=kd_token_weights,
+        ce_token_weights=ce_token_weights,
         num_items=num_items,
         num_kd_items=num_kd_items,
         chunk_tokens=chunk_tokens,
@@ -120,8 +122,8 @@ def head_distillation_loss(
     teacher: Head | None = None,
     *,
     targets: SparseTargets | None = None,
-    ce_mask: torch.Tensor | None = None,
     kd_token_weights: torch.Tensor | None = None,
+    ce_token_weights: torch.Tensor | None = None,
     num_items: torch.Tensor | int | None = None,
     num_kd_items: torch.Tensor | int | None = None,
     chunk_tokens: int | None = None,
@@ -132,7 +134,7 @@ def head_distillation_loss(
         ValueError: as there.
     """
     _check(student_hidden, student.weight, labels, teacher_hidden, teacher, targets, options)
-    check_token_weights(kd_token_weights, labels)
+    check_token_weights(labels, kd_token_weights=kd_token_weights, ce_token_weights=ce_token_weights)
     if teacher is not None and teacher_hidden is not None:
         teacher, teacher_hidden = replace(teacher, weight=teacher.weight.detach()), teacher_hidden.detach()
     # Inside an autograd function gradients are always off: whether they are wanted is known here only.
@@ -143,8 +145,8 @@ def head_distillation_loss(
         teacher_hidden=teacher_hidden,
         targets=targets,
         options=options,
-        ce_mask=ce_mask,
         kd_token_weights=kd_token_weights,
+        ce_token_weights=ce_token_weights,
         num_items=num_items,
         num_kd_items=num_kd_items,
         chunk_tokens=chunk_tokens,
@@ -170,16 +172,16 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         wanted = tuple(needed and call.with_gradient for needed in ctx.needs_input_grad[:3])
         # Unsupervised tokens are left out from here on. On a GPU the host waits here, once a call, for their number.
-        rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        rows, taught = _in_order(labels, call)
         half = None
         if hidden.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
             half = torch.get_autocast_dtype("cuda")
-        run = ChunkedPass(hidden.index_select(0, rows), labels.index_select(0, rows), rows, call, wanted, half)
+        run = ChunkedPass(hidden.index_select(0, rows), labels.index_select(0, rows), rows, taught, call, wanted, half)
         with torch.autocast(hidden.device.type, enabled=False):
             run.all_chunks()
         # Not by save_for_backward: they are neither inputs nor outputs, and backward scales them in place.
         ctx.run_gradients = [run.grad_hidden, run.grad_weight, run.grad_bias]
-        ctx.left_to_scale, ctx.rows, ctx.tokens = run.left_to_scale, rows, len(hidden)
+        ctx.left_to_scale, ctx.rows, ctx.tokens = run.left_to_scale, rows[:taught], len(hidden)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         sums = run.packed_sums()
         options = call.options
@@ -200,9 +202,20 @@ class _Fused(torch.autograd.Function):
             None if gradient is None else gradient.mul_(scale).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        if hidden is not None and len(ctx.rows) != ctx.tokens:  # zeros for the tokens that were left out
+        if hidden is not None and len(ctx.rows) != ctx.tokens:  # zeros for the tokens that nothing teaches
             hidden = hidden.new_zeros(ctx.tokens, hidden.shape[1]).index_copy_(0, ctx.rows, hidden)
         return hidden, weight, bias, None, None
+
+
+def _in_order(labels: torch.Tensor, call: Call) -> tuple[torch.Tensor, int]:
+    """The supervised tokens of a call, and how many of them, the first, a term teaches; the others have sums alone."""
+    supervised = labels != IGNORE_INDEX
+    if call.kd_token_weights is None or call.options.ce_weight > 0:
+        rows = supervised.nonzero().squeeze(1)
+        return rows, len(rows)
+    weighs = call.kd_token_weights.to(labels.device) > 0
+    taught, rest = ((supervised & some).nonzero().squeeze(1) for some in (weighs, ~weighs))
+    return torch.cat([taught, rest]), len(taught)
 
 
 def _to_fused_loss(loss: torch.Tensor, sums: list[torch.Tensor], call: Call) -> FusedLoss:
@@ -233,7 +246,7 @@ def _with_masked_columns(hidden: torch.Tensor, labels: torch.Tensor, call: Call)
             targets=call.targets,
             kd_weight=call.options.kd_weight,
             ce_weight=call.options.ce_weight,
-            ce_mask=call.ce_mask,
+            ce_token_weights=call.ce_token_weights,
             kd_token_weights=call.kd_token_weights,
             beta=call.options.beta,
             temperature=call.options.temperature,

@@ -10,6 +10,7 @@ Divergence = Literal[
 ]
 WithBeta = Literal["jsd", "jsd_scaled", "mixed_kl"]
 Tail = Literal["bucket", "renormalize"]
+TokenScore = Literal["student_entropy", "disagreement"]
 Distance = Literal["mse", "cosine"]
 Match = Literal["exact", "interpolate"]
 VisualTargetName = Literal["vit", "aligner", "deepstack"]

@@ -28,7 +28,7 @@ class FusedLoss:
     kd_sum: torch.Tensor | None
     """Σ w · divergence, nats; w is 1 where tokens have no weights of their own."""
     ce_sum: torch.Tensor
-    """Σ −log p_S(label) over the tokens that take part in the cross-entropy, nats."""
+    """Σ −log p_S(label) over the tokens that take part in the cross-entropy, by their weights there, nats."""
     num_tokens: torch.Tensor
     """Supervised tokens, N."""
     num_correct: torch.Tensor
@@ -87,16 +87,15 @@ def kd_share(
     return normaliser(num_items, local_tokens) / normaliser(num_kd_items, local_tokens)
 
 
-def check_token_weights(kd_token_weights: torch.Tensor | None, labels: torch.Tensor) -> None:
-    """Raises ValueError for weights of tokens that are not [N], or (on a CPU) negative or not finite."""
-    if kd_token_weights is None:
-        return
-    if kd_token_weights.shape != labels.shape:
-        raise ValueError(f"expected kd_token_weights {tuple(labels.shape)}, got {tuple(kd_token_weights.shape)}")
-    if kd_token_weights.device.type == "cpu" and not bool(
-        (kd_token_weights.isfinite() & (kd_token_weights >= 0)).all()
-    ):
-        raise ValueError("kd_token_weights must be finite and not negative")
+def check_token_weights(labels: torch.Tensor, **weights: torch.Tensor | None) -> None:
+    """Raises ValueError for weights of tokens, by name, that are not [N], or (on a CPU) negative or not finite."""
+    for name, values in weights.items():
+        if values is None:
+            continue
+        if values.shape != labels.shape:
+            raise ValueError(f"expected {name} {tuple(labels.shape)}, got {tuple(values.shape)}")
+        if values.device.type == "cpu" and not bool((values.isfinite() & (values >= 0)).all()):
+            raise ValueError(f"{name} must be finite and not negative")
 
 
 def world_scale(num_items: torch.Tensor | int | None, num_processes: int) -> int:

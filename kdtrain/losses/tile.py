@@ -168,7 +168,7 @@ def tile_terms(
     if options.temperature != 1:
         sums.kd = _tempered(student, teacher, labels, coefficient, rows.kd, forward, options, scratch, with_gradient)
     elif options.kd_weight > 0:
-        ratio = _log_z_ratio(teacher_largest, largest, q_largest, p_largest)
+        ratio = log_z_ratio(teacher_largest, largest, q_largest, p_largest)
         sums.kd = _divergence(
             student, teacher, ratio, labels, coefficient, rows.kd, forward, options, scratch, with_gradient
         )
@@ -201,7 +201,7 @@ def _tempered(
     torch.softmax(student, -1, out=p)
     torch.softmax(teacher, -1, out=q)
     largest = [block.amax(-1, keepdim=True) for block in (teacher, student, q, p)]
-    ratio = _log_z_ratio(*largest)
+    ratio = log_z_ratio(*largest)
     # The divergence gives its gradient with respect to z/temperature; with respect to z it is 1/temperature of that.
     softened = replace(options, kd_weight=options.kd_weight * inverse, ce_weight=0.0, temperature=1.0)
     kd = _divergence(student, teacher, ratio, labels, 0.0, kd_rows, forward, softened, scratch, with_gradient)
@@ -331,7 +331,7 @@ def coefficient_of(weight: float, rows: torch.Tensor | None) -> torch.Tensor | f
     return weight if rows is None or weight == 0 else weight * rows[:, None]
 
 
-def _log_z_ratio(
+def log_z_ratio(
     teacher_largest: torch.Tensor, student_largest: torch.Tensor, q_largest: torch.Tensor, p_largest: torch.Tensor
 ) -> torch.Tensor:
     """log Z_T − log Z_S, [R, 1], from each model's largest logit and largest probability.

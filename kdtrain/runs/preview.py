@@ -7,12 +7,14 @@ Nothing is written but the cache of encoded rows, which `fit` uses as well.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from kdtrain.config import RunConfig
 from kdtrain.config.schema import DataSource
@@ -21,6 +23,7 @@ from kdtrain.data.dataset import EncodedSources, encode_sources, images_per_row
 from kdtrain.data.multimodal import reads_images
 from kdtrain.data.segments import Segment, segments, special_ids
 from kdtrain.errors import DataError
+from kdtrain.losses.reduce import IGNORE_INDEX
 from kdtrain.models.processing import load_processing
 from kdtrain.runs.read_data import check_losses, encoding_options, first_of, sources_of, unread_answers
 
@@ -54,6 +57,14 @@ class ShownRow:
     images: list[str]  # files, or how many bytes
     notes: list[str]
     answered_by_teacher: bool
+    kd_weight: float  # what the divergence of the row counts
+    kd_weights: list[float] | None  # and that of each of the student's tokens; None is 1 for all
+
+    @property
+    def weighted_tokens(self) -> dict[float, int]:
+        """How many supervised tokens have each weight of `kd_weights`."""
+        pairs = zip(self.kd_weights or (), self.student.labels, strict=False)
+        return dict(Counter(weight for weight, label in pairs if label != IGNORE_INDEX))
 
 
 @dataclass(frozen=True)
@@ -156,7 +167,9 @@ def _telling(rows: EncodedSources, most: int) -> Iterator[int]:
     usable = np.unique(rows.rows).tolist()
     if not usable:
         return
-    facts = rows.encoded.select_columns(["kind", "prompt_only", "length", "notes", "unterminated"])[:]
+    names = ["kind", "prompt_only", "length", "notes", "unterminated", "kd_weight"]
+    facts = rows.encoded.select_columns(names)[:]
+    by_token = np.asarray(pc.is_valid(rows.encoded.data.column("kd_weights")))
     images = (images_per_row(rows.encoded) > 0).tolist()
     sources = np.array(rows.raw["source"][:])[rows.made_of].tolist()
     kinds = list(zip(sources, facts["kind"], facts["prompt_only"], images, strict=True))
@@ -164,6 +177,8 @@ def _telling(rows: EncodedSources, most: int) -> Iterator[int]:
     yield max(usable, key=lambda i: facts["length"][i])
     yield from _first_of_each([(i, note) for i in usable for note in facts["notes"][i] or ()])
     yield from _first_of_each([(i, "unterminated") for i in usable if facts["unterminated"][i]])
+    yield from _first_of_each([(i, facts["kd_weight"][i]) for i in usable if facts["kd_weight"][i] != 1])
+    yield from _first_of_each([(i, "weights of tokens") for i in usable if by_token[i]])
     yield from (usable[i] for i in np.linspace(0, len(usable) - 1, most).astype(int))
     yield from usable
 
@@ -188,6 +203,8 @@ def _shown(split: str, rows: EncodedSources, row: int, processing: Any, apart: f
         images=[image["path"] or f"{len(image['bytes']):,} bytes" for image in encoded["images"] or ()],
         notes=list(encoded["notes"] or ()),
         answered_by_teacher=source.answers == "teacher",
+        kd_weight=encoded["kd_weight"],
+        kd_weights=encoded["kd_weights"],
     )
 
 

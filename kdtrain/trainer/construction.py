@@ -22,6 +22,7 @@ from kdtrain.config.schema import Placement
 from kdtrain.data import TemplateOptions
 from kdtrain.data.batch import Batch, forward_names
 from kdtrain.data.collate import Collator
+from kdtrain.data.kd_weights import WEIGHT
 from kdtrain.data.with_images import first_batch_with_images
 from kdtrain.errors import ConfigError, PreflightError
 from kdtrain.feature_kd.hidden import HiddenTerm
@@ -256,7 +257,7 @@ def default_collator(
 
 
 def _formatted(collator: Collator, formatting_func: Callable[[Any], Any], rows: list[Any]) -> Batch:
-    return collator([{"text": formatting_func(row)} for row in rows])
+    return collator([{"text": formatting_func(row), WEIGHT: row.get(WEIGHT)} for row in rows])
 
 
 def compared_vocabularies(trainer: GKDTrainerWithMetrics, teacher: Teacher, shared: int | None) -> Vocabulary:

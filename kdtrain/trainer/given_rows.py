@@ -14,6 +14,7 @@ from datasets import Dataset
 from kdtrain.data.collate import Collator
 from kdtrain.data.columns import KNOWN_COLUMNS
 from kdtrain.data.errors import RowError
+from kdtrain.data.kd_weights import WEIGHT
 from kdtrain.data.stream.handed_over import IteratedRows
 from kdtrain.data.stream.rows import StreamedRows
 from kdtrain.data.tables import has_mappings, without_nulls
@@ -100,6 +101,32 @@ def check_raw_rows(collator: Any, name: str, data: Any) -> None:
             collator.check(row)
         except RowError as error:
             raise DataError(f"{name}: row {number}: {error}.") from error
+
+
+def rows_weigh(data: Any) -> bool | None:
+    """Whether rows have weights in the divergence (`kd_weight`); None where that is not known before they are read.
+
+    The same on all ranks, which have the same rows.
+    """
+    first = rows_to_look_at(data)
+    if isinstance(first, Dataset) and "input_ids" in first.column_names:
+        found = bool({WEIGHT, f"{WEIGHT}s"} & set(first.column_names))
+        return found or (None if is_stream(data) else False)
+    if isinstance(first, RowsInMemory) and first.in_memory:
+        return any(_weighs(first[i]) for i in range(len(first)))
+    return None
+
+
+def _weighs(row: Mapping[str, Any]) -> bool:
+    """Whether a row, or one of its messages, has a weight; of messages as JSON text, whether it may."""
+    if row.get(WEIGHT) is not None:
+        return True
+    for value in row.values():
+        if isinstance(value, str) and f'"{WEIGHT}"' in value:
+            return True
+        if isinstance(value, list | tuple) and any(isinstance(one, Mapping) and WEIGHT in one for one in value):
+            return True
+    return False
 
 
 def check_stream(data: Any, collator: Any, accelerator: Accelerator) -> None:

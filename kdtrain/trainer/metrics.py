@@ -104,6 +104,8 @@ def record(metrics: Mapping[str, list[torch.Tensor]], terms: Terms, batch: Batch
         metrics[key].append(value)
         if key in of_kind:
             metrics[of_kind[key]].append(value)
+        if key == "llm_kd_loss":
+            metrics[f"{key}_weight"].append(terms.num_kd_items)
         if key.startswith("vision_kd_loss"):
             metrics[f"{key}_weight"].append(torch.tensor(batch.image_units))
     metrics["num_tokens"].append(tokens.num_tokens)

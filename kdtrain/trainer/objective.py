@@ -22,6 +22,7 @@ from kdtrain.data.stand_in import as_run, counted_inputs
 from kdtrain.feature_kd.hidden import HiddenTerm
 from kdtrain.feature_kd.projected import BatchFeatures, FeatureTerm
 from kdtrain.feature_kd.term import VisualTerm
+from kdtrain.losses.comparison import Scores as Predicted
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.fused import head_distillation_loss
 from kdtrain.losses.head import Head
@@ -32,6 +33,7 @@ from kdtrain.models.experts import load_balancing_loss
 from kdtrain.models.vocabulary import Vocabulary
 from kdtrain.teachers import DenseTargets, Targets
 from kdtrain.teachers.base import Scores
+from kdtrain.trainer.token_selection import chosen_weights, num_kd_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ class Terms:
     """Supervised tokens that the teacher has answered for."""
     num_positions: int
     """Of the student's forward, padding included."""
+    num_kd_items: torch.Tensor
+    """What the divergence of an evaluation's batch is a mean over; of training, its supervised tokens."""
 
 
 @dataclass(frozen=True)
@@ -97,20 +101,20 @@ class Objective:
         aux_share: torch.Tensor | float,
         num_kd_items: torch.Tensor | None = None,
     ) -> Terms:
-        """total = llm_kd_weight · jsd + c · ce + Σ visual + Σ hidden, and the load balancing of experts if there are any.
+        """total = llm_kd_weight · jsd + c · ce + Σ visual + Σ hidden, and the experts' load balancing.
 
         Args:
             model: the student, as wrapped for training.
             teacher_forward: called where a term needs it; also fires the hooks on its features.
             num_items: D; None (evaluation, a call of its own) is the batch's own supervised tokens.
             aux_share: the batch's share of the window in the load-balancing loss, which is a mean of micro-batches.
-            num_kd_items: D_kd, what the divergence is divided by where rows of the window have weights of their own;
-                None is D.
+            num_kd_items: D_kd, what the divergence is divided by where tokens of the window have weights of their own,
+                or not all are chosen; None is D.
         """
         batch = as_run(batch)
         weights_S = batch.kd_weights_S
         if num_items is None:  # a call of its own, for which what is known of a window does not hold
-            num_kd_items = None if weights_S is None else (weights_S > 0).sum()
+            num_kd_items = own_kd_items(options, batch)
         elif weights_S is None and num_kd_items is not None:
             weights_S = torch.ones_like(batch.labels_S, dtype=torch.float32)
         features = self.features(options, batch)
@@ -134,7 +138,15 @@ class Objective:
             tokens,
             tokens.num_tokens if targets is None or targets.covered_S is None else targets.covered_S.sum(),
             seen.model_inputs["input_ids"].numel(),
+            tokens.num_tokens if num_items is not None or num_kd_items is None else num_kd_items,
         )
+
+
+def own_kd_items(options: DistillationOptions, batch: Batch) -> torch.Tensor | None:
+    """D_kd of a batch by itself; None where all its supervised tokens count alike."""
+    if options.selection is None and batch.kd_weights_BT is None:
+        return None
+    return num_kd_tokens(batch, options.selection)
 
 
 class Part(NamedTuple):
@@ -187,7 +199,9 @@ class StudentForward:
         router_logits, inner = self.objective.router_logits, getattr(model, "module", model)
 
         def loss_head(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor, ...]:
-            tokens.append(self.sums(self.seen.predicting(hidden_BTH), functools.partial(self.loss_from_hidden, head)))
+            hidden_SH = self.seen.predicting(hidden_BTH)
+            chosen = self.at_chosen_tokens(hidden_SH, head)
+            tokens.append(chosen.sums(hidden_SH, functools.partial(chosen.loss_from_hidden, head)))
             of_features = self.features.terms(self.seen.predicting, self.num_items)
             names.extend(of_features)
             aux = (load_balancing_loss(self._counted_mask, outputs, inner),) if router_logits else ()
@@ -201,7 +215,9 @@ class StudentForward:
     def from_logits(self, model: nn.Module) -> tuple[FusedLoss, Any, dict[str, torch.Tensor]]:
         """The same from the model's logits."""
         outputs = model(**self.inputs())
-        tokens = self.sums(self.seen.predicting(outputs.logits), self.loss_from_logits)
+        logits_SV = self.seen.predicting(outputs.logits)
+        chosen = self.at_chosen_tokens(logits_SV, None)
+        tokens = chosen.sums(logits_SV, chosen.loss_from_logits)
         aux_loss = getattr(outputs, "aux_loss", None)
         # A class that records its router logits, and no more; or has counted the tokens of a stand-in, or of padding
         # that no mask has told it of.
@@ -223,6 +239,19 @@ class StudentForward:
         extra = {} if router_logits is None else {"output_router_logits": router_logits}
         # With a cache, models let packed documents attend to each other, and it costs memory.
         return {**self.seen.model_inputs, "use_cache": False, **extra}
+
+    def at_chosen_tokens(self, outputs_S: torch.Tensor, head: Head | None) -> StudentForward:
+        """The same with weights of 0 where the divergence is not taken (`rlhf.token_selection`).
+
+        Args:
+            outputs_S: hidden states, with the head, or logits.
+        """
+        selection, vocabulary = self.options.selection, self.objective.vocabulary
+        if selection is None or self.targets is None or self.only == "sft":
+            return self
+        assert vocabulary is not None
+        student = Predicted(outputs_S.detach(), head, vocabulary.shared)
+        return replace(self, kd_weights_S=chosen_weights(self.batch, student, self.targets, selection))
 
     def sums(self, outputs_S: torch.Tensor, compute: Callable[[Part], FusedLoss]) -> FusedLoss:
         """The token terms; of tokens that the teacher has not answered for, the cross-entropy alone."""
@@ -286,7 +315,7 @@ class StudentForward:
             None if dense is None else dense.hidden,
             teacher_head,
             targets=part.scores.to(part.outputs.device) if isinstance(part.scores, SparseTargets) else None,
-            ce_mask=part.ce_mask,
+            ce_token_weights=part.ce_mask,
             kd_token_weights=part.kd_weights,
             num_items=part.num_items,
             num_kd_items=self.num_kd_items,
@@ -311,7 +340,7 @@ class StudentForward:
             targets=scores.to(student_NV.device) if isinstance(scores, SparseTargets) else None,
             kd_weight=options.kd_weight,
             ce_weight=options.ce_weight,
-            ce_mask=part.ce_mask,
+            ce_token_weights=part.ce_mask,
             kd_token_weights=part.kd_weights,
             beta=options.beta,
             temperature=options.temperature,

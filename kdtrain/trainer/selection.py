@@ -133,7 +133,9 @@ def _softmax(values: Sequence[float]) -> list[float]:
 
 
 def _weighted(batch: Batch, weights: Sequence[float]) -> Batch:
-    return replace(batch, rows=replace(batch.rows, kd_weights=torch.tensor(weights, device=batch.labels.device)))
+    """The batch with these weights of its rows, times those that they have in the data."""
+    found, own = torch.tensor(weights, device=batch.labels.device), batch.rows.kd_weights
+    return replace(batch, rows=replace(batch.rows, kd_weights=found if own is None else found * own.to(found.device)))
 
 
 # ---- what is said of it ----------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from kdtrain.feature_kd.projected import BatchFeatures, Predicting
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.losses.head import Head
 from kdtrain.teachers import DenseTargets, Targets
-from kdtrain.trainer.objective import Objective, StudentForward, TokenTerm
+from kdtrain.trainer.objective import Objective, StudentForward, TokenTerm, own_kd_items
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
@@ -70,8 +70,7 @@ def term_gradients(
             targets = teacher_forward(batch) if objective.asks_teacher(options, batch) else None
         if not options.lm_kd_active:
             targets = None
-        weights_S = batch.kd_weights_S
-        kd_items = None if weights_S is None else (weights_S > 0).sum()
+        weights_S, kd_items = batch.kd_weights_S, own_kd_items(options, batch)
         with features.of_student():
             seen = batch.for_forward(model)
             none = BatchFeatures([], batch)
@@ -99,7 +98,7 @@ def _of_hidden(forward: StudentForward, model: nn.Module) -> tuple[DenseTargets,
         hidden_SH = forward.seen.predicting(hidden_BTH).detach()
         frozen = replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
         for term in _terms(forward):
-            only = replace(forward, only=term)
+            only = replace(forward, only=term).at_chosen_tokens(hidden_SH, frozen)
             with torch.enable_grad():
                 leaf = hidden_SH.clone().requires_grad_()
                 loss = only.sums(leaf, functools.partial(only.loss_from_hidden, frozen)).loss
@@ -129,7 +128,7 @@ def _of_logits(forward: StudentForward, model: nn.Module) -> tuple[torch.Tensor 
         with torch.enable_grad():
             logits_SV = forward.seen.predicting(model(**forward.inputs()).logits)
             for term in _terms(forward) if leaves else ():
-                only = replace(forward, only=term)
+                only = replace(forward, only=term).at_chosen_tokens(logits_SV, None)
                 norms[PREFIX + term] = _norm(only.sums(logits_SV, only.loss_from_logits).loss, leaves[:1])
     finally:
         handle.remove()
@@ -168,7 +167,8 @@ def note_at_evaluation(trainer: GKDTrainerWithMetrics, model: nn.Module, batch: 
     if kept["term_gradients"]:
         return batch
     trainer.student_takes_loss_head(model)
-    options = trainer._options_of(training=False)
+    # As in training, so that these are one curve with those of the beginning.
+    options = trainer._options_of(training=False, at_all_tokens=False)
     found = term_gradients(trainer._objective, model, batch, options, trainer._run_teacher_forward)
     kept["term_gradients"].append(torch.tensor(1.0))
     for name, norm in found.norms.items():

@@ -86,7 +86,7 @@ from kdtrain.trainer.best_step import BestStep, metric_name
 from kdtrain.trainer.changed_options import check_can_change
 from kdtrain.trainer.completions import CompletionsLog
 from kdtrain.trainer.forwards import Forwards, LayoutOptions, as_micro_batches, unsynchronised
-from kdtrain.trainer.given_rows import check_raw_rows, check_stream, placeholder
+from kdtrain.trainer.given_rows import check_raw_rows, check_stream, placeholder, rows_weigh
 from kdtrain.trainer.guard import NonFiniteGuard, targets_named
 from kdtrain.trainer.live_option import LiveOption
 from kdtrain.trainer.objective import warn_of_logits
@@ -216,6 +216,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         checks.check_parallelism(self.accelerator)
         refuse_fsdp(self.model, self.accelerator)
         self.train_dataset, self.eval_dataset = given.train, given.evaluation
+        self._rows_weigh = None if given.train is None else rows_weigh(given.train)
+        if self._rows_weigh and not self.options.lm_kd_active and is_main():
+            logger.warning("Rows have kd_weight, which has no effect without a divergence (llm_kd_weight is 0).")
         construction.set_pad_token(self._tokenizer, args)
         if data_collator is None:  # not before: upstream may have changed the template or the special tokens
             self.data_collator = construction.default_collator(
@@ -295,6 +298,11 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def has_aux_loss(self) -> bool:
         """Whether experts' load-balancing loss is a term."""
         return bool(self._objective.router_logits)
+
+    @property
+    def rows_may_weigh(self) -> bool:
+        """Whether rows may have weights in the divergence; the same on all ranks."""
+        return self._rows_weigh is not False or not isinstance(self.data_collator, Collator)
 
     @property
     def window_has_images(self) -> bool:
@@ -399,8 +407,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         batches, self._window = collect(self, read, options, device)
         num_items = None
         if batches:
-            num_items, kd_items = (n // self.get_tp_size() for n in num_supervised(batches, self.accelerator, device))
-            self._window = replace(self._window, num_kd_items=kd_items if self._window.weighs_rows else None)
+            counts = num_supervised(batches, options.selection, self.accelerator, device)
+            num_items, kd_items = (n // self.get_tp_size() for n in counts)
+            self._window = replace(self._window, num_kd_items=kd_items if self._window.weighs_tokens else None)
         if self.teacher is not None and options.needs_teacher:
             self.read_ahead.prepare(batches, options)
             if self.teacher.waits:
@@ -418,10 +427,15 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def _prepare_inputs(self, inputs: Batch | Mapping[str, Any]) -> Batch:
         """As upstream: onto the device, and under DeepSpeed into its dtype; but for weights of the loss."""
         batch = inputs if isinstance(inputs, Batch) else received(inputs, None)
-        prepared, weights = batch.map_tensors(self._prepare_input), batch.rows.kd_weights
-        if weights is None or prepared is batch:
+        prepared, device = batch.map_tensors(self._prepare_input), self.args.device
+        of_rows, of_tokens = batch.rows.kd_weights, batch.kd_token_weights
+        if prepared is batch or (of_rows is None and of_tokens is None):
             return prepared
-        return replace(prepared, rows=replace(prepared.rows, kd_weights=weights.to(prepared.labels.device)))
+        return replace(
+            prepared,
+            kd_token_weights=None if of_tokens is None else of_tokens.to(device),
+            rows=replace(prepared.rows, kd_weights=None if of_rows is None else of_rows.to(device)),
+        )
 
     def training_step(
         self, model: nn.Module, inputs: Batch | Forwards, num_items_in_batch: torch.Tensor | int | None = None
@@ -495,12 +509,16 @@ class GKDTrainerWithMetrics(GKDTrainer):
                 return loss, model(**as_run(batch).model_inputs, use_cache=False)
         return loss
 
-    def _options_of(self, training: bool) -> DistillationOptions:
-        """Those of the window; evaluation uses what is set now, and no teacher where `eval_kd` is off."""
+    def _options_of(self, training: bool, at_all_tokens: bool = True) -> DistillationOptions:
+        """Those of the window; evaluation uses what is set now, no teacher where `eval_kd` is off, and all tokens."""
         if training and self._window is not None and self._window.options is not None:
             return self._window.options
         options = self.options.checked()
-        return options if training or options.eval_kd else options.without_kd()
+        if training:
+            return options
+        if at_all_tokens:
+            options = options.at_all_tokens()
+        return options if options.eval_kd else options.without_kd()
 
     def _run_teacher_forward(self, batch: Batch) -> Targets:
         """The teacher's targets for the supervised tokens; also fires the hooks on its features."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from kdtrain.config.options import DistillationOptions
+from kdtrain.config.options import DistillationOptions, TokenSelection
 from kdtrain.data.batch import Batch, received, right_padded
 from kdtrain.data.collate import Collator
 from kdtrain.data.visual_batch import cut_rows
@@ -25,6 +25,7 @@ from kdtrain.trainer import argument_checks
 from kdtrain.trainer.answers import answered, dealt, new_tokens, writer_of
 from kdtrain.trainer.forwards import laid_out
 from kdtrain.trainer.selection import select, selects
+from kdtrain.trainer.token_selection import num_kd_tokens
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
@@ -42,10 +43,10 @@ class Window:
     """Whether a row has an image and is not there only to fill up an epoch; see `_some_new_image`."""
     on_policy: bool
     """Whether the student has written its answers."""
-    weighs_rows: bool = False
-    """Whether rows count in the divergence by weights of their own (`Rows.kd_weights`), on any rank."""
+    weighs_tokens: bool = False
+    """Whether tokens may count in the divergence by weights of their own, or not all are chosen, on any rank."""
     num_kd_items: torch.Tensor | None = None
-    """D_kd, the supervised tokens of rows of weight above 0, where rows have weights; None is D."""
+    """D_kd, the supervised tokens that count in the divergence, where these may be others than D; None is D."""
     aux_share: torch.Tensor | float = 1.0
     """A micro-batch's share of the experts' load-balancing loss, a mean over the window's micro-batches."""
 
@@ -191,22 +192,20 @@ def collect(
     for term in trainer.feature_terms:
         term.begin_window()
     share = _aux_share(trainer, batches, device) if trainer.has_aux_loss else 1.0
-    weighs_rows = selected and options.select == "weighted"
-    return batches, Window(options, new_images, writer == "student", weighs_rows, aux_share=share)
+    weighs = trainer.rows_may_weigh or options.selection is not None or (selected and options.select == "weighted")
+    return batches, Window(options, new_images, writer == "student", weighs and options.lm_kd_active, aux_share=share)
 
 
 def num_supervised(
-    batches: Sequence[Batch], accelerator: Accelerator, device: torch.device
+    batches: Sequence[Batch], selection: TokenSelection | None, accelerator: Accelerator, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """D and D_kd: the supervised tokens of the window's micro-batches on all ranks, scalars; a collective.
 
-    D_kd has those of rows whose weight in the divergence is above 0.
+    D_kd has those whose weight in the divergence is above 0, and of these as many as will be chosen.
     """
     own = torch.zeros(2, dtype=torch.int64, device=device)
     for batch in batches:
-        weights_S = batch.kd_weights_S
-        weighted = batch.num_supervised if weights_S is None else (weights_S > 0).sum()
-        own += torch.stack([batch.num_supervised, weighted]).to(device)
+        own += torch.stack([batch.num_supervised, num_kd_tokens(batch, selection)]).to(device)
     all_tokens, kd_tokens = accelerator.gather(own[None]).sum(0)
     return all_tokens, kd_tokens
 

@@ -220,9 +220,11 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
         row |= {"ce": self.sources[drawn.source].ce, "row_id": name if turn is None else f"{name}:{turn}"}
         if found["images"][i]:
             row |= {"text": found["text"][i], "images": found["images"][i]}
+        row |= {name: found[name][i] for name in _WEIGHTS if found[name][i] not in (None, 1.0)}
         if found["teacher_input_ids"][i] is not None:
             row |= {f"teacher_{column}": found[f"teacher_{column}"][i] for column in _TOKENS}
         return row
 
 
 _TOKENS = ("input_ids", "labels", "prompt_length")
+_WEIGHTS = ("kd_weight", "kd_weights")

@@ -1,0 +1,86 @@
+"""Which tokens of a batch the divergence is taken at (`rlhf.token_selection`), and how many there are.
+
+In each row, which is a document wherever rows share a line, the ⌈keep·n⌉ tokens with the highest score, of equal ones
+the earlier; n counts its supervised tokens of weight above 0. So D_kd = Σ ⌈keep·n⌉ is known before any forward. Tokens
+that the teacher has not answered for count in n, as they do in D, and cannot be chosen: a row that has too few others
+has fewer chosen, and D_kd stays.
+
+Shapes: B rows, T positions, S supervised tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kdtrain.config.options import TokenSelection
+from kdtrain.data.batch import Batch
+from kdtrain.errors import ConfigError
+from kdtrain.losses.comparison import Scores
+from kdtrain.losses.token_scores import token_scores
+from kdtrain.losses.topk import TopKLogprobs
+from kdtrain.teachers import Targets
+from kdtrain.trainer.evaluation import scores_of
+
+_DRAWN = (
+    "rlhf.token_selection.by is disagreement, and the teacher's targets are drawn tokens: choosing tokens by what was "
+    "drawn there makes their gradient wrong. Set it to student_entropy."
+)
+
+
+def num_kd_tokens(batch: Batch, selection: TokenSelection | None) -> torch.Tensor:
+    """A batch's part of D_kd, a scalar int64 tensor: found without waiting for the device."""
+    return _most_B(_candidates_BT(batch), selection).sum()
+
+
+def chosen_weights(batch: Batch, student: Scores, targets: Targets, selection: TokenSelection) -> torch.Tensor:
+    """[S] float32: what the divergence of each supervised token counts, 0 where it is not chosen.
+
+    Args:
+        student: its distributions at all of them.
+    """
+    device = student.outputs.device
+    covered_S = targets.covered_S
+    if covered_S is None:
+        covered_S = torch.ones(len(student), dtype=torch.bool, device=device)
+    covered_S = covered_S.to(device)
+    scores_S = _scores(student, targets, covered_S, selection)
+    predicts_BT, candidates_BT = batch.predicts_BT.to(device), _candidates_BT(batch).to(device)
+    may_BT = candidates_BT & predicts_BT.masked_scatter(predicts_BT, covered_S)
+    scores_BT = torch.full(may_BT.shape, -torch.inf, dtype=scores_S.dtype, device=device)
+    scores_BT = scores_BT.masked_scatter(predicts_BT, scores_S).masked_fill(~may_BT, -torch.inf)
+    # A stable order: of equal ones the earlier. The rank of a token is its place in it.
+    order_BT = scores_BT.argsort(dim=1, descending=True, stable=True)
+    chosen_BT = (order_BT.argsort(1) < _most_B(candidates_BT, selection)[:, None]) & may_BT
+    weights_BT = batch.kd_weights_BT
+    chosen = chosen_BT.float() if weights_BT is None else chosen_BT * weights_BT.to(device)
+    return chosen[predicts_BT]
+
+
+def _candidates_BT(batch: Batch) -> torch.Tensor:
+    weights_BT = batch.kd_weights_BT
+    return batch.predicts_BT if weights_BT is None else batch.predicts_BT & (weights_BT > 0)
+
+
+def _most_B(candidates_BT: torch.Tensor, selection: TokenSelection | None) -> torch.Tensor:
+    """[B] int64: how many of a row's tokens count."""
+    counts_B = candidates_BT.sum(1)
+    if selection is None:
+        return counts_B
+    above, below = selection.ratio
+    rounded_up_B = -torch.div(-counts_B * above, below, rounding_mode="floor")
+    return torch.maximum(rounded_up_B, counts_B.clamp(max=1))
+
+
+def _scores(student: Scores, targets: Targets, covered_S: torch.Tensor, selection: TokenSelection) -> torch.Tensor:
+    """[S]; anything where the teacher says nothing, and the score needs it."""
+    if selection.by == "student_entropy":
+        return token_scores(selection.by, student)
+    teacher = scores_of(targets, student.columns)
+    if teacher is None:
+        raise ConfigError(_DRAWN)
+    if targets.covered_S is not None:
+        student = Scores(student.outputs[covered_S], student.head, student.columns)
+    if isinstance(teacher, TopKLogprobs):
+        teacher = teacher.to(student.outputs.device)
+    found = token_scores(selection.by, student, teacher)
+    return found.new_zeros(len(covered_S)).masked_scatter(covered_S, found)
