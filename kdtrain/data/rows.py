@@ -46,10 +46,10 @@ class Chat:
         return self.messages[-1]["role"] != "assistant"
 
     @cached_property
-    def trained(self) -> tuple[int, ...]:
+    def trained(self) -> list[int]:
         """Positions of the assistant messages that may be supervised."""
         assistants = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
-        return tuple(i for i in assistants if i >= self.first_trained and i not in self.untrained)
+        return [i for i in assistants if i >= self.first_trained and i not in self.untrained]
 
     def noting_keys(self, template: str) -> Chat:
         """With notes of the messages' keys that are unknown here and that the text of a template does not name."""
