@@ -245,10 +245,18 @@ def test_what_counts_on_the_number_of_rows_is_refused_beside_a_stream(
 
 
 QLORA = {"model__quantization": "4bit", "tuner__train_type": "lora"}
+AWARE = {"model__quantization_aware": "int4"}
 OF_TEACHER = "rlhf.teacher_model_init_kwargs.quantization_config"
 CONFLICTS: list[tuple[dict[str, Any], str, str]] = [
     ({"model__quantization": "8bit"}, "model.quantization", "8bit needs tuner.train_type: lora"),
     ({**QLORA, "training__fsdp": "full_shard"}, "training.fsdp", "a quantised student cannot be cut into pieces"),
+    ({**AWARE, "tuner__train_type": "lora"}, "model.quantization_aware", "needs tuner.train_type: full"),
+    ({**AWARE, "training__fsdp": "full_shard"}, "training.fsdp", "not available yet beside model.quantization_aware"),
+    (
+        {**AWARE, "rlhf__lmbda": 0.5, "rlhf__generation__backend": "vllm_colocate"},
+        "model.quantization_aware",
+        "vLLM gets weights, and they are rounded here alone",
+    ),
     (
         {"rlhf__teacher__quantization": "4bit", "rlhf__teacher_model_init_kwargs": {"quantization_config": {}}},
         OF_TEACHER,

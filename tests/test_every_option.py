@@ -144,6 +144,13 @@ def continued(config: dict[str, Any]) -> Outcome:
     return [call.args[1:] for call in added.call_args_list]
 
 
+def rounded(config: dict[str, Any]) -> Outcome:
+    """How the student's weights are rounded in each forward."""
+    with mock.patch.object(student, "load_model"), mock.patch.object(student, "fake_quantize") as made:
+        student.load_student(ConfigLoader.load(config), torch.device("cpu"))
+    return [call.args[1:] for call in made.call_args_list]
+
+
 def adapter(config: dict[str, Any]) -> Outcome:
     """The adapter that the trainer is told to train."""
     return _build(arguments(config)).GKDTrainerWithMetrics.call_args.kwargs["peft_config"]
@@ -353,6 +360,7 @@ CHANGES: dict[str, Change] = {
     "model.attn_implementation": Change("sdpa", built("load_model")),
     "model.trust_remote_code": Change(True, built("load_model")),
     "model.quantization": Change("4bit", built("load_model"), LORA),
+    "model.quantization_aware": Change("int4", rounded),
     "model.init_kwargs": Change({"subfolder": "best"}, built("load_model")),
     "model.adapter": Change("org/adapter", continued, LORA),
     "tuner.train_type": Change("lora", adapter),

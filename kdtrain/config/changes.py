@@ -64,7 +64,7 @@ _SOURCE |= {"path": CONTENT, "name": CONTENT, "split": CONTENT, "limit": CONTENT
 # By option, as the schema nests them: `[]` stands for a place in a list, `*` for a name in a map.
 CLASSES: dict[str, Kind] = {
     **_classes(CONTENT, "model", "model revision adapter"),
-    **_classes(REFUSED, "model", "dtype trust_remote_code quantization init_kwargs"),
+    **_classes(REFUSED, "model", "dtype trust_remote_code quantization quantization_aware init_kwargs"),
     **_classes(SAID, "model", "attn_implementation"),
     **_classes(NEVER, "tuner", "train_type lora_rank target_modules modules_to_save use_dora"),
     **_classes(NEVER, "tuner", "freeze_llm freeze_vit freeze_aligner"),

@@ -20,6 +20,7 @@ def same_model(config: RunConfig, written: Written) -> Iterator[Problem]:
     rlhf, teacher = config.rlhf, config.rlhf.teacher
     differs = (
         config.model.adapter
+        or config.model.quantization_aware
         or teacher.prefix
         or teacher.chat_template_kwargs
         or teacher.adapter

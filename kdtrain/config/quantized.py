@@ -13,6 +13,7 @@ from kdtrain.config.tree import KeyPath, Problem, Written
 from kdtrain.errors import PreflightError
 
 _STUDENT: KeyPath = ("model", "quantization")
+_AWARE: KeyPath = ("model", "quantization_aware")
 _TEACHER: KeyPath = ("rlhf", "teacher", "quantization")
 _GIVEN = "quantization_config"
 
@@ -22,6 +23,9 @@ def quantized_models(config: RunConfig, written: Written) -> Iterator[Problem]:
     if (bits := config.model.quantization) is not None:
         yield from _student(config, bits)
         yield from _already(_STUDENT, config.model.model)
+    if config.model.quantization_aware is not None:
+        yield from _aware(config)
+        yield from _already(_AWARE, config.model.model)
     of_teacher = config.rlhf.teacher
     if of_teacher.quantization is not None and of_teacher.backend == "hf":
         if _GIVEN in (config.rlhf.teacher_model_init_kwargs or {}):
@@ -39,10 +43,26 @@ def _student(config: RunConfig, bits: str) -> Iterator[Problem]:
     if config.training.get("fsdp"):
         message = "a quantised student cannot be cut into pieces by FSDP"
         yield Problem(("training", "fsdp"), message, "remove it: each device then holds the quantised student whole")
-    if config.rlhf.generation.backend != "transformers" and config.options.lm_kd_active and config.rlhf.lmbda > 0:
-        message = f"cannot be combined with rlhf.generation.backend: {config.rlhf.generation.backend} yet: vLLM gets"
-        hint = "use rlhf.generation.backend: transformers, or remove the option"
-        yield Problem(_STUDENT, f"{message} weights, and these are quantised", hint, on_key=True)
+    yield from _by_vllm(_STUDENT, config, "these are quantised")
+
+
+def _aware(config: RunConfig) -> Iterator[Problem]:
+    """Weights that are rounded in every forward are trained themselves, and whole on each device."""
+    if config.tuner.train_type == "lora":
+        message = "needs tuner.train_type: full: it is the weights themselves that are trained for their rounding"
+        yield Problem(_AWARE, message, "train them in full; or quantise the base of an adapter (model.quantization)")
+    for name in ("fsdp", "deepspeed"):
+        if config.training.get(name):
+            message = "not available yet beside model.quantization_aware"
+            yield Problem(("training", name), message, "remove one of them: plain data parallelism has it")
+    yield from _by_vllm(_AWARE, config, "they are rounded here alone")
+
+
+def _by_vllm(option: KeyPath, config: RunConfig, reason: str) -> Iterator[Problem]:
+    backend = config.rlhf.generation.backend
+    if backend != "transformers" and config.options.lm_kd_active and config.rlhf.lmbda > 0:
+        message = f"cannot be combined with rlhf.generation.backend: {backend} yet: vLLM gets weights, and {reason}"
+        yield Problem(option, message, "use rlhf.generation.backend: transformers, or remove the option", on_key=True)
 
 
 def _already(option: KeyPath, name: str) -> Iterator[Problem]:
@@ -55,8 +75,11 @@ def _already(option: KeyPath, name: str) -> Iterator[Problem]:
         yield Problem(option, message, "remove the option, or name the model before it was quantised")
 
 
-def missing_bitsandbytes(config: RunConfig) -> Iterator[Problem]:
-    """The package that quantises, where it is not installed."""
+def missing_quantizers(config: RunConfig) -> Iterator[Problem]:
+    """The packages that quantise, where they are not installed."""
+    if config.model.quantization_aware is not None and importlib.util.find_spec("torchao") is None:
+        hint = "pip install torchao (the extra quant), or remove the option"
+        yield Problem(_AWARE, "needs the package torchao, which is not installed", hint)
     used = [_STUDENT] if config.model.quantization is not None else []
     if config.rlhf.teacher.quantization is not None and config.asks_teacher and config.rlhf.teacher.backend == "hf":
         used.append(_TEACHER)

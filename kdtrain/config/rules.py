@@ -472,7 +472,10 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (idle_lora, ("model.model", "model.adapter", "tuner.train_type", "tuner.lora_dropout", "rlhf.disable_dropout")),
     (
         quantized_models,
-        (*_KD_SWITCHES, "model", "tuner.train_type", "training.fsdp", "rlhf.lmbda", "rlhf.generation", "rlhf.teacher"),
+        (
+            *(*_KD_SWITCHES, "model", "tuner.train_type", "training.fsdp", "training.deepspeed"),
+            *("rlhf.lmbda", "rlhf.generation", "rlhf.teacher"),
+        ),
     ),
     (
         teacher_placement,

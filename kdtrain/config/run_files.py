@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from kdtrain.config.launching import accelerate_file, launch_problems
-from kdtrain.config.quantized import missing_bitsandbytes
+from kdtrain.config.quantized import missing_quantizers
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.training_fields import choice, source_folder
 from kdtrain.config.tree import KeyPath, Problem
@@ -69,7 +69,7 @@ _ATTENTION: Mapping[str, tuple[tuple[str, ...], str]] = {
 
 def _libraries(config: RunConfig) -> Iterator[Problem]:
     """Packages that an optimizer or an attention kernel needs: they would be missed when the models are loaded."""
-    yield from missing_bitsandbytes(config)
+    yield from missing_quantizers(config)
     optimizer = str(config.training.get("optim") or "")
     # The longest part that fits: adamw_torch_8bit is torchao's, adamw_8bit is not.
     for part in sorted((part for part in _OPTIMIZERS if part in optimizer), key=len)[-1:]:

@@ -86,6 +86,10 @@ class ModelConfig(Section):
     scales quantised as well, products in `dtype` (under mixed precision in that); `8bit`: LLM.int8(), where what a row
     gets depends a little on the rows beside it. Whole stay the embedding, the head, and of a vision-language model the
     encoder and the projector. `kdtrain export` merges the adapter into the weights as they are on the disk."""
+    quantization_aware: Literal["int8", "int4", "int3", "int2"] | None = None
+    """Train for a quantised model: each forward rounds the linear layers' weights as torchao does (extra `quant`;
+    symmetric, groups of 32), they are saved as they are, and torchao quantises them in the end. Full fine-tuning only;
+    whole stays what `quantization` leaves whole. The teacher may be the same model: it is not rounded."""
     init_kwargs: dict[str, Any] = {}
     """Further keyword arguments of `from_pretrained`."""
     adapter: Text | None = None

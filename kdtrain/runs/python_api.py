@@ -27,7 +27,12 @@ logger = logging.getLogger(__name__)
 
 # Options without effect: what was handed over, section, options, reason.
 _IDLE: tuple[tuple[str, KeyPath, tuple[str, ...], str], ...] = (
-    ("model", ("model",), ("dtype", "attn_implementation", "init_kwargs"), "the model is loaded already"),
+    (
+        "model",
+        ("model",),
+        ("dtype", "attn_implementation", "quantization_aware", "init_kwargs"),
+        "the model is loaded already",
+    ),
     ("teacher", ("rlhf",), ("teacher_model_init_kwargs",), "the teacher is loaded already"),
     ("teacher", ("rlhf", "teacher"), ("dtype", "device_map", "adapter", "revision"), "the teacher is loaded already"),
     ("teacher", ("rlhf", "teacher"), ("backend", "base_url", "model", "top_k"), "the teacher was handed over"),

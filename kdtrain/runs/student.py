@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from kdtrain.config import RunConfig
 from kdtrain.config.adapters import adapter_base, continued_adapter, is_adapter_folder, model_below
 from kdtrain.config.model_folder import require_sound
+from kdtrain.models.fake_quantization import fake_quantize
 from kdtrain.models.hub import require_model
 from kdtrain.models.loading import add_adapter, load_merged, load_model
 
@@ -36,9 +37,16 @@ def load_student(config: RunConfig, device: torch.device) -> PreTrainedModel | P
     """The student before training: with the adapter that it goes on with, to be trained, where there is one."""
     base, adapter = load_base(config, device), continued_adapter(config)
     if adapter is None:
-        return base
+        return rounded(config, base)
     model = add_adapter(base, adapter, trained=True)
     model.active_peft_config.base_model_name_or_path = _base_name(config)
+    return model
+
+
+def rounded(config: RunConfig, model: PreTrainedModel) -> PreTrainedModel:
+    """A student that computes with rounded weights, where the config says so; the same object."""
+    if config.model.quantization_aware is not None:
+        fake_quantize(model, config.model.quantization_aware)
     return model
 
 

@@ -10,16 +10,16 @@ from kdtrain.config.adapters import is_adapter_folder
 from kdtrain.models.loading import add_adapter, load_config, resolve_dtype, trust_policy
 from kdtrain.models.merging import merge_adapter
 from kdtrain.runs.open_run import TrainedRun, open_run
-from kdtrain.runs.student import load_base, load_trained_weights, student_config
+from kdtrain.runs.student import load_base, load_trained_weights, rounded, student_config
 
 __all__ = ["TrainedRun", "load_alone", "load_trained", "open_run"]
 
 
 def load_trained(run: TrainedRun, device: torch.device) -> PreTrainedModel | PeftModel:
-    """The student that a run has made: its own weights, or its adapter on the student before training."""
+    """The student that a run has made, as it was trained: its own weights, or its adapter on what it began with."""
     if is_adapter_folder(str(run.model)):
         return add_adapter(load_base(run.config, device), str(run.model))
-    return load_trained_weights(run.config, device, run.model)
+    return rounded(run.config, load_trained_weights(run.config, device, run.model))
 
 
 def load_alone(run: TrainedRun, dtype: str) -> PreTrainedModel:
