@@ -69,7 +69,7 @@ def test_scenario_the_constructor_never_sees_our_knobs(tmp_path: Any) -> None:
     rlhf = {"llm_kd_weight": 0.25, "sft_alpha": 0.3, "divergence": "mixed_kl", "kd_temperature": 2, "eval_kd": False}
     args = build_train_arguments(ConfigLoader.load(source(tmp_path, {**rlhf, "teacher": {"tail": "renormalize"}})), CPU)
     kwargs = args.training_args.given  # type: ignore[attr-defined]
-    ours = {**rlhf, "tail": "renormalize", "visual_kd": None}
+    ours = {**rlhf, "tail": "renormalize", "visual_kd": None, "hidden_kd": None}
     assert not set(ours) & set(kwargs)
     assert {name: getattr(args.training_args, name) for name in ours} == ours
     attached = {"generation", "samples_per_prompt", "select", "skew_alpha", "ab_alpha", "ab_beta", "entropy_threshold"}

@@ -62,6 +62,7 @@ def test_lmbda_must_be_0_also_where_nobody_wrote_it(folder: Path) -> None:
     [
         ({"rlhf__seq_kd": True}, "rlhf.seq_kd", "must be false (it is true): a cache has no targets for text"),
         ({"custom__visual_kd": {"enabled": True}}, "rlhf.teacher.backend", "has no features to compare"),
+        ({"custom__hidden_kd": {"enabled": True}}, "rlhf.teacher.backend", "which custom.hidden_kd needs"),
     ],
 )
 def test_what_a_cache_does_not_have_is_refused(

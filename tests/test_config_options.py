@@ -36,17 +36,19 @@ OTHER: dict[str, Any] = {
     "eval_kd": False,
     "tail": "renormalize",
     "visual_kd": {"targets": ["vit"]},
+    "hidden_kd": {"targets": {"layer": [0.5]}},
 }
+CUSTOM = ("visual_kd", "hidden_kd")
 
 
 def read(**attributes: Any) -> DistillationOptions:
     return DistillationOptions.from_args(SimpleNamespace(**attributes))  # type: ignore[arg-type]
 
 
-def config(rlhf: dict[str, Any] | None = None, visual: dict[str, Any] | None = None) -> RunConfig:
+def config(rlhf: dict[str, Any] | None = None, **custom: dict[str, Any] | None) -> RunConfig:
     parts = {"model": {"model": "org/student"}, "data": {"train": "org/rows"}, "training": {"output_dir": "run"}}
     teacher = {"teacher_model": "org/teacher"}
-    return RunConfig.model_validate({**parts, "rlhf": {**teacher, **(rlhf or {})}, "custom": {"visual_kd": visual}})
+    return RunConfig.model_validate({**parts, "rlhf": {**teacher, **(rlhf or {})}, "custom": custom})
 
 
 def test_every_option_is_an_attribute_of_the_arguments_by_its_own_name() -> None:
@@ -58,8 +60,9 @@ def test_every_option_is_an_attribute_of_the_arguments_by_its_own_name() -> None
 
 def test_what_a_config_says_is_what_the_trainer_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arguments, "_gkd_config_class", lambda: SimpleNamespace)
-    rlhf = {name: value for name, value in OTHER.items() if name not in ("tail", "visual_kd")}
-    run = config({**rlhf, "teacher": {"tail": OTHER["tail"]}}, {"enabled": True, **OTHER["visual_kd"]})
+    rlhf = {name: value for name, value in OTHER.items() if name not in ("tail", *CUSTOM)}
+    custom = {name: {"enabled": True, **OTHER[name]} for name in CUSTOM}
+    run = config({**rlhf, "teacher": {"tail": OTHER["tail"]}}, **custom)
     built = build_train_arguments(run, Hardware(None, bf16=False, fp16=False, tf32=False))
     assert run.options == DistillationOptions.from_args(built.training_args) == read(**OTHER)
     assert built.llm_kd_weight == 0.5
@@ -103,12 +106,13 @@ def test_a_wrong_value_is_an_error_in_our_own_words(wrong: dict[str, Any], messa
     assert str(caught.value) == message
 
 
-def test_nothing_asks_the_teacher_where_all_visual_targets_weigh_nothing() -> None:
+def test_nothing_asks_the_teacher_where_all_features_weigh_nothing() -> None:
     """The config and the trainer agree: none is asked for, and none is loaded in vain."""
-    run = config({"llm_kd_weight": 0}, {"enabled": True, "targets": {"vit": {"weight": 0}}})
+    visual = {"enabled": True, "targets": {"vit": {"weight": 0}}}
+    run = config({"llm_kd_weight": 0}, visual_kd=visual, hidden_kd={"enabled": True, "weight": 0})
     assert not run.asks_teacher
     assert run.options.ce_weight == 1.0
-    assert run.options.visual_kd is None
+    assert not run.options.compares_features
 
 
 def test_without_kd_is_cross_entropy_alone() -> None:

@@ -364,6 +364,12 @@ CONFLICTS += [
     ({"rlhf": {"teacher": ITSELF}}, "rlhf.teacher.weights", "base needs tuner.train_type: lora"),
     ({"rlhf": {"teacher": {**ITSELF, "weights": "live"}}}, "rlhf.teacher.weights", "their divergence is 0"),
     (
+        {"rlhf": {"teacher": {**ITSELF, "weights": "live"}, "llm_kd_weight": 0}, "custom__hidden_kd__enabled": True},
+        "rlhf.teacher.weights",
+        "live teaches nothing",
+    ),
+    ({"rlhf": {"llm_kd_weight": 0}, "custom__hidden_kd__enabled": True}, "rlhf.teacher_model", "hidden_kd is enabled"),
+    (
         {"rlhf": {"teacher": ITSELF}, "tuner__train_type": "lora", "custom__visual_kd__enabled": True},
         "rlhf.teacher.backend",
         "features are those of the same modules",
@@ -465,6 +471,8 @@ IDLE: list[tuple[dict[str, Any], str, str]] = [
     ({"tuner__lora_rank": 8}, "tuner.lora_rank", "tuner.train_type is full"),
     ({"tuner__use_dora": True, "tuner__lora_alpha": 3}, "tuner.use_dora", "the same goes for lora_alpha"),
     ({"custom__visual_kd__weight": 2}, "custom.visual_kd.weight", "enabled is false"),
+    ({"custom__hidden_kd__distance": "cosine"}, "custom.hidden_kd.distance", "enabled is false"),
+    ({"custom__hidden_kd": {"enabled": True, "weight": 0}}, "custom.hidden_kd.enabled", "weight is 0"),
     ({"custom__visual_kd": {"enabled": True, "weight": 0}}, "custom.visual_kd.enabled", "weight is 0"),
     ({"training__eval_steps": 5}, "training.eval_steps", "no data.eval"),
     ({"training__per_device_eval_batch_size": 5}, "training.per_device_eval_batch_size", "no data.eval"),
@@ -640,9 +648,10 @@ def test_several_servers_are_a_list_and_each_address_is_checked() -> None:
     assert "twice" in found["rlhf.teacher.base_url"]
 
 
-def test_a_server_has_no_features_for_visual_kd() -> None:
-    found = errors(config(**SERVER, custom__visual_kd__enabled=True))
-    assert "no features" in found["rlhf.teacher.backend"]
+@pytest.mark.parametrize("term", ["visual_kd", "hidden_kd"])
+def test_a_server_has_no_features_to_compare(term: str) -> None:
+    found = errors(config(**SERVER, **{f"custom__{term}__enabled": True}))
+    assert f"no features to compare (vllm is a server), which custom.{term} needs" in found["rlhf.teacher.backend"]
 
 
 def idle_options(source: Any) -> str:

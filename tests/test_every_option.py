@@ -337,6 +337,7 @@ class Change:
 
 LORA = {"tuner.train_type": "lora"}
 VISUAL = {"custom.visual_kd.enabled": True}
+HIDDEN = {"custom.hidden_kd.enabled": True}
 VIT = {**VISUAL, "custom.visual_kd.targets": {"vit": {}, "aligner": {}}}
 
 ITSELF = {**LORA, "rlhf.teacher.backend": "self", "rlhf.teacher.chat_template_kwargs": {"enable_thinking": True}}
@@ -452,6 +453,10 @@ CHANGES: dict[str, Change] = {
     "rlhf.disable_dropout": Change(False, dropout),
     "rlhf.eval_kd": Change(False, evaluation_loss),
     "custom.sample_limit": Change(3, built("build_dataset")),
+    "custom.hidden_kd.enabled": Change(True, loss),
+    "custom.hidden_kd.weight": Change(0.5, loss, HIDDEN),
+    "custom.hidden_kd.distance": Change("cosine", loss, HIDDEN),
+    "custom.hidden_kd.targets.layer": Change([0.5], loss, HIDDEN),
     "custom.visual_kd.enabled": Change(True, visual),
     "custom.visual_kd.weight": Change(0.5, visual, VISUAL),
     "custom.visual_kd.distance": Change("cosine", visual, VISUAL),
