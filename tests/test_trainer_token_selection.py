@@ -12,7 +12,7 @@ from datasets import Dataset
 from kdtrain.config import ConfigError
 from kdtrain.config.options import TokenSelection
 from kdtrain.data.batch import Batch, Rows
-from kdtrain.losses import SampledTargets, TopKLogprobs
+from kdtrain.losses import SampledTargets
 from kdtrain.losses.comparison import Scores
 from kdtrain.teachers import Targets
 from kdtrain.trainer.token_selection import chosen_weights, num_kd_tokens
@@ -222,8 +222,8 @@ class LogitsTeacher(TopKTeacher):
 
 def loss_with(tmp_path, student, teacher, by, **options):
     trainer = make_trainer(
-        tmp_path, copy.deepcopy(student), token_selection={"by": by, "keep": 0.4}, sft_alpha=0.2, extra={"teacher": teacher},
-        **options,
+        tmp_path, copy.deepcopy(student), token_selection={"by": by, "keep": 0.4}, sft_alpha=0.2,
+        extra={"teacher": teacher}, **options,
     )  # fmt: skip
     loss = trainer.compute_loss(trainer.model, trainer.data_collator(tiny.CHATS))
     loss.backward()
@@ -421,5 +421,5 @@ def test_weights_of_a_users_collator_are_checked(tmp_path, student, teacher, wei
     assert found.rows.kd_weights.tolist() == [1.0, 0.5]
     found = trainer.receiver.accept({**mapping, "kd_weights": torch.full(given.labels.shape, 2.0)})
     assert found.kd_weights_S.unique().tolist() == [2.0]
-    with pytest.raises(ValueError, match="kd_weights .* must be a finite number of 0 or more"):
+    with pytest.raises(ValueError, match=r"kd_weights .* must be a finite number of 0 or more"):
         trainer.receiver.accept({**mapping, "kd_weights": weights})

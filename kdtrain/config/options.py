@@ -217,7 +217,10 @@ class LossAndSampling(Section):
     def loss_numbers(self) -> str:
         """What the divergence is at, such as `beta 0.5, temperature 1`."""
         numbers = self.divergence_params.numbers(self.divergence, self.beta)
-        return f"{numbers}, temperature {self.kd_temperature:g}".removeprefix(", ")
+        found, selection = self.token_selection, ""
+        if found is not None and found.keep < 1:
+            selection = f", {found.keep:.3g} of the tokens by {found.by}"
+        return f"{numbers}, temperature {self.kd_temperature:g}{selection}".removeprefix(", ")
 
     @property
     def most_new_tokens(self) -> int:

@@ -4,11 +4,12 @@
     python -m tests.benchmarks --quick            small sizes, about a minute: does everything run?
     python -m tests.benchmarks --full             the whole grid of sizes, β, heads and dtypes; takes hours
     python -m tests.benchmarks --only loss        loss, memory, step, parts, visual, self, on-policy (8 minutes),
-                                                  packing (4 minutes), angles, draws, cache-size, plan
-                                                  (10 minutes) or manifest, printed;
+                                                  packing (4 minutes), selection, angles, draws, cache-size,
+                                                  plan (10 minutes) or manifest, printed;
                                                   --out DIR writes it. angles, draws, cache-size and plan, which no
-                                                  machine changes, on-policy, packing and manifest, which
-                                                  say where they were measured, into the results that are there
+                                                  machine changes, on-policy, packing, selection and manifest,
+                                                  which say where they were measured, into the results that are
+                                                  there
 
 On a machine with CUDA the loss is measured there instead; `--cpu` measures the CPU all the same.
 """
@@ -42,6 +43,7 @@ from tests.benchmarks import (
     planned,
     report,
     requirements,
+    selection,
     step,
     visual,
 )
@@ -59,10 +61,10 @@ _ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
 }
 PARTS = (
-    "loss", "memory", "step", "parts", "visual", "self", "on-policy", "packing", "angles", "draws", "cache-size",
-    "plan", "manifest",
+    "loss", "memory", "step", "parts", "visual", "self", "on-policy", "packing", "selection", "angles", "draws",
+    "cache-size", "plan", "manifest",
 )  # fmt: skip
-KEPT_WITH_OTHERS = ("on-policy", "packing", "angles", "draws", "cache-size", "plan", "manifest")
+KEPT_WITH_OTHERS = ("on-policy", "packing", "selection", "angles", "draws", "cache-size", "plan", "manifest")
 """Parts that may stand beside results of another day: no machine changes them, or they say when they were measured."""
 EAGER = [name for name, peer in PEERS.items() if not peer.compiled]
 
@@ -84,8 +86,8 @@ def main() -> None:
         limit_memory()
         measure = {
             "loss": _loss, "memory": _memory, "step": _step, "parts": _parts, "visual": _visual, "self": _self,
-            "on-policy": _on_policy, "packing": _packing, "angles": _angles, "draws": _draws,
-            "cache-size": _cache_size, "plan": _plan, "manifest": _manifest,
+            "on-policy": _on_policy, "packing": _packing, "selection": _selection, "angles": _angles,
+            "draws": _draws, "cache-size": _cache_size, "plan": _plan, "manifest": _manifest,
         }  # fmt: skip
         for name in [options.only] if options.only else PARTS:
             results |= measure[name](options)
@@ -213,6 +215,13 @@ def _packing(options: argparse.Namespace) -> dict[str, Any]:
     if options.quick:
         cases = [packing.PackingCase(1, 4, 2, longest=64, median=16, student=(128, 2), teacher=(128, 2))]
     return {"packing": [packing.measure(case, options.rounds) for case in cases]}
+
+
+def _selection(options: argparse.Namespace) -> dict[str, Any]:
+    cases = selection.CASES
+    if options.quick:
+        cases = [dataclasses.replace(case, step=step.StepCase(vocab=4096, length=64, layers=2)) for case in cases]
+    return {"selection": [selection.measure(case, options.rounds) for case in cases]}
 
 
 def _angles(options: argparse.Namespace) -> dict[str, Any]:

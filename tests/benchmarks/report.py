@@ -194,6 +194,18 @@ def _packing(part: list[dict[str, Any]]) -> str:
     ) + _table(["window", "rows lie", "tokens/s", "over padded", "padding"], rows)
 
 
+def _selection(part: list[dict[str, Any]]) -> str:
+    rows = [
+        [row["title"], way, f"{found['seconds']:.2f} s", f"{found['ratio']:.2f}×"]
+        for row in part
+        for way, found in row["peers"].items()
+    ]
+    return (
+        "Half of the tokens chosen by rlhf.token_selection: processor time of a step, and the median over rounds of\n"
+        f"that over a step at all tokens. {part[0]['measured']}\n\n"
+    ) + _table(["step", "divergence at", "time", "over all tokens"], rows)
+
+
 def _angles(part: list[dict[str, Any]]) -> str:
     rows = [
         [row["title"], f"{row['mass']:.2f}", f"{row['divergence']:.4f}", *(f"{row['degrees'][t]:.1f}°" for t in TAILS)]
@@ -297,6 +309,7 @@ _SECTIONS = [
     ("self", "Peak memory of a run whose teacher is the student itself", _self),
     ("on-policy", "An on-policy window", _on_policy),
     ("packing", "Rows behind each other", _packing),
+    ("selection", "A step whose divergence is taken at half of the tokens", _selection),
     ("angles", "Top-k: angle to the gradient of the full distributions", _angles),
     ("cache-size", "A cache: bytes a supervised token, and what storing costs", _cache_size),
     ("draws", "Drawn tokens: the gradient of forward KL, in the mean and of one set", _draws),

@@ -81,7 +81,7 @@ def make_step(path: str, case: StepCase, student: Any, teacher: Any) -> Step:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     if path in PEERS and path != OURS:
         return _peer_step(path, student, teacher.requires_grad_(False).eval(), batch)
-    trainer = _trainer(path, student, teacher)
+    trainer = make_trainer(path, student, teacher)
     if path == "trl_distillation":
         batch = _as_completions(batch, case.length // 2)
 
@@ -116,7 +116,8 @@ def _peer_step(path: str, student: Any, teacher: Any, batch: dict[str, torch.Ten
     return step
 
 
-def _trainer(path: str, student: Any, teacher: Any) -> Any:
+def make_trainer(path: str, student: Any, teacher: Any) -> Any:
+    """The trainer of a path."""
     import datasets
     from trl import DistillationConfig, DistillationTrainer
     from trl.experimental.gkd import GKDConfig, GKDTrainer
