@@ -353,6 +353,16 @@ def test_the_same_rows_are_encoded_once(build, tmp_path, encoded_rows):
     assert not list((tmp_path / "cache").glob("*ing-*"))  # nothing half-done stays behind
 
 
+def test_rows_that_a_sample_chooses_are_stored_for_that_sample(build, tmp_path, encoded_rows):
+    path = write_lines(tmp_path / "a.jsonl", [pair(i) for i in range(8)])
+    whole = {row["row_id"]: row for row in build(path)[0]}
+    encoded_rows.clear()
+    samples = [build(Source(path, weight=0.5), seed=seed)[0] for seed in (0, 1, 0)]
+    assert samples[0]["row_id"][:] == samples[2]["row_id"][:] != samples[1]["row_id"][:]
+    assert all(row == whole[row["row_id"]] for sample in samples for row in sample)
+    assert len(encoded_rows) == 8  # four of each; the third time they are there
+
+
 CHANGES = {
     "rows": lambda call, path: call(write_lines(path, [ROW, pair(1)])),
     "template": lambda call, path: call(path, tokenizer=tokenizer_with(LLAMA3)),

@@ -1,11 +1,13 @@
 """Templates in the shapes of those that trl does not ship, on a tiny tokenizer, against the real ones' oracle."""
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from kdtrain.data import encode_row
+from kdtrain.data.probed_template import ProbedTemplate
 from tests import tiny
 from tests.templates.check import judged
-from tests.templates.families import Family, Template, with_template, with_tokens
+from tests.templates.families import FOLDER, Family, Template, with_template, with_tokens
 from tests.templates.oracle import Encoded, Oracle, judge
 from tests.templates.rows import ANSWER, QUESTION, SECOND_ANSWER, SYSTEM, TOOLS, calling, chat
 
@@ -173,3 +175,25 @@ def test_the_oracle_sees_a_mask_a_prompt_and_a_reason_that_are_wrong():
     assert {judge(oracle, row, "last", got, noted=True).outcome for got in wrong} == {"wrong"}
     untrue = judge(oracle, chat(QUESTION, calling(), tools=TOOLS), "last", "the row is too long", noted=False)
     assert untrue.outcome == "wrong"
+
+
+@pytest.mark.parametrize("name", ["qwen3_training", "gptoss_training", "gemma3_training", "llama3_training"])
+@pytest.mark.parametrize("generation_prompt", [False, True])
+def test_text_and_markers_are_those_that_transformers_renders(name, generation_prompt):
+    text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer = with_template(tiny.make_tokenizer(), text)
+    thinking = {**ANSWER, "reasoning_content": "Shallow water cools sooner."}
+    messages = [SYSTEM, QUESTION, thinking, QUESTION, SECOND_ANSWER]
+    texts, spans = render_jinja_template(
+        [messages],
+        tools=TOOLS,
+        chat_template=text,
+        return_assistant_tokens_mask=True,
+        add_generation_prompt=generation_prompt,
+        **tokenizer.special_tokens_map,
+    )
+    template = ProbedTemplate(tokenizer, None, True, None)
+    for with_spans in (False, True):
+        rendered = template.render(messages, TOOLS, generation_prompt=generation_prompt, spans=with_spans)
+        assert rendered == (texts[0], spans[0] if with_spans else [])
+    assert spans[0]

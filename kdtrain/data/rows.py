@@ -98,7 +98,9 @@ def parse_row(row: Mapping[str, Any], folder: str | None = None) -> Chat | Pair 
         raise RowError("images need a conversation: give messages, or prompt and completion as lists of messages")
     else:
         parsed = _without_context(parsed, row)
-    return replace(_with_notes(parsed, row, kind), kd_weight=read_weight(row.get(WEIGHT)))
+    parsed = _with_notes(parsed, row, kind)
+    weight = read_weight(row.get(WEIGHT))
+    return parsed if weight == 1 else replace(parsed, kd_weight=weight)
 
 
 def asked_in(row: Mapping[str, Any]) -> Chat | Pair:
