@@ -99,10 +99,11 @@ def test_without_torchao_the_config_is_refused(project, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_the_model_teaches_itself_rounded_and_evaluate_sees_the_rounding(project, kdtrain):
     """Before: quantised without training for it; after: with; the teacher is the model as it was."""
-    options = ["rlhf.teacher_model=./student", "rlhf.sft_alpha=0", "training.max_steps=12"]
-    options += ["training.learning_rate=1e-3", "model.quantization_aware=int2"]
+    options = ["rlhf.teacher_model=./student", "rlhf.sft_alpha=0", "rlhf.beta=0"]
+    options += ["training.max_steps=12", "training.learning_rate=1e-3", "model.quantization_aware=int2"]
     result = fit(project / "config.yaml", options, quiet=True)
     losses = [json.loads(line).get("llm_kd_loss") for line in (result.run_dir / "logging.jsonl").open()]
     losses = [loss for loss in losses if loss is not None]
@@ -110,7 +111,7 @@ def test_the_model_teaches_itself_rounded_and_evaluate_sees_the_rounding(project
     assert losses[-1] < 0.7 * losses[0]
     kdtrain("evaluate", str(result.run_dir))
     models = json.loads((result.run_dir / "evaluation.json").read_text())["models"]
-    assert models["before"]["forward_kl"] == pytest.approx(losses[0], rel=0.5)
+    assert models["before"]["forward_kl"] == pytest.approx(losses[0], rel=0.3)
     assert models["after"]["forward_kl"] < 0.7 * models["before"]["forward_kl"]
     with pytest.raises(ConfigError, match="is the student itself"):
         fit(project / "config.yaml", [*options[:-1], "training.output_dir=other"], quiet=True)

@@ -10,6 +10,8 @@ distillation (LLM-QAT, arXiv 2305.17888).
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -30,16 +32,24 @@ _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_G
 
 def torchao_config(weights: Weights) -> Any:
     """How torchao quantises the weights in the end: its `IntxWeightOnlyConfig`."""
-    logging.disable(logging.WARNING)  # it complains of libraries for other GPUs, once and without harm
-    try:
+    with _quiet_import():
         from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+    return IntxWeightOnlyConfig(weight_dtype=getattr(torch, weights), granularity=PerGroup(GROUP))
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """torchao complains of libraries for other GPUs when it is imported, and torch of torchao: without harm."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
     except ImportError as error:
         raise PreflightError(
             f"model.quantization_aware needs torchao: {error}. Install it (pip install torchao, the extra quant)."
         ) from error
     finally:
-        logging.disable(logging.NOTSET)
-    return IntxWeightOnlyConfig(weight_dtype=getattr(torch, weights), granularity=PerGroup(GROUP))
+        logging.disable(before)
 
 
 def fake_quantize(model: PreTrainedModel, weights: Weights) -> None:
@@ -64,8 +74,9 @@ def fake_quantize(model: PreTrainedModel, weights: Weights) -> None:
             f"{model.config.name_or_path or type(model).__name__} {what}. Remove the option."
         )
     config = torchao_config(weights)
-    from torchao.quantization import quantize_
-    from torchao.quantization.qat import QATConfig
+    with _quiet_import():
+        from torchao.quantization import quantize_
+        from torchao.quantization.qat import QATConfig
 
     quantize_(model, QATConfig(config, step="prepare"), filter_fn=lambda _, name: name in names)
 
