@@ -19,7 +19,7 @@ from tests.stub_server import StubServer
 
 NAMES = {
     "lora-chats", "forward-kl", "on-policy", "qwen3-vl", "visual-only",
-    "context", "served-teacher", "cached-teacher", "sweep",
+    "context", "served-teacher", "cached-teacher", "sweep", "draft",
 }  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def test_a_recipe_trains_two_steps_with_tiny_models(recipe, name, tmp_path):
     result = kdtrain.fit(path, overrides, quiet=True)
     assert result.steps == 2
     assert result.metrics["llm_kd_loss"] > 0
-    assert result.metrics["on_policy_fraction"] == (1.0 if name == "on-policy" else 0.0)
+    assert result.metrics["on_policy_fraction"] == (1.0 if name in ("on-policy", "draft") else 0.0)
 
 
 def test_the_served_teachers_recipe_trains_two_steps_with_a_stub(recipe, tmp_path, tokenizer, teacher):

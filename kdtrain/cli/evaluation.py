@@ -37,6 +37,8 @@ _COLUMNS = (
 )
 _WHERE_KNOWN = ("accuracy", "visual_reliance")
 """Columns of what is not known of most runs."""
+_DRAFTED = 4
+"""Tokens of a draft, a usual number."""
 _ROWS = ("before", "after", "against", "teacher")
 _SIGNS = {"lower": "≥", "upper": "≤"}
 _WIDTH = 120  # where stdout is a file
@@ -148,6 +150,7 @@ def _lines(found: Evaluated) -> list[str]:
     teacher = found.models["teacher"]
     if teacher is not None:
         lines.append(_gap(found, teacher))
+    lines += _drafted(found)
     if found.other_tokens:
         whose = " and ".join("the teacher" if name == "teacher" else "the other run" for name in found.other_tokens)
         lines.append(f"Tokens of {whose} are others: CE and perplexity are not comparable, nats per byte are.")
@@ -167,6 +170,26 @@ def _gap(found: Evaluated, teacher: ModelFigures) -> str:
         return f"{what}: none can be given, for its CE is not lower than the student's was."
     doubt = "" if interval else "; its lead is too small on these rows for an interval"
     return f"{what}: {found.gap_closed:.1%}{_between(interval, '.1%')}{doubt}"
+
+
+def _drafted(found: Evaluated) -> list[str]:
+    """What the acceptance rate α means for a student that drafts γ tokens: (1 − α^(γ+1)) / (1 − α) tokens for each
+    forward of the teacher, if tokens are accepted independently of each other (Leviathan et al. 2023,
+    https://arxiv.org/abs/2211.17192, equation 1); the teacher's own token is among them."""
+    parts = []
+    for name in ("before", "after"):
+        model = found.models.get(name)
+        if model is not None and model.acceptance_rate is not None:
+            sign = _SIGNS.get((model.bounds or {}).get("acceptance_rate", ""), "")
+            parts.append(f"{sign}{_tokens_a_forward(model.acceptance_rate):.2f} {name}")
+    if not parts:
+        return []
+    return [f"As a draft of {_DRAFTED} tokens for each forward of the teacher: {', '.join(parts)} tokens come out."]
+
+
+def _tokens_a_forward(rate: float) -> float:
+    """Of speculative decoding at an acceptance rate, as a sum, which has no 0/0 at 1."""
+    return sum(rate**i for i in range(_DRAFTED + 1))
 
 
 def _internalised(found: Internalised) -> str:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from kdtrain.config.hidden_kd import HIDDEN_TERM
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
 from kdtrain.losses.kinds import VISUAL_TARGETS
@@ -31,7 +30,7 @@ LOSS_TERMS = (
     "vision_kd_loss",
     *(f"vision_kd_loss_{target}" for target in VISUAL_TARGETS),
     "aux_loss",
-    HIDDEN_TERM,  # and its layers, of which each run has its own: `loss_terms`
+    "hidden_kd_loss",  # and its layers, of which each run has its own: `loss_terms`
 )
 # The same of the steps of one kind alone: whose answers they are on -> a term -> its name.
 TERMS_OF_KIND = {
@@ -63,7 +62,7 @@ GRADIENT_NORMS = ("grad_norm_llm_kd", "grad_norm_sft", "grad_norm_vision_kd", "g
 # What is made of the sums over tokens.
 TOKEN_METRICS = ("token_accuracy", "teacher_agreement", "student_entropy", "teacher_entropy")
 # Terms whose sum is the loss; the others are parts of one of these.
-TOTAL_TERMS = ("llm_kd_loss", "sft_loss", "vision_kd_loss", "aux_loss", HIDDEN_TERM)
+TOTAL_TERMS = ("llm_kd_loss", "sft_loss", "vision_kd_loss", "aux_loss", "hidden_kd_loss")
 # In evaluations of a run that may stop early: the metric that decides, whatever its name.
 EARLY_STOP_METRIC = "early_stop_metric"
 # Which way an evaluation's metrics get better; entropies are neither good nor bad.
