@@ -177,3 +177,14 @@ def test_the_tail_is_that_of_the_most_likely_tokens_alone(tmp_path: Path) -> Non
         assert about_the_tail(form, "renormalize") == [
             f"has no effect: the cache is of mode {form['mode']}, which leaves nothing out"
         ]
+
+
+def test_tokens_of_drawn_targets_are_chosen_by_the_student_alone(folder: Path) -> None:
+    write(folder, SAMPLE)
+    drawn = {"rlhf__beta": 0.0, "rlhf__kd_temperature": 2.0}
+    found = errors(cached(folder, **drawn, rlhf__token_selection={"by": "disagreement"}))
+    assert list(found) == ["rlhf.token_selection.by"]
+    assert "must be student_entropy: the cache holds drawn tokens" in found["rlhf.token_selection.by"]
+    assert warnings(cached(folder, **drawn, rlhf__token_selection={"by": "student_entropy"})) == []
+    write(folder, HIDDEN)
+    assert warnings(cached(folder, rlhf__token_selection={"by": "disagreement"})) == []

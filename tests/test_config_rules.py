@@ -80,6 +80,10 @@ WRONG_VALUES: list[tuple[str, Any, str]] = [
         "entropy_aware, tvd, got text 'jsd_scale' | did you mean",
     ),
     ("rlhf__rlhf_type", "dpo", "expected gkd, got text 'dpo'"),
+    ("rlhf__token_selection", "student_entropy", "expected a map, got text 'student_entropy'"),
+    ("rlhf__token_selection__by", "entropy", "expected one of student_entropy, disagreement, got text 'entropy'"),
+    ("rlhf__token_selection__keep", 0, "must be above 0"),
+    ("rlhf__token_selection__keep", 1.5, "at most 1"),
     ("rlhf__seq_kd", "no", "expected true or false, got text 'no' | write false"),
     ("rlhf__seq_kd", 1, "expected true or false, got the number 1"),
     ("rlhf__teacher", 3, "expected a map"),
@@ -444,6 +448,7 @@ IDLE: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"rlhf": {"llm_kd_weight": 0, "select": "best"}}, "rlhf.select", "rlhf.llm_kd_weight is 0"),
     ({"rlhf__select": "best"}, "rlhf.select", "no effect: rlhf.samples_per_prompt is 1"),
+    ({"rlhf__token_selection": {"keep": 1}}, "rlhf.token_selection", "no effect: its keep is 1, which is every token"),
     ({"rlhf__lmbda": 0, "rlhf__max_new_tokens": 5}, "rlhf.max_new_tokens", "nothing is sampled"),
     ({"rlhf__lmbda": 0, "rlhf__max_new_tokens": GROWING}, "rlhf.max_new_tokens", "nothing is sampled"),
     (

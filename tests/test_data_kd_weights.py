@@ -256,9 +256,9 @@ def test_weights_go_where_their_tokens_go(build, tmp_path, tokenizer):  # noqa: 
     assert taken(batch, [2, 0, 0]).kd_weights_S.tolist() == by_row[2] + by_row[0] * 2
     assert cut_rows(batch, 1).kd_weights_S.tolist() == by_row[0]
     assert batch.map_tensors(lambda one: one.clone()).kd_weights_S.tolist() == batch.kd_weights_S.tolist()
-    short, _ = build(path, max_length=24, on_overlength="truncate")
-    cut = Collator(tokenizer, max_length=24, on_overlength="truncate")
-    assert [row["kd_weights"] and len(row["kd_weights"]) for row in short] == [24, None, None, None]
+    short, _ = build(path, max_length=26, on_overlength="truncate")
+    cut = Collator(tokenizer, max_length=26, on_overlength="truncate")
+    assert [row["kd_weights"] and len(row["kd_weights"]) for row in short] == [26, None, None, None]
     assert torch.equal(cut(list(short)).kd_weights_S, cut(rows).kd_weights_S)
     assert torch.equal(cut(list(dataset)).kd_weights_S, cut(rows).kd_weights_S)
 

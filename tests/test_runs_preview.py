@@ -442,3 +442,18 @@ def test_what_cannot_be_read_at_all_is_an_error_as_in_fit(mixed, tokenizer):
     (mixed / "student" / "tokenizer.json").unlink()
     with pytest.raises(PreflightError, match="No tokenizer could be loaded from"):
         splits_of(mixed)
+
+
+def test_weights_in_the_divergence_are_shown_where_they_are_not_one(mixed):
+    answer = {**tiny.CHATS[1]["messages"][1], "kd_weight": 0.5}
+    two = [*tiny.CHATS[0]["messages"], tiny.CHATS[1]["messages"][0], answer]
+    write_rows(mixed / "train.jsonl", [tiny.CHATS[2], {**tiny.CHATS[3], "kd_weight": 2}, {"messages": two}])
+    splits = splits_of(mixed)
+    lines = [line.partition("of 24")[2] for line in text_of(splits).split("\n") if line.startswith("train.jsonl")]
+    assert lines[:2] == ["", ", kd_weight 2"]
+    assert "kd_weight 1 of 6 tokens and 0.5 of 9 tokens" in text_of(splits)
+    assert "2 rows have a weight in the divergence that is not 1 (kd_weight)" in text_of(splits)
+    rows = json.loads(printed.as_json(splits))
+    assert [row["kd_weight"] for row in rows[:3]] == [1.0, 2.0, 1.0]
+    assert rows[0]["kd_weights"] is None
+    assert set(rows[2]["kd_weights"]) == {1.0, 0.5}

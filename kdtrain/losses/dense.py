@@ -86,7 +86,7 @@ def dense_distillation_loss(
         targets = targets[keep.to(targets.indices.device)]
     weights = None if kd_token_weights is None else kd_token_weights.to(student.device)[keep].float()
     share = kd_share(weights, num_items, num_kd_items, num_tokens)
-    # A weight of 0 leaves a token out, whatever its divergence is: 0 · ∞ is no number, in the gradient neither.
+    # Tokens of weight 0 need no divergence.
     part: torch.Tensor | slice = slice(None)
     if weights is not None:
         part = weights > 0

@@ -137,8 +137,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         data_collator: None is `kdtrain.data.Collator`, which cuts rows at `args.max_length`; rows hold `input_ids` and
             `labels`, or are still `messages`, `prompt` and `completion`, or `text`. A batch is `input_ids` [B, T],
             `attention_mask` [B, T], `labels` [B, T] and whatever else the model's forward takes (see `data/batch.py`);
-            optionally `prompt_lengths` [B] (needed to generate) and `ce_rows` [B] bool (rows that contribute
-            cross-entropy; all where absent).
+            optionally `prompt_lengths` [B] (needed to generate), `ce_rows` [B] bool (rows that contribute
+            cross-entropy; all where absent), `kd_weights` [B] or [B, T] (what the divergence of rows or tokens counts).
         teacher: a `kdtrain.teachers.Teacher` instead of `teacher_model`.
         shared_vocab_size: leading logit columns that both models share, where the caller has compared the tokenizers;
             None finds out.
