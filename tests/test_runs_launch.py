@@ -41,10 +41,11 @@ def single(tmp_path_factory, tokenizer):
     return records(project, "single")
 
 
-def assert_same_run(ours, single):
+def assert_same_run(ours, single, sharded=False):
     assert len(ours) == len(single) == 5
     for a, b in zip(ours, single, strict=True):
-        for key in b:
+        # How hard a term pulls is not measured on weights in pieces.
+        for key in b.keys() - ({key for key in b if "grad_norm_" in key} if sharded else set()):
             if key not in (*tiny.MEASURED, "padding_fraction", "eval_runtime") and "per_second" not in key:
                 assert a[key] == pytest.approx(b[key], rel=1e-4), key
 
@@ -275,7 +276,7 @@ def test_a_way_of_launching_by_name_equals_one_process(project, single, name):
     assert done.returncode == 0, done.stderr
     assert f"accelerate/{name}.yaml --num_processes 2" in done.stderr
     assert ("deepspeed" if name != "ddp" else "multi_cpu") in done.stderr
-    assert_same_run(records(project), single)
+    assert_same_run(records(project), single, sharded=name != "ddp")
     assert (project / "run" / "model.safetensors").stat().st_size > 100_000, "pieces were saved and no model"
 
 
