@@ -57,7 +57,7 @@ def token_scores(
         of_teacher: torch.Tensor | TopKLogprobs | None = None
         if by == "disagreement" and isinstance(teacher, TopKLogprobs):
             of_teacher = teacher[rows]
-        elif by == "disagreement" and teacher is not None:
+        elif by == "disagreement" and isinstance(teacher, Scores):
             of_teacher = teacher.logits(rows, "teacher").to(device)
         scores[rows] = _of_chunk(logits, of_teacher, exact=exact)
         start += size
