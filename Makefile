@@ -93,7 +93,7 @@ test-server: setup $(SERVER_VENV)/installed
 	KDTRAIN_VLLM_PYTHON="$$(cd $(SERVER_VENV)/bin && pwd)/python" $(VENV)/bin/python -m pytest -m server tests/test_server*.py tests/test_example_served_teacher.py
 
 test-real: setup
-	$(VENV)/bin/python -m pytest -n auto -m real tests/test_real_templates.py
+	$(VENV)/bin/python -m pytest -n auto -m real tests/test_real_templates.py tests/test_real_alignment.py
 
 faults: setup
 	$(VENV)/bin/python -m tests.faults

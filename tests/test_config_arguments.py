@@ -73,6 +73,7 @@ def test_scenario_the_constructor_never_sees_our_knobs(tmp_path: Any) -> None:
     assert not set(ours) & set(kwargs)
     assert {name: getattr(args.training_args, name) for name in ours} == ours
     attached = {"generation", "samples_per_prompt", "select", "skew_alpha", "ab_alpha", "ab_beta", "entropy_threshold"}
+    attached |= {"cross_tokenizer"}
     fields = set(DistillationOptions.model_fields)
     assert set(kwargs) & fields == fields - set(ours) - attached - {"select_regex", "token_selection"}
 

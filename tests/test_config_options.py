@@ -24,6 +24,7 @@ OTHER: dict[str, Any] = {
     "entropy_threshold": 1.5,
     "kd_temperature": 2.0,
     "token_selection": {"by": "disagreement", "keep": 0.25},
+    "cross_tokenizer": "alm",
     "lmbda": 0.75,
     "seq_kd": True,
     "temperature": 0.5,

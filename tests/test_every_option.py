@@ -433,6 +433,7 @@ CHANGES: dict[str, Change] = {
     "rlhf.teacher.path": Change("/other", findings, CACHE),
     "rlhf.llm_kd_weight": Change(0.5, loss),
     "rlhf.sft_alpha": Change(0.5, loss),
+    "rlhf.cross_tokenizer": Change("alm", built("build_dataset")),
     "rlhf.beta": Change(0.1, loss),
     "rlhf.divergence": Change("mixed_kl", loss),
     "rlhf.skew_alpha": Change(0.5, loss, {"rlhf.divergence": "skew_kl"}),

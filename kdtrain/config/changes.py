@@ -85,7 +85,7 @@ CLASSES: dict[str, Kind] = {
     **_classes(FREE, "rlhf.teacher", "device_map placement base_url api_key_env max_requests timeout_s max_retries"),
     **_classes(FREE, "rlhf.teacher", "concurrency lookahead"),
     **_classes(REFUSED, "rlhf", "llm_kd_weight sft_alpha beta divergence kd_temperature lmbda seq_kd temperature"),
-    **_classes(REFUSED, "rlhf", "skew_alpha ab_alpha ab_beta entropy_threshold"),
+    **_classes(REFUSED, "rlhf", "skew_alpha ab_alpha ab_beta entropy_threshold cross_tokenizer"),
     **_classes(REFUSED, "rlhf", "token_selection token_selection.by token_selection.keep"),
     **_classes(REFUSED, "rlhf", "max_new_tokens max_new_tokens.from max_new_tokens.to max_new_tokens.over"),
     **_classes(REFUSED, "rlhf", "samples_per_prompt select select_regex disable_dropout eval_kd"),

@@ -14,6 +14,8 @@ from kdtrain.losses.kinds import BUCKET_ONLY, WITH_BETA
 def renormalized_tail(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Top-k targets without their tail, where the student's own mass counts in the divergence."""
     rlhf, path = config.rlhf, ("rlhf", "teacher", "tail")
+    if config.options.crosses_tokenizers:  # which has a rule of its own
+        return
     if not (config.options.lm_kd_active and rlhf.teacher.tail == "renormalize" and gives_top_k(config)):
         return
     if rlhf.divergence in BUCKET_ONLY:
@@ -35,7 +37,7 @@ NUMBERS_OF: dict[str, tuple[str, ...]] = {
 def divergence_numbers(config: RunConfig, written: Written) -> Iterator[Problem]:
     """Numbers of another divergence, and exponents that do not go together."""
     rlhf = config.rlhf
-    if not config.options.lm_kd_active:
+    if not config.options.lm_kd_active or config.options.crosses_tokenizers:
         return
     others = [name for name, divergences in NUMBERS_OF.items() if rlhf.divergence not in divergences]
     yield from written.idle(others, f"rlhf.divergence is {rlhf.divergence}", "rlhf")

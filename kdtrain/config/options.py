@@ -160,6 +160,11 @@ class LossAndSampling(Section):
     token_selection: TokenSelection | None = None
     """While training, take the divergence at some of each row's tokens alone, such as
     `{by: student_entropy, keep: 0.5}`. null takes all. Evaluation does in any case."""
+    cross_tokenizer: Literal["alm", "uld"] | None = None
+    """For a teacher with another tokenizer, which reads the student's answers as text behind its own chat template.
+    `alm`: the likelihoods of chunks of text that tokens of both make up are compared, in place of distributions over
+    tokens, so that divergence, beta and kd_temperature have no effect; `uld`: the sorted probabilities at the last
+    token of each chunk, without what they are of (hf teachers; for comparison). null: one tokenizer for both."""
     lmbda: Share = 0.5
     """Share of batches whose completions the student generates itself."""
     seq_kd: Flag = False
@@ -366,11 +371,16 @@ class DistillationOptions(LossAndSampling):
     def selection(self) -> TokenSelection | None:
         """`token_selection` where it leaves anything out."""
         found = self.token_selection
-        return None if found is None or found.keep == 1 or not self.lm_kd_active else found
+        return None if found is None or found.keep == 1 or not self.lm_kd_active or self.crosses_tokenizers else found
 
     def at_all_tokens(self) -> DistillationOptions:
         """The same without `token_selection`."""
         return self if self.token_selection is None else self.model_copy(update={"token_selection": None})
+
+    @property
+    def crosses_tokenizers(self) -> bool:
+        """Whether the teacher is compared with as one that has another tokenizer."""
+        return self.cross_tokenizer is not None and self.lm_kd_active
 
     def without_kd(self) -> DistillationOptions:
         """The same run with every teacher term off: CE only."""

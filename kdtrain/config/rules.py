@@ -17,6 +17,7 @@ from kdtrain.config.folders import model_folders, output_folder
 from kdtrain.config.from_pretrained import loading_arguments, processor_arguments
 from kdtrain.config.generation import generation_by_vllm
 from kdtrain.config.model_pair import same_model
+from kdtrain.config.other_tokenizer import cross_tokenizer
 from kdtrain.config.placement import teacher_placement
 from kdtrain.config.quantized import quantized_models
 from kdtrain.config.schema import RunConfig, TeacherConfig
@@ -464,6 +465,19 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     ),
     (renormalized_tail, (*_KD_SWITCHES, "rlhf.teacher", "rlhf.beta", "rlhf.divergence")),
     (divergence_numbers, (*_KD_SWITCHES, "rlhf.divergence", "rlhf.ab_alpha", "rlhf.ab_beta")),
+    (
+        cross_tokenizer,
+        (
+            *_KD_SWITCHES,
+            "rlhf.cross_tokenizer",
+            "rlhf.teacher",
+            "rlhf.seq_kd",
+            "rlhf.select",
+            "rlhf.samples_per_prompt",
+            "rlhf.lmbda",
+            "data.train_on",
+        ),
+    ),
     (idle_selection, ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.samples_per_prompt", "rlhf.select")),
     (commented_regex, ()),
     (rows_in_lines, ("data.packing", "data.padding_free", "custom.visual_kd", "training.neftune_noise_alpha")),

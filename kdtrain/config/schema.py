@@ -481,7 +481,9 @@ class RunConfig(Section):
     @property
     def chats(self) -> dict[str, Any]:
         """How conversations become tokens: the fields of `kdtrain.data.TemplateOptions`."""
-        teacher = self.rlhf.teacher if self.asks_teacher else TeacherConfig()
+        # A teacher with another tokenizer reads other texts altogether: see `kdtrain.data.other_tokenizer`.
+        reads_them = self.asks_teacher and not self.options.crosses_tokenizers
+        teacher = self.rlhf.teacher if reads_them else TeacherConfig()
         by_column = teacher.prefix if isinstance(teacher.prefix, dict) else {}
         return {
             **self.data.chats,

@@ -86,7 +86,8 @@ class TeacherImages:
 class TeacherTokens:
     """The rows as the teacher reads them, padded on the right, where it reads another text than the student.
 
-    Their supervised tokens are the student's: as many in every row, the same ids in the same order.
+    Their supervised tokens are the student's: as many in every row, the same ids in the same order. Of a teacher with
+    another tokenizer they are its own tokens of the student's answers, and `chunks` say which belong to which.
     """
 
     input_ids: torch.Tensor
@@ -96,6 +97,15 @@ class TeacherTokens:
     """−100 where nothing is supervised."""
     prompt_lengths: torch.Tensor | None = None
     """[B] long: leading tokens that are the teacher's prompt."""
+    chunks: torch.Tensor | None = None
+    """[B, T'] long, of another tokenizer: the number of each token's chunk in its row (see byte_alignment.py), −100
+    without one. `labels` are of the tokens that have one."""
+    student_chunks: torch.Tensor | None = None
+    """[B, T] long: those of the student's tokens. A chunk is in both or in neither."""
+    aligned_bytes: torch.Tensor | None = None
+    """[B] long: bytes of the student's answers that are in chunks."""
+    answer_bytes: torch.Tensor | None = None
+    """[B] long: bytes of its answers."""
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -149,6 +159,12 @@ class Batch:
     def num_supervised(self) -> torch.Tensor:
         """S, a scalar int64 tensor: found without waiting for the device."""
         return self.predicts_BT.sum()
+
+    @property
+    def num_chunks(self) -> torch.Tensor | None:
+        """[B]: chunks that both models' tokens make up, of a teacher with another tokenizer; None of others."""
+        chunks_BT = None if self.teacher_tokens is None else self.teacher_tokens.student_chunks
+        return None if chunks_BT is None else chunks_BT.amax(1).clamp(min=-1) + 1
 
     @property
     def ce_mask_S(self) -> torch.Tensor | None:
@@ -254,7 +270,7 @@ class Batch:
     def as_teacher_sees_it(self) -> Batch:
         """The batch with the teacher's inputs, and with its own labels and prompts where it reads other tokens.
 
-        The supervised tokens, `labels_S`, are the same, in the same order.
+        The supervised tokens, `labels_S`, are the same, in the same order, but for a teacher with another tokenizer.
 
         Raises:
             DataError: they are not.
@@ -280,6 +296,8 @@ class Batch:
             teacher_tokens=None,
             layout=self.layout and replace(self.layout, lengths=self.layout.teacher_lengths, teacher_lengths=()),
         )
+        if tokens.chunks is not None:
+            return seen
         # By row as well: a token more in one and less in the next would be the same tokens in all.
         same_counts = torch.equal(seen.predicts_BT.sum(1), self.predicts_BT.sum(1))
         if not same_counts or not torch.equal(seen.labels_S, self.labels_S):
@@ -292,7 +310,9 @@ class Batch:
     def without_labels(self) -> Batch:
         tokens = self.teacher_tokens
         if tokens is not None:
-            tokens = replace(tokens, labels=torch.full_like(tokens.labels, IGNORE_INDEX))
+            names = ("labels", "chunks", "student_chunks")
+            kept = {name: value for name in names if (value := getattr(tokens, name)) is not None}
+            tokens = replace(tokens, **{name: torch.full_like(value, IGNORE_INDEX) for name, value in kept.items()})
         labels = torch.full_like(self.labels, IGNORE_INDEX)
         return replace(self, labels=labels, teacher_tokens=tokens, targets=None)
 

@@ -25,6 +25,7 @@ from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.errors import RowError, show
 from kdtrain.data.images import of_mean_colour, stored_image
 from kdtrain.data.multimodal import Multimodal, Processed, image_content, multimodal, reads_images, tokenizer_content
+from kdtrain.data.other_tokenizer import OtherTokenizer, teacher_tokens
 from kdtrain.data.row_key import encoded_row_key
 from kdtrain.data.rows import parse_row
 from kdtrain.data.stream.rows import PLACE
@@ -88,6 +89,7 @@ class Collator:
         text_column: for raw rows, the column that holds plain text.
         image_root: for raw rows, the folder that relative paths of images are relative to; by default the current one.
         answers: whether rows have a column `answer`, which the student's samples are checked against.
+        other_tokenizer: of a teacher with another tokenizer: what makes its tokens, and says which belong to which.
         blank_images: whether each image is replaced by one of its size in its mean colour.
         row_keys: whether batches have the `row_key` of each row, by which a teacher's stored targets are found.
 
@@ -112,6 +114,7 @@ class Collator:
     answers: bool = False
     row_keys: bool = False
     blank_images: bool = False
+    other_tokenizer: OtherTokenizer | None = None
 
     def __post_init__(self) -> None:
         Limits(self.max_length, self.on_overlength)  # checks both
@@ -146,6 +149,9 @@ class Collator:
         pairs = [(row.input_ids, row.labels) for _, row in fitting]
         tokens = pad_rows(pairs, self._pad_id, self.pad_to_multiple_of)
         weights = _weights([row for _, row in fitting], tokens["labels"].shape[1])
+        chats = _conversations([row for row, _ in kept])
+        if self.other_tokenizer is not None:
+            chats = {"chats": [row.get("chat", encoded.chat) for row, encoded in kept]}
         batch = Batch(
             labels=tokens.pop("labels"),
             kd_token_weights=weights["tokens"],
@@ -160,14 +166,18 @@ class Collator:
                 places=None if places == list(range(given)) else places,
                 answers=[_answer(row) for row, _ in kept] if self.answers else (),
                 stream_place=kept[-1][0].get(PLACE),
-                **_conversations([row for row, _ in kept]),
+                **chats,
             ),
-            teacher_tokens=self._teacher_tokens([row for _, row in fitting]),
         )
+        batch = replace(batch, teacher_tokens=self._teacher_tokens([row for _, row in fitting], batch))
         return batch if self._model is None else self._with_images(batch, kept, self._model)
 
-    def _teacher_tokens(self, rows: Sequence[EncodedRow]) -> TeacherTokens | None:
+    def _teacher_tokens(self, rows: Sequence[EncodedRow], batch: Batch) -> TeacherTokens | None:
         """The rows as the teacher reads them, where it reads any of them otherwise than the student."""
+        if self.other_tokenizer is not None:
+            names = [batch.rows.name(row) for row in range(len(batch))]
+            aligned = self.other_tokenizer.read(rows, batch.rows.chats, names)
+            return teacher_tokens(aligned, batch.labels.shape[1], None, self.pad_to_multiple_of)
         if not any(row.teacher for row in rows):
             return None
         read = [row.teacher or row for row in rows]
@@ -290,7 +300,10 @@ class Collator:
     def _raw_encoder(self) -> RowEncoder:
         """Made for the first raw row, since tokenised rows do without a fast tokenizer, and kept."""
         if self._encoder is None or self._encoder.options != self.template:
-            self._encoder = RowEncoder(self.processing_class, keep_pixels=True, **vars(self.template))
+            keep_chats = self.other_tokenizer is not None
+            self._encoder = RowEncoder(
+                self.processing_class, keep_pixels=True, keep_chats=keep_chats, **vars(self.template)
+            )
         return self._encoder
 
     def _tokenised(self, row: Mapping[str, Any]) -> EncodedRow:

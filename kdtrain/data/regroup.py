@@ -217,10 +217,29 @@ def _teacher_tokens(
         return None
     read = [batch.teacher_tokens or _as_the_student(batch) for batch in batches]
     as_batches = [Batch(model_inputs=tokens.inputs, labels=tokens.labels) for tokens in read]
+    if any(tokens.chunks is not None for tokens in read):
+        pad_id = 0  # the student's may be no id of the teacher's
     return TeacherTokens(
         **_tokens(as_batches, order, pad_id, multiple),
         prompt_lengths=_tensor([tokens.prompt_lengths for tokens in read], order),
+        **_chunks(batches, read, order, multiple),
     )
+
+
+def _chunks(
+    batches: Sequence[Batch], read: Sequence[TeacherTokens], order: Sequence[int], multiple: int | None
+) -> dict[str, Any]:
+    """Of a teacher with another tokenizer; they are padded as the tokens are that they belong to."""
+    if any(tokens.chunks is None or tokens.student_chunks is None for tokens in read):
+        return {}
+    texts = [{key: part[key] for key in ("input_ids", "attention_mask")} for part in map(_per_token, batches)]
+    found = dict[str, Any]()
+    for name, inputs in (("student_chunks", texts), ("chunks", [tokens.inputs for tokens in read])):
+        chunks = [getattr(tokens, name) for tokens in read]
+        alike = [Batch(model_inputs=some, labels=own) for some, own in zip(inputs, chunks, strict=True)]
+        found[name] = _tokens(alike, order, 0, multiple)["labels"]
+    by_row = ("aligned_bytes", "answer_bytes")
+    return found | {name: _tensor([getattr(tokens, name) for tokens in read], order) for name in by_row}
 
 
 def _as_the_student(batch: Batch) -> TeacherTokens:

@@ -103,13 +103,13 @@ def tokenize_apart(tokenizer: Any, text: str, at: set[int]) -> Tokens:
         edges[start] = len(ids)
         (piece,) = tokenize(tokenizer, [text[start:end]])
         if start and piece.begins_with_a_space_of_its_own:
-            piece = _behind_another(tokenizer, text[start:end])
+            piece = behind_another(tokenizer, text[start:end])
         ids += piece.ids
         offsets += [(start + first, start + behind) for first, behind in map(piece.offsets, range(len(piece.ids)))]
     return Tokens(tokenizer, text, ids, offsets.__getitem__, edges)
 
 
-def _behind_another(tokenizer: Any, text: str) -> Tokens:
+def behind_another(tokenizer: Any, text: str) -> Tokens:
     """The tokens of a text that does not begin a text: SentencePiece puts a space in front of those that do."""
     for other in ("\n", ".", "\t"):
         (longer,) = tokenize(tokenizer, [other + text])

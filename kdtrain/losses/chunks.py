@@ -142,7 +142,9 @@ class ChunkedPass:
         largest = max(sizes)
         tile = largest, vocabulary, self.dtype, self.hidden.device
         student = workspace.take("student", *tile)
-        teacher = workspace.take("teacher", *tile) if call.teacher is not None else None
+        teacher = None
+        if call.teacher is not None:  # whose vocabulary may be another one, see `uld.py`
+            teacher = workspace.take("teacher", largest, len(call.teacher.weight), self.dtype, self.hidden.device)
         block = block_rows(vocabulary, student.device, largest)
         scratch = Buffers.like(student, block)
         start = 0
@@ -194,6 +196,21 @@ class ChunkedPass:
         # The derivative of y = softcap·tanh(x/softcap) is 1 − (y/softcap)². It needs y, which the gradient is about to
         # overwrite.
         slope = None if softcap is None else (student / softcap).square_().neg_().add_(1)
+        self._terms(rows, student, teacher, scratch, options, with_gradient)
+        if slope is not None:
+            student.mul_(slope)
+
+    def _terms(
+        self,
+        rows: slice,
+        student: torch.Tensor,
+        teacher: torch.Tensor | None,
+        scratch: Buffers,
+        options: TileOptions,
+        with_gradient: bool,
+    ) -> None:
+        """The sums of some rows into `sums`, and over their logits the gradient with respect to these."""
+        call = self.call
         common = (
             self.labels[rows],
             self.row_weights[rows],
@@ -211,8 +228,6 @@ class ChunkedPass:
         else:
             terms = _compiled_tile_terms() if _compiles(student.device) else tile_terms
             self.sums.append(terms(student, teacher, *common))
-        if slope is not None:
-            student.mul_(slope)
 
     def packed_sums(self) -> list[torch.Tensor]:
         """kd, ce, tokens, correct, agree, student entropy, teacher entropy: scalars, 0 where there is no teacher."""

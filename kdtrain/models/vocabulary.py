@@ -51,7 +51,8 @@ def shared_vocabulary(
         if difference:
             raise VocabularyError(
                 f"Student and teacher have different vocabularies: {difference} ({sizes}). Token-level distillation "
-                "compares distributions over one vocabulary: use a teacher and a student of one tokenizer family."
+                "compares distributions over one vocabulary: set rlhf.cross_tokenizer: alm, which compares likelihoods "
+                "of text, or use a teacher and a student of one tokenizer family."
             )
         tokens = len(student_tokenizer)
         if tokens <= min(student_size, teacher_size):

@@ -272,8 +272,8 @@ def check_alignment(
 
 def _asked_again(teacher: Teacher, batch: Batch, targets: Targets) -> Dependence | None:
     """What the targets depend on, from the same rows with one token changed in each."""
-    if not teacher.answers_anything:
-        return None
+    if not teacher.answers_anything or batch.num_chunks is not None:
+        return None  # a token of the student's is not one of a teacher's that has another tokenizer
     if teacher.waits and batch.has_images:
         return None  # a server is given conversations there, not tokens that can be changed
     changed = with_changed_tokens(batch)

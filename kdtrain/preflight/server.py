@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from kdtrain.data.collate import Collator
 from kdtrain.data.with_images import first_batch_with_images
 from kdtrain.losses.reduce import IGNORE_INDEX
 from kdtrain.preflight.findings import is_listing, report
@@ -138,6 +139,15 @@ def rows_to_ask_about(data: Any) -> list[list[int]]:
     rows = [_text_of({name: values[i] for name, values in some.items()}) for i in range(len(some["input_ids"]))]
     enough = [row for row in rows if len(row) >= _ENOUGH] or rows
     return [list(row) for row in dict.fromkeys(map(tuple, enough))][:_FEW]
+
+
+def rows_for_other(data: Any, collator: Collator) -> list[list[int]]:
+    """The same for a teacher with another tokenizer: a few rows in its tokens."""
+    if "input_ids" not in (getattr(data, "column_names", None) or ()):
+        return []
+    tokens = collator([data[i] for i in range(min(len(data), _FEW))]).teacher_tokens
+    assert tokens is not None
+    return [ids[mask.bool()].tolist() for ids, mask in zip(tokens.input_ids, tokens.attention_mask, strict=True)]
 
 
 def _text_of(row: Mapping[str, Any]) -> list[int]:

@@ -63,7 +63,7 @@ def check_batch(batch: Batch, sizes: Mapping[str, int]) -> None:
     """The same of a batch, for rows that are tokenised while training; waits for the device."""
     ids: torch.Tensor = batch.model_inputs["input_ids"]
     largest = int(ids.max()) if ids.numel() else 0
-    if batch.teacher_tokens is not None:
+    if batch.teacher_tokens is not None and batch.teacher_tokens.chunks is None:
         largest = max(largest, int(batch.teacher_tokens.input_ids.max()))
     if largest >= min(sizes.values()):
         _refuse(largest, f"a batch (rows {', '.join(batch.rows.ids) or '?'})", sizes)

@@ -18,19 +18,20 @@ from kdtrain.config import RunConfig
 from kdtrain.config.adapters import model_below
 from kdtrain.config.model_folder import require_sound
 from kdtrain.config.tree import KeyPath, Problem
-from kdtrain.data import BuildReport, Collator
+from kdtrain.data import BuildReport, Collator, TemplateOptions
+from kdtrain.data.other_tokenizer import OtherTokenizer
 from kdtrain.errors import ConfigError
 from kdtrain.models.kinds import sees_images
 from kdtrain.models.parts import freeze_parts
 from kdtrain.models.probe import OPTION_OF
 from kdtrain.models.processing import load_processing, load_tokenizer
 from kdtrain.models.tuning import adapter_config
-from kdtrain.models.vocabulary import shared_vocabulary, vocabulary_size
+from kdtrain.models.vocabulary import shared_vocabulary, tokenizer_difference, vocabulary_size
 from kdtrain.preflight.doctor.rows import repeated_findings, row_findings
 from kdtrain.preflight.doctor.templates import template_findings, untrained_findings
 from kdtrain.preflight.findings import Together, about, report
 from kdtrain.preflight.generation import by_vllm, check_generation
-from kdtrain.preflight.server import check_server, row_with_image, rows_to_ask_about
+from kdtrain.preflight.server import check_server, row_with_image, rows_for_other, rows_to_ask_about
 from kdtrain.runs.cache_answers import answers_of_cache
 from kdtrain.runs.failures import readable_construction
 from kdtrain.runs.from_cache import check_rows, open_cache
@@ -81,12 +82,18 @@ class Reporter(Protocol):
         """The run is over, one way or another."""
 
 
+# Columns that a server's model may have beyond its tokenizer's ids: its most likely tokens may be of these.
+_MOST_PADDING = 2**16
+
+
 class TeacherSide(NamedTuple):
     """The teacher, what it processes rows with, and the leading token ids that it shares with the student."""
 
     teacher: Teacher | None
     processing: PreTrainedTokenizerBase | ProcessorMixin | None
     shared_vocabulary: int
+    other_tokenizer: OtherTokenizer | None = None
+    """What reads rows as the teacher does, where it has another tokenizer (`rlhf.cross_tokenizer`)."""
 
 
 def build_trainer(
@@ -146,6 +153,7 @@ def build_trainer(
         teacher.processing,
         pad_to_multiple_of=args.pad_to_multiple_of,
         answers=config.checks_answers,
+        other_tokenizer=teacher.other_tokenizer,
         row_keys=teacher.teacher is not None and not teacher.teacher.answers_anything,
     )
     if isinstance(teacher.teacher, ServedTeacher) and teacher.teacher.route is None:
@@ -205,7 +213,7 @@ def _template_findings(
     own, kwargs = trainer.processing_class, config.data.chat_template_kwargs
     if data.report.chat_rows and not trainer.is_sharded:
         yield from untrained_findings(trainer.model, own)
-    if teacher.teacher is not None and config.options.lm_kd_active:
+    if teacher.teacher is not None and config.options.lm_kd_active and teacher.other_tokenizer is None:
         yield from template_findings(
             own,
             teacher.processing or own,
@@ -302,9 +310,37 @@ def teacher_side(
         known = os.path.isdir(folder)  # of one built in memory, the tokens are taken for the student's
         trust = args.trust_remote_code
         own_processing = load_processing(folder, trust_remote_code=trust, **prepared) if known else None
+    if config.options.crosses_tokenizers:
+        other = other_tokenizer(config, processing, own_processing)
+        return TeacherSide(teacher, own_processing, student_size, other)
     tokenizers = (getattr(one, "tokenizer", one) for one in (processing, own_processing))
     shared = shared_vocabulary(student_size, teacher.vocab_size, *tokenizers)
     return TeacherSide(teacher, own_processing or processing, shared)
+
+
+def other_tokenizer(
+    config: RunConfig,
+    processing: PreTrainedTokenizerBase | ProcessorMixin,
+    of_teacher: PreTrainedTokenizerBase | ProcessorMixin | None,
+) -> OtherTokenizer:
+    """What reads rows as a teacher with another tokenizer does.
+
+    Raises:
+        ConfigError: it is not known.
+    """
+    if of_teacher is None:
+        raise ConfigError(
+            "rlhf.cross_tokenizer needs the teacher's tokenizer, and the teacher handed over has none: save it in the "
+            "folder that the model was loaded from."
+        )
+    first, second = (getattr(one, "tokenizer", one) for one in (processing, of_teacher))
+    if tokenizer_difference(first, second) is None:
+        message = "Student and teacher have the same tokenizer, so that more can be compared than likelihoods of text:"
+        path = ("rlhf", "cross_tokenizer")
+        report([Problem(path, message, "remove rlhf.cross_tokenizer.", level="warning")])
+    return OtherTokenizer(
+        processing, of_teacher, TemplateOptions(**config.chats), config.rlhf.teacher.chat_template_kwargs
+    )
 
 
 def _probe(config: RunConfig, args: GKDConfig, data: RunData, teacher: ServedTeacher, collator: Collator) -> None:
@@ -312,10 +348,11 @@ def _probe(config: RunConfig, args: GKDConfig, data: RunData, teacher: ServedTea
     report, options = data.report, config.options
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * args.max_steps
     epochs = rows / report.rows_per_epoch if rows > 0 else args.num_train_epochs
+    other = collator.other_tokenizer is not None
     check_server(
         teacher,
-        rows_to_ask_about(data.train),
-        collator.processing_class,
+        rows_for_other(data.train, collator) if other else rows_to_ask_about(data.train),
+        collator.teacher_processing_class if other else collator.processing_class,
         scores=options.lm_kd_active,
         writes=config.answers_from_teacher or (options.lm_kd_active and options.seq_kd),
         tokens=round(report.teacher_tokens * epochs),
@@ -331,6 +368,11 @@ def _served_teacher(
     """A server's teacher: its tokenizer is that of `teacher_model`, or taken for the student's; the probe compares."""
     name, options = config.rlhf.teacher_model, config.rlhf.teacher
     own = None if name is None else load_tokenizer(name, **{**_hub_options(config), "revision": None})
+    if config.options.crosses_tokenizers:
+        other = other_tokenizer(config, processing, own)
+        assert own is not None, "checked by `other_tokenizer`"
+        ids = max(own.get_vocab().values()) + _MOST_PADDING
+        return TeacherSide(connect_teacher(options, ids, actual_alone=True), own, student_size, other)
     tokenizers = (getattr(one, "tokenizer", one) for one in (processing, own))
     # How many columns the server's model has is not known; what counts are the student's.
     shared = shared_vocabulary(student_size, student_size, *tokenizers)

@@ -157,6 +157,11 @@ def require_cachable(config: RunConfig, wanted: Wanted) -> None:
         raise ConfigError("rlhf.teacher.backend is cache: a cache is written by the teacher that it stands in for.")
     if not config.options.lm_kd_active:
         raise ConfigError("rlhf.llm_kd_weight is 0: no targets of a teacher are used, and so none can be cached.")
+    if config.rlhf.cross_tokenizer is not None:
+        raise ConfigError(
+            "rlhf.cross_tokenizer is set, and a cache has targets for the student's own tokens: not available yet. "
+            "Train with the teacher itself."
+        )
     if rlhf.lmbda == 1 or rlhf.seq_kd:
         option = "rlhf.lmbda is 1" if rlhf.lmbda == 1 else "rlhf.seq_kd is true"
         raise ConfigError(

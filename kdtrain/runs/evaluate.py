@@ -145,7 +145,19 @@ def _for_evaluation(run: TrainedRun) -> RunConfig:
             f"trained on, for example: kdtrain evaluate {run.name} data.eval=eval.jsonl"
         )
     training = {name: value for name, value in config.training.items() if name not in _OF_TRAINING}
-    return config.model_copy(update={"training": training})
+    return _in_own_tokens(config.model_copy(update={"training": training}))
+
+
+def _in_own_tokens(config: RunConfig) -> RunConfig:
+    """A teacher with another tokenizer is measured in its own tokens, see `InOwnTokens`; one on a server is not."""
+    rlhf = config.rlhf
+    if rlhf.cross_tokenizer is None:
+        return config
+    alone: dict[str, Any] = {"cross_tokenizer": None}
+    if rlhf.teacher.is_served:
+        logger.warning("The teacher is not measured: it has another tokenizer, and is on a server.")
+        alone["llm_kd_weight"] = 0.0
+    return config.model_copy(update={"rlhf": rlhf.model_copy(update=alone)})
 
 
 # ---- what is made of it ----------------------------------------------------------------------------------------------

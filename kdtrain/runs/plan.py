@@ -43,6 +43,8 @@ def plan(
         "device": _describe_device(trainer),
         "output": str(config.training["output_dir"]),
     }
+    if trainer.options.crosses_tokenizers:
+        plan["tokenizers"] = _describe_alignment(trainer)
     if trained := trained_parts(trainer.model):
         plan["trained"] = ", ".join(f"{_PARTS[part]} {count:,}" for part, count in trained.items())
     vocabulary = trainer.vocabulary
@@ -77,7 +79,8 @@ def _describe_loss(trainer: GKDTrainerWithMetrics) -> str:
     options = trainer.options
     terms = []
     if options.lm_kd_active:
-        terms.append(f"{options.llm_kd_weight:g} x {options.divergence} ({options.loss_numbers})")
+        what = f"{options.divergence} ({options.loss_numbers})"
+        terms.append(f"{options.llm_kd_weight:g} x {options.cross_tokenizer or what}")
     if options.ce_weight > 0:
         terms.append(f"{options.ce_weight:g} x cross-entropy")
     if options.visual_kd is not None:
@@ -85,6 +88,17 @@ def _describe_loss(trainer: GKDTrainerWithMetrics) -> str:
     if (hidden := trainer.hidden) is not None:
         terms.append(f"{hidden.options.weight:g} x hidden states, {hidden.options.distance} of {hidden.in_words}")
     return " + ".join(terms)
+
+
+def _describe_alignment(trainer: GKDTrainerWithMetrics) -> str:
+    found = trainer.alignment_of_rows
+    if found is None or not found.chunks:
+        return "two, no answer of the first rows is in both"
+    return (
+        f"two: {found.share:.1%} of the answers' bytes aligned (of the worst row {found.worst:.1%}), {found.chunks:,} "
+        f"chunks of {found.student / found.chunks:.2f} tokens of the student and {found.teacher / found.chunks:.2f} of "
+        f"the teacher, in {found.rows:,} rows"
+    )
 
 
 def _describe_answers(trainer: GKDTrainerWithMetrics, config: RunConfig) -> str:

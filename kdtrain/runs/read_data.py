@@ -275,8 +275,9 @@ def encoding_options(config: RunConfig, seed: int, split: Literal["train", "eval
         "held_out": HeldOut(share, training=split == "train") if (share := config.data.eval_share) else None,
         "prompts": generated,
         "generated": generated,
-        # Only messages carry images to a server, and some servers read nothing else.
-        "keep_chats": config.asks_teacher and config.rlhf.teacher.is_served,
+        # Only messages carry images to a server, and some servers read nothing else; and a teacher with another
+        # tokenizer has its own template.
+        "keep_chats": (config.asks_teacher and config.rlhf.teacher.is_served) or config.options.crosses_tokenizers,
         "keep_answers": split == "train" and config.checks_answers,
     }
 

@@ -21,8 +21,10 @@ from torch import nn
 
 from kdtrain.data.batch import Batch
 from kdtrain.losses.head import Head
+from kdtrain.losses.other_tokenizer import ChunkTargets
 from kdtrain.losses.sampled import SampledTargets
 from kdtrain.losses.topk import TopKLogprobs
+from kdtrain.losses.uld import UldTargets
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class Targets:
     covered_S: torch.Tensor | None = None
     """[S] bool: the batch's supervised tokens that the distributions are for; None is all of them. The others have
     cross-entropy only, and count in D like all."""
+    chunks: ChunkTargets | UldTargets | None = None
+    """Of a teacher with another tokenizer, what takes part in the loss: `scores` are of its own tokens of the text. See
+    other_tokenizer.py."""
 
 
 @dataclass(frozen=True)

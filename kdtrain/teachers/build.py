@@ -15,6 +15,8 @@ from kdtrain.teachers.local import LocalTeacher
 from kdtrain.teachers.served.http import Servers
 from kdtrain.teachers.served.teacher import ServedTeacher
 
+_PROBED = 5  # most likely tokens that every server gives
+
 
 def build_teacher(
     model: str,
@@ -50,12 +52,13 @@ def build_teacher(
     return LocalTeacher(module if adapter is None else add_adapter(module, adapter), placement)
 
 
-def connect_teacher(options: TeacherConfig, vocab_size: int) -> ServedTeacher:
+def connect_teacher(options: TeacherConfig, vocab_size: int, *, actual_alone: bool = False) -> ServedTeacher:
     """A teacher on a server. Nothing is asked of it yet: see `served/probe.py`.
 
     Args:
         options: of the backends `vllm` and `openai`.
         vocab_size: leading token ids that the student can be taught; the server's model may have more.
+        actual_alone: see `ServedTeacher`; the probe compares a few tokens all the same.
 
     Raises:
         PreflightError: the variable of `api_key_env` is not set.
@@ -73,8 +76,9 @@ def connect_teacher(options: TeacherConfig, vocab_size: int) -> ServedTeacher:
         servers,
         model=options.model,
         vocab_size=vocab_size,
-        top_k=options.top_k,
+        top_k=min(_PROBED, options.top_k) if actual_alone else options.top_k,
         lookahead=options.lookahead,
         api=options.api,
         max_requests=options.max_requests,
+        actual_alone=actual_alone,
     )

@@ -22,7 +22,7 @@ from kdtrain.data.stand_in import as_run
 from kdtrain.generation.asking import answered_by
 from kdtrain.generation.batching import Room
 from kdtrain.generation.decode import NonFiniteLogits
-from kdtrain.generation.generate import completions_of_window, row_seeds, with_completions
+from kdtrain.generation.generate import completions_of_window, prompts_of, row_seeds, with_completions
 from kdtrain.generation.sampler import written_by
 from kdtrain.generation.sampling import generation_config, student_generates, token_roles
 from kdtrain.models.merging import merged
@@ -141,7 +141,13 @@ def _answered(
 ) -> Batch:
     stops = frozenset(config.eos_token_id or ())
     cut = [stops.isdisjoint(answer[-1:]) for answer in written]
+    other, prompts = trainer.other_tokenizer, []
+    if other is not None:  # the teacher reads the text of the answers
+        prompts = prompts_of(batch.as_teacher_sees_it())
+        batch = replace(batch, teacher_tokens=None)
     batch = with_completions(batch, written, config.pad_token_id, trainer.args.pad_to_multiple_of, cut=cut)
+    if other is not None:
+        batch = other.with_completions(batch, prompts, written)
     return replace(batch, generated_by=side)
 
 

@@ -109,10 +109,34 @@ def _check_draws(drawn_at: float, options: DistillationOptions) -> None:
 def check_options(trainer: GKDTrainerWithMetrics, options: DistillationOptions) -> None:
     """Refuse options that ask the trainer's models for what they cannot do."""
     check_teacher_can(trainer.teacher, options)
+    _check_other_tokenizer(trainer, options)
     kd = options.lm_kd_active
     _check_prompt_learning(trainer.unwrap(trainer.model), "student", kd and options.lmbda > 0, trainer.aux_loss_enabled)
     if trainer.teacher_model is not None:
         _check_prompt_learning(trainer.unwrap(trainer.teacher_model), "teacher", kd and options.seq_kd, False)
+
+
+def _check_other_tokenizer(trainer: GKDTrainerWithMetrics, options: DistillationOptions) -> None:
+    """Refuse what a teacher with another tokenizer cannot do, and batches that do not say what belongs together."""
+    if not options.crosses_tokenizers:
+        if trainer.other_tokenizer is not None and options.lm_kd_active:
+            raise ConfigError("cross_tokenizer cannot be switched off while training: the teacher's tokens are others.")
+        return
+    teacher = trainer.teacher
+    if teacher is not None and (teacher.is_student or not teacher.answers_anything):
+        raise ConfigError(
+            "cross_tokenizer is for a teacher with another tokenizer, which the student itself is not and a cache has "
+            "no targets of: pass the teacher's model."
+        )
+    if trainer.other_tokenizer is None:
+        raise ConfigError(
+            "cross_tokenizer needs batches that say which tokens of student and teacher belong together: pass "
+            "data_collator=Collator(tokenizer, other_tokenizer=OtherTokenizer(tokenizer, of_teacher)), or none."
+        )
+    ranks = options.select != "all" and options.samples_per_prompt > 1 and options.lmbda > 0
+    beside = {"seq_kd": options.seq_kd, "visual_kd": options.visual_kd is not None, f"select {options.select}": ranks}
+    if used := [name for name, is_used in beside.items() if is_used]:
+        raise ConfigError(f"{', '.join(used)}: not available yet beside cross_tokenizer. Switch one of them off.")
 
 
 def check_sampler(sampler: Sampler | None, options: DistillationOptions) -> None:

@@ -200,6 +200,8 @@ def _measured(trainer: GKDTrainerWithMetrics, batch: Batch) -> _Measured:
     assert trainer.vocabulary is not None
     batch = as_run(batch)
     labels_S, columns = batch.labels_S, trainer.vocabulary.shared
+    if batch.num_chunks is not None:  # another tokenizer: there is no divergence token by token
+        return _Measured([None] * len(labels_S), exact=False)
     with torch.no_grad(), own_random_state(trainer.accelerator.device):
         with teacher_autocast(trainer.accelerator):
             targets: Targets = trainer.teacher.targets(batch) if batch.targets is None else batch.targets

@@ -23,6 +23,7 @@ from kdtrain.data import TemplateOptions
 from kdtrain.data.batch import Batch, forward_names
 from kdtrain.data.collate import Collator
 from kdtrain.data.kd_weights import WEIGHT
+from kdtrain.data.other_tokenizer import OtherTokenizer
 from kdtrain.data.with_images import first_batch_with_images
 from kdtrain.errors import ConfigError, PreflightError
 from kdtrain.feature_kd.hidden import HiddenTerm
@@ -241,8 +242,10 @@ def default_collator(
     teacher: Teacher | None = None,
 ) -> Callable[[list[Any]], Batch]:
     """What makes batches of rows where no collator is passed."""
+    crosses = teacher is not None and DistillationOptions.from_args(args).crosses_tokenizers
     collator = Collator(
         processing_class,
+        other_tokenizer=_other_tokenizer(processing_class, teacher, args) if crosses else None,
         max_length=args.max_length,
         on_overlength=getattr(args, "on_overlength", "truncate"),
         template=TemplateOptions(**getattr(args, "chats", {})),
@@ -256,6 +259,18 @@ def default_collator(
     return functools.partial(_formatted, collator, formatting_func)
 
 
+def _other_tokenizer(processing_class: Any, teacher: Any, args: GKDConfig) -> OtherTokenizer:
+    """By the tokenizer that is saved with the teacher."""
+    name = getattr(getattr(teacher.module, "config", None), "_name_or_path", "")
+    tokenizer = _tokenizer_or_none(name)
+    if tokenizer is None:
+        raise ConfigError(
+            "cross_tokenizer needs the teacher's tokenizer, and none is saved with it: pass data_collator=Collator("
+            "tokenizer, other_tokenizer=OtherTokenizer(tokenizer, of_teacher)), or save it in the teacher's folder."
+        )
+    return OtherTokenizer(processing_class, tokenizer, TemplateOptions(**getattr(args, "chats", {})))
+
+
 def _formatted(collator: Collator, formatting_func: Callable[[Any], Any], rows: list[Any]) -> Batch:
     return collator([{"text": formatting_func(row), WEIGHT: row.get(WEIGHT)} for row in rows])
 
@@ -263,6 +278,8 @@ def _formatted(collator: Collator, formatting_func: Callable[[Any], Any], rows: 
 def compared_vocabularies(trainer: GKDTrainerWithMetrics, teacher: Teacher, shared: int | None) -> Vocabulary:
     """The sizes of both models' logits and the range they share, where the caller has not compared the tokenizers."""
     sizes = vocabulary_size(trainer.model), teacher.vocab_size
+    if trainer.options.crosses_tokenizers:  # the teacher's are compared with nothing
+        return Vocabulary(sizes[0], sizes[0], sizes[0])
     if shared is None:
         name = getattr(getattr(teacher.module, "config", None), "_name_or_path", "")
         # Equal sizes do not mean equal vocabularies; but nothing is downloaded to find out.
@@ -302,6 +319,8 @@ def build_receiver(trainer: GKDTrainerWithMetrics, train: Any, evaluation: Any) 
         train, evaluation: as the constructor got them.
     """
     models = {"student": trainer.model, "teacher": trainer.teacher_model}
+    if trainer.options.crosses_tokenizers:  # which gets ids of its own
+        del models["teacher"]
     embeddings = {side: embedding_rows(model) for side, model in models.items() if model is not None}
     all_checked = [
         check_rows(data, name, embeddings)

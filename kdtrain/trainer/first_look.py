@@ -23,8 +23,10 @@ from kdtrain.preflight.doctor.answers import answer_findings, look_at_answers
 from kdtrain.preflight.doctor.gradients import gradient_findings
 from kdtrain.preflight.doctor.images import image_findings
 from kdtrain.preflight.findings import Together, report
+from kdtrain.preflight.other_tokenizer import look_at_rows
 from kdtrain.preflight.positions import refuse_width
 from kdtrain.teachers import Targets, teacher_autocast
+from kdtrain.teachers.other_tokenizer import chunk_targets
 from kdtrain.trainer.answers import generated
 from kdtrain.trainer.given_rows import rows_to_look_at
 from kdtrain.trainer.guard import targets_named
@@ -43,6 +45,10 @@ def look_at_losses(trainer: GKDTrainerWithMetrics) -> None:
         return
     trainer.alignment_checked = True
     together = Together()
+    if trainer.options.crosses_tokenizers:
+        found = look_at_rows(rows_to_look_at(trainer.train_dataset), trainer.data_collator)
+        trainer.alignment_of_rows = found
+        report([] if found is None else [found.finding()])
     try:
         with own_random_state(trainer.args.device):  # a user's collator, and some models, draw
             batch = _few_rows(trainer)
@@ -52,6 +58,8 @@ def look_at_losses(trainer: GKDTrainerWithMetrics) -> None:
                     _check_alignment(trainer, batch, targets)
             with together.check():
                 _check_context(trainer)
+            if batch is not None and targets is not None and trainer.options.crosses_tokenizers:
+                targets = chunk_targets(targets, batch, trainer.options.cross_tokenizer)
             with together.check():
                 _consult(trainer, batch, targets)
     except TeacherError as error:
@@ -90,6 +98,8 @@ def _check_context(trainer: GKDTrainerWithMetrics) -> None:
     """Whether what it alone reads changes what it says: on the data's answers, or on short ones that are written."""
     teacher = trainer.teacher
     if teacher is None or not trainer.options.lm_kd_active or not teacher.answers_anything:
+        return
+    if trainer.options.crosses_tokenizers:  # it reads other texts anyway
         return
     batch = rows_with_context(rows_to_look_at(trainer.train_dataset), trainer.data_collator)
     if batch is None:
@@ -133,7 +143,8 @@ def _compare(trainer: GKDTrainerWithMetrics, batch: Batch, targets: Targets | No
         targets = None  # the teacher runs again, for its features
     found = _gradients(trainer, batch, targets, options)
     trainer.first_gradients = found.norms
-    if found.student is not None and found.targets is not None and teacher is not None:
+    compares = not options.crosses_tokenizers  # token by token
+    if compares and found.student is not None and found.targets is not None and teacher is not None:
         assert trainer.vocabulary is not None
         looked = look_at_answers(found.student, found.targets, batch, trainer._tokenizer, trainer.vocabulary.shared)
         report(answer_findings(looked, itself=teacher.is_student))

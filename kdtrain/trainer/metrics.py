@@ -37,7 +37,8 @@ TERMS_OF_KIND = {
     True: {"llm_kd_loss": "llm_kd_loss_on_policy"},
     False: {"llm_kd_loss": "llm_kd_loss_off_policy", "sft_loss": "sft_loss_off_policy"},
 }
-# Plain sums over supervised tokens (`input_tokens`: over all tokens that are not padding, `positions`: those as well).
+# Plain sums over supervised tokens (`input_tokens`: over all tokens that are not padding, `positions`: those as well;
+# the last two are of a teacher with another tokenizer).
 TOKEN_SUMS = (
     "num_tokens",
     "num_correct",
@@ -47,6 +48,8 @@ TOKEN_SUMS = (
     "teacher_entropy_sum",
     "input_tokens",
     "positions",
+    "aligned_bytes",
+    "answer_bytes",
 )
 # Plain sums over the student's own answers, see `samples.py`; the last one is by window.
 SAMPLE_SUMS = (
@@ -60,7 +63,7 @@ SAMPLE_SUMS = (
 # Of one micro-batch before training and at evaluations, see `term_gradients.py`.
 GRADIENT_NORMS = ("grad_norm_llm_kd", "grad_norm_sft", "grad_norm_vision_kd", "grad_norm_hidden_kd")
 # What is made of the sums over tokens.
-TOKEN_METRICS = ("token_accuracy", "teacher_agreement", "student_entropy", "teacher_entropy")
+TOKEN_METRICS = ("token_accuracy", "teacher_agreement", "student_entropy", "teacher_entropy", "aligned_share")
 # Terms whose sum is the loss; the others are parts of one of these.
 TOTAL_TERMS = ("llm_kd_loss", "sft_loss", "vision_kd_loss", "aux_loss", "hidden_kd_loss")
 # In evaluations of a run that may stop early: the metric that decides, whatever its name.
@@ -113,6 +116,11 @@ def record(metrics: Mapping[str, list[torch.Tensor]], terms: Terms, batch: Batch
     if tokens.num_agree is not None:
         metrics["num_teacher_tokens"].append(terms.num_teacher_tokens)
         metrics["num_agree"].append(tokens.num_agree)
+    if (chunks_B := batch.num_chunks) is not None and "llm_kd_loss" in terms.named:
+        assert batch.teacher_tokens is not None
+        metrics["llm_kd_loss_weight"].append(chunks_B.sum())  # of an evaluation's mean
+        for name in ("aligned_bytes", "answer_bytes"):
+            metrics[name].append(getattr(batch.teacher_tokens, name).sum())
     if tokens.teacher_entropy_sum is not None:
         metrics["teacher_entropy_sum"].append(tokens.teacher_entropy_sum)
     metrics["input_tokens"].append(batch.num_input_tokens)
@@ -245,6 +253,8 @@ def _token_metrics(reduced: Reduced) -> dict[str, float]:
         record["teacher_agreement"] = reduced.sums["num_agree"] / teacher_tokens
         if reduced.counts["teacher_entropy_sum"]:  # drawn tokens do not tell it
             record["teacher_entropy"] = reduced.sums["teacher_entropy_sum"] / teacher_tokens
+    if answer_bytes := reduced.sums["answer_bytes"]:
+        record["aligned_share"] = reduced.sums["aligned_bytes"] / answer_bytes
     return record
 
 

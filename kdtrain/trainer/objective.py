@@ -26,9 +26,11 @@ from kdtrain.losses.comparison import Scores as Predicted
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.fused import head_distillation_loss
 from kdtrain.losses.head import Head
-from kdtrain.losses.reduce import FusedLoss, normaliser
+from kdtrain.losses.other_tokenizer import ChunkTargets, dense_chunk_loss, head_chunk_loss
+from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, next_token_labels, normaliser
 from kdtrain.losses.sampled import SparseTargets
 from kdtrain.losses.tile import TileOptions
+from kdtrain.losses.uld import UldTargets, dense_uld_loss, head_uld_loss
 from kdtrain.models.experts import load_balancing_loss
 from kdtrain.models.vocabulary import Vocabulary
 from kdtrain.teachers import DenseTargets, Targets
@@ -144,6 +146,8 @@ class Objective:
 
 def own_kd_items(options: DistillationOptions, batch: Batch) -> torch.Tensor | None:
     """D_kd of a batch by itself; None where all its supervised tokens count alike."""
+    if batch.num_chunks is not None:
+        return weighted_chunks(batch)
     if options.selection is None and batch.kd_weights_BT is None:
         return None
     return num_kd_tokens(batch, options.selection)
@@ -186,6 +190,8 @@ class StudentForward:
     def can_fuse(self) -> bool:
         """Whether the terms can be made from hidden states: not of plain logits, nor of a head on another device."""
         scores = None if self.targets is None else self.targets.scores
+        if self.targets is not None and self.targets.chunks is not None:
+            return self.objective.fused
         elsewhere = isinstance(scores, DenseTargets) and scores.head.weight.device != self.batch.labels.device
         needs_logits = elsewhere or isinstance(scores, torch.Tensor)
         if self.objective.fused and needs_logits:
@@ -298,6 +304,9 @@ class StudentForward:
         )
 
     def loss_from_hidden(self, head: Head, part: Part) -> FusedLoss:
+        if self.targets is not None and self.targets.chunks is not None:
+            compute = head_uld_loss if isinstance(self.targets.chunks, UldTargets) else head_chunk_loss
+            return self._of_chunks(functools.partial(compute, part.outputs, head), part, self.targets.chunks)
         dense = part.scores if isinstance(part.scores, DenseTargets) else None
         teacher_head = None
         if self.targets is not None:  # padding beyond the shared range takes no part
@@ -321,7 +330,24 @@ class StudentForward:
             num_kd_items=self.num_kd_items,
         )
 
+    def _of_chunks(
+        self, compute: Callable[..., FusedLoss], part: Part, targets: ChunkTargets | UldTargets
+    ) -> FusedLoss:
+        """Of a teacher with another tokenizer, over the student's whole vocabulary."""
+        return compute(
+            part.labels,
+            self._tile_options(part),
+            targets.to(part.outputs.device),
+            ce_mask=part.ce_mask,
+            kd_token_weights=part.kd_weights,
+            num_items=part.num_items,
+            num_kd_items=self.num_kd_items,
+        )
+
     def loss_from_logits(self, part: Part) -> FusedLoss:
+        if self.targets is not None and self.targets.chunks is not None:
+            compute = dense_uld_loss if isinstance(self.targets.chunks, UldTargets) else dense_chunk_loss
+            return self._of_chunks(functools.partial(compute, part.outputs), part, self.targets.chunks)
         scores, student_NV, teacher_NV = part.scores, part.outputs, None
         if scores is not None and not isinstance(scores, SparseTargets):
             teacher_NV = (scores if isinstance(scores, torch.Tensor) else scores.logits()).to(student_NV.device)
@@ -350,6 +376,21 @@ class StudentForward:
             num_items=part.num_items,
             num_kd_items=self.num_kd_items,
         )
+
+
+def weighted_chunks(batch: Batch) -> torch.Tensor:
+    """Chunks of a batch with a token of weight above 0: what the divergence from a teacher with another tokenizer is
+    divided by, in place of tokens. A scalar."""
+    tokens, weights_BT, chunks_B = batch.teacher_tokens, batch.kd_weights_BT, batch.num_chunks
+    assert chunks_B is not None
+    if weights_BT is None or tokens is None or tokens.student_chunks is None:
+        return chunks_B.sum()
+    chunks_BT = next_token_labels(tokens.student_chunks)
+    count = chunks_BT.numel()
+    first_B1 = torch.arange(len(chunks_BT), device=chunks_BT.device)[:, None] * chunks_BT.shape[1]
+    counted_BT = (chunks_BT != IGNORE_INDEX) & (weights_BT.to(chunks_BT.device) > 0)
+    slots_BT = torch.where(counted_BT, chunks_BT + first_B1, count)
+    return chunks_BT.new_zeros(count + 1).index_fill_(0, slots_BT.flatten(), 1)[:count].sum()
 
 
 def _token_terms(

@@ -140,6 +140,8 @@ def _only(batch: Batch, rows: Sequence[int], own: Sequence[int], asked: Asked | 
 def _masked(batch: Batch, trains_B1: torch.Tensor) -> Batch:
     tokens = batch.teacher_tokens
     if tokens is not None:
-        tokens = replace(tokens, labels=tokens.labels.masked_fill(~trains_B1, IGNORE_INDEX))
+        names = ("labels", "chunks", "student_chunks")
+        kept = {name: value for name in names if (value := getattr(tokens, name)) is not None}
+        tokens = replace(tokens, **{name: one.masked_fill(~trains_B1, IGNORE_INDEX) for name, one in kept.items()})
     labels = batch.labels.masked_fill(~trains_B1, IGNORE_INDEX)
     return replace(batch, labels=labels, teacher_tokens=tokens)

@@ -61,6 +61,7 @@ from kdtrain.data.batch import Batch, received
 from kdtrain.data.collate import Collator
 from kdtrain.data.epochs import Epochs
 from kdtrain.data.errors import said
+from kdtrain.data.other_tokenizer import OtherTokenizer
 from kdtrain.data.stand_in import as_run
 from kdtrain.disk import as_other_files, failure_of
 from kdtrain.errors import CheckpointError
@@ -76,10 +77,12 @@ from kdtrain.models.probe import own_random_state
 from kdtrain.models.quantization import refuse_fsdp
 from kdtrain.models.text_only import keep_a_path, trained_by_images_alone
 from kdtrain.models.vocabulary import Vocabulary
+from kdtrain.preflight.other_tokenizer import RowsAlignment
 from kdtrain.preflight.packing import check_wrapped
 from kdtrain.preflight.positions import refuse_width
 from kdtrain.ranks import is_main
 from kdtrain.teachers import Targets, Teacher, teacher_autocast
+from kdtrain.teachers.other_tokenizer import chunk_targets
 from kdtrain.trainer import argument_checks as checks
 from kdtrain.trainer import construction, metrics
 from kdtrain.trainer.best_step import BestStep, metric_name
@@ -266,6 +269,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self._random_from: str | None = None  # the checkpoint whose random numbers the next window begins with
         self.begun = False  # whether the first batch was read
         self.startup_checked = self.alignment_checked = False
+        self.alignment_of_rows: RowsAlignment | None = None
+        """Of the first rows, where the teacher has another tokenizer; see `first_look.py`."""
         self.first_gradients: dict[str, float] = {}
         """The gradient norms of the loss's terms before training, see `term_gradients.py`; in its first record."""
         self.summed_from = 0  # the step that upstream's sum of losses begins at
@@ -293,6 +298,12 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def feature_terms(self) -> list[FeatureTerm]:
         """Those of visual KD and of hidden-state KD, where there are any."""
         return self._objective.feature_terms
+
+    @property
+    def other_tokenizer(self) -> OtherTokenizer | None:
+        """What reads rows as a teacher with another tokenizer does, where there is one."""
+        found: OtherTokenizer | None = getattr(self.data_collator, "other_tokenizer", None)
+        return found
 
     @property
     def has_aux_loss(self) -> bool:
@@ -532,7 +543,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
             return known
         counted = self.count_waiting() if self.model.training else contextlib.nullcontext()
         with teacher_autocast(self.accelerator), counted:
-            return self.teacher.targets(batch)
+            targets = self.teacher.targets(batch)
+            crosses = self.options.crosses_tokenizers
+            return chunk_targets(targets, batch, self.options.cross_tokenizer) if crosses else targets
 
     @contextlib.contextmanager
     def count_waiting(self) -> Iterator[None]:

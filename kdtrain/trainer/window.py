@@ -24,6 +24,7 @@ from kdtrain.ranks import is_main
 from kdtrain.trainer import argument_checks
 from kdtrain.trainer.answers import answered, dealt, new_tokens, writer_of
 from kdtrain.trainer.forwards import laid_out
+from kdtrain.trainer.objective import weighted_chunks
 from kdtrain.trainer.selection import select, selects
 from kdtrain.trainer.token_selection import num_kd_tokens
 
@@ -44,7 +45,8 @@ class Window:
     on_policy: bool
     """Whether the student has written its answers."""
     weighs_tokens: bool = False
-    """Whether tokens may count in the divergence by weights of their own, or not all are chosen, on any rank."""
+    """Whether tokens may count in the divergence by weights of their own, or not all are chosen, on any rank;
+    or the teacher has another tokenizer, whose chunks are counted."""
     num_kd_items: torch.Tensor | None = None
     """D_kd, the supervised tokens that count in the divergence, where these may be others than D; None is D."""
     aux_share: torch.Tensor | float = 1.0
@@ -192,7 +194,8 @@ def collect(
     for term in trainer.feature_terms:
         term.begin_window()
     share = _aux_share(trainer, batches, device) if trainer.has_aux_loss else 1.0
-    weighs = trainer.rows_may_weigh or options.selection is not None or (selected and options.select == "weighted")
+    weighs = trainer.rows_may_weigh or options.selection is not None or options.crosses_tokenizers
+    weighs = weighs or (selected and options.select == "weighted")
     return batches, Window(options, new_images, writer == "student", weighs and options.lm_kd_active, aux_share=share)
 
 
@@ -201,13 +204,18 @@ def num_supervised(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """D and D_kd: the supervised tokens of the window's micro-batches on all ranks, scalars; a collective.
 
-    D_kd has those whose weight in the divergence is above 0, and of these as many as will be chosen.
+    D_kd has those whose weight in the divergence is above 0, and of these as many as will be chosen;
+    of a teacher with another tokenizer chunks.
     """
     own = torch.zeros(2, dtype=torch.int64, device=device)
     for batch in batches:
-        own += torch.stack([batch.num_supervised, num_kd_tokens(batch, selection)]).to(device)
+        own += torch.stack([batch.num_supervised, _kd_items(batch, selection)]).to(device)
     all_tokens, kd_tokens = accelerator.gather(own[None]).sum(0)
     return all_tokens, kd_tokens
+
+
+def _kd_items(batch: Batch, selection: TokenSelection | None) -> torch.Tensor:
+    return num_kd_tokens(batch, selection) if batch.num_chunks is None else weighted_chunks(batch)
 
 
 def _some_new_image(trainer: GKDTrainerWithMetrics, batches: Sequence[Batch]) -> bool:

@@ -47,11 +47,14 @@ def scoring_payload(route: Route, model: str, rows: Sequence[Scored], top_k: int
     return {**payload, "max_tokens": 0, "echo": True, "logprobs": top_k, "return_tokens_as_token_ids": True}
 
 
-def read_scores(route: Route, reply: Any, rows: Sequence[Scored], top_k: int, vocab_size: int) -> list[TopKLogprobs]:
+def read_scores(
+    route: Route, reply: Any, rows: Sequence[Scored], top_k: int, vocab_size: int, *, actual_alone: bool = False
+) -> list[TopKLogprobs]:
     """The k most likely tokens at each asked position of every row, most likely first, equal ones by id.
 
     min(top_k, V) columns; float32 on the CPU. The actual token is among them only where it is one of the k. A token
-    that the server calls impossible is a missing entry (see `TopKLogprobs`).
+    that the server calls impossible is a missing entry (see `TopKLogprobs`). With `actual_alone` the actual token is
+    the only column, −inf where it is impossible.
 
     Raises:
         ReplyError: anything that is not as it must be: choices missing or twice, a position too few or too many, other
@@ -59,10 +62,12 @@ def read_scores(route: Route, reply: Any, rows: Sequence[Scored], top_k: int, vo
             a positive log-probability, probabilities that add up to more than 1.
     """
     read = _by_prompt_logprobs if route == "prompt_logprobs" else _by_echo
-    return [
-        _most_likely(read(Choice(number, content, row)), min(top_k, vocab_size), vocab_size)
+    entries = [
+        read(Choice(number, content, row))
         for number, (content, row) in enumerate(zip(_in_order(reply, len(rows)), rows, strict=True))
     ]
+    checked = [(_most_likely(found, min(top_k, vocab_size), vocab_size), found) for found in entries]
+    return [_actual(found) if actual_alone else most_likely for most_likely, found in checked]
 
 
 def _in_order(reply: Any, count: int) -> list[dict[str, Any]]:
@@ -168,6 +173,16 @@ def _most_likely(found: Entries, k: int, vocab_size: int) -> TopKLogprobs:
         ranks_SK = _ranks(found.ranks_E, places, is_actual_E, k)[order].reshape(-1, k)
         _check_ranks(choice, ranks_SK, logprobs_SK)
     return _as_targets(choice, ids_SK, logprobs_SK, extra_S)
+
+
+def _actual(found: Entries) -> TopKLogprobs:
+    """The tokens that were sent, of entries that are checked, [S, 1]."""
+    row, counts = found.asked.choice.row, found.asked.counts_S
+    actual_S = np.fromiter((row.ids[t] for t in row.predicted), np.int64, len(counts))
+    is_actual_E = found.ids_E == actual_S[found.asked.places_E]
+    logprobs_S1 = np.minimum(found.logprobs_E[is_actual_E], 0.0).astype(np.float32)[:, None]
+    possible = np.where(logprobs_S1 <= _IMPOSSIBLE, -np.inf, logprobs_S1)
+    return TopKLogprobs(torch.from_numpy(actual_S)[:, None], torch.from_numpy(possible.astype(np.float32)))
 
 
 def _check_entries(found: Entries, vocab_size: int) -> None:

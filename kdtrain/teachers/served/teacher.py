@@ -41,6 +41,8 @@ class ServedTeacher(Teacher):
         lookahead: see `Teacher.lookahead`.
         api: how answers are written, see `rlhf.teacher.api`; the probe decides where it is `auto`.
         max_requests: requests for answers that may be sent; None is no limit.
+        actual_alone: whether targets are the log-probabilities of the tokens that were sent, and of no others: all that
+            counts where the student has another tokenizer.
     """
 
     waits = True
@@ -56,7 +58,9 @@ class ServedTeacher(Teacher):
         lookahead: int = 2,
         api: str = "auto",
         max_requests: int | None = None,
+        actual_alone: bool = False,
     ) -> None:
+        self.actual_alone = actual_alone
         self.servers, self.model, self.route = servers, model, route
         self.vocab_size, self.top_k, self.lookahead = vocab_size, top_k, lookahead
         self.writes_targets = False
@@ -96,7 +100,7 @@ class ServedTeacher(Teacher):
         window.unanswered.remove(rows)
         if not window.unanswered:
             self._windows.remove(window)
-        return Targets(_joined(found, min(self.top_k, self.vocab_size)).to(batch.labels.device))
+        return Targets(_joined(found, 1 if self.actual_alone else self._columns).to(batch.labels.device))
 
     def wait(self, window: Sequence[Batch]) -> None:
         """See `Teacher.wait`."""
@@ -169,6 +173,10 @@ class ServedTeacher(Teacher):
         self._written = {}
         self.servers.close()
 
+    @property
+    def _columns(self) -> int:
+        return min(self.top_k, self.vocab_size)
+
     # ---- requests ----------------------------------------------------------------------------------------------------
 
     def _sent(self, row: Row) -> _Score | None:
@@ -194,9 +202,10 @@ class ServedTeacher(Teacher):
     def _request(self, rows: Sequence[Scored]) -> Future[list[TopKLogprobs]]:
         if self.route is None:
             raise PreflightError("It is not known how this server scores tokens: probe it first, or give a route.")
-        route, top_k, vocab_size = self.route, min(self.top_k, self.vocab_size), self.vocab_size
+        alone, route, vocab_size = self.actual_alone, self.route, self.vocab_size
+        top_k = 1 if alone else self._columns
         payload = scoring_payload(route, self.model, rows, top_k)
-        read = lambda reply: read_scores(route, reply, rows, top_k, vocab_size)  # noqa: E731
+        read = lambda reply: read_scores(route, reply, rows, top_k, vocab_size, actual_alone=alone)  # noqa: E731
         return self.servers.start(self.servers.post("/completions", payload, read))
 
     async def _score_images(self, row: ImageRow) -> list[TopKLogprobs]:

@@ -1,0 +1,72 @@
+"""How much of the rows' answers is the same text to student and teacher, where they have two tokenizers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kdtrain.config.tree import Problem
+from kdtrain.data.collate import Collator
+from kdtrain.losses.reduce import IGNORE_INDEX
+
+LOOKED_AT = 256
+"""Rows."""
+_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class RowsAlignment:
+    """Of some rows with an answer."""
+
+    rows: int
+    share: float
+    """Aligned bytes of all their bytes."""
+    worst: float
+    """The least share of a row."""
+    chunks: int
+    student: int
+    """Tokens of the student that are in chunks."""
+    teacher: int
+    """Tokens of the teacher that are."""
+
+    def finding(self) -> Problem:
+        message = (
+            f"{self.share:.1%} of the answers' bytes are the same text to student and teacher (of the worst of "
+            f"{self.rows} rows {self.worst:.1%}), in chunks of {self.student / max(self.chunks, 1):.2f} tokens of the "
+            f"student and {self.teacher / max(self.chunks, 1):.2f} of the teacher."
+        )
+        return Problem(("rlhf", "cross_tokenizer"), message, level="info")
+
+
+def look_at_rows(rows: Any, collator: Any) -> RowsAlignment | None:
+    """The alignment of up to 256 rows, evenly spaced; None where none has an answer, or they cannot be looked at.
+
+    Args:
+        rows: a data set that can be indexed.
+
+    Raises:
+        DataError: less than half of an answer is aligned; it names the row.
+    """
+    if rows is None or not isinstance(collator, Collator) or collator.other_tokenizer is None:
+        return None
+    count = min(len(rows), LOOKED_AT)
+    chosen = [i * len(rows) // count for i in range(count)]
+    shares, chunks, of_student, of_teacher, aligned, total = list[float](), 0, 0, 0, 0, 0
+    for start in range(0, count, _AT_ONCE):
+        batch = collator([rows[i] for i in chosen[start : start + _AT_ONCE]])
+        tokens = batch.teacher_tokens
+        assert tokens is not None
+        assert tokens.aligned_bytes is not None
+        assert tokens.answer_bytes is not None
+        assert tokens.chunks is not None
+        assert tokens.student_chunks is not None
+        assert batch.num_chunks is not None
+        for own, whole in zip(tokens.aligned_bytes.tolist(), tokens.answer_bytes.tolist(), strict=True):
+            shares += [own / whole] if whole else []
+            aligned, total = aligned + own, total + whole
+        chunks += int(batch.num_chunks.sum())
+        of_student += int((tokens.student_chunks != IGNORE_INDEX).sum())
+        of_teacher += int((tokens.chunks != IGNORE_INDEX).sum())
+    if not shares:
+        return None
+    return RowsAlignment(len(shares), aligned / total, min(shares), chunks, of_student, of_teacher)

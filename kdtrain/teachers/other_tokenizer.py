@@ -1,0 +1,92 @@
+"""The targets of a teacher with another tokenizer: what it says of chunks of text that both models' tokens make up.
+
+Shapes: B rows, T positions of the student, S supervised tokens of the student, S' of the teacher, C = B·T slots.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from kdtrain.data.batch import Batch
+from kdtrain.errors import DataError, TeacherError
+from kdtrain.losses.chunks import Call
+from kdtrain.losses.head import Head
+from kdtrain.losses.label_pass import LabelPass, label_logprobs_of_logits
+from kdtrain.losses.other_tokenizer import ChunkTargets
+from kdtrain.losses.reduce import IGNORE_INDEX, next_token_labels
+from kdtrain.losses.slots import sums_of_slots
+from kdtrain.losses.tile import TileOptions
+from kdtrain.losses.topk import TopKLogprobs
+from kdtrain.losses.uld import UldTargets
+from kdtrain.teachers.base import DenseTargets, Scores, Targets
+
+_NO_TERM = TileOptions(kd_weight=0, ce_weight=1, beta=0, temperature=1, divergence="jsd", tail="bucket")
+
+
+def chunk_targets(targets: Targets, batch: Batch, method: Literal["alm", "uld"] | None) -> Targets:
+    """What a teacher says of a batch's chunks: their log-likelihoods, or the distributions at its tokens of them.
+
+    Args:
+        method: see `rlhf.cross_tokenizer`.
+        targets: of the teacher's own supervised tokens, `batch.as_teacher_sees_it().labels_S`: distributions, or the
+            log-probabilities of these tokens alone.
+
+    Raises:
+        DataError: the batch does not say which tokens make up a chunk.
+        TeacherError: the log-probability of a token is not known.
+    """
+    tokens = batch.teacher_tokens
+    if tokens is None or tokens.chunks is None or tokens.student_chunks is None:
+        raise DataError(
+            "rlhf.cross_tokenizer needs batches that say which tokens of student and teacher belong together: let "
+            "kdtrain.data.Collator make them, with an `other_tokenizer`."
+        )
+    seen, width = batch.as_teacher_sees_it(), batch.labels.shape[1]
+    slots_S = _slots(tokens.student_chunks, batch.predicts_BT, width)
+    of_teacher, count, scores = _slots(tokens.chunks, seen.predicts_BT, width), len(batch) * width, targets.scores
+    if method == "uld":
+        if not isinstance(scores, DenseTargets | torch.Tensor):
+            raise TeacherError("rlhf.cross_tokenizer: uld needs a teacher's distributions over its whole vocabulary.")
+        outputs, head = (scores.hidden, scores.head) if isinstance(scores, DenseTargets) else (scores, None)
+        return Targets(scores, chunks=UldTargets(slots_S, count, outputs, head, seen.labels_S, of_teacher))
+    logprobs = _label_logprobs(scores, seen.labels_S)
+    found = sums_of_slots(logprobs, of_teacher.to(logprobs.device), count).to(batch.labels.device)
+    return Targets(scores, chunks=ChunkTargets(slots_S, found))
+
+
+def _slots(chunks_BT: torch.Tensor, predicts_BT: torch.Tensor, width: int) -> torch.Tensor:
+    """The slot of each supervised token: T of them for each row, which has no more chunks than the student tokens."""
+    first_B1 = torch.arange(len(chunks_BT), device=chunks_BT.device)[:, None] * width
+    slots_BT = torch.where(chunks_BT != IGNORE_INDEX, chunks_BT + first_B1, len(chunks_BT) * width)
+    return next_token_labels(slots_BT)[predicts_BT]
+
+
+def _label_logprobs(scores: Scores, labels: torch.Tensor) -> torch.Tensor:
+    if isinstance(scores, TopKLogprobs):
+        at_label = scores.indices == labels[:, None].to(scores.indices.device)
+        if not bool(at_label.any(-1).all()):
+            raise TeacherError("The teacher has not given the log-probability of every token that it was sent.")
+        return torch.where(at_label, scores.logprobs, -torch.inf).amax(-1)
+    if isinstance(scores, DenseTargets):
+        return _of_head(scores.hidden, scores.head, labels)
+    if isinstance(scores, torch.Tensor):
+        return label_logprobs_of_logits(scores, labels.to(scores.device))
+    raise TeacherError(f"A teacher with another tokenizer cannot answer by {type(scores).__name__}.")
+
+
+@torch.no_grad()
+def _of_head(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:
+    """A chunk of tokens at a time, so that no logits are kept."""
+    if head.masks_columns():
+        return label_logprobs_of_logits(head.differentiable_logits(hidden), labels.to(hidden.device))
+    call = Call(head, None, None, None, _NO_TERM, None, None, None, None, None, with_gradient=False)
+    half = None
+    if hidden.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        half = torch.get_autocast_dtype("cuda")
+    rows = torch.arange(len(hidden), device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        run = LabelPass(hidden, labels.to(hidden.device), rows, len(rows), call, (False,) * 3, half)
+        run.all_chunks()
+    return run.logprobs()
