@@ -1173,5 +1173,5 @@ def test_a_call_between_windows_does_not_count_by_the_weights_of_the_last_one(tm
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     before = trainer.compute_loss(trainer.model, batch)
-    trainer._window = dataclasses.replace(trainer._window, weighs_rows=True, num_kd_items=torch.tensor(1))
+    trainer._window = dataclasses.replace(trainer._window, weighs_tokens=True, num_kd_items=torch.tensor(1))
     assert trainer.compute_loss(trainer.model, batch) == before
