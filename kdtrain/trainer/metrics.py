@@ -116,9 +116,7 @@ def record(metrics: Mapping[str, list[torch.Tensor]], terms: Terms, batch: Batch
     if tokens.num_agree is not None:
         metrics["num_teacher_tokens"].append(terms.num_teacher_tokens)
         metrics["num_agree"].append(tokens.num_agree)
-    if (chunks_B := batch.num_chunks) is not None and "llm_kd_loss" in terms.named:
-        assert batch.teacher_tokens is not None
-        metrics["llm_kd_loss_weight"].append(chunks_B.sum())  # of an evaluation's mean
+    if batch.num_chunks is not None and "llm_kd_loss" in terms.named:
         for name in ("aligned_bytes", "answer_bytes"):
             metrics[name].append(getattr(batch.teacher_tokens, name).sum())
     if tokens.teacher_entropy_sum is not None:
