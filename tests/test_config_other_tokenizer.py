@@ -44,7 +44,7 @@ REFUSED = {
         "not available yet",
     ),
     "images": ({"custom__visual_kd": {"enabled": True}}, "custom.visual_kd", "not available yet"),
-    "hidden states": ({"custom__hidden_kd": {"enabled": True}}, "custom.hidden_kd", "not available yet"),
+    "hidden": ({"custom__hidden_kd": {"enabled": True}}, "custom.hidden_kd", "not available yet"),
     "every token": ({"data__train_on": "all"}, "data.train_on", "which another chat template writes otherwise"),
     "another word": ({"rlhf__cross_tokenizer": "dskd"}, "rlhf.cross_tokenizer", "alm"),
 }

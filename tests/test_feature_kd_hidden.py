@@ -1,6 +1,7 @@
 """Hidden-state KD: which layers, which positions, who learns, what is refused; `test_oracle.py` has its gradients."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from transformers import AutoModelForCausalLM
 from kdtrain.config import ConfigLoader
 from kdtrain.config.hidden_kd import HiddenKdConfig, layer_number
 from kdtrain.config.options import DistillationOptions
-from kdtrain.errors import CheckpointError, ConfigError, PreflightError
+from kdtrain.errors import CheckpointError, ConfigError, NotAvailableError, PreflightError
 from kdtrain.feature_kd.hidden import HiddenTerm
 from kdtrain.feature_kd.hooks import _keepers
 from kdtrain.feature_kd.layers import find_layers
 from kdtrain.runs.fit import fit
 from kdtrain.teachers import SelfTeacher, Teacher
+from kdtrain.trainer import construction
 from tests import tiny, tiny_families
 from tests.test_trainer import ROWS, make_batch, make_trainer
 from tests.test_vision_fit import Silent
@@ -316,3 +318,13 @@ def test_a_teacher_that_is_no_model_here_is_refused(tmp_path, student, teacher):
 
     with pytest.raises(ValueError, match="Hidden-state KD needs a teacher that is a model in this process"):
         make_trainer(tmp_path, student, hidden_kd=ON, extra={"teacher": Elsewhere()})
+
+
+def test_fsdp_1_is_refused(tmp_path, student, teacher):
+    trainer = make_trainer(tmp_path, student, teacher, hidden_kd=ON)
+    trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
+    try:
+        with pytest.raises(NotAvailableError, match="not available under FSDP 1"):
+            construction.build_objective(trainer)
+    finally:
+        del trainer.accelerator.state.fsdp_plugin

@@ -105,10 +105,7 @@ def test_a_run_is_evaluated_by_its_folder_alone(trained, kdtrain):  # noqa: F811
     assert [teacher[name] for name in ("forward_kl", "reverse_kl", "agreement", "acceptance_rate")] == [0, 0, 1, 1]
     assert found["verdict"] is found["internalised"] is found["against"] is found["checkpoint"] is None
     drafted = [(1 - model["acceptance_rate"] ** 5) / (1 - model["acceptance_rate"]) for model in (before, after)]
-    assert (
-        f"As a draft of 4 tokens for each forward of the teacher: {drafted[0]:.2f} before, {drafted[1]:.2f} after"
-        in out
-    )
+    assert f"drafts of 4 tokens: {drafted[0]:.2f} tokens a forward of the teacher before, {drafted[1]:.2f} after" in out
     lines = out.splitlines()
     assert " ".join(lines[0].split()) == "model CE perplexity top-1 KL(T‖S) KL(S‖T) agree accept ECE"
     assert [line.split()[0] for line in lines[1:4]] == ["before", "after", "teacher"]

@@ -181,10 +181,11 @@ def _drafted(found: Evaluated) -> list[str]:
         model = found.models.get(name)
         if model is not None and model.acceptance_rate is not None:
             sign = _SIGNS.get((model.bounds or {}).get("acceptance_rate", ""), "")
-            parts.append(f"{sign}{_tokens_a_forward(model.acceptance_rate):.2f} {name}")
-    if not parts:
+            parts.append(f"{sign}{_tokens_a_forward(model.acceptance_rate):.2f}")
+    if len(parts) < 2:
         return []
-    return [f"As a draft of {_DRAFTED} tokens for each forward of the teacher: {', '.join(parts)} tokens come out."]
+    what = f"Speculative decoding with the student's drafts of {_DRAFTED} tokens"
+    return [f"{what}: {parts[0]} tokens a forward of the teacher before, {parts[1]} after"]
 
 
 def _tokens_a_forward(rate: float) -> float:

@@ -63,4 +63,4 @@ def _unavailable(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
     if config.options.visual_kd is not None:
         yield ("custom", "visual_kd"), "images, whose tokens the two models count otherwise"
     if config.options.hidden_kd is not None:
-        yield ("custom", "hidden_kd"), "hidden states are compared token by token"
+        yield ("custom", "hidden_kd"), "hidden states, which the two models have at other tokens"

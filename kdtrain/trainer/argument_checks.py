@@ -134,8 +134,8 @@ def _check_other_tokenizer(trainer: GKDTrainerWithMetrics, options: Distillation
             "data_collator=Collator(tokenizer, other_tokenizer=OtherTokenizer(tokenizer, of_teacher)), or none."
         )
     ranks = options.select != "all" and options.samples_per_prompt > 1 and options.lmbda > 0
-    beside = {"seq_kd": options.seq_kd, "visual_kd": options.visual_kd is not None, f"select {options.select}": ranks}
-    beside["hidden_kd"] = options.hidden_kd is not None
+    beside = {"seq_kd": options.seq_kd, f"select {options.select}": ranks}
+    beside |= {name: getattr(options, name) is not None for name in ("visual_kd", "hidden_kd")}
     if used := [name for name, is_used in beside.items() if is_used]:
         raise ConfigError(f"{', '.join(used)}: not available yet beside cross_tokenizer. Switch one of them off.")
 

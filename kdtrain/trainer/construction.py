@@ -25,7 +25,7 @@ from kdtrain.data.collate import Collator
 from kdtrain.data.kd_weights import WEIGHT
 from kdtrain.data.other_tokenizer import OtherTokenizer
 from kdtrain.data.with_images import first_batch_with_images
-from kdtrain.errors import ConfigError, PreflightError
+from kdtrain.errors import ConfigError, NotAvailableError, PreflightError
 from kdtrain.feature_kd.hidden import HiddenTerm
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.generation.sampler import Sampler
@@ -414,6 +414,12 @@ def _hidden_term(trainer: GKDTrainerWithMetrics) -> HiddenTerm | None:
     wanted = trainer.options.hidden_kd
     if wanted is None:
         return None
+    fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:
+        raise NotAvailableError(
+            "custom.hidden_kd is not available under FSDP 1, with which it was not tried. Use FSDP 2 (fsdp_config: "
+            "{version: 2})."
+        )
     student, teacher = trainer.unwrap(trainer.model), trainer.unwrap(trainer.teacher_model)
     hidden = HiddenTerm(wanted, student, teacher, trainer.accelerator, trainer.args.seed)
     if _can_be_probed(trainer):

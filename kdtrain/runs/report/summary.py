@@ -34,13 +34,17 @@ def subtitle(run: RunRecord) -> str:
     """Who is taught by whom, by which loss."""
     student = _model(run.option("model.model"))
     weight, alpha = run.option("rlhf.llm_kd_weight"), run.option("rlhf.sft_alpha")
-    if weight == 0:
+    features = [name for name in ("visual_kd", "hidden_kd") if run.option(f"custom.{name}.enabled")]
+    if weight == 0 and not features:
         return f"{student}, without a teacher"
     backend = run.option("rlhf.teacher.backend") or "hf"
     teacher = {"self": "itself", "cache": "a cache"}.get(backend) or _model(
         run.option("rlhf.teacher_model") or run.option("rlhf.teacher.model")
     )
-    parts = [f"{student}, taught by {teacher}", _loss(run.option("rlhf.divergence"), run.option("rlhf.beta"))]
+    parts = [f"{student}, taught by {teacher}"]
+    if weight != 0:
+        parts.append(_loss(run.option("rlhf.divergence"), run.option("rlhf.beta")))
+    parts += [{"visual_kd": "visual features", "hidden_kd": "hidden states"}[name] for name in features]
     if alpha:
         parts.append(f"cross-entropy × {alpha}")
     if lmbda := run.option("rlhf.lmbda"):
