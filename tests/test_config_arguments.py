@@ -75,7 +75,8 @@ def test_scenario_the_constructor_never_sees_our_knobs(tmp_path: Any) -> None:
     attached = {"generation", "samples_per_prompt", "select", "skew_alpha", "ab_alpha", "ab_beta", "entropy_threshold"}
     attached |= {"cross_tokenizer"}
     fields = set(DistillationOptions.model_fields)
-    assert set(kwargs) & fields == fields - set(ours) - attached - {"select_regex", "token_selection"}
+    without = attached | {"select_regex", "token_selection", "on_policy"}
+    assert set(kwargs) & fields == fields - set(ours) - without
 
 
 def test_the_defaults_reach_the_real_class_on_this_machine(tmp_path: Any) -> None:

@@ -22,6 +22,7 @@ OTHER: dict[str, Any] = {
     "ab_alpha": 0.5,
     "ab_beta": 0.5,
     "entropy_threshold": 1.5,
+    "on_policy": {"divergence": "tvd"},
     "kd_temperature": 2.0,
     "token_selection": {"by": "disagreement", "keep": 0.25},
     "cross_tokenizer": "alm",

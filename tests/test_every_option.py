@@ -6,6 +6,7 @@ The walk is the schema's own, so that a new option fails here until the table sa
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -117,10 +118,20 @@ def taught_by(config: dict[str, Any]) -> Outcome:
     return type(teacher).__name__, vars(teacher) if isinstance(teacher, SelfTeacher) else None
 
 
+def teachers_of(config: dict[str, Any]) -> Outcome:
+    """The same of several."""
+    several = _build(arguments(config)).GKDTrainerWithMetrics.call_args.kwargs["teacher"]
+    members = {
+        name: vars(one) if isinstance(one, SelfTeacher) else type(one).__name__ for name, one in several.by_name.items()
+    }
+    return type(several).__name__, members
+
+
 def connected(config: dict[str, Any]) -> Outcome:
-    """What a teacher on a server and its connections are made with."""
+    """What a teacher on a server and its connections are made with; of several the first."""
+    options = [one.rlhf.teacher for one in ConfigLoader.load(config).by_teacher.values()]
     with mock.patch.object(teachers, "Servers") as servers, mock.patch.object(teachers, "ServedTeacher") as teacher:
-        teachers.connect_teacher(ConfigLoader.load(config).rlhf.teacher, 320)
+        teachers.connect_teacher(options[0], 320)
     return servers.call_args, teacher.call_args.kwargs
 
 
@@ -208,6 +219,13 @@ def trainer(config: dict[str, Any], top_k: int | None = None) -> GKDTrainerWithM
 def loss(config: dict[str, Any]) -> Outcome:
     """The loss of a batch."""
     return _loss(trainer(config), train=True)
+
+
+def loss_of_samples(config: dict[str, Any]) -> Outcome:
+    """The loss of a batch that the student has written itself."""
+    built = trainer(config)
+    batch = dataclasses.replace(built.data_collator(tiny.CHATS), generated_by="student")
+    return built.compute_loss(built.model, batch).item()
 
 
 def loss_of_top_k(config: dict[str, Any]) -> Outcome:
@@ -352,6 +370,13 @@ VLLM_SERVER = {"rlhf.generation.backend": "vllm_server", "rlhf.generation.base_u
 COLOCATED = {"rlhf.generation.backend": "vllm_colocate"}
 CACHE = {"rlhf.teacher.backend": "cache", "rlhf.teacher.path": "/targets", "rlhf.lmbda": 0.0}
 
+SEVERAL = {"rlhf.teacher_model": None, "rlhf.teachers": {"vit": {"teacher_model": "org/teacher"}}}
+ITSELF_OF_SEVERAL = {**LORA, "rlhf.teacher_model": None, "rlhf.teachers": {"vit": {"backend": "self"}}}
+SERVED_OF_SEVERAL = {
+    "rlhf.teacher_model": None,
+    "rlhf.teachers": {"vit": {name.removeprefix("rlhf.teacher."): value for name, value in SERVED.items()}},
+}
+
 GROWING = {"rlhf.lmbda": 1.0, "rlhf.max_new_tokens": {"from": 4, "to": 20, "over": 0.5}}
 
 CHANGES: dict[str, Change] = {
@@ -431,6 +456,21 @@ CHANGES: dict[str, Change] = {
     "rlhf.select": Change("best", window, {"rlhf.lmbda": 1.0, "rlhf.samples_per_prompt": 2}),
     "rlhf.select_regex": Change(r"(\d+)", built("build_dataset"), {"rlhf.lmbda": 1.0}),
     "rlhf.teacher.path": Change("/other", findings, CACHE),
+    "rlhf.teachers": Change({"other": {"teacher_model": "org/teacher"}}, teachers_of, SEVERAL),
+    "rlhf.mix": Change({"vit": 1.0}, teachers_of, SEVERAL),
+    "rlhf.teachers.*.backend": Change("self", teachers_of, {**SEVERAL, **LORA}),
+    "rlhf.teachers.*.weights": Change("ema", teachers_of, ITSELF_OF_SEVERAL),
+    "rlhf.teachers.*.ema_decay": Change(
+        0.5, teachers_of, {**ITSELF_OF_SEVERAL, "rlhf.teachers": {"vit": {"backend": "self", "weights": "ema"}}}
+    ),
+    "rlhf.teachers.*.teacher_model": Change("org/other", built("build_teacher"), SEVERAL),
+    "rlhf.teachers.*.teacher_model_init_kwargs": Change({"subfolder": "best"}, built("build_teacher"), SEVERAL),
+    "rlhf.teachers.*.tail": Change("renormalize", loss_of_top_k, SERVED_OF_SEVERAL),
+    "rlhf.teachers.*.path": Change(
+        "/other", findings, {**SEVERAL, "rlhf.teachers": {"vit": {"backend": "cache", "path": "/targets"}}}
+    ),
+    "rlhf.on_policy.divergence": Change("tvd", loss_of_samples, {"rlhf.lmbda": 1.0}),
+    "rlhf.on_policy.beta": Change(0.1, loss_of_samples, {"rlhf.lmbda": 1.0}),
     "rlhf.llm_kd_weight": Change(0.5, loss),
     "rlhf.sft_alpha": Change(0.5, loss),
     "rlhf.cross_tokenizer": Change("alm", built("build_dataset")),
@@ -480,6 +520,11 @@ CHANGES: dict[str, Change] = {
     "launch.main_process_ip": Change("10.0.0.1", launched, {"launch.num_machines": 2}),
     "launch.main_process_port": Change(7000, launched, {"launch.num_machines": 2}),
 }
+for _name in ("chat_template_kwargs", "prefix", "prefix_mode"):  # the first two are not available for several yet
+    CHANGES[f"rlhf.teachers.*.{_name}"] = Change(CHANGES[f"rlhf.teacher.{_name}"].value, findings, SEVERAL)
+for _name, _change in list(CHANGES.items()):
+    if _name.startswith("rlhf.teacher.") and (_own := _name.replace("teacher.", "teachers.*.", 1)) not in CHANGES:
+        CHANGES[_own] = Change(_change.value, _change.seen, SERVED_OF_SEVERAL if _change.beside is SERVED else SEVERAL)
 SOURCE = {
     "path": Change("org/other", built("build_dataset")),
     "name": Change("subset", built("build_dataset")),
@@ -490,6 +535,9 @@ SOURCE = {
     "weight": Change(2.0, built("build_dataset")),
     "ce": Change(False, built("build_dataset")),
     "answers": Change("teacher", built("build_dataset")),
+    "teacher": Change("math", findings),
+    "divergence": Change("tvd", built("build_dataset")),
+    "beta": Change(0.1, built("build_dataset")),
 }
 for _part in ("train", "eval"):
     CHANGES |= {f"data.{_part}[].{name}": change for name, change in SOURCE.items()}

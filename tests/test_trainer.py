@@ -19,7 +19,7 @@ from kdtrain.trainer import GKDTrainerWithMetrics, objective
 from tests import tiny
 from tests.test_losses import reference
 
-KNOBS = ("llm_kd_weight", "sft_alpha", "divergence", "kd_temperature", "eval_kd", "tail", "visual_kd")
+KNOBS = ("llm_kd_weight", "sft_alpha", "divergence", "kd_temperature", "eval_kd", "tail", "visual_kd", "on_policy")
 KNOBS += ("samples_per_prompt", "select", "select_regex", "generation", "disable_dropout", "log_completions_steps")
 KNOBS += (
     "hidden_kd",

@@ -41,6 +41,7 @@ def _row_object(row: ShownRow) -> dict[str, Any]:
         "ce": row.ce,
         "length": row.length,
         "answers": "teacher" if row.answered_by_teacher else "data",
+        **({} if row.teacher_name is None else {"teacher_name": row.teacher_name}),
         "images": row.images,
         "notes": row.notes,
         "kd_weight": row.kd_weight,
@@ -106,6 +107,8 @@ def _facts(row: ShownRow) -> Iterator[str]:
         yield f"{supervised} supervised"
         if prompt:
             yield f"a prompt of {prompt}"
+    if row.teacher_name is not None:
+        yield f"teacher {row.teacher_name}"
     if not row.ce:
         yield "no cross-entropy"
     if row.kd_weight != 1:

@@ -120,13 +120,18 @@ def _from_sections(config: RunConfig) -> dict[str, Any]:
     kwargs = {name: value for name, value in config.options if name in training_fields()}
     if isinstance(rlhf.max_new_tokens, LengthSchedule):
         kwargs["max_new_tokens"] = rlhf.max_new_tokens.model_dump()  # trackers write the arguments as JSON
-    loading = dict(rlhf.teacher_model_init_kwargs or {})  # a copy: the caller's dict stays as it is
-    loading.setdefault("dtype", loading.pop("torch_dtype", rlhf.teacher.dtype))
-    kwargs["teacher_model_init_kwargs"] = loading
+    kwargs["teacher_model_init_kwargs"] = teacher_loading(config)
     kwargs |= {name: getattr(config.data, name) for name in ("max_length", "packing", "padding_free")}
     if config.options.needs_teacher and rlhf.teacher_model and rlhf.teacher.backend == "hf":
         kwargs["teacher_model_name_or_path"] = rlhf.teacher_model
     return kwargs
+
+
+def teacher_loading(config: RunConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the teacher; a copy, the caller's dict stays as it is."""
+    loading = dict(config.rlhf.teacher_model_init_kwargs or {})
+    loading.setdefault("dtype", loading.pop("torch_dtype", config.rlhf.teacher.dtype))
+    return loading
 
 
 def _fit_to_device(kwargs: dict[str, Any], hardware: Hardware) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kdtrain.config.divergence import used_losses
 from kdtrain.config.schema import RunConfig
-from kdtrain.config.tree import KeyPath, Problem, Written
+from kdtrain.config.tree import KeyPath, Problem, Written, dotted
 from kdtrain.losses.kinds import WITH_BETA
 
 # As `kdtrain.teachers.cached.manifest` writes it, which is read in full before training.
@@ -60,15 +61,18 @@ def _unknown_text(config: RunConfig, written: Written) -> Iterator[Problem]:
 def _drawn_tokens(config: RunConfig, written: Written, form: Mapping[str, Any]) -> Iterator[Problem]:
     """A divergence that drawn tokens do not serve, or another temperature than they were drawn at."""
     rlhf = config.rlhf
-    if rlhf.divergence not in WITH_BETA:
-        message = f"must be one of {', '.join(WITH_BETA)} (it is {rlhf.divergence}): the cache holds drawn tokens (mode"
-        hint = "set rlhf.divergence: jsd and rlhf.beta: 0, or write a cache of mode topk or hidden"
-        yield Problem(("rlhf", "divergence"), f"{message} sample), from which only forward KL can be learnt", hint)
-    elif rlhf.beta > 0:
-        default = "" if written.has("rlhf", "beta") else ", the default"
-        message = f"must be 0 (it is {rlhf.beta:g}{default}): the cache holds drawn tokens (mode sample), from which"
-        hint = "set rlhf.beta: 0, or write a cache of mode topk or hidden"
-        yield Problem(("rlhf", "beta"), f"{message} only forward KL can be learnt", hint, on_key=True)
+    for path, loss in used_losses(config):
+        where = dotted(path)
+        if loss.divergence not in WITH_BETA:
+            message = f"must be one of {', '.join(WITH_BETA)} (it is {loss.divergence}): the cache holds drawn tokens"
+            hint = f"set {where}.divergence: jsd and {where}.beta: 0, or write a cache of mode topk or hidden"
+            message = f"{message} (mode sample), from which only forward KL can be learnt"
+            yield Problem((*path, "divergence"), message, hint)
+        elif loss.beta > 0:
+            default = "" if written.has(*path, "beta") else ", the default" if path == ("rlhf",) else ""
+            message = f"must be 0 (it is {loss.beta:g}{default}): the cache holds drawn tokens (mode sample), from"
+            hint = f"set {where}.beta: 0, or write a cache of mode topk or hidden"
+            yield Problem((*path, "beta"), f"{message} which only forward KL can be learnt", hint, on_key=True)
     if config.options.selection is not None and config.options.selection.by == "disagreement":
         message = "must be student_entropy: the cache holds drawn tokens (mode sample), and choosing tokens by what was"
         hint = "set rlhf.token_selection.by: student_entropy, or write a cache of mode topk or hidden"

@@ -58,7 +58,23 @@ def _classes(kind: Kind, section: str, names: str) -> dict[str, Kind]:
     return {f"{section}.{name}": kind for name in names.split()}
 
 
+def _teacher(section: str) -> dict[str, Kind]:
+    return {
+        **_classes(CONTENT, section, "adapter revision path"),
+        **_classes(REFUSED, section, "backend weights ema_decay dtype quantization processor_kwargs model api"),
+        **_classes(REFUSED, section, "chat_template_kwargs prefix prefix_mode top_k tail"),
+        **_classes(FREE, section, "device_map placement base_url api_key_env max_requests timeout_s max_retries"),
+        **_classes(FREE, section, "concurrency lookahead"),
+    }
+
+
+def _several(section: str) -> dict[str, Kind]:
+    own = _classes(CONTENT, section, "teacher_model") | _classes(REFUSED, section, "teacher_model_init_kwargs")
+    return _teacher(section) | own
+
+
 _SOURCE = {"columns": REFUSED, "streaming": REFUSED, "weight": REFUSED, "ce": REFUSED, "answers": REFUSED}
+_SOURCE |= {"teacher": REFUSED, "divergence": REFUSED, "beta": REFUSED}
 _SOURCE |= {"path": CONTENT, "name": CONTENT, "split": CONTENT, "limit": CONTENT}
 
 # By option, as the schema nests them: `[]` stands for a place in a list, `*` for a name in a map.
@@ -79,12 +95,11 @@ CLASSES: dict[str, Kind] = {
     **_classes(FREE, "data", "max_bad_rows packing padding_free cache_dir"),
     **_classes(CONTENT, "rlhf", "teacher_model"),
     **_classes(REFUSED, "rlhf", "teacher_model_init_kwargs"),
-    **_classes(CONTENT, "rlhf.teacher", "adapter revision path"),
-    **_classes(REFUSED, "rlhf.teacher", "backend weights ema_decay dtype quantization processor_kwargs model api"),
-    **_classes(REFUSED, "rlhf.teacher", "chat_template_kwargs prefix prefix_mode top_k tail"),
-    **_classes(FREE, "rlhf.teacher", "device_map placement base_url api_key_env max_requests timeout_s max_retries"),
-    **_classes(FREE, "rlhf.teacher", "concurrency lookahead"),
+    **_teacher("rlhf.teacher"),
     **_classes(REFUSED, "rlhf", "llm_kd_weight sft_alpha beta divergence kd_temperature lmbda seq_kd temperature"),
+    **_several("rlhf.teachers.*"),
+    **_classes(REFUSED, "rlhf", "teachers mix"),
+    **_classes(REFUSED, "rlhf.on_policy", "divergence beta"),
     **_classes(REFUSED, "rlhf", "skew_alpha ab_alpha ab_beta entropy_threshold cross_tokenizer"),
     **_classes(REFUSED, "rlhf", "token_selection token_selection.by token_selection.keep"),
     **_classes(REFUSED, "rlhf", "max_new_tokens max_new_tokens.from max_new_tokens.to max_new_tokens.over"),
@@ -226,7 +241,7 @@ def _change(key: str, before: Any, now: Any, kind: Kind) -> Change:
 def _option(key: str) -> str:
     """`data.train[0].path` as `data.train[].path`, `custom.visual_kd.targets.vit.weight` with `*` for the name."""
     option = re.sub(r"\[\d+\]", "[]", key)
-    return re.sub(r"^(custom\.visual_kd\.targets)\.[^.]+", r"\1.*", option)
+    return re.sub(r"^(custom\.visual_kd\.targets|rlhf\.teachers)\.[^.]+", r"\1.*", option)
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

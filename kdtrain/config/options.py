@@ -133,6 +133,15 @@ class TokenSelection(Section):
         return Fraction(str(self.keep)).limit_denominator(10**6).as_integer_ratio()
 
 
+class OnPolicyLoss(Section):
+    """How answers that the student writes itself are compared, where that is another way than for other rows."""
+
+    divergence: Divergence | None = None
+    """As `rlhf.divergence`; null is as for other rows of the same source."""
+    beta: Share | None = None
+    """As `rlhf.beta`; null is as for other rows of the same source."""
+
+
 class LossAndSampling(Section):
     """What `rlhf` says of the loss and of the answers that are sampled."""
 
@@ -155,6 +164,9 @@ class LossAndSampling(Section):
     """Of `alpha_beta`: the exponent of the student's probabilities."""
     entropy_threshold: NonNegative = DEFAULT_PARAMS.entropy_threshold
     """Of `entropy_aware`: forward KL is added where the teacher's entropy, at temperature 1, is above so many nats."""
+    on_policy: OnPolicyLoss = OnPolicyLoss()
+    """Divergence and beta of answers that the student writes itself (lmbda above 0), such as `{divergence:
+    skew_reverse_kl}` beside `divergence: skew_kl` for the data's (DistiLLM-2). A source may have its own as well."""
     kd_temperature: Positive = 1.0
     """Softens both distributions in the loss."""
     token_selection: TokenSelection | None = None

@@ -59,7 +59,12 @@ _PATHS: tuple[KeyPath, ...] = (
 def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
     """A copy of the tree with absolute local paths; hub ids stay as they are."""
     problems: list[Problem] = []
-    for path in (*_MODELS, *_PATHS, *_data_paths(root)):
+    several = list(_several_teachers(root))
+    models, paths = (
+        (*_MODELS, *(path for path, is_model in several if is_model)),
+        (*_PATHS, *(p for p, m in several if not m)),
+    )
+    for path in (*models, *paths, *_data_paths(root)):
         node = get(root, path)
         if node is None or not isinstance(node.value, str) or not node.value:
             continue
@@ -67,7 +72,7 @@ def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
         if unusable := _no_name(text):
             problems.append(Problem(path, *unusable))
             # Something that leads to no other error.
-            root = put(root, path, Node(None if path in _PATHS[1:] else "unnamed", node.place))
+            root = put(root, path, Node(None if path in paths[1:] else "unnamed", node.place))
             continue
         if _URL.match(text):
             message = "an address, and nothing is downloaded from addresses"
@@ -75,13 +80,13 @@ def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
             problems.append(Problem(path, message, f"download it, and name the file or folder{also}"))
             continue
         is_hub_id, local = bool(_HUB_ID.fullmatch(text)), _looks_local(text, base)
-        if path in _MODELS:
+        if path in models:
             local = local or (is_hub_id and "/" in text and text.partition("/")[0] in _MODEL_FOLDERS)
             problems += _perhaps_folder(path, text, base) if is_hub_id and not local else ()
             if not local and not is_hub_id:
                 message = f"{describe(text)} is neither a folder below {base} nor a hub id"
                 problems.append(Problem(path, message, "write ./name, or org/name"))
-        elif path in _PATHS:
+        elif path in paths:
             # JSON in a string, or a file that comes with kdtrain.
             local = not text.startswith("{") and not (path == ("launch", "config_file") and text in BUILT_IN)
         elif is_share(text):
@@ -102,6 +107,19 @@ def data_path(text: str) -> str:
 def _is_local_data(text: str, base: Path) -> bool:
     is_hub_id, has_suffix = _HUB_ID.fullmatch(text), Path(text).suffix.lower() in _DATA_SUFFIXES
     return _looks_local(text, base) or has_suffix or not is_hub_id or _names_a_folder(text)
+
+
+def _several_teachers(root: Node) -> Iterator[tuple[KeyPath, bool]]:
+    """What each of several teachers names, and whether that is a model."""
+    node = get(root, ("rlhf", "teachers"))
+    for name, entry in node.value.items() if node and isinstance(node.value, dict) else ():
+        below = ("rlhf", "teachers", name)
+        yield (*below, "teacher_model"), True
+        yield (*below, "adapter"), True
+        yield (*below, "path"), False
+        backend = get(entry.node, ("backend",))
+        if backend is None or backend.value == "hf":  # of a server it is a name
+            yield (*below, "model"), True
 
 
 def _data_paths(root: Node) -> Iterator[KeyPath]:

@@ -6,7 +6,7 @@ Every rule gets what was written too: `temperature` without generation deserves 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 
 from kdtrain.config.adapters import continued_adapter
@@ -22,6 +22,7 @@ from kdtrain.config.placement import teacher_placement
 from kdtrain.config.quantized import quantized_models
 from kdtrain.config.schema import RunConfig, TeacherConfig
 from kdtrain.config.server_urls import check_server_urls
+from kdtrain.config.several import broken_of, each_teacher, is_about_teacher, losses_of_rows, several_teachers
 from kdtrain.config.splits import share_rows
 from kdtrain.config.streams import streamed_sources
 from kdtrain.config.tree import KeyPath, Node, Problem, Written, dotted, get, locate
@@ -69,6 +70,7 @@ _REQUIRED_BY: dict[str, tuple[str, ...]] = {
     "openai": ("rlhf.teacher.base_url", "rlhf.teacher.model"),
     "cache": ("rlhf.teacher.path",),
 }
+NO_MOVE = "teaches nothing"
 # Arguments of from_pretrained that are options of `model`, and their name there.
 _MODEL_OPTIONS = {
     "dtype": "dtype",
@@ -114,7 +116,8 @@ def idle_distillation(config: RunConfig, written: Written) -> Iterator[Problem]:
     if not config.options.needs_teacher:
         yield from written.idle(["eval_kd"], "nothing asks the teacher", "rlhf")
     sampling = ["temperature"] if config.answers_from_teacher else ["temperature", "max_new_tokens"]
-    if config.answers_from_teacher and rlhf.teacher.is_served and rlhf.teacher.api != "completions":
+    teachers = [one.rlhf.teacher for one in config.by_teacher.values()]
+    if config.answers_from_teacher and any(one.is_served and one.api != "completions" for one in teachers):
         sampling = []  # messages are answered at this temperature
     sampled = [name for name in ("lmbda", "seq_kd") if getattr(rlhf, name)]
     completions = ["log_completions_steps"] if config.training_options.log_completions_steps else []
@@ -256,7 +259,7 @@ def _itself(config: RunConfig, written: Written) -> Iterator[Problem]:
         yield Problem((*path, "weights"), f"{message}is 0", hint)
     takes_no_ce = config.rlhf.sft_alpha == 0 or config.rlhf.lmbda == 1
     if teacher.weights == "base" and config.options.lm_kd_active and reads_the_same and takes_no_ce:
-        message = "teaches nothing: the teacher is the student without its adapter and reads the same, and no "
+        message = f"{NO_MOVE}: the teacher is the student without its adapter and reads the same, and no "
         hint = "give the teacher a prefix or chat_template_kwargs of its own"
         message += "cross-entropy moves the student away from it, so their divergence is 0"
         yield Problem((*path, "backend"), message, hint, level="warning", on_key=True)
@@ -463,8 +466,8 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
         generation_by_vllm,
         ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.temperature", "rlhf.generation", "rlhf.teacher", "tuner.use_dora"),
     ),
-    (renormalized_tail, (*_KD_SWITCHES, "rlhf.teacher", "rlhf.beta", "rlhf.divergence")),
-    (divergence_numbers, (*_KD_SWITCHES, "rlhf.divergence", "rlhf.ab_alpha", "rlhf.ab_beta")),
+    (renormalized_tail, (*_KD_SWITCHES, "rlhf.teacher", "rlhf.beta", "rlhf.divergence", "rlhf.on_policy")),
+    (divergence_numbers, (*_KD_SWITCHES, "rlhf.divergence", "rlhf.ab_alpha", "rlhf.ab_beta", "rlhf.on_policy")),
     (
         cross_tokenizer,
         (
@@ -478,6 +481,8 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
             "data.train_on",
         ),
     ),
+    (several_teachers, (*_KD_SWITCHES, "rlhf.teachers", "rlhf.mix", "rlhf.seq_kd")),
+    (losses_of_rows, (*_KD_SWITCHES, "rlhf.divergence", "rlhf.beta", "rlhf.on_policy", "rlhf.lmbda", "rlhf.eval_kd")),
     (idle_selection, ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.samples_per_prompt", "rlhf.select")),
     (commented_regex, ()),
     (rows_in_lines, ("data.packing", "data.padding_free", "custom.visual_kd", "training.neftune_noise_alpha")),
@@ -531,9 +536,27 @@ def check_rules(config: RunConfig, root: Node, wrong: Iterable[KeyPath] = ()) ->
     """All findings of all rules; rules that depend on an option that is `wrong` in itself are left out."""
     written = Written(root)
     broken = [dotted(path) for path in wrong]
+    several = bool(config.rlhf.teachers) or any(name.startswith("rlhf.teachers") for name in broken)
     for rule, options in RULES:
-        if not any(_overlap(option, name) for option in options for name in broken):
+        of_each = several and any(map(is_about_teacher, options))
+        if not of_each and not any(_overlap(option, name) for option in options for name in broken):
             yield from rule(config, written)
+    if config.rlhf.teachers:
+        yield from _of_each_teacher(config, root, broken)
+
+
+def _of_each_teacher(config: RunConfig, root: Node, broken: Sequence[str]) -> Iterator[Problem]:
+    """What the rules about a teacher find about each of several; what is about none of them, once."""
+    found: dict[Problem, None] = {}
+    for one in each_teacher(config, root):
+        written, of_one = Written(one.root(root)), broken_of(one, broken)
+        for rule, options in RULES:
+            if any(map(is_about_teacher, options)) and not any(
+                _overlap(option, name) for option in options for name in of_one
+            ):
+                found |= dict.fromkeys(one.placed(rule(one.config, written)))
+    several = len(config.by_teacher) > 1  # the others move the student away from what it was
+    yield from (problem for problem in found if not (several and problem.message.startswith(NO_MOVE)))
 
 
 def _overlap(first: str, second: str) -> bool:

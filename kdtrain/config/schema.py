@@ -11,6 +11,7 @@ accepted where a fraction is asked for, NaN and infinity are refused.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -27,9 +28,11 @@ from kdtrain.config.options import (
     VisualKdConfig,
 )
 from kdtrain.config.section import Count, Flag, Number, Positive, Section, Text, Whole, wrong
+from kdtrain.config.section import Share as ShareOfOne
 from kdtrain.config.splits import check_split
-from kdtrain.losses.kinds import Tail
+from kdtrain.losses.kinds import Divergence, Tail
 
+_TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 _SHARE = re.compile(r"[-+]?\d+(\.\d+)? ?%")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -157,6 +160,13 @@ class DataSource(Section):
     answers: Literal["data", "teacher"] = "data"
     """Completions from the data, or the teacher's own greedy ones (of up to rlhf.max_new_tokens), generated once before
     training in place of the data's, training.per_device_eval_batch_size at a time, and kept in the run folder."""
+
+    teacher: Text | None = None
+    """Which of rlhf.teachers answers for its rows; a row's own column `teacher` wins."""
+    divergence: Divergence | None = None
+    """How its rows are compared with the teacher; null takes rlhf.divergence."""
+    beta: ShareOfOne | None = None
+    """As `divergence`; null takes rlhf.beta."""
 
     @property
     def is_local(self) -> bool:
@@ -378,6 +388,44 @@ class TeacherConfig(Section):
         return value
 
 
+class NamedTeacherConfig(TeacherConfig):
+    """One of several teachers: the options of `rlhf.teacher`, and which model it is."""
+
+    teacher_model: Text | None = None
+    """As `rlhf.teacher_model`; for hf `model` says the same."""
+    teacher_model_init_kwargs: dict[str, Any] | None = None
+    """As `rlhf.teacher_model_init_kwargs`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_is_teacher_model(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or value.get("backend", "hf") != "hf" or value.get("model") is None:
+            return value
+        if value.get("teacher_model") is not None:
+            return value  # both: a rule says that one of them is to go
+        return {**{name: one for name, one in value.items() if name != "model"}, "teacher_model": value["model"]}
+
+
+def _named_teachers(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if not value:
+            raise wrong("expected teachers by name, got none")
+        unusable = [name for name in value if not (isinstance(name, str) and _TEACHER_NAME.fullmatch(name))]
+        if unusable:
+            raise wrong("a teacher's name has letters, digits, - and _ alone, and begins with a letter or digit")
+    return value
+
+
+def _shares(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        numbers = [one for one in value.values() if isinstance(one, (int, float)) and not isinstance(one, bool)]
+        if len(numbers) < len(value) or not all(0 < one <= 1 for one in numbers):
+            raise wrong("expected a share above 0 for each teacher, such as {math: 0.5, code: 0.5}")
+        if not math.isclose(sum(numbers), 1, abs_tol=1e-6):
+            raise wrong(f"the shares must add up to 1, and they add up to {sum(numbers):g}")
+    return value
+
+
 class _Teacher(Section):
     rlhf_type: Literal["gkd"] = "gkd"
     """Generalised knowledge distillation, the only method."""
@@ -387,6 +435,13 @@ class _Teacher(Section):
     """Further keyword arguments of the teacher's `from_pretrained`; `dtype` is filled in when missing."""
     teacher: TeacherConfig = TeacherConfig()
     """How the teacher answers."""
+    teachers: Annotated[dict[str, NamedTeacherConfig], BeforeValidator(_named_teachers)] | None = None
+    """Several teachers by name, in place of `teacher` and `teacher_model`, each with their options: `{math: {backend:
+    hf, teacher_model: …}, code: {backend: vllm, base_url: …, model: …}}`. A row is answered for by the one that its
+    column `teacher` names, or its source's `teacher`; no other is asked about it."""
+    mix: Annotated[dict[str, Number], BeforeValidator(_shares)] | None = None
+    """Shares of `teachers` that add up to 1, such as `{math: 0.5, code: 0.5}`: all of them answer for every row, and
+    the mean of their distributions (each at kd_temperature) is what the student learns."""
 
 
 class RlhfConfig(LossAndSampling, _Teacher):  # Pydantic lists the fields of the last base first
@@ -454,9 +509,46 @@ class RunConfig(Section):
     @property
     def options(self) -> DistillationOptions:
         """The options of loss and sampling, each from the section that has a field of its name."""
-        sections = (self.rlhf, self.rlhf.teacher, self.custom)
+        sections = (self.rlhf, self._teacher_of_loss, self.custom)
         names = DistillationOptions.model_fields
         return DistillationOptions(**{n: next(getattr(s, n) for s in sections if hasattr(s, n)) for n in names})
+
+    @property
+    def _teacher_of_loss(self) -> TeacherConfig:
+        """The one whose `tail` the loss has; of several the first with a top k, for they have to agree."""
+        several = list((self.rlhf.teachers or {}).values())
+        return next((one for one in several if one.is_served or one.backend == "cache"), self.rlhf.teacher)
+
+    def of_teacher(self, name: str) -> RunConfig:
+        """The config as if one of several teachers were the only one."""
+        assert self.rlhf.teachers is not None
+        named = self.rlhf.teachers[name]
+        own = {field: getattr(named, field) for field in TeacherConfig.model_fields}
+        rlhf = self.rlhf.model_copy(
+            update={
+                "teacher": TeacherConfig.model_construct(named.model_fields_set & own.keys(), **own),
+                "teacher_model": named.teacher_model,
+                "teacher_model_init_kwargs": named.teacher_model_init_kwargs,
+                "teachers": None,
+                "mix": None,
+            }
+        )
+        return self.model_copy(update={"rlhf": rlhf})
+
+    @property
+    def by_teacher(self) -> dict[str, RunConfig]:
+        """The config as if each of several teachers were the only one; itself under no name where there is one."""
+        return {name: self.of_teacher(name) for name in self.rlhf.teachers} if self.rlhf.teachers else {"": self}
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """The names of the teachers that rows are dealt to; none where there is one, or all answer for every row."""
+        return tuple(self.rlhf.teachers) if self.rlhf.teachers and not self.rlhf.mix and self.asks_teacher else ()
+
+    @property
+    def asks_server(self) -> bool:
+        """Whether a teacher that is asked runs on a server."""
+        return self.asks_teacher and any(one.rlhf.teacher.is_served for one in self.by_teacher.values())
 
     @property
     def training_options(self) -> TrainingOptions:

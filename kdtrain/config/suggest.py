@@ -14,6 +14,8 @@ from kdtrain.config.section import Section
 from kdtrain.config.training_fields import training_fields
 
 _LONGEST_KEY = 60
+# Sections with keys of others, for some rows or for one of several teachers.
+_REPEATS = ("data.train", "rlhf.on_policy", "rlhf.teachers")
 
 
 @lru_cache(maxsize=1)
@@ -59,6 +61,7 @@ def unknown_key(section: str, key: str, value: Any = None) -> tuple[str, str]:
         return message, hint
     # data.eval has the keys of data.train.
     homes = [home for home in keys if home not in (section, "data.eval") and key in keys[home]]
+    homes = [home for home in homes if home not in _REPEATS] or homes
     if homes:
         paths = " or ".join(f"{home}.{key}".lstrip(".") for home in homes)
         return f"'{key}' does not belong in {section or 'the top level'}", f"move it to {paths}"

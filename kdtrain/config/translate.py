@@ -79,4 +79,6 @@ def _section(path: KeyPath) -> str:
     names = [part for part in path if isinstance(part, str)]
     if names[:1] in (["visual_kd"], ["hidden_kd"]):  # of `DistillationOptions`
         names = ["custom", *names]
+    if names[:2] == ["rlhf", "teachers"] and len(names) > 2:  # without the name of the teacher
+        names = [*names[:2], *names[3:]]
     return ".".join(names[:3] if names[:3] == ["custom", "visual_kd", "targets"] else names)

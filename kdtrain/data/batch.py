@@ -69,6 +69,11 @@ class Rows:
     images: Sequence[Sequence[Image]] = ()
     """Beside `chats`: the images of each row, in the order of its image parts, and maybe more of a row that was cut."""
 
+    teachers: Sequence[str | None] = ()
+    """Which of several teachers answers for each row, by its name in `rlhf.teachers`; empty where there is one."""
+    losses: Sequence[tuple[Any, float | None]] = ()
+    """`divergence` and `beta` of the source of each row, None where it says nothing; empty where none does."""
+
     def name(self, row: int) -> str:
         return self.ids[row] if row < len(self.ids) and self.ids[row] else str(row)
 
@@ -159,6 +164,12 @@ class Batch:
     def num_supervised(self) -> torch.Tensor:
         """S, a scalar int64 tensor: found without waiting for the device."""
         return self.predicts_BT.sum()
+
+    def tokens_of_rows(self, rows: Sequence[int]) -> torch.Tensor:
+        """[S] bool: which of the supervised tokens are those of some rows."""
+        own = set(rows)
+        chosen_B = torch.tensor([row in own for row in range(len(self))], device=self.predicts_BT.device)
+        return chosen_B[:, None].expand_as(self.predicts_BT)[self.predicts_BT]
 
     @property
     def num_chunks(self) -> torch.Tensor | None:
@@ -404,8 +415,8 @@ def received(batch: Batch | Mapping[str, Any], accepted: frozenset[str] | None) 
     """A batch of any collator, without what the student's forward does not take (see `forward_names`).
 
     A mapping has `input_ids`, `attention_mask`, `labels` and whatever else the model takes; optionally `prompt_lengths`
-    [B] (or trl's `prompts`), `ce_rows` [B], `kd_weights` [B] or [B, T], `row_ids`, `visual_sizes`, `teacher_inputs` and
-    `teacher_visual_sizes`.
+    [B] (or trl's `prompts`), `ce_rows` [B], `kd_weights` [B] or [B, T], `row_ids`, `teachers` and `losses` (see
+    `Rows`), `visual_sizes`, `teacher_inputs` and `teacher_visual_sizes`.
     Where the teacher reads other tokens, `teacher_inputs` has `input_ids`, `attention_mask` and `labels` of its own as
     well, and `prompt_lengths` where answers are generated.
     """
@@ -441,6 +452,8 @@ def _from_mapping(batch: Mapping[str, Any]) -> Batch:
         ce=rest.pop("ce_rows", None),
         kd_weights=of_rows,
         truncated=rest.pop("truncated", ()),
+        teachers=rest.pop("teachers", ()),
+        losses=rest.pop("losses", ()),
         places=rest.pop("places", None),
     )
     tokens, images = _of_teacher(rest.pop("teacher_inputs", None))

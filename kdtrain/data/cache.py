@@ -60,6 +60,7 @@ _FEATURES = datasets.Features(
         "teacher_prompt_length": datasets.Value("int32"),
         "chat": datasets.Value("large_string"),  # null unless the encoder keeps it, as the next
         "answer": datasets.Value("large_string"),
+        "route": datasets.Value("string"),  # null where there are not several teachers
     }
 )
 _SCHEMA = _FEATURES.arrow_schema
@@ -174,6 +175,7 @@ def _key(
         "limits": [limits.max_length, limits.on_overlength],
         "columns": [dict(source.columns) if source.columns else None for source in sources],
         "answers": [source.answers for source in sources],
+        "routes": [list(encoder.teachers), [source.teacher for source in sources] if encoder.teachers else None],
         "libraries": [datasets.__version__, version("transformers")],
         "rows": list(content),
     }
@@ -237,7 +239,8 @@ def encode_batch(
     folders = {file: folder_of(file) for file in set(batch["file"])}
     of_rows = [folders[batch["file"][i]] for i in parsed]
     teacher_answers = [sources[batch["source"][i]].answers == "teacher" for i in parsed]
-    results = encoder.encode(list(parsed.values()), of_rows, teacher_answers)
+    of_sources = [sources[batch["source"][i]].teacher for i in parsed]
+    results = encoder.encode(list(parsed.values()), of_rows, teacher_answers, of_sources)
     encoded = dict(zip(parsed, results, strict=True))
     out: dict[str, list[Any]] = {name: [] for name in _FEATURES}
     for i, problem in enumerate(problems):

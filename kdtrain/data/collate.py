@@ -19,7 +19,7 @@ import torch
 
 from kdtrain.data.batch import Batch, Rows, TeacherImages, TeacherTokens
 from kdtrain.data.chat_template import TemplateOptions
-from kdtrain.data.columns import ANSWER_COLUMN, read_answer
+from kdtrain.data.columns import ANSWER_COLUMN, ROUTE_COLUMN, read_answer
 from kdtrain.data.encoded_row import EncodedRow, Limits, tokenised_row, truncate
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.errors import RowError, show
@@ -28,6 +28,7 @@ from kdtrain.data.multimodal import Multimodal, Processed, image_content, multim
 from kdtrain.data.other_tokenizer import OtherTokenizer, teacher_tokens
 from kdtrain.data.row_key import encoded_row_key
 from kdtrain.data.rows import parse_row
+from kdtrain.data.source import LOSS_COLUMNS
 from kdtrain.data.stream.rows import PLACE
 from kdtrain.data.visual_batch import cut_rows, pad_token_tensors, stack_visual
 from kdtrain.errors import DataError
@@ -91,6 +92,7 @@ class Collator:
         answers: whether rows have a column `answer`, which the student's samples are checked against.
         other_tokenizer: of a teacher with another tokenizer: what makes its tokens, and says which belong to which.
         blank_images: whether each image is replaced by one of its size in its mean colour.
+        teachers: whether rows name one of several teachers in a column `teacher`.
         row_keys: whether batches have the `row_key` of each row, by which a teacher's stored targets are found.
 
     Calling it returns a `Batch`: tokens [B, T] padded on the right, and what is known of the rows. With a processor its
@@ -112,6 +114,7 @@ class Collator:
     text_column: str = "text"
     image_root: str | None = None
     answers: bool = False
+    teachers: bool = False
     row_keys: bool = False
     blank_images: bool = False
     other_tokenizer: OtherTokenizer | None = None
@@ -166,6 +169,8 @@ class Collator:
                 places=None if places == list(range(given)) else places,
                 answers=[_answer(row) for row, _ in kept] if self.answers else (),
                 stream_place=kept[-1][0].get(PLACE),
+                teachers=[row.get(ROUTE_COLUMN) or None for row, _ in kept] if self.teachers else (),
+                losses=_losses([row for row, _ in kept]),
                 **chats,
             ),
         )
@@ -344,6 +349,11 @@ class Collator:
     def _unsupervised(row: EncodedRow, length: int) -> EncodedRow:
         ids = row.input_ids[:length]
         return row.first_tokens(length, labels=[IGNORE_INDEX] * len(ids), prompt_length=len(ids))
+
+
+def _losses(rows: Sequence[Mapping[str, Any]]) -> Sequence[tuple[Any, float | None]]:
+    found = [(row.get(LOSS_COLUMNS[0]), row.get(LOSS_COLUMNS[1])) for row in rows]
+    return found if any(one != (None, None) for one in found) else ()
 
 
 def _answer(row: Mapping[str, Any]) -> str | None:

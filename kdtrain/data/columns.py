@@ -38,10 +38,12 @@ READ_WITH = {
 KNOWN_COLUMNS = tuple(dict.fromkeys([*ROW_COLUMNS, *(c for read in READ_WITH.values() for c in read), *IMAGE_COLUMNS]))
 # What a pair or a question loses if a mapping leaves it out.
 _QUESTION_COLUMNS = ("instruction", "input", "context", "history")
-_OPTIONAL = frozenset((*CONTEXT_COLUMNS, *_QUESTION_COLUMNS, *IMAGE_COLUMNS)) - {"instruction"}
+_OPTIONAL = frozenset((*CONTEXT_COLUMNS, *_QUESTION_COLUMNS, *IMAGE_COLUMNS, "teacher")) - {"instruction"}
 _ANSWER_COLUMN = {"prompt": "completion", "instruction": "output", "query": "response"}
 # What a sample of the student is checked against, where the run asks for that.
 ANSWER_COLUMN = "answer"
+# Which of several teachers answers for the row, where the run has several.
+ROUTE_COLUMN = "teacher"
 _CHECKS = (ANSWER_COLUMN, "answers", "solution")
 _ANSWERS = ("answer", "solution", "completion", "output", "response", "chosen", "label")
 _PREFERENCES = ("label", "kto_tag", "chosen", "rejected", "rejected_response", "rejected_messages")
@@ -64,7 +66,7 @@ def wanted_columns(columns: Mapping[str, str | None] | None) -> set[str]:
     """The columns of a table that are read, or looked at to say that they are not; without those of `unread_media`."""
     mapped = renamed(columns)
     if not mapped:
-        return {*NAMED_COLUMNS, *PATH_COLUMNS}
+        return {*NAMED_COLUMNS, *PATH_COLUMNS, ROUTE_COLUMN}
     return {*mapped.values(), *_carried(columns or {}), *_watched(mapped)} - {*unread_media(columns)}
 
 

@@ -25,6 +25,7 @@ import xxhash
 
 from kdtrain.data.cache import encode_cached
 from kdtrain.data.cache_folder import default_cache_folder
+from kdtrain.data.columns import ROUTE_COLUMN
 from kdtrain.data.encoded_row import Limits
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.epochs import Epochs, mix
@@ -33,6 +34,7 @@ from kdtrain.data.held_out import HeldOut
 from kdtrain.data.kd_weights import WEIGHT
 from kdtrain.data.prefix import OPTION as PREFIX
 from kdtrain.data.scratch import scratch_folder
+from kdtrain.data.source import LOSS_COLUMNS, source_loss
 from kdtrain.data.sources import Source, SourceContent, read_all, unread_of
 from kdtrain.data.teacher_view import NO_EFFECT, teacher_option
 from kdtrain.disk import writing
@@ -157,8 +159,9 @@ def build_dataset(
         `teacher_input_ids`, `teacher_labels` and `teacher_prompt_length` (None in the other rows): its supervised
         tokens are those of `labels`, in their order. With `keep_chats` also `chat`, as of `kdtrain.data.conversation`:
         up to the last answer that the row trains, and None for plain text and for rows cut within their first prompt.
-        With `keep_answers` also `answer`. If any row has weights in the divergence, also `kd_weight` (of its answer,
-        whoever writes it) and `kd_weights` (of each token, in the length of `labels`; None is 1 for all).
+        With `keep_answers` also `answer`, with `teachers` also `teacher`; and `kd_divergence` and `kd_beta` if any
+        source has its own. If any row has weights in the divergence, also `kd_weight` (of its answer, whoever writes
+        it) and `kd_weights` (of each token, in the length of `labels`; None is 1 for all).
 
     Raises:
         DataError: nothing to read, too many bad rows, over-long rows with `error`, no row left, or a tokenizer or
@@ -198,6 +201,7 @@ class EncodedSources:
     report: BuildReport
     keep_chats: bool = False
     keep_answers: bool = False
+    routed: bool = False
 
     @cached_property
     def made_of(self) -> np.ndarray:
@@ -218,7 +222,7 @@ class EncodedSources:
 
     def dataset(self) -> datasets.Dataset:
         """What `build_dataset` returns."""
-        kept = ["chat"] * self.keep_chats + ["answer"] * self.keep_answers
+        kept = ["chat"] * self.keep_chats + ["answer"] * self.keep_answers + ["route"] * self.routed
         return _assemble(self.encoded, self.raw, self.sources, self.rows, self.report, kept)
 
 
@@ -285,7 +289,7 @@ def encode_sources(
             _count_tokens(encoded, epoch, limits, report)
             report.contents = _with_images(contents, encoded, raw)
             report.image_extremes = _image_extremes(encoded, raw, rows)
-            kept_columns = (encoder.keep_chats, encoder.keep_answers)
+            kept_columns = (encoder.keep_chats, encoder.keep_answers, bool(encoder.teachers))
             yield EncodedSources(raw, encoded, sources, limits, rows, report, *kept_columns)
 
 
@@ -531,11 +535,15 @@ def _assemble(
 ) -> datasets.Dataset:
     made_of = _column(encoded, "raw")
     origin = _source_of(raw)[made_of]
-    new = {
+    new: dict[str, Any] = {
         "row_id": _row_ids(made_of, origin, _numbers(raw, "row")[made_of]),
         "ce": np.array([source.ce for source in sources])[origin],
         "answers": np.array([source.answers == "teacher" for source in sources])[origin],
     }
+    losses = [source_loss(source) for source in sources]
+    for column in LOSS_COLUMNS if any(losses) else ():
+        new[column] = [losses[source].get(column) for source in origin]
+        kept = [*kept, column]
     # In one table: with `add_column` each value of a column would be hashed for itself.
     beside = datasets.Dataset(datasets.table.InMemoryTable.from_pydict(new))
     full = datasets.concatenate_datasets([encoded, beside], axis=1)
@@ -546,4 +554,5 @@ def _assemble(
     columns += [f"teacher_{name}" for name in ("input_ids", "labels", "prompt_length")] * bool(report.teacher_text_rows)
     columns += ["kd_weight", "kd_weights"] * bool(report.weighted_rows)
     columns += ["answers"] if any(source.answers == "teacher" for source in sources) else []
-    return full.select_columns([*columns, *kept])
+    full = full.select_columns([*columns, *kept])
+    return full.rename_column("route", ROUTE_COLUMN) if "route" in kept else full

@@ -45,6 +45,7 @@ class EncodedRow:
     images_end: int = 0  # leading tokens that must stay, or the model would miss a part of an image
     processed: Processed | None = field(default=None, repr=False, compare=False)  # where `RowEncoder` keeps pixels
     teacher: EncodedRow | None = None  # the row as the teacher reads it, where that is other text; labels are the same
+    route: str | None = None  # which of several teachers answers for it
     chat: str | None = None  # as of conversation.py, where `RowEncoder` keeps it
     kd_weight: float = 1.0  # what its divergence counts, whoever writes its answer
     kd_weights: list[float] | None = None  # and that of each of its tokens, as the labels; None is 1 for all

@@ -24,7 +24,7 @@ from kdtrain.data.chat_template import (
     Rendered,
     TemplateOptions,
 )
-from kdtrain.data.columns import ANSWER_COLUMN, optional_answer, read_answer
+from kdtrain.data.columns import ANSWER_COLUMN, ROUTE_COLUMN, optional_answer, read_answer
 from kdtrain.data.conversation import chat_text, pair_text
 from kdtrain.data.encoded_row import EncodedRow
 from kdtrain.data.errors import RowError, show
@@ -32,6 +32,7 @@ from kdtrain.data.media import parse_media_row
 from kdtrain.data.multimodal import multimodal
 from kdtrain.data.parts import count_images, texts_of
 from kdtrain.data.prefix import PREFIX_MODES, PrefixedChat, refuse_text, row_prefix, with_prefix
+from kdtrain.data.route import teacher_of
 from kdtrain.data.row_notes import APART, OTHER_PROMPT, SPLIT, STRADDLED
 from kdtrain.data.rows import Chat, Pair, PlainText, answered, prompt_of
 from kdtrain.data.teacher_view import (
@@ -114,6 +115,7 @@ class RowEncoder:
     `generated`: other answers take the place of the rows' own, so that what counts is the prompt: it is that at
         inference, and the row's answer is left out where the template writes another one in front of it.
     `keep_answers`: rows come with their column `answer`, and need one unless there are `optional_answers`.
+    `teachers`: names of several teachers, of which each row has one: its column `teacher`, or its source's.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class RowEncoder:
         generated: bool = False,
         keep_answers: bool = False,
         optional_answers: bool = False,
+        teachers: Sequence[str] = (),
         **options: Any,
     ) -> None:
         self.options = TemplateOptions(train_on, **options)
@@ -150,6 +153,7 @@ class RowEncoder:
         self.keep_chats = keep_chats
         self.generated = generated
         self.keep_answers, self.optional_answers = keep_answers, optional_answers
+        self.teachers = tuple(teachers)
         self._templates: dict[tuple[bool, bool], ChatTemplate] = {}
         self._bos: list[int] = []
         self._settings = ""
@@ -178,21 +182,24 @@ class RowEncoder:
         rows: Sequence[Mapping[str, Any]],
         folders: Sequence[str | None],
         teacher_answers: Sequence[bool] | None = None,
+        of_sources: Sequence[str | None] | None = None,
     ) -> list[list[EncodedRow] | RowError]:
         """One result per row, in order: the rows that it becomes, or what is wrong with it.
 
         Several are those of a conversation whose turns cannot share one, see `ChatTemplate.render`. `folders` are what
         the paths of each row's images are relative to; `teacher_answers` says which rows lose their own answer, see
-        `kdtrain.data.rows.prompt_of`.
+        `kdtrain.data.rows.prompt_of`; `of_sources` which teacher those have that name none themselves.
         """
         self._follow_tokenizer()
         results: list[list[EncodedRow] | RowError] = [[] for _ in rows]
         answers: list[str | None] = [None] * len(rows)
         weights = [1.0] * len(rows)
+        routes: list[str | None] = [None] * len(rows)
         chats: list[_Text] = []
         characters = 0
         for i, row in enumerate(rows):
             try:
+                row, routes[i] = self._route(row, of_sources[i] if of_sources else None)
                 row, prefix = self._prefix(row)
                 row, answers[i] = self._answer(row)
                 parsed = self._parse(row, folders[i], bool(teacher_answers and teacher_answers[i]))
@@ -219,9 +226,16 @@ class RowEncoder:
                 chats, characters = [], 0
         self._encode_chats(chats, results)
         for i, found in enumerate(results):
-            if not isinstance(found, RowError) and (self.keep_answers or weights[i] != 1):
-                results[i] = [replace(one, answer=answers[i], kd_weight=weights[i]) for one in found]
+            if not isinstance(found, RowError) and (self.keep_answers or self.teachers or weights[i] != 1):
+                results[i] = [replace(one, answer=answers[i], route=routes[i], kd_weight=weights[i]) for one in found]
         return results
+
+    def _route(self, row: Mapping[str, Any], of_source: str | None) -> tuple[Mapping[str, Any], str | None]:
+        """The row without the column that names its teacher, and that name."""
+        if not self.teachers:
+            return row, None
+        rest = {name: value for name, value in row.items() if name != ROUTE_COLUMN}
+        return rest, teacher_of(row.get(ROUTE_COLUMN), of_source, self.teachers)
 
     def _answer(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
         """The row without the column that samples are checked against, and what it says."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from collections.abc import Sequence
 from glob import has_magic
 from itertools import islice
 from pathlib import Path
 
-from kdtrain.data.columns import parse_json, row_columns
+from kdtrain.data.columns import ROUTE_COLUMN, parse_json, row_columns
 from kdtrain.data.csv_files import read_csv
 from kdtrain.data.errors import RowError, show
 from kdtrain.data.files import (
@@ -33,6 +34,7 @@ from kdtrain.data.files import (
 from kdtrain.data.folders import is_saved
 from kdtrain.data.json_files import check_has_lines, read_json
 from kdtrain.data.media import parse_media_row
+from kdtrain.data.route import teacher_of
 from kdtrain.data.rows import Chat, Pair, PlainText, answered, prompt_of
 from kdtrain.data.source import ColumnsError, Source, check_columns, check_source, check_table_columns, files_of
 from kdtrain.data.splits import parse_split
@@ -43,13 +45,16 @@ _ROWS = 100
 _NO_ROWS = (".schema.json", ".yaml", ".yml")
 
 
-def wrong_with(source: Source, *, prompts: bool, root: str | None, tolerant: bool) -> tuple[str, str] | None:
+def wrong_with(
+    source: Source, *, prompts: bool, root: str | None, tolerant: bool, teachers: Sequence[str] = ()
+) -> tuple[str, str] | None:
     """Message and hint about a local source that no run could read; None where nothing is seen to be wrong.
 
     Args:
         prompts: rows without an answer can be used.
         root: what the paths of images are relative to, instead of the file's folder.
         tolerant: bad rows are left out, so that a bad first one is no reason to stop.
+        teachers: names of several, of which each row has one.
     """
     try:
         check_source(source)
@@ -59,7 +64,7 @@ def wrong_with(source: Source, *, prompts: bool, root: str | None, tolerant: boo
         if rows and (are_all or len(rows) == _ROWS or not source.columns):  # a later row may have a mapped column
             check_columns(source, rows)
         if rows and not tolerant:
-            _check_row(source, rows[0], prompts, root)
+            _check_row(source, rows[0], prompts, root, teachers)
     except ColumnsError as error:
         return error.message, error.hint
     except DataError as error:
@@ -166,7 +171,7 @@ def _check_table(source: Source, file: Path, kind: str) -> None:
     check_table_columns(source, str(file), schema.names)
 
 
-def _check_row(source: Source, raw: RawRow, prompts: bool, root: str | None) -> None:
+def _check_row(source: Source, raw: RawRow, prompts: bool, root: str | None, teachers: Sequence[str]) -> None:
     """Refuse a first row that is a bad one."""
     where = f"{show(raw.file, 400)}:{raw.line}"
     if raw.problem:
@@ -177,6 +182,9 @@ def _check_row(source: Source, raw: RawRow, prompts: bool, root: str | None) -> 
             prompt_of(parsed)
         elif not prompts:
             answered(parsed)
+        if teachers:
+            row = parse_json(raw.text, source.columns, source.prefix_column)
+            teacher_of(row.get(ROUTE_COLUMN), source.teacher, teachers)
     except RowError as error:
         raise DataError(f"{where}: {error}") from None
 

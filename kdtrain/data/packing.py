@@ -34,6 +34,17 @@ class Layout:
     multiple: int | None = None
     """Lines are as long as the longest, rounded up to a multiple of this."""
 
+    def part(self, rows: Sequence[int]) -> Layout:
+        """Of a batch of some of the rows: each in the line that it was in, without the others."""
+        numbers = {row: number for number, row in enumerate(rows)}
+        lines = [tuple(numbers[row] for row in line if row in numbers) for line in self.lines]
+        return Layout(
+            tuple(line for line in lines if line),
+            tuple(self.lengths[row] for row in rows),
+            tuple(self.teacher_lengths[row] for row in rows) if self.teacher_lengths else (),
+            self.multiple,
+        )
+
 
 @dataclass(frozen=True)
 class ForwardInputs:

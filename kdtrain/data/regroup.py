@@ -28,6 +28,8 @@ _MISSING: dict[str, Any] = {
     "answers": None,
     "samples": 0,
     "cut": False,
+    "teachers": None,
+    "losses": (None, None),
     "images": (),
 }
 

@@ -18,6 +18,7 @@ from kdtrain.data.columns import (
     KNOWN_COLUMNS,
     NAMED_COLUMNS,
     PATH_COLUMNS,
+    ROUTE_COLUMN,
     ROW_COLUMNS,
     UNREAD_MEDIA,
     renamed,
@@ -46,11 +47,24 @@ class Source:
     limit: int | None = None  # only the first n rows
     weight: float = 1.0  # how many times each row appears per epoch, see `kdtrain.data.epochs`
     ce: bool = True  # False: the rows contribute no cross-entropy, the teacher alone supervises
+    teacher: str | None = None  # which of several teachers answers for rows that do not name one themselves
+    divergence: str | None = None  # how the rows are compared with their teacher; None is as the run says
+    beta: float | None = None  # as `divergence`
     answers: str = "data"  # `teacher`: the rows' own answers are left out, for the teacher to write
     prefix_column: str | None = None  # of the messages that the teacher alone reads, see prefix.py
     prefix_default: bool = False  # rows without a value there have others
     streaming: bool = False  # read by `kdtrain.data.stream`, without a copy of what is read
     rows: Any = None  # the rows themselves, a `datasets.Dataset` or a sequence; `path` is then their name in messages
+
+
+LOSS_COLUMNS = ("kd_divergence", "kd_beta")
+"""Columns of encoded rows: what their source says of how they are compared with the teacher."""
+
+
+def source_loss(source: Source) -> dict[str, Any]:
+    """A source's values of `LOSS_COLUMNS`, without those that it leaves to the run."""
+    own = dict(zip(LOSS_COLUMNS, (source.divergence, source.beta), strict=True))
+    return {name: value for name, value in own.items() if value is not None}
 
 
 def check_source(source: Source) -> None:
@@ -63,7 +77,7 @@ def check_source(source: Source) -> None:
         raise DataError(f"{show(source.path)}: answers must be one of {known}, not {show(source.answers, 40)}")
     for column, name in (source.columns or {}).items():
         allowed = (
-            (*KNOWN_COLUMNS, ANSWER_COLUMN, WEIGHT)
+            (*KNOWN_COLUMNS, ANSWER_COLUMN, WEIGHT, ROUTE_COLUMN)
             if name is not None
             else (*NAMED_COLUMNS, *PATH_COLUMNS, *UNREAD_MEDIA)
         )

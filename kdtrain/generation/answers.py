@@ -78,16 +78,19 @@ class TeacherAnswers:
         """Of the folder, in `folder`, that these answers are kept in: a hash of all that they depend on."""
         return self._folder.name
 
-    def fill(self, dataset: datasets.Dataset) -> datasets.Dataset:
+    def fill(self, dataset: datasets.Dataset, teacher: str | None = None) -> datasets.Dataset:
         """The data set with an answer in every row whose column `answers` is true, supervised as in `with_completions`.
 
         A collective: the ranks share the work, and all of them get all answers. A row without a usable answer keeps
         its prompt alone; `refused` has what became of it.
+
+        Args:
+            teacher: of several, the one that writes: only rows whose column `teacher` names it.
         """
         self.refused: dict[int, str] = {}
         if "answers" not in dataset.column_names:
             return dataset
-        keys = _keys(dataset, by_message=self._writer.encoder is not None)
+        keys = _keys(dataset, self._writer.encoder is not None, teacher)
         wanted = {key: i for i, key in enumerate(keys) if key is not None}
         # Together, before any rank writes: all have to see the same ones missing.
         known = dict(gather_object(list(self._stored().items())))
@@ -278,12 +281,15 @@ def _is_answer(record: Any) -> bool:
     return all(name not in record or isinstance(record[name], kind) for name, kind in of_other_kinds.items())
 
 
-def _keys(dataset: datasets.Dataset, by_message: bool) -> list[str | None]:
+def _keys(dataset: datasets.Dataset, by_message: bool, teacher: str | None) -> list[str | None]:
     """What each row asks, the teacher's prompt or messages and their images; None where it has an answer."""
     columns = ["input_ids", "prompt_length", "answers"]
-    more = ("text", "images", "chat", "teacher_input_ids", "teacher_prompt_length")
+    more = ("text", "images", "chat", "teacher", "teacher_input_ids", "teacher_prompt_length")
     columns += [name for name in more if name in dataset.column_names]
-    return [_key(row, by_message) if row["answers"] else None for row in dataset.select_columns(columns)]
+    return [
+        _key(row, by_message) if row["answers"] and teacher in (None, row.get("teacher")) else None
+        for row in dataset.select_columns(columns)
+    ]
 
 
 def _key(row: Mapping[str, Any], by_message: bool) -> str:

@@ -18,6 +18,7 @@ import torch
 
 from kdtrain.losses.gemm import HalfGradients, add_weight_gradient, hidden_gradient, one_dtype, power_of_two_unit
 from kdtrain.losses.head import Head
+from kdtrain.losses.mixture import Accumulator, MixedHeads
 from kdtrain.losses.reduce import kd_share, normaliser
 from kdtrain.losses.sampled import SampledTargets, SparseTargets
 from kdtrain.losses.sparse_tile import sampled_tile_terms, topk_tile_terms
@@ -52,10 +53,17 @@ class Call:
     num_kd_items: torch.Tensor | int | None
     chunk_tokens: int | None
     with_gradient: bool
+    mixed: MixedHeads | None = None
+    """Several teachers in place of one."""
 
     @property
     def has_teacher(self) -> bool:
-        return self.teacher is not None or self.targets is not None
+        return self.has_logits or self.targets is not None
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the teacher's logits, or those of the mean of several, are made."""
+        return self.teacher is not None or self.mixed is not None
 
     @property
     def has_teacher_entropy(self) -> bool:
@@ -91,6 +99,9 @@ class ChunkedPass:
         if call.teacher is not None and call.teacher_hidden is not None:
             self.teacher_hidden, weight = one_dtype(call.teacher_hidden, call.teacher.weight, half)
             self.teacher = replace(call.teacher, weight=weight)
+        self._softened: torch.Tensor | None = None  # of the block that is being made
+        self.targets_device = None if call.targets is None else call.targets.indices.device
+        self.mixed = None if call.mixed is None else _of_one_dtype(call.mixed, half)
         wants_hidden, wants_weight, wants_bias = wanted
         self.with_gradient = any(wanted)
         self.dtype = torch.promote_types(hidden_SH.dtype, torch.float32)
@@ -142,25 +153,50 @@ class ChunkedPass:
         largest = max(sizes)
         tile = largest, vocabulary, self.dtype, self.hidden.device
         student = workspace.take("student", *tile)
-        teacher = None
+        teacher = workspace.take("teacher", *tile) if call.mixed is not None else None
         if call.teacher is not None:  # whose vocabulary may be another one, see `uld.py`
             teacher = workspace.take("teacher", largest, len(call.teacher.weight), self.dtype, self.hidden.device)
+        # Of a mean also a block for one teacher at a time, and one for the mean of the softened ones.
+        mixing = [workspace.take(name, *tile) for name in self._mixing_blocks()]
         block = block_rows(vocabulary, student.device, largest)
         scratch = Buffers.like(student, block)
         start = 0
         for size in sizes:  # some chunks are shorter than the buffers
             chunk = slice(start, start + size)
-            self._chunk(chunk, student[:size], None if teacher is None else teacher[:size], block, scratch)
+            own = None if teacher is None else teacher[:size]
+            self._chunk(chunk, student[:size], own, [one[:size] for one in mixing], block, scratch)
             start += size
         if self.half is not None:
             self.grad_hidden, self.grad_weight = self.half.finish()
 
+    def _mixing_blocks(self) -> tuple[str, ...]:
+        if self.mixed is None:
+            return ()
+        return ("one of several",) if self.options.temperature == 1 else ("one of several", "softened")
+
+    def _mix(self, chunk: slice, teacher: torch.Tensor, one: torch.Tensor, softened: torch.Tensor | None) -> None:
+        """The mean of several teachers' distributions for the tokens of a chunk, into `teacher` and `softened`."""
+        assert self.mixed is not None
+        run = Accumulator(teacher, softened, self.options.temperature)
+        for hidden, head, share in zip(*vars(self.mixed).values(), strict=True):
+            run.add(head.logits(hidden.index_select(0, self.rows[chunk]), one), share)
+        run.finish()
+
     def _chunk(
-        self, chunk: slice, student: torch.Tensor, teacher: torch.Tensor | None, block: int, scratch: Buffers
+        self,
+        chunk: slice,
+        student: torch.Tensor,
+        teacher: torch.Tensor | None,
+        mixing: list[torch.Tensor],
+        block: int,
+        scratch: Buffers,
     ) -> None:
         """Logits of a chunk into `student` and `teacher`, their gradient over `student`, then the products of that."""
         head, hidden = self.student, self.hidden[chunk]
         head.logits(hidden, student)
+        softened = mixing[1] if len(mixing) > 1 else None
+        if teacher is not None and mixing:
+            self._mix(chunk, teacher, mixing[0], softened)
         if teacher is not None and self.teacher is not None and self.teacher_hidden is not None:
             # The teacher's hidden states are of all tokens: gathered a chunk at a time, they are never copied whole.
             self.teacher.logits(self.teacher_hidden.index_select(0, self.rows[chunk]), teacher)
@@ -172,6 +208,7 @@ class ChunkedPass:
                 slice(chunk.start + inside.start, chunk.start + inside.stop),
                 student[inside],
                 None if teacher is None else teacher[inside],
+                None if softened is None else softened[inside],
                 scratch.rows(inside.stop - inside.start),
             )
         if chunk.start >= self.taught:
@@ -186,7 +223,14 @@ class ChunkedPass:
         if self.grad_weight is not None:
             add_weight_gradient(self.grad_weight, student, hidden, self.scale)
 
-    def _block(self, rows: slice, student: torch.Tensor, teacher: torch.Tensor | None, scratch: Buffers) -> None:
+    def _block(
+        self,
+        rows: slice,
+        student: torch.Tensor,
+        teacher: torch.Tensor | None,
+        softened: torch.Tensor | None,
+        scratch: Buffers,
+    ) -> None:
         """All terms of some rows; their gradient with respect to the raw logits is left in `student`."""
         call, options = self.call, self.options
         with_gradient = self.with_gradient and rows.start < self.taught
@@ -196,6 +240,7 @@ class ChunkedPass:
         # The derivative of y = softcap·tanh(x/softcap) is 1 − (y/softcap)². It needs y, which the gradient is about to
         # overwrite.
         slope = None if softcap is None else (student / softcap).square_().neg_().add_(1)
+        self._softened = softened
         self._terms(rows, student, teacher, scratch, options, with_gradient)
         if slope is not None:
             student.mul_(slope)
@@ -220,14 +265,14 @@ class ChunkedPass:
         )
         if call.targets is not None:
             # Row i of the targets is token i of the call, as with the teacher's hidden states.
-            targets = call.targets[self.rows[rows].to(call.targets.indices.device)].to(student.device)
+            targets = call.targets[self.rows[rows].to(self.targets_device)].to(student.device)
             if isinstance(targets, SampledTargets):
                 self.sums.append(sampled_tile_terms(student, targets, *common))
             else:
                 self.sums.append(topk_tile_terms(student, targets, *common))
         else:
             terms = _compiled_tile_terms() if _compiles(student.device) else tile_terms
-            self.sums.append(terms(student, teacher, *common))
+            self.sums.append(terms(student, teacher, *common, self._softened))
 
     def packed_sums(self) -> list[torch.Tensor]:
         """kd, ce, tokens, correct, agree, student entropy, teacher entropy: scalars, 0 where there is no teacher."""
@@ -240,6 +285,12 @@ class ChunkedPass:
         names = ("kd", "ce", "correct", "agree", "student_entropy", "teacher_entropy")
         kd, ce, correct, agree, student_entropy, teacher_entropy = (total(name) for name in names)
         return [kd / self.kd_share, ce, self.num_tokens, correct, agree, student_entropy, teacher_entropy]
+
+
+def _of_one_dtype(mixed: MixedHeads, half: torch.dtype | None) -> MixedHeads:
+    pairs = [one_dtype(h, head.weight, half) for h, head in zip(mixed.hidden, mixed.heads, strict=True)]
+    heads = tuple(replace(head, weight=weight) for head, (_, weight) in zip(mixed.heads, pairs, strict=True))
+    return MixedHeads(tuple(hidden for hidden, _ in pairs), heads, mixed.shares)
 
 
 def _compiles(device: torch.device) -> bool:
@@ -262,11 +313,24 @@ def default_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device) -> 
     return min(max(budget // (2 * vocabulary * dtype.itemsize), 64), largest)
 
 
-def tile_bytes(tokens: int, vocabulary: int, dtype: torch.dtype, device: torch.device, *, with_teacher: bool) -> int:
-    """Bytes of the buffers of one pass over so many supervised tokens: the logits' tiles, and the scratch."""
+def tile_bytes(
+    tokens: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    with_teacher: bool,
+    mixing_tiles: int = 0,
+) -> int:
+    """Bytes of the buffers of one pass over so many supervised tokens: the logits' tiles, and the scratch.
+
+    Args:
+        mixing_tiles: further tiles, where the mean of several teachers is made: 3 with the temporary of a softmax, 5
+            at another temperature than 1.
+    """
     chunk = max(chunk_sizes(tokens, default_chunk(vocabulary, dtype, device)), default=0)
     block = block_rows(vocabulary, device, chunk)
-    return dtype.itemsize * vocabulary * ((2 if with_teacher else 1) * chunk + 3 * block)
+    return dtype.itemsize * vocabulary * ((2 if with_teacher else 1) * chunk + mixing_tiles * chunk + 3 * block)
 
 
 def block_rows(vocabulary: int, device: torch.device, chunk: int) -> int:

@@ -9,7 +9,7 @@ come back one for each token: who adds them up does so in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +19,7 @@ from kdtrain.losses.chunks import chunk_sizes
 from kdtrain.losses.divergence import generalized_jsd
 from kdtrain.losses.gemm import one_dtype
 from kdtrain.losses.head import Head
+from kdtrain.losses.mixture import mix_logits
 from kdtrain.losses.topk import TopKLogprobs, coarse_grain, teacher_tail
 from kdtrain.losses.workspace import workspace
 
@@ -72,6 +73,29 @@ class Scores:
             out = workspace.take(buffer, len(hidden), len(weight), dtype, hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             return replace(head, weight=weight).logits(hidden, out)
+
+
+@dataclass(frozen=True)
+class MeanScores(Scores):
+    """The mean of several models' distributions at the same N tokens."""
+
+    parts: tuple[Scores, ...] = ()
+    """The first one's `outputs`, `head` and `columns` are those of this object."""
+    shares: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, parts: Sequence[Scores], shares: Sequence[float]) -> MeanScores:
+        first = parts[0]
+        return cls(first.outputs, first.head, first.columns, tuple(parts), tuple(shares))
+
+    @property
+    def finite(self) -> bool:
+        """Whether no logit of any of them is always −inf."""
+        return all(part.finite for part in self.parts)
+
+    def logits(self, rows: slice, buffer: str | None = None) -> torch.Tensor:
+        """As `Scores.logits`, in memory of its own."""
+        return mix_logits([part.logits(rows) for part in self.parts], self.shares, 1.0).at_one
 
 
 @dataclass(frozen=True)

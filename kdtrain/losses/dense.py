@@ -14,6 +14,7 @@ from torch import nn
 from kdtrain.errors import TargetsError
 from kdtrain.losses.divergence import entropy, generalized_jsd
 from kdtrain.losses.kinds import DEFAULT_PARAMS, Divergence, DivergenceParams, Tail
+from kdtrain.losses.mixture import Mixed, MixedTopK
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, check_token_weights, kd_share, normaliser
 from kdtrain.losses.sampled import (
     SampledTargets,
@@ -30,6 +31,7 @@ def dense_distillation_loss(
     labels: torch.Tensor,
     teacher_logits: torch.Tensor | None = None,
     *,
+    softened_teacher_logits: torch.Tensor | None = None,
     targets: SparseTargets | None = None,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
@@ -52,6 +54,8 @@ def dense_distillation_loss(
         labels: [N], already shifted: row i of the logits predicts labels[i]; −100 is ignored.
         teacher_logits: [N, V], no graph. Without them and without targets there is no divergence, whatever kd_weight
             says.
+        softened_teacher_logits: [N, V], what the divergence is taken of in their place at a temperature other than 1,
+            see `mixture.py`.
         targets: a top-k teacher instead, or tokens drawn from one: row i is the teacher of token i, [N, K]. Drawn
             tokens want β 0.
         kd_weight, ce_weight: ≥ 0. At kd_weight 0 the divergence is not computed.
@@ -99,19 +103,20 @@ def dense_distillation_loss(
             loss = loss + kd_weight * share * kd_sum
         num_agree = _agreeing(student, most_drawn(targets))  # and their entropy is not the teacher's
     elif targets is not None:
-        compared = _with_topk(student, targets, tail)
+        compared = _with_topk(student, targets, tail, temperature)
     elif teacher_logits is not None:
-        compared = _with_logits(student, teacher_logits[keep])
+        soft = None if softened_teacher_logits is None else softened_teacher_logits[keep]
+        compared = _with_logits(student, teacher_logits[keep], soft)
     if compared is not None:
+        with torch.no_grad():
+            entropy_N = entropy(compared.teacher.at_one)
         if kd_weight > 0:
-            values = generalized_jsd(
-                compared.student[part], compared.teacher[part], beta, temperature, divergence, params
-            )
+            soft, entropy_part = compared.teacher.softened[part], entropy_N[part]
+            values = generalized_jsd(compared.student[part], soft, beta, temperature, divergence, params, entropy_part)
             kd_sum = _weighted(values, weights)
             loss = loss + kd_weight * share * kd_sum
         num_agree = compared.num_agree
-        with torch.no_grad():
-            teacher_entropy = entropy(compared.teacher).sum()
+        teacher_entropy = entropy_N.sum()
     return FusedLoss(
         loss=loss / normaliser(num_items, num_tokens),
         kd_sum=None if kd_sum is None else kd_sum.detach(),
@@ -141,21 +146,29 @@ class _Compared(NamedTuple):
     """What the divergence is taken of, float32, over the same outcomes on both sides."""
 
     student: torch.Tensor
-    teacher: torch.Tensor
+    teacher: Mixed
     num_agree: torch.Tensor
 
 
-def _with_logits(student: torch.Tensor, teacher: torch.Tensor) -> _Compared:
+def _with_logits(student: torch.Tensor, teacher: torch.Tensor, softened: torch.Tensor | None) -> _Compared:
     teacher = teacher.to(device=student.device, dtype=torch.float32)
-    return _Compared(student, teacher, (student.argmax(-1) == teacher.argmax(-1)).sum())
+    soft = teacher if softened is None else softened.to(device=student.device, dtype=torch.float32)
+    return _Compared(student, Mixed(teacher, soft), (student.argmax(-1) == teacher.argmax(-1)).sum())
 
 
-def _with_topk(student: torch.Tensor, targets: TopKLogprobs, tail: Tail) -> _Compared:
+def _with_topk(student: torch.Tensor, targets: TopKLogprobs | MixedTopK, tail: Tail, temperature: float) -> _Compared:
     """The student over the outcomes that the teacher is known by; they agree on the most likely token it named."""
-    known, teacher = coarse_grain(student, targets, tail)
     targets = targets.to(student.device)
+    if isinstance(targets, MixedTopK):
+        columns = student.shape[1]
+        _, mixed = targets.known(columns, temperature)
+        targets = targets.at_one(columns)
+        known, _ = coarse_grain(student, targets, "bucket")
+    else:
+        known, teacher = coarse_grain(student, targets, tail)
+        mixed = Mixed(teacher, teacher)
     top = targets.logprobs.argmax(-1, keepdim=True)  # a missing entry has −inf
-    return _Compared(known, teacher, _agreeing(student, targets.indices.gather(1, top).clamp(min=0)))
+    return _Compared(known, mixed, _agreeing(student, targets.indices.gather(1, top).clamp(min=0)))
 
 
 def _agreeing(student: torch.Tensor, top_ids: torch.Tensor) -> torch.Tensor:

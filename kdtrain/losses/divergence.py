@@ -34,6 +34,7 @@ def generalized_jsd(
     temperature: float = 1.0,
     divergence: Divergence = "jsd",
     params: DivergenceParams = DEFAULT_PARAMS,
+    teacher_entropy: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Divergence between teacher and student at every position.
 
@@ -57,6 +58,8 @@ def generalized_jsd(
         temperature: > 0; both logits are divided by it. The result is not multiplied by temperature².
         divergence: one of those above.
         params: the numbers of the last five.
+        teacher_entropy: [...] nats, what `entropy_aware` compares where the teacher's logits are not those of
+            temperature 1 (a mean of softened distributions); None is found from them.
 
     Returns:
         [...], nats per token, float32 (float64 for float64 logits). Never negative, exactly 0 for equal logits.
@@ -95,7 +98,8 @@ def generalized_jsd(
     if divergence == "alpha_beta":
         return _alpha_beta(student, teacher, params.ab_alpha, params.ab_beta, temperature)
     if divergence == "entropy_aware":
-        uncertain = entropy(teacher.detach()) > params.entropy_threshold
+        own = entropy(teacher.detach()) if teacher_entropy is None else teacher_entropy
+        uncertain = own > params.entropy_threshold
         forward = _kl(teacher, student, temperature)
         return _kl(student, teacher, temperature) + torch.where(uncertain, forward, 0.0)
     if divergence == "tvd":

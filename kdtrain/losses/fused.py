@@ -23,6 +23,7 @@ from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.divergence import check_divergence_arguments
 from kdtrain.losses.head import Head
 from kdtrain.losses.kinds import DEFAULT_PARAMS, Divergence, DivergenceParams, Tail
+from kdtrain.losses.mixture import MixedHeads, mix_logits
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, check_token_weights
 from kdtrain.losses.sampled import SampledTargets, SparseTargets, check_sampled_targets
 from kdtrain.losses.tile import TileOptions
@@ -121,6 +122,7 @@ def head_distillation_loss(
     teacher_hidden: torch.Tensor | None = None,
     teacher: Head | None = None,
     *,
+    mixed: MixedHeads | None = None,
     targets: SparseTargets | None = None,
     kd_token_weights: torch.Tensor | None = None,
     ce_token_weights: torch.Tensor | None = None,
@@ -130,10 +132,14 @@ def head_distillation_loss(
 ) -> FusedLoss:
     """`fused_distillation_loss` for heads that are objects already, as a model's forward hands them over.
 
+    Args:
+        mixed: several teachers in place of one: the divergence is from the mean of their distributions, which is made
+            chunk by chunk as well.
+
     Raises:
         ValueError: as there.
     """
-    _check(student_hidden, student.weight, labels, teacher_hidden, teacher, targets, options)
+    _check(student_hidden, student.weight, labels, teacher_hidden, teacher, mixed, targets, options)
     check_token_weights(labels, kd_token_weights=kd_token_weights, ce_token_weights=ce_token_weights)
     if teacher is not None and teacher_hidden is not None:
         teacher, teacher_hidden = replace(teacher, weight=teacher.weight.detach()), teacher_hidden.detach()
@@ -143,6 +149,7 @@ def head_distillation_loss(
         student=student,
         teacher=teacher,
         teacher_hidden=teacher_hidden,
+        mixed=mixed,
         targets=targets,
         options=options,
         kd_token_weights=kd_token_weights,
@@ -152,7 +159,8 @@ def head_distillation_loss(
         chunk_tokens=chunk_tokens,
         with_gradient=wanted,
     )
-    if student.masks_columns() or (teacher is not None and teacher.masks_columns()):
+    heads = [*([] if teacher is None else [teacher]), *(() if mixed is None else mixed.heads)]
+    if student.masks_columns() or any(head.masks_columns() for head in heads):
         return _with_masked_columns(student_hidden, labels, call)
     loss, *sums = _Fused.apply(student_hidden, student.weight, student.bias, labels, call)
     return _to_fused_loss(loss, sums, call)
@@ -235,14 +243,19 @@ def _to_fused_loss(loss: torch.Tensor, sums: list[torch.Tensor], call: Call) -> 
 
 def _with_masked_columns(hidden: torch.Tensor, labels: torch.Tensor, call: Call) -> FusedLoss:
     """The same sums from whole logits that autograd knows, for heads that mask columns."""
-    teacher_logits = None
+    teacher_logits = softened = None
     with torch.autocast(hidden.device.type, enabled=False):
         if call.teacher is not None and call.teacher_hidden is not None:
             teacher_logits = call.teacher.differentiable_logits(call.teacher_hidden)
+        if call.mixed is not None:
+            pairs = zip(call.mixed.hidden, call.mixed.heads, strict=True)
+            of_each = [head.differentiable_logits(one) for one, head in pairs]
+            teacher_logits, softened = mix_logits(of_each, call.mixed.shares, call.options.temperature)
         return dense_distillation_loss(
             call.student.differentiable_logits(hidden),
             labels,
             teacher_logits,
+            softened_teacher_logits=softened,
             targets=call.targets,
             kd_weight=call.options.kd_weight,
             ce_weight=call.options.ce_weight,
@@ -264,6 +277,7 @@ def _check(
     labels: torch.Tensor,
     teacher_hidden: torch.Tensor | None,
     teacher: Head | None,
+    mixed: MixedHeads | None,
     targets: SparseTargets | None,
     options: TileOptions,
 ) -> None:
@@ -279,15 +293,17 @@ def _check(
         )
     if (teacher_hidden is None) != (teacher is None):
         raise ValueError("teacher_hidden and teacher_weight belong together: pass both or neither")
-    if teacher_hidden is not None and targets is not None:
+    if sum(one is not None for one in (teacher_hidden, mixed, targets)) > 1:
         raise ValueError("pass a teacher's hidden states and head, or targets, not both")
-    if options.kd_weight > 0 and teacher_hidden is None and targets is None:
+    if options.kd_weight > 0 and teacher_hidden is None and mixed is None and targets is None:
         raise ValueError(
             f"kd_weight is {options.kd_weight}, but there is no teacher: pass teacher_hidden and teacher_weight, "
             "or targets, or kd_weight=0"
         )
     if teacher_hidden is not None and teacher is not None:
         _check_teacher(hidden, weight, teacher_hidden, teacher.weight)
+    for one, head in zip(mixed.hidden, mixed.heads, strict=True) if mixed is not None else ():
+        _check_teacher(hidden, weight, one, head.weight)
     if isinstance(targets, SampledTargets):
         check_sampled_targets(targets, len(labels), weight.shape[0], options.beta, options.divergence)
     elif targets is not None:

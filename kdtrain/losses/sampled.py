@@ -15,6 +15,7 @@ import torch
 from kdtrain.errors import TargetsError
 from kdtrain.losses.divergence import check_divergence_arguments, generalized_jsd
 from kdtrain.losses.kinds import WITH_BETA, Divergence
+from kdtrain.losses.mixture import MixedTopK
 from kdtrain.losses.topk import TopKLogprobs, check_ids, refuse_wrong, repeated_ids
 
 # Weights of one position may add up to this much more or less than 1: float32 shares of some hundred draws do, and
@@ -75,8 +76,8 @@ class SampledTargets:
         return targets
 
 
-SparseTargets = TopKLogprobs | SampledTargets
-"""A teacher that is known by some tokens at each position."""
+SparseTargets = TopKLogprobs | SampledTargets | MixedTopK
+"""A teacher that is known by some tokens at each position, or the mean of several."""
 
 
 def _checked_weights(indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

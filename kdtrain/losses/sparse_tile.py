@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from kdtrain.losses.divergence import entropy, generalized_jsd
+from kdtrain.losses.mixture import Mixed, MixedTopK
 from kdtrain.losses.sampled import SampledTargets, most_drawn
 from kdtrain.losses.tile import (
     Buffers,
@@ -26,14 +27,14 @@ from kdtrain.losses.topk import TopKLogprobs, teacher_tail
 
 def topk_tile_terms(
     student: torch.Tensor,
-    targets: TopKLogprobs,
+    targets: TopKLogprobs | MixedTopK,
     labels: torch.Tensor,
     rows: RowWeights,
     options: TileOptions,
     scratch: Buffers,
     with_gradient: bool,
 ) -> TileSums:
-    """As `tile_terms`, for a teacher that is known by its k most likely tokens.
+    """As `tile_terms`, for a teacher that is known by its k most likely tokens, or the mean of several.
 
     The divergence is one of [R, K + 1] log-probabilities, small enough for autograd. With a its gradient with respect
     to them, that with respect to z is a at the known tokens and a_tail·p/Σ_tail p at the others: it does not depend on
@@ -44,29 +45,36 @@ def topk_tile_terms(
     sums = tile_terms(student, None, labels, rows, options, scratch, with_gradient=False)
     largest = student.amax(-1, keepdim=True)
     log_z = largest + log_sum(p)
-    missing = targets.indices < 0  # a row may name fewer than K tokens: the rest of it is −1, and takes no part
-    ids = targets.indices.clamp(min=0)
+    indices, teacher = _teacher(targets, student, options)
+    missing = indices < 0  # a row may name fewer than K tokens: the rest of it is −1, and takes no part
+    ids, count = indices.clamp(min=0), indices.shape[1]
     known = (student.gather(1, ids) - log_z).masked_fill(missing, -torch.inf)
-    teacher = targets.logprobs.to(student.dtype)
     if options.tail == "bucket":
         # From the logits: the probabilities of a tail that the student finds impossible are 0 in float32.
         others, total, log_others = _tail(student, ids, missing, scratch)
         everything = (~missing).sum(-1, keepdim=True) == student.shape[1]
         known = torch.cat([known, log_others - log_z], 1)
-        teacher = torch.cat([teacher, teacher_tail(teacher, everything)], 1)
+    teacher_entropy = entropy(teacher.at_one)
     with torch.enable_grad():
         known.requires_grad_(with_gradient)
-        values = generalized_jsd(known, teacher, options.beta, options.temperature, options.divergence, options.params)
+        values = generalized_jsd(
+            known,
+            teacher.softened,
+            options.beta,
+            options.temperature,
+            options.divergence,
+            options.params,
+            teacher_entropy,
+        )
         kd = total_of(values[:, None], rows.kd)
     sums.kd = kd.detach()
-    top = torch.where(missing, -torch.inf, targets.logprobs).argmax(-1, keepdim=True)
+    top = torch.where(missing, -torch.inf, teacher.at_one[:, :count]).argmax(-1, keepdim=True)
     sums.agree = (student.gather(1, ids.gather(1, top)) == largest).sum()
-    sums.teacher_entropy = entropy(teacher).sum()
+    sums.teacher_entropy = teacher_entropy.sum()
     if with_gradient:
         coefficient = coefficient_of(options.ce_weight, rows.ce)
         (gradient,) = torch.autograd.grad(kd, known)
         gradient = gradient * options.kd_weight
-        count = ids.shape[1]
         at_known = torch.where(missing, 0.0, gradient[:, :count])
         # Over the student's logits: first the tail, in its shares of p, then the known tokens, then the cross-entropy.
         if options.tail == "bucket":
@@ -81,6 +89,19 @@ def topk_tile_terms(
             student.add_(p, alpha=coefficient)
         subtract_at(student, labels, coefficient)
     return sums
+
+
+def _teacher(
+    targets: TopKLogprobs | MixedTopK, student: torch.Tensor, options: TileOptions
+) -> tuple[torch.Tensor, Mixed]:
+    """Ids [R, K], and the teacher's log-probabilities of them, [R, K], with a bucket behind them [R, K + 1]."""
+    if isinstance(targets, MixedTopK):
+        return targets.known(student.shape[1], options.temperature)
+    teacher = targets.logprobs.to(student.dtype)
+    if options.tail == "bucket":
+        everything = (targets.indices >= 0).sum(-1, keepdim=True) == student.shape[1]
+        teacher = torch.cat([teacher, teacher_tail(teacher, everything)], 1)
+    return targets.indices, Mixed(teacher, teacher)
 
 
 def _tail(

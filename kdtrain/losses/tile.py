@@ -125,6 +125,7 @@ def tile_terms(
     options: TileOptions,
     scratch: Buffers,
     with_gradient: bool,
+    softened: torch.Tensor | None = None,
 ) -> TileSums:
     """Sums of a block, and the gradient of its weighted terms written over the student's logits.
 
@@ -132,6 +133,8 @@ def tile_terms(
         student: [R, V], finite; overwritten with d(kd_weight·Σ kd + ce_weight·Σ ce)/dz if `with_gradient`.
         teacher: [R, V], finite, or None: cross-entropy only. Overwritten.
         labels: [R], all in the vocabulary.
+        softened: [R, V], the teacher's logits of the divergence where those at another temperature than 1 are not
+            `teacher` (a mean of softened distributions, see `mixture.py`). Overwritten.
     """
     p, q, work = scratch.p, scratch.q, scratch.work
     largest = student.amax(-1, keepdim=True)
@@ -166,7 +169,8 @@ def tile_terms(
     if options.divergence == "entropy_aware":
         forward = (teacher_entropy > options.params.entropy_threshold).to(student.dtype)
     if options.temperature != 1:
-        sums.kd = _tempered(student, teacher, labels, coefficient, rows.kd, forward, options, scratch, with_gradient)
+        soft = teacher if softened is None else softened
+        sums.kd = _tempered(student, soft, labels, coefficient, rows.kd, forward, options, scratch, with_gradient)
     elif options.kd_weight > 0:
         ratio = log_z_ratio(teacher_largest, largest, q_largest, p_largest)
         sums.kd = _divergence(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import Protocol, get_args
 
 import torch
 
@@ -27,6 +27,13 @@ _EXCESS_MASS = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
 _LEAST_EXCESS_MASS = 1e-3
 # No model's log-probability. Such a number fills up a row, and would count as an extremely unlikely token.
 _FILLER = -1e4
+
+
+class NamesIds(Protocol):
+    """What names tokens at each position."""
+
+    @property
+    def indices(self) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -206,9 +213,7 @@ def teacher_tail(logprobs: torch.Tensor, everything: torch.Tensor) -> torch.Tens
     return left.log().masked_fill(everything, -torch.inf)
 
 
-def check_targets(
-    targets: TopKLogprobs, tokens: int, vocabulary: int, tail: str, divergence: Divergence = "jsd"
-) -> None:
+def check_targets(targets: NamesIds, tokens: int, vocabulary: int, tail: str, divergence: Divergence = "jsd") -> None:
     """Raise `ValueError` for a tail that does not fit, a wrong number of rows, or ids outside the vocabulary.
 
     Ids are looked at on a CPU only.

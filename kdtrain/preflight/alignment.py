@@ -24,12 +24,14 @@ import torch
 from kdtrain.config.tree import KeyPath, Problem
 from kdtrain.data.batch import Batch, received
 from kdtrain.data.collate import Collator
+from kdtrain.losses.mixture import MixedTopK
 from kdtrain.losses.reduce import IGNORE_INDEX
 from kdtrain.losses.sampled import SampledTargets, estimated_logprobs
 from kdtrain.losses.topk import TopKLogprobs, teacher_tail
 from kdtrain.models.probe import OPTION_OF
-from kdtrain.teachers.base import Scores, Targets, Teacher
-from kdtrain.teachers.dependence import Dependence, dependence, log_probabilities, part_of, with_changed_tokens
+from kdtrain.teachers.base import Scores, Targets, Teacher, targets_of
+from kdtrain.teachers.by_row import part_of
+from kdtrain.teachers.dependence import Dependence, dependence, log_probabilities, with_changed_tokens
 
 Side = Literal["before", "after"]
 
@@ -161,6 +163,8 @@ def _scored(scores: Scores, ids_SX: torch.Tensor, vocab_size: int) -> tuple[torc
 def _entropy(scores: Scores, vocab_size: int) -> torch.Tensor:
     if isinstance(scores, SampledTargets):
         scores = estimated_logprobs(scores)
+    if isinstance(scores, MixedTopK):
+        scores = scores.at_one(vocab_size)
     if isinstance(scores, TopKLogprobs):
         known = scores.logprobs.float()
         log_tail = teacher_tail(known, torch.zeros_like(known[:, :1], dtype=torch.bool))[:, 0]
@@ -262,7 +266,7 @@ def check_alignment(
     """
     if targets is None:
         teacher.prepare([batch])
-        targets = teacher.targets(batch)
+        targets = targets_of(teacher, batch)
     alignment = compare_with_neighbours(targets, batch, teacher.vocab_size)
     found = None
     if any_rank(not alignment.settles_it(teacher.vocab_size) and alignment.tokens > 0):
@@ -281,7 +285,7 @@ def _asked_again(teacher: Teacher, batch: Batch, targets: Targets) -> Dependence
         return None
     try:
         teacher.prepare([changed.batch])
-        other = teacher.targets(changed.batch)
+        other = targets_of(teacher, changed.batch)
     except Exception:
         if teacher.module is not None or teacher.waits:
             raise

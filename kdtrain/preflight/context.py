@@ -20,8 +20,9 @@ from kdtrain.data.collate import Collator
 from kdtrain.data.errors import show
 from kdtrain.losses.topk import TopKLogprobs, teacher_tail
 from kdtrain.preflight.alignment import FEW_ROWS, LOOKED_AT, few_rows
-from kdtrain.teachers.base import Teacher
-from kdtrain.teachers.dependence import Scores, log_probabilities, part_of
+from kdtrain.teachers.base import Scores, Teacher, targets_of
+from kdtrain.teachers.by_row import part_of
+from kdtrain.teachers.dependence import log_probabilities
 
 OPTION: KeyPath = ("rlhf", "teacher")
 # Nats per token below which there is nothing to distil: a system prompt of one word makes more.
@@ -82,7 +83,7 @@ def look_at_context(teacher: Teacher, batch: Batch, tokenizer: Any) -> Context |
         return None
     alone = replace(batch, teacher_tokens=None)
     teacher.prepare([batch, alone])
-    with_it, without = teacher.targets(batch), teacher.targets(alone)
+    with_it, without = targets_of(teacher, batch), targets_of(teacher, alone)
     if with_it.covered_S is not None or without.covered_S is not None:
         return None
     kl_S = context_kl(with_it.scores, without.scores, teacher.vocab_size)

@@ -5,7 +5,7 @@ Each check is handed to `check_config`, which places what it yields.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from kdtrain.config import RunConfig
@@ -14,6 +14,7 @@ from kdtrain.config.model_folder import has_chat_template
 from kdtrain.config.model_pair import swapped_models
 from kdtrain.config.run_files import run_files
 from kdtrain.config.schema import DataSource
+from kdtrain.config.several import each_teacher
 from kdtrain.config.tree import KeyPath, Problem
 from kdtrain.config.versions import unfit_versions
 from kdtrain.data.first_rows import is_chat, wrong_with
@@ -23,20 +24,28 @@ from kdtrain.data.source import Source
 def all_files(config: RunConfig) -> Iterator[Problem]:
     """Everything that a run needs."""
     yield from unfit_versions()
-    yield from run_files(config)
+    yield from _of_each(config, run_files)
     yield from cache_files(config)
+
+
+def _of_each(config: RunConfig, *checks: Callable[[RunConfig], Iterable[Problem]]) -> Iterator[Problem]:
+    """What checks of files find, of each of several teachers; what is about none of them, once."""
+    found: dict[Problem, None] = {}
+    for one in each_teacher(config):
+        for check in checks:
+            found |= dict.fromkeys(one.placed(check(one.config)))
+    yield from found
 
 
 def cache_files(config: RunConfig) -> Iterator[Problem]:
     """What `kdtrain cache` needs, which launches without the files of `run_files`."""
-    yield from broken_models(config)
-    yield from swapped_models(config)
+    yield from _of_each(config, broken_models, swapped_models)
     yield from data_files(config)
 
 
 def evaluation_files(config: RunConfig) -> Iterator[Problem]:
     """What `kdtrain evaluate` needs of a run: its models, and rows to evaluate on."""
-    yield from broken_models(config)
+    yield from _of_each(config, broken_models)
     if config.data.eval is not None:
         yield from data_files(config, splits=("eval",) if config.data.eval_sources else ("train",))
 
@@ -64,7 +73,8 @@ def data_files(
     for path, given, prompts in _sources(config, splits):
         source = Source(**given.model_dump(), prefix_column=prefix, prefix_default=has_default)
         lets = config.data.max_bad_rows > 0 if tolerant is None else tolerant
-        found = wrong_with(source, prompts=prompts, root=config.data.image_root, tolerant=lets)
+        teachers = config.routes
+        found = wrong_with(source, prompts=prompts, root=config.data.image_root, tolerant=lets, teachers=teachers)
         if found:
             yield Problem(path, *found)
         elif _lacks_template(config) and is_chat(source):

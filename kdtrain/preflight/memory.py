@@ -43,6 +43,9 @@ class Writing:
     new_tokens: int
 
 
+_MIXING_TILES = 5  # at a temperature other than 1, see `tile_bytes`
+
+
 @dataclass(frozen=True)
 class Setup:
     """What of a run decides what it takes."""
@@ -65,14 +68,22 @@ class Setup:
     sharding: Sharding = field(default_factory=Sharding)
     placement: Placement = "auto"
     """Of the teacher."""
+    other_teachers: tuple[tuple[ModelSetup, Placement], ...] = ()
+    """Of several, those that are not the largest."""
+    mixes: bool = False
+    """Whether the mean of several teachers is made in the loss."""
 
     @property
     def teacher_pieces(self) -> int:
         """By how many devices the teacher's weights are divided."""
-        if self.teacher is None or self.teacher.quantization is not None:
+        return 1 if self.teacher is None else self.pieces_of(self.teacher, self.placement)
+
+    def pieces_of(self, teacher: ModelSetup, placement: Placement) -> int:
+        """The same of any."""
+        if teacher.quantization is not None:
             return 1
-        with_student = self.placement == "auto" and self.sharding.divided(self.world).teacher > 1
-        return self.world if with_student or self.placement == "sharded" else 1
+        with_student = placement == "auto" and self.sharding.divided(self.world).teacher > 1
+        return self.world if with_student or placement == "sharded" else 1
 
 
 @dataclass(frozen=True)
@@ -139,13 +150,13 @@ def plan_memory(setup: Setup, simulations: Simulations | None = None) -> MemoryP
     vocabulary = setup.student.config.get_text_config().vocab_size
     tile = tile_bytes(
         shape.rows * (shape.length - 1), vocabulary, torch.float32, _CPU if shape.on_cpu else _GPU,
-        with_teacher=shape.teacher_width is not None,
+        with_teacher=shape.teacher_width is not None, mixing_tiles=_MIXING_TILES * setup.mixes,
     )  # fmt: skip
     on_demand, head = _teacher_on_demand(setup, teacher)
     stays = {
         "student": int(scale * step.weights / pieces.weights),
         "optimizer": int(optimizer_bytes(setup, step.trained) / pieces.optimizer),
-        "teacher": 0 if on_demand else int(teacher / setup.teacher_pieces),
+        "teacher": (0 if on_demand else int(teacher / setup.teacher_pieces)) + _other_teachers(setup),
         "the teacher's head": 0 if on_demand else head,
         "moving average": _moving_average(setup, step),
         "loss tile": tile if shape.on_cpu else 0,
@@ -186,6 +197,16 @@ def plan_memory(setup: Setup, simulations: Simulations | None = None) -> MemoryP
         "layers that are whole": whole, "DeepSpeed's buffer": of_deepspeed, **written,
     }  # fmt: skip
     return MemoryPlan({name: size for name, size in parts.items() if size}, phases)
+
+
+def _other_teachers(setup: Setup) -> int:
+    """Of several teachers those beside the largest, which stay on the device; one at a time runs."""
+    stays = [
+        weights_of(one)[0] / setup.pieces_of(one, placement)
+        for one, placement in setup.other_teachers
+        if placement != "cpu_offload" or setup.shape.on_cpu
+    ]
+    return int(sum(stays))
 
 
 def _buckets(setup: Setup, step: Step, scale: float) -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig
 
 from kdtrain.config import RunConfig
 from kdtrain.config.adapters import continued_adapter, is_adapter_folder, model_below
+from kdtrain.config.arguments import teacher_loading
+from kdtrain.config.schema import Placement
 from kdtrain.models.loading import load_config, resolve_dtype, trust_policy
 from kdtrain.models.quantization import bits_said
 from kdtrain.preflight.memory import Setup, Writing
 from kdtrain.preflight.sharding import sharding_of
-from kdtrain.preflight.simulated import ModelSetup, Shape
+from kdtrain.preflight.simulated import ModelSetup, Shape, weights_of
 
 if TYPE_CHECKING:
     from trl.experimental.gkd import GKDConfig
@@ -46,7 +48,15 @@ def setup_of(
     options = config.options
     device = args.device if on_cpu or args.device.type != "cpu" else _PLANNED
     student = _student(config, device)
-    teacher, asks_itself = _teacher(config, args, device), config.rlhf.teacher.backend == "self"
+    views = list(config.by_teacher.values())
+    models = [(one, view) for view in views if (one := _teacher(view, device)) is not None]
+    if len(models) > 1:  # the largest first
+        models.sort(key=lambda pair: -weights_of(pair[0])[0])
+    teacher: ModelSetup | None = None
+    placement: Placement = "auto"
+    if models:
+        teacher, placement = models[0][0], models[0][1].rlhf.teacher.placement
+    asks_itself = any(view.rlhf.teacher.backend == "self" for view in views)
     row, prompt, new_tokens = longest or config.data.max_length, longest_prompt, options.most_new_tokens
     own = options.lm_kd_active and options.lmbda > 0 and options.generation.backend == "transformers"
     by_teacher = teacher is not None and options.lm_kd_active and options.seq_kd and options.lmbda < 1
@@ -79,14 +89,16 @@ def setup_of(
         per_device_rows=rows,
         teacher_rows=0 if asked is None else asked_rows,
         optimizer=str(getattr(args.optim, "value", args.optim)),
-        moving_average=asks_itself and config.rlhf.teacher.weights == "ema",
+        moving_average=asks_itself and any(view.rlhf.teacher.weights == "ema" for view in views),
         student_writes=_writing(options.generation.batch_size, rows * micro_batches * samples, prompt, new_tokens)
         if own
         else None,
         teacher_writes=_writing(None, rows * micro_batches, prompt, new_tokens) if by_teacher else None,
         world=world,
         sharding=sharding_of(config),
-        placement=config.rlhf.teacher.placement,
+        placement=placement,
+        other_teachers=tuple((one, view.rlhf.teacher.placement) for one, view in models[1:]),
+        mixes=config.rlhf.mix is not None and len(models) + asks_itself > 1,
     )
 
 
@@ -127,12 +139,12 @@ def _student(config: RunConfig, device: torch.device) -> ModelSetup:
     )
 
 
-def _teacher(config: RunConfig, args: GKDConfig, device: torch.device) -> ModelSetup | None:
+def _teacher(config: RunConfig, device: torch.device) -> ModelSetup | None:
     """The model that is loaded beside the student while it trains."""
     options, name = config.rlhf.teacher, config.rlhf.teacher_model
     if not config.options.needs_teacher or options.backend != "hf" or name is None or options.device_map is not None:
         return None
-    kwargs: dict[str, Any] = dict(args.teacher_model_init_kwargs or {})
+    kwargs = teacher_loading(config)
     adapter = options.adapter or (name if is_adapter_folder(name) else None)
     found = load_config(
         model_below(name), trust_policy(config.model.trust_remote_code, kwargs.get("revision") or options.revision)

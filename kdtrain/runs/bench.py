@@ -72,7 +72,8 @@ class Bench:
         side = TeacherSide(None, None, vocabulary_size(self._before))
         of_other = None
         if config.options.needs_teacher or self._unanswered:
-            of_other = None if self._unanswered else other_tokenizer(config, self.processing)
+            several = bool(config.rlhf.teachers)  # of which none may have another
+            of_other = None if self._unanswered or several else other_tokenizer(config, self.processing)
             if of_other is None:
                 side = side_of_evaluation(
                     config, self.args, self.processing, side.shared_vocabulary, self.accelerator.device
@@ -233,6 +234,7 @@ class Bench:
             side.processing,
             pad_to_multiple_of=self.args.pad_to_multiple_of,
             row_keys=side.teacher is not None and not side.teacher.answers_anything,
+            teachers=bool(self.config.routes),
         )
 
     def _answered(self, rows: datasets.Dataset, side: TeacherSide, collator: Collator) -> datasets.Dataset:

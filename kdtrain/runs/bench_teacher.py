@@ -15,7 +15,7 @@ from kdtrain.errors import DataError
 from kdtrain.models.processing import load_processing
 from kdtrain.models.vocabulary import tokenizer_difference
 from kdtrain.preflight.server import check_server, row_with_image, rows_to_ask_about
-from kdtrain.runs.build import TeacherSide, teacher_side
+from kdtrain.runs.build import TeacherSide, teacher_side, together
 from kdtrain.runs.from_cache import check_rows
 from kdtrain.runs.student import load_own_teacher
 from kdtrain.teachers import CachedTeacher, SelfTeacher, ServedTeacher
@@ -27,6 +27,11 @@ def side_of_evaluation(
     config: RunConfig, args: GKDConfig, processing: Processing, size: int, device: torch.device
 ) -> TeacherSide:
     """One that is the student itself is measured as it was before training."""
+    if config.rlhf.teachers:
+        of_each = config.by_teacher.items()
+        return together(
+            config, {name: side_of_evaluation(one, args, processing, size, device) for name, one in of_each}
+        )
     if config.rlhf.teacher.backend == "self":
         itself = SelfTeacher("live")
         # Of its own, which is not trained: students come and go.
@@ -55,7 +60,11 @@ def other_tokenizer(config: RunConfig, processing: Processing) -> Processing | N
 def check_teacher(
     side: TeacherSide, config: RunConfig, rows: datasets.Dataset, collator: Collator, report: BuildReport
 ) -> None:
-    """What the server really does, and whether a cache has the rows."""
+    """What the server really does, and whether a cache has the rows; of several teachers, of each its own."""
+    for name, one in side.of_each.items():
+        own = rows.select([row for row, of in enumerate(rows["teacher"][:]) if of == name]) if config.routes else rows
+        if len(own):
+            check_teacher(one, config.of_teacher(name), own, collator, report)
     if isinstance(side.teacher, ServedTeacher) and side.teacher.route is None:
         check_server(
             side.teacher,

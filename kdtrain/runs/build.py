@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,11 +18,13 @@ from trl.experimental.gkd import GKDConfig
 
 from kdtrain.config import RunConfig
 from kdtrain.config.adapters import model_below
+from kdtrain.config.arguments import teacher_loading
 from kdtrain.config.model_folder import require_sound
 from kdtrain.config.tree import KeyPath, Problem
 from kdtrain.data import BuildReport, Collator, TemplateOptions
+from kdtrain.data.multimodal import image_content
 from kdtrain.data.other_tokenizer import OtherTokenizer
-from kdtrain.errors import ConfigError
+from kdtrain.errors import ConfigError, NotAvailableError
 from kdtrain.models.kinds import sees_images
 from kdtrain.models.parts import freeze_parts
 from kdtrain.models.probe import OPTION_OF
@@ -39,7 +43,17 @@ from kdtrain.runs.read_data import RunData, read_data
 from kdtrain.runs.resources import resource_findings
 from kdtrain.runs.student import load_student, student_config
 from kdtrain.runs.teacher_answers import check_images, write_answers
-from kdtrain.teachers import LocalTeacher, SelfTeacher, ServedTeacher, Teacher, build_teacher, connect_teacher
+from kdtrain.teachers import (
+    CachedTeacher,
+    LocalTeacher,
+    MixedTeacher,
+    RoutedTeacher,
+    SelfTeacher,
+    ServedTeacher,
+    Teacher,
+    build_teacher,
+    connect_teacher,
+)
 from kdtrain.teachers.cached.manifest import Manifest
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.argument_checks import check_teacher_is_another_model
@@ -47,6 +61,8 @@ from kdtrain.trainer.completions import Completion
 from kdtrain.trainer.deepspeed import prepare_deepspeed_run
 from kdtrain.trainer.given_rows import RowsInMemory
 from kdtrain.trainer.startup_checks import check_startup
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,6 +110,20 @@ class TeacherSide(NamedTuple):
     shared_vocabulary: int
     other_tokenizer: OtherTokenizer | None = None
     """What reads rows as the teacher does, where it has another tokenizer (`rlhf.cross_tokenizer`)."""
+    of_each: Mapping[str, TeacherSide] = {}
+    """Of several teachers, by name."""
+
+    @property
+    def shared(self) -> int | dict[str, int]:
+        """The shared ids, as the trainer takes them."""
+        if not self.of_each:
+            return self.shared_vocabulary
+        return {name: side.shared_vocabulary for name, side in self.of_each.items()}
+
+    @property
+    def sides(self) -> Mapping[str, TeacherSide]:
+        """Of each teacher by name; of a single one itself, under none."""
+        return self.of_each or {"": self}
 
 
 def build_trainer(
@@ -118,17 +148,23 @@ def build_trainer(
         _check_folders(config, given)
         settings, hub = config.data.processor_kwargs, _hub_options(config)
         processing = load_processing(config.model.model, processor_kwargs=settings, side="student", **hub)
-    with about(of_teacher):
-        cached = open_cache(config, processing) if _reads_cache(config, given.teacher) else None
+    caches: dict[str, CachedTeacher] = {}
+    for name, one in config.by_teacher.items():
+        with about(option_of_teacher(config, name)):
+            if _reads_cache(one, given.teacher):
+                caches[name] = open_cache(one, processing)
     with about(("data", "train")):
         data = read_data(config, args.seed, processing, reporter, given)
     if when_read is not None:
         when_read(processing, data)
-    if cached is not None:
-        with about(of_teacher):
+    for name, cached in caches.items():
+        with about(option_of_teacher(config, name)):
             if config.answers_from_teacher:
+                if name:
+                    raise NotAvailableError(_CACHED_ANSWERS)
                 answers_of_cache(cached.folder, Manifest.read(cached.folder), config, data, at_the_end)
-            check_rows(cached, config, data.train, data.evaluation)
+            own = name if config.routes else None
+            check_rows(cached, config, data.train, data.evaluation, teacher=own)
     student = given.model
     if student is None and given.teacher is None:  # of others the config says nothing
         report(resource_findings(config, args, data))
@@ -145,7 +181,7 @@ def build_trainer(
         # It uses all its weights in every step; only experts and vision encoders may go without a gradient.
         args.ddp_find_unused_parameters = False
     with about(of_teacher):
-        teacher = teacher_side(config, args, processing, vocabulary_size(student), given.teacher or cached)
+        teacher = teachers_side(config, processing, vocabulary_size(student), args, given.teacher, caches)
     if teacher.teacher is not None and given.teacher is None:
         at_the_end.callback(teacher.teacher.close)
     collator = Collator(
@@ -155,11 +191,13 @@ def build_trainer(
         answers=config.checks_answers,
         other_tokenizer=teacher.other_tokenizer,
         row_keys=teacher.teacher is not None and not teacher.teacher.answers_anything,
+        teachers=bool(config.routes),
     )
-    if isinstance(teacher.teacher, ServedTeacher) and teacher.teacher.route is None:
-        with about(of_teacher):
-            _probe(config, args, data, teacher.teacher, collator)
-    if config.answers_from_teacher and cached is None:
+    for name, side in teacher.sides.items():
+        if isinstance(side.teacher, ServedTeacher) and side.teacher.route is None:
+            with about(option_of_teacher(config, name)):
+                _probe(config.by_teacher.get(name, config), args, data, side.teacher, collator, name)
+    if config.answers_from_teacher and not caches:
         with about(of_teacher):
             write_answers(config, args, data, student, teacher, collator, reporter, dry_run)
     # The trainer refuses what it cannot follow itself. Here both were followed above, or a warning said why not.
@@ -175,7 +213,7 @@ def build_trainer(
             peft_config=adapter_config(config.tuner, student),
             callbacks=list(given.callbacks),
             teacher=teacher.teacher if config.options.needs_teacher else None,
-            shared_vocab_size=teacher.shared_vocabulary,
+            shared_vocab_size=teacher.shared,
         )
         if data.report.epochs is not None:
             trainer.read_epochs(data.report.epochs)
@@ -232,13 +270,23 @@ _OPTION_OF: dict[str, KeyPath] = {
 }
 
 
-def option_of_teacher(config: RunConfig) -> KeyPath:
-    """The option that a finding about the teacher belongs to."""
+_CACHED_ANSWERS = (
+    "answers: teacher with several teachers of which one is a cache is not available yet: let the teachers write their "
+    "answers in a run of their own, and train from a file with these."
+)
+
+
+def option_of_teacher(config: RunConfig, name: str = "") -> KeyPath:
+    """The option that a finding about the teacher belongs to; of several, to one of them by name."""
+    if config.rlhf.teachers:
+        return ("rlhf", "teachers", name) if name else ("rlhf", "teachers")
     return _OPTION_OF.get(config.rlhf.teacher.backend, OPTION_OF["teacher"])
 
 
 def _check_folders(config: RunConfig, given: Given) -> None:
     """What can be seen of the models before anything is loaded."""
+    if given.teacher is not None and config.rlhf.teachers:
+        raise ConfigError("A teacher was handed over, and rlhf.teachers names several: remove one of the two.")
     if config.answers_from_teacher and isinstance(given.teacher, Teacher) and not given.teacher.can_generate:
         raise ConfigError(
             f"answers: teacher needs a teacher that can write, and the {type(given.teacher).__name__} handed over "
@@ -246,9 +294,9 @@ def _check_folders(config: RunConfig, given: Given) -> None:
         )
     if given.model is None:
         require_sound(Path(model_below(config.model.model)), "student")
-    loads_teacher = given.teacher is None and config.asks_teacher and config.rlhf.teacher.backend == "hf"
-    if loads_teacher and config.rlhf.teacher_model:
-        require_sound(Path(config.rlhf.teacher_model), "teacher")
+    for one in config.by_teacher.values() if given.teacher is None and config.asks_teacher else ():
+        if one.rlhf.teacher.backend == "hf" and one.rlhf.teacher_model:
+            require_sound(Path(one.rlhf.teacher_model), "teacher")
 
 
 def _reads_cache(config: RunConfig, given: nn.Module | Teacher | None) -> bool:
@@ -257,6 +305,47 @@ def _reads_cache(config: RunConfig, given: nn.Module | Teacher | None) -> bool:
 
 def _hub_options(config: RunConfig) -> dict[str, Any]:
     return {"trust_remote_code": config.model.trust_remote_code, "revision": config.model.revision}
+
+
+def teachers_side(
+    config: RunConfig,
+    processing: PreTrainedTokenizerBase | ProcessorMixin,
+    student_size: int,
+    args: GKDConfig,
+    given: nn.Module | Teacher | None = None,
+    caches: Mapping[str, CachedTeacher] | None = None,
+) -> TeacherSide:
+    """As `teacher_side`, of all teachers that a config names.
+
+    Args:
+        caches: those that are open already, by the name of the teacher.
+    """
+    caches = caches or {}
+    if not config.rlhf.teachers or not config.asks_teacher or given is not None:
+        return teacher_side(config, args, processing, student_size, given or caches.get(""))
+    sides = {}
+    for name, one in config.by_teacher.items():
+        with about(option_of_teacher(config, name)):
+            sides[name] = teacher_side(one, args, processing, student_size, caches.get(name))
+    return together(config, sides)
+
+
+def together(config: RunConfig, sides: Mapping[str, TeacherSide]) -> TeacherSide:
+    """Several teachers as one, which rows are dealt to, or whose mean teaches.
+
+    Raises:
+        NotAvailableError: their image processors differ, and a batch has images of one kind for teachers.
+    """
+    prepared = {json.dumps(image_content(side.processing), sort_keys=True, default=str) for side in sides.values()}
+    if len(prepared) > 1:
+        raise NotAvailableError(
+            "Several teachers whose image processors differ are not available yet: give them one (processor_kwargs), "
+            "or take one teacher."
+        )
+    members = {name: side.teacher for name, side in sides.items() if side.teacher is not None}
+    several = RoutedTeacher(members) if config.rlhf.mix is None else MixedTeacher(members, config.rlhf.mix)
+    first = next(iter(sides.values()))
+    return TeacherSide(several, first.processing, min(side.shared_vocabulary for side in sides.values()), of_each=sides)
 
 
 def teacher_side(
@@ -290,7 +379,7 @@ def teacher_side(
     if given is None:
         name, options = config.rlhf.teacher_model, config.rlhf.teacher
         assert name is not None, "the config is checked for it"
-        kwargs = dict(args.teacher_model_init_kwargs)
+        kwargs = teacher_loading(config)
         if options.device_map is not None:
             kwargs["device_map"] = options.device_map
         hub = {**_hub_options(config), "revision": kwargs.pop("revision", None) or options.revision}
@@ -343,22 +432,34 @@ def other_tokenizer(
     )
 
 
-def _probe(config: RunConfig, args: GKDConfig, data: RunData, teacher: ServedTeacher, collator: Collator) -> None:
-    """Find out what the server really does, before anything is paid for or trained on it."""
-    report, options = data.report, config.options
+def _probe(
+    config: RunConfig, args: GKDConfig, data: RunData, teacher: ServedTeacher, collator: Collator, name: str = ""
+) -> None:
+    """Find out what the server really does, before anything is paid for or trained on it.
+
+    Args:
+        name: of one of several teachers, which is asked about its own rows alone.
+    """
+    report, options, train, share = data.report, config.options, data.train, 1.0
+    if name and "teacher" in train.column_names:
+        own = [row for row, one in enumerate(train["teacher"][:]) if one == name]
+        train, share = train.select(own), len(own) / max(len(train), 1)
+        if not own:
+            logger.warning("rlhf.teachers.%s: no row of data.train is its own, so it is not asked.", name)
+            return
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * args.max_steps
     epochs = rows / report.rows_per_epoch if rows > 0 else args.num_train_epochs
     other = collator.other_tokenizer is not None
     check_server(
         teacher,
-        rows_for_other(data.train, collator) if other else rows_to_ask_about(data.train),
+        rows_for_other(train, collator) if other else rows_to_ask_about(train),
         collator.teacher_processing_class if other else collator.processing_class,
         scores=options.lm_kd_active,
         writes=config.answers_from_teacher or (options.lm_kd_active and options.seq_kd),
-        tokens=round(report.teacher_tokens * epochs),
+        tokens=round(report.teacher_tokens * epochs * share),
         chat_template_kwargs={**config.data.chat_template_kwargs, **config.rlhf.teacher.chat_template_kwargs},
         teacher_processing=collator.teacher_processing_class,
-        image_row=row_with_image(data.train, collator) if options.lm_kd_active else None,
+        image_row=row_with_image(train, collator) if options.lm_kd_active else None,
     )
 
 

@@ -153,6 +153,12 @@ def require_cachable(config: RunConfig, wanted: Wanted) -> None:
         ConfigError: which option stands against it.
     """
     rlhf, backend = config.rlhf, config.rlhf.teacher.backend
+    if rlhf.teachers:
+        raise ConfigError(
+            "rlhf.teachers has several, and a cache is of one: write one for each by a config that names it alone "
+            "(rlhf.teacher_model or rlhf.teacher, and data.train with its rows), and then give each its cache here "
+            "(rlhf.teachers: {NAME: {backend: cache, path: DIR}})."
+        )
     if backend == "cache":
         raise ConfigError("rlhf.teacher.backend is cache: a cache is written by the teacher that it stands in for.")
     if not config.options.lm_kd_active:

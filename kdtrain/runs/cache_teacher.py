@@ -31,7 +31,7 @@ from kdtrain.runs.deep import student_vocabulary
 from kdtrain.runs.read_data import RunData
 from kdtrain.runs.student import load_own_teacher
 from kdtrain.teachers import LocalTeacher, ServedTeacher, Teacher, teacher_autocast
-from kdtrain.teachers.base import DenseTargets
+from kdtrain.teachers.base import DenseTargets, targets_of
 from kdtrain.teachers.cached.store import CacheWriter, Format, HiddenDtype
 from kdtrain.teachers.cached.writing import Asking, stored_targets
 
@@ -205,7 +205,7 @@ def _form(config: RunConfig, teacher: Teacher, batch: Batch, wanted: Wanted, sha
         return Format("topk", shared, entries=k, exact=k == shared), None
     if wanted.mode == "sample":
         return Format("sample", shared, entries=entries, temperature=config.rlhf.kd_temperature), None
-    scores = teacher.targets(batch).scores
+    scores = targets_of(teacher, batch).scores
     if not isinstance(scores, DenseTargets):
         raise PreflightError(
             "--mode hidden stores the teacher's last hidden states and its head, and the head of this teacher cannot "
@@ -223,7 +223,7 @@ def _bytes_per_token(teacher: Teacher, batch: Batch, form: Format) -> float:
     """What a token takes on the disk, by storing a few rows."""
     counts = batch.predicts_BT.sum(1).tolist()
     keys = [number.to_bytes(16, "little") for number in range(len(counts))]
-    stored = stored_targets(teacher.targets(batch), form, keys, counts)
+    stored = stored_targets(targets_of(teacher, batch), form, keys, counts)
     rows, start = [], 0
     for count in counts:
         rows.append(stored[start : start + count])

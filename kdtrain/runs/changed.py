@@ -9,6 +9,7 @@ written.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,24 @@ _NAMES = {
     "rlhf.teacher.adapter": "teacher's adapter",
     "rlhf.teacher.path": "teacher's cache",
 }
+
+
+_OF_SEVERAL = {"teacher_model": "", "revision": "", "adapter": "'s adapter", "path": "'s cache"}
+
+
+def option_of(name: str) -> str:
+    """The option that names something of `content`: of several teachers, `teacher math's adapter` as well."""
+    if (found := re.fullmatch(r"teacher ([\w-]+)('s adapter|'s cache)?", name)) is None:
+        return _OPTIONS[name]
+    options = {what: option for option, what in reversed(_OF_SEVERAL.items())}
+    return f"rlhf.teachers.{found[1]}.{options[found[2] or '']}"
+
+
+def named_by(option: str) -> str | None:
+    """What of `content` an option names; None where it is none of these."""
+    if (found := re.fullmatch(r"rlhf\.teachers\.([\w-]+)\.(\w+)", option)) is None:
+        return _NAMES.get(option)
+    return f"teacher {found[1]}{_OF_SEVERAL[found[2]]}" if found[2] in _OF_SEVERAL else None
 
 
 class ChangedRunError(CheckpointError):
@@ -115,7 +134,8 @@ class Comparison:
         if isinstance(then, Mapping):
             known = {name for name in content if then.get(name) and content[name]}
             found = [change for name in content if name in known for change in _other(name, then[name], content[name])]
-            found += [_by_name(one) for key, one in self._named.items() if key in _NAMES and _NAMES[key] not in known]
+            by_name = [(one, named_by(key)) for key, one in self._named.items()]
+            found += [_by_name(one) for one, name in by_name if name is not None and name not in known]
             found += _other_rows(self._before.get("data") or {}, data)
             self._judge(found)
         self._say()
@@ -208,7 +228,7 @@ def _other(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterat
         return
     before, here = _short(then.get("name")), _short(now.get("name"))
     note = f"{before} then, {here} now" if before != here else f"{here}, and other content"
-    yield Change(_OPTIONS[name], before, here, REFUSED, f"the {name} is another ({note})")
+    yield Change(option_of(name), before, here, REFUSED, f"the {name} is another ({note})")
 
 
 def _other_rows(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:

@@ -92,7 +92,9 @@ def measured_step(config: RunConfig) -> float:
 def _at_its_option(finding: Problem, config: RunConfig) -> Problem:
     """A finding about the teacher, where another option than `rlhf.teacher_model` names it."""
     # Beside a cache `teacher_model` says only what it was made of.
-    names = config.rlhf.teacher_model is not None and config.rlhf.teacher.backend != "cache"
+    names = (
+        config.rlhf.teacher_model is not None and config.rlhf.teacher.backend != "cache" and not config.rlhf.teachers
+    )
     return (
         finding if names or finding.path != OPTION_OF["teacher"] else replace(finding, path=option_of_teacher(config))
     )

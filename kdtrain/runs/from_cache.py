@@ -52,13 +52,18 @@ def open_cache(config: RunConfig, processing: PreTrainedTokenizerBase | Processo
 
 
 def check_rows(
-    teacher: CachedTeacher, config: RunConfig, train: datasets.Dataset | None, evaluation: datasets.Dataset | None
+    cached: CachedTeacher,
+    config: RunConfig,
+    train: datasets.Dataset | None,
+    evaluation: datasets.Dataset | None,
+    teacher: str | None = None,
 ) -> None:
     """Refuse rows that the cache has no targets for; those that supervise nothing need none.
 
     Args:
         train: None where nothing is trained, and the evaluation's rows are compared with the teacher whatever
             `rlhf.eval_kd` says.
+        teacher: of several, the one whose targets the cache has: it needs those of its own rows alone.
 
     Raises:
         DataError: how many there are, where the first ones stand, and why that may be.
@@ -68,14 +73,16 @@ def check_rows(
         parts.append(("data.eval", evaluation, config.data.eval_sources or config.data.train))
     said, none_of_train = [], False
     for name, rows, sources in parts:
-        if missing := list(_missing(teacher, rows)):
+        if teacher is not None:
+            rows = rows.select([row for row, one in enumerate(rows["teacher"][:]) if one == teacher])
+        if len(rows) and (missing := list(_missing(cached, rows))):
             places = "".join(f"\n  {_place(row, sources)}" for row in missing[:_SHOWN])
             said.append(f"{len(missing):,} of {len(rows):,} rows of {name} have no targets there. The first:{places}")
             none_of_train |= name == "data.train" and len(missing) == len(rows)
     if said:
         listed = "\n".join(said)
         raise DataError(
-            f"The cache {show(str(teacher.folder), 400)} (rlhf.teacher.path) is of other rows:\n{listed}\n"
+            f"The cache {show(str(cached.folder), 400)} (rlhf.teacher.path) is of other rows:\n{listed}\n"
             f"{_reason(len(said) == len(parts) and none_of_train)} Write a cache of the rows as they are, into a new "
             "folder: kdtrain cache CONFIG --out DIR."
         )

@@ -101,6 +101,10 @@ def _what(config: RunConfig, saved: Saved) -> str:
 
 
 def _teacher(config: RunConfig) -> str:
+    if config.rlhf.teachers:
+        listed = [f"{_teacher(one)} ({name})" for name, one in config.by_teacher.items()]
+        how = "the mean of" if config.rlhf.mix else "several teachers, each for its rows:"
+        return f"{how} {', '.join(listed)}"
     teacher = config.rlhf.teacher
     if teacher.backend == "self":
         return f"itself (weights: {teacher.weights})"
@@ -273,7 +277,8 @@ def _licence(config: RunConfig) -> str:
     known = _licence_of(base, config.model.revision)
     name = known.get("license_name") or known.get("license")
     of_base = f"{show(str(name))}, as {_shown(base)}." if name else f"That of {_shown(base)} holds; see there."
-    if not config.asks_teacher or config.rlhf.teacher.backend == "self":
+    backends = {one.rlhf.teacher.backend for one in config.by_teacher.values()}
+    if not config.asks_teacher or backends == {"self"}:
         return of_base
     return f"{of_base} The teacher's licence may say more about models that were trained on what it says."
 

@@ -9,7 +9,8 @@ from kdtrain.data import BuildReport
 from kdtrain.models.parts import count_parameters, trained_parts
 from kdtrain.models.quantization import weight_types
 from kdtrain.runs.checkpoints import steps_done
-from kdtrain.teachers import CachedTeacher, SelfTeacher, ServedTeacher
+from kdtrain.teachers import CachedTeacher, MixedTeacher, SelfTeacher, ServedTeacher, Teacher
+from kdtrain.teachers.several import SeveralTeachers
 from kdtrain.trainer import GKDTrainerWithMetrics
 from kdtrain.trainer.row_order import planned_steps, rows_per_batch
 
@@ -54,23 +55,37 @@ def plan(
 
 
 def _describe_teacher(trainer: GKDTrainerWithMetrics, config: RunConfig) -> str:
-    if isinstance(trainer.teacher, ServedTeacher):
-        where = ", ".join(trainer.teacher.servers.urls)
-        return f"{trainer.teacher.model} at {where}, its {trainer.teacher.top_k} most likely tokens"
-    if isinstance(trainer.teacher, CachedTeacher):
-        form = trainer.teacher.reader.form
+    teacher = trainer.teacher
+    assert teacher is not None
+    if not isinstance(teacher, SeveralTeachers):
+        return _describe_one(teacher, config)
+    shares = dict(zip(teacher.by_name, teacher.shares, strict=True)) if isinstance(teacher, MixedTeacher) else {}
+    described = []
+    for name, one in teacher.by_name.items():
+        share = f" ({shares[name]:.0%})" if shares else ""
+        described.append(f"{name}{share}: {_describe_one(one, config.of_teacher(name))}")
+    how = "the mean of all" if shares else "each row's own"
+    return f"{how}; {'; '.join(described)}"
+
+
+def _describe_one(teacher: Teacher, config: RunConfig) -> str:
+    if isinstance(teacher, ServedTeacher):
+        where = ", ".join(teacher.servers.urls)
+        return f"{teacher.model} at {where}, its {teacher.top_k} most likely tokens"
+    if isinstance(teacher, CachedTeacher):
+        form = teacher.reader.form
         what = {
             "topk": f"the {form.entries} most likely tokens",
             "sample": f"{form.entries} draws at temperature {form.temperature:g}",
             "hidden": f"hidden states, {form.hidden_dtype}",
         }
-        return f"the cache {trainer.teacher.folder}: {what[form.mode]}; no model is loaded"
-    if isinstance(trainer.teacher, SelfTeacher):
-        return f"the student itself, {_WEIGHTS[trainer.teacher.weights]}"
-    if trainer.teacher_model is None:
-        return type(trainer.teacher).__name__
-    parameters, _ = count_parameters(trainer.teacher_model)
-    described = f"{config.rlhf.teacher_model}: {parameters:,} parameters, {weight_types(trainer.teacher_model)}"
+        return f"the cache {teacher.folder}: {what[form.mode]}; no model is loaded"
+    if isinstance(teacher, SelfTeacher):
+        return f"the student itself, {_WEIGHTS[teacher.weights]}"
+    if teacher.module is None:
+        return type(teacher).__name__
+    parameters, _ = count_parameters(teacher.module)
+    described = f"{config.rlhf.teacher_model}: {parameters:,} parameters, {weight_types(teacher.module)}"
     placement = config.rlhf.teacher.placement
     return described if placement == "auto" else f"{described}, {placement}"
 

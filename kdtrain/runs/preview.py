@@ -60,6 +60,8 @@ class ShownRow:
     kd_weight: float  # what the divergence of the row counts
     kd_weights: list[float] | None  # and that of each of the student's tokens; None is 1 for all
 
+    teacher_name: str | None = None  # which of several answers for it
+
     @property
     def weighted_tokens(self) -> dict[float, int]:
         """How many supervised tokens have each weight of `kd_weights`."""
@@ -205,6 +207,7 @@ def _shown(split: str, rows: EncodedSources, row: int, processing: Any, apart: f
         answered_by_teacher=source.answers == "teacher",
         kd_weight=encoded["kd_weight"],
         kd_weights=encoded["kd_weights"],
+        teacher_name=encoded["route"],
     )
 
 

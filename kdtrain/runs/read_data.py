@@ -277,7 +277,8 @@ def encoding_options(config: RunConfig, seed: int, split: Literal["train", "eval
         "generated": generated,
         # Only messages carry images to a server, and some servers read nothing else; and a teacher with another
         # tokenizer has its own template.
-        "keep_chats": (config.asks_teacher and config.rlhf.teacher.is_served) or config.options.crosses_tokenizers,
+        "keep_chats": config.asks_server or config.options.crosses_tokenizers,
+        "teachers": config.routes,
         "keep_answers": split == "train" and config.checks_answers,
     }
 

@@ -61,11 +61,12 @@ def content_of(
     config: RunConfig, processing: PreTrainedTokenizerBase | ProcessorMixin, given: Given
 ) -> dict[str, dict[str, str] | None]:
     """`content`: what the options name, by what it is; None where that is not known, as of a model in memory."""
-    model, rlhf, teacher = config.model, config.rlhf, config.rlhf.teacher
+    model = config.model
     tokenizer = getattr(processing, "tokenizer", processing)
     template = processing.chat_template or tokenizer.chat_template or ""
-    asked, cached = config.asks_teacher and teacher.backend != "self", teacher.backend == "cache"
-    unknown = given.teacher is not None
+    teachers: dict[str, dict[str, str] | None] = {}
+    for name, one in config.by_teacher.items():
+        teachers |= _teacher(one, f"teacher {name}".rstrip(), unknown=given.teacher is not None)
     return {
         "student": None if given.model is not None else _model(model.model, model.revision),
         "student's adapter": _model(model.adapter) if model.adapter else _NONE,
@@ -78,7 +79,16 @@ def content_of(
             if reads_images(processing)
             else _NONE
         ),
-        "teacher": (
+        **teachers,
+    }
+
+
+def _teacher(config: RunConfig, name: str, *, unknown: bool) -> dict[str, dict[str, str] | None]:
+    """What is named of a teacher, as `name`."""
+    rlhf, teacher = config.rlhf, config.rlhf.teacher
+    asked, cached = config.asks_teacher and teacher.backend != "self", teacher.backend == "cache"
+    return {
+        name: (
             _NONE
             if not asked or cached
             else None
@@ -87,8 +97,8 @@ def content_of(
             if rlhf.teacher_model
             else _NONE
         ),
-        "teacher's adapter": _model(teacher.adapter) if teacher.adapter and asked and not cached else _NONE,
-        "teacher's cache": _cache(teacher.path) if cached and teacher.path else _NONE,
+        f"{name}'s adapter": _model(teacher.adapter) if teacher.adapter and asked and not cached else _NONE,
+        f"{name}'s cache": _cache(teacher.path) if cached and teacher.path else _NONE,
     }
 
 

@@ -16,6 +16,7 @@ from trl.experimental.gkd import GKDConfig
 
 from kdtrain.config import RunConfig
 from kdtrain.config.adapters import levels
+from kdtrain.config.arguments import teacher_loading
 from kdtrain.config.schema import DataSource
 from kdtrain.data import BuildReport, Collator
 from kdtrain.data.multimodal import image_content, image_token_ids
@@ -65,6 +66,28 @@ def write_answers(
     dry_run: bool,
 ) -> None:
     """Put the teacher's answers into the rows that ask for them; in a dry run, into those of its one window."""
+    if dry_run:
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        data.train = data.train.select(range(min(rows, len(data.train))))
+        data.evaluation = data.evaluation and data.evaluation.select(range(min(rows, len(data.evaluation))))
+        data.report.epochs = None  # a few rows are left, enough for its window
+    for name, one in teacher.sides.items():
+        own = config.by_teacher.get(name, config)
+        _write(own, args, data, student, one, collator, reporter, dry_run, name or None)
+
+
+def _write(
+    config: RunConfig,
+    args: GKDConfig,
+    data: RunData,
+    student: PreTrainedModel,
+    teacher: TeacherSide,
+    collator: Collator,
+    reporter: Reporter,
+    dry_run: bool,
+    name: str | None,
+) -> None:
+    """The answers of one teacher, of several by its name."""
     assert teacher.teacher is not None, "the config asks for one"
     itself = teacher.teacher.is_student
     module: Any = student if itself else teacher.teacher.module
@@ -89,12 +112,7 @@ def write_answers(
         identity=_identity(config, args, teacher),
         progress=reporter.answers,
     )
-    if dry_run:
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        data.train = data.train.select(range(min(rows, len(data.train))))
-        data.evaluation = data.evaluation and data.evaluation.select(range(min(rows, len(data.evaluation))))
-        data.report.epochs = None  # a few rows are left, enough for its window
-    elif is_main():
+    if is_main() and not dry_run:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_status(run_dir, "running", message=WRITING)
     kept = (
@@ -102,15 +120,15 @@ def write_answers(
         f"{answers_folder(run_dir)}; go on with: {resume_command()}"
     )
     with readable_failures(args), interrupting(kept), _counted(teacher.teacher, run_dir), _its_weights(teacher.teacher):
-        fill(answers, config, data)
+        fill(answers, config, data, name)
 
 
-def fill(answers: TeacherAnswers, config: RunConfig, data: RunData) -> None:
-    """Put the answers into the rows of a run, and leave those without a usable one out."""
-    data.train = answers.fill(data.train)
+def fill(answers: TeacherAnswers, config: RunConfig, data: RunData, teacher: str | None = None) -> None:
+    """Put the answers into the rows of a run, of several teachers those of one, and leave those without out."""
+    data.train = answers.fill(data.train, teacher)
     data.train = without_refused(data.train, answers.refused, config, config.data.train, data.report)
     if data.evaluation is not None and data.evaluation_report is not None:
-        data.evaluation = answers.fill(data.evaluation)
+        data.evaluation = answers.fill(data.evaluation, teacher)
         of = (config.data.eval_sources or config.data.train, data.evaluation_report)
         data.evaluation = without_refused(data.evaluation, answers.refused, config, *of)
     _count(config, data)
@@ -129,20 +147,24 @@ def answered(
     then keeps. Rows without a usable answer are left out.
     """
     data = RunData(train=rows, evaluation=None, report=BuildReport())
-    answers = TeacherAnswers(
-        answer_writer(config, args, data, student.generation_config, teacher, collator),
-        answers_folder(Path(args.output_dir)),
-        identity=_identity(config, args, teacher),
-        progress=reporter.answers,
-    )
-    assert teacher.teacher is not None
-    with readable_failures(args), _its_weights(teacher.teacher):
-        rows = answers.fill(rows)
-    if len(answers.refused) == len(rows):
-        raise DataError(f"The teacher gave no usable answer. The first: {next(iter(answers.refused.values()))}.")
-    if answers.refused:
-        logger.warning("%d rows got no usable answer from the teacher and are left out.", len(answers.refused))
-    return rows.select([i for i in range(len(rows)) if i not in answers.refused])
+    refused: dict[int, str] = {}
+    for name, side in teacher.sides.items():
+        own = config.by_teacher.get(name, config)
+        answers = TeacherAnswers(
+            answer_writer(own, args, data, student.generation_config, side, collator),
+            answers_folder(Path(args.output_dir)),
+            identity=_identity(own, args, side),
+            progress=reporter.answers,
+        )
+        assert side.teacher is not None
+        with readable_failures(args), _its_weights(side.teacher):
+            rows = answers.fill(rows, name or None)
+        refused |= answers.refused
+    if len(refused) == len(rows):
+        raise DataError(f"The teacher gave no usable answer. The first: {next(iter(refused.values()))}.")
+    if refused:
+        logger.warning("%d rows got no usable answer from the teacher and are left out.", len(refused))
+    return rows.select([i for i in range(len(rows)) if i not in refused])
 
 
 def _its_weights(teacher: Teacher) -> AbstractContextManager[Any]:
@@ -319,7 +341,7 @@ def _identity(config: RunConfig, args: GKDConfig, side: TeacherSide) -> dict[str
     if teacher.is_student:
         name, kwargs = config.model.model, {**config.model.init_kwargs, "revision": config.model.revision}
     else:
-        name, kwargs = config.rlhf.teacher_model, args.teacher_model_init_kwargs
+        name, kwargs = config.rlhf.teacher_model, teacher_loading(config)
     assert name is not None, "the config is checked for it"
     folders = [*levels(name), (config.model.adapter if teacher.is_student else options.adapter) or ""]
     files = [file for folder in folders if folder for file in Path(folder).glob("*.safetensors")]

@@ -6,11 +6,14 @@ from kdtrain.teachers.cached.teacher import CachedTeacher
 from kdtrain.teachers.itself import SelfTeacher
 from kdtrain.teachers.local import LocalTeacher
 from kdtrain.teachers.served.teacher import ServedTeacher
+from kdtrain.teachers.several import MixedTeacher, RoutedTeacher
 
 __all__ = [
     "CachedTeacher",
     "DenseTargets",
     "LocalTeacher",
+    "MixedTeacher",
+    "RoutedTeacher",
     "SelfTeacher",
     "ServedTeacher",
     "Targets",

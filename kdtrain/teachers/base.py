@@ -21,6 +21,7 @@ from torch import nn
 
 from kdtrain.data.batch import Batch
 from kdtrain.losses.head import Head
+from kdtrain.losses.mixture import Mixed, MixedHeads, MixedTopK, mix_logits
 from kdtrain.losses.other_tokenizer import ChunkTargets
 from kdtrain.losses.sampled import SampledTargets
 from kdtrain.losses.topk import TopKLogprobs
@@ -41,7 +42,38 @@ class DenseTargets:
             return self.head.differentiable_logits(self.hidden)
 
 
-Scores = DenseTargets | TopKLogprobs | SampledTargets | torch.Tensor
+@dataclass(frozen=True)
+class MixedTargets:
+    """Full distributions of several teachers, whose mean is the teacher (`rlhf.mix`)."""
+
+    parts: tuple[DenseTargets | torch.Tensor, ...]
+    """Of each teacher, for the same S tokens; a plain tensor is logits [S, V]."""
+    shares: tuple[float, ...]
+    """Of each one in the mean; they add up to 1."""
+
+    @property
+    def heads(self) -> MixedHeads | None:
+        """The same as hidden states and heads; None where a teacher gives logits."""
+        dense = [part for part in self.parts if isinstance(part, DenseTargets)]
+        if len(dense) < len(self.parts):
+            return None
+        return MixedHeads(tuple(part.hidden for part in dense), tuple(part.head for part in dense), self.shares)
+
+    def logits(self) -> torch.Tensor:
+        """[S, V] of the mean at temperature 1, float32, over what all of them have."""
+        return self.mixed(min(_columns(part) for part in self.parts), 1.0).at_one
+
+    def mixed(self, columns: int, temperature: float) -> Mixed:
+        """The mean over the first columns of the vocabulary, [S, columns], in full."""
+        logits = [part if isinstance(part, torch.Tensor) else part.logits() for part in self.parts]
+        return mix_logits([one[:, :columns] for one in logits], self.shares, temperature)
+
+
+def _columns(scores: DenseTargets | torch.Tensor) -> int:
+    return scores.shape[1] if isinstance(scores, torch.Tensor) else len(scores.head.weight)
+
+
+Scores = DenseTargets | TopKLogprobs | SampledTargets | MixedTargets | MixedTopK | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -57,6 +89,29 @@ class Targets:
     chunks: ChunkTargets | UldTargets | None = None
     """Of a teacher with another tokenizer, what takes part in the loss: `scores` are of its own tokens of the text. See
     other_tokenizer.py."""
+
+
+@dataclass(frozen=True)
+class RoutedPart:
+    """One teacher's answer for the rows of a batch that are its own."""
+
+    teacher: str
+    """Its name in `rlhf.teachers`."""
+    rows: tuple[int, ...]
+    """Which rows of the batch."""
+    targets: Targets
+    """Of a batch of these rows, in their order."""
+
+
+@dataclass(frozen=True)
+class RoutedTargets:
+    """The answers of several teachers for a batch, each for its own rows."""
+
+    parts: tuple[RoutedPart, ...]
+    """No row is in two of them; a row without supervised tokens may be in none."""
+
+
+AnyTargets = Targets | RoutedTargets
 
 
 @dataclass(frozen=True)
@@ -110,6 +165,8 @@ class Teacher(ABC):
 
     vocab_size: int
     """Logit columns, padding included."""
+    name: str | None = None
+    """In `rlhf.teachers`, of one of several."""
     module: nn.Module | None = None
     """The transformers model, where there is one in this process: it is what writes answers and has features."""
 
@@ -127,6 +184,15 @@ class Teacher(ABC):
     """Seconds that they have waited for answers that were not there yet, since the teacher was made."""
     drawn_at: float | None = None
     """The `kd_temperature` that its targets were drawn at, where they are `SampledTargets`."""
+
+    @property
+    def members(self) -> Sequence[Teacher]:
+        """The teachers that it is made of: itself, or those of `rlhf.teachers`."""
+        return (self,)
+
+    def asked_about(self, batch: Batch) -> list[tuple[Teacher, Batch]]:
+        """Its members, each with the rows of a batch that it would be asked about; without those that have none."""
+        return [(self, batch)]
 
     @property
     def can_generate(self) -> bool:
@@ -201,7 +267,7 @@ class Teacher(ABC):
         """
 
     @abstractmethod
-    def targets(self, batch: Batch) -> Targets:
+    def targets(self, batch: Batch) -> AnyTargets:
         """Targets at temperature 1 for the supervised tokens of a batch.
 
         A teacher that looks answers up finds the rows' names in `batch.rows.ids`. One in this process finds what its
@@ -235,6 +301,13 @@ class Teacher(ABC):
         `kdtrain fit` does at the end of a run, one way or another, with a teacher that it has made. One that was handed
         over may serve another run: closing it is up to who made it. The trainer never does, since it can train again.
         """
+
+
+def targets_of(teacher: Teacher, batch: Batch) -> Targets:
+    """What a teacher says that is one, and not several of which each has rows of its own."""
+    found = teacher.targets(batch)
+    assert isinstance(found, Targets), "several teachers are asked one by one: see `Teacher.asked_about`"
+    return found
 
 
 def teacher_autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:

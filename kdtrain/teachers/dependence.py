@@ -16,10 +16,12 @@ from typing import Literal
 import torch
 
 from kdtrain.data.batch import Batch
+from kdtrain.losses.mixture import MixedTopK
 from kdtrain.losses.reduce import IGNORE_INDEX
 from kdtrain.losses.sampled import SampledTargets, estimated_logprobs
 from kdtrain.losses.topk import TopKLogprobs, teacher_tail
-from kdtrain.teachers.base import DenseTargets, Scores, Targets
+from kdtrain.teachers.base import Scores, Targets
+from kdtrain.teachers.by_row import part_of
 
 Dependence = Literal["aligned", "before", "after"]
 
@@ -38,6 +40,8 @@ def log_probabilities(scores: Scores, ids_SX: torch.Tensor, vocab_size: int) -> 
     """
     if isinstance(scores, SampledTargets):
         scores = estimated_logprobs(scores)
+    if isinstance(scores, MixedTopK):
+        scores = scores.at_one(vocab_size)
     if isinstance(scores, TopKLogprobs):
         indices, known = scores.indices.to(ids_SX.device), scores.logprobs.float().to(ids_SX.device)
         named_SXK = ids_SX[:, :, None] == indices[:, None, :]
@@ -48,10 +52,6 @@ def log_probabilities(scores: Scores, ids_SX: torch.Tensor, vocab_size: int) -> 
     logits = scores if isinstance(scores, torch.Tensor) else scores.logits()
     ids = ids_SX.to(logits.device).clamp(min=0, max=logits.shape[1] - 1)
     return torch.log_softmax(logits.float(), -1).gather(1, ids)
-
-
-def part_of(scores: Scores, rows: slice) -> Scores:
-    return replace(scores, hidden=scores.hidden[rows]) if isinstance(scores, DenseTargets) else scores[rows]
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,8 @@ def _likely(scores: Scores) -> torch.Tensor:
     """[S, X] ids that have the most of the mass, on the CPU."""
     if isinstance(scores, SampledTargets):
         scores = estimated_logprobs(scores)
+    if isinstance(scores, MixedTopK):
+        scores = scores.parts[0]
     if isinstance(scores, TopKLogprobs):
         order = scores.logprobs.topk(min(_LIKELY, scores.logprobs.shape[1]), -1).indices
         return scores.indices.gather(1, order).cpu()

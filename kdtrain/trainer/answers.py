@@ -17,7 +17,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
-from kdtrain.data.regroup import dealt_by_length
+from kdtrain.data.regroup import dealt_by_length, rows_of
 from kdtrain.data.stand_in import as_run
 from kdtrain.generation.asking import answered_by
 from kdtrain.generation.batching import Room
@@ -27,7 +27,8 @@ from kdtrain.generation.sampler import written_by
 from kdtrain.generation.sampling import generation_config, student_generates, token_roles
 from kdtrain.models.merging import merged
 from kdtrain.models.switching import without_checkpointing
-from kdtrain.teachers.base import Sampling
+from kdtrain.teachers.base import Sampling, Teacher
+from kdtrain.teachers.several import SeveralTeachers, rows_of_batch
 from kdtrain.trainer.guard import nonfinite_while_writing
 from kdtrain.trainer.selection import repeated
 from kdtrain.trainer.teacher_failures import raised_on_all_ranks
@@ -53,9 +54,46 @@ def answered(
     """The batches with the writer's answers: `samples_per_prompt` of the student's to each row."""
     if writer == "student":
         return generated(trainer, repeated(batches, options.samples_per_prompt), writer, options)
-    if trainer.teacher_model is None:
-        return _asked(trainer, batches, options)
-    return generated(trainer, batches, writer, options)
+    assert trainer.teacher is not None, "seq_kd has asked for one"
+    if not isinstance(trainer.teacher, SeveralTeachers):
+        return _by_teacher(trainer, trainer.teacher, batches, options)
+    return _by_several(trainer, trainer.teacher, batches, options)
+
+
+def _by_teacher(
+    trainer: GKDTrainerWithMetrics, teacher: Teacher, batches: list[Batch], options: DistillationOptions
+) -> list[Batch]:
+    """The batches with answers of one teacher."""
+    if teacher.module is None:
+        return _asked(trainer, teacher, batches, options)
+    return generated(trainer, batches, "teacher", options, teacher)
+
+
+def _by_several(
+    trainer: GKDTrainerWithMetrics, several: SeveralTeachers, batches: list[Batch], options: DistillationOptions
+) -> list[Batch]:
+    """The batches with the answers of each row's own teacher. Every rank asks each of them, maybe about nothing."""
+    pad_id, multiple = trainer._tokenizer.pad_token_id, trainer.args.pad_to_multiple_of
+    of_rows = [several.rows(batch) for batch in batches]
+    written: list[list[tuple[list[int], Batch]]] = [[] for _ in batches]
+    for name, teacher in several.by_name.items():
+        asked = [number for number, rows in enumerate(of_rows) if name in rows and not batches[number].all_repeated]
+        own = [rows_of_batch(batches[number], of_rows[number][name]) for number in asked]
+        for number, batch in zip(asked, _by_teacher(trainer, teacher, own, options), strict=True):
+            written[number].append((of_rows[number][name], batch))
+    return [
+        batch if batch.all_repeated else _in_place(batch, some, pad_id, multiple)
+        for batch, some in zip(batches, written, strict=True)
+    ]
+
+
+def _in_place(batch: Batch, written: list[tuple[list[int], Batch]], pad_id: int, multiple: int | None) -> Batch:
+    """Rows that several teachers have answered, in the order that they had in their batch."""
+    if len(written) == 1 and len(written[0][0]) == len(batch):
+        return written[0][1]
+    order = [row for rows, _ in written for row in rows]
+    assert sorted(order) == list(range(len(batch))), "each row has a teacher"
+    return rows_of([own for _, own in written], sorted(range(len(order)), key=order.__getitem__), pad_id, multiple)
 
 
 def generated(
@@ -63,13 +101,18 @@ def generated(
     batches: list[Batch],
     side: Writer,
     options: DistillationOptions,
+    teacher: Teacher | None = None,
 ) -> list[Batch]:
     """The batches with answers that one of the models writes now, all of them together.
 
     Those that only fill up an epoch stay as they are. Sharded, they are written to as well, for the forwards that the
     other ranks need: with images where theirs have some.
+
+    Args:
+        teacher: who writes, of several; None is the one that there is.
     """
-    config = _generation_config(trainer, side, options)
+    teacher = trainer.teacher if teacher is None else teacher
+    config = _generation_config(trainer, side, options, teacher)
     together = trainer.is_sharded or (side == "teacher" and trainer.asks_teacher_together)
     asked = batches if together else [batch for batch in batches if not batch.all_repeated]
     seeds = row_seeds(asked, f"{side}:{trainer.args.seed}:{trainer.state.global_step}")
@@ -80,7 +123,7 @@ def generated(
             written = written_by(trainer.sampler, seen, config, seeds)
         else:
             more = [[*of_rows, *[0] * (len(batch) - len(of_rows))] for of_rows, batch in zip(seeds, run, strict=True)]
-            written = _written(trainer, side, seen, config, more, options.generation.batch_size)
+            written = _written(trainer, side, seen, config, more, options.generation.batch_size, teacher)
     # Behind the prompts of both: what the writer saw is not what the other one reads.
     answers = iter([own[: len(batch)] for batch, own in zip(asked, written, strict=True) if not batch.all_repeated])
     return [
@@ -88,11 +131,13 @@ def generated(
     ]
 
 
-def _generation_config(trainer: GKDTrainerWithMetrics, side: Writer, options: DistillationOptions) -> GenerationConfig:
+def _generation_config(
+    trainer: GKDTrainerWithMetrics, side: Writer, options: DistillationOptions, teacher: Teacher | None
+) -> GenerationConfig:
     vocabulary, own = trainer.vocabulary, options.generation
     assert vocabulary is not None, "LM KD has compared them"
     padding = range(vocabulary.shared, max(vocabulary.student, vocabulary.teacher))
-    model = trainer.unwrap(_writing(trainer, side)[0])
+    model = trainer.unwrap(_writing(trainer, side, teacher)[0])
     roles = token_roles(trainer.processing_class, model, padding, trainer.model.generation_config)
     narrowed: dict[str, Any] = {}
     if side == "student":
@@ -101,11 +146,11 @@ def _generation_config(trainer: GKDTrainerWithMetrics, side: Writer, options: Di
     return generation_config(roles.stop, roles.pad, options.temperature, limit, roles.forbidden, **narrowed)
 
 
-def _writing(trainer: GKDTrainerWithMetrics, side: Writer) -> tuple[Any, Any]:
+def _writing(trainer: GKDTrainerWithMetrics, side: Writer, teacher: Teacher | None) -> tuple[Any, Any]:
     """The model that writes, and what accelerate has made of it."""
-    if side == "student" or (trainer.teacher is not None and trainer.teacher.is_student):
+    if side == "student" or teacher is None or teacher.is_student:
         return trainer.model, trainer.model_wrapped
-    return trainer.teacher_model, trainer.teacher_model
+    return teacher.module, teacher.module
 
 
 def _written(
@@ -115,11 +160,12 @@ def _written(
     config: GenerationConfig,
     seeds: Sequence[Sequence[int]],
     batch_size: int | None,
+    teacher: Teacher | None,
 ) -> list[list[list[int]]]:
     """What a model in this process writes to each row of each batch."""
     room = Room(batch_size, rows_if_unknown=trainer.args.per_device_train_batch_size)
-    with_weights = nullcontext() if side == "student" or trainer.teacher is None else trainer.teacher.writing_model()
-    wrapped = _writing(trainer, side)[1]
+    with_weights = nullcontext() if side == "student" or teacher is None else teacher.writing_model()
+    wrapped = _writing(trainer, side, teacher)[1]
     with (
         with_weights,
         without_checkpointing(wrapped),
@@ -170,9 +216,10 @@ def _finite_on_all_ranks(trainer: GKDTrainerWithMetrics, side: Writer) -> Iterat
         raise nonfinite_while_writing(trainer, side, ranks, where) from failed
 
 
-def _asked(trainer: GKDTrainerWithMetrics, batches: list[Batch], options: DistillationOptions) -> list[Batch]:
+def _asked(
+    trainer: GKDTrainerWithMetrics, teacher: Teacher, batches: list[Batch], options: DistillationOptions
+) -> list[Batch]:
     """The batches with answers of a teacher that has no model in this process."""
-    assert trainer.teacher is not None, "seq_kd has asked for one"
     student: Any = trainer.unwrap(trainer.model)
     of_teacher: Any = getattr(trainer.data_collator, "teacher_processing_class", None)
     of_teacher = getattr(of_teacher, "tokenizer", of_teacher)  # all that is known of what ends its answers itself
@@ -181,7 +228,7 @@ def _asked(trainer: GKDTrainerWithMetrics, batches: list[Batch], options: Distil
     sampling = Sampling(options.temperature, limit, roles.stop, roles.forbidden, targets=True)
     with raised_on_all_ranks(trainer.accelerator), trainer.count_waiting():
         return answered_by(
-            trainer.teacher,
+            teacher,
             batches,
             sampling,
             seed=f"teacher:{trainer.args.seed}:{trainer.state.global_step}",

@@ -53,7 +53,9 @@ def check_teacher_arguments(
         logger.warning("No KD is active (llm_kd_weight is 0, no features are compared): the teacher is not used.")
     # Of a config's own server the config's check has said it, with its place.
     gives_top_k = (
-        teacher is not None and not teacher.is_student and teacher.module is None and not hasattr(args, "chats")
+        teacher is not None
+        and not hasattr(args, "chats")
+        and any(not one.is_student and one.module is None for one in teacher.members)
     )
     if gives_top_k and options.lm_kd_active and options.tail == "renormalize" and options.student_mass_counts:
         logger.warning("tail: renormalize %s. Use tail: bucket.", RENORMALIZED)
@@ -80,10 +82,18 @@ def check_teacher_can(teacher: Teacher | None, options: DistillationOptions) -> 
             "has no targets for text that does not exist yet. Set lmbda to 0 and seq_kd to false, or use the teacher "
             "itself."
         )
-    if options.lm_kd_active and teacher.drawn_at is not None:
-        _check_draws(teacher.drawn_at, options)
+    for one in teacher.members if options.lm_kd_active else ():
+        if one.drawn_at is not None:
+            _check_draws(one.drawn_at, options)
     if options.seq_kd and not teacher.can_generate:
         raise ValueError("seq_kd needs a teacher that is a model in this process, or one that can write answers.")
+    if (options.visual_kd is not None or options.hidden_kd is not None) and len(teacher.members) > 1:
+        name = "Visual KD" if options.visual_kd is not None else "Hidden-state KD"
+        option = "visual_kd" if options.visual_kd is not None else "hidden_kd"
+        raise ValueError(
+            f"{name} compares the features of one teacher, and there are several: switch custom.{option} off, or "
+            "take one teacher."
+        )
     if options.visual_kd is not None and not teacher.has_features:
         own = "of its own: of the student itself the features are the same" if teacher.is_student else "in this process"
         raise ValueError(f"Visual KD needs a teacher that is a model {own}.")
@@ -112,8 +122,31 @@ def check_options(trainer: GKDTrainerWithMetrics, options: DistillationOptions) 
     _check_other_tokenizer(trainer, options)
     kd = options.lm_kd_active
     _check_prompt_learning(trainer.unwrap(trainer.model), "student", kd and options.lmbda > 0, trainer.aux_loss_enabled)
-    if trainer.teacher_model is not None:
-        _check_prompt_learning(trainer.unwrap(trainer.teacher_model), "teacher", kd and options.seq_kd, False)
+    for teacher in () if trainer.teacher is None else trainer.teacher.members:
+        if teacher.module is not None:
+            _check_prompt_learning(trainer.unwrap(teacher.module), "teacher", kd and options.seq_kd, False)
+
+
+def check_several_teachers(trainer: GKDTrainerWithMetrics) -> None:
+    """Refuse what several teachers cannot be beside, once they are placed.
+
+    Raises:
+        NotAvailableError: under FSDP and DeepSpeed ranks would have to agree on more than they do.
+    """
+    teacher, options = trainer.teacher, trainer.options
+    if teacher is None or len(teacher.members) == 1 or not (trainer.is_sharded or teacher.in_pieces):
+        return
+    where = "FSDP and DeepSpeed, or with a teacher in pieces"
+    if options.seq_kd:
+        raise NotAvailableError(
+            f"rlhf.seq_kd with several teachers is not available yet under {where}: let each write its answers before "
+            "training (answers: teacher in a source of data.train), or use plain data parallelism."
+        )
+    if sees_images(trainer.unwrap(trainer.model).config):
+        raise NotAvailableError(
+            f"Several teachers of a vision-language student are not available yet under {where}: use plain data "
+            "parallelism."
+        )
 
 
 def _check_other_tokenizer(trainer: GKDTrainerWithMetrics, options: DistillationOptions) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import fsum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -29,9 +29,11 @@ from kdtrain.losses.reduce import predicting
 from kdtrain.models.experts import without_router_logits
 from kdtrain.models.probe import own_random_state
 from kdtrain.models.switching import evaluated
-from kdtrain.teachers import Targets, teacher_autocast
+from kdtrain.teachers import teacher_autocast
+from kdtrain.teachers.base import AnyTargets
+from kdtrain.teachers.by_row import scored
 from kdtrain.trainer.answers import writer_of
-from kdtrain.trainer.evaluation import scores_of
+from kdtrain.trainer.evaluation import comparable
 
 if TYPE_CHECKING:
     from kdtrain.trainer.trainer import GKDTrainerWithMetrics
@@ -187,6 +189,9 @@ def _left_out(written: Sequence[Batch], batches: Sequence[Batch]) -> list[tuple[
     return found
 
 
+_Found = TypeVar("_Found")
+
+
 @dataclass(frozen=True)
 class _Measured:
     """The student beside the teacher at the S supervised tokens of a batch."""
@@ -204,26 +209,37 @@ def _measured(trainer: GKDTrainerWithMetrics, batch: Batch) -> _Measured:
         return _Measured([None] * len(labels_S), exact=False)
     with torch.no_grad(), own_random_state(trainer.accelerator.device):
         with teacher_autocast(trainer.accelerator):
-            targets: Targets = trainer.teacher.targets(batch) if batch.targets is None else batch.targets
-        teacher = scores_of(targets, columns)
-        if teacher is None:  # drawn tokens: nothing can be said of one of them
-            return _Measured([None] * len(labels_S), exact=False)
-        covered_S = torch.ones_like(labels_S, dtype=torch.bool) if targets.covered_S is None else targets.covered_S
+            targets: AnyTargets = trainer.teacher.targets(batch) if batch.targets is None else batch.targets
+        # Of drawn tokens nothing can be said of one of them.
+        both = [(one, comparable(one.scores, columns)) for one in scored(targets, batch)]
+        known = [(one, teacher) for one, teacher in both if teacher is not None]
+        found: list[float | None] = [None] * len(labels_S)
+        if not known:
+            return _Measured(found, exact=False)
 
-        def beside(outputs_S: torch.Tensor, head: Head | None) -> Comparison:
-            chosen_S = covered_S.to(outputs_S.device)
-            student = Scores(outputs_S[chosen_S], head, columns)
-            found = compare(student, labels_S.to(outputs_S.device)[chosen_S], teacher)[2]
-            return found if found is not None else Comparison(*[torch.zeros(0)] * 5)  # no token is covered
+        def beside(outputs_S: torch.Tensor, head: Head | None) -> list[Comparison | None]:
+            device, all_S = outputs_S.device, torch.ones_like(labels_S, dtype=torch.bool)
+            compared = []
+            for one, teacher in known:
+                chosen_S = (all_S if one.tokens_S is None else one.tokens_S).to(device)
+                student = Scores(outputs_S[chosen_S], head, columns)
+                compared.append(compare(student, labels_S.to(device)[chosen_S], teacher)[2])
+            return compared
 
-        found = _of_student(trainer, batch, beside)
-    values = iter(found.reverse_kl.tolist())
-    return _Measured([next(values) if known else None for known in covered_S.tolist()], bool(found.exact.all()))
+        compared = _of_student(trainer, batch, beside)
+    exact = True
+    for (one, _), of_one in zip(known, compared, strict=True):
+        if of_one is not None:  # else no token is covered
+            places = range(len(found)) if one.tokens_S is None else one.tokens_S.nonzero()[:, 0].tolist()
+            for place, value in zip(places, of_one.reverse_kl.tolist(), strict=True):
+                found[place] = value
+            exact = exact and bool(of_one.exact.all())
+    return _Measured(found, exact)
 
 
 def _of_student(
-    trainer: GKDTrainerWithMetrics, batch: Batch, beside: Callable[[torch.Tensor, Head | None], Comparison]
-) -> Comparison:
+    trainer: GKDTrainerWithMetrics, batch: Batch, beside: Callable[[torch.Tensor, Head | None], _Found]
+) -> _Found:
     """What `beside` makes of the student's hidden states and head, or logits, within its own forward.
 
     There autocast is in force, and a head in pieces is whole.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,12 +43,12 @@ from kdtrain.models.tuning import check_trained, disable_dropout, fit_student, u
 from kdtrain.models.vocabulary import Vocabulary, shared_vocabulary, vocabulary_size
 from kdtrain.preflight.findings import report
 from kdtrain.preflight.generation import by_vllm, check_generation, check_sharding
-from kdtrain.preflight.model_checks import CheckedModel, both_sides, check_models
+from kdtrain.preflight.model_checks import CheckedModel, both_sides, check_models, teacher_side_checks
 from kdtrain.preflight.packing import packing_findings
 from kdtrain.preflight.positions import rows_of_a_run
 from kdtrain.preflight.token_ids import check_rows, embedding_rows
 from kdtrain.ranks import world_size
-from kdtrain.teachers import LocalTeacher, Teacher, build_teacher
+from kdtrain.teachers import LocalTeacher, RoutedTeacher, Teacher, build_teacher
 from kdtrain.trainer import argument_checks as checks
 from kdtrain.trainer.given_rows import as_rows, check_stream_arguments, rows_to_look_at
 from kdtrain.trainer.objective import Objective, warn_of_logits
@@ -98,8 +98,11 @@ def prepare(
     if teacher_model is None and teacher is None and options.needs_teacher:
         teacher_model = args.teacher_model_name_or_path
     checks.check_teacher_arguments(teacher_model, teacher, args, options)
-    if teacher is None or not teacher.is_student:
-        checks.check_teacher_is_another_model(model, teacher_model if teacher is None else teacher.module)
+    if teacher is None:
+        checks.check_teacher_is_another_model(model, teacher_model)
+    for one in () if teacher is None else teacher.members:
+        if not one.is_student:
+            checks.check_teacher_is_another_model(model, one.module)
     train, evaluation = as_rows("train_dataset", train_dataset), as_rows("eval_dataset", eval_dataset)
     check_stream_arguments(train, args)
     if not has_collator:
@@ -253,6 +256,7 @@ def default_collator(
         text_column=args.dataset_text_field,
         answers=getattr(args, "select_regex", None) is not None,
         row_keys=teacher is not None and not teacher.answers_anything,
+        teachers=teacher is not None and isinstance(teacher, RoutedTeacher),
     )
     if formatting_func is None:
         return collator
@@ -275,8 +279,24 @@ def _formatted(collator: Collator, formatting_func: Callable[[Any], Any], rows: 
     return collator([{"text": formatting_func(row), WEIGHT: row.get(WEIGHT)} for row in rows])
 
 
-def compared_vocabularies(trainer: GKDTrainerWithMetrics, teacher: Teacher, shared: int | None) -> Vocabulary:
-    """The sizes of both models' logits and the range they share, where the caller has not compared the tokenizers."""
+def compared_vocabularies(
+    trainer: GKDTrainerWithMetrics, teacher: Teacher, shared: int | Mapping[str, int] | None
+) -> dict[str, Vocabulary]:
+    """The sizes of both models' logits and the range they share, by the name of each of several teachers."""
+    by_name = shared if isinstance(shared, Mapping) else {}
+    return {
+        one.name or "": _compared(trainer, one, by_name.get(one.name or "") if isinstance(shared, Mapping) else shared)
+        for one in teacher.members
+    }
+
+
+def shared_by_all(vocabularies: Sequence[Vocabulary]) -> Vocabulary:
+    """What the student shares with all teachers."""
+    return min(vocabularies, key=lambda one: one.shared)
+
+
+def _compared(trainer: GKDTrainerWithMetrics, teacher: Teacher, shared: int | None) -> Vocabulary:
+    """Of one teacher; its tokenizer is looked for where the caller has not compared it."""
     sizes = vocabulary_size(trainer.model), teacher.vocab_size
     if trainer.options.crosses_tokenizers:  # the teacher's are compared with nothing
         return Vocabulary(sizes[0], sizes[0], sizes[0])
@@ -318,10 +338,12 @@ def build_receiver(trainer: GKDTrainerWithMetrics, train: Any, evaluation: Any) 
     Args:
         train, evaluation: as the constructor got them.
     """
-    models = {"student": trainer.model, "teacher": trainer.teacher_model}
+    embeddings = {"student": embedding_rows(trainer.model)}
+    of_teachers = [one.module for one in ([] if trainer.teacher is None else trainer.teacher.members)]
     if trainer.options.crosses_tokenizers:  # which gets ids of its own
-        del models["teacher"]
-    embeddings = {side: embedding_rows(model) for side, model in models.items() if model is not None}
+        of_teachers = []
+    if sizes := [embedding_rows(model) for model in of_teachers if model is not None]:
+        embeddings["teacher"] = min(sizes)
     all_checked = [
         check_rows(data, name, embeddings)
         for name, data in (("data.train", train), ("data.eval", evaluation))
@@ -335,9 +357,12 @@ def build_receiver(trainer: GKDTrainerWithMetrics, train: Any, evaluation: Any) 
 def check_both_models(trainer: GKDTrainerWithMetrics) -> dict[Side, int]:
     """Warn of, or refuse, what `check_models` finds; the positions of each model that has a table of them."""
     options, collator, train = trainer.options, trainer.data_collator, rows_to_look_at(trainer.train_dataset)
-    teacher = trainer.unwrap(trainer.teacher_model)  # DeepSpeed's engine has a config of its own
-    sides = both_sides(trainer.model, trainer.teacher, collator, teacher)
-    may_generate = [(trainer.model, options.lmbda > 0), (teacher, options.seq_kd)]
+    members = [] if trainer.teacher is None else list(trainer.teacher.members)
+    modules = [trainer.unwrap(one.module) for one in members]  # DeepSpeed's engine has a config of its own
+    sides = both_sides(trainer.model, None, collator)
+    for one, module in zip(members, modules, strict=True):
+        sides += teacher_side_checks(one, collator, module)
+    may_generate = [(trainer.model, options.lmbda > 0), *((module, options.seq_kd) for module in modules)]
     generating = [model for model, may in may_generate if may and options.lm_kd_active and model is not None]
     check_models(
         sides,
@@ -357,17 +382,22 @@ def check_both_models(trainer: GKDTrainerWithMetrics) -> dict[Side, int]:
     if trainer.layout.in_lines:
         with trainer.compute_loss_context_manager():
             _check_packing(trainer, sides)
-    return {side.name: side.look.positions for side in sides if side.look.positions is not None}
+    found: dict[Side, int] = {}
+    for side in sides:
+        if (positions := side.look.positions) is not None:
+            found[side.name] = min(positions, found.get(side.name, positions))
+    return found
 
 
 def _check_packing(trainer: GKDTrainerWithMetrics, sides: Sequence[CheckedModel]) -> None:
     """Refuse models that do not keep rows of one line apart; of those in pieces see `compute_loss`."""
     option = ("data", "packing" if trainer.layout.packing else "padding_free")
-    as_teacher = trainer.teacher is not None and trainer.teacher.is_student  # the student, which is looked at anyway
+    members = [] if trainer.teacher is None else trainer.teacher.members
+    as_teacher = any(one.is_student for one in members)  # the student, which is looked at anyway
     report(
         finding
         for side in sides
-        if side.look.looked and not (side.name == "teacher" and as_teacher)
+        if side.look.looked and not (side.name == "teacher" and as_teacher and len(members) == 1)
         for finding in packing_findings(side, option)
     )
 
@@ -390,6 +420,7 @@ def build_objective(trainer: GKDTrainerWithMetrics) -> Objective:
         aux_weight=trainer.router_aux_loss_coef if router_logits else 0.0,
         visual=_visual_term(trainer),
         hidden=_hidden_term(trainer),
+        vocabularies=trainer.vocabularies,
         asks_together=trainer.asks_teacher_together,
     )
 

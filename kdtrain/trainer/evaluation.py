@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -26,14 +26,19 @@ from kdtrain.data.batch import Batch
 from kdtrain.errors import NonFiniteError
 from kdtrain.losses.comparison import (
     Comparison,
+    MeanScores,
     Predictions,
     Scores,
     calibration_sums,
     compare,
 )
-from kdtrain.losses.sampled import SampledTargets
+from kdtrain.losses.mixture import MixedTopK
+from kdtrain.losses.sampled import SparseTargets
 from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.teachers import DenseTargets, Targets, Teacher, teacher_autocast
+from kdtrain.teachers.base import AnyTargets, MixedTargets, RoutedTargets
+from kdtrain.teachers.base import Scores as TargetScores
+from kdtrain.teachers.by_row import Scored, scored
 from kdtrain.teachers.forward import ModelForward
 from kdtrain.trainer.figures import RowSums
 
@@ -76,7 +81,7 @@ class Evaluation:
         order = sorted(range(len(rows)), key=lambda i: -lengths[i])
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         self._batches = batches[accelerator.process_index :: accelerator.num_processes]
-        self._asked: dict[int, Targets] = {}
+        self._asked: dict[int, AnyTargets] = {}
         """What is small enough to keep and dear to ask for again: targets that are no hidden states."""
         self.teacher_sums: RowSums | None = None
         """The teacher's own, once a student was measured beside it."""
@@ -163,22 +168,20 @@ class Evaluation:
             targets = self._targets(number, batch)
             # What the student reads, where the teacher reads something else.
             seen = replace(batch, teacher_tokens=None, teacher_images=None)
-            scores, labels_S = scores_of(student(seen), self._columns), batch.labels_S
+            scores, labels_S = comparable(student(seen).scores, self._columns), batch.labels_S
             assert isinstance(scores, Scores), "a model in this process has all of its distribution"
-            of_teacher = None if targets is None else scores_of(targets, self._columns)
-            if targets is None or of_teacher is None:
+            known = [] if targets is None else scored(targets, batch)
+            both = [(one, comparable(one.scores, self._columns)) for one in known]
+            of_teachers = [(one, teacher) for one, teacher in both if teacher is not None]
+            if not of_teachers:
                 return compare(scores, labels_S)[0], None
-            if targets.covered_S is None:
-                covered_S = torch.ones(len(labels_S), dtype=torch.bool)
-                own, teacher, between = compare(scores, labels_S, of_teacher)
-            else:
-                covered_S = targets.covered_S.cpu()
-                some = replace(scores, outputs=scores.outputs[covered_S.to(scores.outputs.device)])
-                own = compare(scores, labels_S)[0]
-                _, teacher, between = compare(some, labels_S[covered_S.to(labels_S.device)], of_teacher)
-            return own, None if teacher is None or between is None else _Beside(covered_S, teacher, between)
+            if len(of_teachers) == 1 and of_teachers[0][0].tokens_S is None:
+                own, teacher, between = compare(scores, labels_S, of_teachers[0][1])
+                all_S = torch.ones(len(labels_S), dtype=torch.bool)
+                return own, None if teacher is None or between is None else _Beside(all_S, teacher, between)
+            return compare(scores, labels_S)[0], _beside(scores, labels_S, of_teachers)
 
-    def _targets(self, number: int, batch: Batch) -> Targets | None:
+    def _targets(self, number: int, batch: Batch) -> AnyTargets | None:
         """The teacher's, asked for once where they are dear and small: of several students, all see the same."""
         if self._teacher is None:
             return None
@@ -188,8 +191,8 @@ class Evaluation:
             self._teacher.targets(batch),
             not self._teacher.answers_anything,
         )  # what is stored is read again
-        if isinstance(targets.scores, TopKLogprobs | SampledTargets) and not again:
-            self._asked[number] = replace(targets, scores=targets.scores.to(torch.device("cpu")))
+        if not again and all(isinstance(one.scores, SparseTargets) for one in scored(targets, batch)):
+            self._asked[number] = _on_cpu(targets)
         return targets
 
     def _names(self, rows: Sequence[int], batch: Batch) -> dict[int, str]:
@@ -217,13 +220,57 @@ class _Beside:
     between: Comparison
 
 
-def scores_of(targets: Targets, columns: int) -> Scores | TopKLogprobs | None:
+def _beside(
+    student: Scores, labels_S: torch.Tensor, of_teachers: Sequence[tuple[Scored, Scores | TopKLogprobs]]
+) -> _Beside | None:
+    """What several teachers say of the tokens of a batch, each of its own; in the order of the tokens."""
+    parts, places = [], []
+    for one, teacher in of_teachers:
+        tokens_S = torch.ones(len(labels_S), dtype=torch.bool) if one.tokens_S is None else one.tokens_S.cpu()
+        some = replace(student, outputs=student.outputs[tokens_S.to(student.outputs.device)])
+        _, predictions, between = compare(some, labels_S[tokens_S.to(labels_S.device)], teacher)
+        if predictions is not None and between is not None:
+            parts.append((predictions, between))
+            places.append(tokens_S.nonzero()[:, 0])
+    if not parts:
+        return None
+    order = torch.cat(places).argsort()
+    covered_S = torch.zeros(len(labels_S), dtype=torch.bool)
+    covered_S[torch.cat(places)] = True
+    joined = [_in_order(kind, order) for kind in zip(*parts, strict=True)]
+    return _Beside(covered_S, *joined)
+
+
+def _in_order(parts: Sequence[Any], order: torch.Tensor) -> Any:
+    """Predictions or comparisons of several parts as one, in the order of the tokens."""
+    return type(parts[0])(
+        **{field.name: torch.cat([getattr(part, field.name) for part in parts])[order] for field in fields(parts[0])}
+    )
+
+
+def _on_cpu(targets: AnyTargets) -> AnyTargets:
+    if isinstance(targets, Targets):
+        scores = targets.scores
+        return replace(targets, scores=scores.to(torch.device("cpu"))) if isinstance(scores, SparseTargets) else targets
+    parts = []
+    for part in targets.parts:
+        own = _on_cpu(part.targets)
+        assert isinstance(own, Targets)
+        parts.append(replace(part, targets=own))
+    return RoutedTargets(tuple(parts))
+
+
+def comparable(found: TargetScores, columns: int) -> Scores | TopKLogprobs | None:
     """Targets as distributions that can be compared; None of those that cannot, such as drawn tokens.
 
     Args:
         columns: see `Scores`.
     """
-    found = targets.scores
+    if isinstance(found, MixedTargets):
+        parts = [one for part in found.parts if isinstance(one := comparable(part, columns), Scores)]
+        return MeanScores.of(parts, found.shares)
+    if isinstance(found, MixedTopK):
+        return found.at_one(columns)
     if isinstance(found, DenseTargets):
         return Scores(found.hidden, found.head, columns)
     if isinstance(found, torch.Tensor):

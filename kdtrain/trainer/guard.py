@@ -134,8 +134,11 @@ class NonFiniteGuard:
                 named = term.projectors.named_parameters()
                 weights |= {f"{term.section} projector {name}": p for name, p in named}
         else:
-            module = None if trainer.teacher is None or trainer.teacher.is_student else trainer.teacher.module
-            weights = {} if module is None else {name: local_part(p) for name, p in module.named_parameters()}
+            weights = {}
+            for teacher in () if trainer.teacher is None else trainer.teacher.members:
+                if teacher.module is not None and not teacher.is_student:
+                    prefix = "" if teacher.name is None else f"{teacher.name}: "
+                    weights |= {f"{prefix}{name}": local_part(p) for name, p in teacher.module.named_parameters()}
             weights = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
         if not weights:
             return []
@@ -196,9 +199,9 @@ class NonFiniteGuard:
     def _advised(self, side: str) -> str:
         """The key of the advice: a teacher that is not in this process has no dtype to be loaded in."""
         teacher = self._trainer.teacher
-        if side == "student" or teacher is None or teacher.is_student:
+        if side == "student" or teacher is None or all(one.is_student for one in teacher.members):
             return "student"
-        if teacher.module is not None:
+        if any(one.module is not None for one in teacher.members):
             return "teacher"
         return "given" if teacher.answers_anything else "stored"
 

@@ -44,6 +44,7 @@ TOKEN_SUMS = (
     "num_correct",
     "num_teacher_tokens",
     "num_agree",
+    "num_entropy_tokens",
     "student_entropy_sum",
     "teacher_entropy_sum",
     "input_tokens",
@@ -81,6 +82,8 @@ _SELECTED = ("written_samples", "selected_samples")
 _WINDOWS = ("windows", "on_policy_windows", "teacher_wait_s")
 # Every rank has as many entries as there were windows: they are divided by the number of ranks, or by one another.
 SAME_ON_ALL_RANKS = frozenset((*SAMPLE_SUMS, *_WINDOWS))
+# Of one of several teachers: llm_kd_weight · Σ divergence, and the supervised tokens, of its own rows.
+_OF_TEACHER = ("kd_of_teacher_{}", "tokens_of_teacher_{}")
 # Of the models' work, see `throughput.py`; only where the device's peak is known.
 MODEL_FLOPS = "model_flops"
 _KEYS = (*_OF_KIND, *TOKEN_SUMS, *SAMPLE_SUMS, *_SELECTED, *_WINDOWS, MODEL_FLOPS)
@@ -114,12 +117,16 @@ def record(metrics: Mapping[str, list[torch.Tensor]], terms: Terms, batch: Batch
     metrics["num_correct"].append(tokens.num_correct)
     metrics["student_entropy_sum"].append(tokens.student_entropy_sum)
     if tokens.num_agree is not None:
-        metrics["num_teacher_tokens"].append(terms.num_teacher_tokens)
+        metrics["num_teacher_tokens"].append(tokens.num_teacher_tokens)
         metrics["num_agree"].append(tokens.num_agree)
     if batch.num_chunks is not None and "llm_kd_loss" in terms.named:
         for name in ("aligned_bytes", "answer_bytes"):
             metrics[name].append(getattr(batch.teacher_tokens, name).sum())
+    for name, values in terms.of_teachers.items():
+        for key, value in zip(_OF_TEACHER, values, strict=True):
+            metrics[key.format(name)].append(value)
     if tokens.teacher_entropy_sum is not None:
+        metrics["num_entropy_tokens"].append(tokens.num_entropy_tokens)
         metrics["teacher_entropy_sum"].append(tokens.teacher_entropy_sum)
     metrics["input_tokens"].append(batch.num_input_tokens)
     metrics["positions"].append(torch.tensor(float(terms.num_positions)))
@@ -136,10 +143,17 @@ class Reduced:
     num_processes: int
     peak_memory_gib: float
     """Largest over the ranks."""
+    teachers: Sequence[str] = ()
+    """Names of several teachers."""
 
 
 def reduce_metrics(
-    metrics: Metrics, accelerator: Accelerator, *, token_weighted: bool, terms: Sequence[str] = LOSS_TERMS
+    metrics: Metrics,
+    accelerator: Accelerator,
+    *,
+    token_weighted: bool,
+    terms: Sequence[str] = LOSS_TERMS,
+    teachers: Sequence[str] = (),
 ) -> Reduced:
     """Sums over the micro-batches of all ranks; a collective.
 
@@ -148,8 +162,9 @@ def reduce_metrics(
         token_weighted: weight the loss terms by the batch's supervised tokens (evaluation: batch means become a sum).
             A term that not every batch has, a visual one, needs its own weights under `<term>_weight`.
         terms: see `loss_terms`.
+        teachers: names of several, the same on all ranks.
     """
-    keys = (*terms, *_KEYS)
+    keys = (*terms, *_KEYS, *(key.format(name) for name in teachers for key in _OF_TEACHER))
     device = accelerator.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
     packed = torch.zeros(2 * len(keys) + 1, dtype=dtype, device=device)
@@ -172,6 +187,7 @@ def reduce_metrics(
         counts={key: total[2 * i + 1] for i, key in enumerate(keys)},
         num_processes=accelerator.num_processes,
         peak_memory_gib=ranks[:, -1].max().item(),
+        teachers=teachers,
     )
 
 
@@ -190,6 +206,7 @@ def training_metrics(reduced: Reduced, seconds: float, peak_flops: float | None 
     steps = max(reduced.sums["windows"] / reduced.num_processes, 1)
     record = {key: reduced.sums[key] / steps for key in reduced.terms if reduced.counts[key]}
     record |= _terms_of_kind(reduced)
+    record |= _terms_of_teachers(reduced)
     record |= _token_metrics(reduced)
     record["on_policy_fraction"] = reduced.sums["on_policy_windows"] / max(reduced.sums["windows"], 1)
     record |= _sample_metrics(reduced)
@@ -216,7 +233,7 @@ def evaluation_metrics(reduced: Reduced) -> dict[str, float]:
     """
     terms = {key: reduced.sums[key] / reduced.counts[key] for key in reduced.terms if reduced.counts[key]}
     total = sum(terms[key] for key in TOTAL_TERMS if key in terms)
-    return {"loss": total, **terms, **_token_metrics(reduced)}
+    return {"loss": total, **terms, **_terms_of_teachers(reduced), **_token_metrics(reduced)}
 
 
 def _terms_of_kind(reduced: Reduced) -> dict[str, float]:
@@ -229,6 +246,12 @@ def _terms_of_kind(reduced: Reduced) -> dict[str, float]:
         for name in terms.values()
         if reduced.counts[name] and windows[kind]
     }
+
+
+def _terms_of_teachers(reduced: Reduced) -> dict[str, float]:
+    """The divergence from each of several teachers: the mean over the supervised tokens of its own rows, weighted."""
+    pairs = {name: [reduced.sums[key.format(name)] for key in _OF_TEACHER] for name in reduced.teachers}
+    return {f"llm_kd_loss_teacher_{name}": total / tokens for name, (total, tokens) in pairs.items() if tokens}
 
 
 def _sample_metrics(reduced: Reduced) -> dict[str, float]:
@@ -250,7 +273,8 @@ def _token_metrics(reduced: Reduced) -> dict[str, float]:
     if teacher_tokens := reduced.sums["num_teacher_tokens"]:
         record["teacher_agreement"] = reduced.sums["num_agree"] / teacher_tokens
         if reduced.counts["teacher_entropy_sum"]:  # drawn tokens do not tell it
-            record["teacher_entropy"] = reduced.sums["teacher_entropy_sum"] / teacher_tokens
+            entropy_tokens = max(reduced.sums["num_entropy_tokens"], 1)
+            record["teacher_entropy"] = reduced.sums["teacher_entropy_sum"] / entropy_tokens
     if answer_bytes := reduced.sums["answer_bytes"]:
         record["aligned_share"] = reduced.sums["aligned_bytes"] / answer_bytes
     return record

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -34,12 +34,13 @@ from kdtrain.losses.uld import UldTargets, dense_uld_loss, head_uld_loss
 from kdtrain.models.experts import load_balancing_loss
 from kdtrain.models.vocabulary import Vocabulary
 from kdtrain.teachers import DenseTargets, Targets
-from kdtrain.teachers.base import Scores
+from kdtrain.teachers.base import AnyTargets, MixedTargets, Scores
+from kdtrain.teachers.by_row import scored
+from kdtrain.trainer.parts import NumItems, Part, PartSums, sums_of_parts, with_loss
 from kdtrain.trainer.token_selection import chosen_weights, num_kd_tokens
 
 logger = logging.getLogger(__name__)
 
-NumItems = torch.Tensor | int | None
 TokenTerm = Literal["llm_kd", "sft"]
 
 
@@ -51,10 +52,10 @@ class Terms:
     """The micro-batch's share of the window's loss; the only field with a graph."""
     named: dict[str, torch.Tensor]
     """Its terms as they enter it, by the names of the log. A term of weight 0 is absent."""
-    tokens: FusedLoss
+    tokens: PartSums
     """Sums over the supervised tokens, without weights."""
-    num_teacher_tokens: torch.Tensor
-    """Supervised tokens that the teacher has answered for."""
+    of_teachers: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    """Of several teachers by name: llm_kd_weight · Σ divergence over the tokens of its own rows, and their number."""
     num_positions: int
     """Of the student's forward, padding included."""
     num_kd_items: torch.Tensor
@@ -66,7 +67,7 @@ class Objective:
     """What is the same for all batches of a run."""
 
     vocabulary: Vocabulary | None
-    """None without LM KD."""
+    """None without LM KD; of several teachers what all of them share."""
     fused: bool
     """Whether the student's forward takes a `loss_head` (see `models/loss_head.py`)."""
     router_logits: bool | None
@@ -75,6 +76,8 @@ class Objective:
     """Of that loss."""
     visual: VisualTerm | None
     hidden: HiddenTerm | None = None
+    vocabularies: Mapping[str, Vocabulary] = field(default_factory=dict)
+    """Of several teachers, by name."""
     asks_together: bool = False
     """Whether the teacher is in pieces, and so has to be asked on all ranks or on none."""
 
@@ -98,7 +101,7 @@ class Objective:
         model: nn.Module,
         batch: Batch,
         options: DistillationOptions,
-        teacher_forward: Callable[[Batch], Targets],
+        teacher_forward: Callable[[Batch], AnyTargets],
         num_items: NumItems,
         aux_share: torch.Tensor | float,
         num_kd_items: torch.Tensor | None = None,
@@ -138,7 +141,10 @@ class Objective:
             total,
             {name: value.detach() for name, value in named.items()},
             tokens,
-            tokens.num_tokens if targets is None or targets.covered_S is None else targets.covered_S.sum(),
+            {
+                name: (options.llm_kd_weight * kd_sum.detach(), count)
+                for name, (kd_sum, count) in tokens.of_teachers.items()
+            },
             seen.model_inputs["input_ids"].numel(),
             tokens.num_tokens if num_items is not None or num_kd_items is None else num_kd_items,
         )
@@ -151,19 +157,6 @@ def own_kd_items(options: DistillationOptions, batch: Batch) -> torch.Tensor | N
     if options.selection is None and batch.kd_weights_BT is None:
         return None
     return num_kd_tokens(batch, options.selection)
-
-
-class Part(NamedTuple):
-    """Supervised tokens that are compared with targets of one kind."""
-
-    outputs: torch.Tensor
-    """Of the student: hidden states [N, H], or logits [N, V]."""
-    labels: torch.Tensor
-    ce_mask: torch.Tensor | None
-    kd_weights: torch.Tensor | None
-    scores: Scores | None
-    """None: cross-entropy alone."""
-    num_items: NumItems
 
 
 @dataclass(frozen=True)
@@ -179,7 +172,7 @@ class StudentForward:
     batch: Batch
     seen: ForwardInputs
     """The batch as the student's forward takes it."""
-    targets: Targets | None
+    targets: AnyTargets | None
     kd_weights_S: torch.Tensor | None
     num_items: NumItems
     num_kd_items: torch.Tensor | None
@@ -189,18 +182,17 @@ class StudentForward:
 
     def can_fuse(self) -> bool:
         """Whether the terms can be made from hidden states: not of plain logits, nor of a head on another device."""
-        scores = None if self.targets is None else self.targets.scores
-        if self.targets is not None and self.targets.chunks is not None:
+        if isinstance(self.targets, Targets) and self.targets.chunks is not None:
             return self.objective.fused
-        elsewhere = isinstance(scores, DenseTargets) and scores.head.weight.device != self.batch.labels.device
-        needs_logits = elsewhere or isinstance(scores, torch.Tensor)
+        found = [] if self.targets is None else scored(self.targets, self.batch)
+        needs_logits = any(_needs_logits(one.scores, self.batch.labels.device) for one in found)
         if self.objective.fused and needs_logits:
             _warn_of_teacher_logits()
         return self.objective.fused and not needs_logits
 
-    def within_forward(self, model: nn.Module) -> tuple[FusedLoss, Any, dict[str, torch.Tensor]]:
+    def within_forward(self, model: nn.Module) -> tuple[PartSums, Any, dict[str, torch.Tensor]]:
         """The terms, the auxiliary loss or None, and the terms of features; all made inside the model's own forward."""
-        tokens: list[FusedLoss] = []
+        tokens: list[PartSums] = []
         names: list[str] = []
         router_logits, inner = self.objective.router_logits, getattr(model, "module", model)
 
@@ -216,9 +208,9 @@ class StudentForward:
         # A wrapper may hang its own hooks on what the forward returns: the loss is made of what comes out of it.
         loss, *rest = model(**self.inputs(), loss_head=loss_head)
         named = dict(zip(names, rest, strict=False))
-        return replace(tokens[0], loss=loss), rest[-1] if router_logits else None, named
+        return with_loss(tokens[0], loss), rest[-1] if router_logits else None, named
 
-    def from_logits(self, model: nn.Module) -> tuple[FusedLoss, Any, dict[str, torch.Tensor]]:
+    def from_logits(self, model: nn.Module) -> tuple[PartSums, Any, dict[str, torch.Tensor]]:
         """The same from the model's logits."""
         outputs = model(**self.inputs())
         logits_SV = self.seen.predicting(outputs.logits)
@@ -259,35 +251,10 @@ class StudentForward:
         student = Predicted(outputs_S.detach(), head, vocabulary.shared)
         return replace(self, kd_weights_S=chosen_weights(self.batch, student, self.targets, selection))
 
-    def sums(self, outputs_S: torch.Tensor, compute: Callable[[Part], FusedLoss]) -> FusedLoss:
-        """The token terms; of tokens that the teacher has not answered for, the cross-entropy alone."""
-        device, ce_S, weights_S, targets = outputs_S.device, self.batch.ce_mask_S, self.kd_weights_S, self.targets
-        labels_S = self.batch.labels_S.to(device)
-        if targets is None or targets.covered_S is None:
-            scores = None if targets is None else targets.scores
-            return compute(Part(outputs_S, labels_S, ce_S, weights_S, scores, self.num_items))
-        num_items = len(labels_S) if self.num_items is None else self.num_items
-        covered_S = targets.covered_S.to(device)
-        covered, rest = (
-            compute(
-                Part(
-                    outputs_S[chosen_S],
-                    labels_S[chosen_S],
-                    None if ce_S is None else ce_S.to(device)[chosen_S],
-                    None if weights_S is None else weights_S.to(device)[chosen_S],
-                    scores,
-                    num_items,
-                )
-            )
-            for chosen_S, scores in ((covered_S, targets.scores), (~covered_S, None))
-        )
-        return replace(  # the other sums need a teacher
-            covered,
-            loss=covered.loss + rest.loss,
-            ce_sum=covered.ce_sum + rest.ce_sum,
-            num_tokens=covered.num_tokens + rest.num_tokens,
-            num_correct=covered.num_correct + rest.num_correct,
-            student_entropy_sum=covered.student_entropy_sum + rest.student_entropy_sum,
+    def sums(self, outputs_S: torch.Tensor, compute: Callable[[Part], FusedLoss]) -> PartSums:
+        """The token terms, see `parts.py`."""
+        return sums_of_parts(
+            outputs_S, self.batch, self.targets, self.kd_weights_S, self.num_items, self.options, compute
         )
 
     def _tile_options(self, part: Part) -> TileOptions:
@@ -296,25 +263,29 @@ class StudentForward:
         return TileOptions(
             kd_weight=options.llm_kd_weight if part.scores is not None and self.only != "sft" else 0.0,
             ce_weight=0.0 if own or self.only == "llm_kd" else options.ce_weight,
-            beta=options.beta,
+            beta=part.loss.beta,
             temperature=options.kd_temperature,
-            divergence=options.divergence,
+            divergence=part.loss.divergence,
             tail=options.tail,
             params=options.divergence_params,
         )
 
     def loss_from_hidden(self, head: Head, part: Part) -> FusedLoss:
-        if self.targets is not None and self.targets.chunks is not None:
-            compute = head_uld_loss if isinstance(self.targets.chunks, UldTargets) else head_chunk_loss
-            return self._of_chunks(functools.partial(compute, part.outputs, head), part, self.targets.chunks)
-        dense = part.scores if isinstance(part.scores, DenseTargets) else None
-        teacher_head = None
+        """The terms of a part from its hidden states."""
+        if (chunks := self._chunks) is not None:
+            compute = head_uld_loss if isinstance(chunks, UldTargets) else head_chunk_loss
+            return self._of_chunks(functools.partial(compute, part.outputs, head), part, chunks)
+        scores, dense, mixed, teacher_head = part.scores, None, None, None
         if self.targets is not None:  # padding beyond the shared range takes no part
-            vocabulary = self.objective.vocabulary
-            assert vocabulary is not None
-            if dense is not None:
+            vocabulary = self._vocabulary(part)
+            if isinstance(scores, DenseTargets):
+                dense = scores
                 vocabulary.check(len(head.weight), len(dense.head.weight))
                 teacher_head = dense.head.first_columns(vocabulary.shared)
+            elif isinstance(scores, MixedTargets):
+                mixed = scores.heads
+                assert mixed is not None, "can_fuse is asked before"
+                mixed = replace(mixed, heads=tuple(one.first_columns(vocabulary.shared) for one in mixed.heads))
             head = head.first_columns(vocabulary.shared)
         return head_distillation_loss(
             part.outputs,
@@ -323,12 +294,17 @@ class StudentForward:
             self._tile_options(part),
             None if dense is None else dense.hidden,
             teacher_head,
-            targets=part.scores.to(part.outputs.device) if isinstance(part.scores, SparseTargets) else None,
+            mixed=mixed,
+            targets=scores.to(part.outputs.device) if isinstance(scores, SparseTargets) else None,
             ce_token_weights=part.ce_mask,
             kd_token_weights=part.kd_weights,
             num_items=part.num_items,
             num_kd_items=self.num_kd_items,
         )
+
+    @property
+    def _chunks(self) -> ChunkTargets | UldTargets | None:
+        return self.targets.chunks if isinstance(self.targets, Targets) else None
 
     def _of_chunks(
         self, compute: Callable[..., FusedLoss], part: Part, targets: ChunkTargets | UldTargets
@@ -344,25 +320,32 @@ class StudentForward:
             num_kd_items=self.num_kd_items,
         )
 
+    def _vocabulary(self, part: Part) -> Vocabulary:
+        vocabulary = self.objective.vocabularies.get(part.teacher or "", self.objective.vocabulary)
+        assert vocabulary is not None, "LM KD has compared them"
+        return vocabulary
+
     def loss_from_logits(self, part: Part) -> FusedLoss:
-        if self.targets is not None and self.targets.chunks is not None:
-            compute = dense_uld_loss if isinstance(self.targets.chunks, UldTargets) else dense_chunk_loss
-            return self._of_chunks(functools.partial(compute, part.outputs), part, self.targets.chunks)
-        scores, student_NV, teacher_NV = part.scores, part.outputs, None
-        if scores is not None and not isinstance(scores, SparseTargets):
-            teacher_NV = (scores if isinstance(scores, torch.Tensor) else scores.logits()).to(student_NV.device)
+        """The terms of a part from whole logits."""
+        if (chunks := self._chunks) is not None:
+            compute = dense_uld_loss if isinstance(chunks, UldTargets) else dense_chunk_loss
+            return self._of_chunks(functools.partial(compute, part.outputs), part, chunks)
+        scores, student_NV, teacher_NV, softened_NV = part.scores, part.outputs, None, None
+        options = self._tile_options(part)
         if self.targets is not None:  # padding beyond the shared range takes no part
-            vocabulary = self.objective.vocabulary
-            assert vocabulary is not None
-            if teacher_NV is not None:
+            vocabulary = self._vocabulary(part)
+            if isinstance(scores, MixedTargets):
+                teacher_NV, softened_NV = scores.mixed(vocabulary.shared, options.temperature)
+            elif scores is not None and not isinstance(scores, SparseTargets):
+                teacher_NV = (scores if isinstance(scores, torch.Tensor) else scores.logits()).to(student_NV.device)
                 vocabulary.check(student_NV.shape[-1], teacher_NV.shape[-1])
                 teacher_NV = teacher_NV[:, : vocabulary.shared]
             student_NV = student_NV[:, : vocabulary.shared]
-        options = self._tile_options(part)
         return dense_distillation_loss(
             student_NV,
             part.labels,
             teacher_NV,
+            softened_teacher_logits=softened_NV,
             targets=scores.to(student_NV.device) if isinstance(scores, SparseTargets) else None,
             kd_weight=options.kd_weight,
             ce_weight=options.ce_weight,
@@ -376,6 +359,15 @@ class StudentForward:
             num_items=part.num_items,
             num_kd_items=self.num_kd_items,
         )
+
+
+def _needs_logits(scores: Scores, device: torch.device) -> bool:
+    """Whether a teacher gives logits, or has its head on another device than the batch."""
+    if isinstance(scores, MixedTargets):
+        return any(_needs_logits(one, device) for one in scores.parts)
+    if isinstance(scores, DenseTargets):
+        return scores.head.weight.device != device
+    return isinstance(scores, torch.Tensor)
 
 
 def weighted_chunks(batch: Batch) -> torch.Tensor:
@@ -396,7 +388,7 @@ def weighted_chunks(batch: Batch) -> torch.Tensor:
 def _token_terms(
     options: DistillationOptions,
     batch: Batch,
-    tokens: FusedLoss,
+    tokens: PartSums,
     num_items: NumItems,
     num_kd_items: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:

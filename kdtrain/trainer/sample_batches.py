@@ -18,9 +18,10 @@ from kdtrain.data.regroup import by_length, row_lengths, rows_of
 from kdtrain.data.visual_batch import CannotShareError
 from kdtrain.losses.comparison import label_logprobs
 from kdtrain.losses.reduce import IGNORE_INDEX
-from kdtrain.teachers import DenseTargets, Targets, teacher_autocast
-from kdtrain.teachers.by_row import by_row, in_one, nothing_of, tokens_of
-from kdtrain.trainer.evaluation import scores_of
+from kdtrain.teachers import DenseTargets, teacher_autocast
+from kdtrain.teachers.base import AnyTargets
+from kdtrain.teachers.by_row import by_row, in_one, nothing_of, scored, with_one_head
+from kdtrain.trainer.evaluation import comparable
 from kdtrain.trainer.teacher_failures import raised_on_all_ranks
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
 class Asked:
     """What the teacher says of the samples, by their number."""
 
-    targets: list[Targets]
+    targets: list[AnyTargets]
     means: list[float]
     """Of the log-probabilities of the tokens that it has answered for, nats; −inf where it has for none."""
-    of_repeated: list[Targets]
+    of_repeated: list[AnyTargets]
     """Of the batches without new rows, whose forwards are the same motions."""
 
 
@@ -52,31 +53,34 @@ def ask(trainer: GKDTrainerWithMetrics, batches: Sequence[Batch], new: Sequence[
     if teacher.waits:
         with raised_on_all_ranks(trainer.accelerator), trainer.count_waiting():
             teacher.wait([*dealt, *rest])
-    found: dict[int, tuple[Targets, float]] = {}
-    head = None
+    found: dict[int, tuple[AnyTargets, float]] = {}
+    heads: dict[str | None, DenseTargets] = {}
     for rows, batch in zip(groups, dealt, strict=True):
-        targets = trainer._run_teacher_forward(batch)
-        if isinstance(targets.scores, DenseTargets):  # one head for all: sharded, each forward makes a copy of its own
-            head = head or targets.scores.head
-            targets = replace(targets, scores=replace(targets.scores, head=head))
+        targets = with_one_head(trainer._run_teacher_forward(batch), heads)
         parts = by_row(targets, batch)
-        found |= dict(zip(rows, zip(parts, _means(trainer, targets, parts, batch), strict=True), strict=True))
+        found |= dict(zip(rows, zip(parts, _means(trainer, targets, batch), strict=True), strict=True))
     in_order = [found[i] for i in range(len(lengths))]
     of_repeated = [trainer._run_teacher_forward(batch) for batch in rest]
     return Asked([targets for targets, _ in in_order], [mean for _, mean in in_order], of_repeated)
 
 
-def _means(trainer: GKDTrainerWithMetrics, targets: Targets, rows: Sequence[Targets], batch: Batch) -> list[float]:
+def _means(trainer: GKDTrainerWithMetrics, targets: AnyTargets, batch: Batch) -> list[float]:
     """Of the log-probabilities that the teacher gives the tokens of each row, at temperature 1."""
     assert trainer.vocabulary is not None
     columns = trainer.vocabulary.shared
-    labels = batch.labels_S if targets.covered_S is None else batch.labels_S[targets.covered_S.to(batch.labels.device)]
-    scores = scores_of(targets, columns)
-    assert scores is not None, "drawn tokens are those of stored answers, of which there are no samples"
-    with teacher_autocast(trainer.accelerator):
-        logprobs = label_logprobs(scores, labels, columns).double()
-    parts = logprobs.split([tokens_of(row.scores) for row in rows])
-    return [float(part.mean()) if len(part) else -math.inf for part in parts]
+    logprobs_S = torch.zeros(len(batch.labels_S), dtype=torch.float64)
+    known_S = torch.zeros(len(batch.labels_S), dtype=torch.bool)
+    for one in scored(targets, batch):
+        own_S = torch.ones_like(known_S) if one.tokens_S is None else one.tokens_S.cpu()
+        scores = comparable(one.scores, columns)
+        assert scores is not None, "drawn tokens are those of stored answers, of which there are no samples"
+        with teacher_autocast(trainer.accelerator):
+            labels = batch.labels_S[own_S.to(batch.labels.device)]
+            logprobs_S[own_S] = label_logprobs(scores, labels, columns).double()
+        known_S |= own_S
+    counts = batch.predicts_BT.sum(1).tolist()
+    rows = zip(logprobs_S.split(counts), known_S.split(counts), strict=True)
+    return [float(values[known].mean()) if known.any() else -math.inf for values, known in rows]
 
 
 def training_batches(

@@ -29,7 +29,8 @@ from kdtrain.data.stand_in import as_run
 from kdtrain.feature_kd.projected import BatchFeatures, Predicting
 from kdtrain.feature_kd.term import VisualTerm
 from kdtrain.losses.head import Head
-from kdtrain.teachers import DenseTargets, Targets
+from kdtrain.teachers import DenseTargets
+from kdtrain.teachers.base import AnyTargets
 from kdtrain.trainer.objective import Objective, StudentForward, TokenTerm, own_kd_items
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class TermGradients:
     """By the names of the log; a term that the batch does not have is absent."""
     student: DenseTargets | torch.Tensor | None
     """What the student says of the supervised tokens: hidden states and head, or logits [S, V]."""
-    targets: Targets | None
+    targets: AnyTargets | None
     """What the teacher says of them."""
 
 
@@ -55,7 +56,7 @@ def term_gradients(
     model: nn.Module,
     batch: Batch,
     options: DistillationOptions,
-    teacher_forward: Callable[[Batch], Targets],
+    teacher_forward: Callable[[Batch], AnyTargets],
 ) -> TermGradients:
     """The gradient norms of a batch's terms; leaves no gradient behind.
 

@@ -50,6 +50,8 @@ def model_flops(trainer: GKDTrainerWithMetrics) -> ModelFlops | None:
     if peak is None or student is None:
         return None
     teacher = trainer.teacher
+    if teacher is not None and len(teacher.members) > 1 and any(one.module is not None for one in teacher.members):
+        return None  # whose forward a row takes is another matter for each
     module = None if teacher is None else model if teacher.is_student else teacher.module
     of_teacher = None if module is None else forward_flops(_plain(module))
     if module is not None and of_teacher is None:

@@ -10,6 +10,8 @@ Shapes: B rows, T positions, S supervised tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from kdtrain.config.options import TokenSelection
@@ -18,8 +20,9 @@ from kdtrain.errors import ConfigError
 from kdtrain.losses.comparison import Scores
 from kdtrain.losses.token_scores import token_scores
 from kdtrain.losses.topk import TopKLogprobs
-from kdtrain.teachers import Targets
-from kdtrain.trainer.evaluation import scores_of
+from kdtrain.teachers.base import AnyTargets
+from kdtrain.teachers.by_row import Scored, scored
+from kdtrain.trainer.evaluation import comparable
 
 _DRAWN = (
     "rlhf.token_selection.by is disagreement, and the teacher's targets are drawn tokens: choosing tokens by what was "
@@ -32,18 +35,18 @@ def num_kd_tokens(batch: Batch, selection: TokenSelection | None) -> torch.Tenso
     return _most_B(_candidates_BT(batch), selection).sum()
 
 
-def chosen_weights(batch: Batch, student: Scores, targets: Targets, selection: TokenSelection) -> torch.Tensor:
+def chosen_weights(batch: Batch, student: Scores, targets: AnyTargets, selection: TokenSelection) -> torch.Tensor:
     """[S] float32: what the divergence of each supervised token counts, 0 where it is not chosen.
 
     Args:
         student: its distributions at all of them.
     """
     device = student.outputs.device
-    covered_S = targets.covered_S
-    if covered_S is None:
-        covered_S = torch.ones(len(student), dtype=torch.bool, device=device)
-    covered_S = covered_S.to(device)
-    scores_S = _scores(student, targets, covered_S, selection)
+    known = scored(targets, batch)
+    covered_S = torch.zeros(len(student), dtype=torch.bool, device=device)
+    for one in known:
+        covered_S |= _tokens(one, student)
+    scores_S = _scores(student, known, selection)
     predicts_BT, candidates_BT = batch.predicts_BT.to(device), _candidates_BT(batch).to(device)
     may_BT = candidates_BT & predicts_BT.masked_scatter(predicts_BT, covered_S)
     scores_BT = torch.full(may_BT.shape, -torch.inf, dtype=scores_S.dtype, device=device)
@@ -71,16 +74,29 @@ def _most_B(candidates_BT: torch.Tensor, selection: TokenSelection | None) -> to
     return torch.maximum(rounded_up_B, counts_B.clamp(max=1))
 
 
-def _scores(student: Scores, targets: Targets, covered_S: torch.Tensor, selection: TokenSelection) -> torch.Tensor:
-    """[S]; anything where the teacher says nothing, and the score needs it."""
+def _tokens(one: Scored, student: Scores) -> torch.Tensor:
+    """[S] bool: the tokens that a teacher answers for."""
+    device = student.outputs.device
+    if one.tokens_S is None:
+        return torch.ones(len(student), dtype=torch.bool, device=device)
+    return one.tokens_S.to(device)
+
+
+def _scores(student: Scores, known: Sequence[Scored], selection: TokenSelection) -> torch.Tensor:
+    """[S]; anything where no teacher says anything, and the score needs it."""
     if selection.by == "student_entropy":
         return token_scores(selection.by, student)
-    teacher = scores_of(targets, student.columns)
-    if teacher is None:
-        raise ConfigError(_DRAWN)
-    if targets.covered_S is not None:
-        student = Scores(student.outputs[covered_S], student.head, student.columns)
-    if isinstance(teacher, TopKLogprobs):
-        teacher = teacher.to(student.outputs.device)
-    found = token_scores(selection.by, student, teacher)
-    return found.new_zeros(len(covered_S)).masked_scatter(covered_S, found)
+    scores_S: torch.Tensor | None = None
+    for one in known:
+        teacher, own_S = comparable(one.scores, student.columns), _tokens(one, student)
+        if teacher is None:
+            raise ConfigError(_DRAWN)
+        some = student
+        if one.tokens_S is not None:
+            some = Scores(student.outputs[own_S], student.head, student.columns)
+        if isinstance(teacher, TopKLogprobs):
+            teacher = teacher.to(student.outputs.device)
+        found = token_scores(selection.by, some, teacher)
+        scores_S = found.new_zeros(len(student)) if scores_S is None else scores_S
+        scores_S = scores_S.masked_scatter(own_S, found)
+    return torch.zeros(len(student), device=student.outputs.device) if scores_S is None else scores_S

@@ -81,7 +81,8 @@ from kdtrain.preflight.other_tokenizer import RowsAlignment
 from kdtrain.preflight.packing import check_wrapped
 from kdtrain.preflight.positions import refuse_width
 from kdtrain.ranks import is_main
-from kdtrain.teachers import Targets, Teacher, teacher_autocast
+from kdtrain.teachers import RoutedTeacher, Teacher, teacher_autocast
+from kdtrain.teachers.base import AnyTargets, targets_of
 from kdtrain.teachers.other_tokenizer import chunk_targets
 from kdtrain.trainer import argument_checks as checks
 from kdtrain.trainer import construction, metrics
@@ -144,7 +145,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             cross-entropy; all where absent), `kd_weights` [B] or [B, T] (what the divergence of rows or tokens counts).
         teacher: a `kdtrain.teachers.Teacher` instead of `teacher_model`.
         shared_vocab_size: leading logit columns that both models share, where the caller has compared the tokenizers;
-            None finds out.
+            None finds out. Of several teachers a number for each name.
 
     Raises:
         ValueError: KD is active without a teacher, an option is out of range, vocabularies differ, or an argument is of
@@ -175,7 +176,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         formatting_func: Callable[[Any], Any] | None = None,
         *,
         teacher: Teacher | None = None,
-        shared_vocab_size: int | None = None,
+        shared_vocab_size: int | Mapping[str, int] | None = None,
     ) -> None:
         checks.check_arguments(args, model, teacher_model, teacher, processing_class, callbacks)
         assert args is not None
@@ -235,11 +236,14 @@ class GKDTrainerWithMetrics(GKDTrainer):
             self.teacher.follow(self.model)
         self.teacher_model: nn.Module | None = None if self.teacher is None else self.teacher.module
         self.vocabulary: Vocabulary | None = None
+        self.vocabularies: dict[str, Vocabulary] = {}  # by the teachers' names; of a single one under none
         checks.check_options(self, self.options)
         if self.teacher is not None:
-            self.vocabulary = construction.compared_vocabularies(self, self.teacher, shared_vocab_size)
+            self.vocabularies = construction.compared_vocabularies(self, self.teacher, shared_vocab_size)
+            self.vocabulary = construction.shared_by_all(list(self.vocabularies.values()))
             self.teacher.place(self.accelerator)
             self.teacher_model = self.teacher.module  # DeepSpeed's engine, or FSDP's module
+            checks.check_several_teachers(self)
         self.sampler: Sampler | None = construction.build_sampler(self)
         self.receiver = construction.build_receiver(self, train_dataset, eval_dataset)
         self._positions = construction.check_both_models(self)
@@ -531,7 +535,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
             options = options.at_all_tokens()
         return options if options.eval_kd else options.without_kd()
 
-    def _run_teacher_forward(self, batch: Batch) -> Targets:
+    def _run_teacher_forward(self, batch: Batch) -> AnyTargets:
         """The teacher's targets for the supervised tokens; also fires the hooks on its features."""
         assert self.teacher is not None, "the loss asks for a teacher that was never built"
         if self.teacher.module is not None:  # one that looks its answers up needs the rows as they are
@@ -539,13 +543,13 @@ class GKDTrainerWithMetrics(GKDTrainer):
         wants_features = self.visual is not None and (batch.has_images or self.asks_teacher_together)
         wants_features = wants_features or self.hidden is not None
         if batch.targets is not None and not wants_features:
-            known: Targets = batch.targets
+            known: AnyTargets = batch.targets
             return known
         counted = self.count_waiting() if self.model.training else contextlib.nullcontext()
         with teacher_autocast(self.accelerator), counted:
-            targets = self.teacher.targets(batch)
-            crosses = self.options.crosses_tokenizers
-            return chunk_targets(targets, batch, self.options.cross_tokenizer) if crosses else targets
+            if not self.options.crosses_tokenizers:
+                return self.teacher.targets(batch)
+            return chunk_targets(targets_of(self.teacher, batch), batch, self.options.cross_tokenizer)
 
     @contextlib.contextmanager
     def count_waiting(self) -> Iterator[None]:
@@ -576,15 +580,20 @@ class GKDTrainerWithMetrics(GKDTrainer):
             return
         self._packing_unchecked = False
         check_wrapped(model, "student", self.args.device)
-        if self.teacher is not None and self.teacher_model is not None and not self.teacher.is_student:
-            check_wrapped(self.teacher_model, "teacher", self.args.device)
+        for teacher in () if self.teacher is None else self.teacher.members:
+            if teacher.module is not None and not teacher.is_student:
+                check_wrapped(teacher.module, "teacher", self.args.device)
 
     # ---- metrics -----------------------------------------------------------------------------------------------------
 
     def _reduced(self, mode: Literal["train", "eval"]) -> metrics.Reduced:
         """The metrics so far over all ranks; a collective."""
         return metrics.reduce_metrics(
-            self._metrics[mode], self.accelerator, token_weighted=mode == "eval", terms=self.loss_terms
+            self._metrics[mode],
+            self.accelerator,
+            token_weighted=mode == "eval",
+            terms=self.loss_terms,
+            teachers=list(self.vocabularies) if isinstance(self.teacher, RoutedTeacher) else (),
         )
 
     def window_metrics(self) -> dict[str, float]:

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from kdtrain.data.cache import encode_batch
+from kdtrain.data.columns import ROUTE_COLUMN
 from kdtrain.data.encoded_row import Limits
 from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.errors import show
-from kdtrain.data.source import Source
+from kdtrain.data.source import Source, source_loss
 from kdtrain.data.stream.order import BlockPlace, Drawn, SourcePlace, StreamOrder
 from kdtrain.data.stream.shards import identity_of
 from kdtrain.errors import CheckpointError, DataError
@@ -218,6 +219,9 @@ class StreamedRows(torch.utils.data.Dataset[dict[str, Any]]):
         name = f"{drawn.source}:{file}:{drawn.row.line}"
         row = {column: found[column][i] for column in ("input_ids", "labels", "prompt_length", *self._keep)}
         row |= {"ce": self.sources[drawn.source].ce, "row_id": name if turn is None else f"{name}:{turn}"}
+        row |= source_loss(self.sources[drawn.source])
+        if self._encoder.teachers:
+            row[ROUTE_COLUMN] = found["route"][i]
         if found["images"][i]:
             row |= {"text": found["text"][i], "images": found["images"][i]}
         row |= {name: found[name][i] for name in _WEIGHTS if found[name][i] not in (None, 1.0)}

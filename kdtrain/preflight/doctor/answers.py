@@ -19,7 +19,8 @@ from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.models.probe import OPTION_OF
 from kdtrain.preflight.alignment import FEW
 from kdtrain.teachers.base import Scores, Targets
-from kdtrain.teachers.dependence import log_probabilities, part_of
+from kdtrain.teachers.by_row import part_of
+from kdtrain.teachers.dependence import log_probabilities
 
 THINKING = ("<think>", "<thinking>", "<|think|>", "[THINK]", "<reasoning>", "<thought>")
 """Tokens that open a block of reasoning."""

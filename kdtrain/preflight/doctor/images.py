@@ -15,7 +15,7 @@ from kdtrain.config.tree import KeyPath, Problem
 from kdtrain.data.batch import Batch
 from kdtrain.models.probe import OPTION_OF
 from kdtrain.preflight.context import context_kl
-from kdtrain.teachers.base import Teacher
+from kdtrain.teachers.base import Teacher, targets_of
 
 # Nats per token: a teacher that names what it sees moves by whole nats at the word that says it.
 _HARDLY = 1e-3
@@ -33,7 +33,7 @@ def image_findings(teacher: Teacher, batch: Batch, option: KeyPath = OPTION_OF["
     seen = batch.as_teacher_sees_it()
     noisy = replace(seen, model_inputs=_with_noise(seen.model_inputs))
     teacher.prepare([seen, noisy])
-    with_it, without = teacher.targets(seen), teacher.targets(noisy)
+    with_it, without = targets_of(teacher, seen), targets_of(teacher, noisy)
     if with_it.covered_S is not None or without.covered_S is not None:
         return []
     kl_S = context_kl(with_it.scores, without.scores, teacher.vocab_size)

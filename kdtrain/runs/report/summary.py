@@ -41,6 +41,8 @@ def subtitle(run: RunRecord) -> str:
     teacher = {"self": "itself", "cache": "a cache"}.get(backend) or _model(
         run.option("rlhf.teacher_model") or run.option("rlhf.teacher.model")
     )
+    if isinstance(several := run.option("rlhf.teachers"), dict):
+        teacher = f"{'the mean of ' if run.option('rlhf.mix') else ''}{', '.join(map(str, several))}"
     parts = [f"{student}, taught by {teacher}"]
     if weight != 0:
         parts.append(_loss(run.option("rlhf.divergence"), run.option("rlhf.beta")))

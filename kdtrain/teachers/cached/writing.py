@@ -20,10 +20,11 @@ from kdtrain.data.batch import Batch
 from kdtrain.errors import NonFiniteError, TeacherError
 from kdtrain.losses.chunks import chunk_sizes, default_chunk
 from kdtrain.losses.gemm import one_dtype
+from kdtrain.losses.mixture import MixedTopK
 from kdtrain.losses.sampled import SampledTargets
 from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.losses.workspace import workspace
-from kdtrain.teachers.base import DenseTargets, Targets, Teacher
+from kdtrain.teachers.base import DenseTargets, MixedTargets, Targets, Teacher, targets_of
 from kdtrain.teachers.cached.store import Format, RowTargets
 
 _VALUES_IN_CACHE = 1 << 20
@@ -80,7 +81,7 @@ class Asking:
 
     def rows(self, batch: Batch, keys: Sequence[bytes]) -> list[RowTargets]:
         """The targets of each row of a batch, on the CPU, in the form in which they are stored but for rounding."""
-        targets = self.teacher.targets(batch)
+        targets = targets_of(self.teacher, batch)
         counts = batch.predicts_BT.sum(1).tolist()
         stored = stored_targets(targets, self.form, keys, counts)
         ends = np.cumsum(counts).tolist()
@@ -121,6 +122,7 @@ def stored_targets(targets: Targets, form: Format, keys: Sequence[bytes], counts
         _check_finite(scores.hidden)
         return scores.hidden.cpu()
     assert not isinstance(scores, SampledTargets), "no teacher that is asked gives draws"
+    assert not isinstance(scores, MixedTargets | MixedTopK), "a cache is of one teacher"
     uniforms = None if form.mode == "topk" else _uniforms(keys, counts, form.entries or 1)
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     for tokens, logits_CV in _logits(scores, form.vocab_size):
