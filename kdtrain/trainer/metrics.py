@@ -121,7 +121,7 @@ def record(metrics: Mapping[str, list[torch.Tensor]], terms: Terms, batch: Batch
         metrics["num_agree"].append(tokens.num_agree)
     if (chunks_B := batch.num_chunks) is not None and "llm_kd_loss" in terms.named:
         assert batch.teacher_tokens is not None
-        metrics["llm_kd_loss_weight"].append(chunks_B.sum())  # of an evaluation's mean
+        metrics["llm_kd_loss_weight"][-1] = chunks_B.sum()  # in place of tokens, of an evaluation's mean
         for name in ("aligned_bytes", "answer_bytes"):
             metrics[name].append(getattr(batch.teacher_tokens, name).sum())
     for name, values in terms.of_teachers.items():
