@@ -119,7 +119,9 @@ def record(metrics: Mapping[str, list[torch.Tensor]], terms: Terms, batch: Batch
     if tokens.num_agree is not None:
         metrics["num_teacher_tokens"].append(tokens.num_teacher_tokens)
         metrics["num_agree"].append(tokens.num_agree)
-    if batch.num_chunks is not None and "llm_kd_loss" in terms.named:
+    if (chunks_B := batch.num_chunks) is not None and "llm_kd_loss" in terms.named:
+        assert batch.teacher_tokens is not None
+        metrics["llm_kd_loss_weight"][-1] = chunks_B.sum()  # in place of tokens, of an evaluation's mean
         for name in ("aligned_bytes", "answer_bytes"):
             metrics[name].append(getattr(batch.teacher_tokens, name).sum())
     for name, values in terms.of_teachers.items():
