@@ -13,9 +13,8 @@ import os
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kdtrain.data.errors import said, show
 from kdtrain.disk import FULL, failure_of, write_error
@@ -49,8 +48,7 @@ _NOT_TEXT: tuple[tuple[bytes, str], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class RawRow:
+class RawRow(NamedTuple):
     """One row as JSON text, or `problem` when the file does not even hold text there. `line` counts from 1."""
 
     file: str

@@ -94,8 +94,8 @@ def read_all(
 
 
 def _table_of(rows: Sequence[tuple[int, RawRow]], source: int) -> pa.RecordBatch:
-    fields = zip(*((row.file, row.line, row.text, row.problem, source, i) for i, row in rows), strict=True)
-    columns = list(fields) or [()] * len(_RAW)
+    numbers, raw = zip(*rows, strict=True) if rows else ((), ())
+    columns = [*(zip(*raw, strict=True) if raw else [()] * len(RawRow._fields)), [source] * len(rows), numbers]
     return pa.RecordBatch.from_arrays(
         [pa.array(values, field.type) for values, field in zip(columns, _RAW, strict=True)], schema=_RAW
     )
