@@ -76,6 +76,20 @@ ARMS = {
     "alpha_beta": Arm("`alpha_beta`", divergence("alpha_beta")),
     "entropy_aware": Arm("`entropy_aware`", divergence("entropy_aware")),
     "tvd": Arm("`tvd`", divergence("tvd")),
+    "half_by_entropy": Arm(
+        "half of the tokens, by `student_entropy`", ("rlhf.token_selection={by: student_entropy, keep: 0.5}",)
+    ),
+    "half_by_disagreement": Arm(
+        "half of the tokens, by `disagreement`", ("rlhf.token_selection={by: disagreement, keep: 0.5}",)
+    ),
+    "hidden_kd": Arm("and hidden states (`custom.hidden_kd`)", ("custom.hidden_kd.enabled=true",), live=True),
+    "on_policy": Arm(
+        "half of the steps on own samples, reverse KL there",
+        ("rlhf.lmbda=0.5", "rlhf.on_policy={beta: 1}", "rlhf.temperature=1", "rlhf.max_new_tokens=64"),
+        live=True,
+        budget=True,
+        own=0.5,
+    ),
     "temperature": Arm("forward KL at `kd_temperature: 2`", ("rlhf.kd_temperature=2",)),
 }
 
