@@ -130,13 +130,3 @@ def test_it_refuses_other_words(argument, capsys):
         arena.parse([argument])
     assert stopped.value.code == 2
     assert "arena.py: error" in capsys.readouterr().err
-
-
-def test_the_page_shows_what_was_measured():
-    results = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
-    page = (FOLDER / "README.md").read_text(encoding="utf-8")
-    blocks = arena.table(results).strip().split("\n\n")
-    assert len(blocks) == 2
-    assert [block for block in blocks if block not in page] == []
-    assert [*results["arms"]] == [*arena.ARMS]
-    assert results["seeds"] == 5
