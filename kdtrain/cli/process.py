@@ -76,7 +76,7 @@ def set_up_logging(log_format: str, debug: bool) -> None:
             threading.excepthook = lambda _: None
         os.environ.setdefault("DATASETS_VERBOSITY", "error")
         logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a home that it cannot write to, and of fonts
-        # transformers imports torchao wherever it is installed; its kernels for GPUs are missed on a CPU, in four lines.
+        # transformers imports torchao wherever it is installed, which misses its GPU kernels on a CPU, in four lines.
         for name in ("torchao", "torch.utils._pytree"):
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
