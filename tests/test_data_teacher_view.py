@@ -427,13 +427,18 @@ def test_supervised_tokens_that_differ_are_an_error_and_no_gradient(change, hint
         wrong.as_teacher_sees_it()
 
 
+def present(teacher_tokens):
+    """Its tensors, without those that only a teacher with another tokenizer has."""
+    return {name: value for name, value in vars(teacher_tokens).items() if value is not None}
+
+
 def test_the_teachers_tokens_come_along_wherever_a_batch_goes(hinted):
     batch = collator(hinted)(ROWS)
-    tensors = dict(vars(batch.teacher_tokens))
-    assert {value.device.type for value in vars(batch.to("meta").teacher_tokens).values()} == {"meta"}
+    tensors = present(batch.teacher_tokens)
+    assert {value.device.type for value in present(batch.to("meta").teacher_tokens).values()} == {"meta"}
     assert batch.to("cpu") is batch
     cut = cut_rows(batch, 2)
-    for name, value in vars(cut.teacher_tokens).items():
+    for name, value in present(cut.teacher_tokens).items():
         assert torch.equal(value, tensors[name][:2])
     assert torch.equal(cut.as_teacher_sees_it().labels_S, cut.labels_S)
     assert batch.without_labels().as_teacher_sees_it().num_supervised == 0
@@ -446,7 +451,7 @@ def test_the_teachers_tokens_come_along_wherever_a_batch_goes(hinted):
     from kdtrain.data.batch import received, right_padded
 
     found = received(given, None)
-    assert vars(found.teacher_tokens) == tensors
+    assert present(found.teacher_tokens) == tensors
     assert found.teacher_images is None
     left = {name: value.flip(1) if value.dim() == 2 else value for name, value in tensors.items()}
     for i, mask in enumerate(batch.teacher_tokens.attention_mask):
