@@ -266,7 +266,7 @@ def encode_sources(
             plan = mix([content.rows for content in contents], weights, sample_limit, seed)
             varies = new_parts and sample_limit is None and any(weight % 1 for weight in weights)
             # Rows of no epoch are not encoded. From here on rows are numbered among those that are.
-            used = np.arange(len(raw)) if varies else np.unique(plan)
+            used = np.arange(len(raw)) if varies else np.flatnonzero(np.bincount(plan, minlength=len(raw)))
             plan = np.searchsorted(used, plan)
             content = [f"{one.rows}:{one.content}" for one in contents]
             if len(used) < len(raw):
@@ -360,8 +360,9 @@ def _source_of(raw: datasets.Dataset) -> np.ndarray:
 
 
 def _numbers(raw: datasets.Dataset, column: str) -> np.ndarray:
-    """A column of rows that may be selected ones, which the table below has not."""
-    return np.asarray(raw.select_columns([column]).with_format("numpy")[:][column])
+    """A column of rows that may be selected ones, out of Arrow: `datasets` looks at each value."""
+    numbers = _column(raw, column)
+    return numbers if raw._indices is None else numbers[raw._indices.column(0).to_numpy()]
 
 
 def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[Source], limits: Limits) -> BuildReport:

@@ -136,7 +136,7 @@ def lines_from(path: Path, offset: int = 0, line: int = 0) -> Iterator[tuple[Raw
                 offset += len(text)
                 if number == 1:
                     text = text.removeprefix(b"\xef\xbb\xbf")
-                if not text.strip():
+                if not (text := text.strip()):
                     continue
                 try:
                     yield RawRow(name, number, text.decode("utf-8").strip()), offset
