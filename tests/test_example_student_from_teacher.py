@@ -32,7 +32,12 @@ def test_the_demo_refuses_other_words(monkeypatch, argument):
 
 
 def test_healing_is_forward_kl_alone():
-    rlhf = check_config(FOLDER / "heal.yaml").config.rlhf
+    built = [
+        "model.model=a/student",
+        "rlhf.teacher_model=a/teacher",
+        "data.train=some/rows",
+    ]  # what the demo makes first
+    rlhf = check_config(FOLDER / "heal.yaml", built).config.rlhf
     assert (rlhf.beta, rlhf.sft_alpha, rlhf.llm_kd_weight, rlhf.lmbda) == (0, 0, 1, 0)
 
 

@@ -56,7 +56,7 @@ def test_the_manifest_holds_every_file_of_a_checkpoint(run):
     assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "unlogged_0.safetensors"} <= found["files"].keys()
     facts = {key: found[key] for key in ("version", "step", "world_size", "finite", "resumed_from")}
     assert facts == {
-        "version": 1, "step": 2, "world_size": 1, "finite": True, "resumed_from": None,
+        "version": 2, "step": 2, "world_size": 1, "finite": True, "resumed_from": None,
     }  # fmt: skip
     assert found["facts"].keys() == {"config", "training", "content", "data"}
     assert {"torch", "transformers", "trl"} <= found["versions"].keys()
@@ -122,6 +122,19 @@ def test_a_damaged_file_of_any_kind_is_skipped_by_auto_and_refused_by_name(run, 
             checkpoint_to_resume(run, str(checkpoint))
         (checkpoint / name).write_bytes(before)
     assert newest_complete(run).newest == checkpoint
+
+
+def test_no_byte_of_a_manifest_changes_unseen(run):
+    manifest = run / "checkpoint-2" / "kdtrain_manifest.json"
+    before = manifest.read_bytes()
+    for place in range(0, len(before) - 1, len(before) // 97):
+        changed = bytearray(before)
+        changed[place] ^= 1
+        manifest.write_bytes(changed)
+        assert read_manifest(run / "checkpoint-2") == {}, before[place - 20 : place + 20]
+    assert '"version": 2' in before.decode()
+    manifest.write_text(before.decode().replace('"xxh3_128"', '"other"'))
+    assert read_manifest(run / "checkpoint-2") == {}
 
 
 def test_where_all_are_damaged_the_run_ends_with_6_and_nothing_is_written_over(project, kdtrain):

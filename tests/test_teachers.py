@@ -1,11 +1,11 @@
 """A teacher of one's own: what it is asked, when, and that tokens it does not answer for are trained on data alone."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from kdtrain.config.options import DistillationOptions
 from kdtrain.losses import TopKLogprobs, dense_distillation_loss
 from kdtrain.losses.head import Head
 from kdtrain.teachers import DenseTargets, Targets, Teacher
@@ -330,9 +330,9 @@ def test_a_teacher_that_is_no_model_cannot_write_answers_nor_show_features(tmp_p
 
 
 def test_what_a_teacher_says_it_can_do_is_what_it_is_asked_for(teacher):
-    options = SimpleNamespace(needs_teacher=True, lm_kd_active=True, seq_kd=True, visual_kd=None, llm_kd_weight=1.0)
+    options = DistillationOptions(seq_kd=True)
     writes = type("Writes", (OwnTeacher,), {"can_generate": True})(teacher)
     check_teacher_can(writes, options)
-    options.visual_kd = VISUAL
+    options = options.model_copy(update={"visual_kd": VISUAL})
     with pytest.raises(ValueError, match="needs a teacher"):
         check_teacher_can(writes, options)

@@ -107,7 +107,7 @@ def test_weights_of_samples_are_not_rounded_where_inputs_are(tmp_path, student, 
 
 def test_of_equal_samples_the_first_trains(tmp_path, student, teacher, monkeypatch):
     trainer = make_trainer(tmp_path, student, teacher, **BEST)
-    equal = lambda trainer, targets, rows, batch: [-1.0] * len(rows)  # noqa: E731
+    equal = lambda trainer, targets, batch: [-1.0] * len(batch)  # noqa: E731
     monkeypatch.setattr("kdtrain.trainer.sample_batches._means", equal)
     assert set(chosen(trainer, sampled(trainer))[1]) == {"0", "3"}
 

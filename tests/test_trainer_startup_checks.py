@@ -48,7 +48,8 @@ def test_the_best_step_is_the_one_with_the_best_value(tmp_path, student, teacher
 def test_every_term_and_metric_has_a_direction_or_is_known_to_have_none():
     from kdtrain.trainer.metrics import LOSS_TERMS, TOKEN_METRICS
 
-    assert {*LOSS_TERMS, *TOKEN_METRICS} - HIGHER_IS_BETTER.keys() == {"student_entropy", "teacher_entropy"}
+    neither = {"student_entropy", "teacher_entropy", "aligned_share"}
+    assert {*LOSS_TERMS, *TOKEN_METRICS} - HIGHER_IS_BETTER.keys() == neither
     assert [name for name, higher in HIGHER_IS_BETTER.items() if higher] == ["token_accuracy", "teacher_agreement"]
 
 

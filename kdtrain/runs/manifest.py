@@ -6,13 +6,14 @@ manifest either.
 
 | key | what |
 |---|---|
-| `version` | of this form: 1 |
+| `version` | of this form: 2; of 1 there are some that have no `xxh3_128` |
 | `step`, `world_size`, `time` | optimizer steps so far, processes, seconds since 1970 |
 | `versions` | of the libraries that have written it |
 | `files` | each file of the folder: `size` in bytes and `xxh3_128`, null where sizes alone are wanted |
 | `finite` | whether trained weights and the optimizer's state were |
 | `resumed_from` | the checkpoint that this run went on from: its name, a path where it is another run's, or null |
 | `facts` | what a resumed run is compared with |
+| `xxh3_128` | of all of that: a number that has changed on the disk would be believed otherwise |
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def write_manifest(
         sync(path)
         folders.add(path.parent)
     manifest = {
-        "version": 1,
+        "version": 2,
         "step": step,
         "world_size": world_size,
         "time": time.time(),
@@ -75,6 +76,7 @@ def write_manifest(
         "resumed_from": resumed_from,
         "facts": dict(facts or {}),
     }
+    manifest["xxh3_128"] = _hash_of(manifest)
     with replaced(checkpoint / MANIFEST) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.write(json.dumps(manifest, indent=1) + "\n")
         file.flush()
@@ -84,9 +86,12 @@ def write_manifest(
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; empty where there is none, or none that can be read."""
+    """The manifest of a checkpoint; empty where there is none, or none that can be read and is as it was written."""
     found = read_map(checkpoint / MANIFEST)
-    return found if isinstance(found.get("files"), dict) else {}
+    if not isinstance(found.get("files"), dict):
+        return {}
+    written = found.pop("xxh3_128", None)
+    return found if found.get("version") == 1 or written == _hash_of(found) else {}
 
 
 def why_damaged(checkpoint: Path, only: Callable[[str], bool] = lambda name: True) -> str | None:
@@ -179,6 +184,10 @@ def by_size() -> bool:
 def _files(checkpoint: Path) -> list[Path]:
     ours = (checkpoint / MANIFEST, checkpoint / UNFINISHED)
     return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path not in ours)
+
+
+def _hash_of(manifest: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _hash(path: Path) -> str:
