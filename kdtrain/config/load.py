@@ -1,8 +1,7 @@
 """Checks a config in one pass over everything, and loads it.
 
     file or mapping -> tree with places (`sources`) -> absolute paths (`paths`) and the messages of the teacher's prefix
-    (`prefix`) -> models (`schema`, `training_rules`)
-    -> what is not there yet (`availability`) and how options go together (`rules`)
+    (`prefix`) -> models (`schema`, `training_rules`) -> how options go together (`rules`)
 
 Each step goes on where the one before found mistakes, without what is wrong, so that all of them are reported at once.
 Nothing here imports torch, and nothing reads an environment variable.
@@ -21,7 +20,6 @@ from pydantic import ValidationError
 
 from kdtrain.config import tree
 from kdtrain.config.arguments import TrainArguments, build_train_arguments
-from kdtrain.config.availability import check_available
 from kdtrain.config.diagnose import COMMAND_LINE, Diagnostic, InvalidConfigError, dotted, looks_secret
 from kdtrain.config.paths import resolve_paths
 from kdtrain.config.prefix import read_prefix
@@ -171,7 +169,6 @@ def _validate(root: Node, wrong: list[KeyPath], rules: bool) -> tuple[RunConfig 
     config, found = _build(values, root)
     problems += found
     if config is not None and rules:
-        problems += check_available(config)
         wrong = wrong + [problem.path for problem in problems if problem.level == "error"]
         problems += check_rules(config, root, wrong)
     return config, problems
