@@ -23,19 +23,24 @@ _THOUGHT = re.compile(f"\\A(?:(?!{THINK}).)*?{THINK_END}|{THINK}(?:(?!{THINK}).)
 
 def form_of(chat: Chat, kwargs: Mapping[str, Any]) -> Any:
     """All that decides what a template leaves out, beside the words; `kwargs` are those that it reads."""
-    messages = tuple(
-        (
-            message["role"],
-            _kinds(message),
-            "reasoning_content" in message,
-            bool(message.get("name")),
-            len(message.get("tool_calls") or ()),
-            isinstance(message["content"], str),
-        )
-        for message in chat.messages
-    )
+    messages = tuple(map(_form_of, chat.messages))
     arguments = json.dumps(kwargs, sort_keys=True, default=str) if kwargs else ""
     return messages, len(chat.tools or ()), arguments, tuple(chat.trained)
+
+
+def _form_of(message: Message) -> Any:
+    text = message["content"]
+    # Nearly all messages are such. Others have more than a name to tell them apart.
+    if len(message) == 2 and isinstance(text, str) and "think>" not in text and text and not text.isspace():
+        return message["role"]
+    return (
+        message["role"],
+        _kinds(message),
+        "reasoning_content" in message,
+        bool(message.get("name")),
+        len(message.get("tool_calls") or ()),
+        isinstance(text, str),
+    )
 
 
 def _kinds(message: Message) -> tuple[str, ...]:
