@@ -23,7 +23,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import xxhash
 
-from kdtrain.data.cache import encode_cached
+from kdtrain.data.cache import distinct, encode_cached
 from kdtrain.data.cache_folder import default_cache_folder
 from kdtrain.data.columns import ROUTE_COLUMN
 from kdtrain.data.encoded_row import Limits
@@ -376,7 +376,7 @@ def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[S
     beyond = np.where(kept, np.maximum(length - (limits.max_length or length.max()), 0), np.where(dropped, length, 0))
     return BuildReport(
         rows_read=len(raw),
-        rows_kept=len(np.unique(made_of[kept])),
+        rows_kept=distinct(made_of[kept]),
         bad_rows=len(bad),
         first_bad=[f"{_place(raw, made_of[i])}: {encoded[int(i)]['problem']}" for i in bad[:3]],
         truncated=int((kept & (length > (limits.max_length or length.max()))).sum()),
@@ -393,10 +393,8 @@ def _count(encoded: datasets.Dataset, raw: datasets.Dataset, sources: Sequence[S
         longest=int(length.max()),
         stop_tokens_added=int(_column(encoded, "extended").sum()),
         unterminated_rows=int(_column(encoded, "unterminated").sum()),
-        weighted_rows=len(np.unique(made_of[kept & _weighs(encoded)])),
-        teacher_text_rows=len(
-            np.unique(made_of[np.asarray(pc.is_valid(encoded.data.column("teacher_prompt_length")))])
-        ),
+        weighted_rows=distinct(made_of[kept & _weighs(encoded)]),
+        teacher_text_rows=distinct(made_of[np.asarray(pc.is_valid(encoded.data.column("teacher_prompt_length")))]),
     )
 
 

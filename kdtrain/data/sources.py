@@ -29,6 +29,7 @@ from kdtrain.data.csv_files import read_csv
 from kdtrain.data.errors import show
 from kdtrain.data.files import CSV, JSON, TABLES, RawRow, cannot_read, check_ending, kind_of
 from kdtrain.data.folders import is_saved, unread_files
+from kdtrain.data.heap import frozen_heap
 from kdtrain.data.held_out import HeldOut
 from kdtrain.data.hub import load_from_hub
 from kdtrain.data.json_files import read_json
@@ -77,7 +78,7 @@ def read_all(
     With `held_out` only those of its side, with the numbers that they have among all.
     """
     contents, total = [], 0
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _RAW) as writer:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _RAW) as writer, frozen_heap():
         for index, source in enumerate(sources):
             size, digest = 0, xxhash.xxh3_128()
             for batch in _batches(enumerate(_read(source))):
