@@ -57,15 +57,17 @@ def test_every_arm_is_a_config_of_its_own(built):
 
 
 def test_equal_flops(built):
-    costs = arena.cost()
+    costs, arms = arena.cost(), arena.ARMS
     assert costs.teacher > costs.student > costs.teacher_head > 0
-    live = dataclasses.replace(arena.ARMS[arena.BASELINE], live=True)
-    assert costs.of(live, arena.STEPS) == pytest.approx(costs.budget)
-    for arm in (arm for arm in arena.ARMS.values() if arm.budget):
-        assert costs.of(arm, costs.steps(arm)) == pytest.approx(costs.budget, rel=2e-3)
-    same = {costs.of(arm, costs.steps(arm)) for arm in arena.ARMS.values() if arm.teaches and not arm.live}
+    live = dataclasses.replace(arms[arena.BASELINE], live=True)
+    budgets = {"live": arena.STEPS * costs.of_step(live), "cache": arena.STEPS * costs.of_step(arms[arena.BASELINE])}
+    assert budgets["cache"] < budgets["live"]
+    assert {arm.budget for arm in arms.values()} == {None, "live", "cache"}
+    for arm in (arm for arm in arms.values() if arm.budget):
+        assert costs.steps(arm) * costs.of_step(arm) == pytest.approx(budgets[arm.budget], rel=2e-3)
+    same = {costs.of_step(arm) for arm in arms.values() if arm.teaches and not arm.live}
     assert len(same) == 1, "arms that read the cache take the same"
-    assert costs.of(arena.ARMS["ce"], arena.STEPS) < min(same) < costs.budget
+    assert costs.steps(arms["ce"]) == arena.STEPS < costs.steps(arms["ce_cache_flops"]) < costs.steps(arms["ce_flops"])
 
 
 def test_the_flops_of_a_row_are_counted(built):
