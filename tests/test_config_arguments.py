@@ -75,7 +75,7 @@ def test_scenario_the_constructor_never_sees_our_knobs(tmp_path: Any) -> None:
     attached = {"generation", "samples_per_prompt", "select", "skew_alpha", "ab_alpha", "ab_beta", "entropy_threshold"}
     attached |= {"cross_tokenizer"}
     fields = set(DistillationOptions.model_fields)
-    without = attached | {"select_regex", "token_selection", "on_policy"}
+    without = attached | {"select_regex", "token_selection", "token_weights", "on_policy"}
     assert set(kwargs) & fields == fields - set(ours) - without
 
 

@@ -25,6 +25,7 @@ OTHER: dict[str, Any] = {
     "on_policy": {"divergence": "tvd"},
     "kd_temperature": 2.0,
     "token_selection": {"by": "disagreement", "keep": 0.25},
+    "token_weights": {"top": 0.3, "share": 0.6},
     "cross_tokenizer": "alm",
     "lmbda": 0.75,
     "seq_kd": True,

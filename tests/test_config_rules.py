@@ -84,6 +84,9 @@ WRONG_VALUES: list[tuple[str, Any, str]] = [
     ("rlhf__token_selection__by", "entropy", "expected one of student_entropy, disagreement, got text 'entropy'"),
     ("rlhf__token_selection__keep", 0, "must be above 0"),
     ("rlhf__token_selection__keep", 1.5, "at most 1"),
+    ("rlhf__token_weights__by", "entropy", "expected visual_reliance, got text 'entropy'"),
+    ("rlhf__token_weights__top", 1, "below 1"),
+    ("rlhf__token_weights__share", 0, "must be above 0"),
     ("rlhf__seq_kd", "no", "expected true or false, got text 'no' | write false"),
     ("rlhf__seq_kd", 1, "expected true or false, got the number 1"),
     ("rlhf__teacher", 3, "expected a map"),
@@ -251,6 +254,8 @@ def test_what_counts_on_the_number_of_rows_is_refused_beside_a_stream(
 QLORA = {"model__quantization": "4bit", "tuner__train_type": "lora"}
 AWARE = {"model__quantization_aware": "int4"}
 OF_TEACHER = "rlhf.teacher_model_init_kwargs.quantization_config"
+WEIGHTS = "rlhf.token_weights"
+RELIANCE = {"rlhf__token_weights": {"by": "visual_reliance"}}
 CONFLICTS: list[tuple[dict[str, Any], str, str]] = [
     ({"model__quantization": "8bit"}, "model.quantization", "8bit needs tuner.train_type: lora"),
     ({**QLORA, "training__fsdp": "full_shard"}, "training.fsdp", "a quantised student cannot be cut into pieces"),
@@ -379,6 +384,24 @@ CONFLICTS += [
         "features are those of the same modules",
     ),
     ({"rlhf": {"teacher": {**ITSELF, "weights": "ema", "ema_decay": 1}}}, "rlhf.teacher.ema_decay", "must be below 1"),
+    ({**RELIANCE, "rlhf__token_selection": {"keep": 0.5}}, WEIGHTS, "one weighs all tokens of a row, the other leaves"),
+    ({**RELIANCE, "data__packing": True}, WEIGHTS, "is for rows with images, and data.packing for text"),
+    ({**RELIANCE, "rlhf__cross_tokenizer": "alm"}, WEIGHTS, "not available yet beside rlhf.cross_tokenizer"),
+    (
+        {"rlhf": {"teachers": {"a": {"teacher_model": "org/a"}, "b": {"teacher_model": "org/b"}}, "token_weights": {}}},
+        WEIGHTS,
+        "not available yet beside rlhf.teachers",
+    ),
+    (
+        {"rlhf": {"teacher": {"backend": "vllm", "base_url": "http://h/v1", "model": "m"}, "token_weights": {}}},
+        WEIGHTS,
+        "not available yet with rlhf.teacher.backend: vllm: a server is not asked about other images yet",
+    ),
+    (
+        {"rlhf": {"teacher": {**ITSELF, "weights": "ema"}, "token_weights": {}}},
+        WEIGHTS,
+        "the student itself is not asked",
+    ),
 ]
 
 
@@ -447,6 +470,7 @@ IDLE: list[tuple[dict[str, Any], str, str]] = [
         "no effect: rlhf.lmbda is 0, the student writes no answers (the same goes for select_regex)",
     ),
     ({"rlhf": {"llm_kd_weight": 0, "select": "best"}}, "rlhf.select", "rlhf.llm_kd_weight is 0"),
+    ({"rlhf": {"llm_kd_weight": 0, "token_weights": {}}}, "rlhf.token_weights", "rlhf.llm_kd_weight is 0"),
     ({"rlhf__select": "best"}, "rlhf.select", "no effect: rlhf.samples_per_prompt is 1"),
     ({"rlhf__token_selection": {"keep": 1}}, "rlhf.token_selection", "no effect: its keep is 1, which is every token"),
     ({"rlhf__lmbda": 0, "rlhf__max_new_tokens": 5}, "rlhf.max_new_tokens", "nothing is sampled"),

@@ -24,6 +24,7 @@ from kdtrain.config import ConfigLoader, RunConfig, TrainArguments, check_config
 from kdtrain.config.arguments import Hardware, build_train_arguments
 from kdtrain.config.options import DistillationOptions, TrainingOptions
 from kdtrain.data import BuildReport
+from kdtrain.data.batch import Batch, Rows
 from kdtrain.errors import PreflightError
 from kdtrain.feature_kd.grids import image_grids
 from kdtrain.feature_kd.hooks import tapped
@@ -38,6 +39,7 @@ from kdtrain.runs.report.facts import FactsReporter
 from kdtrain.teachers import SelfTeacher
 from kdtrain.teachers import build as teachers
 from kdtrain.trainer import GKDTrainerWithMetrics
+from kdtrain.trainer.reliance_weights import weights_by
 from tests import tiny
 from tests.test_feature_kd_term import enlarged
 from tests.test_trainer import TopKTeacher
@@ -320,6 +322,14 @@ def visual(config: dict[str, Any]) -> Outcome:
     return _visual(config, student, teacher, inputs, inputs)
 
 
+def weights(config: dict[str, Any]) -> Outcome:
+    """What the tokens of a row with an image count."""
+    weighing = DistillationOptions.from_args(arguments(config).training_args).weighing
+    labels = torch.tensor([[-100, *range(10)]])
+    batch = Batch(model_inputs={"input_ids": labels}, labels=labels, rows=Rows(pictured=[True]))
+    return weighing and weights_by(torch.arange(10.0), batch, weighing).tolist()
+
+
 def visual_on_a_finer_grid(config: dict[str, Any]) -> Outcome:
     """The same where the teacher's vision encoder sees twice as many pixels a side, or why they cannot be compared."""
     student, teacher, inputs = _gemma3()
@@ -484,6 +494,9 @@ CHANGES: dict[str, Change] = {
     "rlhf.token_selection": Change({"keep": 0.25}, loss),
     "rlhf.token_selection.by": Change("disagreement", loss, {"rlhf.token_selection.keep": 0.25}),
     "rlhf.token_selection.keep": Change(0.25, loss, {"rlhf.token_selection.by": "student_entropy"}),
+    "rlhf.token_weights": Change({}, weights),
+    "rlhf.token_weights.top": Change(0.5, weights, {"rlhf.token_weights.by": "visual_reliance"}),
+    "rlhf.token_weights.share": Change(0.75, weights, {"rlhf.token_weights.by": "visual_reliance"}),
     "rlhf.lmbda": Change(1.0, window),
     "rlhf.seq_kd": Change(True, window),
     "rlhf.temperature": Change(0.1, window, {"rlhf.lmbda": 1.0}),

@@ -40,11 +40,14 @@ class Column:
     """Of the trainer."""
     family: str | None = "qwen"
     """Of the models; None is text."""
+    weighs: bool = False
+    """Whether tokens count by how much the teacher reads them off the images."""
 
 
 COLUMNS = {
     "padded": Column(),
     "padded to 64": Column({"pad_to_multiple_of": 64}),
+    "by visual reliance": Column(weighs=True),
     "text, padded": Column(family=None),
     "text, padded to 64": Column({"pad_to_multiple_of": 64}, family=None),
     "text, padding-free": Column({"padding_free": True}, family=None),
@@ -104,6 +107,7 @@ def train(strategy: Strategy, folder: Any, column: Column, split: tuple[int, int
         folder, student, teacher, rows=rows, sft_alpha=0.3, optim="sgd", max_grad_norm=1e9, learning_rate=RATE,
         lr_scheduler_type="constant", train_sampling_strategy="sequential", max_steps=1, log_level="error",
         per_device_train_batch_size=split[0], gradient_accumulation_steps=split[1],
+        token_weights={"top": 0.3} if column.weighs else None,
         **options, **column.options, **spread, **kwargs,
     )  # fmt: skip
     trainer.startup_checked = trainer.alignment_checked = True  # they take as long as the window
@@ -116,9 +120,9 @@ def train(strategy: Strategy, folder: Any, column: Column, split: tuple[int, int
 
 
 @functools.cache
-def expected(folder: Any, family: str | None, answers: str) -> Any:
+def expected(folder: Any, family: str | None, weighs: bool, answers: str) -> Any:
     """Of one process with all rows in one micro-batch, and which parts of the models it trains."""
-    numbers, weights = train(ONE, folder, Column(family=family), (len(IMAGES), 1), **ANSWERS[answers])
+    numbers, weights = train(ONE, folder, Column(family=family, weighs=weighs), (len(IMAGES), 1), **ANSWERS[answers])
     assert set(numbers) == set(VISUAL if family else HIDDEN)
     assert all(numbers[name] > 1e-3 for name in numbers if name != "sft_loss" or answers != "its own answers")
     untrained, _, _, _ = models_and_rows(family)
@@ -146,7 +150,7 @@ CELLS = [
 @pytest.mark.parametrize(("name", "column", "answers", "split"), CELLS)
 def test_the_same_rows_give_the_same_loss_and_gradients(tmp_path_factory, tmp_path, name, column, answers, split):
     laid, strategy = COLUMNS[column], STRATEGIES[name]
-    numbers, weights = expected(tmp_path_factory.getbasetemp() / "one", laid.family, answers)
+    numbers, weights = expected(tmp_path_factory.getbasetemp() / "one", laid.family, laid.weighs, answers)
     for ours, our_weights in strategy.run(train, tmp_path, laid, split, **ANSWERS[answers]):
         assert ours == pytest.approx(numbers, rel=1e-5)
         assert our_weights.keys() == weights.keys()

@@ -24,6 +24,7 @@ KNOBS += ("samples_per_prompt", "select", "select_regex", "generation", "disable
 KNOBS += (
     "hidden_kd",
     "token_selection",
+    "token_weights",
     "cross_tokenizer",
     "early_stopping_patience",
     "teacher_placement",

@@ -102,6 +102,7 @@ CLASSES: dict[str, Kind] = {
     **_classes(REFUSED, "rlhf.on_policy", "divergence beta"),
     **_classes(REFUSED, "rlhf", "skew_alpha ab_alpha ab_beta entropy_threshold cross_tokenizer"),
     **_classes(REFUSED, "rlhf", "token_selection token_selection.by token_selection.keep"),
+    **_classes(REFUSED, "rlhf", "token_weights token_weights.top token_weights.share"),
     **_classes(REFUSED, "rlhf", "max_new_tokens max_new_tokens.from max_new_tokens.to max_new_tokens.over"),
     **_classes(REFUSED, "rlhf", "samples_per_prompt select select_regex disable_dropout eval_kd"),
     **_classes(REFUSED, "rlhf.generation", "backend top_p top_k min_p"),

@@ -26,6 +26,7 @@ from pydantic import (
 from kdtrain.config.diagnose import dotted
 from kdtrain.config.hidden_kd import HiddenKdConfig
 from kdtrain.config.section import Count, Flag, NonNegative, Number, Positive, Section, Share, Text, Whole, wrong
+from kdtrain.config.token_weights import TokenWeights
 from kdtrain.errors import ConfigError
 from kdtrain.losses.kinds import (
     DEFAULT_PARAMS,
@@ -172,6 +173,9 @@ class LossAndSampling(Section):
     token_selection: TokenSelection | None = None
     """While training, take the divergence at some of each row's tokens alone, such as
     `{by: student_entropy, keep: 0.5}`. null takes all. Evaluation does in any case."""
+    token_weights: TokenWeights | None = None
+    """While training, let the tokens of a row with images count by how much the teacher reads them off these, such as
+    `{by: visual_reliance}`. null: all count alike, as in evaluation. For hf teachers."""
     cross_tokenizer: Literal["alm", "uld"] | None = None
     """For a teacher with another tokenizer, which reads the student's answers as text behind its own chat template.
     `alm`: the likelihoods of chunks of text that tokens of both make up are compared, in place of distributions over
@@ -237,6 +241,8 @@ class LossAndSampling(Section):
         found, selection = self.token_selection, ""
         if found is not None and found.keep < 1:
             selection = f", {found.keep:.3g} of the tokens by {found.by}"
+        if self.token_weights is not None:
+            selection += f", tokens weighed by {self.token_weights.by}"
         return f"{numbers}, temperature {self.kd_temperature:g}{selection}".removeprefix(", ")
 
     @property
@@ -385,9 +391,15 @@ class DistillationOptions(LossAndSampling):
         found = self.token_selection
         return None if found is None or found.keep == 1 or not self.lm_kd_active or self.crosses_tokenizers else found
 
+    @property
+    def weighing(self) -> TokenWeights | None:
+        """`token_weights` where there is a divergence that they weigh."""
+        return self.token_weights if self.lm_kd_active else None
+
     def at_all_tokens(self) -> DistillationOptions:
-        """The same without `token_selection`."""
-        return self if self.token_selection is None else self.model_copy(update={"token_selection": None})
+        """The same without `token_selection` and `token_weights`."""
+        own = [name for name in ("token_selection", "token_weights") if getattr(self, name) is not None]
+        return self.model_copy(update=dict.fromkeys(own)) if own else self
 
     @property
     def crosses_tokenizers(self) -> bool:

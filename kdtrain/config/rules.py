@@ -25,6 +25,7 @@ from kdtrain.config.server_urls import check_server_urls
 from kdtrain.config.several import broken_of, each_teacher, is_about_teacher, losses_of_rows, several_teachers
 from kdtrain.config.splits import share_rows
 from kdtrain.config.streams import streamed_sources
+from kdtrain.config.token_weight_rules import token_weights
 from kdtrain.config.tree import KeyPath, Node, Problem, Written, dotted, get, locate
 
 _SERVER = (
@@ -124,7 +125,7 @@ def idle_distillation(config: RunConfig, written: Written) -> Iterator[Problem]:
     if not config.options.lm_kd_active:
         zero = "rlhf.llm_kd_weight is 0"
         generation = [*sampled, *sampling] if any(written.has("rlhf", name) for name in sampled) else []
-        of_divergence = ["divergence", *NUMBERS_OF, "kd_temperature", "token_selection"]
+        of_divergence = ["divergence", *NUMBERS_OF, "kd_temperature", "token_selection", "token_weights"]
         yield from written.idle([*of_divergence, *generation], zero, "rlhf")
         yield from written.idle(completions, f"{zero}, so no answers are generated while training", "training")
         if rlhf.sft_alpha > 0 and written.has("rlhf", "sft_alpha"):
@@ -481,7 +482,14 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
             "data.train_on",
         ),
     ),
-    (several_teachers, (*_KD_SWITCHES, "rlhf.teachers", "rlhf.mix", "rlhf.seq_kd")),
+    (
+        token_weights,
+        (
+            *(*_KD_SWITCHES, "rlhf.token_weights", "rlhf.teacher.backend", "rlhf.token_selection"),
+            *("rlhf.cross_tokenizer", "data.packing", "data.padding_free"),
+        ),
+    ),
+    (several_teachers, (*_KD_SWITCHES, "rlhf.teachers", "rlhf.mix", "rlhf.seq_kd", "rlhf.token_weights")),
     (losses_of_rows, (*_KD_SWITCHES, "rlhf.divergence", "rlhf.beta", "rlhf.on_policy", "rlhf.lmbda", "rlhf.eval_kd")),
     (idle_selection, ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.samples_per_prompt", "rlhf.select")),
     (commented_regex, ()),

@@ -123,6 +123,9 @@ def several_teachers(config: RunConfig, written: Written) -> Iterator[Problem]:
     if config.options.crosses_tokenizers:
         message = "not available yet beside rlhf.teachers, which must have the student's tokens"
         yield Problem(("rlhf", "cross_tokenizer"), message, "remove it, or take one teacher", on_key=True)
+    if config.options.weighing is not None:
+        message = "not available yet beside rlhf.teachers, which are asked about each row once"
+        yield Problem(("rlhf", "token_weights"), message, "remove it, or take one teacher", on_key=True)
     yield from _not_available(config, written)
     for option in ("visual_kd", "hidden_kd"):
         if getattr(config.options, option) is not None and len(rlhf.teachers) > 1:

@@ -71,6 +71,8 @@ class Rows:
 
     teachers: Sequence[str | None] = ()
     """Which of several teachers answers for each row, by its name in `rlhf.teachers`; empty where there is one."""
+    pictured: Sequence[bool] = ()
+    """Whether each row has an image, where the batch has `blank_images`; else empty."""
     losses: Sequence[tuple[Any, float | None]] = ()
     """`divergence` and `beta` of the source of each row, None where it says nothing; empty where none does."""
 
@@ -133,6 +135,8 @@ class Batch:
     visual_sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """Per tensor of images: how many entries along its first axis each of the B rows owns."""
     teacher_images: TeacherImages | None = None
+    blank_images: TeacherImages | None = None
+    """The teacher's images once more, each in its mean colour (`rlhf.token_weights`)."""
     teacher_tokens: TeacherTokens | None = None
     generated_by: Literal["student", "teacher"] | None = None
     """Who wrote the answers; None are those of the data."""
@@ -318,6 +322,10 @@ class Batch:
             )
         return seen
 
+    def with_blank_images(self) -> Batch:
+        """The batch as the teacher would see it without what is on its images; what it has said is forgotten."""
+        return replace(self, teacher_images=self.blank_images, blank_images=None, targets=None)
+
     def without_labels(self) -> Batch:
         tokens = self.teacher_tokens
         if tokens is not None:
@@ -344,7 +352,7 @@ class Batch:
             changes.append(changed is not tensor)
             return changed
 
-        rows, images, tokens = self.rows, self.teacher_images, self.teacher_tokens
+        rows, tokens = self.rows, self.teacher_tokens
         mapped = replace(
             self,
             model_inputs=_mapped(self.model_inputs, noted),
@@ -357,7 +365,8 @@ class Batch:
                 ce=_mapped(rows.ce, noted),
                 kd_weights=_mapped(rows.kd_weights, noted),
             ),
-            teacher_images=None if images is None else replace(images, inputs=_mapped(images.inputs, noted)),
+            teacher_images=_mapped_images(self.teacher_images, noted),
+            blank_images=_mapped_images(self.blank_images, noted),
             teacher_tokens=None if tokens is None else TeacherTokens(**_mapped(vars(tokens), noted)),
             stand_in=None if self.stand_in is None else self.stand_in.map_tensors(noted),
         )
@@ -389,6 +398,10 @@ def _mapped(value: _Value, change: Callable[[torch.Tensor], torch.Tensor]) -> _V
     elif isinstance(value, tuple | list):
         mapped = type(value)(_mapped(item, change) for item in value)
     return mapped
+
+
+def _mapped_images(images: TeacherImages | None, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    return None if images is None else replace(images, inputs=_mapped(images.inputs, change))
 
 
 def _count_images(pixels: Any, sizes: Any) -> float:

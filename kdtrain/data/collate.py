@@ -92,6 +92,7 @@ class Collator:
         answers: whether rows have a column `answer`, which the student's samples are checked against.
         other_tokenizer: of a teacher with another tokenizer: what makes its tokens, and says which belong to which.
         blank_images: whether each image is replaced by one of its size in its mean colour.
+        with_blanks: whether batches have these beside the images, for the teacher (`rlhf.token_weights`).
         teachers: whether rows name one of several teachers in a column `teacher`.
         row_keys: whether batches have the `row_key` of each row, by which a teacher's stored targets are found.
 
@@ -117,6 +118,7 @@ class Collator:
     teachers: bool = False
     row_keys: bool = False
     blank_images: bool = False
+    with_blanks: bool = False
     other_tokenizer: OtherTokenizer | None = None
 
     def __post_init__(self) -> None:
@@ -191,7 +193,8 @@ class Collator:
 
     def _with_images(self, batch: Batch, rows: list[tuple[dict[str, Any], EncodedRow]], model: Multimodal) -> Batch:
         # Those of a raw row were read when it was encoded, a moment ago; only another processor has to see them again.
-        images = [self._load(*row) if self._teacher or row[1].processed is None else [] for row in rows]
+        again = self._teacher is not None or self.with_blanks
+        images = [self._load(*row) if again or row[1].processed is None else [] for row in rows]
         width = batch.labels.shape[1]
         inputs, sizes = self._inputs(width, rows, images, model)
         batch = replace(batch, model_inputs={**batch.model_inputs, **inputs}, visual_sizes=sizes)
@@ -203,12 +206,22 @@ class Collator:
                 f"{type(self.teacher_processing_class).__name__} has no processor for images: take a "
                 "vision-language teacher, or a text-only data set"
             )
-        if self._teacher is None:
-            return batch
-        inputs, sizes = self._inputs(width, rows, images, self._teacher)
-        # Not what it says of the tokens, which are the student's.
-        visual = {name: inputs[name] for name in sizes}
-        return replace(batch, teacher_images=TeacherImages(inputs=visual, sizes=sizes))
+        if self._teacher is not None:
+            batch = replace(batch, teacher_images=self._other_images(width, rows, images, self._teacher))
+        if self.with_blanks:
+            pictured = replace(batch.rows, pictured=[bool(encoded.images) for _, encoded in rows])
+            blanks = [[of_mean_colour(image) for image in own] for own in images]
+            unprocessed = [(row, replace(encoded, processed=None)) for row, encoded in rows]
+            images_of_teacher = self._other_images(width, unprocessed, blanks, self._teacher or model)
+            batch = replace(batch, rows=pictured, blank_images=images_of_teacher)
+        return batch
+
+    def _other_images(
+        self, width: int, rows: list[tuple[dict[str, Any], EncodedRow]], images: list[list[Any]], model: Multimodal
+    ) -> TeacherImages:
+        """What a processor makes of images, but for what it says of the tokens, which are the student's."""
+        inputs, sizes = self._inputs(width, rows, images, model)
+        return TeacherImages(inputs={name: inputs[name] for name in sizes}, sizes=sizes)
 
     def _inputs(
         self,

@@ -30,6 +30,7 @@ _MISSING: dict[str, Any] = {
     "cut": False,
     "teachers": None,
     "losses": (None, None),
+    "pictured": False,
     "images": (),
 }
 
@@ -113,7 +114,8 @@ def rows_of(batches: Sequence[Batch], order: Sequence[int], pad_id: int, multipl
         model_inputs={**tokens, **(visual if has_images else {})},
         rows=_rows([batch.rows for batch in batches], [len(batch) for batch in batches], order),
         visual_sizes=sizes if has_images else {},
-        teacher_images=_teacher_images(batches, order) if has_images else None,
+        teacher_images=_images([b.teacher_images for b in batches], batches, order) if has_images else None,
+        blank_images=_images([b.blank_images for b in batches], batches, order) if has_images else None,
         teacher_tokens=_teacher_tokens(batches, order, pad_id, multiple),
         generated_by=batches[0].generated_by,
         all_repeated=batches[0].all_repeated,
@@ -123,9 +125,9 @@ def rows_of(batches: Sequence[Batch], order: Sequence[int], pad_id: int, multipl
 def _check(batches: Sequence[Batch]) -> None:
     """Refuses what no row can be told to own, and batches of two kinds."""
     for batch in batches:
-        of_teacher = batch.teacher_images
         unknown = [*batch.unknown_inputs, *(batch.visual.keys() - batch.visual_sizes.keys())]
-        unknown += [] if of_teacher is None else sorted(of_teacher.inputs.keys() - of_teacher.sizes.keys())
+        for images in (batch.teacher_images, batch.blank_images):
+            unknown += [] if images is None else sorted(images.inputs.keys() - images.sizes.keys())
         if unknown:
             raise CannotShareError(
                 f"It is not known which entries of {', '.join(unknown)} belong to which row of a batch. Let the "
@@ -133,7 +135,8 @@ def _check(batches: Sequence[Batch]) -> None:
             )
     kinds = {(batch.generated_by, batch.all_repeated, tuple(sorted(batch.token_level))) for batch in batches}
     with_images = [batch for batch in batches if batch.visual_sizes]
-    if len(kinds) > 1 or len({batch.teacher_images is None for batch in with_images}) > 1:
+    of_images = {(batch.teacher_images is None, batch.blank_images is None) for batch in with_images}
+    if len(kinds) > 1 or len(of_images) > 1:
         raise CannotShareError("The batches of a window hold different things for their rows.")
 
 
@@ -249,12 +252,15 @@ def _as_the_student(batch: Batch) -> TeacherTokens:
     return TeacherTokens(**text, labels=batch.labels, prompt_lengths=batch.rows.prompt_lengths)
 
 
-def _teacher_images(batches: Sequence[Batch], order: Sequence[int]) -> TeacherImages | None:
-    if all(batch.teacher_images is None for batch in batches):
+def _images(
+    images: Sequence[TeacherImages | None], batches: Sequence[Batch], order: Sequence[int]
+) -> TeacherImages | None:
+    """Those of each batch that are not the student's, or None where it has none."""
+    if all(of is None for of in images):
         return None
     owned = [
-        Owned({}, {}, len(batch)) if (of := batch.teacher_images) is None else Owned(of.inputs, of.sizes, len(batch))
-        for batch in batches
+        Owned({}, {}, len(batch)) if of is None else Owned(of.inputs, of.sizes, len(batch))
+        for of, batch in zip(images, batches, strict=True)
     ]
     inputs, sizes = join_visual(owned, order)
     return TeacherImages(inputs=inputs, sizes=sizes)

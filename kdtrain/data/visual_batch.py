@@ -126,11 +126,14 @@ def cut_rows(batch: Batch, kept: int) -> Batch:
 
     visual, sizes = _cut_visual(batch.model_inputs, batch.visual_sizes, kept)
     by_row = {name: cut(name, value) for name, value in batch.model_inputs.items() if name not in batch.visual_sizes}
-    teacher = batch.teacher_images
-    if teacher is not None:
-        inputs, teacher_sizes = _cut_visual(teacher.inputs, teacher.sizes, kept)
-        inputs |= {name: cut(name, value) for name, value in teacher.inputs.items() if name not in teacher.sizes}
-        teacher = TeacherImages(inputs=inputs, sizes=teacher_sizes) if visual else None
+
+    def cut_images(images: TeacherImages | None) -> TeacherImages | None:
+        if images is None or not visual:
+            return None
+        inputs, own_sizes = _cut_visual(images.inputs, images.sizes, kept)
+        inputs |= {name: cut(name, value) for name, value in images.inputs.items() if name not in images.sizes}
+        return TeacherImages(inputs=inputs, sizes=own_sizes)
+
     tokens = batch.teacher_tokens
     if tokens is not None:
         first: dict[str, Any] = {name: value if value is None else value[:kept] for name, value in vars(tokens).items()}
@@ -145,7 +148,8 @@ def cut_rows(batch: Batch, kept: int) -> Batch:
         kd_token_weights=None if batch.kd_token_weights is None else batch.kd_token_weights[:kept],
         rows=Rows(**rows),
         visual_sizes=sizes,
-        teacher_images=teacher,
+        teacher_images=cut_images(batch.teacher_images),
+        blank_images=cut_images(batch.blank_images),
         teacher_tokens=tokens,
     )
 

@@ -243,7 +243,7 @@ def _named_first(teacher: TopKLogprobs) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def label_logprobs(model: Scores | TopKLogprobs, labels_N: torch.Tensor, columns: int) -> torch.Tensor:
-    """log p(label) of each token at temperature 1, [N] float32 on the CPU, nats.
+    """log p(label) of each token at temperature 1, [N] float32 on the model's device, nats.
 
     Of a model that is known by its top k and has not named a label: what is left of the probability, in equal parts on
     all tokens that it has not named, and never more than the smallest that it has. An estimate, to rank texts by.
@@ -252,12 +252,12 @@ def label_logprobs(model: Scores | TopKLogprobs, labels_N: torch.Tensor, columns
         columns: leading tokens of the vocabulary that take part.
     """
     if isinstance(model, TopKLogprobs):
-        return _topk_label_logprobs(model, labels_N, columns).cpu()
+        return _topk_label_logprobs(model, labels_N, columns)
     found = [
         torch.log_softmax(model.logits(rows), -1).gather(1, labels_N[rows].to(model.outputs.device)[:, None])
         for rows in _chunks(model, None)
     ]
-    return torch.cat(found).squeeze(1).float().cpu() if found else torch.zeros(0)
+    return torch.cat(found).squeeze(1).float() if found else torch.zeros(0, device=model.outputs.device)
 
 
 def _topk_label_logprobs(teacher: TopKLogprobs, labels_N: torch.Tensor, columns: int) -> torch.Tensor:

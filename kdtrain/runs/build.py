@@ -192,6 +192,7 @@ def build_trainer(
         other_tokenizer=teacher.other_tokenizer,
         row_keys=teacher.teacher is not None and not teacher.teacher.answers_anything,
         teachers=bool(config.routes),
+        with_blanks=config.options.weighing is not None,
     )
     for name, side in teacher.sides.items():
         if isinstance(side.teacher, ServedTeacher) and side.teacher.route is None:

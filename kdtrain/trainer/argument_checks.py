@@ -120,6 +120,7 @@ def check_options(trainer: GKDTrainerWithMetrics, options: DistillationOptions) 
     """Refuse options that ask the trainer's models for what they cannot do."""
     check_teacher_can(trainer.teacher, options)
     _check_other_tokenizer(trainer, options)
+    _check_token_weights(trainer, options)
     kd = options.lm_kd_active
     _check_prompt_learning(trainer.unwrap(trainer.model), "student", kd and options.lmbda > 0, trainer.aux_loss_enabled)
     for teacher in () if trainer.teacher is None else trainer.teacher.members:
@@ -171,6 +172,25 @@ def _check_other_tokenizer(trainer: GKDTrainerWithMetrics, options: Distillation
     beside |= {name: getattr(options, name) is not None for name in ("visual_kd", "hidden_kd")}
     if used := [name for name, is_used in beside.items() if is_used]:
         raise ConfigError(f"{', '.join(used)}: not available yet beside cross_tokenizer. Switch one of them off.")
+
+
+def _check_token_weights(trainer: GKDTrainerWithMetrics, options: DistillationOptions) -> None:
+    """Refuse token weights of a teacher that cannot be asked about other images, and batches without these."""
+    if options.weighing is None:
+        return
+    teacher, name = trainer.teacher, f"token_weights by {options.weighing.by}"
+    if teacher is not None and (teacher.module is None or teacher.is_student or len(teacher.members) > 1):
+        raise ConfigError(f"{name}: not available yet but with one teacher that is a model of its own in this process.")
+    beside = {"token_selection": options.selection is not None, "cross_tokenizer": options.crosses_tokenizers}
+    if used := [option for option, is_used in beside.items() if is_used]:
+        raise ConfigError(f"{name} cannot be beside {', '.join(used)}: switch one of them off.")
+    if not sees_images(trainer.unwrap(trainer.model).config):
+        raise ConfigError(f"{name} is for vision-language models, and the student sees no images: remove it.")
+    if not getattr(trainer.data_collator, "with_blanks", False):
+        raise ConfigError(
+            f"{name} needs batches that have the images in their mean colour too: pass data_collator=Collator("
+            "processor, with_blanks=True), or none."
+        )
 
 
 def check_sampler(sampler: Sampler | None, options: DistillationOptions) -> None:

@@ -257,6 +257,7 @@ def default_collator(
         answers=getattr(args, "select_regex", None) is not None,
         row_keys=teacher is not None and not teacher.answers_anything,
         teachers=teacher is not None and isinstance(teacher, RoutedTeacher),
+        with_blanks=DistillationOptions.from_args(args).weighing is not None,
     )
     if formatting_func is None:
         return collator

@@ -37,6 +37,7 @@ from kdtrain.teachers import DenseTargets, Targets
 from kdtrain.teachers.base import AnyTargets, MixedTargets, Scores
 from kdtrain.teachers.by_row import scored
 from kdtrain.trainer.parts import NumItems, Part, PartSums, sums_of_parts, with_loss
+from kdtrain.trainer.reliance_weights import reliance_weights
 from kdtrain.trainer.token_selection import chosen_weights, num_kd_tokens
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,24 @@ class Objective:
         of_images = self.visual is not None and options.visual_kd is not None and has_images
         return options.lm_kd_active or options.hidden_kd is not None or of_images
 
+    def weighed(
+        self,
+        batch: Batch,
+        options: DistillationOptions,
+        targets: AnyTargets | None,
+        teacher_forward: Callable[[Batch], AnyTargets],
+        weights_S: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """What the divergence of each supervised token counts: as the data say, and `rlhf.token_weights`."""
+        if options.weighing is None or targets is None:
+            return weights_S
+        if batch.blank_images is None:
+            if self.asks_together:  # the other ranks ask about their images
+                teacher_forward(replace(batch, targets=None))
+            return weights_S
+        assert self.vocabulary is not None, "LM KD has compared them"
+        return reliance_weights(batch, targets, teacher_forward, options.weighing, self.vocabulary.shared)
+
     def __call__(
         self,
         model: nn.Module,
@@ -127,6 +146,7 @@ class Objective:
             targets = teacher_forward(batch) if self.asks_teacher(options, batch) else None
         if not options.lm_kd_active:  # asked for its features alone
             targets = None
+        weights_S = self.weighed(batch, options, targets, teacher_forward, weights_S)
         with features.of_student():
             seen = batch.for_forward(model)
             run = StudentForward(self, options, batch, seen, targets, weights_S, num_items, num_kd_items, features)

@@ -76,7 +76,7 @@ def _means(trainer: GKDTrainerWithMetrics, targets: AnyTargets, batch: Batch) ->
         assert scores is not None, "drawn tokens are those of stored answers, of which there are no samples"
         with teacher_autocast(trainer.accelerator):
             labels = batch.labels_S[own_S.to(batch.labels.device)]
-            logprobs_S[own_S] = label_logprobs(scores, labels, columns).double()
+            logprobs_S[own_S] = label_logprobs(scores, labels, columns).double().cpu()
         known_S |= own_S
     counts = batch.predicts_BT.sum(1).tolist()
     rows = zip(logprobs_S.split(counts), known_S.split(counts), strict=True)

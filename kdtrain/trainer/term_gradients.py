@@ -71,7 +71,8 @@ def term_gradients(
             targets = teacher_forward(batch) if objective.asks_teacher(options, batch) else None
         if not options.lm_kd_active:
             targets = None
-        weights_S, kd_items = batch.kd_weights_S, own_kd_items(options, batch)
+        weights_S = objective.weighed(batch, options, targets, teacher_forward, batch.kd_weights_S)
+        kd_items = own_kd_items(options, batch)
         with features.of_student():
             seen = batch.for_forward(model)
             none = BatchFeatures([], batch)

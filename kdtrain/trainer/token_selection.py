@@ -32,7 +32,7 @@ _DRAWN = (
 
 def num_kd_tokens(batch: Batch, selection: TokenSelection | None) -> torch.Tensor:
     """A batch's part of D_kd, a scalar int64 tensor: found without waiting for the device."""
-    return _most_B(_candidates_BT(batch), selection).sum()
+    return _most_B(candidates(batch), selection).sum()
 
 
 def chosen_weights(batch: Batch, student: Scores, targets: AnyTargets, selection: TokenSelection) -> torch.Tensor:
@@ -47,31 +47,41 @@ def chosen_weights(batch: Batch, student: Scores, targets: AnyTargets, selection
     for one in known:
         covered_S |= _tokens(one, student)
     scores_S = _scores(student, known, selection)
-    predicts_BT, candidates_BT = batch.predicts_BT.to(device), _candidates_BT(batch).to(device)
+    predicts_BT, candidates_BT = batch.predicts_BT.to(device), candidates(batch).to(device)
     may_BT = candidates_BT & predicts_BT.masked_scatter(predicts_BT, covered_S)
-    scores_BT = torch.full(may_BT.shape, -torch.inf, dtype=scores_S.dtype, device=device)
-    scores_BT = scores_BT.masked_scatter(predicts_BT, scores_S).masked_fill(~may_BT, -torch.inf)
-    # A stable order: of equal ones the earlier. The rank of a token is its place in it.
-    order_BT = scores_BT.argsort(dim=1, descending=True, stable=True)
-    chosen_BT = (order_BT.argsort(1) < _most_B(candidates_BT, selection)[:, None]) & may_BT
+    ranks_BT = ranked(scores_S, predicts_BT, may_BT)
+    chosen_BT = (ranks_BT < _most_B(candidates_BT, selection)[:, None]) & may_BT
     weights_BT = batch.kd_weights_BT
     chosen = chosen_BT.float() if weights_BT is None else chosen_BT * weights_BT.to(device)
     return chosen[predicts_BT]
 
 
-def _candidates_BT(batch: Batch) -> torch.Tensor:
+def ranked(scores_S: torch.Tensor, predicts_BT: torch.Tensor, may_BT: torch.Tensor) -> torch.Tensor:
+    """[B, T−1] int64: the rank of each token in its row by its score, from 0, of equal ones the earlier first; those
+    that may not be chosen, and places of none, come behind all others whose score is finite."""
+    scores_BT = torch.full(may_BT.shape, -torch.inf, dtype=scores_S.dtype, device=may_BT.device)
+    scores_BT = scores_BT.masked_scatter(predicts_BT, scores_S).masked_fill(~may_BT, -torch.inf)
+    # A stable order: the rank of a token is its place in it.
+    return scores_BT.argsort(dim=1, descending=True, stable=True).argsort(1)
+
+
+def share_of(candidates_BT: torch.Tensor, ratio: tuple[int, int]) -> torch.Tensor:
+    """[B] int64: this share of each row's candidates, rounded up, and at least one of any."""
+    counts_B = candidates_BT.sum(1)
+    above, below = ratio
+    rounded_up_B = -torch.div(-counts_B * above, below, rounding_mode="floor")
+    return torch.maximum(rounded_up_B, counts_B.clamp(max=1))
+
+
+def candidates(batch: Batch) -> torch.Tensor:
+    """[B, T−1] bool: the supervised tokens of weight above 0."""
     weights_BT = batch.kd_weights_BT
     return batch.predicts_BT if weights_BT is None else batch.predicts_BT & (weights_BT > 0)
 
 
 def _most_B(candidates_BT: torch.Tensor, selection: TokenSelection | None) -> torch.Tensor:
     """[B] int64: how many of a row's tokens count."""
-    counts_B = candidates_BT.sum(1)
-    if selection is None:
-        return counts_B
-    above, below = selection.ratio
-    rounded_up_B = -torch.div(-counts_B * above, below, rounding_mode="floor")
-    return torch.maximum(rounded_up_B, counts_B.clamp(max=1))
+    return candidates_BT.sum(1) if selection is None else share_of(candidates_BT, selection.ratio)
 
 
 def _tokens(one: Scored, student: Scores) -> torch.Tensor:
