@@ -88,6 +88,8 @@ def _alpha_beta(
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `alpha_beta_terms`, without its series: a term may be off by 1e-7·|log(q/p)| times the larger probability."""
+    if 0 < alpha <= 2 * beta:
+        return _alpha_beta_of_powers(q, log_qp, teacher, work, alpha, beta, with_gradient)
     s = alpha + beta
     log_q = teacher.sub_(teacher.amax(-1, keepdim=True)).add_(q.amax(-1, keepdim=True).log())
     n = torch.abs(log_qp, out=work).neg_()
@@ -107,6 +109,37 @@ def _alpha_beta(
     pu = log_ps.add_(torch.clamp(y, min=0, out=work)).clamp_(max=_LARGEST_EXPONENT).exp_()
     pu.mul_(torch.sign(y, out=work))
     return value, pu.mul_(y.abs_().neg_().expm1_()).mul_(1 / alpha)
+
+
+def _alpha_beta_of_powers(
+    q: torch.Tensor,
+    log_qp: torch.Tensor,
+    teacher: torch.Tensor,
+    work: torch.Tensor,
+    alpha: float,
+    beta: float,
+    with_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same where α and β are above 0 and α not much the larger: half the work, since three powers are all of it.
+
+    With n = −|log(q/p)|, L the larger of p and q, σ the sign of log(q/p), a = e^(αn) − 1 and b = e^(βn) − 1, let
+    t = a·(1 + b) where q is larger and a where p is. Then e^(sn) − 1 = a·(1 + b) + b, a term of the divergence is
+    σ·L^s·(t − α/s·(e^(sn) − 1))/(αβ), and p·u is σ·L^s·t/α.
+    """
+    s = alpha + beta
+    # L^s/α as one exponential; log L = log q − min(log(q/p), 0).
+    shift = teacher.amax(-1, keepdim=True) - q.amax(-1, keepdim=True).log() + math.log(alpha) / s
+    weight = teacher.sub_(shift).sub_(torch.clamp(log_qp, max=0, out=work)).mul_(s).exp_().copysign_(log_qp)
+    n = torch.abs(log_qp, out=work).neg_()
+    a = torch.mul(n, alpha, out=q).expm1_()
+    b = n.mul_(beta).expm1_()
+    of_s = workspace.take("alpha_beta", q.shape[0], q.shape[1], q.dtype, q.device)
+    torch.addcmul(a, a, b, out=of_s).add_(b)
+    # By arithmetic: a choice between two blocks takes as long as four exponentials.
+    teacher_is_larger = log_qp.sign_().add_(1).mul_(0.5)
+    t = torch.addcmul(a, a, b.mul_(teacher_is_larger), out=q)
+    value = dot(torch.sub(t, of_s, alpha=alpha / s, out=work), weight, work) / beta
+    return value, t.mul_(weight) if with_gradient else None
 
 
 def _alpha_beta_kernel(
