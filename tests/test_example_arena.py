@@ -11,6 +11,7 @@ import pytest
 
 from kdtrain.cli import app as cli
 from kdtrain.config import ConfigLoader
+from kdtrain.runs.verdict import verdict_of_pairs
 
 FOLDER = Path(__file__).parent.parent / "examples" / "arena"
 
@@ -83,6 +84,24 @@ def test_the_flops_of_a_row_are_counted(built):
         model(model.dummy_inputs["input_ids"][:1, :1].expand(1, round(sum(tokens) / len(tokens))))
     assert arena.cost().student <= counter.get_total_flops()  # which has the head at every token
     assert arena.cost().student > 0.5 * counter.get_total_flops()
+
+
+def test_the_page_shows_what_was_measured():
+    page, results = (FOLDER / "README.md").read_text(), json.loads((FOLDER / "results.json").read_text())
+    assert [*results["arms"]] == [*arena.ARMS]
+    assert arena.table(results) in page
+    assert f"over {results['seeds']} seeds" in page
+    for name, row in results["arms"].items():
+        assert [len(row[what]) for what in ("ce", "kl", "agreement")] == [results["seeds"]] * 3, name
+        budget = {"live": results["live_flops"], "cache": results["arms"][arena.BASELINE]["flops"]}
+        wanted = budget.get(arena.ARMS[name].budget)
+        assert wanted is None or row["flops"] == pytest.approx(wanted, rel=2e-3), name
+        assert wanted is not None or row["steps"] == arena.STEPS, name
+        again = verdict_of_pairs(row["ce"], results["arms"][arena.BASELINE]["ce"])
+        assert row["verdict"] == again.word
+        assert row["difference"] == pytest.approx(again.difference, abs=1e-5)
+    words = [row["verdict"] for name, row in results["arms"].items() if name != arena.BASELINE]
+    assert f"{words.count('BEATS')} of the {len(words)} other arms beat" in page
 
 
 @pytest.mark.slow

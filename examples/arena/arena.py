@@ -13,7 +13,8 @@ A seed stands for the student's first weights and the order of its rows; arms wi
 is there with the same options is kept, so that what was interrupted goes on. Options such as `training.max_steps=2` go
 to every `fit`.
 
-Writes `build/table.md` and `build/results.json`, and prints the table. CE, KL and agreement are the quickstart's
+Writes `build/table.md` and `build/results.json`, and prints the table; `results.json` beside this file is that of the
+page. CE, KL and agreement are the quickstart's
 comparison, plain transformers in float64; the verdicts are those of `kdtrain evaluate` on pairs of runs with one seed.
 """
 
@@ -266,6 +267,22 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def as_json(results: dict[str, Any]) -> str:
+    """The results with six digits, an arm on each line."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: rounded(one) for name, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [rounded(one) for one in value]
+        return round(value, 6) if isinstance(value, float) and abs(value) < 1e6 else value
+
+    found = rounded(results)
+    arms = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in found.pop("arms").items())
+    head = "".join(f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in found.items())
+    return f'{{\n{head} "arms": {{\n{arms}\n }}\n}}\n'
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="arena.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -297,7 +314,7 @@ def main() -> None:
         for name in options.arms:
             train(name, seed, costs.steps(ARMS[name]), options.overrides)
     results = results_of(options.arms, options.seeds, costs)
-    (BUILD / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (BUILD / "results.json").write_text(as_json(results), encoding="utf-8")
     (BUILD / "table.md").write_text(table(results) + "\n", encoding="utf-8")
     print(f"\n{table(results)}\n\nDone in {time.perf_counter() - started:.0f} s. The table is in {BUILD / 'table.md'}.")
 
