@@ -333,6 +333,9 @@ def test_visual_kd_without_an_image_in_the_data_is_refused(models, tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(one) + "\n" for one in text))
     with pytest.raises(DataError, match="has an image"):
         run(models, tmp_path, data__train=str(tmp_path / "text.jsonl"))
+    weights = {"custom__visual_kd__enabled": False, "rlhf__token_weights": {}}
+    with pytest.raises(DataError, match=r"rlhf\.token_weights .* no row of data\.train has one"):
+        run(models, tmp_path, data__train=str(tmp_path / "text.jsonl"), **weights)
 
 
 @pytest.mark.slow

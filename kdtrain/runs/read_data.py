@@ -295,7 +295,7 @@ def check_losses(config: RunConfig, report: BuildReport) -> None:
 
 
 def _check_terms(config: RunConfig, report: BuildReport) -> None:
-    """Refuse a loss that is 0 for every row, and visual KD without an image."""
+    """Refuse a loss that is 0 for every row, and terms about images without one."""
     if not config.options.needs_teacher and not any(source.ce for source in config.data.train):
         raise DataError(
             "Nothing supervises this run: every source has ce: false, and rlhf.llm_kd_weight is 0. Give it a teacher, "
@@ -305,6 +305,11 @@ def _check_terms(config: RunConfig, report: BuildReport) -> None:
         raise DataError(
             "custom.visual_kd is enabled, but no row of data.train has an image. Give rows with images (images, image, "
             "or image parts in messages), or set custom.visual_kd.enabled: false."
+        )
+    if config.options.weighing is not None and not report.images:
+        raise DataError(
+            "rlhf.token_weights weighs tokens by how much they need the image, and no row of data.train has one. Give "
+            "rows with images, or remove it."
         )
 
 
