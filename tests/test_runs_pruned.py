@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from kdtrain.cli import app as cli
 from kdtrain.models import pruning
+from kdtrain.models.licences import licence_files
 from tests import tiny
 from tests.tiny_vision import make_vlm
 
@@ -21,6 +22,8 @@ def folder(tmp_path, monkeypatch, tokenizer):
     teacher = tiny.make_qwen3(layers=4, tie_word_embeddings=False).to(torch.bfloat16)
     teacher.generation_config.temperature, teacher.generation_config.do_sample = 0.6, True
     tiny.save_model(teacher, tokenizer, tmp_path / "teacher")
+    for name, text in (("LICENSE.txt", "Do good."), ("NOTICE", "By us."), ("README.md", "A teacher.")):
+        (tmp_path / "teacher" / name).write_text(text)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.CHATS))
     return tmp_path
 
@@ -55,9 +58,23 @@ def test_a_student_is_written_as_any_model_is(init, folder):
     assert (model.dtype, model.config.num_hidden_layers, model.config.hidden_size) == (torch.bfloat16, 3, 16)
     assert (model.generation_config.temperature, model.generation_config.do_sample) == (0.6, True)
     assert AutoTokenizer.from_pretrained("student").chat_template == tiny.CHATML
+    kept = {name: (folder / "student" / name).read_text() for name in ("LICENSE.txt", "NOTICE")}
+    assert kept == {"LICENSE.txt": "Do good.", "NOTICE": "By us."}
+    assert not (folder / "student" / "README.md").exists()
     assert str(folder) not in (folder / "student/config.json").read_text()
     init("--from", "teacher", "--layers", "3", "--width", "16", *ROWS, "again")
     assert (folder / "again/model.safetensors").read_bytes() == (folder / "student/model.safetensors").read_bytes()
+
+
+def test_a_licence_that_cannot_be_read_is_said(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr("kdtrain.models.licences.snapshot_download", offline)
+    found, note = licence_files("org/teacher")
+    assert found == []
+    assert "The licence of org/teacher was not copied" in note
+    assert "no route to the hub" in note
 
 
 def test_the_first_rows_are_read(init):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from kdtrain.errors import ConfigError, NotAvailableError, PreflightError
 from kdtrain.memory import is_out_of_memory, peak
 from kdtrain.models.importance import Importance, Row, Seen, look
 from kdtrain.models.kinds import sees_images
+from kdtrain.models.licences import licence_files
 from kdtrain.models.loading import load_config, load_merged, load_model, trust_policy
 from kdtrain.models.parts import count_parameters
 from kdtrain.models.probe import as_preflight_error, evaluating, few_tokens
@@ -109,10 +111,14 @@ def prune(wanted: Wanted, out: Path) -> Pruned:
         narrow(model, wanted.width, seen, axes)
     keep_layers(model, kept)
     expected, notes = _few_logits(model), _notes(config, kept, wanted.width)
+    licences, note = licence_files(model_below(wanted.source))
+    notes += [note] if note else []
     with writing(out, "Nothing of it is left."), new_folder(out) as folder:
         model.save_pretrained(folder)
         as_other_files(folder)
         tokenizer.save_pretrained(folder)
+        for path in licences:
+            shutil.copyfile(path, folder / path.name)
         del model
         gc.collect()
         saved = load_model(str(folder), dtype=dtype).to(device)
