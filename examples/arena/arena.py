@@ -1,6 +1,6 @@
 """Which method pays, at the quickstart's size: one row for each, over five seeds, each against forward KL.
 
-    python examples/arena/arena.py [--seeds 5] [--only ARM,ARM] [key.sub=value ...]
+    python examples/arena/arena.py [--seeds 5 | --seeds 0,2,7] [--only ARM,ARM] [key.sub=value ...]
 
 It runs these commands and prints each of them, so that any of them can be run again by hand:
 
@@ -160,12 +160,12 @@ def cost() -> Cost:
     return Cost(student, teacher, head * supervised / rows, rows)
 
 
-def students(seeds: int) -> None:
+def students(seeds: Sequence[int]) -> None:
     """The untrained students, one for each seed."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "build" / "student_init")
-    for seed in range(seeds):
+    for seed in seeds:
         prepare.save_model(BUILD / f"student_{seed}", prepare.STUDENT, tokenizer, prepare.SEED + 1 + seed)
 
 
@@ -205,21 +205,28 @@ def train(name: str, seed: int, steps: int, overrides: Sequence[str]) -> None:
     stamp.write_text(json.dumps(begun_with), encoding="utf-8")
 
 
-def results_of(arms: Sequence[str], seeds: int, costs: Cost) -> dict[str, Any]:
-    """All that was measured, arm by arm and seed by seed."""
+def scored(arms: Sequence[str], seeds: Sequence[int]) -> tuple[list[Any], int]:
+    """How all runs, arm by arm and seed by seed, and at the end the teacher predict the held-out rows; their tokens."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from kdtrain.runs.verdict import verdict_of_pairs
-
-    folders = [RUNS / f"{name}_{seed}" for name in arms for seed in range(seeds)]
+    folders = [RUNS / f"{name}_{seed}" for name in arms for seed in seeds]
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in [*folders, TEACHER]]
     rows = compare.read_rows(QUICKSTART / "build" / "heldout.jsonl")
-    scores, tokens = compare.score(models, models[-1], rows, AutoTokenizer.from_pretrained(TEACHER))
+    return compare.score(models, models[-1], rows, AutoTokenizer.from_pretrained(TEACHER))
+
+
+def results_of(
+    arms: Sequence[str], seeds: Sequence[int], costs: Cost, scores: Sequence[Any], tokens: int
+) -> dict[str, Any]:
+    """All that was measured, arm by arm and seed by seed; `scores` and `tokens` are those of `scored`."""
+    from kdtrain.runs.verdict import verdict_of_pairs
+
+    rows = compare.read_rows(QUICKSTART / "build" / "heldout.jsonl")
     found: dict[str, Any] = {}
     for i, name in enumerate(arms):
-        own = scores[i * seeds : (i + 1) * seeds]
-        steps = last_step(RUNS / f"{name}_0")
+        own = scores[i * len(seeds) : (i + 1) * len(seeds)]
+        steps = last_step(RUNS / f"{name}_{seeds[0]}")
         found[name] = {"steps": steps, "flops": steps * costs.of_step(ARMS[name])}
         found[name] |= {what: [getattr(one, what) for one in own] for what in ("ce", "kl", "agreement")}
     for name in arms:
@@ -227,7 +234,7 @@ def results_of(arms: Sequence[str], seeds: int, costs: Cost) -> dict[str, Any]:
         found[name] |= {"difference": verdict.difference, "interval": verdict.interval, "verdict": verdict.word}
     return {
         "heldout": {"rows": len(rows), "tokens": tokens},
-        "seeds": seeds,
+        "seeds": list(seeds),
         "live_flops": costs.budget("live"),
         "cache_flops": costs.cache,
         "teacher": {"ce": scores[-1].ce},
@@ -258,11 +265,11 @@ def table(results: dict[str, Any]) -> str:
     heldout = results["heldout"]
     lines += [
         "",
-        f"On {heldout['tokens']:,} tokens of {heldout['rows']:,} held-out rows, mean of {results['seeds']} seeds and "
-        "their standard deviation; intervals of 95 %, Student's t over pairs of runs with one seed. CE and KL in nats "
-        f"per token; the teacher's CE is {results['teacher']['ce']:.3f}. FLOPs are those of the steps' products and "
-        f"attention; forward KL with the teacher in the process takes {results['live_flops'] / 1e12:.2f} TFLOP, and to "
-        f"fill the cache took {results['cache_flops'] / 1e12:.2f}, once.",
+        f"On {heldout['tokens']:,} tokens of {heldout['rows']:,} held-out rows, mean and standard deviation of "
+        f"{len(results['seeds'])} seeds; intervals of 95 %, Student's t over pairs of runs with one seed. CE and KL in "
+        f"nats per token; the teacher's CE is {results['teacher']['ce']:.3f}. FLOPs are those of the steps' products "
+        f"and attention; forward KL with the teacher in the process takes {results['live_flops'] / 1e12:.2f} TFLOP, "
+        f"and to fill the cache took {results['cache_flops'] / 1e12:.2f}, once.",
     ]
     return "\n".join(lines)
 
@@ -283,11 +290,20 @@ def as_json(results: dict[str, Any]) -> str:
     return f'{{\n{head} "arms": {{\n{arms}\n }}\n}}\n'
 
 
+def seeds_of(text: str) -> list[int]:
+    """A number of seeds, or some of them."""
+    numbers = [int(part) for part in text.split(",")]
+    found = numbers if "," in text else [*range(numbers[0])]
+    if not found or min(found) < 0 or len(set(found)) < len(found):
+        raise ValueError("expected a number of seeds, or different ones: 0,2,7")
+    return found
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="arena.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=5, choices=range(1, 11), metavar="N", help="1 to 10")
+    parser.add_argument("--seeds", type=seeds_of, default=[*range(5)], metavar="N", help="how many, or which: 0,2,7")
     parser.add_argument("--only", help=f"arms, separated by commas, beside {BASELINE}: {', '.join(ARMS)}")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     options = parser.parse_args(arguments)
@@ -310,10 +326,10 @@ def main() -> None:
     cache()
     RUNS.mkdir(exist_ok=True)
     costs = cost()
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for name in options.arms:
             train(name, seed, costs.steps(ARMS[name]), options.overrides)
-    results = results_of(options.arms, options.seeds, costs)
+    results = results_of(options.arms, options.seeds, costs, *scored(options.arms, options.seeds))
     (BUILD / "results.json").write_text(as_json(results), encoding="utf-8")
     (BUILD / "table.md").write_text(table(results) + "\n", encoding="utf-8")
     print(f"\n{table(results)}\n\nDone in {time.perf_counter() - started:.0f} s. The table is in {BUILD / 'table.md'}.")
