@@ -103,6 +103,8 @@ def test_the_page_shows_what_was_measured():
         assert row["difference"] == pytest.approx(again.difference, abs=1e-5)
     words = [row["verdict"] for name, row in results["arms"].items() if name != arena.BASELINE]
     assert f"{words.count('BEATS')} of the {len(words)} other arms beat" in page
+    main_page = (FOLDER.parent.parent / "README.md").read_text().replace("\n", " ")
+    assert ("none of seventeen other arms beats it" in main_page) == ("BEATS" not in words)
 
 
 @pytest.mark.slow
