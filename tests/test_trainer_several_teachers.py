@@ -164,14 +164,19 @@ def test_how_rows_lie_changes_neither_loss_nor_gradient(tmp_path, name):
     assert_same(train(tmp_path / "other", split, **options), expected)
 
 
+PACKED_AND_CHOSEN = {"packing": True, "max_length": 96, "token_selection": {"by": "disagreement", "keep": 0.4}}
+
+
 def train_two(folder, options):
     return train(folder, (2, 2), **options)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"lmbda": 1.0}, {"packing": True, "max_length": 96}])
+@pytest.mark.parametrize("options", [{}, {"lmbda": 1.0}, {"packing": True, "max_length": 96}, PACKED_AND_CHOSEN])
 def test_two_ranks_equal_one_process(tmp_path, options):
-    expected = train(tmp_path / "one", (8, 1), **{k: v for k, v in options.items() if k == "lmbda"})
+    expected = train(
+        tmp_path / "one", (8, 1), **{k: v for k, v in options.items() if k in ("lmbda", "token_selection")}
+    )
     for found in tiny.run_ranks(train_two, 2, tmp_path / "two", options):
         assert_same(found, expected)
 
