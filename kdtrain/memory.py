@@ -36,11 +36,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def peak_memory_gib(device: torch.device | None = None) -> float:
-    """GiB at the peak so far: allocated on the device for CUDA, the resident size of this process elsewhere."""
+    """GiB at the peak so far: the resident size of this process, and for CUDA what it has allocated on a GPU.
+
+    Of several GPUs that the process uses, as with a teacher on one of its own, that which took the most.
+    """
     if device is not None and device.type == "cuda":
         import torch
 
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB on Linux
 

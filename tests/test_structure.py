@@ -21,8 +21,9 @@ ROOMS = [
     "losses",
     "errors",
 ]
-# Not rooms: the Python API and the entry above all of them; beneath, which process this is, its disk and its memory.
-AROUND = {"__init__": -1, "__main__": -1} | dict.fromkeys(("ranks", "disk", "memory"), len(ROOMS) - 1)
+# Not rooms: the Python API and the entry above all of them; beneath, which process this is, its disk,
+# its memory, and how tensors go between it and a device.
+AROUND = {"__init__": -1, "__main__": -1} | dict.fromkeys(("ranks", "disk", "memory", "host"), len(ROOMS) - 1)
 LEVEL = {room: level for level, room in enumerate(ROOMS)} | AROUND
 # What runs before a run, or beside it; cli/progress.py is imported when a run begins.
 WITHOUT_TORCH = (

@@ -23,6 +23,7 @@ from torch import nn
 from kdtrain.data.images import Image
 from kdtrain.data.packing import ForwardInputs, Layout, in_lines
 from kdtrain.errors import DataError
+from kdtrain.host import on_host, send, send_known
 from kdtrain.losses.reduce import IGNORE_INDEX, next_token_labels
 
 logger = logging.getLogger(__name__)
@@ -154,56 +155,68 @@ class Batch:
 
     # ---- the supervised tokens ---------------------------------------------------------------------------------------
 
+    # Found on the host, in the tensors that the collator made there: no device is waited for, see `kdtrain/host.py`.
+
     @cached_property
     def predicts_BT(self) -> torch.Tensor:
-        """[B, T−1] bool: positions whose next token is supervised. Those of student and teacher are selected by it."""
-        return next_token_labels(self.labels) != IGNORE_INDEX
+        """[B, T−1] bool, on the CPU: positions whose next token is supervised. Those of student and teacher are
+        selected by it."""
+        return next_token_labels(on_host(self.labels)) != IGNORE_INDEX
+
+    @cached_property
+    def positions_S(self) -> torch.Tensor:
+        """[S] long: where the supervised tokens are predicted, b·T + t."""
+        rows_S, columns_S = self.predicts_BT.nonzero(as_tuple=True)
+        return send_known(rows_S * self.labels.shape[1] + columns_S, self.labels.device)
 
     @cached_property
     def labels_S(self) -> torch.Tensor:
         """[S]: the supervised tokens, row by row."""
-        return next_token_labels(self.labels)[self.predicts_BT]
+        return send_known(next_token_labels(on_host(self.labels))[self.predicts_BT], self.labels.device)
 
     @cached_property
     def num_supervised(self) -> torch.Tensor:
-        """S, a scalar int64 tensor: found without waiting for the device."""
+        """S, a scalar int64 tensor on the CPU."""
         return self.predicts_BT.sum()
 
     def tokens_of_rows(self, rows: Sequence[int]) -> torch.Tensor:
-        """[S] bool: which of the supervised tokens are those of some rows."""
+        """[S] bool, on the CPU: which of the supervised tokens are those of some rows."""
         own = set(rows)
-        chosen_B = torch.tensor([row in own for row in range(len(self))], device=self.predicts_BT.device)
+        chosen_B = torch.tensor([row in own for row in range(len(self))])
         return chosen_B[:, None].expand_as(self.predicts_BT)[self.predicts_BT]
 
     @property
     def num_chunks(self) -> torch.Tensor | None:
-        """[B]: chunks that both models' tokens make up, of a teacher with another tokenizer; None of others."""
+        """[B], on the CPU: chunks that both models' tokens make up, of a teacher with another tokenizer; None of
+        others."""
         chunks_BT = None if self.teacher_tokens is None else self.teacher_tokens.student_chunks
-        return None if chunks_BT is None else chunks_BT.amax(1).clamp(min=-1) + 1
+        return None if chunks_BT is None else on_host(chunks_BT).amax(1).clamp(min=-1) + 1
 
     @property
     def ce_mask_S(self) -> torch.Tensor | None:
         """[S] bool: supervised tokens of rows that contribute cross-entropy; None is all."""
         if self.rows.ce is None:
             return None
-        return self.rows.ce.to(self.predicts_BT.device)[:, None].expand_as(self.predicts_BT)[self.predicts_BT]
+        chosen_S = on_host(self.rows.ce)[:, None].expand_as(self.predicts_BT)[self.predicts_BT]
+        return send_known(chosen_S, self.labels.device)
 
-    @property
+    @cached_property
     def kd_weights_BT(self) -> torch.Tensor | None:
-        """[B, T−1] float32: what the divergence of each token that is predicted counts; None is 1 for all."""
-        of_rows, of_tokens, device = self.rows.kd_weights, self.kd_token_weights, self.labels.device
+        """[B, T−1] float32, on the CPU: what the divergence of each token that is predicted counts; None is 1 for
+        all."""
+        of_rows, of_tokens = self.rows.kd_weights, self.kd_token_weights
         if of_rows is None and of_tokens is None:
             return None
-        weights_BT = torch.ones(self.predicts_BT.shape, device=device)
+        weights_BT = torch.ones(self.predicts_BT.shape)
         if of_rows is not None:
-            weights_BT = weights_BT * of_rows.to(device)[:, None]
-        return weights_BT if of_tokens is None else weights_BT * next_token_labels(of_tokens.to(device))
+            weights_BT = weights_BT * on_host(of_rows)[:, None]
+        return weights_BT if of_tokens is None else weights_BT * next_token_labels(on_host(of_tokens))
 
-    @property
+    @cached_property
     def kd_weights_S(self) -> torch.Tensor | None:
         """[S] float32: what the divergence of each supervised token counts; None is 1 for all."""
         weights_BT = self.kd_weights_BT
-        return None if weights_BT is None else weights_BT[self.predicts_BT]
+        return None if weights_BT is None else send_known(weights_BT[self.predicts_BT], self.labels.device)
 
     # ---- tokens and images -------------------------------------------------------------------------------------------
 
@@ -234,20 +247,24 @@ class Batch:
         return any(key.startswith("pixel_values") and value is not None for key, value in self.model_inputs.items())
 
     @cached_property
-    def image_units(self) -> float:
+    def image_units(self) -> torch.Tensor:
         """What a mean over image features weighs the batch by, proportional to its image tokens.
 
         Patches where the batch says how many, the area of images that are packed, crops or frames elsewhere. Crops that
-        only fill up a batch, all zero, do not count: no model encodes them. On a GPU this waits for the device, once.
+        only fill up a batch, all zero, do not count: no model encodes them. A scalar float64 tensor, on the device of
+        what was counted.
         """
+        found = torch.zeros((), dtype=torch.float64)
         if self.all_repeated or self.stand_in is not None:
-            return 0.0
+            return found
         inputs = self.model_inputs
         grids = [inputs[key] for key in ("image_grid_thw", "video_grid_thw") if inputs.get(key) is not None]
-        if patches := float(sum(float(grid.prod(-1).sum()) for grid in grids)):
-            return patches
+        if patches := sum(int(on_host(grid).prod(-1).sum()) for grid in grids):
+            return found + patches
         images = {key: value for key, value in inputs.items() if key.startswith("pixel_values") and value is not None}
-        return float(sum(_count_images(value, inputs.get("image_sizes")) for value in images.values()))
+        for value in images.values():
+            found = found + _count_images(value, inputs.get("image_sizes"))
+        return found
 
     # ---- other forms of it -------------------------------------------------------------------------------------------
 
@@ -258,7 +275,8 @@ class Batch:
             model: one that reads this batch's tokens (of a teacher: `as_teacher_sees_it`), wrapped or not.
         """
         if self.layout is None:
-            return ForwardInputs(self.model_inputs, self.model_inputs.get("attention_mask"), self.predicts_BT)
+            mask = self.model_inputs.get("attention_mask")
+            return ForwardInputs(self.model_inputs, mask, self.positions_S, self.labels.shape[1])
         tokens = {"input_ids": self.model_inputs["input_ids"], **self.token_level}
         config = getattr(getattr(model, "module", model), "config", None)
         # transformers looks for documents in the positions of a single line there.
@@ -315,7 +333,7 @@ class Batch:
             return seen
         # By row as well: a token more in one and less in the next would be the same tokens in all.
         same_counts = torch.equal(seen.predicts_BT.sum(1), self.predicts_BT.sum(1))
-        if not same_counts or not torch.equal(seen.labels_S, self.labels_S):
+        if not same_counts or not torch.equal(on_host(seen.labels_S), on_host(self.labels_S)):
             raise DataError(
                 "A batch has other supervised tokens for the teacher than for the student, and distillation compares "
                 "them one by one: give both the same, in the same order."
@@ -336,8 +354,14 @@ class Batch:
         return replace(self, labels=labels, teacher_tokens=tokens, targets=None)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Batch:
-        """Accelerate's data loaders call this."""
-        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """Accelerate's data loaders call this; no copy from the host is waited for."""
+
+        def sent(tensor: torch.Tensor) -> torch.Tensor:
+            # Pixels are read by the models alone.
+            is_known = not tensor.is_floating_point() or tensor.dim() < 2 or tensor.shape == self.labels.shape
+            return send_known(tensor, device) if is_known else send(tensor, device)
+
+        return self.map_tensors(sent)
 
     def pin_memory(self) -> Batch:
         """Torch's data loader calls this."""
@@ -404,13 +428,13 @@ def _mapped_images(images: TeacherImages | None, change: Callable[[torch.Tensor]
     return None if images is None else replace(images, inputs=_mapped(images.inputs, change))
 
 
-def _count_images(pixels: Any, sizes: Any) -> float:
+def _count_images(pixels: Any, sizes: Any) -> torch.Tensor | float:
     if not isinstance(pixels, torch.Tensor):
         return len(pixels)
     if pixels.dim() == 5:  # [rows, crops, channels, height, width]
-        return float(pixels.flatten(2).any(-1).sum())
+        return pixels.flatten(2).any(-1).sum()
     if pixels.dim() == 4 and sizes is not None and len(sizes) == len(pixels):
-        return float(torch.as_tensor(sizes).prod(-1).sum())
+        return float(on_host(torch.as_tensor(sizes)).prod(-1).sum())
     return len(pixels)
 
 

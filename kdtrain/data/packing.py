@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kdtrain.losses.reduce import predicting
+from kdtrain.host import send
 
 Line = tuple[int, ...]
 """Rows of a batch, by number, in the order in which they lie."""
@@ -53,17 +53,22 @@ class ForwardInputs:
     model_inputs: Mapping[str, Any]
     mask: torch.Tensor | None
     """What of it is no padding, in the shape of its ids; None where that is not known."""
-    predicts_BT: torch.Tensor
-    """Of the batch."""
-    before_S: torch.Tensor | None = None
-    """Where in its L·W positions those lie that predict a supervised token, in the order of `labels_S`; None where the
-    rows lie beside each other."""
+    before_S: torch.Tensor
+    """[S] long: where in its L·W positions those lie that predict a supervised token, in the order of `labels_S`."""
+    width: int
+    """W, positions of a row or line."""
+    in_lines: bool = False
+    """Whether rows lie behind each other."""
 
     def predicting(self, outputs: torch.Tensor) -> torch.Tensor:
-        """[S, X] of a model's outputs: those that predict the supervised tokens, in the order of `labels_S`."""
-        if self.before_S is None:
-            return predicting(outputs, self.predicts_BT)[self.predicts_BT.to(outputs.device)]
-        return outputs.flatten(0, 1)[self.before_S.to(outputs.device)]
+        """[S, X] of a model's outputs [L, W, X]: those that predict the supervised tokens, in the order of `labels_S`.
+
+        Prompt tuning puts virtual tokens in front of each row, whose outputs are no positions of the batch.
+        """
+        virtual, before_S = outputs.shape[1] - self.width, send(self.before_S, outputs.device)
+        if virtual:
+            before_S = before_S + virtual * (before_S // self.width + 1)
+        return outputs.flatten(0, 1).index_select(0, before_S)
 
 
 def in_lines(
@@ -73,7 +78,7 @@ def in_lines(
 
     Args:
         tokens: `input_ids` and what else there is for every token, [B, T], padded on the right.
-        predicts_BT: [B, T−1], see `Batch.predicts_BT`.
+        predicts_BT: [B, T−1], on the CPU, see `Batch.predicts_BT`.
         flat: all lines as one, without padding: what flash attention needs, and all it costs there.
     """
     lines = (tuple(row for line in layout.lines for row in line),) if flat else layout.lines
@@ -94,10 +99,10 @@ def in_lines(
             starts[row] = number * width + at
             at = end
     # Padding behind a line has position 0 all along: each is a document of its own, within any table of positions.
-    source, position, mask, starts = (one.to(device, non_blocking=True) for one in (source, position, mask, starts))
+    before_S = send((starts + torch.arange(columns - 1))[predicts_BT], device)
+    source, position, mask = (send(one, device) for one in (source, position, mask))
     taken = {name: _taken(values, source, mask) for name, values in tokens.items()}
-    before_BT = starts + torch.arange(columns - 1, device=device)
-    return ForwardInputs({**taken, "position_ids": position}, mask, predicts_BT, before_BT[predicts_BT])
+    return ForwardInputs({**taken, "position_ids": position}, mask, before_S, width, in_lines=True)
 
 
 def _taken(values_BT: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

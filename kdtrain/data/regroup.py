@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from kdtrain.data.batch import Batch, Rows, TeacherImages, TeacherTokens
 from kdtrain.data.visual_batch import CannotShareError, Owned, images_left, join_visual
+from kdtrain.host import on_host, send_known
 from kdtrain.losses.reduce import IGNORE_INDEX
 
 # What of Rows names rows one by one, and stands for a row where its batch does not say.
@@ -147,15 +148,18 @@ def _tokens(batches: Sequence[Batch], order: Sequence[int], pad_id: int, multipl
     """Ids, mask, labels and what else there is for every token, as long as the longest of the rows."""
     own_rows, back = _by_batch([len(batch) for batch in batches], order)
     weighs = any(batch.kd_token_weights is not None for batch in batches)
+    # On the host, where they were made and which rows are wanted is known, and sent together.
+    device = batches[0].labels.device
     own = [
-        {name: values[rows] for name, values in _per_token(batch, weighs=weighs).items()}
+        {name: on_host(values)[rows] for name, values in _per_token(batch, weighs=weighs).items()}
         for batch, rows in zip(batches, own_rows, strict=True)
         if rows
     ]
     longest = max(1, *(length for part in own for length in _lengths(part["attention_mask"], part["labels"])))
     width = _rounded(longest, multiple, max(part["labels"].shape[1] for part in own))
     fill = {"input_ids": pad_id, "labels": IGNORE_INDEX, _WEIGHTS: 1}
-    return {name: torch.cat([_to_width(part[name], width, fill.get(name, 0)) for part in own])[back] for name in own[0]}
+    joined = {n: torch.cat([_to_width(part[n], width, fill.get(n, 0)) for part in own])[back] for n in own[0]}
+    return {name: send_known(values, device) for name, values in joined.items()}
 
 
 _WEIGHTS = "kd_token_weights"
@@ -164,18 +168,19 @@ _WEIGHTS = "kd_token_weights"
 def _per_token(batch: Batch, *, weighs: bool = False) -> dict[str, torch.Tensor]:
     """By name, [B, T]; with weights in the divergence where some of the batches have any."""
     ids = batch.model_inputs["input_ids"]
-    mask = batch.model_inputs.get("attention_mask", torch.ones_like(ids))
+    mask = batch.model_inputs.get("attention_mask")
+    mask = torch.ones(ids.shape, dtype=ids.dtype) if mask is None else mask
     found = {"input_ids": ids, "attention_mask": mask, **batch.token_level, "labels": batch.labels}
     if weighs:
-        ones = torch.ones(batch.labels.shape, device=batch.labels.device)
+        ones = torch.ones(batch.labels.shape)
         found[_WEIGHTS] = ones if batch.kd_token_weights is None else batch.kd_token_weights
     return found
 
 
 def _lengths(mask_BT: torch.Tensor, labels_BT: torch.Tensor) -> list[int]:
     """Of each row: the positions up to its last token."""
-    positions = torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device)
-    used_BT = (mask_BT != 0) | (labels_BT != IGNORE_INDEX)
+    positions = torch.arange(1, mask_BT.shape[1] + 1)
+    used_BT = (on_host(mask_BT) != 0) | (on_host(labels_BT) != IGNORE_INDEX)
     return [int(length) for length in (used_BT * positions).amax(1).tolist()]
 
 
@@ -208,7 +213,8 @@ def _by_batch(counts: Sequence[int], order: Sequence[int]) -> tuple[list[list[in
 
 def _chosen(parts: Sequence[torch.Tensor], order: Sequence[int]) -> torch.Tensor:
     own_rows, back = _by_batch([len(part) for part in parts], order)
-    return torch.cat([part[rows] for part, rows in zip(parts, own_rows, strict=True) if rows])[back]
+    chosen = torch.cat([on_host(part)[rows] for part, rows in zip(parts, own_rows, strict=True) if rows])[back]
+    return send_known(chosen, parts[0].device)
 
 
 # ---- the teacher's ---------------------------------------------------------------------------------------------------
@@ -318,5 +324,5 @@ def _prompts(
         return None
     width = max(ids.shape[1] for ids, _ in there)
     ids, mask = (_chosen([functional.pad(p[i], (width - p[i].shape[1], 0)) for p in there], order) for i in (0, 1))
-    empty = int((mask.cumsum(1) == 0).sum(1).min())
+    empty = int((on_host(mask).cumsum(1) == 0).sum(1).min())
     return ids[:, min(empty, width - 1) :], mask[:, min(empty, width - 1) :]

@@ -15,6 +15,7 @@ import torch
 from kdtrain.data.batch import Batch, Rows, TeacherImages
 from kdtrain.data.multimodal import Multimodal, Processed
 from kdtrain.errors import DataError
+from kdtrain.host import on_host
 
 
 class CannotShareError(DataError):
@@ -166,7 +167,7 @@ def images_left(visual: Mapping[str, torch.Tensor], sizes: Mapping[str, Sequence
     """Whether any of the rows that own these tensors has an image."""
     marks = next((visual[name] for name in sizes if name in _ZERO_MEANS_NO_IMAGE), None)
     none_owned = any(not sum(owned) for owned in sizes.values())
-    return bool(sizes) and not none_owned and (marks is None or bool(marks.any()))
+    return bool(sizes) and not none_owned and (marks is None or bool(on_host(marks).any()))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import nn
 from kdtrain.config.options import VisualKdConfig
 from kdtrain.errors import PreflightError
 from kdtrain.feature_kd.taps import named, option, token_order
+from kdtrain.host import on_host
 from kdtrain.models.layouts import layout_of
 from kdtrain.models.probe import Side
 
@@ -71,7 +72,7 @@ def _grids(model: nn.Module, target: str, path: str | None, inputs: Mapping[str,
     if layout is None or layout.sizes is None:
         return NOTHING_KNOWN
     if layout.sizes == "image_sizes":
-        sizes = torch.as_tensor(inputs["image_sizes"])
+        sizes = on_host(torch.as_tensor(inputs["image_sizes"]))
         return Grids([torch.cat([torch.ones_like(sizes[:, :1]), sizes], dim=1)])
     # The order in which these families' forwards encode them.
     passes = [inputs[key] for key in ("image_grid_thw", "video_grid_thw") if inputs.get(key) is not None]
@@ -87,7 +88,7 @@ def lie_alike(student: Grids, teacher: Grids, visual_pass: int) -> bool:
     first, second = student.of_pass(visual_pass), teacher.of_pass(visual_pass)
     if first is None or second is None:
         return student.block == teacher.block
-    return student.block == teacher.block and torch.equal(first, second.to(first.device))
+    return student.block == teacher.block and torch.equal(on_host(first), on_host(second))
 
 
 def resized(
@@ -140,7 +141,7 @@ def _shapes(features: torch.Tensor, grids: Grids, visual_pass: int, found: str, 
             "equally many tokens."
         )
     # The batch counts pixels or patches, of which factor × factor have become one token: so many times fewer in all.
-    shapes, count = [tuple(shape) for shape in grid.tolist()], math.prod(features.shape[:-1])
+    shapes, count = [tuple(shape) for shape in on_host(grid).tolist()], math.prod(features.shape[:-1])
     factor = math.isqrt(sum(map(math.prod, shapes)) // count)
     merged = [(t, h // factor, w // factor) for t, h, w in shapes] if factor else []
     if sum(map(math.prod, merged)) != count:

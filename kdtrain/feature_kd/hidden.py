@@ -25,8 +25,10 @@ from kdtrain.feature_kd.layers import Layers, find_layers, pair_layers
 from kdtrain.feature_kd.projected import FeatureTerm, NumItems, Predicting, check_gradient
 from kdtrain.feature_kd.projectors import linear_projectors, projector_name
 from kdtrain.feature_kd.taps import LAYER, named, section_of
+from kdtrain.host import send
 from kdtrain.losses.reduce import normaliser
 from kdtrain.models.layouts import Tap, unwrapped
+from kdtrain.models.pieces import runs_on
 from kdtrain.models.probe import Side, few_tokens, own_random_state
 
 logger = logging.getLogger(__name__)
@@ -112,7 +114,7 @@ class HiddenTerm(FeatureTerm):
     ) -> dict[str, torch.Tensor]:
         """See `FeatureTerm.terms`: the parts of the layers add up to the sum."""
         projectors, levels = dict(self.projectors.items()), len(self.pairs)
-        denominator = normaliser(num_items, batch.num_supervised)
+        denominator = normaliser(num_items, send(batch.num_supervised, batch.labels.device))
         parts = {}
         for i, name in enumerate(self.options.names):
             check_gradient(LAYER, student[LAYER][i])
@@ -153,7 +155,7 @@ class HiddenTerm(FeatureTerm):
         for side in sides:
             model = self.student if side == "student" else self.teacher
             captured = self.of_student() if side == "student" else self.of_teacher()
-            ids = few_tokens(unwrapped(model), next(model.parameters()).device)
+            ids = few_tokens(unwrapped(model), runs_on(model))
             was_training = model.training
             try:
                 with own_random_state(ids.device), captured as features:

@@ -21,7 +21,7 @@ from kdtrain.disk import save_tensors
 from kdtrain.errors import CheckpointError, PreflightError
 from kdtrain.feature_kd.hooks import Features
 from kdtrain.feature_kd.taps import LAYER, named
-from kdtrain.models.pieces import fill, put_together_by_module
+from kdtrain.models.pieces import fill, put_together_by_module, runs_on
 from kdtrain.models.probe import Side
 
 NumItems = torch.Tensor | int | None
@@ -82,7 +82,7 @@ class FeatureTerm(ABC):
     def run_once(self, side: Side, inputs: Mapping[str, Any]) -> None:
         """One forward before training, in eval mode, without a gradient where there cannot be one."""
         model = self.student if side == "student" else self.teacher
-        device = next(model.parameters()).device
+        device = runs_on(model)
         moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
         if side == "teacher":
             with torch.no_grad():
@@ -120,6 +120,14 @@ class FeatureTerm(ABC):
         weights, biases = ([p for name, p in named if name.endswith("bias") is is_bias] for is_bias in (False, True))
         optimizer.add_param_group({"params": weights, "weight_decay": weight_decay})
         optimizer.add_param_group({"params": biases, "weight_decay": 0.0})
+
+    def window_units(self) -> torch.Tensor | float:
+        """What the window's mean is over, on all ranks; 0 where nothing of the window has the term.
+
+        The projectors then have no gradient, so that the optimizer leaves them alone: with a zero it would decay them,
+        and move them by its momentum.
+        """
+        return 1.0
 
     def synchronise(self) -> None:
         """Average the projectors' gradients over the ranks, as DDP does with the student's; a collective.

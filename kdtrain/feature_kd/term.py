@@ -19,6 +19,7 @@ from kdtrain.feature_kd.hooks import Features, capture, tapped
 from kdtrain.feature_kd.projected import FeatureTerm, NumItems, Predicting, check_gradient
 from kdtrain.feature_kd.projectors import build_projectors, projector_name
 from kdtrain.feature_kd.taps import taps_of_both
+from kdtrain.host import send
 
 
 def feature_terms(
@@ -96,7 +97,7 @@ class VisualTerm(FeatureTerm):
         """
         share: torch.Tensor | float = 0.0 if batch.stand_in is not None else 1.0
         if num_items is not None and self._window_units is not None:
-            share = batch.image_units / self._window_units.clamp(min=1)
+            share = send(batch.image_units, self._window_units.device).float() / self._window_units.clamp(min=1)
         return self._shared(student, teacher, batch, share)
 
     def _shared(
@@ -107,19 +108,13 @@ class VisualTerm(FeatureTerm):
 
     def count(self, batches: Sequence[Batch]) -> None:
         """Count the window's image features on all ranks, over which the terms are means; a collective."""
-        local = torch.tensor(float(sum(batch.image_units for batch in batches)), device=self._accelerator.device)
-        self._window_units = self._accelerator.gather(local[None]).sum()
+        device, found = self._accelerator.device, [batch.image_units for batch in batches]
+        local = sum((send(units, device) for units in found), torch.zeros((), dtype=torch.float64, device=device))
+        self._window_units = self._accelerator.gather(local.float()[None]).sum()
 
-    def synchronise(self) -> None:
-        """As `FeatureTerm.synchronise`; of a window without images nothing.
-
-        Where no rank had an image there is no gradient, so that the optimizer leaves the projectors alone: with a zero
-        it would decay them, and move them by its momentum.
-        """
-        if self._window_units is not None and not self._window_units:
-            self.projectors.zero_grad()
-            return
-        super().synchronise()
+    def window_units(self) -> torch.Tensor | float:
+        """See `FeatureTerm.window_units`."""
+        return 1.0 if self._window_units is None else self._window_units
 
     def probe(self, batch: Batch) -> None:
         """Run both models on a batch with images, as they will be run: what does not fit is found before training.

@@ -24,6 +24,7 @@ from kdtrain.generation.batching import PromptInputs, Room, calls
 from kdtrain.generation.call import is_sharded, left_padded
 from kdtrain.generation.decode import NonFiniteLogits, sample
 from kdtrain.generation.sampling import stable_seed
+from kdtrain.host import send_known
 from kdtrain.losses.reduce import IGNORE_INDEX
 
 
@@ -201,7 +202,7 @@ def _answered(
         ([*prompt, *completion], [IGNORE_INDEX] * len(prompt) + [*completion])
         for prompt, completion in zip(prompts, written, strict=True)
     ]
-    return {key: value.to(device) for key, value in pad_rows(rows, pad_id, multiple).items()}
+    return {key: send_known(value, device) for key, value in pad_rows(rows, pad_id, multiple).items()}
 
 
 def row_seeds(batches: Sequence[Batch], seed: str) -> list[list[int]]:

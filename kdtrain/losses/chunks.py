@@ -55,6 +55,8 @@ class Call:
     with_gradient: bool
     mixed: MixedHeads | None = None
     """Several teachers in place of one."""
+    most_taught: int | None = None
+    """See `head_distillation_loss`."""
 
     @property
     def has_teacher(self) -> bool:
@@ -106,7 +108,7 @@ class ChunkedPass:
         self.with_gradient = any(wanted)
         self.dtype = torch.promote_types(hidden_SH.dtype, torch.float32)
         device = hidden_SH.device
-        tokens = torch.tensor(len(labels_S), device=device)
+        tokens = torch.full((), len(labels_S), device=device)
         self.num_tokens = tokens
         self.inverse_items = 1 / normaliser(call.num_items, tokens).to(self.dtype)
         ce_rows, kd_rows = (

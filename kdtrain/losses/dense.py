@@ -44,6 +44,7 @@ def dense_distillation_loss(
     params: DivergenceParams = DEFAULT_PARAMS,
     num_items: torch.Tensor | int | None = None,
     num_kd_items: torch.Tensor | int | None = None,
+    all_supervised: bool = False,
 ) -> FusedLoss:
     """kd_weight · Σ w · divergence / num_kd_items + ce_weight · Σ v · cross-entropy / num_items.
 
@@ -64,6 +65,7 @@ def dense_distillation_loss(
         beta, temperature, divergence, tail, params: as in `generalized_jsd` and `topk_divergence`.
         num_items: D; None is the number of supervised tokens in `labels`.
         num_kd_items: D_kd; see `fused_distillation_loss`.
+        all_supervised: no label is −100. Then no size of a tensor depends on numbers, and no device is waited for.
 
     The cross-entropy is that of temperature 1; all sums are computed in float32. With no supervised token every sum is
     0 and the loss is 0 with a gradient path, so that DDP finds a graph on every rank.
@@ -73,10 +75,10 @@ def dense_distillation_loss(
     """
     _check(student_logits, labels, teacher_logits, targets, kd_weight, ce_weight, tail, beta, divergence)
     check_token_weights(labels, kd_token_weights=kd_token_weights, ce_token_weights=ce_token_weights)
-    keep = labels != IGNORE_INDEX
-    student = student_logits[keep].float()
+    keep: torch.Tensor | slice = slice(None) if all_supervised else labels != IGNORE_INDEX
+    student = student_logits[keep].to(torch.promote_types(student_logits.dtype, torch.float32))
     kept_labels = labels[keep]
-    num_tokens = keep.sum()
+    num_tokens = torch.full((), len(kept_labels), device=labels.device)
 
     ce_sum = _cross_entropy(student, kept_labels, None if ce_token_weights is None else ce_token_weights[keep])
     loss = (
@@ -87,12 +89,12 @@ def dense_distillation_loss(
         num_correct = (student.argmax(-1) == kept_labels).sum()
         student_entropy = entropy(student).sum()
     if targets is not None:
-        targets = targets[keep.to(targets.indices.device)]
-    weights = None if kd_token_weights is None else kd_token_weights.to(student.device)[keep].float()
+        targets = targets[keep if isinstance(keep, slice) else keep.to(targets.indices.device)]
+    weights = None if kd_token_weights is None else kd_token_weights.to(student.device)[keep].to(student.dtype)
     share = kd_share(weights, num_items, num_kd_items, num_tokens)
     # Tokens of weight 0 need no divergence.
     part: torch.Tensor | slice = slice(None)
-    if weights is not None:
+    if weights is not None and not all_supervised:
         part = weights > 0
         weights = weights[part]
     compared = None
@@ -139,7 +141,7 @@ def _cross_entropy(student: torch.Tensor, labels: torch.Tensor, weights: torch.T
 
 
 def _weighted(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    return values.sum() if weights is None else (values * weights).sum()
+    return values.sum() if weights is None else torch.where(weights > 0, values * weights, 0.0).sum()
 
 
 class _Compared(NamedTuple):

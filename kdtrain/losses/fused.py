@@ -11,6 +11,7 @@ only scales. Nothing is computed twice; memory is O(C·V) beside the gradients t
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -18,12 +19,12 @@ from typing import Any
 import torch
 
 from kdtrain.errors import TargetsError
+from kdtrain.losses.by_chunks import dense_loss_by_chunks
 from kdtrain.losses.chunks import Call, ChunkedPass
-from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.divergence import check_divergence_arguments
 from kdtrain.losses.head import Head
 from kdtrain.losses.kinds import DEFAULT_PARAMS, Divergence, DivergenceParams, Tail
-from kdtrain.losses.mixture import MixedHeads, mix_logits
+from kdtrain.losses.mixture import Mixed, MixedHeads, mix_logits
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, check_token_weights
 from kdtrain.losses.sampled import SampledTargets, SparseTargets, check_sampled_targets
 from kdtrain.losses.tile import TileOptions
@@ -129,10 +130,13 @@ def head_distillation_loss(
     num_items: torch.Tensor | int | None = None,
     num_kd_items: torch.Tensor | int | None = None,
     chunk_tokens: int | None = None,
+    most_taught: int | None = None,
 ) -> FusedLoss:
     """`fused_distillation_loss` for heads that are objects already, as a model's forward hands them over.
 
     Args:
+        most_taught: says that all tokens are supervised, and how many at most have a `kd_token_weights` above 0. None
+            looks at labels and weights, for which the host waits on a GPU.
         mixed: several teachers in place of one: the divergence is from the mean of their distributions, which is made
             chunk by chunk as well.
 
@@ -158,6 +162,7 @@ def head_distillation_loss(
         num_kd_items=num_kd_items,
         chunk_tokens=chunk_tokens,
         with_gradient=wanted,
+        most_taught=most_taught,
     )
     heads = [*([] if teacher is None else [teacher]), *(() if mixed is None else mixed.heads)]
     if student.masks_columns() or any(head.masks_columns() for head in heads):
@@ -179,7 +184,7 @@ class _Fused(torch.autograd.Function):
         call: Call,
     ) -> tuple[torch.Tensor, ...]:
         wanted = tuple(needed and call.with_gradient for needed in ctx.needs_input_grad[:3])
-        # Unsupervised tokens are left out from here on. On a GPU the host waits here, once a call, for their number.
+        # Unsupervised tokens are left out from here on.
         rows, taught = _in_order(labels, call)
         half = None
         if hidden.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
@@ -217,6 +222,12 @@ class _Fused(torch.autograd.Function):
 
 def _in_order(labels: torch.Tensor, call: Call) -> tuple[torch.Tensor, int]:
     """The supervised tokens of a call, and how many of them, the first, a term teaches; the others have sums alone."""
+    if call.most_taught is not None:
+        rows = torch.arange(len(labels), device=labels.device)
+        if call.kd_token_weights is None or call.options.ce_weight > 0:
+            return rows, len(rows)
+        weighs = call.kd_token_weights.to(labels.device) > 0
+        return weighs.to(torch.uint8).argsort(descending=True, stable=True), call.most_taught
     supervised = labels != IGNORE_INDEX
     if call.kd_token_weights is None or call.options.ce_weight > 0:
         rows = supervised.nonzero().squeeze(1)
@@ -242,33 +253,35 @@ def _to_fused_loss(loss: torch.Tensor, sums: list[torch.Tensor], call: Call) -> 
 
 
 def _with_masked_columns(hidden: torch.Tensor, labels: torch.Tensor, call: Call) -> FusedLoss:
-    """The same sums from whole logits that autograd knows, for heads that mask columns."""
-    teacher_logits = softened = None
+    """The same sums from logits that autograd knows, a chunk of tokens at a time, for heads that mask columns."""
     with torch.autocast(hidden.device.type, enabled=False):
-        if call.teacher is not None and call.teacher_hidden is not None:
-            teacher_logits = call.teacher.differentiable_logits(call.teacher_hidden)
-        if call.mixed is not None:
-            pairs = zip(call.mixed.hidden, call.mixed.heads, strict=True)
-            of_each = [head.differentiable_logits(one) for one, head in pairs]
-            teacher_logits, softened = mix_logits(of_each, call.mixed.shares, call.options.temperature)
-        return dense_distillation_loss(
-            call.student.differentiable_logits(hidden),
+        return dense_loss_by_chunks(
+            hidden,
             labels,
-            teacher_logits,
-            softened_teacher_logits=softened,
+            call.options,
+            None if call.teacher is None and call.mixed is None else functools.partial(_teacher_logits, call),
+            head=call.student,
             targets=call.targets,
-            kd_weight=call.options.kd_weight,
-            ce_weight=call.options.ce_weight,
-            ce_token_weights=call.ce_token_weights,
             kd_token_weights=call.kd_token_weights,
-            beta=call.options.beta,
-            temperature=call.options.temperature,
-            divergence=call.options.divergence,
-            tail=call.options.tail,
-            params=call.options.params,
+            ce_token_weights=call.ce_token_weights,
             num_items=call.num_items,
             num_kd_items=call.num_kd_items,
+            chunk_tokens=call.chunk_tokens,
+            all_supervised=call.most_taught is not None,
         )
+
+
+def _teacher_logits(call: Call, rows: slice) -> Mixed:
+    """Of some tokens of a call."""
+    with torch.no_grad():
+        if call.mixed is not None:
+            pairs = zip(call.mixed.hidden, call.mixed.heads, strict=True)
+            of_each = [head.differentiable_logits(one[rows]) for one, head in pairs]
+            return mix_logits(of_each, call.mixed.shares, call.options.temperature)
+        assert call.teacher is not None
+        assert call.teacher_hidden is not None
+        logits = call.teacher.differentiable_logits(call.teacher_hidden[rows])
+        return Mixed(logits, logits)
 
 
 def _check(

@@ -12,6 +12,12 @@ import torch
 from kdtrain.losses.gemm import project
 
 
+def first_masked(bias: torch.Tensor) -> int:
+    """`Head.masked_from` of a bias; on a GPU the host waits for it."""
+    masked = torch.isinf(bias.detach())
+    return int(masked.to(torch.uint8).argmax()) if bool(masked.any()) else len(bias)
+
+
 @dataclass(frozen=True)
 class Head:
     """A language-model head and what the model does to its logits."""
@@ -20,6 +26,8 @@ class Head:
     bias: torch.Tensor | None
     logit_scale: float
     softcap: float | None
+    masked_from: int | None = None
+    """The first column whose bias is −inf; the vocabulary's size where none is. None is not known."""
 
     def first_columns(self, count: int) -> Head:
         """The head over the first tokens of the vocabulary only; the same object where that is all of them."""
@@ -28,8 +36,13 @@ class Head:
         return replace(self, weight=self.weight[:count], bias=None if self.bias is None else self.bias[:count])
 
     def masks_columns(self) -> bool:
-        """Whether some logits are always −inf, which the tile's arithmetic does not know."""
-        return self.bias is not None and bool(torch.isinf(self.bias).any())
+        """Whether some logits are always −inf, which the tile's arithmetic does not know. On a GPU the host waits for
+        the answer, unless `masked_from` is known."""
+        if self.bias is None:
+            return False
+        if self.masked_from is not None:
+            return self.masked_from < len(self.bias)
+        return bool(torch.isinf(self.bias).any())
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """[C, V] in the dtype of `out`, which is overwritten."""

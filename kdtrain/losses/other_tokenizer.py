@@ -169,7 +169,7 @@ def dense_chunk_loss(
 ) -> FusedLoss:
     """The same from logits [S, V] that autograd knows."""
     logprobs = label_logprobs_of_logits(logits, labels)
-    known, tokens = logprobs.detach(), torch.tensor(len(labels), device=labels.device)
+    known, tokens = logprobs.detach(), torch.full((), len(labels), device=labels.device)
     items = normaliser(num_items, tokens).to(known.dtype)
     slots = Slots.of(targets.slots, len(targets.logprobs), kd_token_weights, num_kd_items, known.dtype)
     made = _made(options, targets, slots, ce_mask, known, items)

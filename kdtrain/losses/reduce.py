@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kdtrain.host import send
+
 IGNORE_INDEX = -100
 
 
@@ -42,14 +44,6 @@ class FusedLoss:
     draws, whose entropy is not the teacher's."""
 
 
-def predicting(outputs_BTX: torch.Tensor, predicts_BT: torch.Tensor) -> torch.Tensor:
-    """[B, T−1, X] of a model's outputs: those that `predicts_BT` [B, T−1] is about.
-
-    Prompt tuning puts virtual tokens in front of a row, whose outputs are no positions of the batch.
-    """
-    return outputs_BTX[:, -predicts_BT.shape[1] - 1 : -1]
-
-
 def next_token_labels(labels_BT: torch.Tensor) -> torch.Tensor:
     """Labels [B, T−1] that the logits at positions 0 … T−2 predict. The first label is never predicted.
 
@@ -63,7 +57,11 @@ def normaliser(num_items: torch.Tensor | int | None, local_tokens: torch.Tensor)
 
     Clamped, so that a window without supervised tokens has a loss of exactly 0 instead of 0/0.
     """
-    tokens = local_tokens if num_items is None else torch.as_tensor(num_items, device=local_tokens.device)
+    tokens = local_tokens
+    if isinstance(num_items, torch.Tensor):
+        tokens = send(num_items, local_tokens.device)
+    elif num_items is not None:
+        tokens = torch.full_like(local_tokens, num_items)
     return tokens.to(torch.float32).clamp(min=1)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from kdtrain.errors import TargetsError
+from kdtrain.host import send
 from kdtrain.losses.divergence import check_divergence_arguments, generalized_jsd
 from kdtrain.losses.kinds import WITH_BETA, Divergence
 from kdtrain.losses.mixture import MixedTopK
@@ -65,7 +66,7 @@ class SampledTargets:
 
     def to(self, device: torch.device) -> SampledTargets:
         """The same targets on a device."""
-        return self._of_checked(self.indices.to(device), self.weights.to(device))
+        return self._of_checked(send(self.indices, device), send(self.weights, device))
 
     @classmethod
     def _of_checked(cls, indices: torch.Tensor, weights: torch.Tensor) -> SampledTargets:

@@ -15,6 +15,7 @@ from typing import Protocol, get_args
 import torch
 
 from kdtrain.errors import NonFiniteTargetsError, TargetsError
+from kdtrain.host import send
 from kdtrain.losses.divergence import generalized_jsd
 from kdtrain.losses.kinds import BUCKET_ONLY, DEFAULT_PARAMS, Divergence, DivergenceParams, Tail
 
@@ -77,7 +78,7 @@ class TopKLogprobs:
 
     def to(self, device: torch.device) -> TopKLogprobs:
         """The same targets on a device."""
-        return self._of_checked(self.indices.to(device), self.logprobs.to(device))
+        return self._of_checked(send(self.indices, device), send(self.logprobs, device))
 
     @classmethod
     def _of_checked(cls, indices: torch.Tensor, logprobs: torch.Tensor) -> TopKLogprobs:

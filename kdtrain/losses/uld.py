@@ -52,10 +52,19 @@ class UldTargets:
     """[S']: the teacher's tokens."""
     teacher_slots: torch.Tensor
     """[S'], as `slots`."""
+    filled: torch.Tensor | None = None
+    """[K] long: the slots with tokens of both models that weigh more than 0. None finds them, for which the host waits
+    on a GPU."""
 
     def to(self, device: torch.device) -> UldTargets:
-        names = ("slots", "outputs", "labels", "teacher_slots")
+        names = ("slots", "outputs", "labels", "teacher_slots", *(() if self.filled is None else ("filled",)))
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def find_filled(self, weights_C: torch.Tensor) -> torch.Tensor:
+        """`filled`, of slots of these weights."""
+        if self.filled is not None:
+            return self.filled
+        return ((weights_C > 0) & (last_tokens(self.teacher_slots, self.count) >= 0)).nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
@@ -209,7 +218,7 @@ class _Uld(torch.autograd.Function):
             first = LabelPass(hidden, labels, rows, len(rows), no_gradient, (False,) * 3, half)
             first.all_chunks()
             logprobs = first.logprobs()
-            filled = ((slots.weights > 0) & (last_tokens(targets.teacher_slots, targets.count) >= 0)).nonzero()[:, 0]
+            filled = targets.find_filled(slots.weights)
             own = _Bases.of(targets.slots, targets.count, logprobs, filled)
             other = _Bases.of(targets.teacher_slots, targets.count, _of_teacher(targets, no_gradient, half), filled)
             of_bases = replace(
@@ -294,7 +303,7 @@ def dense_uld_loss(
         teacher = teacher.to(logits.dtype)
     slots = Slots.of(targets.slots, targets.count, kd_token_weights, num_kd_items, logits.dtype)
     logprobs = label_logprobs_of_logits(logits, labels)
-    filled = ((slots.weights > 0) & (last_tokens(targets.teacher_slots, targets.count) >= 0)).nonzero()[:, 0]
+    filled = targets.find_filled(slots.weights)
     own = _Bases.of(targets.slots, targets.count, logprobs, filled)
     of_teacher = label_logprobs_of_logits(teacher, targets.labels)
     other = _Bases.of(targets.teacher_slots, targets.count, of_teacher, filled)

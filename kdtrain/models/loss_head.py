@@ -13,16 +13,18 @@ import functools
 import types
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from kdtrain.losses.head import Head
+from kdtrain.losses.head import Head, first_masked
 from kdtrain.models.experts import without_router_logits
-from kdtrain.models.pieces import full_tensor
+from kdtrain.models.pieces import full_tensor, runs_on
 from kdtrain.models.probe import evaluating, few_tokens
 
 LossHead = Callable[[torch.Tensor, Head, Any], Any]
@@ -50,7 +52,8 @@ def add_loss_head(model: nn.Module) -> None:
         assert module is not None, "checked when the loss head was added"
         # Under ZeRO-3 each rank holds a piece of the head, and the head's own forward, which would gather it, is not
         # called. It is gathered once for all chunks of the loss, and let go of behind it.
-        with maybe_gather_lm_head_ctx(module.weight, module.bias):
+        # One that accelerate keeps in CPU memory or on the disk comes to its device for as long.
+        with maybe_gather_lm_head_ctx(module.weight, module.bias), align_module_device(module):
             return loss_head(outputs.last_hidden_state, _head(self, module), outputs)
 
     forward.takes_loss_head = True  # type: ignore[attr-defined]
@@ -73,11 +76,13 @@ def why_no_loss_head(model: PreTrainedModel) -> str | None:
         return "its head is not a plain linear layer"
     if is_deepspeed_zero3_enabled():
         return None
-    ids = few_tokens(model, module.weight.device)
+    ids = few_tokens(model, runs_on(model))
     with evaluating(model), without_router_logits(model):
         logits = model(input_ids=ids, use_cache=False).logits
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        from_head = _head(model, module).differentiable_logits(hidden)
+        with align_module_device(module):
+            head = _head(model, module)
+            from_head = head.differentiable_logits(hidden.to(head.weight.device)).to(logits.device)
     return _difference(logits, from_head, module.weight.dtype)
 
 
@@ -145,7 +150,21 @@ def _gather_within_model(model: nn.Module) -> None:
 def _head(model: PreTrainedModel, module: nn.Linear) -> Head:
     config = model.config.get_text_config()
     weight, bias = full_tensor(module.weight), None if module.bias is None else full_tensor(module.bias)
-    return Head(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(weight, bias, _logit_scale(config), softcap, _masked_from(module, bias))
+
+
+# By the layer: a column that is masked stays so, whatever the others learn.
+_MASKED_FROM: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def _masked_from(module: nn.Linear, bias: torch.Tensor | None) -> int | None:
+    """See `Head.masked_from`; found once, before the first step."""
+    if bias is None:
+        return None
+    if module not in _MASKED_FROM:
+        _MASKED_FROM[module] = first_masked(bias)
+    return _MASKED_FROM[module]
 
 
 def _logit_scale(config: PreTrainedConfig) -> float:

@@ -1,4 +1,5 @@
-"""Models whose weights FSDP 2 or ZeRO-3 keep in pieces: putting them together where nobody else does."""
+"""Models whose weights FSDP 2 or ZeRO-3 keep in pieces, or accelerate away from where they run: putting them together
+where nobody else does."""
 
 from __future__ import annotations
 
@@ -10,6 +11,16 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+
+def runs_on(model: nn.Module) -> torch.device:
+    """Where a model's inputs go; accelerate may keep its weights elsewhere, and bring them there when they are used."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if (device := getattr(one, "execution_device", None)) is not None:
+                return torch.device(device)
+    return next(model.parameters()).device
 
 
 def full_tensor(parameter: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from kdtrain.errors import KdtrainError, PreflightError
 from kdtrain.memory import is_out_of_memory
 from kdtrain.models.experts import without_router_logits
 from kdtrain.models.kinds import WHAT_IS_NEEDED
+from kdtrain.models.pieces import runs_on
 from kdtrain.models.vocabulary import vocabulary_size
 
 Side = Literal["student", "teacher"]
@@ -67,7 +68,7 @@ def _texts(model: PreTrainedModel) -> list[torch.Tensor]:
     config = vars(model.config.get_text_config())
     named = [config.get(f"{name}_token_id") for name in ("pad", "bos", "eos")]
     special = {token for one in named for token in (one if isinstance(one, list) else [one])}
-    ids = few_tokens(model, next(model.parameters()).device, 3 * _TOKENS + 8)[0]
+    ids = few_tokens(model, runs_on(model), 3 * _TOKENS + 8)[0]
     ids = ids[[token not in special for token in ids.tolist()]].flip(-1)
     return list(ids.split(_TOKENS)[:3])
 
@@ -159,14 +160,31 @@ def placeholder_ids(model: PreTrainedModel) -> set[int]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; the mode is put back."""
+    """Eval mode without gradients, and with an attention that the model's device has; both are put back."""
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _attention_for_cpu(model):
             yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def _attention_for_cpu(model: nn.Module) -> Iterator[None]:
+    """Of a model that has not been placed yet: flash attention's kernels are for GPUs alone."""
+    configs = {id(one.config): one.config for one in model.modules() if isinstance(one, PreTrainedModel)}
+    named = [(config, str(config._attn_implementation)) for config in configs.values()]
+    if runs_on(model).type != "cpu" or not any("flash" in name for _, name in named):
+        yield
+        return
+    try:
+        for config, name in named:
+            config._attn_implementation = "sdpa" if "flash" in name else name
+        yield
+    finally:
+        for config, name in named:  # setting one sets those below it
+            config._attn_implementation = name
 
 
 def own_random_state(device: torch.device) -> AbstractContextManager[None]:

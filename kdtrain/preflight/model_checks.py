@@ -26,6 +26,7 @@ from kdtrain.errors import PreflightError
 from kdtrain.generation.generate import refuse_marked_answers
 from kdtrain.generation.padding import who_shares_a_batch
 from kdtrain.models import probe
+from kdtrain.models.pieces import runs_on
 from kdtrain.preflight.findings import Together, report
 from kdtrain.preflight.positions import RowLengths, length_findings, rope_findings
 from kdtrain.ranks import is_main
@@ -137,7 +138,7 @@ def check_models(
     if not can_run:
         return
     for model in generating:
-        who_shares_a_batch(model, next(model.parameters()).device)
+        who_shares_a_batch(model, runs_on(model))
 
 
 def image_findings(side: CheckedModel, collator: Collator, row: Mapping[str, Any]) -> list[Problem]:
@@ -155,7 +156,7 @@ def image_findings(side: CheckedModel, collator: Collator, row: Mapping[str, Any
     except PreflightError as error:
         message = f"The {side.name}'s processor ({probe.name_of(model)}) cannot prepare an image: {error}"
         return [Problem(option, message)]
-    device = next(model.parameters()).device
+    device = runs_on(model)
     ids = torch.tensor([inputs.ids])
     tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs.token_tensors, **inputs.visual}
     moved = {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -20,6 +20,7 @@ from kdtrain.errors import KdtrainError, PreflightError
 from kdtrain.memory import is_out_of_memory
 from kdtrain.models.experts import has_experts, without_router_logits
 from kdtrain.models.kinds import sees_images
+from kdtrain.models.pieces import runs_on
 from kdtrain.models.probe import evaluating, few_tokens, name_of, own_random_state
 from kdtrain.preflight.model_checks import CheckedModel
 
@@ -65,7 +66,7 @@ def why_documents_mix(model: PreTrainedModel) -> str | None:
 
     The model is not wrapped; its mode and the random state stay as they were.
     """
-    device = next(model.parameters()).device
+    device = runs_on(model)
 
     def run(inputs: Mapping[str, Any]) -> torch.Tensor:
         logits = model(**inputs, use_cache=False).logits
@@ -137,7 +138,7 @@ def _in_lines(run: Run, documents: Sequence[torch.Tensor], flat: bool) -> list[t
     """The logits of each document's tokens but its last."""
     width = max(_LENGTHS)
     ids = torch.stack([functional.pad(one, (0, width - len(one))) for one in documents])
-    every = torch.ones(len(ids), width - 1, dtype=torch.bool, device=ids.device)
+    every = torch.ones(len(ids), width - 1, dtype=torch.bool)
     seen = in_lines({"input_ids": ids}, every, _LAYOUT, flat=flat)
     logits = seen.predicting(run(seen.model_inputs)).unflatten(0, every.shape)
     return [one[: length - 1] for one, length in zip(logits, _LENGTHS, strict=True)]

@@ -22,6 +22,7 @@ from kdtrain.data.batch import Batch
 from kdtrain.data.collate import Collator
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.memory import is_out_of_memory
+from kdtrain.models.pieces import runs_on
 from kdtrain.models.probe import OPTION_OF, Side, evaluating, few_tokens
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def _ways_out(rows: Sequence[RowLengths]) -> str:
 
 def _refusal(model: PreTrainedModel, width: int) -> str | None:
     """What a model without a table of positions (ALiBi, sines) says to a row as long as this; None if it takes it."""
-    ids = few_tokens(model, next(model.parameters()).device)
+    ids = few_tokens(model, runs_on(model))
     row = ids.repeat(1, -(-width // ids.shape[1]))[:, :width]
     backbone = getattr(model, "base_model", model)  # without logits, which would take the most memory
     try:

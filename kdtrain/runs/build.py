@@ -36,6 +36,7 @@ from kdtrain.preflight.doctor.templates import template_findings, untrained_find
 from kdtrain.preflight.findings import Together, about, report
 from kdtrain.preflight.generation import by_vllm, check_generation
 from kdtrain.preflight.server import check_server, row_with_image, rows_for_other, rows_to_ask_about
+from kdtrain.ranks import is_main
 from kdtrain.runs.cache_answers import answers_of_cache
 from kdtrain.runs.failures import readable_construction
 from kdtrain.runs.from_cache import check_rows, open_cache
@@ -56,7 +57,7 @@ from kdtrain.teachers import (
 )
 from kdtrain.teachers.cached.manifest import Manifest
 from kdtrain.trainer import GKDTrainerWithMetrics
-from kdtrain.trainer.argument_checks import check_teacher_is_another_model
+from kdtrain.trainer.argument_checks import check_teacher_is_another_model, take_one_gpu
 from kdtrain.trainer.completions import Completion
 from kdtrain.trainer.deepspeed import prepare_deepspeed_run
 from kdtrain.trainer.given_rows import RowsInMemory
@@ -126,6 +127,16 @@ class TeacherSide(NamedTuple):
         return self.of_each or {"": self}
 
 
+def _say_checkpointing(config: RunConfig, args: GKDConfig) -> None:
+    """An inherited default that costs a third more time is said."""
+    named = {"gradient_checkpointing", "activation_checkpointing"} & config.training.keys()
+    if args.gradient_checkpointing and not named and is_main():
+        logger.info(
+            "training.gradient_checkpointing is on, as TRL has it by default: less memory, a third more time. Set it "
+            "to false where memory does."
+        )
+
+
 def build_trainer(
     config: RunConfig,
     args: GKDConfig,
@@ -142,6 +153,8 @@ def build_trainer(
         when_read: is called with the student's tokenizer or processor and the rows, before a model is loaded.
     """
     assert args.device is not None  # looked at first, which joins the process group
+    take_one_gpu(args)
+    _say_checkpointing(config, args)
     prepare_deepspeed_run(args)
     of_teacher = option_of_teacher(config)
     with about(OPTION_OF["student"]):
@@ -392,6 +405,7 @@ def teacher_side(
             adapter=options.adapter,
             quantization=options.quantization,
             placement=options.placement,
+            is_whole=args.deepspeed is None and not args.fsdp,
             **hub,
         )
     else:

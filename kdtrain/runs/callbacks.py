@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -57,15 +56,17 @@ class Records:
 class StopOnSignal(TrainerCallback):
     """Signals finish the step, save a checkpoint and end training; an evaluation is left after its batch.
 
-    At the end of every step, and of every batch of an evaluation, the ranks agree on the largest signal noted, so that
-    a signal to one rank stops all of them at the same place: otherwise the others would wait in a collective for ever.
-    A log that rank 0 cannot write stops them in the same way, at the end of a step.
+    Before every step of the optimizer, and at every batch of an evaluation, the ranks agree on the largest signal
+    noted, so that a signal to one rank stops all of them at the same place: otherwise the others would wait in a
+    collective for ever. A log that rank 0 cannot write stops them in the same way, at the end of a step. This
+    goes with the check of what is not finite (`guard.py`): what comes behind it is heard at the next one.
     """
 
     def __init__(self, trainer: GKDTrainerWithMetrics, request: StopRequest, records: Records) -> None:
         self._trainer, self._request, self._records = trainer, request, records
         self.signum = 0
         """The signal the run was stopped by, on every rank; 0 if none."""
+        trainer.agreements.update(signal=lambda: request.noted, lost=lambda: records.error is not None)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Evaluate now what an earlier process was stopped in, or before: log and best step then miss nothing."""
@@ -100,12 +101,12 @@ class StopOnSignal(TrainerCallback):
 
     def _is_lost(self) -> bool:
         """Whether a record was lost on any rank; `signum` is then agreed upon as well."""
-        accelerator, lost = self._trainer.accelerator, self._records.error is not None
-        self.signum = self._request.noted
-        if accelerator.num_processes > 1:
-            noted = torch.tensor([[self.signum, lost]], device=accelerator.device)
-            self.signum, lost = accelerator.gather(noted).amax(dim=0).tolist()
-        return bool(lost)
+        if self._trainer.accelerator.num_processes == 1:
+            self.signum = self._request.noted
+            return self._records.error is not None
+        agreed = self._trainer.agreed
+        self.signum = int(agreed["signal"])
+        return bool(agreed["lost"])
 
 
 def _evaluation_is_due(args: TrainingArguments, state: TrainerState) -> bool:

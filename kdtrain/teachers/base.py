@@ -61,7 +61,7 @@ class MixedTargets:
 
     def logits(self) -> torch.Tensor:
         """[S, V] of the mean at temperature 1, float32, over what all of them have."""
-        return self.mixed(min(_columns(part) for part in self.parts), 1.0).at_one
+        return self.mixed(columns_of(self), 1.0).at_one
 
     def mixed(self, columns: int, temperature: float) -> Mixed:
         """The mean over the first columns of the vocabulary, [S, columns], in full."""
@@ -69,7 +69,10 @@ class MixedTargets:
         return mix_logits([one[:, :columns] for one in logits], self.shares, temperature)
 
 
-def _columns(scores: DenseTargets | torch.Tensor) -> int:
+def columns_of(scores: DenseTargets | MixedTargets | torch.Tensor) -> int:
+    """Columns of full distributions: of several teachers those that all of them have."""
+    if isinstance(scores, MixedTargets):
+        return min(map(columns_of, scores.parts))
     return scores.shape[1] if isinstance(scores, torch.Tensor) else len(scores.head.weight)
 
 

@@ -28,6 +28,7 @@ def build_teacher(
     adapter: str | None = None,
     quantization: Bits | None = None,
     placement: Placement = "auto",
+    is_whole: bool = False,
 ) -> Teacher:
     """Load a transformers model as a teacher.
 
@@ -38,6 +39,8 @@ def build_teacher(
         adapter: folder of an adapter that goes on top of `model`.
         quantization: what its weights are quantised to.
         placement: where its weights lie, see `rlhf.teacher.placement`.
+        is_whole: whether `auto` is whole on the device. It is then looked at there, with the attention that it will
+            run with.
     """
     kwargs = dict(init_kwargs or {})
     module = load_with_adapter(
@@ -49,7 +52,12 @@ def build_teacher(
         quantization=quantization,
         init_kwargs=kwargs,
     )
-    return LocalTeacher(module if adapter is None else add_adapter(module, adapter), placement)
+    if adapter is not None:
+        module = add_adapter(module, adapter)
+    stays = placement == "replicated" or (placement == "auto" and is_whole)
+    if stays and device is not None and getattr(module, "hf_device_map", None) is None:
+        module = module.to(device)
+    return LocalTeacher(module, placement)
 
 
 def connect_teacher(options: TeacherConfig, vocab_size: int, *, actual_alone: bool = False) -> ServedTeacher:

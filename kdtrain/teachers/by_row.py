@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from kdtrain.data.batch import Batch
+from kdtrain.host import on_host, rows_of
 from kdtrain.losses.mixture import MixedTopK
 from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.teachers.base import AnyTargets, DenseTargets, MixedTargets, RoutedPart, RoutedTargets, Scores, Targets
@@ -26,19 +27,20 @@ class Scored:
     """Its name, where there are several."""
     scores: Scores
     tokens_S: torch.Tensor | None
-    """[S] bool: the N tokens that the distributions are for, in their order; None is all of them."""
+    """[S] bool, on the CPU: the N tokens that the distributions are for, in their order; None is all of them."""
 
 
 def scored(targets: AnyTargets, batch: Batch) -> list[Scored]:
     """What is said of the supervised tokens of a batch, teacher by teacher; no token is in two of them."""
     if isinstance(targets, Targets):
-        return [Scored(None, targets.scores, targets.covered_S)]
+        covered_S = targets.covered_S
+        return [Scored(None, targets.scores, None if covered_S is None else on_host(covered_S))]
     found = []
     for part in targets.parts:
         tokens_S = batch.tokens_of_rows(part.rows)
         if part.targets.covered_S is not None:
             tokens_S = tokens_S.clone()
-            tokens_S[tokens_S.clone()] = part.targets.covered_S.to(tokens_S.device)
+            tokens_S[tokens_S.clone()] = on_host(part.targets.covered_S)
         found.append(Scored(part.teacher, part.targets.scores, tokens_S))
     return found
 
@@ -144,19 +146,19 @@ def tokens_of(scores: Scores) -> int:
 
 
 def part_of(scores: Scores, tokens: slice | torch.Tensor) -> Scores:
-    """Those of some tokens: a part of their order, or by a mask."""
+    """Those of some tokens: a part of their order, or by a mask on the CPU."""
     if isinstance(scores, MixedTargets):
         return replace(scores, parts=tuple(_part_of(one, tokens) for one in scores.parts))
     if isinstance(scores, DenseTargets):
         return _part_of(scores, tokens)
     if isinstance(tokens, torch.Tensor):
-        tokens = tokens.to((scores if isinstance(scores, torch.Tensor) else scores.indices).device)
+        tokens = rows_of(tokens, device_of(scores))
     return scores[tokens]
 
 
 def _part_of(scores: DenseTargets | torch.Tensor, tokens: slice | torch.Tensor) -> DenseTargets | torch.Tensor:
     of = scores if isinstance(scores, torch.Tensor) else scores.hidden
-    some = of[tokens.to(of.device) if isinstance(tokens, torch.Tensor) else tokens]
+    some = of.index_select(0, rows_of(tokens, of.device)) if isinstance(tokens, torch.Tensor) else of[tokens]
     return some if isinstance(scores, torch.Tensor) else replace(scores, hidden=some)
 
 

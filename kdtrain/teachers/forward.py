@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from kdtrain.data.batch import Batch
 from kdtrain.losses.head import Head
 from kdtrain.models.experts import without_router_logits
+from kdtrain.models.known_masks import mask_known
 from kdtrain.models.loss_head import add_loss_head, why_no_loss_head, why_wrapped_head_differs
 from kdtrain.teachers.base import DenseTargets, Targets
 
@@ -63,34 +64,39 @@ class ModelForward:
                 _report_logits(reason)
         # Its own tokens predict the same supervised ones, in the same order.
         seen = batch.as_teacher_sees_it().for_forward(module)
-        inputs = seen.model_inputs
+        inputs, device = seen.model_inputs, batch.labels.device
         made: list[DenseTargets] = []
 
         def keep(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor]:
             hidden_SH = seen.predicting(hidden_BTH)
-            made.append(DenseTargets(hidden_SH, self._lasting(module, head)))
+            made.append(DenseTargets(hidden_SH.to(device), self._lasting(module, head, device)))
             return (hidden_SH[:0],)  # a wrapper may cast or copy what a forward returns: that must not be the targets
 
-        with torch.no_grad(), without_router_logits(getattr(module, "module", module)):
+        with torch.no_grad(), without_router_logits(getattr(module, "module", module)), mask_known(seen):
             if self._from_logits:
                 return Targets(seen.predicting(module(**inputs, use_cache=False).logits))
             module(**inputs, use_cache=False, loss_head=keep)
         return Targets(made[0])
 
-    def _lasting(self, module: nn.Module, head: Head) -> Head:
-        """A head that outlives the forward. FSDP2 and ZeRO-3 free whole weights after it: there it is a copy."""
-        if not (isinstance(module, FSDPModule) or is_deepspeed_zero3_enabled()):
+    def _lasting(self, module: nn.Module, head: Head, device: torch.device) -> Head:
+        """A head that outlives the forward, on the student's device.
+
+        FSDP2 and ZeRO-3 free whole weights after it: there it is a copy. So it is of a head on another GPU: to bring
+        it here once is less than to bring logits at every step.
+        """
+        is_here = head.weight.device == device
+        if is_here and not (isinstance(module, FSDPModule) or is_deepspeed_zero3_enabled()):
             return _detached(head, copied=False)
         if self._kept_head is None or not self._keeps_head:
-            self._kept_head = _detached(head, copied=True)
+            self._kept_head = _detached(head, copied=is_here, device=device)
         return self._kept_head
 
 
-def _detached(head: Head, *, copied: bool) -> Head:
+def _detached(head: Head, *, copied: bool, device: torch.device | None = None) -> Head:
     """The head as it is now: with other weights put into the parameter later, it keeps these."""
 
     def taken(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().clone() if copied else tensor.detach()
+        return tensor.detach().clone() if copied else tensor.detach().to(device)
 
     return replace(head, weight=taken(head.weight), bias=None if head.bias is None else taken(head.bias))
 

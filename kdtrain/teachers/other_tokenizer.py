@@ -11,6 +11,7 @@ import torch
 
 from kdtrain.data.batch import Batch
 from kdtrain.errors import DataError, TeacherError
+from kdtrain.host import on_host, rows_of, send
 from kdtrain.losses.chunks import Call
 from kdtrain.losses.head import Head
 from kdtrain.losses.label_pass import LabelPass, label_logprobs_of_logits
@@ -44,20 +45,28 @@ def chunk_targets(targets: Targets, batch: Batch, method: Literal["alm", "uld"] 
             "kdtrain.data.Collator make them, with an `other_tokenizer`."
         )
     seen, width = batch.as_teacher_sees_it(), batch.labels.shape[1]
-    slots_S = _slots(tokens.student_chunks, batch.predicts_BT, width)
+    own_S, device = _slots(tokens.student_chunks, batch.predicts_BT, width), batch.labels.device
+    slots_S = send(own_S, device)
     of_teacher, count, scores = _slots(tokens.chunks, seen.predicts_BT, width), len(batch) * width, targets.scores
     if method == "uld":
         if not isinstance(scores, DenseTargets | torch.Tensor):
             raise TeacherError("rlhf.cross_tokenizer: uld needs a teacher's distributions over its whole vocabulary.")
         outputs, head = (scores.hidden, scores.head) if isinstance(scores, DenseTargets) else (scores, None)
-        return Targets(scores, chunks=UldTargets(slots_S, count, outputs, head, seen.labels_S, of_teacher))
+        weighs_S = torch.ones_like(own_S) if batch.kd_weights_S is None else on_host(batch.kd_weights_S)
+        filled = torch.zeros(2, count + 1, dtype=torch.bool)
+        filled[0, own_S[weighs_S > 0]] = filled[1, of_teacher] = True
+        filled = rows_of(filled.all(0)[:count], device)
+        of_teacher = send(of_teacher, device)
+        return Targets(scores, chunks=UldTargets(slots_S, count, outputs, head, seen.labels_S, of_teacher, filled))
     logprobs = _label_logprobs(scores, seen.labels_S)
-    found = sums_of_slots(logprobs, of_teacher.to(logprobs.device), count).to(batch.labels.device)
+    found = send(sums_of_slots(logprobs, send(of_teacher, logprobs.device), count), device)
     return Targets(scores, chunks=ChunkTargets(slots_S, found))
 
 
 def _slots(chunks_BT: torch.Tensor, predicts_BT: torch.Tensor, width: int) -> torch.Tensor:
-    """The slot of each supervised token: T of them for each row, which has no more chunks than the student tokens."""
+    """The slot of each supervised token: T of them for each row, which has no more chunks than the student tokens. On
+    the CPU."""
+    chunks_BT = on_host(chunks_BT)
     first_B1 = torch.arange(len(chunks_BT), device=chunks_BT.device)[:, None] * width
     slots_BT = torch.where(chunks_BT != IGNORE_INDEX, chunks_BT + first_B1, len(chunks_BT) * width)
     return next_token_labels(slots_BT)[predicts_BT]
@@ -65,6 +74,8 @@ def _slots(chunks_BT: torch.Tensor, predicts_BT: torch.Tensor, width: int) -> to
 
 def _label_logprobs(scores: Scores, labels: torch.Tensor) -> torch.Tensor:
     if isinstance(scores, TopKLogprobs):
+        if scores.indices.device.type == "cpu":
+            labels = on_host(labels)
         at_label = scores.indices == labels[:, None].to(scores.indices.device)
         if not bool(at_label.any(-1).all()):
             raise TeacherError("The teacher has not given the log-probability of every token that it was sent.")

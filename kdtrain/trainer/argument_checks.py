@@ -61,6 +61,26 @@ def check_teacher_arguments(
         logger.warning("tail: renormalize %s. Use tail: bucket.", RENORMALIZED)
 
 
+def take_one_gpu(args: GKDConfig) -> None:
+    """Train on one GPU in a process that sees several: transformers would make `nn.DataParallel` of the model.
+
+    That averages batch means, copies the student at every step and knows no `loss_head`. The other GPUs stay free for
+    what the process puts there itself, such as a teacher by `device_map`.
+    """
+    if args.n_gpu <= 1:
+        return
+    logger.warning(
+        "%d GPUs are visible to this one process, which trains on %s. To train on all of them use one process each: "
+        "`kdtrain fit` with --num-processes %d, or `accelerate launch --num_processes %d` with your own script. To "
+        "hide the others set CUDA_VISIBLE_DEVICES.",
+        args.n_gpu,
+        args.device,
+        args.n_gpu,
+        args.n_gpu,
+    )
+    args._n_gpu = 1
+
+
 def check_teacher_can(teacher: Teacher | None, options: DistillationOptions) -> None:
     """Raise ValueError where the options ask a teacher for what there is not."""
     if options.needs_teacher and teacher is None:
@@ -232,6 +252,7 @@ def check_arguments(
     if not isinstance(args, GKDConfig):
         what = "missing: its output_dir has no default" if args is None else f"a {type(args).__name__}"
         raise ConfigError(f"args must be a trl GKDConfig; it is {what}.")
+    take_one_gpu(args)
     check_model("model", model, optional=False)
     check_model("teacher_model", teacher_model)
     if not isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin | None):

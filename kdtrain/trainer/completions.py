@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import fsum
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -25,7 +25,6 @@ from kdtrain.generation.generate import prompts_of
 from kdtrain.generation.sampling import stable_seed
 from kdtrain.losses.comparison import Comparison, Scores, compare
 from kdtrain.losses.head import Head
-from kdtrain.losses.reduce import predicting
 from kdtrain.models.experts import without_router_logits
 from kdtrain.models.probe import own_random_state
 from kdtrain.models.switching import evaluated
@@ -218,7 +217,7 @@ def _measured(trainer: GKDTrainerWithMetrics, batch: Batch) -> _Measured:
             return _Measured(found, exact=False)
 
         def beside(outputs_S: torch.Tensor, head: Head | None) -> list[Comparison | None]:
-            device, all_S = outputs_S.device, torch.ones_like(labels_S, dtype=torch.bool)
+            device, all_S = outputs_S.device, torch.ones(len(labels_S), dtype=torch.bool)
             compared = []
             for one, teacher in known:
                 chosen_S = (all_S if one.tokens_S is None else one.tokens_S).to(device)
@@ -244,11 +243,12 @@ def _of_student(
 
     There autocast is in force, and a head in pieces is whole.
     """
-    model, predicts_BT, found = trainer.model, batch.predicts_BT, []
-    inputs = {**batch.model_inputs, "use_cache": False}
+    model, found = trainer.model, []
+    seen = replace(batch, layout=None).for_forward(model)
+    inputs = {**seen.model_inputs, "use_cache": False}
 
     def loss_head(hidden_BTH: torch.Tensor, head: Head, outputs: Any) -> tuple[torch.Tensor]:
-        hidden_SH = predicting(hidden_BTH, predicts_BT)[predicts_BT.to(hidden_BTH.device)]
+        hidden_SH = seen.predicting(hidden_BTH)
         found.append(beside(hidden_SH, head))
         return (hidden_SH[:0],)
 
@@ -258,8 +258,7 @@ def _of_student(
         if trainer.student_takes_loss_head(model):
             model(**inputs, loss_head=loss_head)
         else:
-            logits_BTV = predicting(model(**inputs).logits, predicts_BT)
-            found.append(beside(logits_BTV[predicts_BT.to(logits_BTV.device)], None))
+            found.append(beside(seen.predicting(model(**inputs).logits), None))
     return found[0]
 
 

@@ -79,7 +79,7 @@ def guard_steps(engine: Any, accelerator: Accelerator, refuse: Callable[[Any], B
     def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         norm = getattr(engine.optimizer, "_global_grad_norm", None)
         if norm is not None:
-            bad = not_a_norm(norm)
+            bad = bool(torch.as_tensor(not_a_norm(norm)))
         else:  # each rank may see a part of the gradients only
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             mine = any(not bool(torch.isfinite(gradient).all()) for gradient in gradients)
@@ -90,6 +90,9 @@ def guard_steps(engine: Any, accelerator: Accelerator, refuse: Callable[[Any], B
     engine.basic_optimizer.register_step_pre_hook(before_step)
 
 
-def not_a_norm(norm: torch.Tensor | float) -> bool:
-    """Whether a norm stands for a gradient that is not finite; some of DeepSpeed's optimizers return −1 for it."""
-    return not math.isfinite(float(norm)) or float(norm) < 0
+def not_a_norm(norm: torch.Tensor | float) -> torch.Tensor | bool:
+    """Whether a norm stands for a gradient that is not finite; some of DeepSpeed's optimizers return −1 for it. A
+    tensor where the norm is one."""
+    if isinstance(norm, torch.Tensor):
+        return ~torch.isfinite(norm) | (norm < 0)
+    return not math.isfinite(norm) or norm < 0

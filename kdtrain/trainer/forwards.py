@@ -21,6 +21,7 @@ from kdtrain.data.packing import Dealing, Layout, Line, split_up
 from kdtrain.data.regroup import rows_of
 from kdtrain.data.visual_batch import CannotShareError
 from kdtrain.errors import DataError, NotAvailableError
+from kdtrain.host import on_host, send
 from kdtrain.losses.reduce import IGNORE_INDEX
 from kdtrain.teachers.by_row import by_row, in_one, nothing_of
 
@@ -140,8 +141,9 @@ def _dealt(trainer: GKDTrainerWithMetrics, batches: Sequence[Batch]) -> list[Bat
     line = args.max_length if options.packing else None
     dealing = Dealing(trainer._train_batch_size, line, options.tokens, joined=options.padding_free)
     groups = dealing.forwards(lengths.student)
-    own = torch.tensor([max(len(groups), 1)], device=ranks.device)
-    count = int(ranks.gather(own).max())
+    count = max(len(groups), 1)
+    if ranks.num_processes > 1:
+        count = int(ranks.gather(send(torch.tensor([count]), ranks.device)).max())
     groups = split_up(groups, count)
     targets = _targets(new)
     fill = _without_new_rows(trainer, batches, new, lengths, targets)
@@ -218,7 +220,7 @@ class _Lengths:
 
 
 def _lengths(batches: Sequence[Batch]) -> list[_Lengths]:
-    """Of each batch; one read from the device for all of them.
+    """Of each batch.
 
     Raises:
         DataError: a mask leaves out tokens in the middle of a row, which nothing would hide in a line.
@@ -230,10 +232,10 @@ def _lengths(batches: Sequence[Batch]) -> list[_Lengths]:
         if batch.teacher_tokens is not None:
             seen.append(batch.teacher_tokens.attention_mask)
             labels.append(batch.teacher_tokens.labels)
-        for mask, own in zip(seen, labels, strict=True):
-            mask = torch.ones_like(own) if mask is None else mask
+        for mask, own in zip(seen, map(on_host, labels), strict=True):
+            mask = torch.ones_like(own) if mask is None else on_host(mask)
             used = (mask != 0) | (own != IGNORE_INDEX)
-            ends = (used * torch.arange(1, used.shape[1] + 1, device=used.device)).amax(1)
+            ends = (used * torch.arange(1, used.shape[1] + 1)).amax(1)
             read.append(torch.stack([ends, (mask != 0).sum(1)]))
     if not read:
         return []

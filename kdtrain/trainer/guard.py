@@ -5,7 +5,7 @@ What was found stands in the error (`NonFiniteError.facts`): the step, the terms
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from kdtrain.data.batch import Batch
 from kdtrain.errors import NonFiniteError, NonFiniteTargetsError, TargetsError
+from kdtrain.host import send
 from kdtrain.trainer.deepspeed import guard_steps, not_a_norm
 from kdtrain.trainer.objective import Terms
 
@@ -51,6 +52,10 @@ class NonFiniteGuard:
         self._trainer = trainer
         self._engine: nn.Module | None = None
         self._measured: list[_Measured] = []
+        self.flags: dict[str, Callable[[], torch.Tensor | float]] = {}
+        """What else the ranks agree on at every check, by name: finite numbers, of which `agreed` has the largest. They
+        are reduced and read together with it, so that the host waits for the device once a step."""
+        self.agreed: dict[str, float] = {}
 
     def watch_steps(self, engine: nn.Module) -> None:
         """Check each optimizer step of DeepSpeed's where it takes them, within backward; from now on."""
@@ -73,7 +78,7 @@ class NonFiniteGuard:
             )
         )
 
-    def check_losses(self, norm: Any = None, *, bad_norm: bool = False) -> None:
+    def check_losses(self, norm: Any = None, *, bad_norm: torch.Tensor | bool = False) -> None:
         """Raise where a term of this window is not finite on any rank; a collective.
 
         An infinite loss can have a finite gradient, so that the norm of the gradient does not show it.
@@ -86,20 +91,25 @@ class NonFiniteGuard:
         trainer = self._trainer
         # A gradient scaler skips steps whose fp16 gradients overflowed, and lowers its scale: that is its job.
         scaled = engine.fp16_enabled() if trainer.is_deepspeed_enabled else trainer.accelerator.scaler is not None
-        self.check_losses(norm, bad_norm=norm is not None and not scaled and not_a_norm(norm))
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        self.check_losses(norm, bad_norm=False if norm is None or scaled else not_a_norm(norm))
 
     def check_evaluation(self) -> None:
         """Raise where a term of the newest batch of an evaluation is not finite on any rank; a collective."""
         if self._is_bad_anywhere(False):
             raise self._error(None, "evaluation")
 
-    def _is_bad_anywhere(self, bad_norm: bool) -> bool:
-        accelerator = self._trainer.accelerator
-        values = [value.float() for one in self._measured for value in one.terms.values()]
-        # With a number in front, so that a rank without terms takes part in the collective like the others.
-        first = torch.tensor(torch.nan if bad_norm else 0.0, device=accelerator.device)
-        bad = (~torch.isfinite(torch.stack([first, *values]))).any().float()
-        return bool(accelerator.gather(bad[None]).max())
+    def _is_bad_anywhere(self, bad_norm: torch.Tensor | bool) -> bool:
+        """Whether this rank or another one has found something, and what all `agreed` on."""
+        device = self._trainer.accelerator.device
+        values = [send(value, device).float() for one in self._measured for value in one.terms.values()]
+        found = [_as_number(bad_norm, device), *(_as_number(flag(), device) for flag in self.flags.values())]
+        if values:
+            found[0] = torch.maximum(found[0], (~torch.isfinite(torch.stack(values))).any().float())
+        bad, *agreed = self._trainer.accelerator.gather(torch.stack(found)[None]).amax(0).tolist()
+        self.agreed = dict(zip(self.flags, agreed, strict=True))
+        return bool(bad)
 
     def check_weights(self, together: bool) -> None:
         """Raise where a trained weight is not finite, which else only the next step would show. Reads each once.
@@ -290,6 +300,13 @@ def _named(rows: Sequence[str]) -> str:
 
 def _union(several: Any) -> list[str]:
     return list(dict.fromkeys(name for names in several for name in names))
+
+
+def _as_number(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+    """A float32 scalar on a device, without waiting for it."""
+    if isinstance(value, torch.Tensor):
+        return send(value.detach(), device).float().reshape(())
+    return torch.full((), float(value), device=device)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

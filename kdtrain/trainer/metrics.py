@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
+from kdtrain.host import send
 from kdtrain.losses.kinds import VISUAL_TARGETS
 from kdtrain.memory import peak_memory_gib
 from kdtrain.trainer.objective import Terms
@@ -112,7 +113,7 @@ def record(metrics: Mapping[str, list[torch.Tensor]], terms: Terms, batch: Batch
         if key == "llm_kd_loss":
             metrics[f"{key}_weight"].append(terms.num_kd_items)
         if key.startswith("vision_kd_loss"):
-            metrics[f"{key}_weight"].append(torch.tensor(batch.image_units))
+            metrics[f"{key}_weight"].append(batch.image_units)
     metrics["num_tokens"].append(tokens.num_tokens)
     metrics["num_correct"].append(tokens.num_correct)
     metrics["student_entropy_sum"].append(tokens.student_entropy_sum)
@@ -196,7 +197,9 @@ def reduce_metrics(
 def _stack(values: Sequence[torch.Tensor], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if not values:
         return torch.zeros(0, dtype=dtype, device=device)
-    return torch.stack([value.to(device=device, dtype=dtype) for value in values])
+    if all(value.device.type == "cpu" for value in values):  # in one copy
+        return send(torch.stack([value.to(dtype) for value in values]), device)
+    return torch.stack([send(value, device).to(dtype) for value in values])
 
 
 def training_metrics(reduced: Reduced, seconds: float, peak_flops: float | None = None) -> dict[str, float]:

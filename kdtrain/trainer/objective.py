@@ -22,20 +22,23 @@ from kdtrain.data.stand_in import as_run, counted_inputs
 from kdtrain.feature_kd.hidden import HiddenTerm
 from kdtrain.feature_kd.projected import BatchFeatures, FeatureTerm
 from kdtrain.feature_kd.term import VisualTerm
+from kdtrain.host import on_host
+from kdtrain.losses.by_chunks import dense_loss_by_chunks
 from kdtrain.losses.comparison import Scores as Predicted
-from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.fused import head_distillation_loss
 from kdtrain.losses.head import Head
+from kdtrain.losses.mixture import Mixed
 from kdtrain.losses.other_tokenizer import ChunkTargets, dense_chunk_loss, head_chunk_loss
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, next_token_labels, normaliser
 from kdtrain.losses.sampled import SparseTargets
 from kdtrain.losses.tile import TileOptions
 from kdtrain.losses.uld import UldTargets, dense_uld_loss, head_uld_loss
 from kdtrain.models.experts import load_balancing_loss
+from kdtrain.models.known_masks import mask_known
 from kdtrain.models.vocabulary import Vocabulary
 from kdtrain.teachers import DenseTargets, Targets
-from kdtrain.teachers.base import AnyTargets, MixedTargets, Scores
-from kdtrain.teachers.by_row import scored
+from kdtrain.teachers.base import AnyTargets, MixedTargets, Scores, columns_of
+from kdtrain.teachers.by_row import part_of, scored
 from kdtrain.trainer.parts import NumItems, Part, PartSums, sums_of_parts, with_loss
 from kdtrain.trainer.reliance_weights import reliance_weights
 from kdtrain.trainer.token_selection import chosen_weights, num_kd_tokens
@@ -226,13 +229,15 @@ class StudentForward:
             return tokens[0].loss, *of_features.values(), *aux
 
         # A wrapper may hang its own hooks on what the forward returns: the loss is made of what comes out of it.
-        loss, *rest = model(**self.inputs(), loss_head=loss_head)
+        with mask_known(self.seen):
+            loss, *rest = model(**self.inputs(), loss_head=loss_head)
         named = dict(zip(names, rest, strict=False))
         return with_loss(tokens[0], loss), rest[-1] if router_logits else None, named
 
     def from_logits(self, model: nn.Module) -> tuple[PartSums, Any, dict[str, torch.Tensor]]:
         """The same from the model's logits."""
-        outputs = model(**self.inputs())
+        with mask_known(self.seen):
+            outputs = model(**self.inputs())
         logits_SV = self.seen.predicting(outputs.logits)
         chosen = self.at_chosen_tokens(logits_SV, None)
         tokens = chosen.sums(logits_SV, chosen.loss_from_logits)
@@ -273,8 +278,18 @@ class StudentForward:
 
     def sums(self, outputs_S: torch.Tensor, compute: Callable[[Part], FusedLoss]) -> PartSums:
         """The token terms, see `parts.py`."""
+        most_chosen = None
+        if self.options.selection is not None and self.targets is not None and self.only != "sft":
+            most_chosen = int(num_kd_tokens(self.batch, self.options.selection))
         return sums_of_parts(
-            outputs_S, self.batch, self.targets, self.kd_weights_S, self.num_items, self.options, compute
+            outputs_S,
+            self.batch,
+            self.targets,
+            self.kd_weights_S,
+            self.num_items,
+            self.options,
+            compute,
+            most_chosen=most_chosen,
         )
 
     def _tile_options(self, part: Part) -> TileOptions:
@@ -320,6 +335,7 @@ class StudentForward:
             kd_token_weights=part.kd_weights,
             num_items=part.num_items,
             num_kd_items=self.num_kd_items,
+            most_taught=part.most_taught,
         )
 
     @property
@@ -350,35 +366,38 @@ class StudentForward:
         if (chunks := self._chunks) is not None:
             compute = dense_uld_loss if isinstance(chunks, UldTargets) else dense_chunk_loss
             return self._of_chunks(functools.partial(compute, part.outputs), part, chunks)
-        scores, student_NV, teacher_NV, softened_NV = part.scores, part.outputs, None, None
-        options = self._tile_options(part)
+        student_NV, teacher = part.outputs, None
+        options, scores = self._tile_options(part), part.scores
         if self.targets is not None:  # padding beyond the shared range takes no part
             vocabulary = self._vocabulary(part)
-            if isinstance(scores, MixedTargets):
-                teacher_NV, softened_NV = scores.mixed(vocabulary.shared, options.temperature)
-            elif scores is not None and not isinstance(scores, SparseTargets):
-                teacher_NV = (scores if isinstance(scores, torch.Tensor) else scores.logits()).to(student_NV.device)
-                vocabulary.check(student_NV.shape[-1], teacher_NV.shape[-1])
-                teacher_NV = teacher_NV[:, : vocabulary.shared]
+            if scores is not None and not isinstance(scores, SparseTargets):
+                vocabulary.check(student_NV.shape[-1], columns_of(scores))
+                teacher = functools.partial(_teacher_logits, scores, vocabulary.shared, options.temperature)
             student_NV = student_NV[:, : vocabulary.shared]
-        return dense_distillation_loss(
+        return dense_loss_by_chunks(
             student_NV,
             part.labels,
-            teacher_NV,
-            softened_teacher_logits=softened_NV,
+            options,
+            teacher,
             targets=scores.to(student_NV.device) if isinstance(scores, SparseTargets) else None,
-            kd_weight=options.kd_weight,
-            ce_weight=options.ce_weight,
-            ce_token_weights=part.ce_mask,
             kd_token_weights=part.kd_weights,
-            beta=options.beta,
-            temperature=options.temperature,
-            divergence=options.divergence,
-            tail=options.tail,
-            params=options.params,
+            ce_token_weights=part.ce_mask,
             num_items=part.num_items,
             num_kd_items=self.num_kd_items,
+            all_supervised=True,
         )
+
+
+def _teacher_logits(
+    scores: DenseTargets | MixedTargets | torch.Tensor, columns: int, temperature: float, rows: slice
+) -> Mixed:
+    """Of some tokens, over the first columns of the vocabulary."""
+    some = part_of(scores, rows)
+    if isinstance(some, MixedTargets):
+        return some.mixed(columns, temperature)
+    assert isinstance(some, DenseTargets | torch.Tensor)
+    logits = (some if isinstance(some, torch.Tensor) else some.logits())[:, :columns]
+    return Mixed(logits, logits)
 
 
 def _needs_logits(scores: Scores, device: torch.device) -> bool:
@@ -392,15 +411,15 @@ def _needs_logits(scores: Scores, device: torch.device) -> bool:
 
 def weighted_chunks(batch: Batch) -> torch.Tensor:
     """Chunks of a batch with a token of weight above 0: what the divergence from a teacher with another tokenizer is
-    divided by, in place of tokens. A scalar."""
+    divided by, in place of tokens. A scalar on the CPU."""
     tokens, weights_BT, chunks_B = batch.teacher_tokens, batch.kd_weights_BT, batch.num_chunks
     assert chunks_B is not None
     if weights_BT is None or tokens is None or tokens.student_chunks is None:
         return chunks_B.sum()
-    chunks_BT = next_token_labels(tokens.student_chunks)
+    chunks_BT = next_token_labels(on_host(tokens.student_chunks))
     count = chunks_BT.numel()
-    first_B1 = torch.arange(len(chunks_BT), device=chunks_BT.device)[:, None] * chunks_BT.shape[1]
-    counted_BT = (chunks_BT != IGNORE_INDEX) & (weights_BT.to(chunks_BT.device) > 0)
+    first_B1 = torch.arange(len(chunks_BT))[:, None] * chunks_BT.shape[1]
+    counted_BT = (chunks_BT != IGNORE_INDEX) & (weights_BT > 0)
     slots_BT = torch.where(counted_BT, chunks_BT + first_B1, count)
     return chunks_BT.new_zeros(count + 1).index_fill_(0, slots_BT.flatten(), 1)[:count].sum()
 

@@ -16,6 +16,7 @@ import torch
 
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
+from kdtrain.host import on_host, rows_of
 from kdtrain.losses.kinds import Divergence
 from kdtrain.losses.reduce import FusedLoss
 from kdtrain.losses.sampled import SampledTargets
@@ -46,6 +47,8 @@ class Part(NamedTuple):
     loss: RowLoss
     teacher: str | None
     """Whose targets they are, of several teachers."""
+    most_taught: int
+    """How many of the tokens have a weight above 0 in the divergence; or more, where it chooses some of them."""
 
 
 @dataclass
@@ -78,7 +81,7 @@ class _Group(NamedTuple):
     """Tokens of a part, before anything of them is taken."""
 
     tokens_S: torch.Tensor | None
-    """[S] bool; None is all."""
+    """[S] bool, on the CPU; None is all."""
     scores: Scores | None
     loss: RowLoss
     teacher: str | None
@@ -108,9 +111,8 @@ def _by_loss(batch: Batch, one: Scored, losses: Sequence[RowLoss]) -> list[_Grou
         if one.tokens_S is None:
             found.append(_Group(own_S, part_of(one.scores, own_S), kind, one.teacher))
         else:
-            among = own_S[one.tokens_S.to(own_S.device)]
-            chosen_S = own_S & one.tokens_S.to(own_S.device)
-            found.append(_Group(chosen_S, part_of(one.scores, among), kind, one.teacher))
+            among = own_S[one.tokens_S]
+            found.append(_Group(own_S & one.tokens_S, part_of(one.scores, among), kind, one.teacher))
     return found
 
 
@@ -121,9 +123,9 @@ def _rest(batch: Batch, targets: AnyTargets, answered: Sequence[torch.Tensor], l
         named = {row for part in targets.parts for row in part.rows}
         if covers_rows and targets.parts and len(named) == len(batch):
             return []
-    left_S = torch.ones_like(batch.labels_S, dtype=torch.bool)
+    left_S = torch.ones(len(batch.labels_S), dtype=torch.bool)
     for tokens_S in answered:
-        left_S &= ~tokens_S.to(left_S.device)
+        left_S &= ~tokens_S
     if not isinstance(targets, RoutedTargets):
         return [_Group(left_S, None, loss, None)]
     groups = [_Group(left_S & batch.tokens_of_rows(part.rows), None, loss, part.teacher) for part in targets.parts]
@@ -139,6 +141,8 @@ def sums_of_parts(
     num_items: NumItems,
     options: DistillationOptions,
     compute: Callable[[Part], FusedLoss],
+    *,
+    most_chosen: int | None = None,
 ) -> PartSums:
     """The token terms of a batch, part by part; of tokens that no teacher has answered for, the cross-entropy alone.
 
@@ -147,6 +151,8 @@ def sums_of_parts(
         weights_S: of the tokens in the divergence; None is 1.
         num_items: D; None is the batch's own supervised tokens.
         compute: of one part; its `loss` has a graph.
+        most_chosen: tokens of `weights_S` above 0 at most, where they were chosen on the device; None is those that
+            have a weight in the batch.
     """
     device, groups = outputs_S.device, _groups(batch, targets, options)
     labels_S, ce_S = batch.labels_S.to(device), batch.ce_mask_S
@@ -155,17 +161,36 @@ def sums_of_parts(
         num_items = len(labels_S)
     found = []
     for group in groups:
-        chosen_S = None if group.tokens_S is None else group.tokens_S.to(device)
+        rows_N = None if group.tokens_S is None else rows_of(group.tokens_S, device)
 
-        def taken(values_S: torch.Tensor | None, chosen_S: torch.Tensor | None = chosen_S) -> torch.Tensor | None:
-            return values_S if values_S is None or chosen_S is None else values_S.to(device)[chosen_S]
+        def taken(values_S: torch.Tensor | None, rows_N: torch.Tensor | None = rows_N) -> torch.Tensor | None:
+            return values_S if values_S is None or rows_N is None else values_S.to(device).index_select(0, rows_N)
 
         outputs, labels = taken(outputs_S), taken(labels_S)
         assert outputs is not None
         assert labels is not None
-        part = Part(outputs, labels, taken(ce_S), taken(weights_S), group.scores, num_items, group.loss, group.teacher)
+        part = Part(
+            outputs,
+            labels,
+            taken(ce_S),
+            taken(weights_S),
+            group.scores,
+            num_items,
+            group.loss,
+            group.teacher,
+            _most_taught(batch, group.tokens_S, most_chosen),
+        )
         found.append((part, compute(part)))
     return _added(found)
+
+
+def _most_taught(batch: Batch, tokens_S: torch.Tensor | None, most_chosen: int | None) -> int:
+    weigh_S = None if batch.kd_weights_S is None else on_host(batch.kd_weights_S) > 0
+    if weigh_S is None:
+        count = len(batch.labels_S) if tokens_S is None else int(tokens_S.sum())
+    else:
+        count = int((weigh_S if tokens_S is None else weigh_S & tokens_S).sum())
+    return count if most_chosen is None else min(count, most_chosen)
 
 
 def _added(found: Sequence[tuple[Part, FusedLoss]]) -> PartSums:

@@ -10,6 +10,7 @@ Shapes: B rows, T positions, S supervised tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from kdtrain.config.options import TokenSelection
 from kdtrain.data.batch import Batch
 from kdtrain.errors import ConfigError
+from kdtrain.host import rows_of, send
 from kdtrain.losses.comparison import Scores
 from kdtrain.losses.token_scores import token_scores
 from kdtrain.losses.topk import TopKLogprobs
@@ -31,7 +33,7 @@ _DRAWN = (
 
 
 def num_kd_tokens(batch: Batch, selection: TokenSelection | None) -> torch.Tensor:
-    """A batch's part of D_kd, a scalar int64 tensor: found without waiting for the device."""
+    """A batch's part of D_kd, a scalar int64 tensor on the CPU."""
     return _most_B(candidates(batch), selection).sum()
 
 
@@ -43,17 +45,20 @@ def chosen_weights(batch: Batch, student: Scores, targets: AnyTargets, selection
     """
     device = student.outputs.device
     known = scored(targets, batch)
-    covered_S = torch.zeros(len(student), dtype=torch.bool, device=device)
-    for one in known:
-        covered_S |= _tokens(one, student)
-    scores_S = _scores(student, known, selection)
-    predicts_BT, candidates_BT = batch.predicts_BT.to(device), candidates(batch).to(device)
-    may_BT = candidates_BT & predicts_BT.masked_scatter(predicts_BT, covered_S)
-    ranks_BT = ranked(scores_S, predicts_BT, may_BT)
-    chosen_BT = (ranks_BT < _most_B(candidates_BT, selection)[:, None]) & may_BT
-    weights_BT = batch.kd_weights_BT
-    chosen = chosen_BT.float() if weights_BT is None else chosen_BT * weights_BT.to(device)
-    return chosen[predicts_BT]
+    candidates_BT = candidates(batch)
+    may_S = candidates_BT[batch.predicts_BT]  # on the host, as all that the batch says
+    if all(one.tokens_S is not None for one in known):
+        may_S = may_S & functools.reduce(torch.logical_or, [_tokens(one, student) for one in known], ~may_S & may_S)
+    may_S, positions_S = send(may_S, device), send(batch.positions_S, device)
+    scores_S = _scores(student, known, selection).masked_fill(~may_S, -torch.inf)
+    scores_BT = torch.full(batch.labels.shape, -torch.inf, dtype=scores_S.dtype, device=device)
+    scores_BT = scores_BT.flatten().index_copy(0, positions_S, scores_S).view_as(scores_BT)
+    # A stable order: of equal ones the earlier. The rank of a token is its place in it.
+    ranks_BT = scores_BT.argsort(dim=1, descending=True, stable=True).argsort(1)
+    most_B = send(_most_B(candidates_BT, selection), device)
+    chosen_S = (ranks_BT < most_B[:, None]).flatten().index_select(0, positions_S) & may_S
+    weights_S = batch.kd_weights_S
+    return chosen_S.float() if weights_S is None else chosen_S * weights_S.to(device)
 
 
 def ranked(scores_S: torch.Tensor, predicts_BT: torch.Tensor, may_BT: torch.Tensor) -> torch.Tensor:
@@ -85,11 +90,8 @@ def _most_B(candidates_BT: torch.Tensor, selection: TokenSelection | None) -> to
 
 
 def _tokens(one: Scored, student: Scores) -> torch.Tensor:
-    """[S] bool: the tokens that a teacher answers for."""
-    device = student.outputs.device
-    if one.tokens_S is None:
-        return torch.ones(len(student), dtype=torch.bool, device=device)
-    return one.tokens_S.to(device)
+    """[S] bool, on the CPU: the tokens that a teacher answers for."""
+    return torch.ones(len(student), dtype=torch.bool) if one.tokens_S is None else one.tokens_S
 
 
 def _scores(student: Scores, known: Sequence[Scored], selection: TokenSelection) -> torch.Tensor:
@@ -98,15 +100,16 @@ def _scores(student: Scores, known: Sequence[Scored], selection: TokenSelection)
         return token_scores(selection.by, student)
     scores_S: torch.Tensor | None = None
     for one in known:
-        teacher, own_S = comparable(one.scores, student.columns), _tokens(one, student)
+        teacher = comparable(one.scores, student.columns)
+        own_N = rows_of(_tokens(one, student), student.outputs.device)
         if teacher is None:
             raise ConfigError(_DRAWN)
         some = student
         if one.tokens_S is not None:
-            some = Scores(student.outputs[own_S], student.head, student.columns)
+            some = Scores(student.outputs.index_select(0, own_N), student.head, student.columns)
         if isinstance(teacher, TopKLogprobs):
             teacher = teacher.to(student.outputs.device)
         found = token_scores(selection.by, some, teacher)
         scores_S = found.new_zeros(len(student)) if scores_S is None else scores_S
-        scores_S = scores_S.masked_scatter(own_S, found)
+        scores_S = scores_S.index_copy(0, own_N, found)
     return torch.zeros(len(student), device=student.outputs.device) if scores_S is None else scores_S

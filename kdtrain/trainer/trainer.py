@@ -269,6 +269,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         self.before_saving: Callable[[], None] = lambda: None
         """Called before weights or a checkpoint are written, on every rank; may refuse by an error."""
         self._guard = NonFiniteGuard(self)
+        self._guard.flags |= {f"units of term {i}": term.window_units for i, term in enumerate(self.feature_terms)}
         self.rows = RowProgress(self)
         self._random_from: str | None = None  # the checkpoint whose random numbers the next window begins with
         self.begun = False  # whether the first batch was read
@@ -323,6 +324,16 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def window_has_images(self) -> bool:
         """Whether a row of the window that is being trained has an image that is new."""
         return self._window is not None and self._window.has_new_images
+
+    @property
+    def agreements(self) -> dict[str, Callable[[], torch.Tensor | float]]:
+        """What the ranks agree on before every step of the optimizer, by name; see `NonFiniteGuard.flags`."""
+        return self._guard.flags
+
+    @property
+    def agreed(self) -> dict[str, float]:
+        """The largest of each on any rank, as of the last step."""
+        return self._guard.agreed
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -516,7 +527,7 @@ class GKDTrainerWithMetrics(GKDTrainer):
         if training and self.flops is not None:
             self._metrics["train"][metrics.MODEL_FLOPS].append(self.flops.of(batch, options.needs_teacher))
         self._guard.note(batch, terms)
-        if training and self.is_deepspeed_enabled:
+        if training and self.is_deepspeed_enabled and self.accelerator.sync_gradients:
             self._guard.check_losses()  # it takes the optimizer step within backward: this is the last place before it
         loss = terms.total * world_scale(num_items_in_batch, self.accelerator.num_processes // self.get_tp_size())
         if return_outputs:  # for compute_metrics: the loss itself makes no logits
@@ -630,6 +641,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
             grad_norm = self._clip_with_projectors(model, math.inf)
         norm = super()._get_grad_norm(model, grad_norm)
         self._guard.check_step(model, norm)
+        for i, term in enumerate(self.feature_terms):
+            if not self._guard.agreed[f"units of term {i}"]:
+                term.projectors.zero_grad()
         return norm
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

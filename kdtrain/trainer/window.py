@@ -19,6 +19,7 @@ from kdtrain.data.batch import Batch, received, right_padded
 from kdtrain.data.collate import Collator
 from kdtrain.data.visual_batch import cut_rows
 from kdtrain.errors import DataError
+from kdtrain.host import send
 from kdtrain.preflight.token_ids import check_batch
 from kdtrain.ranks import is_main
 from kdtrain.trainer import argument_checks
@@ -207,10 +208,10 @@ def num_supervised(
     D_kd has those whose weight in the divergence is above 0, and of these as many as will be chosen;
     of a teacher with another tokenizer chunks.
     """
-    own = torch.zeros(2, dtype=torch.int64, device=device)
+    own = torch.zeros(2, dtype=torch.int64)
     for batch in batches:
-        own += torch.stack([batch.num_supervised, _kd_items(batch, selection)]).to(device)
-    all_tokens, kd_tokens = accelerator.gather(own[None]).sum(0)
+        own += torch.stack([batch.num_supervised, _kd_items(batch, selection)])
+    all_tokens, kd_tokens = accelerator.gather(send(own[None], device)).sum(0)
     return all_tokens, kd_tokens
 
 
@@ -227,10 +228,12 @@ def _some_new_image(trainer: GKDTrainerWithMetrics, batches: Sequence[Batch]) ->
     own = any(batch.has_images and not batch.all_repeated for batch in batches)
     if not (trainer.by_images_alone or trainer.stand_ins.may_be_needed):
         return own
+    if trainer.accelerator.num_processes == 1:
+        return own
     return bool(trainer.accelerator.gather(torch.tensor([own], device=trainer.accelerator.device)).any())
 
 
 def _aux_share(trainer: GKDTrainerWithMetrics, batches: Sequence[Batch], device: torch.device) -> torch.Tensor:
     """What each micro-batch counts in the window's mean of load-balancing losses; those without new rows are none."""
-    new = torch.tensor([sum(not batch.all_repeated for batch in batches)], device=device)
+    new = send(torch.tensor([sum(not batch.all_repeated for batch in batches)]), device)
     return trainer.get_tp_size() / trainer.accelerator.gather(new).sum().clamp(min=1)

@@ -16,7 +16,8 @@ from tests.benchmarks.cases import Inputs, LossCase, errors, expected, forward_b
 from tests.benchmarks.peers import IGNORE_INDEX, OURS, PEERS
 from tests.benchmarks.timing import cuda_seconds_of, describe, interleave, progress
 
-CASE = LossCase(tokens=8192, vocab=151936, dtype="bfloat16", student_hidden=2048, teacher_hidden=4096)
+# Every second token is supervised: 8192 of them.
+CASE = LossCase(tokens=16384, vocab=151936, dtype="bfloat16", student_hidden=2048, teacher_hidden=4096)
 NAMES = [OURS, "liger_compiled_sup", "trl_chunked_sup", "trl_dense_sup"]
 FOUR_GEMMS = "four_gemms"
 
@@ -41,26 +42,28 @@ def four_gemms(inputs: Inputs, chunk: int = 2048) -> Callable[[], None]:
     return call
 
 
-def measure(case: LossCase, rounds: int) -> dict[str, Any]:
-    """Times, peak extra memory (the head's gradient apart) and errors of each implementation, as one row."""
+def measure(case: LossCase, rounds: int, device: str = "cuda") -> dict[str, Any]:
+    """Times, and on CUDA the peak extra memory (the head's gradient apart), of each implementation, as one row."""
     torch._dynamo.reset()
-    inputs = make_inputs(case, "cuda")
+    is_cuda = device == "cuda"
+    inputs = make_inputs(case, device)
     names = [name for name in NAMES if PEERS[name].installed]
     calls: dict[str, Callable[[], Any]] = {n: forward_backward(PEERS[n], case, inputs) for n in names}
     timings = interleave(
         calls | {FOUR_GEMMS: four_gemms(inputs)},
         rounds=rounds,
         before=inputs.forget_gradients,
-        clock=cuda_seconds_of,
+        **({"clock": cuda_seconds_of} if is_cuda else {}),
     )
     found = {name: timing.as_dict() for name, timing in timings.items()}
     head_gradient = inputs.student_weight.numel() * inputs.student_weight.element_size()
-    for name in names:
+    for name in names if is_cuda else ():
         inputs.forget_gradients()
         found[name] |= _peak(calls[name], head_gradient)
     found |= {n: {"note": f"{PEERS[n].package} is not installed"} for n in NAMES if n not in names}
-    row = {"case": vars(case), "title": str(case), "device": torch.cuda.get_device_name(), "peers": found}
-    progress(f"cuda, {case}: " + ", ".join(f"{n} {r.get('ratio', float('nan')):.2f}" for n, r in found.items()))
+    row = {"case": vars(case), "title": str(case), "peers": found}
+    row |= {"device": torch.cuda.get_device_name() if is_cuda else "CPU"}
+    progress(f"{device}, {case}: " + ", ".join(f"{n} {r.get('ratio', float('nan')):.2f}" for n, r in found.items()))
     return row
 
 

@@ -14,7 +14,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from kdtrain.errors import DataError
-from kdtrain.losses.head import Head
+from kdtrain.losses.head import Head, first_masked
 from kdtrain.teachers.cached.shard_file import replace_file, safetensors_header
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
@@ -45,7 +45,9 @@ def read_head_file(path: Path) -> Head:
         numbers = json.loads(said["head"])
         if _checksum(said["head"], [_bytes(tensor) for tensor in stored.values()]) != said["xxh3_128"]:
             raise ValueError("its checksum is another")
-        return Head(stored["weight"], stored.get("bias"), numbers["logit_scale"], numbers["softcap"])
+        bias = stored.get("bias")
+        masked_from = None if bias is None else first_masked(bias)
+        return Head(stored["weight"], bias, numbers["logit_scale"], numbers["softcap"], masked_from)
     except FileNotFoundError:
         raise DataError(f"{path}, the teacher's head, is missing. Run the same `kdtrain cache` again.") from None
     except OSError as error:
