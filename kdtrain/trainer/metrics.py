@@ -173,9 +173,11 @@ def reduce_metrics(
     packed = torch.zeros(2 * len(keys) + 1, dtype=dtype, device=device)
     weights = _stack(metrics.get("num_tokens", ()), dtype, device)
     for i, key in enumerate(keys):
-        values = _stack(metrics.get(key, ()), dtype, device)
+        if not (found := metrics.get(key)):
+            continue
+        values = _stack(found, dtype, device)
         count: float | torch.Tensor = len(values)
-        if token_weighted and key in terms and len(values):
+        if token_weighted and key in terms:
             own = metrics.get(f"{key}_weight")
             weight = weights if own is None else _stack(own, dtype, device)
             values, count = values * weight, weight.sum()
@@ -197,9 +199,11 @@ def reduce_metrics(
 def _stack(values: Sequence[torch.Tensor], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if not values:
         return torch.zeros(0, dtype=dtype, device=device)
+    if len({value.dtype for value in values}) > 1:
+        values = [value.to(dtype) for value in values]
     if all(value.device.type == "cpu" for value in values):  # in one copy
-        return send(torch.stack([value.to(dtype) for value in values]), device)
-    return torch.stack([send(value, device).to(dtype) for value in values])
+        return send(torch.stack(list(values)).to(dtype), device)
+    return torch.stack([send(value, device) for value in values]).to(dtype)
 
 
 def training_metrics(reduced: Reduced, seconds: float, peak_flops: float | None = None) -> dict[str, float]:
