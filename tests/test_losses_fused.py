@@ -252,7 +252,7 @@ def test_a_frozen_head_gets_no_gradient_and_changes_nothing_else():
 
 
 def test_nothing_is_computed_for_a_gradient_that_nobody_wants(monkeypatch):
-    monkeypatch.setattr("kdtrain.losses.chunks.hidden_gradient", lambda *_: pytest.fail("a gradient was computed"))
+    monkeypatch.setattr("kdtrain.losses.gradients.hidden_gradient", lambda *_: pytest.fail("a gradient was computed"))
     problem = make()
     with torch.no_grad():
         fused_distillation_loss(**problem, ce_weight=0.5)

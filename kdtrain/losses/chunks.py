@@ -9,15 +9,24 @@ its rows. The tile changes its meaning in place: logits, then their gradient, th
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
-from kdtrain.losses.gemm import HalfGradients, add_weight_gradient, hidden_gradient, one_dtype, power_of_two_unit
-from kdtrain.losses.head import Head
+from kdtrain.losses import gemm
+from kdtrain.losses.gemm import one_dtype, power_of_two_unit, project
+from kdtrain.losses.generated import can_generate, generated_terms
+from kdtrain.losses.gradients import (
+    GPU_ROWS,
+    CpuHalfGradients,
+    GpuHalfGradients,
+    Gradients,
+    Wanted,
+    WideGradients,
+    half_rows,
+)
+from kdtrain.losses.head import Head, finish
 from kdtrain.losses.mixture import Accumulator, MixedHeads
 from kdtrain.losses.reduce import kd_share, normaliser
 from kdtrain.losses.sampled import SampledTargets, SparseTargets
@@ -29,13 +38,16 @@ from kdtrain.losses.tile import (
     TileSums,
     tile_terms,
 )
-from kdtrain.losses.workspace import workspace
+from kdtrain.losses.workspace import padded, workspace
 
-# Bytes of the two logit tiles of a chunk together. On a GPU the scratch of the element-wise part is one and a half
-# times as much again, on a CPU it is a few blocks.
-_TILE_BYTES = {"cpu": 256 * 2**20, "cuda": 384 * 2**20}
-# Values of one element-wise block: on a CPU its buffers stay in the cache, on a GPU a block is the whole tile.
-_BLOCK_VALUES = 2**20
+# Bytes of the two logit tiles of a chunk together: on a GPU 512 tokens at 152k words. There what comes after them are
+# the half-precision gradients of several chunks (`gradients.py`).
+_TILE_BYTES = {"cpu": 256 * 2**20, "cuda": 600 * 2**20}
+_MOST_TOKENS = {"cpu": 256, "cuda": 1024}
+_LEAST_TOKENS = {"cpu": 64, "cuda": GPU_ROWS}
+# Values of one element-wise block: its buffers stay in a CPU's cache; on a GPU, where this is the way of those terms
+# that have no generated kernels, a pass over one takes longer than to start it.
+_BLOCK_VALUES = {"cpu": 2**20, "cuda": 2**23}
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,9 @@ class ChunkedPass:
         half: on a GPU under autocast its dtype, in which the model would have made its logits; else None.
     """
 
+    generates = True
+    """Whether its terms are those of `tile.py`, which there are generated kernels of."""
+
     def __init__(
         self,
         hidden_SH: torch.Tensor,
@@ -104,7 +119,6 @@ class ChunkedPass:
         self._softened: torch.Tensor | None = None  # of the block that is being made
         self.targets_device = None if call.targets is None else call.targets.indices.device
         self.mixed = None if call.mixed is None else _of_one_dtype(call.mixed, half)
-        wants_hidden, wants_weight, wants_bias = wanted
         self.with_gradient = any(wanted)
         self.dtype = torch.promote_types(hidden_SH.dtype, torch.float32)
         device = hidden_SH.device
@@ -122,54 +136,56 @@ class ChunkedPass:
         # head's logit scale, a factor of each product; `left_to_scale`, 1/D, comes last, in backward, as a tensor: so
         # that D, which may still be on its way on a GPU, need not be waited for.
         self.options, self.left_to_scale = call.options, self.inverse_items
-        self.scale = float(call.student.logit_scale)
-        self.half = None
-        if HalfGradients.fit(hidden_SH, call.student.weight) and taught:
+        self.gradients = self._gradients(hidden_SH[:taught], Wanted(*wanted))
+        self.sums: list[TileSums] = []
+
+    def _gradients(self, hidden_SH: torch.Tensor, wanted: Wanted) -> Gradients:
+        """What takes in the chunks' gradients; where they are rounded to half precision, in which unit."""
+        scale = float(self.call.student.logit_scale)
+        weights = self.options.ce_weight or self.options.kd_weight
+        weight_VH = self.call.student.weight
+        if CpuHalfGradients.fit(hidden_SH, weight_VH) and self.taught:
             # Products that end as bfloat16 are rounded once: all factors, 1/D as well, go in before that. On a CPU
             # reading D costs nothing. The tile's g is made with weights times `unit`, and `scale` takes it out again.
-            factor = self.scale * float(self.inverse_items)
-            unit = power_of_two_unit(factor, call.options.ce_weight or call.options.kd_weight)
-            self.options, self.scale = call.options.scaled(unit), factor / unit
+            factor = scale * float(self.inverse_items)
+            unit = power_of_two_unit(factor, weights)
+            self.options = self.options.scaled(unit)
             self.left_to_scale = torch.ones(())
-            self.half = HalfGradients(hidden_SH[:taught], call.student.weight, self.scale, wants_hidden, wants_weight)
-        # What is not wanted stays None.
-        self.grad_hidden: torch.Tensor | None = None
-        self.grad_weight: torch.Tensor | None = None
-        self.grad_bias: torch.Tensor | None = None
-        if wants_hidden and self.half is None:
-            self.grad_hidden = torch.empty_like(hidden_SH[:taught], dtype=self.dtype)
-        if wants_weight and self.half is None:
-            self.grad_weight = torch.zeros_like(call.student.weight, dtype=self.dtype)
-        if wants_bias:
-            self.grad_bias = torch.zeros(len(call.student.weight), dtype=self.dtype, device=device)
-        self.sums: list[TileSums] = []
+            return CpuHalfGradients(hidden_SH, weight_VH, factor / unit, wanted)
+        narrow = self.hidden
+        if gemm.on_gpu(narrow.device) and narrow.dtype.itemsize == 2 and self.taught and any(wanted):
+            unit = power_of_two_unit(1.0, weights)
+            self.options = self.options.scaled(unit)
+            self.left_to_scale = self.inverse_items * (scale / unit)
+            return GpuHalfGradients(narrow[: self.taught], self.student.weight, wanted, self._most())
+        return WideGradients(hidden_SH, weight_VH, self.dtype, scale, wanted)
+
+    def _most(self) -> int:
+        vocabulary = len(self.call.student.weight)
+        return self.call.chunk_tokens or default_chunk(vocabulary, self.dtype, self.hidden.device)
 
     def all_chunks(self) -> None:
         """Compute everything, chunk by chunk, in buffers that are made once."""
         call, vocabulary = self.call, self.call.student.weight.shape[0]
-        most = call.chunk_tokens or default_chunk(vocabulary, self.dtype, self.hidden.device)
+        device = self.hidden.device
         parts = self.taught, len(self.labels) - self.taught
-        sizes = [size for part in parts for size in chunk_sizes(part, most)]
-        if not sizes:
-            return
-        largest = max(sizes)
-        tile = largest, vocabulary, self.dtype, self.hidden.device
+        sizes = [size for part in parts for size in chunk_sizes(part, self._most(), rows_of_products(device))]
+        largest = max(sizes, default=0)
+        tile = largest, vocabulary, self.dtype, device, padded(vocabulary, device)
         student = workspace.take("student", *tile)
         teacher = workspace.take("teacher", *tile) if call.mixed is not None else None
         if call.teacher is not None:  # whose vocabulary may be another one, see `uld.py`
-            teacher = workspace.take("teacher", largest, len(call.teacher.weight), self.dtype, self.hidden.device)
+            columns = len(call.teacher.weight)
+            teacher = workspace.take("teacher", largest, columns, self.dtype, device, padded(columns, device))
         # Of a mean also a block for one teacher at a time, and one for the mean of the softened ones.
         mixing = [workspace.take(name, *tile) for name in self._mixing_blocks()]
-        block = block_rows(vocabulary, student.device, largest)
-        scratch = Buffers.like(student, block)
         start = 0
         for size in sizes:  # some chunks are shorter than the buffers
             chunk = slice(start, start + size)
             own = None if teacher is None else teacher[:size]
-            self._chunk(chunk, student[:size], own, [one[:size] for one in mixing], block, scratch)
+            self._chunk(chunk, student[:size], own, [one[:size] for one in mixing])
             start += size
-        if self.half is not None:
-            self.grad_hidden, self.grad_weight = self.half.finish()
+        self.gradients.finish()
 
     def _mixing_blocks(self) -> tuple[str, ...]:
         if self.mixed is None:
@@ -185,25 +201,69 @@ class ChunkedPass:
         run.finish()
 
     def _chunk(
-        self,
-        chunk: slice,
-        student: torch.Tensor,
-        teacher: torch.Tensor | None,
-        mixing: list[torch.Tensor],
-        block: int,
-        scratch: Buffers,
+        self, chunk: slice, student: torch.Tensor, teacher: torch.Tensor | None, mixing: list[torch.Tensor]
     ) -> None:
-        """Logits of a chunk into `student` and `teacher`, their gradient over `student`, then the products of that."""
-        head, hidden = self.student, self.hidden[chunk]
-        head.logits(hidden, student)
+        """Products of a chunk into `student` and `teacher`, the gradient of its logits, then the products of that."""
+        project(self.hidden[chunk], self.student.weight, student)
         softened = mixing[1] if len(mixing) > 1 else None
         if teacher is not None and mixing:
             self._mix(chunk, teacher, mixing[0], softened)
         if teacher is not None and self.teacher is not None and self.teacher_hidden is not None:
             # The teacher's hidden states are of all tokens: gathered a chunk at a time, they are never copied whole.
-            self.teacher.logits(self.teacher_hidden.index_select(0, self.rows[chunk]), teacher)
-        # After this loop `student` holds d loss/d(hidden · weightᵀ + bias), but for `scale` and `left_to_scale`; of
-        # tokens that nothing teaches it holds nothing.
+            project(self.teacher_hidden.index_select(0, self.rows[chunk]), self.teacher.weight, teacher)
+        # What follows leaves d loss/d(hidden · weightᵀ + bias), but for `scale` and `left_to_scale`, in `gradient`; of
+        # tokens that nothing teaches it leaves nothing.
+        wanted = self.with_gradient and chunk.start < self.taught
+        gradient = self.gradients.room(len(student)) if wanted else None
+        if self._generated(chunk, student, teacher, softened, gradient, wanted):
+            gradient = student if gradient is None else gradient
+        else:
+            self._in_blocks(chunk, student, teacher, softened)
+            gradient = student
+        if wanted:
+            self.gradients.add(chunk, gradient)
+
+    def _options_of(self, chunk: slice) -> TileOptions:
+        if chunk.start < self.taught:
+            return self.options
+        return replace(self.options, kd_weight=0.0, temperature=1.0)  # a divergence that weighs nothing is not made
+
+    def _generated(
+        self,
+        chunk: slice,
+        student: torch.Tensor,
+        teacher: torch.Tensor | None,
+        softened: torch.Tensor | None,
+        gradient: torch.Tensor | None,
+        wanted: bool,
+    ) -> bool:
+        """All terms of a chunk in generated kernels, where there are any for them: if so, True."""
+        serves = self.generates and self.call.targets is None
+        if not (serves and gemm.on_gpu(student.device) and can_generate(len(student), student.device)):
+            return False
+        sums = generated_terms(
+            student,
+            teacher,
+            self.labels[chunk],
+            self.row_weights[chunk],
+            self._options_of(chunk),
+            (self.student, self.teacher),
+            (student if gradient is None else gradient) if wanted else None,
+            softened,
+        )
+        if sums is not None:
+            self.sums.append(sums)
+        return sums is not None
+
+    def _in_blocks(
+        self, chunk: slice, student: torch.Tensor, teacher: torch.Tensor | None, softened: torch.Tensor | None
+    ) -> None:
+        """The same in operations on a few rows at a time; the gradient is left in `student`."""
+        _finish(self.student, student)
+        if teacher is not None and self.teacher is not None:
+            _finish(self.teacher, teacher)
+        block = block_rows(student.shape[1], student.device, len(student))
+        scratch = Buffers.like(student, block)
         for first in range(0, len(student), block):
             inside = slice(first, min(first + block, len(student)))
             self._block(
@@ -213,17 +273,6 @@ class ChunkedPass:
                 None if softened is None else softened[inside],
                 scratch.rows(inside.stop - inside.start),
             )
-        if chunk.start >= self.taught:
-            return
-        if self.grad_bias is not None:
-            self.grad_bias.add_(student.sum(0), alpha=self.scale)
-        if self.half is not None:
-            self.half.add(chunk, student)
-            return
-        if self.grad_hidden is not None:
-            self.grad_hidden[chunk] = hidden_gradient(student, head.weight, self.scale)
-        if self.grad_weight is not None:
-            add_weight_gradient(self.grad_weight, student, hidden, self.scale)
 
     def _block(
         self,
@@ -234,11 +283,9 @@ class ChunkedPass:
         scratch: Buffers,
     ) -> None:
         """All terms of some rows; their gradient with respect to the raw logits is left in `student`."""
-        call, options = self.call, self.options
+        options = self._options_of(rows)
         with_gradient = self.with_gradient and rows.start < self.taught
-        if rows.start >= self.taught:  # a divergence that weighs nothing is not looked at
-            options = replace(options, kd_weight=0.0, temperature=1.0)
-        softcap = call.student.softcap if with_gradient else None
+        softcap = self.call.student.softcap if with_gradient else None
         # The derivative of y = softcap·tanh(x/softcap) is 1 − (y/softcap)². It needs y, which the gradient is about to
         # overwrite.
         slope = None if softcap is None else (student / softcap).square_().neg_().add_(1)
@@ -273,8 +320,11 @@ class ChunkedPass:
             else:
                 self.sums.append(topk_tile_terms(student, targets, *common))
         else:
-            terms = _compiled_tile_terms() if _compiles(student.device) else tile_terms
-            self.sums.append(terms(student, teacher, *common, self._softened))
+            self.sums.append(tile_terms(student, teacher, *common, self._softened))
+
+    def found_gradients(self) -> list[torch.Tensor | None]:
+        """Of hidden state, weight and bias; None where not wanted. They are scaled in place: take them once."""
+        return [self.gradients.hidden, self.gradients.weight, self.gradients.bias]
 
     def packed_sums(self) -> list[torch.Tensor]:
         """kd, ce, tokens, correct, agree, student entropy, teacher entropy: scalars, 0 where there is no teacher."""
@@ -295,24 +345,25 @@ def _of_one_dtype(mixed: MixedHeads, half: torch.dtype | None) -> MixedHeads:
     return MixedHeads(tuple(hidden for hidden, _ in pairs), heads, mixed.shares)
 
 
-def _compiles(device: torch.device) -> bool:
-    """Whether the element-wise part runs as generated kernels: on a GPU some fifteen passes over memory become a few.
-
-    On a CPU the blocks stay in the cache, and compiling would cost seconds and need a compiler.
-    """
-    return device.type == "cuda"
-
-
-@functools.cache
-def _compiled_tile_terms() -> Callable[..., TileSums]:
-    return torch.compile(tile_terms)
+def _finish(head: Head, product_CV: torch.Tensor) -> None:
+    finish(product_CV, head.bias, head.logit_scale, head.softcap)
 
 
 def default_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens of a chunk: as many as two logit tiles of the budget hold, at least 64 and, on a CPU, at most 256."""
-    budget = _TILE_BYTES.get(device.type, _TILE_BYTES["cuda"])
-    largest = 256 if device.type == "cpu" else 8192
-    return min(max(budget // (2 * vocabulary * dtype.itemsize), 64), largest)
+    """Tokens of a chunk: as many as two logit tiles of the budget hold, on a GPU a multiple of its products' rows."""
+    kind = _kind(device)
+    tokens = _TILE_BYTES[kind] // (2 * padded(vocabulary, device) * dtype.itemsize)
+    rows = rows_of_products(device)
+    return min(max(tokens // rows * rows, _LEAST_TOKENS[kind]), _MOST_TOKENS[kind])
+
+
+def rows_of_products(device: torch.device) -> int:
+    """Rows that a product's tile has on a device: fewer take as long."""
+    return GPU_ROWS if gemm.on_gpu(device) else 1
+
+
+def _kind(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" and not gemm.on_gpu(device) else "cuda"
 
 
 def tile_bytes(
@@ -322,25 +373,35 @@ def tile_bytes(
     device: torch.device,
     *,
     with_teacher: bool,
+    half: bool,
     mixing_tiles: int = 0,
 ) -> int:
-    """Bytes of the buffers of one pass over so many supervised tokens: the logits' tiles, and the scratch.
+    """Bytes of the buffers of one pass over so many supervised tokens: the logits' tiles, what is kept of their
+    gradients in half precision, and the scratch.
 
     Args:
+        dtype: of the logits.
+        half: whether the model's hidden states are of half precision.
         mixing_tiles: further tiles, where the mean of several teachers is made: 3 with the temporary of a softmax, 5
             at another temperature than 1.
     """
-    chunk = max(chunk_sizes(tokens, default_chunk(vocabulary, dtype, device)), default=0)
+    columns = padded(vocabulary, device)
+    chunk = max(chunk_sizes(tokens, default_chunk(vocabulary, dtype, device), rows_of_products(device)), default=0)
     block = block_rows(vocabulary, device, chunk)
-    return dtype.itemsize * vocabulary * ((2 if with_teacher else 1) * chunk + mixing_tiles * chunk + 3 * block)
+    kept = min(max(half_rows(vocabulary), chunk), tokens) * 2 * columns if half and gemm.on_gpu(device) else 0
+    return dtype.itemsize * columns * ((2 if with_teacher else 1) * chunk + mixing_tiles * chunk + 3 * block) + kept
 
 
 def block_rows(vocabulary: int, device: torch.device, chunk: int) -> int:
     """Rows of a chunk whose element-wise passes are made together."""
-    return min(max(1, _BLOCK_VALUES // vocabulary), chunk) if device.type == "cpu" else chunk
+    return min(max(1, _BLOCK_VALUES[_kind(device)] // vocabulary), chunk)
 
 
-def chunk_sizes(tokens: int, chunk: int) -> list[int]:
-    """`tokens` in as few chunks as are needed, as equal as they can be, the larger ones first."""
+def chunk_sizes(tokens: int, chunk: int, multiple: int = 1) -> list[int]:
+    """`tokens` in as few chunks as are needed, the larger ones first: as equal as they can be, or as multiples of a
+    number can, with the rest at the end; `multiple` is left alone where a chunk has no room for it."""
     count = math.ceil(tokens / chunk)
+    size = math.ceil(tokens / count / multiple) * multiple if count else 0
+    if multiple > 1 and size <= chunk:
+        return [size] * (tokens // size) + [tokens % size] * (tokens % size > 0) if size else []
     return [tokens // count + (i < tokens % count) for i in range(count)]

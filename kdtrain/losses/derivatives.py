@@ -163,7 +163,9 @@ def _alpha_beta_kernel(
     return torch.where(student_is_larger if d == alpha else ~student_is_larger, with_d, with_c).mul_(1 / c)
 
 
-def log_to_mixture(a: torch.Tensor, b: torch.Tensor, weight: float, out: torch.Tensor) -> torch.Tensor:
+def log_to_mixture(
+    a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | float, out: torch.Tensor
+) -> torch.Tensor:
     """log(m/a) for m = (1−weight)·a + weight·b, all digits of it where a ≈ b; a is overwritten where it is tiny."""
     return torch.sub(b, a, out=out).div_(a.clamp_(min=_TINY)).mul_(weight).log1p_()
 

@@ -193,7 +193,7 @@ class _Fused(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             run.all_chunks()
         # Not by save_for_backward: they are neither inputs nor outputs, and backward scales them in place.
-        ctx.run_gradients = [run.grad_hidden, run.grad_weight, run.grad_bias]
+        ctx.run_gradients = run.found_gradients()
         ctx.left_to_scale, ctx.rows, ctx.tokens = run.left_to_scale, rows[:taught], len(hidden)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         sums = run.packed_sums()

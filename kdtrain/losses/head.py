@@ -46,14 +46,7 @@ class Head:
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """[C, V] in the dtype of `out`, which is overwritten."""
-        project(hidden, self.weight, out)
-        if self.bias is not None:
-            out.add_(self.bias)
-        if self.logit_scale != 1:
-            out.mul_(self.logit_scale)
-        if self.softcap is not None:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
-        return out
+        return finish(project(hidden, self.weight, out), self.bias, self.logit_scale, self.softcap)
 
     def differentiable_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The same for any head, in operations that autograd knows."""
@@ -61,3 +54,16 @@ class Head:
         out = hidden.to(dtype) @ self.weight.to(dtype).t()
         out = (out if self.bias is None else out + self.bias) * self.logit_scale
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
+
+
+def finish(
+    product_CV: torch.Tensor, bias: torch.Tensor | None, logit_scale: float, softcap: float | None
+) -> torch.Tensor:
+    """The logits of hidden · weightᵀ, in its place."""
+    if bias is not None:
+        product_CV.add_(bias)
+    if logit_scale != 1:
+        product_CV.mul_(logit_scale)
+    if softcap is not None:
+        product_CV.div_(softcap).tanh_().mul_(softcap)
+    return product_CV

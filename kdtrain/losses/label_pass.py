@@ -29,6 +29,8 @@ def label_logprobs_of_logits(logits: torch.Tensor, labels: torch.Tensor) -> torc
 class LabelPass(ChunkedPass):
     """The first pass: `logprobs()` of the labels, and the metrics of the tile."""
 
+    generates = False
+
     def _terms(
         self,
         rows: slice,
@@ -65,6 +67,8 @@ class WeightedLabelPass(ChunkedPass):
 
     `logprobs` [S] are those of the first pass.
     """
+
+    generates = False
 
     logprobs: torch.Tensor
 

@@ -142,7 +142,7 @@ class _Chunked(torch.autograd.Function):
             second.logprobs = logprobs
             if any(wanted):
                 second.all_chunks()
-        ctx.run_gradients = [second.grad_hidden, second.grad_weight, second.grad_bias]
+        ctx.run_gradients = second.found_gradients()
         ctx.left_to_scale, ctx.rows, ctx.tokens = second.left_to_scale, rows, len(hidden)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         _, _, tokens, correct, _, entropy, _ = first.packed_sums()

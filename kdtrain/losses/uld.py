@@ -28,6 +28,7 @@ import torch
 
 from kdtrain.losses.chunks import Call, ChunkedPass
 from kdtrain.losses.fused import _Fused
+from kdtrain.losses.gradients import Wanted
 from kdtrain.losses.head import Head
 from kdtrain.losses.label_pass import LabelPass, WeightedLabelPass, label_logprobs_of_logits
 from kdtrain.losses.reduce import FusedLoss, normaliser
@@ -116,6 +117,8 @@ def sorted_distance(
 
 class _BasePass(ChunkedPass):
     """Values and gradients at the last tokens of chunks; `rows` are the teacher's numbers of them."""
+
+    generates = False
 
     student_before: torch.Tensor
     teacher_before: torch.Tensor
@@ -272,15 +275,14 @@ def _of_teacher(targets: UldTargets, call: Call, half: torch.dtype | None) -> to
 def _added(labels: ChunkedPass, bases: ChunkedPass, tokens: torch.Tensor) -> list[torch.Tensor | None]:
     """The gradients of both passes in one, all factors in."""
     found: list[torch.Tensor | None] = []
-    for name in ("grad_hidden", "grad_weight", "grad_bias"):
-        first, second = getattr(labels, name), getattr(bases, name)
+    for name, first, second in zip(Wanted._fields, labels.found_gradients(), bases.found_gradients(), strict=True):
         if first is None:
             found.append(None)
             continue
         total = first.to(labels.dtype) * labels.left_to_scale
         if second is not None:
             part = second.to(labels.dtype) * bases.left_to_scale
-            total = total.index_add_(0, tokens, part) if name == "grad_hidden" else total.add_(part)
+            total = total.index_add_(0, tokens, part) if name == "hidden" else total.add_(part)
         found.append(total)
     return found
 

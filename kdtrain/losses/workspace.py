@@ -10,6 +10,11 @@ import threading
 
 import torch
 
+from kdtrain.losses import gemm
+
+# Values that rows of a GPU's buffers begin at multiples of: its loads and its matrix products want aligned rows, and
+# vocabularies are odd numbers (50257).
+_ALIGNED = 64
 # Larger ones are not kept: somebody asked for a chunk of his own.
 _LARGEST = 256 * 2**20
 
@@ -20,8 +25,16 @@ class Workspace(threading.local):
     def __init__(self) -> None:
         self._kept: dict[str, torch.Tensor] = {}
 
-    def take(self, name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """An uninitialised [rows, columns], valid until `name` is taken again."""
+    def take(
+        self, name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device, stride: int | None = None
+    ) -> torch.Tensor:
+        """An uninitialised [rows, columns], valid until `name` is taken again.
+
+        Args:
+            stride: from one row to the next, see `padded`; None is `columns`.
+        """
+        if stride is not None and stride != columns:
+            return self.take(name, rows, stride, dtype, device)[:, :columns]
         count = rows * columns
         if device.type != "cpu" or count * dtype.itemsize > _LARGEST:
             return torch.empty(rows, columns, dtype=dtype, device=device)
@@ -34,3 +47,8 @@ class Workspace(threading.local):
 
 
 workspace = Workspace()
+
+
+def padded(columns: int, device: torch.device) -> int:
+    """Values from one row of a buffer to the next. There are never more columns than were asked for."""
+    return columns if not gemm.on_gpu(device) else -(-columns // _ALIGNED) * _ALIGNED
