@@ -195,10 +195,16 @@ class ChunkedPass:
     def _mix(self, chunk: slice, teacher: torch.Tensor, one: torch.Tensor, softened: torch.Tensor | None) -> None:
         """The mean of several teachers' distributions for the tokens of a chunk, into `teacher` and `softened`."""
         assert self.mixed is not None
-        run = Accumulator(teacher, softened, self.options.temperature)
+        block = block_rows(teacher.shape[1], teacher.device, len(teacher))
+        parts = [slice(first, min(first + block, len(teacher))) for first in range(0, len(teacher), block)]
+        soft = [None if softened is None else softened[part] for part in parts]
+        runs = [Accumulator(teacher[part], own, self.options.temperature) for part, own in zip(parts, soft, strict=True)]
         for hidden, head, share in zip(*vars(self.mixed).values(), strict=True):
-            run.add(head.logits(hidden.index_select(0, self.rows[chunk]), one), share)
-        run.finish()
+            logits = head.logits(hidden.index_select(0, self.rows[chunk]), one)
+            for run, part in zip(runs, parts, strict=True):
+                run.add(logits[part], share)
+        for run in runs:
+            run.finish()
 
     def _chunk(
         self, chunk: slice, student: torch.Tensor, teacher: torch.Tensor | None, mixing: list[torch.Tensor]
@@ -382,14 +388,14 @@ def tile_bytes(
     Args:
         dtype: of the logits.
         half: whether the model's hidden states are of half precision.
-        mixing_tiles: further tiles, where the mean of several teachers is made: 3 with the temporary of a softmax, 5
-            at another temperature than 1.
+        mixing_tiles: further tiles, where the mean of several teachers is made: 1, or 2 at another temperature than 1.
     """
     columns = padded(vocabulary, device)
     chunk = max(chunk_sizes(tokens, default_chunk(vocabulary, dtype, device), rows_of_products(device)), default=0)
     block = block_rows(vocabulary, device, chunk)
+    scratch = 5 if mixing_tiles else 3
     kept = min(max(half_rows(vocabulary), chunk), tokens) * 2 * columns if half and gemm.on_gpu(device) else 0
-    return dtype.itemsize * columns * ((2 if with_teacher else 1) * chunk + mixing_tiles * chunk + 3 * block) + kept
+    return dtype.itemsize * columns * (((2 if with_teacher else 1) + mixing_tiles) * chunk + scratch * block) + kept
 
 
 def block_rows(vocabulary: int, device: torch.device, chunk: int) -> int:

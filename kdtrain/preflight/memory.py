@@ -43,7 +43,7 @@ class Writing:
     new_tokens: int
 
 
-_MIXING_TILES = 5  # at a temperature other than 1, see `tile_bytes`
+_MIXING_TILES = 2  # at a temperature other than 1, see `tile_bytes`
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ def plan_memory(setup: Setup, simulations: Simulations | None = None) -> MemoryP
     vocabulary = setup.student.config.get_text_config().vocab_size
     tile = tile_bytes(
         shape.rows * (shape.length - 1), vocabulary, torch.float32, _CPU if shape.on_cpu else _GPU,
-        with_teacher=shape.teacher_width is not None, mixing_tiles=_MIXING_TILES * setup.mixes,
+        with_teacher=shape.teacher_width is not None, half=shape.is_half(setup.student.dtype),
+        mixing_tiles=_MIXING_TILES * setup.mixes,
     )  # fmt: skip
     on_demand, head = _teacher_on_demand(setup, teacher)
     stays = {

@@ -82,6 +82,10 @@ class Shape:
     joined: bool = False
     """Whether all B of them do, in one line of B · T (`data.padding_free`)."""
 
+    def is_half(self, dtype: torch.dtype) -> bool:
+        """Whether hidden states are of half precision, in a model of a dtype."""
+        return dtype.itemsize == 2 or self.autocast is not None
+
     @property
     def ids(self) -> tuple[int, int]:
         """Rows and columns of what a forward takes."""
@@ -354,10 +358,11 @@ class _LossOfShape(torch.autograd.Function):
             for like, wanted in ((supervised_SH, wants_hidden), (weight_VH, wants_weight))
         ]
         if not shape.on_cpu:  # on a CPU its buffers stay from one step to the next
-            tile = tile_bytes(len(hidden_SH), len(weight_VH), wide, _GPU, with_teacher=teacher_SH is not None)
+            tile = tile_bytes(
+                len(hidden_SH), len(weight_VH), wide, _GPU,
+                with_teacher=teacher_SH is not None, half=shape.is_half(hidden_SH.dtype),
+            )  # fmt: skip
             torch.empty(tile, dtype=torch.uint8)
-            if gradients[1] is not None and hidden_SH.dtype != wide:
-                torch.empty_like(gradients[1])  # a product of the head's gradient, before it is added
         ctx.run_gradients, ctx.dtypes = gradients, (hidden_SH.dtype, weight_VH.dtype)
         return hidden_SH.new_zeros(())
 

@@ -17,6 +17,7 @@ from tests.fake_cuda.device import FakeTensorMode, Head, generated, torch
 import torch._inductor.config
 import torch._inductor.scheduler
 import torch.utils._triton
+from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.device_interface import get_interface_for_device
 from torch._guards import detect_fake_mode
@@ -71,9 +72,7 @@ def lower(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
             graph.run(*inputs)
             found, _ = graph.codegen()
     sources.append(found if isinstance(found, str) else found.value)
-    run = module.forward
-    run._boxed_call = False  # type: ignore[attr-defined]
-    return run
+    return make_boxed_func(module.forward)
 
 
 def believe() -> None:
@@ -124,23 +123,21 @@ def source_of(case: dict[str, Any]) -> str:
     return source
 
 
-def counted(source: str) -> dict[str, int]:
+def counted(source: str, vocab: int) -> dict[str, int]:
     """Transfers of a tile, and buffers of its size, in one graph."""
-    tile = re.compile(r"tl\.(?:load|store)\(\w*ptr\d+ \+ \(r0_\d+ \+ \d+\*x\d+\)")
-    kernels = re.findall(r"^def (triton_\w+)\(", source, re.MULTILINE)
-    # A kernel that goes over the tile in another order than row by row would be missed.
-    other = [line for line in source.splitlines() if "tl.load(" in line or "tl.store(" in line]
-    flat = [line for line in other if re.search(r"ptr\d+ \+ \((?:xindex|x0)\)", line)]
-    assert len(flat) < len(other)
+    # Every access in which both the row and the column run: row by row, or (XBLOCK over all of it) with one number.
+    touched = re.compile(r"tl\.(?:load|store)\(\w*ptr\d+ \+ \((?:r0_\d+ \+ \d+\*x\d+|x\d+)\), [^)]*mask")
+    of_tile = [found for found in touched.findall(source) if "r0_" in found]
+    sizes = [size.split(", ") for size in re.findall(r"empty_strided_cuda\(\(([^)]*)\)", source)]
     return {
-        "transfers": len(tile.findall(source)),
-        "buffers": sum(len(size.split(", ")) > 1 and size.split(", ")[1].strip() not in ("1", "") for size in
-                       re.findall(r"empty_strided_cuda\(\(([^)]*)\)", source)),
-        "kernels": len(kernels),
-    }  # fmt: skip
+        "transfers": len(of_tile),
+        "buffers": sum(str(vocab) in size for size in sizes),
+        "kernels": len(re.findall(r"^def (triton_\w+)\(", source, re.MULTILINE)),
+        "pointwise": len(re.findall(r"^def (triton_poi\w+)\(", source, re.MULTILINE)),
+    }
 
 
 if __name__ == "__main__":
     believe()
     names = sys.argv[1:] or list(CASES)
-    print(json.dumps({name: counted(source_of(CASES[name])) for name in names}))
+    print(json.dumps({name: counted(source_of(CASES[name]), CASES[name].get("vocab", VOCAB)) for name in names}))

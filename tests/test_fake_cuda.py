@@ -1,0 +1,60 @@
+"""The loss as a GPU would run it, on a machine without one: devices, dtypes and shapes, live bytes, transfers.
+
+The limits on memory are those of 8192 supervised tokens and 151,936 words in bfloat16, beside the head's gradient.
+"""
+
+import pytest
+
+from tests import fake_cuda
+
+pytestmark = pytest.mark.skipif(fake_cuda.compiler() is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return fake_cuda.build(tmp_path_factory.mktemp("fake_cuda"))
+
+
+def grid(library, step):
+    found = fake_cuda.run("grid", library, str(step))
+    assert not found["failed"], "\n".join(found["failed"][:20])
+    assert not found["elsewhere"], "tensors on the CPU, in code for the device"
+    return found["ran"]
+
+
+def test_every_kind_of_loss_runs_on_a_device(library):
+    assert grid(library, 5) > 70  # every fifth: all kinds, and all divergences
+
+
+@pytest.mark.slow
+def test_every_variant_of_the_loss_runs_on_a_device(library):
+    assert grid(library, 1) > 390
+
+
+def test_live_bytes_beside_the_heads_gradient(library):
+    found = fake_cuda.run("live", library)
+    gib = {name: one["beside"] / 1024 for name, one in found.items()}
+    over_32_bit = gib.pop("float32 weights under autocast")
+    frozen = {name: gib.pop(name) for name in list(gib) if "frozen" in name}
+    assert all(size <= 1.8 for size in gib.values()), found
+    assert all(size <= 1.2 for size in frozen.values()), found
+    # Both heads in half precision as well: a copy that autocast keeps makes no gradient of its own.
+    assert over_32_bit <= 2.9, found["float32 weights under autocast"]
+    # One float32 gradient of the head (1,187 MiB), and no second one.
+    assert all(sum(size > 1000 for size in one["at_peak"]) <= 1 for name, one in found.items() if name in gib)
+
+
+def test_generated_kernels_touch_a_tile_few_times(library):
+    found = fake_cuda.run("lowered", library, "0", "0.5")
+    assert found["0"]["transfers"] <= 8, found
+    assert found["0.5"]["transfers"] <= 11, found
+    for one in found.values():
+        assert one["transfers"] >= 5, "a loop or a kernel was not recognised"
+        assert one["buffers"] == 0, "something of a tile's size is kept between kernels"
+
+
+@pytest.mark.slow
+def test_generated_kernels_of_every_kind_keep_nothing_of_a_tiles_size(library):
+    found = fake_cuda.run("lowered", library)
+    assert not {name: one for name, one in found.items() if one["buffers"] or one["pointwise"]}
+    assert not {name: one for name, one in found.items() if not 2 <= one["transfers"] <= 11}
