@@ -198,7 +198,9 @@ class ChunkedPass:
         block = block_rows(teacher.shape[1], teacher.device, len(teacher))
         parts = [slice(first, min(first + block, len(teacher))) for first in range(0, len(teacher), block)]
         soft = [None if softened is None else softened[part] for part in parts]
-        runs = [Accumulator(teacher[part], own, self.options.temperature) for part, own in zip(parts, soft, strict=True)]
+        runs = [
+            Accumulator(teacher[part], own, self.options.temperature) for part, own in zip(parts, soft, strict=True)
+        ]
         for hidden, head, share in zip(*vars(self.mixed).values(), strict=True):
             logits = head.logits(hidden.index_select(0, self.rows[chunk]), one)
             for run, part in zip(runs, parts, strict=True):

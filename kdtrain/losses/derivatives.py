@@ -155,7 +155,10 @@ def _alpha_beta_kernel(
         return torch.mul(n, n, out=out).mul_(0.5)
     s = c + d
     of_d = torch.mul(n, d, out=out).expm1_().div_(d) if d else out.copy_(n)
-    of_s = workspace.take("alpha_beta", n.shape[0], n.shape[1], n.dtype, n.device)
+    if torch.compiler.is_compiling():  # it is a value there, and no memory
+        of_s = torch.empty_like(n)
+    else:
+        of_s = workspace.take("alpha_beta", n.shape[0], n.shape[1], n.dtype, n.device)
     of_s = torch.mul(n, s, out=of_s).expm1_().div_(s) if s else of_s.copy_(n)
     student_is_larger = log_qp <= 0
     with_c = n.mul_(c).exp_().mul_(of_d).sub_(of_s)
@@ -163,9 +166,7 @@ def _alpha_beta_kernel(
     return torch.where(student_is_larger if d == alpha else ~student_is_larger, with_d, with_c).mul_(1 / c)
 
 
-def log_to_mixture(
-    a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | float, out: torch.Tensor
-) -> torch.Tensor:
+def log_to_mixture(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | float, out: torch.Tensor) -> torch.Tensor:
     """log(m/a) for m = (1−weight)·a + weight·b, all digits of it where a ≈ b; a is overwritten where it is tiny."""
     return torch.sub(b, a, out=out).div_(a.clamp_(min=_TINY)).mul_(weight).log1p_()
 

@@ -29,6 +29,8 @@ from kdtrain.losses.tile import Buffers, Numbers, RowWeights, TileOptions, TileS
 
 logger = logging.getLogger(__name__)
 
+_WEIGHTS = ("kd", "ce")
+
 # A row is one program's, however few there are when a kernel is compiled: in parts, it would be read more often. And
 # what is computed from logits is computed again where it is used again: arithmetic waits for memory anyway.
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
@@ -45,7 +47,7 @@ class _Kind:
     options: TileOptions
     """Of the formulas; its weights, β and temperature stand for all that take the same ones."""
     constants: tuple[tuple[str, float], ...]
-    """Of `Numbers`: those that are 0 or 1. The others are given with each call."""
+    """Of `Numbers`: those that are 0, or 1 and no weight. The others are given with each call."""
     student: tuple[float, float | None]
     """Logit scale and soft-cap."""
     teacher: tuple[float, float | None]
@@ -74,15 +76,16 @@ def generated_terms(
     """
     head, other = heads
     numbers = options.numbers
-    constants = tuple((name, value) for name, value in numbers._asdict().items() if value in (0, 1))
-    given = [_scalar(value, student) for name, value in numbers._asdict().items() if value not in (0, 1)]
+    values = numbers._asdict()
+    constants = {name: value for name, value in values.items() if value == 0 or (value == 1 and name not in _WEIGHTS)}
+    given = [_scalar(value, student) for name, value in values.items() if name not in constants]
     teacher_bias = None if other is None else other.bias
     out = None if gradient is student else gradient
     tensors = (student, teacher, softened, labels, rows.kd, rows.ce, out)
     described = [None if x is None else (x.shape[1:], x.stride(), x.dtype) for x in (*tensors, head.bias, teacher_bias)]
     kind = _Kind(
         _representative(options),
-        constants,
+        tuple(constants.items()),
         (head.logit_scale, head.softcap),
         (1.0, None) if other is None else (other.logit_scale, other.softcap),
         (student.device, *described),
@@ -118,18 +121,18 @@ def _run(kind: _Kind, *arguments: torch.Tensor | None) -> TileSums | None:
             "The loss runs without generated kernels on %s, which takes more time: they could not be compiled (%s). "
             "Triton and a C compiler make them (a slim image lacks gcc; or set the variable CC).",
             device,
-            _first_line(error),
+            _reason(error),
         )
         return None
     _ran.add(kind)
     return found
 
 
-def _first_line(error: BaseException) -> str:
-    """Of what went wrong first; the compiler wraps it."""
+def _reason(error: BaseException) -> str:
+    """One line of what went wrong first; the compiler wraps it, and says "… raised:" before it."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
     return lines[0] if lines else type(error).__name__
 
 
@@ -137,7 +140,7 @@ def _first_line(error: BaseException) -> str:
 def _compiled(kind: _Kind) -> Callable[..., TileSums]:
     code = _tile.__code__.replace(co_name=f"tile_{_compiled.cache_info().currsize}")
     tile = FunctionType(code, _tile.__globals__, code.co_name)
-    return torch.compile(functools.partial(tile, kind), dynamic=False, options=_OPTIONS)
+    return torch.compile(functools.partial(tile, kind), dynamic=False, fullgraph=True, options=_OPTIONS)
 
 
 def _tile(

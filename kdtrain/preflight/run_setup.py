@@ -79,6 +79,7 @@ def setup_of(
         on_cpu=on_cpu,
         in_lines=config.data.packing or config.data.padding_free,
         joined=config.data.padding_free and not config.data.packing,
+        parts=_parts(config, of_forward),
     )
     asked_rows = forward_rows * samples if options.select == "best" else forward_rows
     return Setup(
@@ -118,6 +119,17 @@ def _forward(config: RunConfig, rows: int, of_step: int, longest: int, per_devic
     if most is not None:
         rows = max(most // length, 1)
     return rows, length
+
+
+def _parts(config: RunConfig, rows: int) -> int:
+    """Parts of a micro-batch's loss, see `trainer/parts.py`: rows of one teacher that are compared in one way."""
+    teachers = {source.teacher for source in config.data.train}
+    if config.rlhf.teachers and config.rlhf.mix is None:  # any row may name one
+        teachers = set(config.rlhf.teachers)
+    elif config.rlhf.mix is not None:
+        teachers = {None}
+    most = len(teachers) * len({(source.divergence, source.beta) for source in config.data.train})
+    return max(most if config.data.packing else min(most, rows), 1)
 
 
 def _writing(per_call: int | None, rows: int, prompt: int, new_tokens: int) -> Writing:

@@ -82,6 +82,9 @@ class Shape:
     joined: bool = False
     """Whether all B of them do, in one line of B · T (`data.padding_free`)."""
 
+    parts: int = 1
+    """Into which the loss falls at most, by teacher and divergence: each makes a gradient of the head."""
+
     def is_half(self, dtype: torch.dtype) -> bool:
         """Whether hidden states are of half precision, in a model of a dtype."""
         return dtype.itemsize == 2 or self.autocast is not None
@@ -363,7 +366,10 @@ class _LossOfShape(torch.autograd.Function):
                 with_teacher=teacher_SH is not None, half=shape.is_half(hidden_SH.dtype),
             )  # fmt: skip
             torch.empty(tile, dtype=torch.uint8)
-        ctx.run_gradients, ctx.dtypes = gradients, (hidden_SH.dtype, weight_VH.dtype)
+        # Of a loss in parts they are of a part's tokens each, and of the whole head: all wait for backward.
+        of_others = [torch.empty_like(weight_VH, dtype=wide) for _ in range(shape.parts - 1) if wants_weight]
+        ctx.run_gradients, ctx.of_others = gradients, of_others
+        ctx.dtypes = hidden_SH.dtype, weight_VH.dtype
         return hidden_SH.new_zeros(())
 
     @staticmethod
@@ -372,6 +378,7 @@ class _LossOfShape(torch.autograd.Function):
         hidden, weight = (
             None if one is None else one.to(dtype) for one, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
+        del ctx.of_others
         return hidden, weight, None, None
 
 

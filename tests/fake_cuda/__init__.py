@@ -34,8 +34,16 @@ def build(folder: Path) -> Path:
     include = [root / "include", root / "include/torch/csrc/api/include"]
     command = [compiler(), "-O0", "-shared", "-fPIC", "-std=c++20", *(f"-I{path}" for path in include)]
     subprocess.run(
-        [*map(str, command), str(HERE / "stand_in.cpp"), "-o", str(out), f"-L{libraries}", f"-Wl,-rpath,{libraries}",
-         "-lc10", "-ltorch_cpu"],
+        [
+            *map(str, command),
+            str(HERE / "stand_in.cpp"),
+            "-o",
+            str(out),
+            f"-L{libraries}",
+            f"-Wl,-rpath,{libraries}",
+            "-lc10",
+            "-ltorch_cpu",
+        ],
         check=True,
     )
     return out

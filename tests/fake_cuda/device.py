@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import traceback
 import weakref
 from typing import Any
 
-from tests.fake_cuda import LIBRARY
+import tests.fake_cuda.loaded  # noqa: F401
 
-ctypes.CDLL(os.environ[LIBRARY], mode=ctypes.RTLD_GLOBAL)
-
+# isort: split
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,8 +88,12 @@ Head.masks_columns = lambda self: False  # type: ignore[method-assign]
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """`gemm.add_product`, whose `baddbmm` has no shape function of its own for a result of another dtype."""
-    assert a.dtype == b.dtype and a.dtype.itemsize == 2 and total.dtype == torch.float32
-    assert a.device == b.device == total.device and total.shape == (a.shape[0], b.shape[1]) and len(b) == a.shape[1]
+    assert a.dtype == b.dtype
+    assert a.dtype.itemsize == 2
+    assert total.dtype == torch.float32
+    assert a.device == b.device == total.device
+    assert total.shape == (a.shape[0], b.shape[1])
+    assert len(b) == a.shape[1]
 
 
 gemm.add_product = _add_product

@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.fake_cuda.device import FakeTensorMode, Head, Watch, as_traced, generated, torch
 
+# isort: split
 from kdtrain.losses import SampledTargets, TopKLogprobs
 from kdtrain.losses.comparison import Scores
 from kdtrain.losses.fused import head_distillation_loss
@@ -124,7 +125,8 @@ def run(dtype: torch.dtype, divergence: Any, beta: float, kind: dict[str, Any]) 
                 out = head_distillation_loss(
                     hidden, head, labels, options, **given, ce_token_weights=ce_weights, **common
                 )
-        assert out.loss.device.type == "cuda" and out.loss.dtype == F32
+        assert out.loss.device.type == "cuda"
+        assert out.loss.dtype == F32
         if "no gradient" not in kind:
             with watch:
                 out.loss.backward()

@@ -9,6 +9,7 @@ from typing import Any
 
 from tests.fake_cuda.device import FakeTensorMode, Head, Watch, as_allocated, generated, torch
 
+# isort: split
 from kdtrain.losses import TopKLogprobs
 from kdtrain.losses.fused import head_distillation_loss
 from kdtrain.losses.tile import TileOptions
@@ -54,9 +55,7 @@ def measure(kind: dict[str, Any]) -> dict[str, Any]:
             known += [ids, given["targets"].logprobs]
         if "no kernels" in kind:
             generated._without.add(hidden.device)
-        options = TileOptions(
-            1.0, 0.1, kind.get("beta", 0.5), kind.get("temperature", 1.0), "jsd", "bucket"
-        )
+        options = TileOptions(1.0, 0.1, kind.get("beta", 0.5), kind.get("temperature", 1.0), "jsd", "bucket")
         with Watch(*known) as watch:
             with torch.autocast("cuda", dtype=BF16) if "weights" in kind else nullcontext():
                 out = head_distillation_loss(hidden, head, labels, options, kd_token_weights=kd_weights, **given)

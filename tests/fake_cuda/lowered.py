@@ -14,6 +14,7 @@ from typing import Any
 
 from tests.fake_cuda.device import FakeTensorMode, Head, generated, torch
 
+# isort: split
 import torch._inductor.config
 import torch._inductor.scheduler
 import torch.utils._triton
@@ -92,7 +93,7 @@ def believe() -> None:
         keep_inference_input_mutations=True,
     )
     compile_ = torch.compile
-    torch.compile = lambda function, **options: compile_(function, backend=backend, dynamic=options["dynamic"])  # type: ignore[assignment]
+    torch.compile = lambda function, options, **rest: compile_(function, backend=backend, **rest)  # type: ignore[assignment]
 
 
 def source_of(case: dict[str, Any]) -> str:
@@ -116,7 +117,13 @@ def source_of(case: dict[str, Any]) -> str:
         labels = torch.empty(rows, device="cuda", dtype=torch.long)
         sources.clear()
         sums = generated.generated_terms(
-            student, teacher, labels, RowWeights(weights, weights), options, (head, head if teacher is not None else None), out
+            student,
+            teacher,
+            labels,
+            RowWeights(weights, weights),
+            options,
+            (head, head if teacher is not None else None),
+            out,
         )
         assert sums is not None, "it was not compiled"
     (source,) = sources
