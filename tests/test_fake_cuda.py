@@ -23,7 +23,7 @@ def grid(library, step):
 
 
 def test_every_kind_of_loss_runs_on_a_device(library):
-    assert grid(library, 5) > 70  # every fifth: all kinds, and all divergences
+    assert grid(library, 7) > 50  # every seventh: all kinds, and all divergences
 
 
 @pytest.mark.slow
@@ -31,19 +31,29 @@ def test_every_variant_of_the_loss_runs_on_a_device(library):
     assert grid(library, 1) > 390
 
 
-def test_live_bytes_beside_the_heads_gradient(library):
-    found = fake_cuda.run("live", library)
+def check_live_bytes(found):
     gib = {name: one["beside"] / 1024 for name, one in found.items()}
     over_32_bit = gib.pop("float32 weights under autocast")
     frozen = {name: gib.pop(name) for name in list(gib) if "frozen" in name}
     assert all(size <= 1.8 for size in gib.values()), found
     assert all(size <= 1.2 for size in frozen.values()), found
-    # Both heads in half precision as well: a copy that autocast keeps makes no gradient of its own.
-    assert over_32_bit <= 2.9, found["float32 weights under autocast"]
+    # Beside a float32 gradient, which is made in place: both heads in half precision, as autocast makes them.
+    assert over_32_bit <= 2.9, found
     # One float32 gradient of the head (1,187 MiB), and no second one.
     assert all(sum(size > 1000 for size in one["at_peak"]) <= 1 for name, one in found.items() if name in gib)
 
 
+def test_live_bytes_beside_the_heads_gradient(library):
+    names = ("trained", "frozen", "bias and soft-cap", "odd vocabulary", "float32 weights under autocast")
+    check_live_bytes(fake_cuda.run("live", library, *names))
+
+
+@pytest.mark.slow
+def test_live_bytes_of_every_kind(library):
+    check_live_bytes(fake_cuda.run("live", library))
+
+
+@pytest.mark.slow
 def test_generated_kernels_touch_a_tile_few_times(library):
     found = fake_cuda.run("lowered", library, "0", "0.5")
     assert found["0"]["transfers"] <= 8, found

@@ -151,6 +151,25 @@ def test_errors_are_at_most_twice_those_of_plain_half_precision(kd, ce, kind, dt
         assert (mine.double() - right).norm() <= 4 * torch.finfo(dtype).eps * right.norm()
 
 
+@pytest.mark.parametrize(("kd", "ce"), [(0.0, 1 / 3), (0.7, 0.1), (0.5, 0.3)])
+def test_the_weight_of_the_labels_is_not_rounded(kd, ce, traced):
+    """At a label that is found impossible the gradient is that weight, the same at every token: its error would add
+    up. The head is float32, so that the sum is not rounded behind it."""
+    problem = make(n=64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        problem["labels"].fill_(7)
+        problem["student_hidden"].fill_(1.0)
+    for side in ("student", "teacher"):
+        problem[f"{side}_weight"] = problem[f"{side}_weight"].detach().float()
+        problem[f"{side}_weight"][7] = -3.0
+    problem["teacher_hidden"].fill_(1.0)
+    problem["student_weight"].requires_grad_()
+    _, (_, exact) = reference_loss(problem, kd, ce, 0.0, 1.0, "jsd", 1.0, None, None)
+    result = fused_distillation_loss(**problem, kd_weight=kd, ce_weight=ce, beta=0.0)
+    found = torch.autograd.grad(result.loss, problem["student_weight"])[0][7]
+    torch.testing.assert_close(found.double(), exact[7], rtol=1e-5, atol=0)
+
+
 def plain_loss(problem, kd, ce, scale, cap):
     """As a model and a loss written in PyTorch compute it: logits in the model's dtype, softmax in float32."""
 

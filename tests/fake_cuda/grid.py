@@ -8,7 +8,7 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
-from tests.fake_cuda.device import FakeTensorMode, Head, Watch, as_traced, generated, torch
+from tests.fake_cuda.device import FakeTensorMode, Head, Watch, as_traced, gemm, generated, real_add_product, torch
 
 # isort: split
 from kdtrain.losses import SampledTargets, TopKLogprobs
@@ -75,6 +75,7 @@ def main() -> None:
             failed.append(f"{dtype} {divergence} {beta} {kind}: {type(error).__name__}: {str(error)[:400]}")
     for dtype in (F32, BF16):
         elsewhere |= values_only(dtype)
+    elsewhere |= added_in_slices()
     print(json.dumps({"ran": ran, "failed": failed, "elsewhere": sorted(elsewhere)}))
 
 
@@ -147,6 +148,19 @@ def values_only(dtype: torch.dtype) -> set[str]:
             for by in ("student_entropy", "disagreement"):
                 found = token_scores(by, scores, scores)
                 assert (found.shape, found.device.type, found.dtype) == ((N,), "cuda", F32)
+    return watch.elsewhere
+
+
+def added_in_slices() -> set[str]:
+    """The sum of products where PyTorch has no form that adds within: without a temporary of the total's size."""
+    gemm._ADDS_IN_PRODUCT = False
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        total = torch.empty(100_000, H, device="cuda")
+        a, b = torch.empty(100_000, N, device="cuda", dtype=BF16), torch.empty(N, H, device="cuda", dtype=BF16)
+        with Watch(total, a, b) as watch:
+            real_add_product(total, a, b)
+    gemm._ADDS_IN_PRODUCT = True
+    assert 0 < watch.peak <= total.nbytes / 3
     return watch.elsewhere
 
 

@@ -1,9 +1,10 @@
-"""Live bytes of one call at full size: `python -m tests.fake_cuda.live` prints MiB beside the head's gradient."""
+"""Live bytes of a call at full size: `python -m tests.fake_cuda.live CASE …` prints MiB beside the head's gradient."""
 
 from __future__ import annotations
 
 import gc
 import json
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -72,4 +73,4 @@ def measure(kind: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     as_allocated()
-    print(json.dumps({name: measure(kind) for name, kind in CASES.items()}))
+    print(json.dumps({name: measure(CASES[name]) for name in sys.argv[1:] or CASES}))

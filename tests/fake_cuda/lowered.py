@@ -133,7 +133,7 @@ def source_of(case: dict[str, Any]) -> str:
 def counted(source: str, vocab: int) -> dict[str, int]:
     """Transfers of a tile, and buffers of its size, in one graph."""
     # Every access in which both the row and the column run: row by row, or (XBLOCK over all of it) with one number.
-    touched = re.compile(r"tl\.(?:load|store)\(\w*ptr\d+ \+ \((?:r0_\d+ \+ \d+\*x\d+|x\d+)\), [^)]*mask")
+    touched = re.compile(r"tl\.(?:load|store)\(\w*ptr\d+ \+ \((?:r0_\d+ \+ (?:\d+|ks\d+)\*x\d+|x\d+)\), [^)]*mask")
     of_tile = [found for found in touched.findall(source) if "r0_" in found]
     sizes = [size.split(", ") for size in re.findall(r"empty_strided_cuda\(\(([^)]*)\)", source)]
     return {
