@@ -9,7 +9,7 @@ import torch
 from kdtrain.losses import TopKLogprobs, dense_distillation_loss, fused_distillation_loss, topk_divergence
 from kdtrain.losses import gemm as gemm_module
 from kdtrain.losses import workspace as workspace_module
-from kdtrain.losses.chunks import chunk_sizes, default_chunk
+from kdtrain.losses.sizes import chunk_sizes, default_chunk
 from tests import tiny
 from tests.test_losses import BETAS, DIVERGENCES, reference
 

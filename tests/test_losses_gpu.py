@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from kdtrain.losses import fused_distillation_loss, gemm, generated, gradients
-from kdtrain.losses.chunks import chunk_sizes, default_chunk, tile_bytes
 from kdtrain.losses.fused import head_distillation_loss
 from kdtrain.losses.head import Head
 from kdtrain.losses.kinds import WITH_BETA
 from kdtrain.losses.mixture import MixedHeads
+from kdtrain.losses.sizes import chunk_sizes, default_chunk, tile_bytes
 from kdtrain.losses.tile import TileOptions
 from kdtrain.losses.workspace import padded
 from tests.test_losses import BETAS, DIVERGENCES

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from kdtrain.losses.chunks import chunk_sizes
 from kdtrain.losses.divergence import generalized_jsd
 from kdtrain.losses.gemm import one_dtype
 from kdtrain.losses.head import Head
 from kdtrain.losses.mixture import mix_logits
+from kdtrain.losses.sizes import chunk_sizes
 from kdtrain.losses.topk import TopKLogprobs, coarse_grain, teacher_tail
 from kdtrain.losses.workspace import workspace
 

@@ -12,11 +12,11 @@ import math
 
 import torch
 
-from kdtrain.losses.chunks import block_rows, chunk_sizes, default_chunk
 from kdtrain.losses.comparison import Scores
 from kdtrain.losses.derivatives import dot
 from kdtrain.losses.divergence import entropy, generalized_jsd
 from kdtrain.losses.kinds import TokenScore
+from kdtrain.losses.sizes import block_rows, chunk_sizes, default_chunk
 from kdtrain.losses.tile import Buffers, log_z_ratio
 from kdtrain.losses.topk import TopKLogprobs, coarse_grain
 

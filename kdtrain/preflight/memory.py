@@ -14,7 +14,7 @@ import torch
 from kdtrain.config.schema import Placement, TunerConfig
 from kdtrain.generation.batching import CALL_BYTES, DRAW_BYTES, cache_bytes
 from kdtrain.generation.loop import ROOM_AT_FIRST
-from kdtrain.losses.chunks import tile_bytes
+from kdtrain.losses.sizes import tile_bytes
 from kdtrain.models.merging import WEIGHTS_PER_TOKEN
 from kdtrain.preflight.optimizers import bytes_per_weight
 from kdtrain.preflight.sharding import Sharding

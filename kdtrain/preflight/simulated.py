@@ -29,8 +29,8 @@ from transformers import PreTrainedConfig
 
 from kdtrain.config.schema import TunerConfig
 from kdtrain.errors import KdtrainError
-from kdtrain.losses.chunks import tile_bytes
 from kdtrain.losses.head import Head
+from kdtrain.losses.sizes import tile_bytes
 from kdtrain.models.loss_head import add_loss_head
 from kdtrain.models.parts import freeze_parts
 from kdtrain.models.quantization import BYTES, Bits, empty_model, quantized_names

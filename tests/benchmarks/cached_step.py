@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from kdtrain.data import Collator
-from kdtrain.losses.chunks import chunk_sizes, default_chunk
 from kdtrain.losses.head import Head
+from kdtrain.losses.sizes import chunk_sizes, default_chunk
 from kdtrain.teachers import CachedTeacher, DenseTargets, Targets, Teacher
 from kdtrain.teachers.cached.store import Format
 from tests.benchmarks.machine import describe_machine

@@ -18,10 +18,10 @@ from torch import nn
 
 from kdtrain.data.batch import Batch
 from kdtrain.errors import NonFiniteError, TeacherError
-from kdtrain.losses.chunks import chunk_sizes, default_chunk
 from kdtrain.losses.gemm import one_dtype
 from kdtrain.losses.mixture import MixedTopK
 from kdtrain.losses.sampled import SampledTargets
+from kdtrain.losses.sizes import chunk_sizes, default_chunk
 from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.losses.workspace import workspace
 from kdtrain.teachers.base import DenseTargets, MixedTargets, Targets, Teacher, targets_of
