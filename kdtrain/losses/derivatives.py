@@ -133,7 +133,7 @@ def _alpha_beta_of_powers(
     n = torch.abs(log_qp, out=work).neg_()
     a = torch.mul(n, alpha, out=q).expm1_()
     b = n.mul_(beta).expm1_()
-    of_s = workspace.take("alpha_beta", q.shape[0], q.shape[1], q.dtype, q.device)
+    of_s = _fourth_block(q)
     torch.addcmul(a, a, b, out=of_s).add_(b)
     # By arithmetic: a choice between two blocks takes as long as four exponentials.
     teacher_is_larger = log_qp.sign_().add_(1).mul_(0.5)
@@ -155,15 +155,19 @@ def _alpha_beta_kernel(
         return torch.mul(n, n, out=out).mul_(0.5)
     s = c + d
     of_d = torch.mul(n, d, out=out).expm1_().div_(d) if d else out.copy_(n)
-    if torch.compiler.is_compiling():  # it is a value there, and no memory
-        of_s = torch.empty_like(n)
-    else:
-        of_s = workspace.take("alpha_beta", n.shape[0], n.shape[1], n.dtype, n.device)
+    of_s = _fourth_block(n)
     of_s = torch.mul(n, s, out=of_s).expm1_().div_(s) if s else of_s.copy_(n)
     student_is_larger = log_qp <= 0
     with_c = n.mul_(c).exp_().mul_(of_d).sub_(of_s)
     with_d = of_s.sub_(of_d)
     return torch.where(student_is_larger if d == alpha else ~student_is_larger, with_d, with_c).mul_(1 / c)
+
+
+def _fourth_block(like: torch.Tensor) -> torch.Tensor:
+    """Scratch, [R, V]; in generated kernels a value, and no memory."""
+    if torch.compiler.is_compiling():
+        return torch.empty_like(like)
+    return workspace.take("alpha_beta", like.shape[0], like.shape[1], like.dtype, like.device)
 
 
 def log_to_mixture(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | float, out: torch.Tensor) -> torch.Tensor:
