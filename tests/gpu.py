@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -224,9 +225,29 @@ def _model(sizes: dict[str, Any], vocabulary: int, device: str, small: bool) -> 
     return model
 
 
-def end_to_end(device: str, small: bool) -> dict[str, Any]:
-    """Tokens a second of a training with random weights, of kdtrain and of TRL's GKDTrainer."""
+def _matrix_rate(device: str, small: bool) -> float:
+    """Operations a second of one large product in bfloat16, the best of some."""
     import torch
+
+    side = 64 if small else 8192
+    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    best = math.inf
+    for _ in range(8):
+        began = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return float(2 * side**3 / best)
+
+
+def _weights(model: Any) -> int:
+    """Numbers that a token is multiplied with: all but the embedding, which is looked up."""
+    return sum(p.numel() for p in model.parameters()) - int(model.get_input_embeddings().weight.numel())
+
+
+def _trainer(name: str, student: Any, teacher: Any, folder: str, device: str, small: bool, steps: int) -> Any:
+    """A trainer of the case, and how many tokens a row of it has."""
     from datasets import Dataset
     from trl.experimental.gkd import GKDTrainer
 
@@ -234,31 +255,52 @@ def end_to_end(device: str, small: bool) -> dict[str, Any]:
     from tests import tiny
     from tests.test_trainer import make_args
 
-    of_student, of_teacher, vocabulary, length = _sizes(small)
-    teacher = _model(of_teacher, vocabulary, device, small)
-    steps, found = 2 if small else 6, {}
+    length = _sizes(small)[3]
     # A quarter less than fits, in the tests' tokenizer.
     answer = "the path " * (3 * length // 16)
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
     tokens = len(tiny.make_tokenizer()(answer).input_ids)
-    for name, of_class in (("kdtrain", GKDTrainerWithMetrics), ("TRL GKDTrainer", GKDTrainer)):
+    args = make_args(
+        folder, use_cpu=device == "cpu", max_steps=steps, logging_steps=steps, bf16=not small, max_length=length,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, use_liger_kernel="Liger" in name,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"messages": chat}] * 4 * steps)
+    of_class = GKDTrainerWithMetrics if name == "kdtrain" else GKDTrainer
+    trainer = of_class(student, teacher, args, train_dataset=rows, processing_class=tiny.make_tokenizer())
+    if hasattr(trainer, "startup_checked"):
+        trainer.startup_checked = trainer.alignment_checked = True
+    return trainer, tokens
+
+
+def end_to_end(device: str, small: bool) -> dict[str, Any]:
+    """Tokens a second of a training with random weights, of kdtrain and of TRL's GKDTrainer, also with Liger.
+
+    Utilisation is what the products of 3 forwards of the student and one of the teacher take, of the rate of one large
+    product.
+    """
+    import importlib.util
+
+    import torch
+
+    of_student, of_teacher, vocabulary, _ = _sizes(small)
+    teacher = _model(of_teacher, vocabulary, device, small)
+    steps, rate = 2 if small else 6, _matrix_rate(device, small)
+    found: dict[str, Any] = {"matrix rate, TFLOP/s": round(rate / 1e12, 3)}
+    names = ["kdtrain", "TRL GKDTrainer"]
+    names += ["TRL GKDTrainer, Liger"] if importlib.util.find_spec("liger_kernel") else []
+    for name in names:
         student = _model(of_student, vocabulary, device, small)
+        of_token = 6 * _weights(student) + 2 * _weights(teacher)
         with tempfile.TemporaryDirectory() as folder:
-            args = make_args(
-                folder, use_cpu=device == "cpu", max_steps=steps, logging_steps=steps, bf16=not small,
-                max_length=length, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            )  # fmt: skip
-            rows = Dataset.from_list([{"messages": chat}] * 4 * steps)
             try:
-                trainer = of_class(
-                    student, teacher, args, train_dataset=rows, processing_class=tiny.make_tokenizer()
-                )  # fmt: skip
-                if hasattr(trainer, "startup_checked"):
-                    trainer.startup_checked = trainer.alignment_checked = True
+                trainer, tokens = _trainer(name, student, teacher, folder, device, small, steps)
                 if device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                seconds = trainer.train().metrics["train_runtime"]
-                found[name] = {"tokens_per_second": round(4 * steps * tokens / seconds)}
+                a_second = 4 * steps * tokens / trainer.train().metrics["train_runtime"]
+                found[name] = {
+                    "tokens_per_second": round(a_second),
+                    "utilisation": round(a_second * of_token / rate, 3),
+                }
                 if device == "cuda":
                     found[name]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
                 del trainer
@@ -270,11 +312,10 @@ def end_to_end(device: str, small: bool) -> dict[str, Any]:
 
 
 def profile(device: str, small: bool) -> dict[str, Any]:
-    """Where the time of the loss goes: products, everything else, and what stands still between."""
+    """Where the time of the loss and of a whole step goes: products, everything else, and what stands still between."""
     import dataclasses
 
-    import torch
-    from torch.profiler import ProfilerActivity
+    from transformers import TrainerCallback
 
     from tests.benchmarks import gpu
     from tests.benchmarks.cases import forward_backward, make_inputs
@@ -288,25 +329,69 @@ def profile(device: str, small: bool) -> dict[str, Any]:
         inputs.forget_gradients()
         call()
     inputs.forget_gradients()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    start = time.perf_counter()
-    with torch.profiler.profile(activities=activities) as run:
-        call()
-        if device == "cuda":
+    watch = _Watch(device)
+    watch.start()
+    call()
+    found = {"loss": watch.stop()}
+    print(json.dumps(found), flush=True)
+    del inputs, call
+    steps = 4
+
+    class OfLastStep(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == steps - 1:
+                watch.start()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == steps:
+                found["step"] = watch.stop()
+
+    of_student, of_teacher, vocabulary, _ = _sizes(small)
+    student, teacher = (_model(sizes, vocabulary, device, small) for sizes in (of_student, of_teacher))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, _ = _trainer("kdtrain", student, teacher, folder, device, small, steps)
+        trainer.add_callback(OfLastStep())
+        trainer.train()
+    return found
+
+
+class _Watch:
+    """Shares of the time between `start` and `stop`."""
+
+    def __init__(self, device: str) -> None:
+        from torch.profiler import ProfilerActivity
+
+        self._device = device
+        self._activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+
+    def start(self) -> None:
+        import torch
+
+        if self._device == "cuda":
             torch.cuda.synchronize()
-    whole = 1e6 * (time.perf_counter() - start)
-    of = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    times = {event.key: float(getattr(event, of)) for event in run.key_averages()}
-    total = sum(times.values()) or 1.0
-    marks = ("gemm", "::mm", "::addmm", "cutlass", "nvjet", "matmul")
-    products = sum(time for name, time in times.items() if any(mark in name.lower() for mark in marks))
-    largest = sorted(times.items(), key=lambda pair: -pair[1])[:8]
-    return {
-        "products": round(products / total, 3),
-        "everything else": round(1 - products / total, 3),
-        "standing still": round(max(1 - total / whole, 0), 3),
-        "largest": {name[:80]: round(time / total, 3) for name, time in largest},
-    }
+        self._began = time.perf_counter()
+        self._run = torch.profiler.profile(activities=self._activities)
+        self._run.__enter__()
+
+    def stop(self) -> dict[str, Any]:
+        import torch
+
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        whole = 1e6 * (time.perf_counter() - self._began)
+        self._run.__exit__(None, None, None)
+        of = "self_device_time_total" if self._device == "cuda" else "self_cpu_time_total"
+        times = {event.key: float(getattr(event, of)) for event in self._run.key_averages()}
+        total = sum(times.values()) or 1.0
+        marks = ("gemm", "::mm", "::addmm", "::linear", "cutlass", "nvjet", "matmul")
+        products = sum(time for name, time in times.items() if any(mark in name.lower() for mark in marks))
+        largest = sorted(times.items(), key=lambda pair: -pair[1])[:8]
+        return {
+            "products": round(products / total, 3),
+            "everything else": round(1 - products / total, 3),
+            "standing still": round(max(1 - total / whole, 0), 3),
+            "largest": {name[:80]: round(time / total, 3) for name, time in largest},
+        }
 
 
 PARTS: dict[str, Callable[[str, bool], dict[str, Any]]] = {

@@ -31,7 +31,13 @@ def test_every_part_of_the_script_runs_on_a_cpu(tmp_path):
     assert list(found) == list(gpu.PARTS) == list(gpu.LIMITS)
     assert found["oracle"]["result"]["failed"] == 0
     assert set(found["trainings"]["result"].values()) == {"equal"}
-    assert all(one["tokens_per_second"] > 0 for one in found["end_to_end"]["result"].values())
+    ends = found["end_to_end"]["result"]
+    assert all(
+        ends[name]["tokens_per_second"] > 0 < ends[name]["utilisation"] for name in ("kdtrain", "TRL GKDTrainer")
+    )
+    for shares in found["profile"]["result"].values():
+        assert shares["products"] + shares["everything else"] == pytest.approx(1)
+    assert list(found["profile"]["result"]) == ["loss", "step"]
     assert sum(gpu.LIMITS.values()) <= 480
 
 
