@@ -52,7 +52,7 @@ def traced(emulated, monkeypatch):
         calls.append(kind)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
-            return generated._tile(kind, *arguments)
+            return generated._tile(*arguments, kind=kind)
 
     monkeypatch.setattr(generated, "_run", run)
     return calls
@@ -225,6 +225,23 @@ def test_nothing_is_compiled_after_the_third_window(emulated, monkeypatch):
     assert not generated._without
     assert len(generated._ran) == 3  # trained with and without a cross-entropy, and evaluated
     assert counts[2] == counts[7]
+    generated._compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+def test_there_may_be_more_kinds_than_versions_of_one_function(emulated, monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, options, **rest: compile_(f, backend="eager", **rest))
+    generated._compiled.cache_clear()
+    torch._dynamo.reset()
+    monkeypatch.setattr(generated, "_ran", set())
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for divergence in ("jsd", "tvd", "skew_kl"):
+            for ce_weight in (0.0, 0.5):
+                problem = make()
+                fused_distillation_loss(**problem, ce_weight=ce_weight, divergence=divergence).loss.backward()
+    assert not generated._without
+    assert len(generated._ran) == 6
     generated._compiled.cache_clear()
     torch._dynamo.reset()
 

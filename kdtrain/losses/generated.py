@@ -138,13 +138,14 @@ def _reason(error: BaseException) -> str:
 
 @functools.cache
 def _compiled(kind: _Kind) -> Callable[..., TileSums]:
+    # Versions are counted by code object. That of `functools.partial` would be one for all kinds.
     code = _tile.__code__.replace(co_name=f"tile_{_compiled.cache_info().currsize}")
     tile = FunctionType(code, _tile.__globals__, code.co_name)
-    return torch.compile(functools.partial(tile, kind), dynamic=False, fullgraph=True, options=_OPTIONS)
+    tile.__kwdefaults__ = {"kind": kind}
+    return torch.compile(tile, dynamic=False, fullgraph=True, options=_OPTIONS)
 
 
 def _tile(
-    kind: _Kind,
     student: torch.Tensor,
     teacher: torch.Tensor | None,
     softened: torch.Tensor | None,
@@ -155,6 +156,7 @@ def _tile(
     bias: torch.Tensor | None,
     teacher_bias: torch.Tensor | None,
     *given: torch.Tensor,
+    kind: _Kind,
 ) -> TileSums:
     """What is compiled. Its copies and scratch are values in registers: nothing of them is ever in memory."""
     numbers = _numbers(kind, given)

@@ -103,7 +103,7 @@ gemm.add_product = _add_product
 def as_traced() -> None:
     """Run what would be compiled as it is, operation by operation."""
     torch.compiler.is_compiling = lambda: True
-    generated._compiled = lambda kind: lambda *arguments: generated._tile(kind, *arguments)  # type: ignore[assignment]
+    generated._compiled = lambda kind: lambda *arguments: generated._tile(*arguments, kind=kind)  # type: ignore[assignment]
 
 
 def as_allocated() -> None:
