@@ -27,7 +27,8 @@ def send(tensor: torch.Tensor, device: torch.device | str | int) -> torch.Tensor
 def send_known(tensor: torch.Tensor, device: torch.device | str | int) -> torch.Tensor:
     """The same, and `on_host` of what is returned needs not wait."""
     sent = send(tensor, device)
-    if sent is not tensor and tensor.device.type == "cpu":
+    # Tensors of the inference mode have no version that would tell whether they were written to.
+    if sent is not tensor and tensor.device.type == "cpu" and not sent.is_inference():
         _KNOWN[sent] = tensor, sent._version
     return sent
 
@@ -36,6 +37,8 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's numbers on the CPU; the host waits for them once, where the tensor was not sent by `send_known`."""
     if tensor.device.type == "cpu":
         return tensor
+    if tensor.is_inference():
+        return tensor.cpu()
     known, version = _KNOWN.get(tensor, (None, 0))
     if known is None or version != tensor._version:
         known = tensor.detach().cpu()

@@ -96,6 +96,21 @@ def test_where_all_are_supervised_nothing_has_to_be_looked_up(case):
     torch.testing.assert_close(own, gradient, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_token_of_weight_0_may_have_a_teacher_that_is_not_finite(beta):
+    student = torch.randn(4, 6, requires_grad=True)
+    teacher = torch.randn(4, 6)
+    teacher[1] = torch.nan
+    weights, labels = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([1, 2, 3, 4])
+    more = {"kd_token_weights": weights, "beta": beta, "kd_weight": 1.0, "ce_weight": 0.5, "num_items": 4}
+    found = dense_distillation_loss(student, labels, teacher, all_supervised=True, **more)
+    wanted = dense_distillation_loss(student, labels, teacher, **more)
+    torch.testing.assert_close(found.loss, wanted.loss)
+    (gradient,), (expected,) = (torch.autograd.grad(one.loss, student) for one in (found, wanted))
+    torch.testing.assert_close(gradient, expected)
+    assert gradient.isfinite().all()
+
+
 def test_half_precision_is_rounded_twice_at_most():
     _, _, gradient, own = losses({}, torch.bfloat16, 4, labels_left_out=True)
     _, _, rounded, _ = losses({}, torch.float32, 50, labels_left_out=True)

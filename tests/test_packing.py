@@ -7,11 +7,13 @@ import random
 import pytest
 import torch
 from datasets import Dataset
+from transformers import masking_utils
 from trl.experimental.gkd import GKDConfig
 
 from kdtrain.data import Collator
 from kdtrain.data.packing import Dealing, Layout, best_fit, in_lines, split_up
 from kdtrain.errors import DataError, PreflightError
+from kdtrain.models.known_masks import mask_known
 from kdtrain.models.probe import TextLook
 from kdtrain.preflight.model_checks import CheckedModel
 from kdtrain.preflight.packing import packing_findings, why_documents_mix
@@ -265,10 +267,26 @@ def test_a_line_has_documents_with_positions_of_their_own_and_no_mask():
     assert seen.model_inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0], [0, 1, 2, 0, 0]]
     assert seen.mask.tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
     assert "attention_mask" not in seen.model_inputs
+    assert not seen.one_each
     assert seen.before_S.tolist() == [5, 6, 1, 2]  # in the order of the rows, which the labels have
     flat = in_lines({"input_ids": ids}, predicts, Layout(((2, 1), (0,)), (3, 1, 4)), flat=True)
     assert flat.model_inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 0, 1, 2]]
     assert flat.before_S.tolist() == [5, 6, 1, 2]
+
+
+def test_lines_of_one_row_without_padding_need_no_mask():
+    ids = torch.arange(1, 9).reshape(2, 4)
+    predicts = torch.ones(2, 3, dtype=torch.bool)
+    for lengths, one_each in (((4, 4), True), ((4, 3), False)):
+        seen = in_lines({"input_ids": ids}, predicts, Layout(((0,), (1,)), lengths), flat=False)
+        assert seen.one_each == one_each
+        with mask_known(seen):
+            found = masking_utils.find_packed_sequence_indices(seen.model_inputs["position_ids"])
+        assert (found is None) == one_each
+    seen = in_lines({"input_ids": ids}, predicts, Layout(((0, 1),), (4, 4)), flat=False)
+    with mask_known(seen):
+        found = masking_utils.find_packed_sequence_indices(seen.model_inputs["position_ids"])
+    assert found.unique(dim=-1).tolist() == [[0, 1]]
 
 
 def test_every_row_is_in_one_line_and_lines_are_no_longer_than_there_is_room():

@@ -354,9 +354,7 @@ class Batch:
         return replace(self, labels=labels, teacher_tokens=tokens, targets=None)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Batch:
-        """Accelerate's data loaders call this; no copy from the host is waited for. All of a batch is on one device."""
-        if torch.device(device) == self.labels.device:
-            return self
+        """Accelerate's data loaders call this; no copy from the host is waited for."""
 
         def sent(tensor: torch.Tensor) -> torch.Tensor:
             # Pixels are read by the models alone.

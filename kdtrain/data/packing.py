@@ -59,6 +59,8 @@ class ForwardInputs:
     """W, positions of a row or line."""
     in_lines: bool = False
     """Whether rows lie behind each other."""
+    one_each: bool = False
+    """Whether each line is one row that fills it: attention is causal and nothing else, and needs no mask."""
 
     def predicting(self, outputs: torch.Tensor) -> torch.Tensor:
         """[S, X] of a model's outputs [L, W, X]: those that predict the supervised tokens, in the order of `labels_S`.
@@ -102,7 +104,9 @@ def in_lines(
     before_S = send((starts + torch.arange(columns - 1))[predicts_BT], device)
     source, position, mask = (send(one, device) for one in (source, position, mask))
     taken = {name: _taken(values, source, mask) for name, values in tokens.items()}
-    return ForwardInputs({**taken, "position_ids": position}, mask, before_S, width, in_lines=True)
+    one_each = all(len(line) == 1 and lengths[line[0]] == width for line in lines)
+    inputs = {**taken, "position_ids": position}
+    return ForwardInputs(inputs, mask, before_S, width, in_lines=True, one_each=one_each)
 
 
 def _taken(values_BT: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -109,7 +109,8 @@ class VisualTerm(FeatureTerm):
     def count(self, batches: Sequence[Batch]) -> None:
         """Count the window's image features on all ranks, over which the terms are means; a collective."""
         device, found = self._accelerator.device, [batch.image_units for batch in batches]
-        local = sum((send(units, device) for units in found), torch.zeros((), dtype=torch.float64, device=device))
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        local = sum((send(units.to(dtype), device) for units in found), torch.zeros((), dtype=dtype, device=device))
         self._window_units = self._accelerator.gather(local.float()[None]).sum()
 
     def window_units(self) -> torch.Tensor | float:

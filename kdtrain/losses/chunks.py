@@ -34,7 +34,7 @@ from kdtrain.losses.workspace import padded, workspace
 
 # float16 has steps of 6e-8 near 0: of probabilities of 1e-5, as nearly all of a large vocabulary are, that is half a
 # percent, and the same at every token. Sixteen times as large they keep their digits, and 4,000 times the weights of
-# the terms is still no overflow.
+# the terms is still no overflow. Weights of tokens, and D/D_kd with them, may be larger than that.
 _FP16_UNIT = 16.0
 
 
@@ -143,7 +143,7 @@ class ChunkedPass:
         narrow = self.hidden
         if gemm.on_gpu(narrow.device) and narrow.dtype.itemsize == 2 and self.taught and any(wanted):
             unit = power_of_two_unit(1.0, weights)
-            if narrow.dtype == torch.float16:
+            if narrow.dtype == torch.float16 and self.call.kd_token_weights is None:
                 unit *= _FP16_UNIT
             self.options = self.options.scaled(unit)
             self.left_to_scale = self.inverse_items * (scale / unit)

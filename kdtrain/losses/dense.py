@@ -113,8 +113,12 @@ def dense_distillation_loss(
         with torch.no_grad():
             entropy_N = entropy(compared.teacher.at_one)
         if kd_weight > 0:
-            soft, entropy_part = compared.teacher.softened[part], entropy_N[part]
-            values = generalized_jsd(compared.student[part], soft, beta, temperature, divergence, params, entropy_part)
+            own, soft, entropy_part = compared.student[part], compared.teacher.softened[part], entropy_N[part]
+            if weights is not None and all_supervised:
+                # What is not finite would be NaN in the gradient, times a weight of 0 too.
+                none = (weights <= 0)[:, None]
+                own, soft = own.masked_fill(none, 0.0), soft.masked_fill(none, 0.0)
+            values = generalized_jsd(own, soft, beta, temperature, divergence, params, entropy_part)
             kd_sum = _weighted(values, weights)
             loss = loss + kd_weight * share * kd_sum
         num_agree = compared.num_agree

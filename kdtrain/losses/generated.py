@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
@@ -113,7 +113,7 @@ def _run(kind: _Kind, *arguments: torch.Tensor | None) -> TileSums | None:
     except Exception as error:
         # A kind that has run before is not short of a compiler. What is wrong with the arguments is said again by the
         # slower way.
-        if kind in _ran or isinstance(error, torch.OutOfMemoryError):
+        if kind in _ran or any(isinstance(one, torch.OutOfMemoryError) for one in _chain(error)):
             raise
         device = next(one.device for one in arguments if one is not None)
         _without.add(device)
@@ -128,10 +128,16 @@ def _run(kind: _Kind, *arguments: torch.Tensor | None) -> TileSums | None:
     return found
 
 
-def _reason(error: BaseException) -> str:
-    """One line of what went wrong first; the compiler wraps it, and says "… raised:" before it."""
-    while error.__cause__ is not None:
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what was behind it: the compiler wraps them."""
+    while error is not None:
+        yield error
         error = error.__cause__
+
+
+def _reason(error: BaseException) -> str:
+    """One line of what went wrong first; the compiler says "… raised:" before it."""
+    *_, error = _chain(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
     return lines[0] if lines else type(error).__name__
 

@@ -61,7 +61,7 @@ def normaliser(num_items: torch.Tensor | int | None, local_tokens: torch.Tensor)
     if isinstance(num_items, torch.Tensor):
         tokens = send(num_items, local_tokens.device)
     elif num_items is not None:
-        tokens = torch.full_like(local_tokens, num_items)
+        tokens = torch.full_like(local_tokens, num_items, dtype=torch.float32)
     return tokens.to(torch.float32).clamp(min=1)
 
 

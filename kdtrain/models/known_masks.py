@@ -49,7 +49,8 @@ def _find_packed(position_ids: torch.Tensor) -> torch.Tensor | None:
     seen = None if torch.compiler.is_compiling() else _SEEN.get()
     if seen is None or not seen.in_lines or position_ids.shape != seen.model_inputs["position_ids"].shape:
         return _original_packed(position_ids)
-    # Also of a line with one document, whose numbers are all 0.
+    if seen.one_each:
+        return None
     found: torch.Tensor = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
     return found
 

@@ -66,8 +66,10 @@ def weights_by(reliance_S: torch.Tensor, batch: Batch, weighing: TokenWeights) -
 
 
 def _label_logprobs(targets: AnyTargets, batch: Batch, columns: int) -> torch.Tensor:
-    """[S] float64; 0 where the teacher says nothing, and has no divergence."""
-    found_S = torch.zeros(len(batch.labels_S), dtype=torch.float64, device=batch.labels.device)
+    """[S] float64 (float32 on MPS); 0 where the teacher says nothing, and has no divergence."""
+    device = batch.labels.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    found_S = torch.zeros(len(batch.labels_S), dtype=dtype, device=device)
     for one in scored(targets, batch):
         scores = comparable(one.scores, columns)
         assert scores is not None, "a model in this process has all of its distribution"

@@ -453,11 +453,8 @@ class GKDTrainerWithMetrics(GKDTrainer):
     def _prepare_inputs(self, inputs: Batch | Mapping[str, Any]) -> Batch:
         """As upstream: onto the device, and under DeepSpeed into its dtype; but for weights of the loss."""
         batch = inputs if isinstance(inputs, Batch) else received(inputs, None)
-        device = self.args.device
-        if not self.is_deepspeed_enabled:
-            return batch.to(device)
+        prepared, device = batch.map_tensors(self._prepare_input), self.args.device
         of_rows, of_tokens = batch.rows.kd_weights, batch.kd_token_weights
-        prepared = batch.map_tensors(self._prepare_input)
         if prepared is batch or (of_rows is None and of_tokens is None):
             return prepared
         return replace(
