@@ -68,5 +68,9 @@ def test_generated_kernels_of_every_kind_keep_nothing_of_a_tiles_size(library):
     found = fake_cuda.run("lowered", library)
     # α-β reads its kernel's three exponentials from memory: the one kind that keeps a tile.
     assert found.pop("alpha_beta")["buffers"] <= 1
+    wide = found.pop("float32")  # over the logits themselves, which is a pass of its own
+    assert wide["buffers"] == 0
+    assert wide["pointwise"] <= 1
+    assert wide["transfers"] <= 11
     assert not {name: one for name, one in found.items() if one["buffers"] or one["pointwise"]}
     assert not {name: one for name, one in found.items() if not 2 <= one["transfers"] <= 11}

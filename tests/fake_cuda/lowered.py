@@ -116,6 +116,7 @@ def source_of(case: dict[str, Any]) -> str:
         out = None if dtype is False else student if dtype == torch.float32 else made(dtype)
         labels = torch.empty(rows, device="cuda", dtype=torch.long)
         sources.clear()
+        generated._compiled.cache_clear()  # fewer rows would be served by the kernels that there are
         sums = generated.generated_terms(
             student,
             teacher,
