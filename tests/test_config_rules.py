@@ -56,6 +56,7 @@ def test_a_learning_rate_that_lacks_its_minus_is_told() -> None:
 WRONG_VALUES: list[tuple[str, Any, str]] = [
     ("rlhf__beta", True, "expected a number, got the boolean true"),
     ("rlhf__beta", "0.5", "expected a number, got text '0.5' | remove the quotes"),
+    ("rlhf__beta", "nan", "expected a number, got text 'nan' | give a finite number"),
     ("rlhf__beta", 1.1, "at most 1, got 1.1"),
     ("rlhf__beta", -0.1, "non-negative, got -0.1"),
     ("rlhf__beta", float("nan"), "not a finite number"),

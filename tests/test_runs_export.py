@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from kdtrain.cli.export import as_text
 from kdtrain.config import ConfigLoader
+from kdtrain.config.schema import RlhfConfig
 from kdtrain.errors import CheckpointError, ConfigError, PreflightError
 from kdtrain.models.transformers4 import write_for_transformers_4
 from kdtrain.runs import export as exporting
+from kdtrain.runs import model_card
 from kdtrain.runs.export import export
 from kdtrain.runs.fit import fit
 from kdtrain.runs.model_card import public
@@ -258,6 +260,14 @@ def test_the_card_says_method_teacher_data_figures_verdict_config_and_licence(or
     config = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert config["model"] == {"model": "student"}
     assert "output_dir" not in config["training"]
+
+
+def test_a_section_that_is_on_with_its_defaults_is_on_the_card():
+    whole = RlhfConfig(token_weights={}, beta=0.2).model_dump(mode="json")
+    changed = RlhfConfig(token_weights={}, beta=0.2).model_dump(mode="json", exclude_defaults=True)
+    assert changed == {"beta": 0.2, "token_weights": {}}
+    shown = model_card._switched_on(changed, whole)
+    assert shown == {"beta": 0.2, "token_weights": {"by": "visual_reliance", "top": 0.2, "share": 0.5}}
 
 
 def test_the_code_on_the_card_runs(original, tmp_path, monkeypatch, capsys):

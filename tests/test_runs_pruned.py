@@ -22,7 +22,7 @@ def folder(tmp_path, monkeypatch, tokenizer):
     teacher = tiny.make_qwen3(layers=4, tie_word_embeddings=False).to(torch.bfloat16)
     teacher.generation_config.temperature, teacher.generation_config.do_sample = 0.6, True
     tiny.save_model(teacher, tokenizer, tmp_path / "teacher")
-    for name, text in (("LICENSE.txt", "Do good."), ("NOTICE", "By us."), ("README.md", "A teacher.")):
+    for name, text in (("LICENSE.txt", "Do good."), ("notice", "By us."), ("README.md", "A teacher.")):
         (tmp_path / "teacher" / name).write_text(text)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.CHATS))
     return tmp_path
@@ -58,8 +58,8 @@ def test_a_student_is_written_as_any_model_is(init, folder):
     assert (model.dtype, model.config.num_hidden_layers, model.config.hidden_size) == (torch.bfloat16, 3, 16)
     assert (model.generation_config.temperature, model.generation_config.do_sample) == (0.6, True)
     assert AutoTokenizer.from_pretrained("student").chat_template == tiny.CHATML
-    kept = {name: (folder / "student" / name).read_text() for name in ("LICENSE.txt", "NOTICE")}
-    assert kept == {"LICENSE.txt": "Do good.", "NOTICE": "By us."}
+    kept = {name: (folder / "student" / name).read_text() for name in ("LICENSE.txt", "notice")}
+    assert kept == {"LICENSE.txt": "Do good.", "notice": "By us."}
     assert not (folder / "student" / "README.md").exists()
     assert str(folder) not in (folder / "student/config.json").read_text()
     init("--from", "teacher", "--layers", "3", "--width", "16", *ROWS, "again")

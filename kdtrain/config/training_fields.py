@@ -8,6 +8,7 @@ import builtins
 import contextlib
 import difflib
 import importlib.util
+import math
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -70,9 +71,11 @@ def number_hint(value: Any, kinds: Sequence[str]) -> str:
             return f"write {'true' if value.lower() in ('yes', 'on', 'true') else 'false'}"
         if {"int", "float"} & set(kinds):
             try:
-                float(value)
+                number = float(value)
             except ValueError:
                 return _decimal_point(value)
+            if not math.isfinite(number):
+                return "give a finite number"
             return "remove the quotes" if value.replace("_", "") == value else "write the digits without _"
     return ""
 

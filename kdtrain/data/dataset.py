@@ -92,7 +92,10 @@ class BuildReport:
         lines += [f"  bad: {bad}" for bad in self.first_bad]
         counts = (
             (self.truncated, "truncated at max_length"),
-            (self.dropped, "dropped: too long, and a cut would leave nothing to train on or take a part of an image"),
+            (
+                self.dropped,
+                "dropped: too long, and not to be cut, or a cut would leave no answer or take a part of an image",
+            ),
             (self.prompt_only_rows, "with a prompt only (usable where an answer is generated)"),
             (self.plain_text_rows, "of plain text (nothing is generated from them)"),
             (self.teacher_answer_rows, "get their answer from the teacher"),

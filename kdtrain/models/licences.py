@@ -8,7 +8,7 @@ from huggingface_hub import snapshot_download
 
 from kdtrain.data.errors import said
 
-_NAMES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+_BEGINNINGS = ("license", "licence", "notice", "copying", "use_policy")  # of their names, in capitals or not
 
 
 def licence_files(model: str) -> tuple[list[Path], str | None]:
@@ -16,7 +16,9 @@ def licence_files(model: str) -> tuple[list[Path], str | None]:
     folder = Path(model)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(model, allow_patterns=list(_NAMES)))
+            patterns = [f"{way(name)}*" for name in _BEGINNINGS for way in (str.upper, str.lower, str.capitalize)]
+            folder = Path(snapshot_download(model, allow_patterns=patterns))
         except Exception as error:  # of the network, and of the hub, which have many
             return [], f"The licence of {model} was not copied, it could not be read ({said(error)}): see to it."
-    return sorted(path for name in _NAMES for path in folder.glob(name) if path.is_file()), None
+    found = (path for path in folder.iterdir() if path.name.lower().startswith(_BEGINNINGS) and path.is_file())
+    return sorted(found), None

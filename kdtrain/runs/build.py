@@ -133,7 +133,7 @@ def _say_checkpointing(config: RunConfig, args: GKDConfig) -> None:
     if args.gradient_checkpointing and not named and is_main():
         logger.info(
             "training.gradient_checkpointing is on, as TRL has it by default: less memory, a third more time. Set it "
-            "to false where memory does."
+            "to false where there is memory enough."
         )
 
 

@@ -248,14 +248,22 @@ def _cell(value: Any, form: str) -> str:
 
 
 def _config(config: RunConfig) -> str:
+    whole, changed = (config.model_dump(mode="json", by_alias=True, exclude_defaults=only) for only in (False, True))
     text = yaml.safe_dump(
-        public(config.model_dump(mode="json", by_alias=True, exclude_defaults=True)),
+        public(_switched_on(changed, whole)),
         sort_keys=False,
         allow_unicode=True,
     )
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}yaml\n{text}{fence}"
+
+
+def _switched_on(changed: Any, whole: Any) -> Any:
+    """What was changed; a section that is on with its own defaults, which would be empty, as a whole."""
+    if not isinstance(changed, dict) or not isinstance(whole, dict):
+        return changed
+    return {name: _switched_on(one, whole[name]) for name, one in changed.items()} if changed else whole
 
 
 def public(value: Any) -> Any:
