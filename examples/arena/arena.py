@@ -89,6 +89,9 @@ ARMS = {
         "half of the tokens, by `disagreement`", ("rlhf.token_selection={by: disagreement, keep: 0.5}",)
     ),
     "hidden_kd": Arm("and hidden states (`custom.hidden_kd`)", ("custom.hidden_kd.enabled=true",), live=True),
+    "hidden_kd_cosine": Arm(
+        "the same by `distance: cosine`", ("custom.hidden_kd={enabled: true, distance: cosine}",), live=True
+    ),
     "on_policy": Arm(
         "half of the steps on own samples, reverse KL there",
         ("rlhf.lmbda=0.5", "rlhf.on_policy={beta: 1}", "rlhf.temperature=1", "rlhf.max_new_tokens=64"),
