@@ -3,7 +3,7 @@
 # make demo-vision   the same with images: five ways to teach a small vision-language model, compared
 # make demo-cache    the first demo's student from stored targets: bytes on disk against quality (some minutes)
 # make demo-student  a student cut out of the first demo's teacher and healed by distillation (some minutes)
-# make arena         every method on the first demo's models over five seeds, at equal rows and at equal FLOPs (90 minutes)
+# make arena         every method on the first demo's models over five seeds, at equal rows and at equal FLOPs (two hours of a core)
 # make demo-context  a system prompt distilled into an adapter of SmolLM2-135M, which comes from the Python registry
 #                    (100 MB; ten minutes); make demo-context-full does it with three seeds
 # make demo-on-policy   a student that learns on what it writes itself, beside one that reads given answers and one
