@@ -19,6 +19,7 @@ from kdtrain.runs.callbacks import LeftEvaluationError, Records, StopOnSignal
 from kdtrain.runs.lost_rank import lost_ranks_named
 from kdtrain.runs.signals import StopRequest
 from kdtrain.trainer import GKDTrainerWithMetrics
+from kdtrain.trainer.guard import NonFiniteGuard
 from tests import test_cli, tiny
 
 kdtrain = test_cli.kdtrain
@@ -67,13 +68,17 @@ def _in_evaluation(own_signal):
     """Batches that a rank evaluates until the ranks stop, rank 1 having got a signal in the third."""
     torch.distributed.init_process_group("gloo")
     accelerator, request = Accelerator(cpu=True), StopRequest()
-    callback, batches = StopOnSignal(SimpleNamespace(accelerator=accelerator), request, Records()), 0
+    guard = NonFiniteGuard(SimpleNamespace(accelerator=accelerator))
+    trainer = SimpleNamespace(accelerator=accelerator, agreements=guard.flags)
+    callback, batches = StopOnSignal(trainer, request, Records()), 0
     with request.listening():
         try:
             while batches < 10:
                 batches += 1
                 if batches == 3 and accelerator.process_index == 1:
                     os.kill(os.getpid(), own_signal)
+                guard.check_evaluation()  # as the trainer does after each batch
+                trainer.agreed = guard.agreed
                 callback.on_prediction_step()
         except LeftEvaluationError as left:
             return batches, left.signum
