@@ -1,6 +1,6 @@
 """What a step costs beside models, loss and optimizer: kdtrain beside SFTTrainer and GKDTrainer, on tiny models.
 
-    python -m tests.benchmarks.overhead [--rounds 5] [--steps 30]
+    python -m tests.benchmarks.overhead [--rounds 15] [--steps 20]
 
 Each trainer trains the same rows with the same tiny models, one after the other in each round, in processor time, which
 other programs on the machine do not add to. `beside` is a step without the forwards (kdtrain's and SFTTrainer's loss is
@@ -121,8 +121,8 @@ def measure(rounds: int, steps: int) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
