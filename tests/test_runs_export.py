@@ -42,6 +42,7 @@ def original(tokenizer, tmp_path_factory):
     project = tiny.make_project(tmp_path_factory.mktemp("machine"), tokenizer)
     (project / "student" / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "temperature": 0.6}))
     (project / "student" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    (project / "student" / "LICENSE").write_text("Do good.")
     common = ("training.save_strategy=steps", "training.save_steps=2", "training.learning_rate=1e-2")
     for name, more in (("lora", ("tuner.train_type=lora", "tuner.use_dora=true")), ("full", ())):
         overrides = [*common, *more, f"training.output_dir={project / name}"]
@@ -83,6 +84,7 @@ def test_an_adapter_is_merged_and_all_that_a_chat_needs_comes_along(original, tm
         assert {"is_local", "local_files_only"}.isdisjoint(json.loads((folder / "tokenizer_config.json").read_text()))
     assert names_of_this_machine(out, original) == []
     assert not list(out.glob("adapter*"))
+    assert (out / "LICENSE").read_text() == "Do good."
     assert not list(tmp_path.glob(".*"))
     assert len({stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()}) == 1
 
@@ -93,6 +95,7 @@ def test_a_student_that_was_trained_in_full_is_exported_as_it_is_or_in_half(orig
     saved, found = load_file(run / "model.safetensors"), load_file(tmp_path / "whole" / "model.safetensors")
     assert saved.keys() == found.keys()
     assert all(torch.equal(saved[name], weight) for name, weight in found.items())
+    assert (tmp_path / "whole" / "LICENSE").read_text() == "Do good."
     half = export(open_run(run), tmp_path / "half", dtype="bfloat16")
     rounded = load_file(tmp_path / "half" / "model.safetensors")
     assert all(torch.equal(saved[name].bfloat16(), weight) for name, weight in rounded.items())

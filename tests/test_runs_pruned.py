@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from kdtrain.cli import app as cli
 from kdtrain.models import pruning
@@ -51,7 +51,8 @@ def test_a_student_is_written_as_any_model_is(init, folder):
     assert out.count("perplexity") == 2
     assert "On 6 rows, " in out
     assert [line.endswith("dropped") for line in out.splitlines()[1:5]].count(True) == 1
-    assert "kdtrain fit forward-kl.yaml model.model=student rlhf.teacher_model=teacher" in out
+    options = ["model.model=student", "rlhf.teacher_model=teacher", "data.train=rows.jsonl", "data.eval=5%"]
+    assert f"  kdtrain fit forward-kl.yaml {' '.join(options)}\n" in out
     assert "note" not in out
     model, found = AutoModelForCausalLM.from_pretrained("student", output_loading_info=True)
     assert not any(found.values()), found
@@ -89,10 +90,13 @@ REFUSED = [
     (["--layers", "4", *ROWS, "student"], 2, "--layers 4 are all that teacher has: that would be a copy."),
     (["--layers", "5", *ROWS, "student"], 2, "--layers 5: teacher has 4. Give 1 to 3."),
     (["--layers", "0", *ROWS, "student"], 2, "--layers 0: teacher has 4."),
-    (["--layers", "4", "--width", "32", *ROWS, "student"], 2, "--width 32: teacher is 32 wide. Give fewer"),
+    (["--layers", "4", "--width", "32", *ROWS, "student"], 2, "--width 32: teacher is 32 wide. Give 1 to 31, or leave --width out."),
     (["--layers", "2", *ROWS, "--rows", "0", "student"], 2, "--rows 0: give at least 1."),
     (["--layers", "2", *ROWS, "teacher"], 3, "teacher is not empty"),
-    (["--layers", "2", "--data", "missing.jsonl", "student"], 3, "missing.jsonl"),
+    (["--layers", "2", "--width", "-3", *ROWS, "student"], 2, "--width -3: teacher is 32 wide. Give 1 to 31"),
+    (["--layers", "2", "--data", "missing.jsonl", "student"], 2, "--data missing.jsonl: no such file or folder: "),
+    (["--layers", "2", "--data", "teacher/notice", "student"], 2, "--data teacher/notice: "),
+    (["--layers", "2", *ROWS, "--revision", "v1", "student"], 2, "--revision v1: teacher is a folder"),
 ]
 
 
@@ -103,6 +107,51 @@ def test_what_cannot_be_made_is_refused_and_nothing_is_written(init, folder, arg
     assert message in error
     assert error.count("\n") == 1
     assert sorted(path.name for path in folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("./techer", "--from ./techer: no such folder: {folder}/techer; did you mean {folder}/teacher?"),
+        ("rows.jsonl", "--from rows.jsonl: a file, not a model folder"),
+    ],
+)
+def test_a_teacher_that_is_not_there_is_refused_before_anything_is_loaded(init, folder, source, message):
+    error = init("--from", source, "--layers", "2", *ROWS, "student", code=2)
+    assert error.startswith("kdtrain: " + message.format(folder=folder))
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_counted(init, folder):
+    with (folder / "rows.jsonl").open("a") as file:
+        file.write("nonsense\n")
+    out = init("--from", "teacher", "--layers", "2", *ROWS, "student")
+    assert "On 6 rows, " in out
+    assert "note: unusable rows are left out: 1, the first " in out
+
+
+def test_a_revision_is_that_of_all_that_is_read_of_a_model(init, folder, monkeypatch):
+    """A hub is stood in for by the folder."""
+    asked = {}
+    for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+
+        def load(name, *rest, of=kind.from_pretrained, what=kind.__name__, **options):
+            asked[what] = options.get("revision") if name == "org/teacher" else asked.get(what)
+            return of(str(folder / "teacher") if name == "org/teacher" else name, *rest, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", load)
+    for module in ("loading", "processing"):
+        monkeypatch.setattr(f"kdtrain.models.{module}.require_model", lambda *_: None)
+
+    def download(name, revision, **_):
+        asked["licence"] = revision
+        return str(folder / "teacher")
+
+    monkeypatch.setattr("kdtrain.models.licences.snapshot_download", download)
+    out = init("--from", "org/teacher", "--revision", "v1", "--layers", "2", *ROWS, "student")
+    names = ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "licence")
+    assert asked == dict.fromkeys(names, "v1")
+    assert "rlhf.teacher_model=org/teacher data.train=rows.jsonl data.eval=5% rlhf.teacher.revision=v1" in out
+    assert (folder / "student/notice").is_file()
 
 
 def test_options_of_a_student_without_a_teacher_are_refused(init):

@@ -6,13 +6,13 @@ import math
 import shlex
 from collections.abc import Iterator
 
-from kdtrain.runs.pruned import Pruned
+from kdtrain.runs.pruned import Pruned, Wanted
 
 
-def as_text(found: Pruned, source: str) -> str:
+def as_text(found: Pruned, wanted: Wanted) -> str:
     """The layers with their scores, both sizes, and what comes next."""
     return "\n".join(
-        [*_layers(found), "", *_sizes(found), *(f"note: {note}" for note in found.notes), *_next(found, source)]
+        [*_layers(found), "", *_sizes(found), *(f"note: {note}" for note in found.notes), *_next(found, wanted)]
     )
 
 
@@ -36,7 +36,11 @@ def _sizes(found: Pruned) -> Iterator[str]:
     yield f"On {found.rows} rows, {found.tokens:,} tokens. The student is not healed yet: distil it before you use it."
 
 
-def _next(found: Pruned, source: str) -> Iterator[str]:
-    folder = shlex.quote(str(found.folder))
+def _next(found: Pruned, wanted: Wanted) -> Iterator[str]:
+    options = {"model.model": str(found.folder), "rlhf.teacher_model": wanted.source, "data.train": wanted.data}
+    options["data.eval"] = "5%"
+    if wanted.revision is not None:
+        options["rlhf.teacher.revision"] = wanted.revision
+    said = " ".join(f"{name}={shlex.quote(value)}" for name, value in options.items())
     yield "Next: kdtrain init forward-kl, then"
-    yield f"  kdtrain fit forward-kl.yaml model.model={folder} rlhf.teacher_model={shlex.quote(source)}"
+    yield f"  kdtrain fit forward-kl.yaml {said}"

@@ -99,11 +99,6 @@ def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
     return root, problems
 
 
-def data_path(text: str) -> str:
-    """A source of data as a command line names it: an absolute path, or a data set's id on the hub as it is."""
-    return os.path.abspath(os.path.expanduser(text)) if _is_local_data(text, Path.cwd()) else text
-
-
 def _is_local_data(text: str, base: Path) -> bool:
     is_hub_id, has_suffix = _HUB_ID.fullmatch(text), Path(text).suffix.lower() in _DATA_SUFFIXES
     return _looks_local(text, base) or has_suffix or not is_hub_id or _names_a_folder(text)

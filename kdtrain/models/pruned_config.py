@@ -108,7 +108,8 @@ def check_width(name: str, config: PreTrainedConfig, width: int, head_dim: int) 
         ConfigError: with the nearest that can be had.
     """
     if not 0 < width < config.hidden_size:
-        raise ConfigError(f"--width {width}: {name} is {config.hidden_size} wide. Give fewer, or leave it out.")
+        most = config.hidden_size
+        raise ConfigError(f"--width {width}: {name} is {most} wide. Give 1 to {most - 1}, or leave --width out.")
     heads = config.num_attention_heads
     near = max(heads, heads * round(width / heads))
     near -= heads * (near >= config.hidden_size)

@@ -1,12 +1,14 @@
 """`kdtrain export`: a run's student as a model folder that stands alone.
 
-    weights (an adapter merged) -> tokenizer or processor -> tokens that end an answer -> model card -> the hub
+    weights (an adapter merged) -> tokenizer or processor -> tokens that end an answer -> licence files -> model card
+    -> the hub
 
 What visual and hidden-state KD train beside the student, their projectors, is no part of it.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -15,10 +17,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from kdtrain.config.adapters import has_file, is_adapter_folder
+from kdtrain.config.adapters import has_file, is_adapter_folder, model_below
 from kdtrain.disk import as_other_files, writing
 from kdtrain.errors import PreflightError
 from kdtrain.generation.sampling import turn_ends
+from kdtrain.models.licences import licence_files
 from kdtrain.models.parts import count_parameters
 from kdtrain.models.processing import load_processing
 from kdtrain.models.transformers4 import check_known, write_for_transformers_4
@@ -28,6 +31,8 @@ from kdtrain.runs.new_folder import new_folder, require_new
 from kdtrain.runs.open_run import TrainedRun
 from kdtrain.runs.student import student_config
 from kdtrain.runs.trained import load_alone
+
+logger = logging.getLogger(__name__)
 
 _CARD = "README.md"
 
@@ -69,6 +74,9 @@ def export(
     model = load_alone(run, dtype)
     processing = _processing(run, model)
     _end_where_turns_end(model, processing)
+    licences, unread = licence_files(model_below(run.config.model.model), run.config.model.revision)
+    if unread:
+        logger.warning(unread)
     size = model.get_memory_footprint()
     _check_space(out, size)
     saved = Saved(
@@ -86,6 +94,8 @@ def export(
         processing.save_pretrained(folder)
         if version == 4:
             write_for_transformers_4(folder)
+        for path in licences:
+            shutil.copyfile(path, folder / path.name)
         (folder / _CARD).write_text(model_card(run, saved), encoding="utf-8")
     address = None if repository is None else repository.push(out)
     return Exported(out, saved, size, is_adapter_folder(str(run.model)), address)

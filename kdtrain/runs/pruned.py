@@ -53,9 +53,11 @@ class Wanted:
     layers: int
     width: int | None
     data: str
-    """Rows that the teacher reads: a file, a folder, or a data set's id on the hub."""
+    """Rows that the teacher reads: a file, a folder, or a data set's id on the hub, as `data.train` takes them."""
     rows: int
     """How many of them, from the first."""
+    revision: str | None = None
+    """Of a model on the hub."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,11 @@ def prune(wanted: Wanted, out: Path) -> Pruned:
     """
     require_new(out)
     config = _checked_config(wanted)
-    tokenizer = load_tokenizer(wanted.source)
-    rows = _rows(wanted, tokenizer)
+    tokenizer = load_tokenizer(wanted.source, revision=wanted.revision)
+    rows, notes = _rows(wanted, tokenizer)
     dtype = str(config.dtype or torch.float32).removeprefix("torch.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_merged(wanted.source, dtype=dtype).to(device)
+    model = load_merged(wanted.source, revision=wanted.revision, dtype=dtype).to(device)
     axes = width_axes(model) if wanted.width is not None else Axes({}, {})
     logger.info("%s reads %d rows …", wanted.source, len(rows))
     seen = _look(model, axes, rows)
@@ -110,8 +112,9 @@ def prune(wanted: Wanted, out: Path) -> Pruned:
     if wanted.width is not None:
         narrow(model, wanted.width, seen, axes)
     keep_layers(model, kept)
-    expected, notes = _few_logits(model), _notes(config, kept, wanted.width)
-    licences, note = licence_files(model_below(wanted.source))
+    expected = _few_logits(model)
+    notes += _notes(config, kept, wanted.width)
+    licences, note = licence_files(model_below(wanted.source), wanted.revision)
     notes += [note] if note else []
     with writing(out, "Nothing of it is left."), new_folder(out) as folder:
         model.save_pretrained(folder)
@@ -132,7 +135,7 @@ def _checked_config(wanted: Wanted) -> PreTrainedConfig:
     """The teacher's config, of which what is wanted can be made."""
     name = model_below(wanted.source)
     require_sound(Path(name), "teacher")
-    config = load_config(name, trust_policy())
+    config = load_config(name, trust_policy(revision=wanted.revision))
     if sees_images(config):
         raise NotAvailableError(
             f"{wanted.source} is a vision-language model ({config.model_type}): a student from one is not available "
@@ -159,13 +162,16 @@ def _head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _rows(wanted: Wanted, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """The first rows of the data, as a run would read them, each cut at `MAX_LENGTH` tokens."""
+def _rows(wanted: Wanted, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Row], list[str]]:
+    """The first rows of the data, as a run would read them, each cut at `MAX_LENGTH` tokens; and what to say of them."""
     source = Source(wanted.data, limit=wanted.rows)
     chats = DataConfig(train=(DataSource(path=wanted.data),)).chats
-    rows, _ = build_dataset([source], tokenizer, max_length=MAX_LENGTH, on_overlength="truncate", **chats)
+    rows, report = build_dataset(
+        [source], tokenizer, max_length=MAX_LENGTH, on_overlength="truncate", max_bad_rows=wanted.rows, **chats
+    )
+    notes = [f"unusable rows are left out: {report.bad_rows}, the first {report.first_bad[0]}"] if report.bad_rows else []
     columns = zip(rows["input_ids"][:], rows["labels"][:], strict=True)
-    return [Row(ids, labels) for ids, labels in columns]
+    return [Row(ids, labels) for ids, labels in columns], notes
 
 
 def _look(model: PreTrainedModel, axes: Axes, rows: Sequence[Row]) -> Seen:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +15,6 @@ import typer
 
 from kdtrain.cli import process
 from kdtrain.cli.shared import Debug
-from kdtrain.config.paths import data_path
 from kdtrain.data.errors import show
 from kdtrain.disk import writing
 from kdtrain.errors import ConfigError
@@ -66,6 +67,9 @@ def init(
         str | None, typer.Option(metavar="PATH", help="Rows to see by what to keep, as data.train.")
     ] = None,
     rows: Annotated[int | None, typer.Option(metavar="R", help="The first R of them: 256.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Of MODEL on the hub: a branch, a tag or a commit.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Copy a recipe to begin with: a config file that says what each of its options does.
@@ -74,9 +78,9 @@ def init(
     overwritten.
     """
     if source is not None:
-        _prune(source, name, folder, layers, width, data, rows, debug)
+        _prune(source, name, folder, layers, width, data, rows, revision, debug)
         return
-    given = {"--layers": layers, "--width": width, "--data": data, "--rows": rows}
+    given = {"--layers": layers, "--width": width, "--data": data, "--rows": rows, "--revision": revision}
     if lone := next((option for option, value in given.items() if value is not None), None):
         raise ConfigError(f"{lone} is about a student from a teacher: kdtrain init --from MODEL {lone} … DIR")
     if name is None:
@@ -95,6 +99,7 @@ def _prune(
     width: int | None,
     data: str | None,
     rows: int | None,
+    revision: str | None,
     debug: bool,
 ) -> None:
     """Cut a student out of a teacher, and print what became of it."""
@@ -111,14 +116,41 @@ def _prune(
     assert data is not None
     process.set_up_logging("text", debug)
     require_new(Path(name))
+    path = _checked(source, revision, data)
     if sys.stderr.isatty():
         typer.echo("loading torch and transformers …", err=True)
     from kdtrain.cli.pruned import as_text
     from kdtrain.runs.pruned import Wanted, prune
 
     process.quiet_libraries(keep_bars=False)
-    wanted = Wanted(source, layers, width, data_path(data), rows or _ROWS)
-    process.write_out(as_text(prune(wanted, Path(name)), source) + "\n")
+    wanted = Wanted(os.path.expanduser(source), layers, width, path, rows or _ROWS, revision)
+    process.write_out(as_text(prune(wanted, Path(name)), replace(wanted, data=data)) + "\n")
+
+
+def _checked(source: str, revision: str | None, data: str) -> str:
+    """The rows' absolute path, or id on the hub; model and rows are there, as far as `validate` would see it.
+
+    Raises:
+        ConfigError: with what it would say.
+    """
+    from kdtrain.config.load import check_config
+    from kdtrain.preflight.files import cache_files
+
+    config = {
+        "model": {"model": source},
+        "data": {"train": {"path": data}, "max_bad_rows": _ROWS},  # others can do without a bad one
+        "rlhf": {"llm_kd_weight": 0},
+        "training": {"output_dir": "unused"},
+    }
+    result = check_config(config, files=cache_files)
+    if result.config is None:
+        first = result.errors[0]
+        option = f"--data {data}" if first.path.startswith("data") else f"--from {source}"
+        said = f"{option}: {first.message}{f'; {first.hint}' if first.hint else ''}"
+        raise ConfigError(said if said.endswith("?") else f"{said}.")
+    if revision is not None and Path(result.config.model.model).is_absolute():
+        raise ConfigError(f"--revision {revision}: {source} is a folder, and only models on the hub have revisions.")
+    return result.config.data.train[0].path
 
 
 def _list() -> None:
