@@ -177,7 +177,8 @@ FAULTS = {
         data(max_length=32, on_overlength="truncate"), "warning: data.max_length: data.max_length (32) takes",
     ),
     "max_length drops most rows": (
-        rows(planted.ROWS[:4] + LONG, max_length=56, on_overlength="drop"), "warning: data.max_length: ",
+        rows(planted.ROWS[:4] + LONG, max_length=56, on_overlength="drop"),
+        "That is what data.on_overlength: drop asks for.",
     ),
     "rows are longer than max_length": (rows(LONG, max_length=40), "error: data.train: 16 of 16 rows are longer than"),
     "rows have no answers": (rows(QUESTIONS), "error: data.train: 64 of 64 rows cannot be used"),

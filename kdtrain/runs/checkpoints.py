@@ -159,7 +159,7 @@ def _chosen_by_itself(run_dir: Path) -> Path | None:
         logger.warning("%s is skipped: it %s.", name, reason)
     if found.newest is not None:
         _say_if_unverified(found.newest)
-        logger.warning("Resuming from %s.", found.newest)
+        logger.info("Resuming from %s.", found.newest)
         return found.newest
     source = read_map(run_dir / STATUS).get("resumed_from")
     if isinstance(source, str) and (Path(source).exists() or Path(source).parent != run_dir.resolve()):
@@ -172,7 +172,7 @@ def _chosen_by_itself(run_dir: Path) -> Path | None:
     if is_over(run_dir):
         logger.warning("No checkpoint in %s: clean start, over the model of the run that has finished there.", run_dir)
     else:
-        logger.warning("No checkpoint in %s yet: clean start.", run_dir)
+        logger.info("No checkpoint in %s yet: clean start.", run_dir)
     return None
 
 

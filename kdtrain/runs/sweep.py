@@ -72,7 +72,7 @@ class Outcome:
 
     run: PlannedRun
     state: str
-    """finished, failed, or not run."""
+    """finished, failed, stopped, or not run."""
     exit_code: int | None = None
     message: str = ""
     figures: Mapping[str, float | None] = field(default_factory=dict)
@@ -134,7 +134,12 @@ class Sweep:
             for number, run in enumerate(self.plan.runs):
                 finished = self._resume and is_trained(run.folder)
                 of_run = reporter.run(number + 1, len(self.plan.runs), run, finished)
-                self.outcomes[number] = self._outcome(run, finished, of_run, reporter.evaluation())
+                try:
+                    self.outcomes[number] = self._outcome(run, finished, of_run, reporter.evaluation())
+                except (Interrupted, KeyboardInterrupt):
+                    self.outcomes[number] = Outcome(run, "stopped")
+                    self._write()
+                    raise
                 self._write()
                 reporter.outcome(self.outcomes[number])
 

@@ -37,7 +37,11 @@ def _cut(report: BuildReport, option: KeyPath, max_length: int) -> Iterator[Prob
         f"{_name(option)} are cut, {report.dropped} dropped; the longest has {report.longest} tokens."
     )
     much = share >= _MUCH_CUT or rows >= _MANY_DROPPED
-    hint = "A cut answer has no end, and the student does not learn to stop. Raise data.max_length, or split long rows."
+    hint = "Raise data.max_length, or split long rows."
+    if report.truncated:
+        hint = f"A cut answer has no end, and the student does not learn to stop. {hint}"
+    else:
+        hint = f"That is what data.on_overlength: drop asks for. If these rows should train: {hint[0].lower()}{hint[1:]}"
     yield Problem(("data", "max_length"), message, hint if much else "", level="warning" if much else "info")
 
 
