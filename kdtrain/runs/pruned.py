@@ -163,13 +163,15 @@ def _head_dim(config: PreTrainedConfig) -> int:
 
 
 def _rows(wanted: Wanted, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Row], list[str]]:
-    """The first rows of the data, as a run would read them, each cut at `MAX_LENGTH` tokens; and what to say of them."""
+    """The first rows of the data, as a run would read them, each cut at `MAX_LENGTH` tokens; and notes on them."""
     source = Source(wanted.data, limit=wanted.rows)
     chats = DataConfig(train=(DataSource(path=wanted.data),)).chats
     rows, report = build_dataset(
         [source], tokenizer, max_length=MAX_LENGTH, on_overlength="truncate", max_bad_rows=wanted.rows, **chats
     )
-    notes = [f"unusable rows are left out: {report.bad_rows}, the first {report.first_bad[0]}"] if report.bad_rows else []
+    notes = (
+        [f"unusable rows are left out: {report.bad_rows}, the first {report.first_bad[0]}"] if report.bad_rows else []
+    )
     columns = zip(rows["input_ids"][:], rows["labels"][:], strict=True)
     return [Row(ids, labels) for ids, labels in columns], notes
 

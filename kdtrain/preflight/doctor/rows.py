@@ -41,7 +41,9 @@ def _cut(report: BuildReport, option: KeyPath, max_length: int) -> Iterator[Prob
     if report.truncated:
         hint = f"A cut answer has no end, and the student does not learn to stop. {hint}"
     else:
-        hint = f"That is what data.on_overlength: drop asks for. If these rows should train: {hint[0].lower()}{hint[1:]}"
+        hint = (
+            f"That is what data.on_overlength: drop asks for. If these rows should train: {hint[0].lower()}{hint[1:]}"
+        )
     yield Problem(("data", "max_length"), message, hint if much else "", level="warning" if much else "info")
 
 
