@@ -90,7 +90,7 @@ REFUSED = [
     (["--layers", "4", *ROWS, "student"], 2, "--layers 4 are all that teacher has: that would be a copy."),
     (["--layers", "5", *ROWS, "student"], 2, "--layers 5: teacher has 4. Give 1 to 3."),
     (["--layers", "0", *ROWS, "student"], 2, "--layers 0: teacher has 4."),
-    (["--layers", "4", "--width", "32", *ROWS, "student"], 2, "--width 32: teacher is 32 wide. Give 1 to 31, or leave --width out."),
+    (["--layers", "4", "--width", "32", *ROWS, "student"], 2, "--width 32: teacher is 32 wide. Give 1 to 31"),
     (["--layers", "2", *ROWS, "--rows", "0", "student"], 2, "--rows 0: give at least 1."),
     (["--layers", "2", *ROWS, "teacher"], 3, "teacher is not empty"),
     (["--layers", "2", "--width", "-3", *ROWS, "student"], 2, "--width -3: teacher is 32 wide. Give 1 to 31"),
