@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_iter
 from kdtrain.losses import TopKLogprobs, dense_distillation_loss
 from kdtrain.losses.by_chunks import dense_loss_by_chunks
 from kdtrain.losses.head import Head
+from kdtrain.losses.kinds import Stretch
 from kdtrain.losses.mixture import Mixed, mix_logits
 from kdtrain.losses.sampled import SampledTargets
 from kdtrain.losses.tile import TileOptions
@@ -46,7 +47,7 @@ CASES = {
 }
 
 
-def losses(case, dtype, chunk, labels_left_out, all_supervised=False):
+def losses(case, dtype, chunk, labels_left_out):
     """The whole loss in float64, and the one by chunks in `dtype`, with the gradients of their logits."""
     case = {**OPTIONS, **case}
     student, teacher, labels, weights = inputs()
@@ -66,10 +67,11 @@ def losses(case, dtype, chunk, labels_left_out, all_supervised=False):
     whole, own = student.clone().requires_grad_(), student.to(dtype).requires_grad_()
     teaching = {} if targets is not None else {"teacher_logits": given.at_one, "softened_teacher_logits": soft}
     expected = dense_distillation_loss(whole, labels, targets=targets, **teaching, **more, **case)
+    stretches = None if labels_left_out else [Stretch(N, N, case["divergence"], case["beta"])]
     found = dense_loss_by_chunks(
         own, labels, TileOptions(**case),
         None if targets is not None else lambda rows: Mixed(*(one[rows].to(dtype) for one in given)),
-        targets=targets, chunk_tokens=chunk, all_supervised=all_supervised, **more,
+        targets=targets, chunk_tokens=chunk, stretches=stretches, **more,
     )  # fmt: skip
     (3 * expected.loss).backward()
     (3 * found.loss).backward()
@@ -91,7 +93,7 @@ def test_value_and_gradient_are_those_of_the_whole_in_float64(case, chunk):
 
 @pytest.mark.parametrize("case", CASES)
 def test_where_all_are_supervised_nothing_has_to_be_looked_up(case):
-    expected, found, gradient, own = losses(CASES[case], torch.float64, 4, labels_left_out=False, all_supervised=True)
+    expected, found, gradient, own = losses(CASES[case], torch.float64, 4, labels_left_out=False)
     torch.testing.assert_close(found.loss, expected.loss.double(), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(own, gradient, rtol=1e-5, atol=1e-9)
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from kdtrain.losses import fused_distillation_loss, gemm, generated, gradients
+from kdtrain.losses import chunks, fused_distillation_loss, gemm, generated, gradients
 from kdtrain.losses.fused import head_distillation_loss
 from kdtrain.losses.head import Head
-from kdtrain.losses.kinds import WITH_BETA
+from kdtrain.losses.kinds import WITH_BETA, Stretch
 from kdtrain.losses.mixture import MixedHeads
 from kdtrain.losses.sizes import chunk_sizes, default_chunk, tile_bytes
 from kdtrain.losses.tile import TileOptions
@@ -109,6 +109,39 @@ def test_sums_metrics_and_weighted_gradients_are_those_of_a_cpu(divergence, beta
         assert ours.dtype == theirs.dtype
         assert (ours - theirs).norm() <= (1e-5 if dtype == torch.float32 else 6e-3) * theirs.norm()
     assert len(traced) == 4
+
+
+@pytest.mark.parametrize("without", [None, "tvd", "jsd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_of_several_divergences_share_a_product(dtype, without, traced, monkeypatch):
+    """Also where one of them has no kernels, and leaves its gradient over the logits."""
+    monkeypatch.setattr(gradients, "half_rows", lambda vocabulary: 16)
+    real = chunks.generated_terms
+
+    def some_terms(*arguments):
+        return None if arguments[4].divergence == without else real(*arguments)
+
+    monkeypatch.setattr(chunks, "generated_terms", some_terms)
+    stretches = [Stretch(9, 7, "skew_kl", 0.5), Stretch(15, 14, "tvd", 0.5), Stretch(13, 10, "jsd", 0.3)]
+    weights, found = (torch.arange(37) % 4 > 0) * 0.5, []
+    for way in (plain, contextlib.nullcontext):
+        problem = make(bias=True, dtype=dtype)
+        student, teacher = (
+            Head(problem[f"{side}_weight"], problem[f"{side}_bias"], 1.0, None) for side in ("student", "teacher")
+        )
+        with way():
+            result = head_distillation_loss(
+                problem["student_hidden"], student, problem["labels"].clamp(min=0),
+                TileOptions(0.7, 0.0, 0.5, 1.5, "jsd", "bucket"), problem["teacher_hidden"], teacher,
+                kd_token_weights=weights, num_items=torch.tensor(50), num_kd_items=30, chunk_tokens=7,
+                stretches=stretches,
+            )  # fmt: skip
+            found.append((result, torch.autograd.grad(result.loss, trained(problem))))
+    (cpu, cpu_gradients), (gpu, gpu_gradients) = found
+    torch.testing.assert_close(gpu.loss, cpu.loss, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(gpu_gradients, cpu_gradients, strict=True):
+        assert (ours - theirs).norm() <= (1e-5 if dtype == torch.float32 else 6e-3) * theirs.norm()
+    assert traced
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

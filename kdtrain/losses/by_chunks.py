@@ -9,7 +9,7 @@ memory is O(C·V). The backward pass scales them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.head import Head
+from kdtrain.losses.kinds import Stretch
 from kdtrain.losses.mixture import Mixed
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, kd_share, normaliser
 from kdtrain.losses.sampled import SparseTargets
@@ -42,7 +43,7 @@ def dense_loss_by_chunks(
     num_items: Number = None,
     num_kd_items: Number = None,
     chunk_tokens: int | None = None,
-    all_supervised: bool = False,
+    stretches: Sequence[Stretch] | None = None,
 ) -> FusedLoss:
     """`dense_distillation_loss`, with the same value and gradients.
 
@@ -50,11 +51,12 @@ def dense_loss_by_chunks(
         rows: the student's logits [N, V], or with `head` its hidden states [N, H].
         teacher: the logits of some tokens, [C, V] without a graph, by a slice of the N.
         chunk_tokens: C; None chooses from the vocabulary. The result does not depend on it.
-        all_supervised: no label is −100: then no device is waited for.
+        stretches: as of `head_distillation_loss`; then no device is waited for.
 
     Gradients flow to the logits, or to the hidden states, weight and bias; each is kept in its own dtype (those of
     weight and bias in float32 until the end), and can be asked for once.
     """
+    all_supervised = stretches is not None
     tokens = torch.full((), len(labels), device=labels.device) if all_supervised else (labels != IGNORE_INDEX).sum()
     weighs = kd_token_weights
     if weighs is not None and not all_supervised:
@@ -68,7 +70,7 @@ def dense_loss_by_chunks(
             weight, bias = shared
             assert weight is not None
             logits = replace(head, weight=weight, bias=bias).differentiable_logits(own)
-        given = None if teacher is None else teacher(part)
+        given, own_options = None if teacher is None else teacher(part), kinds[part.start]
         return dense_distillation_loss(
             logits,
             labels[part],
@@ -79,9 +81,9 @@ def dense_loss_by_chunks(
             ce_weight=options.ce_weight,
             kd_token_weights=None if kd_token_weights is None else kd_token_weights[part] * share,
             ce_token_weights=None if ce_token_weights is None else ce_token_weights[part],
-            beta=options.beta,
+            beta=own_options.beta,
             temperature=options.temperature,
-            divergence=options.divergence,
+            divergence=own_options.divergence,
             tail=options.tail,
             params=options.params,
             num_items=1,
@@ -91,13 +93,33 @@ def dense_loss_by_chunks(
 
     vocabulary = rows.shape[-1] if head is None else len(head.weight)
     size = chunk_tokens or max(_CHUNK_VALUES // vocabulary, 1)
-    parts = [slice(start, min(start + size, len(rows))) for start in range(0, max(len(rows), 1), size)]
+    kinds: dict[int, TileOptions] = {}
+    parts = []
+    for first, behind, of_tokens in _runs(options, stretches, len(rows)):
+        for start in range(first, behind, size):
+            parts.append(slice(start, min(start + size, behind)))
+            kinds[start] = of_tokens
+    if not parts:
+        parts, kinds = [slice(0, 0)], {0: options}
     wanted = torch.is_grad_enabled()
     total, *sums = _ByChunks.apply(compute, parts, wanted, normaliser(num_items, tokens), rows, *shared)
     named = dict(zip(_SUMS, sums, strict=True))
     if named["kd_sum"] is not None:
         named["kd_sum"] = named["kd_sum"] / share
     return FusedLoss(loss=total, **named)
+
+
+def _runs(
+    options: TileOptions, stretches: Sequence[Stretch] | None, tokens: int
+) -> Iterator[tuple[int, int, TileOptions]]:
+    """Where the tokens of one kind of terms begin and end."""
+    if stretches is None:
+        yield 0, tokens, options
+        return
+    first = 0
+    for one in stretches:
+        yield first, first + one.tokens, options.of(one)
+        first += one.tokens
 
 
 class _ByChunks(torch.autograd.Function):

@@ -9,6 +9,7 @@ its rows. The tile changes its meaning in place: logits, then their gradient, th
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +19,7 @@ from kdtrain.losses.gemm import one_dtype, power_of_two_unit, project
 from kdtrain.losses.generated import can_generate, generated_terms
 from kdtrain.losses.gradients import CpuHalfGradients, GpuHalfGradients, Gradients, Wanted, WideGradients
 from kdtrain.losses.head import Head, finish
+from kdtrain.losses.kinds import Stretch
 from kdtrain.losses.mixture import Accumulator, MixedHeads
 from kdtrain.losses.reduce import kd_share, normaliser
 from kdtrain.losses.sampled import SampledTargets, SparseTargets
@@ -55,8 +57,13 @@ class Call:
     with_gradient: bool
     mixed: MixedHeads | None = None
     """Several teachers in place of one."""
-    most_taught: int | None = None
+    stretches: Sequence[Stretch] | None = None
     """See `head_distillation_loss`."""
+
+    @property
+    def only_some_are_taught(self) -> bool:
+        """Whether no term reaches the tokens whose weight in the divergence is 0."""
+        return self.kd_token_weights is not None and self.options.ce_weight == 0
 
     @property
     def has_teacher(self) -> bool:
@@ -125,6 +132,7 @@ class ChunkedPass:
         # that D, which may still be on its way on a GPU, need not be waited for.
         self.options, self.left_to_scale = call.options, self.inverse_items
         self.gradients = self._gradients(hidden_SH[:taught], Wanted(*wanted))
+        self.kinds = self._kinds()
         self.sums: list[TileSums] = []
 
     def _gradients(self, hidden_SH: torch.Tensor, wanted: Wanted) -> Gradients:
@@ -198,6 +206,25 @@ class ChunkedPass:
         for run in runs:
             run.finish()
 
+    def _kinds(self) -> list[tuple[int, TileOptions]]:
+        """The terms of all tokens: behind the last token that has them, in order."""
+        ends: list[tuple[int, TileOptions]] = []
+        if self.call.stretches is None:
+            ends.append((self.taught, self.options))
+        for one in self.call.stretches or ():
+            size = one.taught if self.call.only_some_are_taught else one.tokens
+            ends.append((size + (ends[-1][0] if ends else 0), self.options.of(one)))
+        # A divergence that weighs nothing is not made.
+        return [*ends, (len(self.labels), replace(self.options, kd_weight=0.0, temperature=1.0))]
+
+    def _pieces(self, chunk: slice) -> Iterator[tuple[slice, TileOptions]]:
+        """The tokens of a chunk, by their terms."""
+        start = chunk.start
+        for end, options in self.kinds:
+            if start < min(end, chunk.stop):
+                yield slice(start, min(end, chunk.stop)), options
+                start = min(end, chunk.stop)
+
     def _chunk(
         self, chunk: slice, student: torch.Tensor, teacher: torch.Tensor | None, mixing: list[torch.Tensor]
     ) -> None:
@@ -212,41 +239,40 @@ class ChunkedPass:
         # What follows leaves d loss/d(hidden · weightᵀ + bias), but for `scale` and `left_to_scale`, in `gradient`; of
         # tokens that nothing teaches it leaves nothing.
         wanted = self.with_gradient and chunk.start < self.taught
-        gradient = self.gradients.room(len(student)) if wanted else None
-        if self._generated(chunk, student, teacher, softened, gradient, wanted):
-            gradient = student if gradient is None else gradient
-        else:
-            self._in_blocks(chunk, student, teacher, softened)
-            gradient = student
+        room = self.gradients.room(len(student)) if wanted else None
+        gradient = student if room is None else room
+        for piece, options in self._pieces(chunk):
+            own = slice(piece.start - chunk.start, piece.stop - chunk.start)
+            tiles = student[own], None if teacher is None else teacher[own], None if softened is None else softened[own]
+            if not self._generated(piece, *tiles, gradient[own], options, wanted):
+                self._in_blocks(piece, *tiles, options, wanted)
+                if room is not None:
+                    room[own].copy_(student[own])
         if wanted:
             self.gradients.add(chunk, gradient)
 
-    def _options_of(self, chunk: slice) -> TileOptions:
-        if chunk.start < self.taught:
-            return self.options
-        return replace(self.options, kd_weight=0.0, temperature=1.0)  # a divergence that weighs nothing is not made
-
     def _generated(
         self,
-        chunk: slice,
+        rows: slice,
         student: torch.Tensor,
         teacher: torch.Tensor | None,
         softened: torch.Tensor | None,
-        gradient: torch.Tensor | None,
+        gradient: torch.Tensor,
+        options: TileOptions,
         wanted: bool,
     ) -> bool:
-        """All terms of a chunk in generated kernels, where there are any for them: if so, True."""
+        """All terms of some rows of a chunk in generated kernels, where there are any for them: if so, True."""
         serves = self.generates and self.call.targets is None
         if not (serves and gemm.on_gpu(student.device) and can_generate(len(student), student.device)):
             return False
         sums = generated_terms(
             student,
             teacher,
-            self.labels[chunk],
-            self.row_weights[chunk],
-            self._options_of(chunk),
+            self.labels[rows],
+            self.row_weights[rows],
+            options,
             (self.student, self.teacher),
-            (student if gradient is None else gradient) if wanted else None,
+            gradient if wanted else None,
             softened,
         )
         if sums is not None:
@@ -254,7 +280,13 @@ class ChunkedPass:
         return sums is not None
 
     def _in_blocks(
-        self, chunk: slice, student: torch.Tensor, teacher: torch.Tensor | None, softened: torch.Tensor | None
+        self,
+        rows: slice,
+        student: torch.Tensor,
+        teacher: torch.Tensor | None,
+        softened: torch.Tensor | None,
+        options: TileOptions,
+        wanted: bool,
     ) -> None:
         """The same in operations on a few rows at a time; the gradient is left in `student`."""
         _finish(self.student, student)
@@ -265,11 +297,13 @@ class ChunkedPass:
         for first in range(0, len(student), block):
             inside = slice(first, min(first + block, len(student)))
             self._block(
-                slice(chunk.start + inside.start, chunk.start + inside.stop),
+                slice(rows.start + inside.start, rows.start + inside.stop),
                 student[inside],
                 None if teacher is None else teacher[inside],
                 None if softened is None else softened[inside],
                 scratch.rows(inside.stop - inside.start),
+                options,
+                wanted,
             )
 
     def _block(
@@ -279,10 +313,10 @@ class ChunkedPass:
         teacher: torch.Tensor | None,
         softened: torch.Tensor | None,
         scratch: Buffers,
+        options: TileOptions,
+        with_gradient: bool,
     ) -> None:
-        """All terms of some rows; their gradient with respect to the raw logits is left in `student`."""
-        options = self._options_of(rows)
-        with_gradient = self.with_gradient and rows.start < self.taught
+        """All terms of a block; their gradient with respect to the raw logits is left in `student`."""
         softcap = self.call.student.softcap if with_gradient else None
         # The derivative of y = softcap·tanh(x/softcap) is 1 − (y/softcap)². It needs y, which the gradient is about to
         # overwrite.

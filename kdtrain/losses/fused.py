@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from kdtrain.losses.by_chunks import dense_loss_by_chunks
 from kdtrain.losses.chunks import Call, ChunkedPass
 from kdtrain.losses.divergence import check_divergence_arguments
 from kdtrain.losses.head import Head
-from kdtrain.losses.kinds import DEFAULT_PARAMS, Divergence, DivergenceParams, Tail
+from kdtrain.losses.kinds import DEFAULT_PARAMS, Divergence, DivergenceParams, Stretch, Tail
 from kdtrain.losses.mixture import Mixed, MixedHeads, mix_logits
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, check_token_weights
 from kdtrain.losses.sampled import SampledTargets, SparseTargets, check_sampled_targets
@@ -130,20 +131,23 @@ def head_distillation_loss(
     num_items: torch.Tensor | int | None = None,
     num_kd_items: torch.Tensor | int | None = None,
     chunk_tokens: int | None = None,
-    most_taught: int | None = None,
+    stretches: Sequence[Stretch] | None = None,
 ) -> FusedLoss:
     """`fused_distillation_loss` for heads that are objects already, as a model's forward hands them over.
 
     Args:
-        most_taught: says that all tokens are supervised, and how many at most have a `kd_token_weights` above 0. None
-            looks at labels and weights, for which the host waits on a GPU.
+        stretches: the tokens in their order, by what compares them with their teacher; the divergence and β of
+            `options` are then not read. They also say that all are supervised, and how many are taught. None looks at
+            labels and weights, for which the host waits on a GPU.
         mixed: several teachers in place of one: the divergence is from the mean of their distributions, which is made
             chunk by chunk as well.
 
     Raises:
         ValueError: as there.
     """
-    _check(student_hidden, student.weight, labels, teacher_hidden, teacher, mixed, targets, options)
+    _check(student_hidden, student.weight, labels, teacher_hidden, teacher, mixed, options, targets is not None)
+    for one in (options,) if stretches is None else map(options.of, stretches):
+        _check_divergence(one, targets, len(labels), len(student.weight))
     check_token_weights(labels, kd_token_weights=kd_token_weights, ce_token_weights=ce_token_weights)
     if teacher is not None and teacher_hidden is not None:
         teacher, teacher_hidden = replace(teacher, weight=teacher.weight.detach()), teacher_hidden.detach()
@@ -162,7 +166,7 @@ def head_distillation_loss(
         num_kd_items=num_kd_items,
         chunk_tokens=chunk_tokens,
         with_gradient=wanted,
-        most_taught=most_taught,
+        stretches=stretches,
     )
     heads = [*([] if teacher is None else [teacher]), *(() if mixed is None else mixed.heads)]
     if student.masks_columns() or any(head.masks_columns() for head in heads):
@@ -222,16 +226,24 @@ class _Fused(torch.autograd.Function):
 
 def _in_order(labels: torch.Tensor, call: Call) -> tuple[torch.Tensor, int]:
     """The supervised tokens of a call, and how many of them, the first, a term teaches; the others have sums alone."""
-    if call.most_taught is not None:
-        rows = torch.arange(len(labels), device=labels.device)
-        if call.kd_token_weights is None or call.options.ce_weight > 0:
-            return rows, len(rows)
-        weighs = call.kd_token_weights.to(labels.device) > 0
-        return weighs.to(torch.uint8).argsort(descending=True, stable=True), call.most_taught
+    if call.stretches is not None:
+        if not call.only_some_are_taught:
+            return torch.arange(len(labels), device=labels.device), len(labels)
+        assert call.kd_token_weights is not None
+        weighs = (call.kd_token_weights.to(labels.device) > 0).to(torch.uint8)
+        ordered, first = list[tuple[torch.Tensor, torch.Tensor]](), 0
+        for one in call.stretches:
+            rows = weighs[first : first + one.tokens].argsort(descending=True, stable=True) + first
+            ordered.append((rows[: one.taught], rows[one.taught :]))
+            first += one.tokens
+        return torch.cat([rows for halves in zip(*ordered, strict=True) for rows in halves]), sum(
+            one.taught for one in call.stretches
+        )
     supervised = labels != IGNORE_INDEX
-    if call.kd_token_weights is None or call.options.ce_weight > 0:
+    if not call.only_some_are_taught:
         rows = supervised.nonzero().squeeze(1)
         return rows, len(rows)
+    assert call.kd_token_weights is not None
     weighs = call.kd_token_weights.to(labels.device) > 0
     taught, rest = ((supervised & some).nonzero().squeeze(1) for some in (weighs, ~weighs))
     return torch.cat([taught, rest]), len(taught)
@@ -267,7 +279,7 @@ def _with_masked_columns(hidden: torch.Tensor, labels: torch.Tensor, call: Call)
             num_items=call.num_items,
             num_kd_items=call.num_kd_items,
             chunk_tokens=call.chunk_tokens,
-            all_supervised=call.most_taught is not None,
+            stretches=call.stretches,
         )
 
 
@@ -291,10 +303,9 @@ def _check(
     teacher_hidden: torch.Tensor | None,
     teacher: Head | None,
     mixed: MixedHeads | None,
-    targets: SparseTargets | None,
     options: TileOptions,
+    has_targets: bool,
 ) -> None:
-    check_divergence_arguments(options.beta, options.temperature, options.divergence)
     if not (0 <= options.kd_weight < math.inf and 0 <= options.ce_weight < math.inf):
         raise ValueError(
             f"weights must be non-negative and finite, got kd_weight={options.kd_weight}, ce_weight={options.ce_weight}"
@@ -306,9 +317,9 @@ def _check(
         )
     if (teacher_hidden is None) != (teacher is None):
         raise ValueError("teacher_hidden and teacher_weight belong together: pass both or neither")
-    if sum(one is not None for one in (teacher_hidden, mixed, targets)) > 1:
+    if sum((teacher_hidden is not None, mixed is not None, has_targets)) > 1:
         raise ValueError("pass a teacher's hidden states and head, or targets, not both")
-    if options.kd_weight > 0 and teacher_hidden is None and mixed is None and targets is None:
+    if options.kd_weight > 0 and teacher_hidden is None and mixed is None and not has_targets:
         raise ValueError(
             f"kd_weight is {options.kd_weight}, but there is no teacher: pass teacher_hidden and teacher_weight, "
             "or targets, or kd_weight=0"
@@ -317,10 +328,6 @@ def _check(
         _check_teacher(hidden, weight, teacher_hidden, teacher.weight)
     for one, head in zip(mixed.hidden, mixed.heads, strict=True) if mixed is not None else ():
         _check_teacher(hidden, weight, one, head.weight)
-    if isinstance(targets, SampledTargets):
-        check_sampled_targets(targets, len(labels), weight.shape[0], options.beta, options.divergence)
-    elif targets is not None:
-        check_targets(targets, len(labels), weight.shape[0], options.tail, options.divergence)
     if labels.device.type == "cpu" and labels.numel():  # on a GPU the host would have to wait for the device
         used = labels[labels != IGNORE_INDEX]
         if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < weight.shape[0]:
@@ -328,6 +335,14 @@ def _check(
                 f"labels must be {IGNORE_INDEX} or in [0, {weight.shape[0]}), "
                 f"got {int(used.min())} to {int(used.max())}"
             )
+
+
+def _check_divergence(options: TileOptions, targets: SparseTargets | None, tokens: int, vocabulary: int) -> None:
+    check_divergence_arguments(options.beta, options.temperature, options.divergence)
+    if isinstance(targets, SampledTargets):
+        check_sampled_targets(targets, tokens, vocabulary, options.beta, options.divergence)
+    elif targets is not None:
+        check_targets(targets, tokens, vocabulary, options.tail, options.divergence)
 
 
 def _check_teacher(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 Divergence = Literal[
     "jsd", "jsd_scaled", "mixed_kl", "skew_kl", "skew_reverse_kl", "alpha_beta", "entropy_aware", "tvd"
@@ -64,3 +64,13 @@ class DivergenceParams:
 
 
 DEFAULT_PARAMS = DivergenceParams()
+
+
+class Stretch(NamedTuple):
+    """Tokens of a call that follow each other, and what compares them with their teacher."""
+
+    tokens: int
+    taught: int
+    """How many of them have a weight above 0 in the divergence; or more."""
+    divergence: Divergence
+    beta: float

@@ -29,13 +29,13 @@ from typing import NamedTuple
 import torch
 
 from kdtrain.losses.derivatives import STUDENT_IS_BASE, dot, log_to_mixture, value_and_pu
-from kdtrain.losses.kinds import DEFAULT_PARAMS, Divergence, DivergenceParams, Tail
+from kdtrain.losses.kinds import DEFAULT_PARAMS, Divergence, DivergenceParams, Stretch, Tail
 from kdtrain.losses.workspace import workspace
 
 
 @dataclass(frozen=True)
 class TileOptions:
-    """What the terms are and how they are weighted; the same for every block of a call."""
+    """What the terms are and how they are weighted."""
 
     kd_weight: float
     ce_weight: float
@@ -48,6 +48,10 @@ class TileOptions:
     def scaled(self, factor: float) -> TileOptions:
         """With both weights, and so the gradient, times a factor; the sums do not know the weights."""
         return replace(self, kd_weight=factor * self.kd_weight, ce_weight=factor * self.ce_weight)
+
+    def of(self, stretch: Stretch) -> TileOptions:
+        """Those of some tokens of a call."""
+        return replace(self, divergence=stretch.divergence, beta=stretch.beta)
 
     @property
     def numbers(self) -> Numbers:

@@ -122,14 +122,13 @@ def _forward(config: RunConfig, rows: int, of_step: int, longest: int, per_devic
 
 
 def _parts(config: RunConfig, rows: int) -> int:
-    """Parts of a micro-batch's loss, see `trainer/parts.py`: rows of one teacher that are compared in one way."""
+    """Parts of a micro-batch's loss, see `trainer/parts.py`: rows of one teacher."""
     teachers = {source.teacher for source in config.data.train}
     if config.rlhf.teachers and config.rlhf.mix is None:  # any row may name one
         teachers = set(config.rlhf.teachers)
     elif config.rlhf.mix is not None:
         teachers = {None}
-    most = len(teachers) * len({(source.divergence, source.beta) for source in config.data.train})
-    return max(most if config.data.packing else min(most, rows), 1)
+    return max(len(teachers) if config.data.packing else min(len(teachers), rows), 1)
 
 
 def _writing(per_call: int | None, rows: int, prompt: int, new_tokens: int) -> Writing:

@@ -83,7 +83,7 @@ class Shape:
     """Whether all B of them do, in one line of B · T (`data.padding_free`)."""
 
     parts: int = 1
-    """Into which the loss falls at most, by teacher and divergence: each makes a gradient of the head."""
+    """Into which the loss falls at most, by teacher: each makes a gradient of the head."""
 
     def is_half(self, dtype: torch.dtype) -> bool:
         """Whether hidden states are of half precision, in a model of a dtype."""

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from kdtrain.data.batch import Batch
-from kdtrain.host import on_host, rows_of
+from kdtrain.host import on_host, rows_of, send
 from kdtrain.losses.mixture import MixedTopK
 from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.teachers.base import AnyTargets, DenseTargets, MixedTargets, RoutedPart, RoutedTargets, Scores, Targets
@@ -146,20 +146,25 @@ def tokens_of(scores: Scores) -> int:
 
 
 def part_of(scores: Scores, tokens: slice | torch.Tensor) -> Scores:
-    """Those of some tokens: a part of their order, or by a mask on the CPU."""
+    """Those of some tokens: a part of their order, or by a mask or by numbers on the CPU."""
     if isinstance(scores, MixedTargets):
         return replace(scores, parts=tuple(_part_of(one, tokens) for one in scores.parts))
     if isinstance(scores, DenseTargets):
         return _part_of(scores, tokens)
     if isinstance(tokens, torch.Tensor):
-        tokens = rows_of(tokens, device_of(scores))
+        tokens = _numbers(tokens, device_of(scores))
     return scores[tokens]
 
 
 def _part_of(scores: DenseTargets | torch.Tensor, tokens: slice | torch.Tensor) -> DenseTargets | torch.Tensor:
     of = scores if isinstance(scores, torch.Tensor) else scores.hidden
-    some = of.index_select(0, rows_of(tokens, of.device)) if isinstance(tokens, torch.Tensor) else of[tokens]
+    some = of.index_select(0, _numbers(tokens, of.device)) if isinstance(tokens, torch.Tensor) else of[tokens]
     return some if isinstance(scores, torch.Tensor) else replace(scores, hidden=some)
+
+
+def _numbers(tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """[N] long on a device."""
+    return rows_of(tokens, device) if tokens.dtype == torch.bool else send(tokens, device)
 
 
 def _all(scores: Scores) -> torch.Tensor:

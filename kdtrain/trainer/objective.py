@@ -298,9 +298,9 @@ class StudentForward:
         return TileOptions(
             kd_weight=options.llm_kd_weight if part.scores is not None and self.only != "sft" else 0.0,
             ce_weight=0.0 if own or self.only == "llm_kd" else options.ce_weight,
-            beta=part.loss.beta,
+            beta=options.beta,  # those of rows are the part's
             temperature=options.kd_temperature,
-            divergence=part.loss.divergence,
+            divergence=options.divergence,
             tail=options.tail,
             params=options.divergence_params,
         )
@@ -335,7 +335,7 @@ class StudentForward:
             kd_token_weights=part.kd_weights,
             num_items=part.num_items,
             num_kd_items=self.num_kd_items,
-            most_taught=part.most_taught,
+            stretches=part.stretches,
         )
 
     @property
@@ -384,7 +384,7 @@ class StudentForward:
             ce_token_weights=part.ce_mask,
             num_items=part.num_items,
             num_kd_items=self.num_kd_items,
-            all_supervised=True,
+            stretches=part.stretches,
         )
 
 

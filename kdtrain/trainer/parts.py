@@ -1,4 +1,4 @@
-"""A batch in parts: supervised tokens that one teacher answers for and that one divergence compares, together.
+"""A batch in parts: supervised tokens that one teacher answers for, those that one divergence compares side by side.
 
 D and D_kd are the window's for all of them, so that the parts' losses add up to the batch's: which rows share a batch
 changes neither loss nor gradient.
@@ -16,12 +16,12 @@ import torch
 
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
-from kdtrain.host import on_host, rows_of
-from kdtrain.losses.kinds import Divergence
+from kdtrain.host import on_host, send
+from kdtrain.losses.kinds import Divergence, Stretch
 from kdtrain.losses.reduce import FusedLoss
 from kdtrain.losses.sampled import SampledTargets
 from kdtrain.teachers.base import AnyTargets, RoutedTargets, Scores
-from kdtrain.teachers.by_row import Scored, part_of, scored
+from kdtrain.teachers.by_row import part_of, scored
 
 NumItems = torch.Tensor | int | None
 
@@ -44,11 +44,10 @@ class Part(NamedTuple):
     scores: Scores | None
     """None: cross-entropy alone."""
     num_items: NumItems
-    loss: RowLoss
     teacher: str | None
     """Whose targets they are, of several teachers."""
-    most_taught: int
-    """How many of the tokens have a weight above 0 in the divergence; or more, where it chooses some of them."""
+    stretches: tuple[Stretch, ...]
+    """The tokens in their order, by how they are compared."""
 
 
 @dataclass
@@ -83,40 +82,21 @@ class _Group(NamedTuple):
     tokens_S: torch.Tensor | None
     """[S] bool, on the CPU; None is all."""
     scores: Scores | None
-    loss: RowLoss
+    """Of these tokens, in the batch's order."""
     teacher: str | None
 
 
-def _groups(batch: Batch, targets: AnyTargets | None, options: DistillationOptions) -> list[_Group]:
-    losses = row_losses(batch, options) or [RowLoss(options.divergence, options.beta)]
+def _groups(batch: Batch, targets: AnyTargets | None) -> list[_Group]:
     if targets is None:
-        return [_Group(None, None, losses[0], None)]
-    found: list[_Group] = []
-    for one in scored(targets, batch):
-        found += _by_loss(batch, one, losses)
+        return [_Group(None, None, None)]
+    found = [_Group(one.tokens_S, one.scores, one.teacher) for one in scored(targets, batch)]
     answered = [group.tokens_S for group in found if group.tokens_S is not None]
     if len(answered) < len(found):  # all of them
         return found
-    return [*found, *_rest(batch, targets, answered, losses[0])]
+    return [*found, *_rest(batch, targets, answered)]
 
 
-def _by_loss(batch: Batch, one: Scored, losses: Sequence[RowLoss]) -> list[_Group]:
-    """The tokens of one teacher, by how they are compared."""
-    kinds = list(dict.fromkeys(losses))
-    if len(kinds) == 1:
-        return [_Group(one.tokens_S, one.scores, kinds[0], one.teacher)]
-    found = []
-    for kind in kinds:
-        own_S = batch.tokens_of_rows([row for row, loss in enumerate(losses) if loss == kind])
-        if one.tokens_S is None:
-            found.append(_Group(own_S, part_of(one.scores, own_S), kind, one.teacher))
-        else:
-            among = own_S[one.tokens_S]
-            found.append(_Group(own_S & one.tokens_S, part_of(one.scores, among), kind, one.teacher))
-    return found
-
-
-def _rest(batch: Batch, targets: AnyTargets, answered: Sequence[torch.Tensor], loss: RowLoss) -> list[_Group]:
+def _rest(batch: Batch, targets: AnyTargets, answered: Sequence[torch.Tensor]) -> list[_Group]:
     """The tokens that no teacher has answered for, which have cross-entropy alone, over their teacher's vocabulary."""
     if isinstance(targets, RoutedTargets):
         covers_rows = all(part.targets.covered_S is None for part in targets.parts)
@@ -127,10 +107,38 @@ def _rest(batch: Batch, targets: AnyTargets, answered: Sequence[torch.Tensor], l
     for tokens_S in answered:
         left_S &= ~tokens_S
     if not isinstance(targets, RoutedTargets):
-        return [_Group(left_S, None, loss, None)]
-    groups = [_Group(left_S & batch.tokens_of_rows(part.rows), None, loss, part.teacher) for part in targets.parts]
+        return [_Group(left_S, None, None)]
+    groups = [_Group(left_S & batch.tokens_of_rows(part.rows), None, part.teacher) for part in targets.parts]
     others = [row for row in range(len(batch)) if row not in named]
-    return [*groups, _Group(batch.tokens_of_rows(others), None, loss, None)]
+    return [*groups, _Group(batch.tokens_of_rows(others), None, None)]
+
+
+class _Order(NamedTuple):
+    """The tokens of a part, those that are compared alike side by side; on the CPU."""
+
+    rows_N: torch.Tensor | None
+    """[N] long: which of the batch's supervised tokens they are; None is all, in the batch's order."""
+    scores_N: torch.Tensor | None
+    """[N] long: which of the group's scores are theirs; None is all, in their order."""
+    kinds: tuple[tuple[RowLoss, torch.Tensor], ...]
+    """How they are compared, and [S] bool which."""
+
+
+def _in_order(batch: Batch, group: _Group, losses: Sequence[RowLoss]) -> _Order:
+    all_S = torch.ones(len(batch.labels_S), dtype=torch.bool)
+    tokens_S = all_S if group.tokens_S is None else group.tokens_S
+    kinds = list(dict.fromkeys(losses))
+    if len(kinds) == 1 or group.scores is None:
+        rows_N = None if group.tokens_S is None else group.tokens_S.nonzero().squeeze(1)
+        return _Order(rows_N, None, ((kinds[0], tokens_S),))
+    found = []
+    for kind in kinds:
+        own_S = batch.tokens_of_rows([row for row, loss in enumerate(losses) if loss == kind]) & tokens_S
+        if own_S.any():
+            found.append((kind, own_S))
+    found = found or [(kinds[0], tokens_S)]
+    rows_N = torch.cat([own_S.nonzero().squeeze(1) for _, own_S in found])
+    return _Order(rows_N, (tokens_S.cumsum(0) - 1)[rows_N], tuple(found))
 
 
 def sums_of_parts(
@@ -154,43 +162,44 @@ def sums_of_parts(
         most_chosen: tokens of `weights_S` above 0 at most, where they were chosen on the device; None is those that
             have a weight in the batch.
     """
-    device, groups = outputs_S.device, _groups(batch, targets, options)
+    device, groups = outputs_S.device, _groups(batch, targets)
+    losses = row_losses(batch, options) or [RowLoss(options.divergence, options.beta)]
     labels_S, ce_S = batch.labels_S.to(device), batch.ce_mask_S
     whole = len(groups) == 1 and groups[0].tokens_S is None
     if num_items is None and not whole:
         num_items = len(labels_S)
     found = []
     for group in groups:
-        rows_N = None if group.tokens_S is None else rows_of(group.tokens_S, device)
+        order = _in_order(batch, group, losses)
+        rows_N = None if order.rows_N is None else send(order.rows_N, device)
 
         def taken(values_S: torch.Tensor | None, rows_N: torch.Tensor | None = rows_N) -> torch.Tensor | None:
             return values_S if values_S is None or rows_N is None else values_S.to(device).index_select(0, rows_N)
 
-        outputs, labels = taken(outputs_S), taken(labels_S)
+        outputs, labels, scores = taken(outputs_S), taken(labels_S), group.scores
         assert outputs is not None
         assert labels is not None
+        if scores is not None and order.scores_N is not None:
+            scores = part_of(scores, order.scores_N)
         part = Part(
             outputs,
             labels,
             taken(ce_S),
             taken(weights_S),
-            group.scores,
+            scores,
             num_items,
-            group.loss,
             group.teacher,
-            _most_taught(batch, group.tokens_S, most_chosen),
+            tuple(_stretch(batch, loss, tokens_S, most_chosen) for loss, tokens_S in order.kinds),
         )
         found.append((part, compute(part)))
     return _added(found)
 
 
-def _most_taught(batch: Batch, tokens_S: torch.Tensor | None, most_chosen: int | None) -> int:
+def _stretch(batch: Batch, loss: RowLoss, tokens_S: torch.Tensor, most_chosen: int | None) -> Stretch:
     weigh_S = None if batch.kd_weights_S is None else on_host(batch.kd_weights_S) > 0
-    if weigh_S is None:
-        count = len(batch.labels_S) if tokens_S is None else int(tokens_S.sum())
-    else:
-        count = int((weigh_S if tokens_S is None else weigh_S & tokens_S).sum())
-    return count if most_chosen is None else min(count, most_chosen)
+    tokens = int(tokens_S.sum())
+    taught = tokens if weigh_S is None else int((weigh_S & tokens_S).sum())
+    return Stretch(tokens, taught if most_chosen is None else min(taught, most_chosen), *loss)
 
 
 def _added(found: Sequence[tuple[Part, FusedLoss]]) -> PartSums:
