@@ -205,6 +205,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", default=",".join(WAYS), help="names, separated by commas")
     options = parser.parse_args()
+    if unknown := set(options.only.split(",")) - WAYS.keys():
+        parser.error(f"--only: no {', '.join(sorted(unknown))}; there are {', '.join(WAYS)}")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     machine = describe_machine()
