@@ -135,13 +135,13 @@ def test_batches_have_the_chunks_of_both_padded(teacher):
     own = tiny.make_tokenizer()
     batch = Collator(own, other_tokenizer=OtherTokenizer(own, teacher))([CHAT, *tiny.CHATS[:2]])
     tokens = batch.teacher_tokens
-    assert tokens.student_chunks.shape == batch.labels.shape
+    assert batch.student_chunks.numbers.shape == batch.labels.shape
     assert tokens.chunks.shape == tokens.input_ids.shape
     counts = [len({int(c) for c in row if c != NONE}) for row in tokens.chunks]
     assert (
         batch.num_chunks.tolist()
         == counts
-        == [len({int(c) for c in row if c != NONE}) for row in tokens.student_chunks]
+        == [len({int(c) for c in row if c != NONE}) for row in batch.student_chunks.numbers]
     )
     assert ((tokens.labels != NONE) == (tokens.chunks != NONE)).all()
     assert batch.without_labels().num_chunks.tolist() == [0, 0, 0]

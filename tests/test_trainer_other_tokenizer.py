@@ -48,7 +48,9 @@ def expected_alm(student, teacher, batch):
     """Mean over the batch's chunks."""
     tokens, inputs = batch.teacher_tokens, batch.model_inputs
     of_teacher = log_likelihoods(teacher, tokens.input_ids, tokens.attention_mask, tokens.labels, tokens.chunks)
-    own = log_likelihoods(student, inputs["input_ids"], inputs["attention_mask"], batch.labels, tokens.student_chunks)
+    own = log_likelihoods(
+        student, inputs["input_ids"], inputs["attention_mask"], batch.labels, batch.student_chunks.numbers
+    )
     assert own.keys() == of_teacher.keys()
     return torch.stack([bernoulli_kl(of_teacher[key], own[key]) for key in own]).mean().item(), len(own)
 

@@ -31,9 +31,10 @@ def cached_teacher(config: RunConfig, written: Written) -> Iterator[Problem]:
         yield found
         return
     mode = _form(found).get("mode")
+    yield from _of_other_tokenizer(config, mode)
     if mode == "sample" and config.options.lm_kd_active:
         yield from _drawn_tokens(config, written, _form(found))
-    if mode in ("sample", "hidden"):
+    if mode in ("sample", "hidden", "chunks"):
         yield from written.idle(["tail"], f"the cache is of mode {mode}, which leaves nothing out", *_PATH[:2])
 
 
@@ -56,6 +57,19 @@ def _unknown_text(config: RunConfig, written: Written) -> Iterator[Problem]:
             shown = str(value).lower() if isinstance(value, bool) else f"{value:g}"
             hint = f"set rlhf.{name}: {needed}, or use the teacher itself (another rlhf.teacher.backend)"
             yield Problem(("rlhf", name), f"must be {needed} (it is {shown}{default}): {reason}", hint, on_key=True)
+
+
+def _of_other_tokenizer(config: RunConfig, mode: Any) -> Iterator[Problem]:
+    """Targets of chunks of text where those of the student's tokens are needed, or the other way round."""
+    crosses = config.options.crosses_tokenizers
+    if crosses and mode != "chunks":
+        message = f"has targets for the student's own tokens (mode {mode}), and rlhf.cross_tokenizer compares chunks of"
+        hint = "write a cache with rlhf.cross_tokenizer: alm in the config, or remove the option"
+        yield Problem(_PATH, f"{message} text", hint)
+    if mode == "chunks" and config.options.lm_kd_active and not crosses:
+        message = "must be alm: the cache has likelihoods of chunks of text (mode chunks), of a teacher with another"
+        hint = "set rlhf.cross_tokenizer: alm, or write a cache of a teacher with the student's tokenizer"
+        yield Problem(("rlhf", "cross_tokenizer"), f"{message} tokenizer", hint, on_key=True)
 
 
 def _drawn_tokens(config: RunConfig, written: Written, form: Mapping[str, Any]) -> Iterator[Problem]:

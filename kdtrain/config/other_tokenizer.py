@@ -37,9 +37,9 @@ def _teacher(config: RunConfig) -> Iterator[Problem]:
     if teacher.backend == "self":
         message = "is for a teacher with another tokenizer, and rlhf.teacher.backend is self: the student has its own"
         yield Problem(_PATH, message, "remove it", on_key=True)
-    if teacher.backend == "cache":
-        message = "not available yet with a cache, whose targets are of the student's tokens"
-        yield Problem(_PATH, message, "use the teacher itself (rlhf.teacher.backend: hf)", on_key=True)
+    if teacher.backend == "cache" and config.rlhf.cross_tokenizer == "uld":
+        message = "uld needs distributions over the teacher's whole vocabulary, and a cache has likelihoods of chunks"
+        yield Problem(_PATH, message, "use alm, or rlhf.teacher.backend: hf")
     if teacher.is_served and config.rlhf.cross_tokenizer == "uld":
         message = "uld needs distributions over the teacher's whole vocabulary, and a server gives its likeliest tokens"
         yield Problem(_PATH, message, "use alm, or rlhf.teacher.backend: hf")

@@ -108,16 +108,23 @@ class TeacherTokens:
     chunks: torch.Tensor | None = None
     """[B, T'] long, of another tokenizer: the number of each token's chunk in its row (see byte_alignment.py), −100
     without one. `labels` are of the tokens that have one."""
-    student_chunks: torch.Tensor | None = None
-    """[B, T] long: those of the student's tokens. A chunk is in both or in neither."""
-    aligned_bytes: torch.Tensor | None = None
-    """[B] long: bytes of the student's answers that are in chunks."""
-    answer_bytes: torch.Tensor | None = None
-    """[B] long: bytes of its answers."""
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentChunks:
+    """The chunks of text that the student's tokens and those of a teacher with another tokenizer make up."""
+
+    numbers: torch.Tensor
+    """[B, T] long: the number of each token's chunk in its row, from 0 on, −100 without one. A chunk has tokens of
+    both models."""
+    aligned_bytes: torch.Tensor
+    """[B] long: bytes of the student's answers that are in chunks."""
+    answer_bytes: torch.Tensor
+    """[B] long: bytes of its answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +146,8 @@ class Batch:
     blank_images: TeacherImages | None = None
     """The teacher's images once more, each in its mean colour (`rlhf.token_weights`)."""
     teacher_tokens: TeacherTokens | None = None
+    student_chunks: StudentChunks | None = None
+    """Of a teacher with another tokenizer; beside `teacher_tokens`, unless what it says of them is stored."""
     generated_by: Literal["student", "teacher"] | None = None
     """Who wrote the answers; None are those of the data."""
     all_repeated: bool = False
@@ -189,8 +198,8 @@ class Batch:
     def num_chunks(self) -> torch.Tensor | None:
         """[B], on the CPU: chunks that both models' tokens make up, of a teacher with another tokenizer; None of
         others."""
-        chunks_BT = None if self.teacher_tokens is None else self.teacher_tokens.student_chunks
-        return None if chunks_BT is None else on_host(chunks_BT).amax(1).clamp(min=-1) + 1
+        chunks = self.student_chunks
+        return None if chunks is None else on_host(chunks.numbers).amax(1).clamp(min=-1) + 1
 
     @property
     def ce_mask_S(self) -> torch.Tensor | None:
@@ -327,6 +336,7 @@ class Batch:
             kd_token_weights=None,  # of the student's tokens
             rows=replace(self.rows, prompt_lengths=tokens.prompt_lengths, prompts=None),
             teacher_tokens=None,
+            student_chunks=None,
             layout=self.layout and replace(self.layout, lengths=self.layout.teacher_lengths, teacher_lengths=()),
         )
         if tokens.chunks is not None:
@@ -347,11 +357,13 @@ class Batch:
     def without_labels(self) -> Batch:
         tokens = self.teacher_tokens
         if tokens is not None:
-            names = ("labels", "chunks", "student_chunks")
-            kept = {name: value for name in names if (value := getattr(tokens, name)) is not None}
+            kept = {name: value for name in ("labels", "chunks") if (value := getattr(tokens, name)) is not None}
             tokens = replace(tokens, **{name: torch.full_like(value, IGNORE_INDEX) for name, value in kept.items()})
+        chunks = self.student_chunks
+        if chunks is not None:
+            chunks = replace(chunks, numbers=torch.full_like(chunks.numbers, IGNORE_INDEX))
         labels = torch.full_like(self.labels, IGNORE_INDEX)
-        return replace(self, labels=labels, teacher_tokens=tokens, targets=None)
+        return replace(self, labels=labels, teacher_tokens=tokens, student_chunks=chunks, targets=None)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Batch:
         """Accelerate's data loaders call this; no copy from the host is waited for."""
@@ -376,7 +388,7 @@ class Batch:
             changes.append(changed is not tensor)
             return changed
 
-        rows, tokens = self.rows, self.teacher_tokens
+        rows, tokens, chunks = self.rows, self.teacher_tokens, self.student_chunks
         mapped = replace(
             self,
             model_inputs=_mapped(self.model_inputs, noted),
@@ -392,6 +404,7 @@ class Batch:
             teacher_images=_mapped_images(self.teacher_images, noted),
             blank_images=_mapped_images(self.blank_images, noted),
             teacher_tokens=None if tokens is None else TeacherTokens(**_mapped(vars(tokens), noted)),
+            student_chunks=None if chunks is None else StudentChunks(**_mapped(vars(chunks), noted)),
             stand_in=None if self.stand_in is None else self.stand_in.map_tensors(noted),
         )
         return mapped if any(changes) else self

@@ -25,7 +25,7 @@ from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.errors import RowError, show
 from kdtrain.data.images import of_mean_colour, stored_image
 from kdtrain.data.multimodal import Multimodal, Processed, image_content, multimodal, reads_images, tokenizer_content
-from kdtrain.data.other_tokenizer import OtherTokenizer, teacher_tokens
+from kdtrain.data.other_tokenizer import Aligner
 from kdtrain.data.row_key import encoded_row_key
 from kdtrain.data.rows import parse_row
 from kdtrain.data.source import LOSS_COLUMNS
@@ -90,11 +90,13 @@ class Collator:
         text_column: for raw rows, the column that holds plain text.
         image_root: for raw rows, the folder that relative paths of images are relative to; by default the current one.
         answers: whether rows have a column `answer`, which the student's samples are checked against.
-        other_tokenizer: of a teacher with another tokenizer: what makes its tokens, and says which belong to which.
+        other_tokenizer: of a teacher with another tokenizer: what makes its tokens (`OtherTokenizer`), and says which
+            belong to which; of one whose targets are stored, its `aligner`.
         blank_images: whether each image is replaced by one of its size in its mean colour.
         with_blanks: whether batches have these beside the images, for the teacher (`rlhf.token_weights`).
         teachers: whether rows name one of several teachers in a column `teacher`.
-        row_keys: whether batches have the `row_key` of each row, by which a teacher's stored targets are found.
+        row_keys: whether batches have the `row_key` of each row, by which a teacher's stored targets are found; with
+            `other_tokenizer` its conversation is a part of it.
 
     Calling it returns a `Batch`: tokens [B, T] padded on the right, and what is known of the rows. With a processor its
     inputs also have the other tensors that it makes per token ([B, T], zero for rows without images and in the
@@ -119,7 +121,7 @@ class Collator:
     row_keys: bool = False
     blank_images: bool = False
     with_blanks: bool = False
-    other_tokenizer: OtherTokenizer | None = None
+    other_tokenizer: Aligner | None = None
 
     def __post_init__(self) -> None:
         Limits(self.max_length, self.on_overlength)  # checks both
@@ -154,16 +156,17 @@ class Collator:
         pairs = [(row.input_ids, row.labels) for _, row in fitting]
         tokens = pad_rows(pairs, self._pad_id, self.pad_to_multiple_of)
         weights = _weights([row for _, row in fitting], tokens["labels"].shape[1])
-        chats = _conversations([row for row, _ in kept])
+        chats, spoken = _conversations([row for row, _ in kept]), [None] * len(kept)
         if self.other_tokenizer is not None:
-            chats = {"chats": [row.get("chat", encoded.chat) for row, encoded in kept]}
+            spoken = [row.get("chat", encoded.chat) for row, encoded in kept]
+            chats = {"chats": spoken}
         batch = Batch(
             labels=tokens.pop("labels"),
             kd_token_weights=weights["tokens"],
             model_inputs=tokens,
             rows=Rows(
                 ids=[str(row.get("row_id", "")) for row, _ in kept],
-                keys=[encoded_row_key(row) for _, row in fitting] if self.row_keys else (),
+                keys=_keys([row for _, row in fitting], spoken) if self.row_keys else (),
                 prompt_lengths=torch.tensor([row.prompt_length for _, row in fitting], dtype=torch.long),
                 ce=torch.tensor([bool(row.get("ce", True)) for row, _ in kept]),
                 kd_weights=weights["rows"],
@@ -176,15 +179,14 @@ class Collator:
                 **chats,
             ),
         )
-        batch = replace(batch, teacher_tokens=self._teacher_tokens([row for _, row in fitting], batch))
+        if self.other_tokenizer is not None:
+            batch = self.other_tokenizer.aligned(batch, [row for _, row in fitting], self.pad_to_multiple_of)
+        else:
+            batch = replace(batch, teacher_tokens=self._teacher_tokens([row for _, row in fitting]))
         return batch if self._model is None else self._with_images(batch, kept, self._model)
 
-    def _teacher_tokens(self, rows: Sequence[EncodedRow], batch: Batch) -> TeacherTokens | None:
+    def _teacher_tokens(self, rows: Sequence[EncodedRow]) -> TeacherTokens | None:
         """The rows as the teacher reads them, where it reads any of them otherwise than the student."""
-        if self.other_tokenizer is not None:
-            names = [batch.rows.name(row) for row in range(len(batch))]
-            aligned = self.other_tokenizer.read(rows, batch.rows.chats, names)
-            return teacher_tokens(aligned, batch.labels.shape[1], None, self.pad_to_multiple_of)
         if not any(row.teacher for row in rows):
             return None
         read = [row.teacher or row for row in rows]
@@ -362,6 +364,10 @@ class Collator:
     def _unsupervised(row: EncodedRow, length: int) -> EncodedRow:
         ids = row.input_ids[:length]
         return row.first_tokens(length, labels=[IGNORE_INDEX] * len(ids), prompt_length=len(ids))
+
+
+def _keys(rows: Sequence[EncodedRow], chats: Sequence[str | None]) -> list[bytes]:
+    return [encoded_row_key(row, chat=chat) for row, chat in zip(rows, chats, strict=True)]
 
 
 def _losses(rows: Sequence[Mapping[str, Any]]) -> Sequence[tuple[Any, float | None]]:

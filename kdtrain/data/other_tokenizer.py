@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from kdtrain.data.batch import Batch, TeacherTokens
+from kdtrain.data.batch import Batch, StudentChunks, TeacherTokens
 from kdtrain.data.byte_alignment import NONE, TokenBytes, align
 from kdtrain.data.chat_template import TemplateOptions
 from kdtrain.data.encoded_row import EncodedRow
@@ -133,6 +133,21 @@ class _Side:
         return _Answer(start, tokens, None)
 
 
+class Aligner(Protocol):
+    """Says which tokens of a batch make up text that those of a teacher with another tokenizer make up as well."""
+
+    def aligned(self, batch: Batch, rows: Sequence[EncodedRow], multiple: int | None) -> Batch:
+        """The batch with its `student_chunks`, and with what else the teacher needs.
+
+        Args:
+            rows: of the batch, perhaps cut.
+            multiple: what lengths are rounded up to.
+
+        Raises:
+            DataError: a row cannot be used.
+        """
+
+
 class OtherTokenizer:
     """Makes the teacher's tokens of rows, and the chunks that both have in common.
 
@@ -164,6 +179,11 @@ class OtherTokenizer:
         self._composes = "NFC" in str(json.loads(self._student.tokenizer.backend_tokenizer.to_str())["normalizer"])
 
     # ---- rows of the data --------------------------------------------------------------------------------------------
+
+    def aligned(self, batch: Batch, rows: Sequence[EncodedRow], multiple: int | None) -> Batch:
+        """See `Aligner.aligned` and `read`."""
+        names = [batch.rows.name(row) for row in range(len(batch))]
+        return with_aligned(batch, self.read(rows, batch.rows.chats, names), multiple)
 
     def read(self, rows: Sequence[EncodedRow], chats: Sequence[str | None], names: Sequence[str]) -> list[AlignedRow]:
         """The rows as both read them.
@@ -286,33 +306,54 @@ class OtherTokenizer:
             self.behind_prompt(prompt, answer, start, chat="messages" in chat)
             for prompt, answer, start, chat in zip(prompts, written, lengths.tolist(), chats, strict=True)
         ]
-        return replace(batch, teacher_tokens=teacher_tokens(rows, batch.labels.shape[1], batch.labels.device))
+        return with_aligned(batch, rows)
 
 
-def teacher_tokens(
-    rows: Sequence[AlignedRow], width: int, device: torch.device | None = None, multiple: int | None = None
-) -> TeacherTokens:
-    """Rows as a batch has them; `width` is T."""
+def with_aligned(batch: Batch, rows: Sequence[AlignedRow], multiple: int | None = None) -> Batch:
+    """A batch with its rows as the teacher reads them, T' rounded up to a `multiple`, and with their chunks."""
+    device = batch.labels.device
+    chunks = student_chunks(
+        [row.student_chunks for row in rows],
+        [(row.aligned_bytes, row.answer_bytes) for row in rows],
+        batch.labels.shape[1],
+        device,
+    )
+    return replace(batch, teacher_tokens=_teacher_tokens(rows, device, multiple), student_chunks=chunks)
+
+
+def student_chunks(
+    chunks: Sequence[Sequence[int]], lengths: Sequence[tuple[int, int]], width: int, device: torch.device
+) -> StudentChunks:
+    """Chunks of rows as a batch has them.
+
+    Args:
+        lengths: aligned bytes of each row's answers, and all their bytes.
+        width: T.
+    """
+    aligned, answers = (torch.tensor(counts, device=device) for counts in zip(*lengths, strict=True))
+    return StudentChunks(numbers=_padded(chunks, width, NONE, device), aligned_bytes=aligned, answer_bytes=answers)
+
+
+def _teacher_tokens(rows: Sequence[AlignedRow], device: torch.device, multiple: int | None) -> TeacherTokens:
     longest = max(len(row.ids) for row in rows)
     longest = -(-longest // multiple) * multiple if multiple else longest
 
-    def padded(values: Sequence[Sequence[int]], to: int, fill: int) -> torch.Tensor:
-        out = torch.full((len(values), to), fill, dtype=torch.long)
-        for i, value in enumerate(values):
-            out[i, : len(value)] = torch.tensor(value[:to], dtype=torch.long)
-        return out.to(device)
-
     labels = [[i if chunk != NONE else NONE for i, chunk in zip(row.ids, row.chunks, strict=True)] for row in rows]
     return TeacherTokens(
-        input_ids=padded([row.ids for row in rows], longest, 0),  # of padding any id will do: the mask hides it
-        attention_mask=padded([[1] * len(row.ids) for row in rows], longest, 0),
-        labels=padded(labels, longest, NONE),
+        # Of padding any id will do: the mask hides it.
+        input_ids=_padded([row.ids for row in rows], longest, 0, device),
+        attention_mask=_padded([[1] * len(row.ids) for row in rows], longest, 0, device),
+        labels=_padded(labels, longest, NONE, device),
         prompt_lengths=torch.tensor([row.prompt_length for row in rows], device=device),
-        chunks=padded([row.chunks for row in rows], longest, NONE),
-        student_chunks=padded([row.student_chunks for row in rows], width, NONE),
-        aligned_bytes=torch.tensor([row.aligned_bytes for row in rows], device=device),
-        answer_bytes=torch.tensor([row.answer_bytes for row in rows], device=device),
+        chunks=_padded([row.chunks for row in rows], longest, NONE, device),
     )
+
+
+def _padded(values: Sequence[Sequence[int]], to: int, fill: int, device: torch.device) -> torch.Tensor:
+    out = torch.full((len(values), to), fill, dtype=torch.long)
+    for i, value in enumerate(values):
+        out[i, : len(value)] = torch.tensor(value[:to], dtype=torch.long)
+    return out.to(device)
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ Shapes: B rows, T positions, N rows of all the batches together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from kdtrain.data.batch import Batch, Rows, TeacherImages, TeacherTokens
+from kdtrain.data.batch import Batch, Rows, StudentChunks, TeacherImages, TeacherTokens
 from kdtrain.data.visual_batch import CannotShareError, Owned, images_left, join_visual
 from kdtrain.host import on_host, send_known
 from kdtrain.losses.reduce import IGNORE_INDEX
@@ -118,6 +118,7 @@ def rows_of(batches: Sequence[Batch], order: Sequence[int], pad_id: int, multipl
         teacher_images=_images([b.teacher_images for b in batches], batches, order) if has_images else None,
         blank_images=_images([b.blank_images for b in batches], batches, order) if has_images else None,
         teacher_tokens=_teacher_tokens(batches, order, pad_id, multiple),
+        student_chunks=_student_chunks(batches, order, multiple),
         generated_by=batches[0].generated_by,
         all_repeated=batches[0].all_repeated,
     )
@@ -230,27 +231,35 @@ def _teacher_tokens(
     as_batches = [Batch(model_inputs=tokens.inputs, labels=tokens.labels) for tokens in read]
     if any(tokens.chunks is not None for tokens in read):
         pad_id = 0  # the student's may be no id of the teacher's
+    chunks = [tokens.chunks for tokens in read if tokens.chunks is not None]
+    if chunks:
+        chunks = [_like_labels([tokens.inputs for tokens in read], chunks, order, multiple)]
     return TeacherTokens(
         **_tokens(as_batches, order, pad_id, multiple),
         prompt_lengths=_tensor([tokens.prompt_lengths for tokens in read], order),
-        **_chunks(batches, read, order, multiple),
+        chunks=chunks[0] if chunks else None,
     )
 
 
-def _chunks(
-    batches: Sequence[Batch], read: Sequence[TeacherTokens], order: Sequence[int], multiple: int | None
-) -> dict[str, Any]:
-    """Of a teacher with another tokenizer; they are padded as the tokens are that they belong to."""
-    if any(tokens.chunks is None or tokens.student_chunks is None for tokens in read):
-        return {}
+def _student_chunks(batches: Sequence[Batch], order: Sequence[int], multiple: int | None) -> StudentChunks | None:
+    chunks = [batch.student_chunks for batch in batches if batch.student_chunks is not None]
+    if not chunks:
+        return None
     texts = [{key: part[key] for key in ("input_ids", "attention_mask")} for part in map(_per_token, batches)]
-    found = dict[str, Any]()
-    for name, inputs in (("student_chunks", texts), ("chunks", [tokens.inputs for tokens in read])):
-        chunks = [getattr(tokens, name) for tokens in read]
-        alike = [Batch(model_inputs=some, labels=own) for some, own in zip(inputs, chunks, strict=True)]
-        found[name] = _tokens(alike, order, 0, multiple)["labels"]
-    by_row = ("aligned_bytes", "answer_bytes")
-    return found | {name: _tensor([getattr(tokens, name) for tokens in read], order) for name in by_row}
+    return StudentChunks(
+        numbers=_like_labels(texts, [one.numbers for one in chunks], order, multiple),
+        aligned_bytes=_chosen([one.aligned_bytes for one in chunks], order),
+        answer_bytes=_chosen([one.answer_bytes for one in chunks], order),
+    )
+
+
+def _like_labels(
+    texts: Sequence[Mapping[str, Any]], values: Sequence[torch.Tensor], order: Sequence[int], multiple: int | None
+) -> torch.Tensor:
+    """Numbers of tokens, −100 without one, padded as the tokens are that they belong to."""
+    alike = [Batch(model_inputs=text, labels=own) for text, own in zip(texts, values, strict=True)]
+    joined: torch.Tensor = _tokens(alike, order, 0, multiple)["labels"]
+    return joined
 
 
 def _as_the_student(batch: Batch) -> TeacherTokens:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kdtrain.data.batch import Batch, Rows, TeacherImages
+from kdtrain.data.batch import Batch, Rows, StudentChunks, TeacherImages
 from kdtrain.data.multimodal import Multimodal, Processed
 from kdtrain.errors import DataError
 from kdtrain.host import on_host
@@ -139,6 +139,9 @@ def cut_rows(batch: Batch, kept: int) -> Batch:
     if tokens is not None:
         first: dict[str, Any] = {name: value if value is None else value[:kept] for name, value in vars(tokens).items()}
         tokens = replace(tokens, **first)
+    chunks = batch.student_chunks
+    if chunks is not None:
+        chunks = StudentChunks(**{name: value[:kept] for name, value in vars(chunks).items()})
     rows: dict[str, Any] = {name: value if value is None else value[:kept] for name, value in vars(batch.rows).items()}
     if batch.rows.prompts is not None:
         rows["prompts"] = tuple(part[:kept] for part in batch.rows.prompts)
@@ -152,6 +155,7 @@ def cut_rows(batch: Batch, kept: int) -> Batch:
         teacher_images=cut_images(batch.teacher_images),
         blank_images=cut_images(batch.blank_images),
         teacher_tokens=tokens,
+        student_chunks=chunks,
     )
 
 

@@ -31,9 +31,7 @@ def require_model(name: str, revision: str | None = None) -> None:
     Raises:
         PreflightError: with the reason, and where the model may be instead.
     """
-    if os.path.isdir(name) or os.path.isabs(name):
-        return
-    if isinstance(try_to_load_from_cache(name, _FILE, revision=revision or "main"), str):
+    if os.path.isabs(name) or is_here(name, revision):
         return
     where = f"The model {name} is not in the cache ({constants.HF_HUB_CACHE})"
     folder = f" If it is a folder, write its path: ./{name}."
@@ -63,6 +61,15 @@ def require_model(name: str, revision: str | None = None) -> None:
             f"{where}, and {constants.ENDPOINT} cannot be reached: {said(error)}. {download} Behind a mirror set "
             f"HF_ENDPOINT.{folder}"
         ) from error
+
+
+def is_here(name: str, revision: str | None = None) -> bool:
+    """Whether a model is a folder, or in the cache of the hub."""
+    if os.path.isdir(name):
+        return True
+    if os.path.isabs(name):
+        return False
+    return isinstance(try_to_load_from_cache(name, _FILE, revision=revision or "main"), str)
 
 
 def _ask(name: str, revision: str | None) -> None:

@@ -26,16 +26,21 @@ class RowsAlignment:
     chunks: int
     student: int
     """Tokens of the student that are in chunks."""
-    teacher: int
-    """Tokens of the teacher that are."""
+    teacher: int | None
+    """Tokens of the teacher that are; None where it is not there, but what it says of the chunks."""
 
     def finding(self) -> Problem:
         message = (
             f"{self.share:.1%} of the answers' bytes are the same text to student and teacher (of the worst of "
-            f"{self.rows} rows {self.worst:.1%}), in chunks of {self.student / max(self.chunks, 1):.2f} tokens of the "
-            f"student and {self.teacher / max(self.chunks, 1):.2f} of the teacher."
+            f"{self.rows} rows {self.worst:.1%}), in chunks of {self.tokens_of_a_chunk()}."
         )
         return Problem(("rlhf", "cross_tokenizer"), message, level="info")
+
+    def tokens_of_a_chunk(self) -> str:
+        """How many tokens a chunk has, in words."""
+        count = max(self.chunks, 1)
+        of_teacher = "" if self.teacher is None else f" and {self.teacher / count:.2f} of the teacher"
+        return f"{self.student / count:.2f} tokens of the student{of_teacher}"
 
 
 def look_at_rows(rows: Any, collator: Any) -> RowsAlignment | None:
@@ -51,22 +56,20 @@ def look_at_rows(rows: Any, collator: Any) -> RowsAlignment | None:
         return None
     count = min(len(rows), LOOKED_AT)
     chosen = [i * len(rows) // count for i in range(count)]
-    shares, chunks, of_student, of_teacher, aligned, total = list[float](), 0, 0, 0, 0, 0
+    shares, chunks, of_student, aligned, total = list[float](), 0, 0, 0, 0
+    of_teacher: int | None = None
     for start in range(0, count, _AT_ONCE):
         batch = collator([rows[i] for i in chosen[start : start + _AT_ONCE]])
-        tokens = batch.teacher_tokens
-        assert tokens is not None
-        assert tokens.aligned_bytes is not None
-        assert tokens.answer_bytes is not None
-        assert tokens.chunks is not None
-        assert tokens.student_chunks is not None
+        own_chunks, tokens = batch.student_chunks, batch.teacher_tokens
+        assert own_chunks is not None
         assert batch.num_chunks is not None
-        for own, whole in zip(tokens.aligned_bytes.tolist(), tokens.answer_bytes.tolist(), strict=True):
+        for own, whole in zip(own_chunks.aligned_bytes.tolist(), own_chunks.answer_bytes.tolist(), strict=True):
             shares += [own / whole] if whole else []
             aligned, total = aligned + own, total + whole
         chunks += int(batch.num_chunks.sum())
-        of_student += int((tokens.student_chunks != IGNORE_INDEX).sum())
-        of_teacher += int((tokens.chunks != IGNORE_INDEX).sum())
+        of_student += int((own_chunks.numbers != IGNORE_INDEX).sum())
+        if tokens is not None and tokens.chunks is not None:
+            of_teacher = (of_teacher or 0) + int((tokens.chunks != IGNORE_INDEX).sum())
     if not shares:
         return None
     return RowsAlignment(len(shares), aligned / total, min(shares), chunks, of_student, of_teacher)

@@ -23,7 +23,7 @@ from kdtrain.config.model_folder import require_sound
 from kdtrain.config.tree import KeyPath, Problem
 from kdtrain.data import BuildReport, Collator, TemplateOptions
 from kdtrain.data.multimodal import image_content
-from kdtrain.data.other_tokenizer import OtherTokenizer
+from kdtrain.data.other_tokenizer import Aligner, OtherTokenizer
 from kdtrain.errors import ConfigError, NotAvailableError
 from kdtrain.models.kinds import sees_images
 from kdtrain.models.parts import freeze_parts
@@ -109,7 +109,7 @@ class TeacherSide(NamedTuple):
     teacher: Teacher | None
     processing: PreTrainedTokenizerBase | ProcessorMixin | None
     shared_vocabulary: int
-    other_tokenizer: OtherTokenizer | None = None
+    other_tokenizer: Aligner | None = None
     """What reads rows as the teacher does, where it has another tokenizer (`rlhf.cross_tokenizer`)."""
     of_each: Mapping[str, TeacherSide] = {}
     """Of several teachers, by name."""
@@ -377,6 +377,8 @@ def teacher_side(
     if (
         isinstance(given, Teacher) and not given.answers_anything
     ):  # its rows were encoded by a tokenizer like the student's
+        if given.aligner is not None:
+            return TeacherSide(given, processing, student_size, given.aligner)
         tokenizer = getattr(processing, "tokenizer", processing)
         return TeacherSide(given, processing, shared_vocabulary(student_size, given.vocab_size, tokenizer, tokenizer))
     own = config.rlhf.teacher.processor_kwargs

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -49,7 +49,8 @@ DEFAULT_ENTRIES = 50
 class Wanted:
     """What the command line says of a cache, beside its config."""
 
-    mode: Mode = "topk"
+    mode: Mode | None = None
+    """None: `chunks` of a teacher with another tokenizer, else `topk`."""
     top_k: int | None = None
     """None: `rlhf.teacher.top_k` of a server, else 50."""
     draws: int = DEFAULT_ENTRIES
@@ -57,14 +58,20 @@ class Wanted:
     verify: int = 0
     """Rows that are computed once more, and compared with what is stored."""
 
+    def of(self, config: RunConfig) -> Wanted:
+        """With the mode that the config asks for, where none is named."""
+        return self if self.mode else replace(self, mode="chunks" if config.options.crosses_tokenizers else "topk")
+
     def entries(self, config: RunConfig) -> int | None:
         """K, or draws."""
         of_teacher = config.rlhf.teacher.top_k if config.rlhf.teacher.is_served else DEFAULT_ENTRIES
-        return {"topk": self.top_k or of_teacher, "sample": self.draws, "hidden": None}[self.mode]
+        return {"topk": self.top_k or of_teacher, "sample": self.draws}.get(self.mode or "")
 
     def identity(self, config: RunConfig) -> dict[str, Any]:
         """As a part of `Manifest.made_from`, under the names of the command line."""
-        option = {"topk": "--top-k", "sample": "--draws", "hidden": "--hidden-dtype"}[self.mode]
+        if self.mode == "chunks":
+            return {"--mode": self.mode}
+        option = {"topk": "--top-k", "sample": "--draws", "hidden": "--hidden-dtype"}[self.mode or ""]
         return {"--mode": self.mode, option: self.entries(config) or self.hidden_dtype}
 
 
@@ -95,6 +102,7 @@ def write_cache(arguments: TrainArguments, folder: Path, wanted: Wanted, reporte
     """Write what is missing of a cache, and verify some of it."""
     started = time.perf_counter()
     config, args = arguments.config, arguments.training_args
+    wanted = wanted.of(config)
     require_cachable(config, wanted)
     with interrupting(kept(folder)), ExitStack() as at_the_end:
         at_the_end.callback(reporter.close)
@@ -125,7 +133,8 @@ def write_cache(arguments: TrainArguments, folder: Path, wanted: Wanted, reporte
             opened = teacher_of_answers = opening()
             here = by_one_rank(lambda: _made_from(config, processing, teacher_of_answers, wanted))
             known |= write_answers_into(folder, config, args, data, opened, here, reporter, at_the_end)
-        plan = plan_rows([data.train, *([] if data.evaluation is None else [data.evaluation])])
+        parts = [data.train, *([] if data.evaluation is None else [data.evaluation])]
+        plan = plan_rows(parts, chats=config.options.crosses_tokenizers)
         if not len(plan):
             raise DataError("No row has a supervised token, and so there is nothing to ask the teacher for.")
         known["rows"] = identified(f"{len(plan):,} rows", plan.identity)
@@ -163,11 +172,7 @@ def require_cachable(config: RunConfig, wanted: Wanted) -> None:
         raise ConfigError("rlhf.teacher.backend is cache: a cache is written by the teacher that it stands in for.")
     if not config.options.lm_kd_active:
         raise ConfigError("rlhf.llm_kd_weight is 0: no targets of a teacher are used, and so none can be cached.")
-    if config.rlhf.cross_tokenizer is not None:
-        raise ConfigError(
-            "rlhf.cross_tokenizer is set, and a cache has targets for the student's own tokens: not available yet. "
-            "Train with the teacher itself."
-        )
+    _require_mode(config, wanted)
     if rlhf.lmbda == 1 or rlhf.seq_kd:
         option = "rlhf.lmbda is 1" if rlhf.lmbda == 1 else "rlhf.seq_kd is true"
         raise ConfigError(
@@ -185,9 +190,28 @@ def require_cachable(config: RunConfig, wanted: Wanted) -> None:
             f"rlhf.teacher.weights is {rlhf.teacher.weights}: this teacher learns with the student, and what it says "
             "now is not what it says later. Only weights: base can be cached."
         )
-    if config.rlhf.teacher.is_served and wanted.mode != "topk":
+    if config.rlhf.teacher.is_served and wanted.mode not in ("topk", "chunks"):
         raise ConfigError(
             f"--mode {wanted.mode} needs the teacher's whole distributions, and a server gives its top k."
+        )
+
+
+def _require_mode(config: RunConfig, wanted: Wanted) -> None:
+    """Refuse a mode for the student's own tokens beside `cross_tokenizer`, and the other way round."""
+    if config.rlhf.cross_tokenizer == "uld":
+        raise ConfigError(
+            "rlhf.cross_tokenizer: uld needs the teacher's distributions at its own tokens, which no cache holds: take "
+            "alm, whose likelihoods of chunks are cached, or train with the teacher itself (rlhf.teacher.backend: hf)."
+        )
+    if config.options.crosses_tokenizers and wanted.mode != "chunks":
+        raise ConfigError(
+            f"--mode {wanted.mode} stores what the teacher says of the student's tokens, and rlhf.cross_tokenizer: alm "
+            "compares chunks of text: leave --mode out, which is then chunks."
+        )
+    if wanted.mode == "chunks" and not config.options.crosses_tokenizers:
+        raise ConfigError(
+            "--mode chunks stores likelihoods of chunks of text, of a teacher with another tokenizer: set "
+            "rlhf.cross_tokenizer: alm, or leave --mode out."
         )
 
 
@@ -243,10 +267,12 @@ class Making:
             "topk": f"the {form.entries} most likely tokens" + (", all of them" if form.exact else ""),
             "sample": f"{form.entries} draws at temperature {form.temperature:g}",
             "hidden": f"hidden states of width {form.hidden_size} as {form.hidden_dtype}, and the head",
+            "chunks": "log-likelihoods of the chunks of text that both models' tokens make up",
         }[form.mode]
+        of = f", of {form.vocab_size:,} tokens" if form.vocab_size else ""
         without = f"; {plan.left_out:,} rows without a supervised token are left out" if plan.left_out else ""
         return {
-            "targets": f"{how}, of {form.vocab_size:,} tokens",
+            "targets": f"{how}{of}",
             "rows": f"{len(plan):,} different ones, {plan.tokens:,} supervised tokens{without}",
             "size": f"about {cache_folder.in_bytes(self.expected_bytes(plan.tokens))}, "
             f"{self.teacher.bytes_per_token:.0f} bytes a token",

@@ -77,6 +77,11 @@ def import_cache(arguments: TrainArguments, source: Path, folder: Path, reporter
     config, args = arguments.config, arguments.training_args
     if under_launcher():
         raise ConfigError("--from reads files and asks no teacher: run it in one process, without accelerate launch.")
+    if config.options.crosses_tokenizers:
+        raise ConfigError(
+            "rlhf.cross_tokenizer is set, and --from reads targets for the student's own tokens. Remove the option, or "
+            "let the teacher write the cache (without --from)."
+        )
     _require_free(folder)
     file = open_import(source)
     with ExitStack() as at_the_end:

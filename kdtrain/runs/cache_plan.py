@@ -69,12 +69,16 @@ class CachePlan:
         return Shard(number, rows, self.keys[within], self.lengths[within])
 
 
-def plan_rows(data: Sequence[datasets.Dataset]) -> CachePlan:
-    """The rows of encoded data sets, each content once, but for those that supervise nothing."""
+def plan_rows(data: Sequence[datasets.Dataset], *, chats: bool = False) -> CachePlan:
+    """The rows of encoded data sets, each content once, but for those that supervise nothing.
+
+    Args:
+        chats: see `row_key`.
+    """
     places, keys, lengths, supervised = [], dict[bytes, None](), [], []
     left_out = 0
     for of, dataset in enumerate(data):
-        columns = zip(row_keys(dataset), _lengths(dataset), _supervised(dataset), strict=True)
+        columns = zip(row_keys(dataset, chats=chats), _lengths(dataset), _supervised(dataset), strict=True)
         for place, (key, length, count) in enumerate(columns):
             left_out += not count
             if count and key not in keys:

@@ -24,7 +24,7 @@ from kdtrain.models.probe import OPTION_OF
 from kdtrain.models.vocabulary import vocabulary_size
 from kdtrain.preflight.alignment import check_alignment, few_rows
 from kdtrain.preflight.findings import report
-from kdtrain.preflight.server import check_server, row_with_image, rows_to_ask_about
+from kdtrain.preflight.server import check_server, row_with_image, rows_for_other, rows_to_ask_about
 from kdtrain.runs.build import TeacherSide, teacher_side
 from kdtrain.runs.cache_plan import CachePlan
 from kdtrain.runs.deep import student_vocabulary
@@ -32,8 +32,9 @@ from kdtrain.runs.read_data import RunData
 from kdtrain.runs.student import load_own_teacher
 from kdtrain.teachers import LocalTeacher, ServedTeacher, Teacher, teacher_autocast
 from kdtrain.teachers.base import DenseTargets, targets_of
-from kdtrain.teachers.cached.store import CacheWriter, Format, HiddenDtype
-from kdtrain.teachers.cached.writing import Asking, stored_targets
+from kdtrain.teachers.cached.shard_file import header_bytes
+from kdtrain.teachers.cached.store import CacheWriter, Format, HiddenDtype, shard_path
+from kdtrain.teachers.cached.writing import Asking, rows_of_targets
 
 if TYPE_CHECKING:
     from kdtrain.runs.cache import Wanted
@@ -108,7 +109,14 @@ def open_teacher(
     _refuse_pieces(accelerator)
     side = _build(config, args, processing)
     opened = OpenTeacher(
-        side, Collator(processing, side.processing, pad_to_multiple_of=args.pad_to_multiple_of), accelerator
+        side,
+        Collator(
+            processing,
+            side.processing,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+            other_tokenizer=side.other_tokenizer,
+        ),
+        accelerator,
     )
     teacher = opened.teacher
     at_the_end.callback(teacher.close)
@@ -168,10 +176,11 @@ def _build(config: RunConfig, args: GKDConfig, processing: PreTrainedTokenizerBa
 
 def _ask_server(config: RunConfig, data: RunData, teacher: ServedTeacher, collator: Collator) -> None:
     """Find out what the server really does, before it is asked for all rows."""
+    other = collator.other_tokenizer is not None
     check_server(
         teacher,
-        rows_to_ask_about(data.train),
-        collator.processing_class,
+        rows_for_other(data.train, collator) if other else rows_to_ask_about(data.train),
+        collator.teacher_processing_class if other else collator.processing_class,
         scores=True,
         writes=config.answers_from_teacher,
         tokens=data.report.total_tokens,
@@ -200,6 +209,8 @@ def _of_alignment(teacher: Teacher, batch: Batch, option: Any) -> Sequence[Any]:
 def _form(config: RunConfig, teacher: Teacher, batch: Batch, wanted: Wanted, shared: int) -> tuple[Format, Head | None]:
     """How its targets will be stored, and its head where that is stored."""
     entries = wanted.entries(config)
+    if wanted.mode == "chunks":
+        return Format("chunks", 0), None
     if wanted.mode == "topk":
         k = min(entries or 1, shared)
         return Format("topk", shared, entries=k, exact=k == shared), None
@@ -223,14 +234,11 @@ def _bytes_per_token(teacher: Teacher, batch: Batch, form: Format) -> float:
     """What a token takes on the disk, by storing a few rows."""
     counts = batch.predicts_BT.sum(1).tolist()
     keys = [number.to_bytes(16, "little") for number in range(len(counts))]
-    stored = stored_targets(targets_of(teacher, batch), form, keys, counts)
-    rows, start = [], 0
-    for count in counts:
-        rows.append(stored[start : start + count])
-        start += count
+    rows = rows_of_targets(targets_of(teacher, batch), batch, form, keys)
     with tempfile.TemporaryDirectory() as folder:
         CacheWriter(Path(folder), form).write_shard(0, keys, rows)
-        return sum(path.stat().st_size for path in Path(folder).iterdir()) / max(sum(counts), 1)
+        path = shard_path(Path(folder), 0)  # the header of a few rows would count too much
+        return (path.stat().st_size - header_bytes(path)) / max(sum(counts), 1)
 
 
 def _ahead(teacher: Teacher, batch_size: int) -> int:

@@ -43,7 +43,7 @@ def verify(folder: Path, plan: CachePlan, teacher: CacheTeacher, rows: int) -> V
         key = plan.keys[number]
         with torch.no_grad(), teacher_autocast(teacher.accelerator):
             fresh = teacher.asking.rows(teacher.asking.collate([number]), [key])[0]
-        stored = reader.read([key])
+        stored = reader.read_chunks([key])[0] if form.mode == "chunks" else reader.read([key])
         difference = largest_difference(fresh, stored)
         if difference > allowed:
             raise DataError(

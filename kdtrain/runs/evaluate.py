@@ -149,13 +149,19 @@ def _for_evaluation(run: TrainedRun) -> RunConfig:
 
 
 def _in_own_tokens(config: RunConfig) -> RunConfig:
-    """A teacher with another tokenizer is measured in its own tokens, see `InOwnTokens`; one on a server is not."""
+    """A teacher with another tokenizer is measured in its own tokens, see `InOwnTokens`; not on a server or stored."""
     rlhf = config.rlhf
     if rlhf.cross_tokenizer is None:
         return config
     alone: dict[str, Any] = {"cross_tokenizer": None}
     if rlhf.teacher.is_served:
         logger.warning("The teacher is not measured: it has another tokenizer, and is on a server.")
+        alone["llm_kd_weight"] = 0.0
+    elif rlhf.teacher.backend == "cache":
+        logger.warning(
+            "The teacher is not measured: the cache has what it says of chunks of text, and of no token. "
+            "rlhf.teacher.backend=hf measures the model itself."
+        )
         alone["llm_kd_weight"] = 0.0
     return config.model_copy(update={"rlhf": rlhf.model_copy(update=alone)})
 

@@ -90,7 +90,8 @@ def check_rows(
 
 def _missing(teacher: CachedTeacher, rows: datasets.Dataset) -> Iterator[str]:
     """The ids of rows that have supervised tokens and are not in the cache."""
-    unknown = [row for row, key in enumerate(row_keys(rows)) if key not in teacher.reader]
+    keys = row_keys(rows, chats=teacher.aligner is not None)
+    unknown = [row for row, key in enumerate(keys) if key not in teacher.reader]
     columns = rows.select(unknown).select_columns(["labels", "row_id"]).with_format("numpy")
     for some in columns.iter(1000):
         for labels, name in zip(some["labels"], some["row_id"], strict=True):

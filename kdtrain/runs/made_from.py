@@ -15,6 +15,9 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from kdtrain.config import RunConfig
 from kdtrain.config.adapters import adapter_base, is_adapter_folder
 from kdtrain.data.multimodal import image_content, reads_images, tokenizer_content
+from kdtrain.errors import PreflightError
+from kdtrain.models.hub import is_here
+from kdtrain.models.processing import load_tokenizer
 from kdtrain.teachers.cached.manifest import identified
 
 NONE = "none"
@@ -66,9 +69,7 @@ def _of_text(config: RunConfig, processing: Any) -> dict[str, Callable[[], Any]]
     data, tokenizer = config.data, getattr(processing, "tokenizer", processing)
     cut = data.max_length if data.on_overlength == "truncate" else NONE
     return {
-        "tokenizer": lambda: identified(
-            f"{type(tokenizer).__name__} of {len(tokenizer):,} tokens", _hash(tokenizer_content(tokenizer))
-        ),
+        "tokenizer": lambda: _tokenizer(tokenizer),
         "chat template": lambda: _template(processing.chat_template or tokenizer.chat_template),
         "image processor": lambda: (
             identified(type(processing.image_processor).__name__, _hash(image_content(processing)))
@@ -112,17 +113,40 @@ def _of_teacher(config: RunConfig, dtype: str | None) -> dict[str, Callable[[], 
         "rlhf.teacher.weights": lambda: options.weights,
     }
     loaded: dict[str, Callable[[], Any]] = {DTYPE: lambda: dtype or (said if said != "auto" else None)}
+    # Of a teacher with another tokenizer, which its server does not name.
+    of_tokens: dict[str, Callable[[], Any]] = {
+        "tokenizer of the teacher (rlhf.teacher_model)": lambda: _of_tokenizer(config, _tokenizer),
+        "chat template of the teacher (rlhf.teacher_model)": lambda: _of_tokenizer(
+            config, lambda own: _template(own.chat_template)
+        ),
+    }
     return {
-        "hf": {**of_model, **loaded},
-        "vllm": of_server,
-        "openai": of_server,
+        "hf": {**of_model, **of_tokens, **loaded},
+        "vllm": {**of_server, **of_tokens},
+        "openai": {**of_server, **of_tokens},
         "self": {**of_self, **loaded},
-        "cache": {**of_model, **of_server, **of_self, **loaded},
+        "cache": {**of_model, **of_tokens, **of_server, **of_self, **loaded},
     }[backend]
+
+
+def _of_tokenizer(config: RunConfig, fact: Callable[[Any], Any]) -> Any:
+    """A fact of the tokenizer of a teacher that has another one; None where it is not on this machine."""
+    name, revision = config.rlhf.teacher_model, config.rlhf.teacher.revision
+    if name is None or not config.options.crosses_tokenizers or not is_here(name, revision):
+        return None
+    try:
+        return fact(load_tokenizer(name, trust_remote_code=config.model.trust_remote_code, revision=revision))
+    except PreflightError:
+        return None
 
 
 def _compared(init_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in init_kwargs.items() if name not in _NOT_COMPARED}
+
+
+def _tokenizer(tokenizer: Any) -> dict[str, str]:
+    name = f"{type(tokenizer).__name__} of {len(tokenizer):,} tokens"
+    return identified(name, _hash(tokenizer_content(tokenizer)))
 
 
 def _template(template: str | None) -> Any:

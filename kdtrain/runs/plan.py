@@ -78,6 +78,7 @@ def _describe_one(teacher: Teacher, config: RunConfig) -> str:
             "topk": f"the {form.entries} most likely tokens",
             "sample": f"{form.entries} draws at temperature {form.temperature:g}",
             "hidden": f"hidden states, {form.hidden_dtype}",
+            "chunks": "log-likelihoods of chunks of text",
         }
         return f"the cache {teacher.folder}: {what[form.mode]}; no model is loaded"
     if isinstance(teacher, SelfTeacher):
@@ -111,8 +112,7 @@ def _describe_alignment(trainer: GKDTrainerWithMetrics) -> str:
         return "two, no answer of the first rows is in both"
     return (
         f"two: {found.share:.1%} of the answers' bytes aligned (of the worst row {found.worst:.1%}), {found.chunks:,} "
-        f"chunks of {found.student / found.chunks:.2f} tokens of the student and {found.teacher / found.chunks:.2f} of "
-        f"the teacher, in {found.rows:,} rows"
+        f"chunks of {found.tokens_of_a_chunk()}, in {found.rows:,} rows"
     )
 
 

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from kdtrain.data.batch import Batch
+from kdtrain.data.other_tokenizer import Aligner
 from kdtrain.losses.head import Head
 from kdtrain.losses.mixture import Mixed, MixedHeads, MixedTopK, mix_logits
 from kdtrain.losses.other_tokenizer import ChunkTargets
@@ -90,8 +91,8 @@ class Targets:
     """[S] bool: the batch's supervised tokens that the distributions are for; None is all of them. The others have
     cross-entropy only, and count in D like all."""
     chunks: ChunkTargets | UldTargets | None = None
-    """Of a teacher with another tokenizer, what takes part in the loss: `scores` are of its own tokens of the text. See
-    other_tokenizer.py."""
+    """Of a teacher with another tokenizer, what takes part in the loss: `scores` are of its own tokens of the text, or
+    name no token (K = 0) where this alone is stored. See other_tokenizer.py."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,9 @@ class Teacher(ABC):
     """Whether `wait`, `targets` and `write` wait for answers, and count that in `waited_s`; it is then logged."""
     waited_s: float = 0.0
     """Seconds that they have waited for answers that were not there yet, since the teacher was made."""
+    aligner: Aligner | None = None
+    """Of one whose targets are stored log-likelihoods of chunks (`rlhf.cross_tokenizer: alm`): what says which tokens
+    of a batch make up each, the collator's `other_tokenizer`."""
     drawn_at: float | None = None
     """The `kd_temperature` that its targets were drawn at, where they are `SampledTargets`."""
 

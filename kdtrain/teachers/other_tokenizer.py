@@ -5,6 +5,7 @@ Shapes: B rows, T positions of the student, S supervised tokens of the student, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -23,6 +24,11 @@ from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.losses.uld import UldTargets
 from kdtrain.teachers.base import DenseTargets, Scores, Targets
 
+_NO_CHUNKS = (
+    "rlhf.cross_tokenizer needs batches that say which tokens of student and teacher belong together: let "
+    "kdtrain.data.Collator make them, with an `other_tokenizer`."
+)
+
 _NO_TERM = TileOptions(kd_weight=0, ce_weight=1, beta=0, temperature=1, divergence="jsd", tail="bucket")
 
 
@@ -32,22 +38,20 @@ def chunk_targets(targets: Targets, batch: Batch, method: Literal["alm", "uld"] 
     Args:
         method: see `rlhf.cross_tokenizer`.
         targets: of the teacher's own supervised tokens, `batch.as_teacher_sees_it().labels_S`: distributions, or the
-            log-probabilities of these tokens alone.
+            log-probabilities of these tokens alone. Of stored ones the chunks are known already.
 
     Raises:
         DataError: the batch does not say which tokens make up a chunk.
         TeacherError: the log-probability of a token is not known.
     """
-    tokens = batch.teacher_tokens
-    if tokens is None or tokens.chunks is None or tokens.student_chunks is None:
-        raise DataError(
-            "rlhf.cross_tokenizer needs batches that say which tokens of student and teacher belong together: let "
-            "kdtrain.data.Collator make them, with an `other_tokenizer`."
-        )
-    seen, width = batch.as_teacher_sees_it(), batch.labels.shape[1]
-    own_S, device = _slots(tokens.student_chunks, batch.predicts_BT, width), batch.labels.device
-    slots_S = send(own_S, device)
-    of_teacher, count, scores = _slots(tokens.chunks, seen.predicts_BT, width), len(batch) * width, targets.scores
+    if targets.chunks is not None:
+        return targets
+    tokens, own, scores = batch.teacher_tokens, batch.student_chunks, targets.scores
+    if tokens is None or tokens.chunks is None or own is None:
+        raise DataError(_NO_CHUNKS)
+    seen, width, device = batch.as_teacher_sees_it(), batch.labels.shape[1], batch.labels.device
+    own_S, of_teacher = _slots(own.numbers, batch.predicts_BT, width), _slots(tokens.chunks, seen.predicts_BT, width)
+    slots_S, count = send(own_S, device), len(batch) * width
     if method == "uld":
         if not isinstance(scores, DenseTargets | torch.Tensor):
             raise TeacherError("rlhf.cross_tokenizer: uld needs a teacher's distributions over its whole vocabulary.")
@@ -61,6 +65,29 @@ def chunk_targets(targets: Targets, batch: Batch, method: Literal["alm", "uld"] 
     logprobs = _label_logprobs(scores, seen.labels_S)
     found = send(sums_of_slots(logprobs, send(of_teacher, logprobs.device), count), device)
     return Targets(scores, chunks=ChunkTargets(slots_S, found))
+
+
+def targets_of_chunks(values: torch.Tensor, counts: Sequence[int], batch: Batch) -> ChunkTargets:
+    """What is stored of the chunks of a batch, as the loss takes it.
+
+    Args:
+        values: log-likelihoods of the chunks of all rows with supervised tokens, in their order; nats.
+        counts: how many chunks each of these rows has.
+
+    Raises:
+        DataError: the batch does not say which tokens make up a chunk.
+        TeacherError: the batch has other chunks.
+    """
+    chunks, width, device = batch.student_chunks, batch.labels.shape[1], batch.labels.device
+    if chunks is None or batch.num_chunks is None:
+        raise DataError(_NO_CHUNKS)
+    supervises_B, counts_R = batch.predicts_BT.any(1), torch.tensor(counts, dtype=torch.long)
+    if not torch.equal(batch.num_chunks[supervises_B], counts_R):
+        raise TeacherError("Targets are stored for other chunks of text than those of the batch.")
+    starts_R = supervises_B.nonzero()[:, 0] * width - (counts_R.cumsum(0) - counts_R)
+    found = values.new_zeros(len(batch) * width)
+    found[starts_R.repeat_interleave(counts_R) + torch.arange(len(values))] = values
+    return ChunkTargets(send(_slots(chunks.numbers, batch.predicts_BT, width), device), send(found, device))
 
 
 def _slots(chunks_BT: torch.Tensor, predicts_BT: torch.Tensor, width: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from kdtrain.config.options import DistillationOptions
 from kdtrain.data.batch import Batch
+from kdtrain.data.other_tokenizer import OtherTokenizer
 from kdtrain.data.regroup import dealt_by_length, rows_of
 from kdtrain.data.stand_in import as_run
 from kdtrain.generation.asking import answered_by
@@ -193,6 +194,7 @@ def _answered(
         batch = replace(batch, teacher_tokens=None)
     batch = with_completions(batch, written, config.pad_token_id, trainer.args.pad_to_multiple_of, cut=cut)
     if other is not None:
+        assert isinstance(other, OtherTokenizer), "a cache has no targets for answers that do not exist yet"
         batch = other.with_completions(batch, prompts, written)
     return replace(batch, generated_by=side)
 

@@ -172,16 +172,23 @@ def check_several_teachers(trainer: GKDTrainerWithMetrics) -> None:
 
 def _check_other_tokenizer(trainer: GKDTrainerWithMetrics, options: DistillationOptions) -> None:
     """Refuse what a teacher with another tokenizer cannot do, and batches that do not say what belongs together."""
+    teacher = trainer.teacher
+    is_stored = teacher is not None and teacher.aligner is not None
     if not options.crosses_tokenizers:
+        if is_stored and options.lm_kd_active:
+            raise ConfigError(
+                "The teacher is a cache of likelihoods of chunks of text (mode chunks): set cross_tokenizer to alm."
+            )
         if trainer.other_tokenizer is not None and options.lm_kd_active:
             raise ConfigError("cross_tokenizer cannot be switched off while training: the teacher's tokens are others.")
         return
-    teacher = trainer.teacher
-    if teacher is not None and (teacher.is_student or not teacher.answers_anything):
+    if teacher is not None and (teacher.is_student or not (teacher.answers_anything or is_stored)):
         raise ConfigError(
-            "cross_tokenizer is for a teacher with another tokenizer, which the student itself is not and a cache has "
-            "no targets of: pass the teacher's model."
+            "cross_tokenizer is for a teacher with another tokenizer, and neither the student itself nor a cache of "
+            "targets for its tokens is one: pass the teacher's model, or a cache of mode chunks."
         )
+    if is_stored and options.cross_tokenizer == "uld":
+        raise ConfigError("cross_tokenizer uld needs distributions, and the cache has likelihoods of chunks: take alm.")
     if trainer.other_tokenizer is None:
         raise ConfigError(
             "cross_tokenizer needs batches that say which tokens of student and teacher belong together: pass "

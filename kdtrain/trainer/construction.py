@@ -23,7 +23,7 @@ from kdtrain.data import TemplateOptions
 from kdtrain.data.batch import Batch, forward_names
 from kdtrain.data.collate import Collator
 from kdtrain.data.kd_weights import WEIGHT
-from kdtrain.data.other_tokenizer import OtherTokenizer
+from kdtrain.data.other_tokenizer import Aligner, OtherTokenizer
 from kdtrain.data.with_images import first_batch_with_images
 from kdtrain.errors import ConfigError, NotAvailableError, PreflightError
 from kdtrain.feature_kd.hidden import HiddenTerm
@@ -248,7 +248,7 @@ def default_collator(
     crosses = teacher is not None and DistillationOptions.from_args(args).crosses_tokenizers
     collator = Collator(
         processing_class,
-        other_tokenizer=_other_tokenizer(processing_class, teacher, args) if crosses else None,
+        other_tokenizer=_aligner(processing_class, teacher, args) if crosses else None,
         max_length=args.max_length,
         on_overlength=getattr(args, "on_overlength", "truncate"),
         template=TemplateOptions(**getattr(args, "chats", {})),
@@ -264,8 +264,11 @@ def default_collator(
     return functools.partial(_formatted, collator, formatting_func)
 
 
-def _other_tokenizer(processing_class: Any, teacher: Any, args: GKDConfig) -> OtherTokenizer:
-    """By the tokenizer that is saved with the teacher."""
+def _aligner(processing_class: Any, teacher: Any, args: GKDConfig) -> Aligner:
+    """The teacher's own, or by the tokenizer that is saved with it."""
+    if teacher.aligner is not None:
+        known: Aligner = teacher.aligner
+        return known
     name = getattr(getattr(teacher.module, "config", None), "_name_or_path", "")
     tokenizer = _tokenizer_or_none(name)
     if tokenizer is None:

@@ -60,7 +60,8 @@ def look_at_losses(trainer: GKDTrainerWithMetrics) -> None:
         with own_random_state(trainer.args.device):  # a user's collator, and some models, draw
             batch = _few_rows(trainer)
             targets = None if batch is None else _targets(trainer, batch)
-            if batch is not None and targets is not None:
+            of_chunks = isinstance(targets, Targets) and targets.chunks is not None  # which are of no single token
+            if batch is not None and targets is not None and not of_chunks:
                 with together.check():
                     _check_alignment(trainer, batch, targets)
             with together.check():

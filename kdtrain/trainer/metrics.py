@@ -121,10 +121,10 @@ def record(metrics: Mapping[str, list[torch.Tensor]], terms: Terms, batch: Batch
         metrics["num_teacher_tokens"].append(tokens.num_teacher_tokens)
         metrics["num_agree"].append(tokens.num_agree)
     if (chunks_B := batch.num_chunks) is not None and "llm_kd_loss" in terms.named:
-        assert batch.teacher_tokens is not None
+        assert batch.student_chunks is not None
         metrics["llm_kd_loss_weight"][-1] = chunks_B.sum()  # in place of tokens, of an evaluation's mean
         for name in ("aligned_bytes", "answer_bytes"):
-            metrics[name].append(getattr(batch.teacher_tokens, name).sum())
+            metrics[name].append(getattr(batch.student_chunks, name).sum())
     for name, values in terms.of_teachers.items():
         for key, value in zip(_OF_TEACHER, values, strict=True):
             metrics[key.format(name)].append(value)

@@ -412,11 +412,12 @@ def _needs_logits(scores: Scores, device: torch.device) -> bool:
 def weighted_chunks(batch: Batch) -> torch.Tensor:
     """Chunks of a batch with a token of weight above 0: what the divergence from a teacher with another tokenizer is
     divided by, in place of tokens. A scalar on the CPU."""
-    tokens, weights_BT, chunks_B = batch.teacher_tokens, batch.kd_weights_BT, batch.num_chunks
+    chunks, weights_BT, chunks_B = batch.student_chunks, batch.kd_weights_BT, batch.num_chunks
+    assert chunks is not None
     assert chunks_B is not None
-    if weights_BT is None or tokens is None or tokens.student_chunks is None:
+    if weights_BT is None:
         return chunks_B.sum()
-    chunks_BT = next_token_labels(on_host(tokens.student_chunks))
+    chunks_BT = next_token_labels(on_host(chunks.numbers))
     count = chunks_BT.numel()
     first_B1 = torch.arange(len(chunks_BT))[:, None] * chunks_BT.shape[1]
     counted_BT = (chunks_BT != IGNORE_INDEX) & (weights_BT > 0)

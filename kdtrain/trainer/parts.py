@@ -65,6 +65,8 @@ class PartSums(FusedLoss):
 def row_losses(batch: Batch, options: DistillationOptions) -> list[RowLoss]:
     """How each row is compared: as its source says, and answers of the student as `on_policy` says, before that."""
     base = RowLoss(options.divergence, options.beta)
+    if options.crosses_tokenizers:  # which compares all of them in one way
+        return [base] * len(batch)
     of_rows = batch.rows.losses or [(None, None)] * len(batch)
     found = [_with(base, *own) for own in of_rows]
     if batch.generated_by == "student":

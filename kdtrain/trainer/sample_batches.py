@@ -144,8 +144,10 @@ def _only(batch: Batch, rows: Sequence[int], own: Sequence[int], asked: Asked | 
 def _masked(batch: Batch, trains_B1: torch.Tensor) -> Batch:
     tokens = batch.teacher_tokens
     if tokens is not None:
-        names = ("labels", "chunks", "student_chunks")
-        kept = {name: value for name in names if (value := getattr(tokens, name)) is not None}
+        kept = {name: value for name in ("labels", "chunks") if (value := getattr(tokens, name)) is not None}
         tokens = replace(tokens, **{name: one.masked_fill(~trains_B1, IGNORE_INDEX) for name, one in kept.items()})
+    chunks = batch.student_chunks
+    if chunks is not None:
+        chunks = replace(chunks, numbers=chunks.numbers.masked_fill(~trains_B1, IGNORE_INDEX))
     labels = batch.labels.masked_fill(~trains_B1, IGNORE_INDEX)
-    return replace(batch, labels=labels, teacher_tokens=tokens)
+    return replace(batch, labels=labels, teacher_tokens=tokens, student_chunks=chunks)

@@ -61,7 +61,7 @@ from kdtrain.data.batch import Batch, received
 from kdtrain.data.collate import Collator
 from kdtrain.data.epochs import Epochs
 from kdtrain.data.errors import said
-from kdtrain.data.other_tokenizer import OtherTokenizer
+from kdtrain.data.other_tokenizer import Aligner
 from kdtrain.data.stand_in import as_run
 from kdtrain.disk import as_other_files, failure_of
 from kdtrain.errors import CheckpointError
@@ -305,9 +305,9 @@ class GKDTrainerWithMetrics(GKDTrainer):
         return self._objective.feature_terms
 
     @property
-    def other_tokenizer(self) -> OtherTokenizer | None:
+    def other_tokenizer(self) -> Aligner | None:
         """What reads rows as a teacher with another tokenizer does, where there is one."""
-        found: OtherTokenizer | None = getattr(self.data_collator, "other_tokenizer", None)
+        found: Aligner | None = getattr(self.data_collator, "other_tokenizer", None)
         return found
 
     @property

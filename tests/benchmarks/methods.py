@@ -25,7 +25,7 @@ import torch
 
 from kdtrain.config.hidden_kd import HiddenKdConfig
 from kdtrain.config.options import TokenSelection
-from kdtrain.data.batch import Batch, TeacherTokens, received
+from kdtrain.data.batch import Batch, StudentChunks, TeacherTokens, received
 from kdtrain.teachers import DenseTargets, LocalTeacher, Targets, Teacher
 from kdtrain.teachers.base import MixedTargets
 from tests.benchmarks.machine import describe_machine
@@ -140,10 +140,11 @@ def make_batch(case: StepCase, way: Way) -> Batch:
     chunks = chunks.clamp(min=-1).where(chunks >= 0, IGNORE_INDEX).expand(case.rows, -1).contiguous()
     some = torch.full((case.rows,), case.length)
     tokens = TeacherTokens(
-        input_ids=ids.flip(0), attention_mask=torch.ones_like(ids), chunks=chunks, student_chunks=chunks,
-        labels=ids.flip(0).where(labels != IGNORE_INDEX, IGNORE_INDEX), aligned_bytes=some, answer_bytes=some,
+        input_ids=ids.flip(0), attention_mask=torch.ones_like(ids), chunks=chunks,
+        labels=ids.flip(0).where(labels != IGNORE_INDEX, IGNORE_INDEX),
     )  # fmt: skip
-    return dataclasses.replace(batch, teacher_tokens=tokens)
+    own = StudentChunks(numbers=chunks, aligned_bytes=some, answer_bytes=some)
+    return dataclasses.replace(batch, teacher_tokens=tokens, student_chunks=own)
 
 
 def make_steps(case: StepCase, names: list[str]) -> dict[str, Callable[[], float]]:

@@ -35,7 +35,9 @@ def cache(
     config: ConfigFile,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the cache; must be given.")] = None,
-    mode: Annotated[str, typer.Option(help="topk, sample or hidden.")] = "topk",
+    mode: Annotated[
+        str | None, typer.Option(help="topk (default), sample or hidden; with rlhf.cross_tokenizer chunks.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Of topk: 50, or a server's top_k.")] = None,
     draws: Annotated[int | None, typer.Option(min=1, help="Of sample: 50.")] = None,
     hidden_dtype: Annotated[str | None, typer.Option(help="Of hidden: auto, or int8 (half the size).")] = None,
@@ -61,30 +63,33 @@ def cache(
     if out is None:
         raise ConfigError("--out DIR is missing: the folder that the cache is written into.")
     wanted = {"mode": mode, "top_k": top_k, "draws": draws, "hidden_dtype": hidden_dtype, "verify": verify}
-    _check_cache_options(wanted, imported=source is not None)
+    default_mode = "chunks" if run_config.options.crosses_tokenizers else "topk"
+    _check_cache_options(wanted, default_mode, imported=source is not None)
     run_config = _for_cache(run_config)
     if not no_launch and source is None:
         launch_if_wanted(run_config, quiet)
     _cache_here(run_config, out, source or wanted, quiet, log_format)
 
 
-def _check_cache_options(wanted: Mapping[str, Any], *, imported: bool) -> None:
+def _check_cache_options(wanted: Mapping[str, Any], default_mode: str, *, imported: bool) -> None:
     """Refuse values that there are not, and options of another mode or of a teacher that is not asked."""
     for name, default in _OF_TEACHER.items() if imported else ():
         if wanted[name] != default:
             raise ConfigError(f"--{name.replace('_', '-')} has no effect with --from: the file has what it has.")
-    for name, choices in (("mode", ("topk", "sample", "hidden")), ("hidden_dtype", (None, "auto", "int8"))):
+    for name, choices in (("mode", (None, *_MODES)), ("hidden_dtype", (None, "auto", "int8"))):
         if wanted[name] not in choices:
             named = ", ".join(filter(None, choices))
             raise ConfigError(f"--{name.replace('_', '-')} is one of {named}, got {wanted[name]!r}.")
     for name, mode in (("top_k", "topk"), ("draws", "sample"), ("hidden_dtype", "hidden")):
-        if wanted[name] is not None and wanted["mode"] != mode:
+        if wanted[name] is not None and (wanted["mode"] or default_mode) != mode:
             raise ConfigError(
-                f"--{name.replace('_', '-')} is an option of --mode {mode}, not of --mode {wanted['mode']}."
+                f"--{name.replace('_', '-')} is an option of --mode {mode}, not of --mode "
+                f"{wanted['mode'] or default_mode}."
             )
 
 
-_OF_TEACHER = {"mode": "topk", "top_k": None, "draws": None, "hidden_dtype": None, "verify": 0}
+_MODES = ("topk", "sample", "hidden", "chunks")
+_OF_TEACHER = {"mode": None, "top_k": None, "draws": None, "hidden_dtype": None, "verify": 0}
 
 
 def _for_cache(config: RunConfig) -> RunConfig:

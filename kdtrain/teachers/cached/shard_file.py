@@ -144,6 +144,12 @@ def safetensors_header(said: Mapping[str, str], tensors: Mapping[str, tuple[str,
     return len(text).to_bytes(8, "little") + text
 
 
+def header_bytes(path: Path) -> int:
+    """Bytes in front of the index of a shard, which do not grow with its rows."""
+    with open(path, "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
 def read_index(path: Path) -> Index:
     """The header and the index of a shard, checked.
 

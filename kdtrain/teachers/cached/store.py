@@ -29,7 +29,8 @@ from kdtrain.losses.head import Head
 from kdtrain.losses.sampled import SampledTargets
 from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.teachers.base import DenseTargets
-from kdtrain.teachers.cached import bits, hidden_format, sample_format, topk_format
+from kdtrain.teachers.cached import bits, chunk_format, hidden_format, sample_format, topk_format
+from kdtrain.teachers.cached.chunk_format import RowChunks
 from kdtrain.teachers.cached.head_file import read_head_file, write_head_file
 from kdtrain.teachers.cached.shard_file import Encoded, Index, damaged, read_index, write_shard_file
 
@@ -37,9 +38,9 @@ HEAD = "head.safetensors"
 # Shards that are mapped at a time: each holds a file open, of which a process may have few.
 _MAPPED = 8
 
-Mode = Literal["topk", "sample", "hidden"]
+Mode = Literal["topk", "sample", "hidden", "chunks"]
 HiddenDtype = Literal["float32", "bfloat16", "float16", "int8"]
-RowTargets = TopKLogprobs | SampledTargets | torch.Tensor
+RowTargets = TopKLogprobs | SampledTargets | RowChunks | torch.Tensor
 """Of the S supervised tokens of one row; a plain tensor is hidden states [S, H]."""
 
 
@@ -49,7 +50,7 @@ class Format:
 
     mode: Mode
     vocab_size: int
-    """V: logit columns of the teacher."""
+    """V: logit columns of the teacher. Of `chunks` 0: they are text."""
     entries: int | None = None
     """Of `topk`: K. Of `sample`: draws at each position."""
     exact: bool = False
@@ -97,7 +98,7 @@ class CacheWriter:
         Raises:
             OSError: the disk is full, or read-only; nothing is left of the shard then.
         """
-        counts = [len(row) if isinstance(row, torch.Tensor) else len(row.indices) for row in rows]
+        counts = [len(row.indices) if isinstance(row, TopKLogprobs | SampledTargets) else len(row) for row in rows]
         encoded = _encode(self.form, rows)
         about = {"form": asdict(self.form), **encoded.about}
         write_shard_file(shard_path(self.folder, number), about, keys, counts, encoded.rows, encoded.shared)
@@ -129,8 +130,20 @@ class CacheReader:
                 f"{folder} has a row twice, in two of its shards: files of two caches lie there. Write the cache anew "
                 "into an empty folder."
             )
+        self._map_anew()
+
+    def _map_anew(self) -> None:
         self._mapped: OrderedDict[int, np.ndarray] = OrderedDict()
         self._mapping = threading.Lock()
+
+    # A copy, and what a worker of a data loader is sent, maps files for itself.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_mapped", "_mapping")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._map_anew()
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
@@ -144,12 +157,13 @@ class CacheReader:
         return [int(self._shards[shard].counts[row]) for shard, row in map(self._places.__getitem__, keys)]
 
     def read(self, keys: Sequence[bytes]) -> TopKLogprobs | SampledTargets | DenseTargets:
-        """The targets of rows, one behind the other.
+        """The targets of rows, one behind the other; of mode `chunks` see `read_chunks`.
 
         Raises:
             KeyError: a row is not there.
             DataError: its data are damaged.
         """
+        assert self.form.mode != "chunks"
         counts = np.array(self.counts(keys), np.int64)
         starts = np.cumsum(counts) - counts
         groups = self._groups(keys)
@@ -163,6 +177,16 @@ class CacheReader:
             return SampledTargets(*parts)
         assert self.head is not None
         return DenseTargets(parts[0], self.head)
+
+    def read_chunks(self, keys: Sequence[bytes]) -> list[RowChunks]:
+        """Of mode `chunks` the targets of each row.
+
+        Raises: as `read`.
+        """
+        counts = self.counts(keys)
+        return [
+            chunk_format.decode(self._row(*self._places[key]), count) for key, count in zip(keys, counts, strict=True)
+        ]
 
     def _groups(self, keys: Sequence[bytes]) -> list[tuple[Index, list[int]]]:
         """Which of the rows are decoded in the same way, and by the index of which shard."""
@@ -215,6 +239,8 @@ def _encode(form: Format, rows: Sequence[RowTargets]) -> Encoded:
     if form.mode == "hidden":
         assert form.hidden_dtype is not None
         return hidden_format.encode(cast(Sequence[torch.Tensor], rows), form.hidden_dtype)
+    if form.mode == "chunks":
+        return chunk_format.encode(cast(Sequence[RowChunks], rows))
     assert form.entries is not None
     if form.mode == "sample":
         return sample_format.encode(cast(Sequence[SampledTargets], rows), form.vocab_size, form.entries)

@@ -21,7 +21,10 @@ from kdtrain.errors import DataError, PreflightError, TeacherError
 from kdtrain.losses.sampled import SampledTargets, SparseTargets
 from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.teachers.base import DenseTargets, Targets, Teacher
+from kdtrain.teachers.cached.aligned import NO_KEYS, StoredChunks
+from kdtrain.teachers.cached.chunk_format import RowChunks
 from kdtrain.teachers.cached.store import CacheReader
+from kdtrain.teachers.other_tokenizer import targets_of_chunks
 
 
 class CachedTeacher(Teacher):
@@ -29,6 +32,8 @@ class CachedTeacher(Teacher):
 
     Rows are found by what is in them (`batch.rows.keys`, of `Collator(…, row_keys=True)`), so that they get their own
     targets however they are shuffled, mixed or resumed. A thread reads them, up to `lookahead` windows ahead.
+
+    One of mode `chunks` (`rlhf.cross_tokenizer: alm`) also gives the collator its `other_tokenizer`: `aligner`.
 
     Args:
         folder: of the cache.
@@ -46,6 +51,7 @@ class CachedTeacher(Teacher):
         form = self.reader.form
         self.vocab_size = form.vocab_size
         self.drawn_at = form.temperature if form.mode == "sample" else None
+        self.aligner = StoredChunks(self.reader) if form.mode == "chunks" else None
         self._head = None if self.reader.head is None else self.reader.head.first_columns(form.vocab_size)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kdtrain-cache")
         self._windows: deque[_Window] = deque()
@@ -93,6 +99,8 @@ class CachedTeacher(Teacher):
         window.remove(read)
         if not window:
             self._windows.remove(window)
+        if isinstance(scores, list):
+            return _of_chunks(scores, batch)
         if isinstance(scores, DenseTargets):
             return Targets(DenseTargets(scores.hidden.to(batch.labels.device), self._head or scores.head))
         return Targets(scores.to(batch.labels.device))
@@ -126,6 +134,8 @@ class CachedTeacher(Teacher):
         """The targets of some rows; in the thread."""
         try:
             self._check(rows)
+            if self.reader.form.mode == "chunks":
+                return self.reader.read_chunks(rows.keys)
             return self.reader.read(rows.keys) if rows.keys else self._none()
         except DataError as error:
             raise TeacherError(str(error)) from error
@@ -156,7 +166,7 @@ class CachedTeacher(Teacher):
                 )
 
 
-Scores = SparseTargets | DenseTargets
+Scores = SparseTargets | DenseTargets | list[RowChunks]
 _Read = tuple[tuple[bytes, ...], "Future[Scores]"]
 """The keys of a batch's rows, and where its targets will be."""
 _Window = list[_Read]
@@ -173,6 +183,14 @@ class _Supervised:
     """Supervised tokens of each row."""
 
 
+def _of_chunks(rows: Sequence[RowChunks], batch: Batch) -> Targets:
+    """Of no token the teacher's distribution is known."""
+    count, device = len(batch.labels_S), batch.labels.device
+    nothing = TopKLogprobs(torch.zeros(count, 0, dtype=torch.int64), torch.zeros(count, 0)).to(device)
+    values = torch.cat([row.logprobs for row in rows]) if rows else torch.zeros(0)
+    return Targets(nothing, chunks=targets_of_chunks(values, [len(row.logprobs) for row in rows], batch))
+
+
 def _supervised(batch: Batch) -> _Supervised:
     if batch.generated_by is not None:
         raise TeacherError(
@@ -180,10 +198,7 @@ def _supervised(batch: Batch) -> _Supervised:
             "rlhf.seq_kd: false."
         )
     if len(batch.rows.keys) != len(batch):
-        raise PreflightError(
-            "Batches have no keys of their rows, by which a cache finds their targets: use "
-            "kdtrain.data.Collator(processing_class, row_keys=True) as data_collator."
-        )
+        raise PreflightError(NO_KEYS)
     counts = batch.predicts_BT.sum(1).tolist()
     rows = [row for row, count in enumerate(counts) if count]
     return _Supervised(

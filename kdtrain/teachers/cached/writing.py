@@ -18,15 +18,24 @@ from torch import nn
 
 from kdtrain.data.batch import Batch
 from kdtrain.errors import NonFiniteError, TeacherError
+from kdtrain.host import on_host
 from kdtrain.losses.gemm import one_dtype
 from kdtrain.losses.mixture import MixedTopK
+from kdtrain.losses.other_tokenizer import ChunkTargets
+from kdtrain.losses.reduce import next_token_labels
 from kdtrain.losses.sampled import SampledTargets
 from kdtrain.losses.sizes import chunk_sizes, default_chunk
 from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.losses.workspace import workspace
 from kdtrain.teachers.base import DenseTargets, MixedTargets, Targets, Teacher, targets_of
+from kdtrain.teachers.cached.chunk_format import RowChunks
 from kdtrain.teachers.cached.store import Format, RowTargets
+from kdtrain.teachers.other_tokenizer import chunk_targets
 
+_NOT_FINITE = (
+    "The teacher's predictions are NaN or infinite, and were not stored. Load it in float32 or bfloat16 "
+    "(rlhf.teacher.dtype), or look at its weights."
+)
 _VALUES_IN_CACHE = 1 << 20
 _BLOCK = 64  # tokens whose probabilities are summed up together before something is drawn
 
@@ -81,11 +90,7 @@ class Asking:
 
     def rows(self, batch: Batch, keys: Sequence[bytes]) -> list[RowTargets]:
         """The targets of each row of a batch, on the CPU, in the form in which they are stored but for rounding."""
-        targets = targets_of(self.teacher, batch)
-        counts = batch.predicts_BT.sum(1).tolist()
-        stored = stored_targets(targets, self.form, keys, counts)
-        ends = np.cumsum(counts).tolist()
-        return [stored[end - count : end] for count, end in zip(counts, ends, strict=True)]
+        return rows_of_targets(targets_of(self.teacher, batch), batch, self.form, keys)
 
     def _prepared(self, batches: Sequence[tuple[Shard, list[int]]]) -> Iterator[tuple[Shard, list[int], Batch]]:
         waiting: deque[tuple[Shard, list[int], Batch]] = deque()
@@ -96,6 +101,35 @@ class Asking:
             if len(waiting) > self.ahead:
                 yield waiting.popleft()
         yield from waiting
+
+
+def rows_of_targets(targets: Targets, batch: Batch, form: Format, keys: Sequence[bytes]) -> list[RowTargets]:
+    """The targets of each row of a batch; see `stored_targets`."""
+    if form.mode == "chunks":
+        return _chunks(targets, batch)
+    counts = batch.predicts_BT.sum(1).tolist()
+    stored = stored_targets(targets, form, keys, counts)
+    assert not isinstance(stored, RowChunks)
+    ends = np.cumsum(counts).tolist()
+    return [stored[end - count : end] for count, end in zip(counts, ends, strict=True)]
+
+
+def _chunks(targets: Targets, batch: Batch) -> list[RowTargets]:
+    """Of each row the likelihoods of its chunks, and which tokens make up each."""
+    found, own, counts_B = chunk_targets(targets, batch, "alm").chunks, batch.student_chunks, batch.num_chunks
+    assert isinstance(found, ChunkTargets)
+    assert own is not None
+    assert counts_B is not None
+    logprobs_BT = found.logprobs.reshape(batch.labels.shape).float().cpu()
+    numbers_BT = next_token_labels(on_host(own.numbers))
+    if bool(logprobs_BT.isnan().any()):
+        raise NonFiniteError(_NOT_FINITE)
+    rows: list[RowTargets] = []
+    for row, (count, *lengths) in enumerate(
+        zip(counts_B.tolist(), own.aligned_bytes.tolist(), own.answer_bytes.tolist(), strict=True)
+    ):
+        rows.append(RowChunks(numbers_BT[row][batch.predicts_BT[row]], logprobs_BT[row, :count].clone(), *lengths))
+    return rows
 
 
 def stored_targets(targets: Targets, form: Format, keys: Sequence[bytes], counts: Sequence[int]) -> RowTargets:
@@ -236,7 +270,4 @@ def _uniforms(keys: Sequence[bytes], counts: Sequence[int], draws: int) -> torch
 
 def _check_finite(values: torch.Tensor) -> None:
     if not bool(torch.isfinite(values).all()):
-        raise NonFiniteError(
-            "The teacher's predictions are NaN or infinite, and were not stored. Load it in float32 or bfloat16 "
-            "(rlhf.teacher.dtype), or look at its weights."
-        )
+        raise NonFiniteError(_NOT_FINITE)
