@@ -86,7 +86,7 @@ def test_quiet_and_json(kdtrain):
     ("arguments", "message"),
     [
         ([], "--out DIR is missing"),
-        (["--out", "c", "--mode", "dense"], "--mode is one of topk, sample, hidden, got 'dense'"),
+        (["--out", "c", "--mode", "dense"], "--mode is one of topk, sample, hidden, chunks, got 'dense'"),
         (["--out", "c", "--mode", "hidden", "--hidden-dtype", "int4"], "--hidden-dtype is one of auto, int8"),
         (["--out", "c", "--draws", "3"], "--draws is an option of --mode sample"),
         (["--out", "c", "--mode", "sample", "--top-k", "3"], "--top-k is an option of --mode topk"),

@@ -14,6 +14,7 @@ from tests.test_config_rules import config, errors, warnings
 
 TOPK = {"mode": "topk", "vocab_size": 320, "entries": 50, "temperature": 1.0}
 SAMPLE = {**TOPK, "mode": "sample", "temperature": 2.0}
+CHUNKS = {**TOPK, "mode": "chunks", "vocab_size": 0, "entries": None}
 HIDDEN = {**TOPK, "mode": "hidden", "entries": None}
 
 
@@ -188,3 +189,17 @@ def test_tokens_of_drawn_targets_are_chosen_by_the_student_alone(folder: Path) -
     assert warnings(cached(folder, **drawn, rlhf__token_selection={"by": "student_entropy"})) == []
     write(folder, HIDDEN)
     assert warnings(cached(folder, rlhf__token_selection={"by": "disagreement"})) == []
+
+
+def test_a_cache_of_chunks_is_for_a_teacher_with_another_tokenizer_and_no_other_is(folder: Path) -> None:
+    found = errors(cached(folder, rlhf__cross_tokenizer="alm"))
+    assert "(mode topk), and rlhf.cross_tokenizer compares chunks of text" in found["rlhf.teacher.path"]
+    write(folder, CHUNKS)
+    assert "must be alm: the cache has likelihoods of chunks" in errors(cached(folder))["rlhf.cross_tokenizer"]
+    assert warnings(cached(folder, rlhf__cross_tokenizer="alm")) == []
+    del (alone := cached(folder, rlhf__cross_tokenizer="alm"))["rlhf"]["teacher_model"]
+    assert warnings(alone) == []
+    assert errors(cached(folder, rlhf__llm_kd_weight=0)) == {}
+    (tail,) = warnings(cached(folder, rlhf__cross_tokenizer="alm", rlhf__teacher={
+        "backend": "cache", "path": str(folder), "tail": "renormalize"}))  # fmt: skip
+    assert "mode chunks, which leaves nothing out" in tail.message

@@ -7,10 +7,10 @@ from tests.test_config_rules import config, errors, warnings
 ALM = {"rlhf__cross_tokenizer": "alm"}
 SERVED = {"backend": "vllm", "base_url": "http://127.0.0.1:1/v1", "model": "t"}
 REFUSED = {
-    "a cache": (
-        {"rlhf__teacher": {"backend": "cache"}, "rlhf__lmbda": 0},
+    "uld and a cache": (
+        {"rlhf__teacher": {"backend": "cache"}, "rlhf__lmbda": 0, "rlhf__cross_tokenizer": "uld"},
         "rlhf.cross_tokenizer",
-        "not available yet with a cache",
+        "a cache has likelihoods of chunks | use alm",
     ),
     "itself": (
         {"rlhf__teacher": {"backend": "self", "weights": "ema"}},
