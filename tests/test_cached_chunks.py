@@ -102,7 +102,8 @@ def _on_ranks(folder):
 def test_rows_with_the_same_tokens_and_other_conversations_have_their_own_targets(tmp_path):
     """A template may leave out what the teacher reads."""
     (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]))
-    (row,) = build_dataset([Source(str(tmp_path / "a.jsonl"))], tiny.make_tokenizer(), keep_chats=True)[0]
+    options = {"max_length": 64, "on_overlength": "error", "train_on": "assistant", "keep_chats": True}
+    (row,) = build_dataset([Source(str(tmp_path / "a.jsonl"))], tiny.make_tokenizer(), **options)[0]
     other = {**row, "chat": row["chat"].replace("What is", "Who was")}
     rows = datasets.Dataset.from_list([row, other])
     assert len(set(row_keys(rows))) == 1
