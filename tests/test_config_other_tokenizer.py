@@ -62,6 +62,8 @@ def test_options_of_distributions_have_no_effect_and_are_named_once():
     assert "the same goes for beta, kd_temperature" in warning.message
     (tail,) = warnings(config(**ALM, rlhf__teacher={**SERVED, "tail": "renormalize", "top_k": 5}))
     assert (tail.path, "the same goes for top_k" in tail.message) == ("rlhf.teacher.tail", True)
+    (own,) = warnings(config(**ALM, data__train={"path": "a.jsonl", "divergence": "tvd", "beta": 0.1}))
+    assert own.message.startswith("has no effect: rlhf.cross_tokenizer compares likelihoods of text (the same goes for")
     assert not warnings(config(**ALM))
 
 

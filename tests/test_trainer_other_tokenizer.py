@@ -211,3 +211,9 @@ def test_batches_that_do_not_say_what_belongs_together_are_refused(tmp_path):
         trainer.compute_loss(trainer.model, Collator(own)(ROWS[:2]))
     with pytest.raises(ConfigError, match="the teacher's tokenizer, and none is saved"):
         make_trainer(tmp_path, None, LocalTeacher(tiny.make_qwen3()).module, ROWS, cross_tokenizer="alm")
+
+
+def test_what_a_source_says_of_divergences_has_no_effect_either(tmp_path):
+    rows = [{**row, "kd_divergence": kind} for row, kind in zip(ROWS, ["tvd", None] * 4, strict=True)]
+    found, expected = weights_after(tmp_path / "a", 1, rows=rows), weights_after(tmp_path / "b", 1)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)

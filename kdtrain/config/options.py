@@ -180,7 +180,8 @@ class LossAndSampling(Section):
     """For a teacher with another tokenizer, which reads the student's answers as text behind its own chat template.
     `alm`: the likelihoods of chunks of text that tokens of both make up are compared, in place of distributions over
     tokens, so that divergence, beta and kd_temperature have no effect; `uld`: the sorted probabilities at the last
-    token of each chunk, without what they are of (hf teachers; for comparison). null: one tokenizer for both."""
+    token of each chunk, without what they are of (hf teachers; for comparison). null: one tokenizer for both. With a
+    cache (`alm`) the teacher's tokenizer need not be there."""
     lmbda: Share = 0.5
     """Share of batches whose completions the student generates itself."""
     seq_kd: Flag = False

@@ -461,6 +461,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
             "rlhf.divergence",
             "rlhf.kd_temperature",
             "rlhf.token_selection",
+            "rlhf.cross_tokenizer",
         ),
     ),
     (
@@ -490,7 +491,13 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
         ),
     ),
     (several_teachers, (*_KD_SWITCHES, "rlhf.teachers", "rlhf.mix", "rlhf.seq_kd", "rlhf.token_weights")),
-    (losses_of_rows, (*_KD_SWITCHES, "rlhf.divergence", "rlhf.beta", "rlhf.on_policy", "rlhf.lmbda", "rlhf.eval_kd")),
+    (
+        losses_of_rows,
+        (
+            *(*_KD_SWITCHES, "rlhf.divergence", "rlhf.beta", "rlhf.on_policy", "rlhf.lmbda", "rlhf.eval_kd"),
+            "rlhf.cross_tokenizer",
+        ),
+    ),
     (idle_selection, ("rlhf.llm_kd_weight", "rlhf.lmbda", "rlhf.samples_per_prompt", "rlhf.select")),
     (commented_regex, ()),
     (rows_in_lines, ("data.packing", "data.padding_free", "custom.visual_kd", "training.neftune_noise_alpha")),

@@ -227,10 +227,13 @@ def losses_of_rows(config: RunConfig, written: Written) -> Iterator[Problem]:
     """`divergence` and `beta` of sources and of `rlhf.on_policy`, where nothing is compared by them."""
     rlhf, own = config.rlhf, config.rlhf.on_policy
     names = ["divergence", "beta"]
-    if not config.options.lm_kd_active:
+    compares = config.options.lm_kd_active and not config.options.crosses_tokenizers
+    if not compares:
+        zero = not config.options.lm_kd_active
+        reason = "rlhf.llm_kd_weight is 0" if zero else "rlhf.cross_tokenizer compares likelihoods of text"
         for path, _ in _sources(config):
-            yield from written.idle(names, "rlhf.llm_kd_weight is 0", *path)
-        yield from written.idle(names, "rlhf.llm_kd_weight is 0", "rlhf", "on_policy")
+            yield from written.idle(names, reason, *path)
+        yield from written.idle(names, reason, "rlhf", "on_policy")
         return
     if rlhf.lmbda == 0:
         yield from written.idle(names, "rlhf.lmbda is 0, the student writes no answers", "rlhf", "on_policy")
