@@ -35,9 +35,7 @@ def cache(
     config: ConfigFile,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the cache; must be given.")] = None,
-    mode: Annotated[
-        str | None, typer.Option(help="topk (default), sample or hidden; with rlhf.cross_tokenizer chunks.")
-    ] = None,
+    mode: Annotated[str | None, typer.Option(help="topk (default), sample, hidden; for alm chunks.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Of topk: 50, or a server's top_k.")] = None,
     draws: Annotated[int | None, typer.Option(min=1, help="Of sample: 50.")] = None,
     hidden_dtype: Annotated[str | None, typer.Option(help="Of hidden: auto, or int8 (half the size).")] = None,
