@@ -234,6 +234,19 @@ def test_a_stopped_one_goes_on_to_the_same_files(two):
     assert files(two / "cache") == expected
 
 
+def test_all_rows_are_looked_at_before_the_teacher_is_asked(two):
+    """Without a row that cannot be used it would be another cache, and what was written of it in vain."""
+    other = tiny_other.byte_level()
+    written = "('Nothing of it, not a word' if '1' in m.content[:2] and m.role == 'assistant' else m.content)"
+    other.chat_template = tiny_other.TEMPLATE.replace("m.content", written)
+    other.save_pretrained(two / "teacher")
+    with pytest.raises(DataError, match=r"\d+ of 48 rows cannot be compared with this teacher:\nrow 0:1: ") as caught:
+        write(two)
+    assert "\nrow 0:10: " in str(caught.value)
+    assert " more" in str(caught.value).splitlines()[-1]
+    assert not (two / "cache").exists()
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 

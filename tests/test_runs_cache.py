@@ -24,8 +24,9 @@ from kdtrain.errors import TeacherError as NoAnswer
 from kdtrain.models.processing import load_processing
 from kdtrain.runs import cache
 from kdtrain.runs.build import Given
-from kdtrain.runs.cache import Wanted, write_cache
+from kdtrain.runs.cache import write_cache
 from kdtrain.runs.cache_folder import lock
+from kdtrain.runs.cache_options import Wanted
 from kdtrain.runs.cache_plan import plan_rows
 from kdtrain.runs.read_data import read_data
 from kdtrain.teachers.cached.manifest import Manifest

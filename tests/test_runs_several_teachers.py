@@ -12,7 +12,7 @@ from kdtrain.config import ConfigLoader
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.models.processing import load_processing
 from kdtrain.runs.build import Given
-from kdtrain.runs.cache import require_cachable
+from kdtrain.runs.cache_options import require_cachable
 from kdtrain.runs.read_data import read_data
 from tests import tiny
 from tests.stub_server import StubServer

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from kdtrain.config.tree import Problem
 from kdtrain.data.collate import Collator
+from kdtrain.errors import DataError
 from kdtrain.losses.reduce import IGNORE_INDEX
 
 LOOKED_AT = 256
@@ -41,6 +44,25 @@ class RowsAlignment:
         count = max(self.chunks, 1)
         of_teacher = "" if self.teacher is None else f" and {self.teacher / count:.2f} of the teacher"
         return f"{self.student / count:.2f} tokens of the student{of_teacher}"
+
+
+def unaligned_rows(rows: Iterable[Any], collator: Collator) -> list[str]:
+    """What is wrong with rows that the teacher's template cannot render, or of which less than half is aligned."""
+    found, left = list[str](), iter(rows)
+    while some := list(islice(left, _AT_ONCE)):
+        try:
+            collator(some)
+        except DataError:
+            found += filter(None, (_problem(row, collator) for row in some))
+    return found
+
+
+def _problem(row: Any, collator: Collator) -> str | None:
+    try:
+        collator([row])
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def look_at_rows(rows: Any, collator: Any) -> RowsAlignment | None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -22,7 +22,7 @@ from trl.experimental.gkd import GKDConfig
 
 from kdtrain import __version__
 from kdtrain.config import RunConfig, TrainArguments
-from kdtrain.errors import ConfigError, DataError, NonFiniteError, PreflightError, TeacherError
+from kdtrain.errors import DataError, NonFiniteError, PreflightError, TeacherError
 from kdtrain.memory import is_out_of_memory, peak
 from kdtrain.models.processing import load_processing
 from kdtrain.preflight.server import by_one_rank
@@ -30,6 +30,7 @@ from kdtrain.ranks import is_main
 from kdtrain.runs import cache_folder
 from kdtrain.runs.build import Given, Reporter
 from kdtrain.runs.cache_answers import answers_of_cache, write_answers_into
+from kdtrain.runs.cache_options import Wanted, require_cachable
 from kdtrain.runs.cache_plan import CachePlan, plan_rows
 from kdtrain.runs.cache_teacher import CacheTeacher, OpenTeacher, cache_teacher, open_teacher
 from kdtrain.runs.cache_verify import Verified, verify
@@ -39,40 +40,8 @@ from kdtrain.runs.read_data import read_data
 from kdtrain.runs.signals import interrupting
 from kdtrain.teachers import teacher_autocast
 from kdtrain.teachers.cached.manifest import Manifest, identified
-from kdtrain.teachers.cached.store import CacheWriter, Mode
+from kdtrain.teachers.cached.store import CacheWriter
 from kdtrain.teachers.cached.writing import Shard
-
-DEFAULT_ENTRIES = 50
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the command line says of a cache, beside its config."""
-
-    mode: Mode | None = None
-    """None: `chunks` of a teacher with another tokenizer, else `topk`."""
-    top_k: int | None = None
-    """None: `rlhf.teacher.top_k` of a server, else 50."""
-    draws: int = DEFAULT_ENTRIES
-    hidden_dtype: Literal["auto", "int8"] = "auto"
-    verify: int = 0
-    """Rows that are computed once more, and compared with what is stored."""
-
-    def of(self, config: RunConfig) -> Wanted:
-        """With the mode that the config asks for, where none is named."""
-        return self if self.mode else replace(self, mode="chunks" if config.options.crosses_tokenizers else "topk")
-
-    def entries(self, config: RunConfig) -> int | None:
-        """K, or draws."""
-        of_teacher = config.rlhf.teacher.top_k if config.rlhf.teacher.is_served else DEFAULT_ENTRIES
-        return {"topk": self.top_k or of_teacher, "sample": self.draws}.get(self.mode or "")
-
-    def identity(self, config: RunConfig) -> dict[str, Any]:
-        """As a part of `Manifest.made_from`, under the names of the command line."""
-        if self.mode == "chunks":
-            return {"--mode": self.mode}
-        option = {"topk": "--top-k", "sample": "--draws", "hidden": "--hidden-dtype"}[self.mode or ""]
-        return {"--mode": self.mode, option: self.entries(config) or self.hidden_dtype}
 
 
 @dataclass(frozen=True)
@@ -153,66 +122,6 @@ def write_cache(arguments: TrainArguments, folder: Path, wanted: Wanted, reporte
             written = 0 if made.manifest.complete else made.write()
             verified = verify(folder, plan, teacher, wanted.verify) if wanted.verify and is_main() else None
     return _result(folder, plan, started, written, verified)
-
-
-def require_cachable(config: RunConfig, wanted: Wanted) -> None:
-    """Refuse what has no targets that could be written once.
-
-    Raises:
-        ConfigError: which option stands against it.
-    """
-    rlhf, backend = config.rlhf, config.rlhf.teacher.backend
-    if rlhf.teachers:
-        raise ConfigError(
-            "rlhf.teachers has several, and a cache is of one: write one for each by a config that names it alone "
-            "(rlhf.teacher_model or rlhf.teacher, and data.train with its rows), and then give each its cache here "
-            "(rlhf.teachers: {NAME: {backend: cache, path: DIR}})."
-        )
-    if backend == "cache":
-        raise ConfigError("rlhf.teacher.backend is cache: a cache is written by the teacher that it stands in for.")
-    if not config.options.lm_kd_active:
-        raise ConfigError("rlhf.llm_kd_weight is 0: no targets of a teacher are used, and so none can be cached.")
-    _require_mode(config, wanted)
-    if rlhf.lmbda == 1 or rlhf.seq_kd:
-        option = "rlhf.lmbda is 1" if rlhf.lmbda == 1 else "rlhf.seq_kd is true"
-        raise ConfigError(
-            f"{option}: answers are generated while training, and there is nothing that could be cached before. Set "
-            "rlhf.lmbda: 0 and rlhf.seq_kd: false to train on the data's answers, or on the teacher's that are written "
-            "once (answers: teacher in a data source)."
-        )
-    for name in ("visual_kd", "hidden_kd"):
-        if getattr(config.options, name) is not None:
-            raise ConfigError(
-                f"custom.{name} compares features of a teacher that runs, and a cache has none: disable it."
-            )
-    if backend == "self" and rlhf.teacher.weights != "base":
-        raise ConfigError(
-            f"rlhf.teacher.weights is {rlhf.teacher.weights}: this teacher learns with the student, and what it says "
-            "now is not what it says later. Only weights: base can be cached."
-        )
-    if config.rlhf.teacher.is_served and wanted.mode not in ("topk", "chunks"):
-        raise ConfigError(
-            f"--mode {wanted.mode} needs the teacher's whole distributions, and a server gives its top k."
-        )
-
-
-def _require_mode(config: RunConfig, wanted: Wanted) -> None:
-    """Refuse a mode for the student's own tokens beside `cross_tokenizer`, and the other way round."""
-    if config.rlhf.cross_tokenizer == "uld":
-        raise ConfigError(
-            "rlhf.cross_tokenizer: uld needs the teacher's distributions at its own tokens, which no cache holds: take "
-            "alm, whose likelihoods of chunks are cached, or train with the teacher itself (rlhf.teacher.backend: hf)."
-        )
-    if config.options.crosses_tokenizers and wanted.mode != "chunks":
-        raise ConfigError(
-            f"--mode {wanted.mode} stores what the teacher says of the student's tokens, and rlhf.cross_tokenizer: alm "
-            "compares chunks of text: leave --mode out, which is then chunks."
-        )
-    if wanted.mode == "chunks" and not config.options.crosses_tokenizers:
-        raise ConfigError(
-            "--mode chunks stores likelihoods of chunks of text, of a teacher with another tokenizer: set "
-            "rlhf.cross_tokenizer: alm, or leave --mode out."
-        )
 
 
 def _made_from(config: RunConfig, processing: Any, teacher: OpenTeacher, wanted: Wanted) -> dict[str, Any]:

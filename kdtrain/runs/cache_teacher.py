@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,12 +19,13 @@ from kdtrain.config import RunConfig
 from kdtrain.config.model_folder import require_sound
 from kdtrain.data import Collator
 from kdtrain.data.batch import Batch
-from kdtrain.errors import PreflightError, TeacherError
+from kdtrain.errors import DataError, PreflightError, TeacherError
 from kdtrain.losses.head import Head
 from kdtrain.models.probe import OPTION_OF
 from kdtrain.models.vocabulary import vocabulary_size
 from kdtrain.preflight.alignment import check_alignment, few_rows
 from kdtrain.preflight.findings import report
+from kdtrain.preflight.other_tokenizer import look_at_rows, unaligned_rows
 from kdtrain.preflight.server import check_server, row_with_image, rows_for_other, rows_to_ask_about
 from kdtrain.runs.build import TeacherSide, teacher_side
 from kdtrain.runs.cache_plan import CachePlan
@@ -35,9 +37,15 @@ from kdtrain.teachers.base import DenseTargets, targets_of
 from kdtrain.teachers.cached.shard_file import header_bytes
 from kdtrain.teachers.cached.store import CacheWriter, Format, HiddenDtype, shard_path
 from kdtrain.teachers.cached.writing import Asking, rows_of_targets
+from kdtrain.trainer.teacher_failures import row_errors_on_all_ranks
 
 if TYPE_CHECKING:
-    from kdtrain.runs.cache import Wanted
+    from kdtrain.runs.cache_options import Wanted
+
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,11 @@ def cache_teacher(
         PreflightError: it cannot do what is wanted of it.
     """
     teacher, collator, accelerator = opened.teacher, opened.collator, opened.accelerator
+    if collator.other_tokenizer is not None:
+        with row_errors_on_all_ranks(accelerator):
+            _check_text(plan, collator, accelerator)
+        looked = look_at_rows(data.train, collator)
+        report([] if looked is None else [looked.finding()])
     batch = few_rows(data.train, collator, args.per_device_eval_batch_size)
     if batch is None:
         batch = collator([plan.row(0)])
@@ -152,6 +165,17 @@ def cache_teacher(
 
     asking = Asking(teacher, collate, form, size_of_batch, _ahead(teacher, size_of_batch))
     return CacheTeacher(asking, head, size, accelerator)
+
+
+def _check_text(plan: CachePlan, collator: Collator, accelerator: Accelerator) -> None:
+    """Whether all rows are the same text to both models: without a row that is not, it is another cache."""
+    if accelerator.is_main_process:
+        logger.info("Reading %s rows by both tokenizers, before the teacher is asked.", f"{len(plan):,}")
+    own = range(accelerator.process_index, len(plan), accelerator.num_processes)
+    if wrong := unaligned_rows(map(plan.row, own), collator):
+        more = f"\nand {len(wrong) - _SHOWN:,} more" if len(wrong) > _SHOWN else ""
+        listed = "\n".join(wrong[:_SHOWN])
+        raise DataError(f"{len(wrong):,} of {len(own):,} rows cannot be compared with this teacher:\n{listed}{more}")
 
 
 def _refuse_pieces(accelerator: Accelerator) -> None:

@@ -103,8 +103,9 @@ def _cache_here(config: RunConfig, out: Path, wanted: Mapping[str, Any] | Path, 
     console = console_for(quiet, log_format)
     from kdtrain.cli.progress import CacheProgress, describe_cache
     from kdtrain.config.arguments import build_train_arguments
-    from kdtrain.runs.cache import Wanted, write_cache
+    from kdtrain.runs.cache import write_cache
     from kdtrain.runs.cache_import import import_cache
+    from kdtrain.runs.cache_options import Wanted
 
     if is_main():
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
