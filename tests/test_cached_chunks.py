@@ -356,6 +356,11 @@ def test_evaluation_after_it_measures_the_student_and_not_the_teacher(two, comma
     models = json.loads((two / "run" / "evaluation.json").read_text())["models"]
     assert models["teacher"] is None
     assert models["after"]["ce"] > 0
+    assert "taught by a cache, alm, cross-entropy" in (two / "run" / "report.html").read_text()
+    code, _, err = command("export", str(two / "run"), str(two / "out"))
+    assert code == 0, err
+    card = (two / "out" / "README.md").read_text()
+    assert "- Loss: 50 × `alm` from the teacher, which has another tokenizer, and 0.3 × cross-entropy." in card
 
 
 # ---- the format ------------------------------------------------------------------------------------------------------

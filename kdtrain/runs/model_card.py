@@ -155,8 +155,10 @@ def _method(run: TrainedRun) -> Iterator[str]:
     config, rlhf = run.config, run.config.rlhf
     if config.options.lm_kd_active:
         ce = f", and {rlhf.sft_alpha:g} × cross-entropy" if rlhf.sft_alpha else ""
-        numbers = config.options.loss_numbers
-        yield f"Loss: {rlhf.llm_kd_weight:g} × `{rlhf.divergence}` ({numbers}) from the teacher{ce}."
+        what = f"`{rlhf.divergence}` ({config.options.loss_numbers}) from the teacher"
+        if config.options.crosses_tokenizers:
+            what = f"`{rlhf.cross_tokenizer}` from the teacher, which has another tokenizer"
+        yield f"Loss: {rlhf.llm_kd_weight:g} × {what}{ce}."
         yield (
             f"On the student's own answers in {rlhf.lmbda:.0%} of the steps."
             if rlhf.lmbda

@@ -45,7 +45,8 @@ def subtitle(run: RunRecord) -> str:
         teacher = f"{'the mean of ' if run.option('rlhf.mix') else ''}{', '.join(map(str, several))}"
     parts = [f"{student}, taught by {teacher}"]
     if weight != 0:
-        parts.append(_loss(run.option("rlhf.divergence"), run.option("rlhf.beta")))
+        crossing = run.option("rlhf.cross_tokenizer")
+        parts.append(clean(crossing) if crossing else _loss(run.option("rlhf.divergence"), run.option("rlhf.beta")))
     parts += [{"visual_kd": "visual features", "hidden_kd": "hidden states"}[name] for name in features]
     if alpha:
         parts.append(f"cross-entropy × {alpha}")
