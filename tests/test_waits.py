@@ -21,10 +21,12 @@ from transformers import TrainerCallback
 from kdtrain.config.options import TokenSelection
 from kdtrain.losses import TopKLogprobs
 from kdtrain.losses.sampled import SampledTargets
-from kdtrain.teachers import LocalTeacher, MixedTeacher, RoutedTeacher, SelfTeacher, Targets, Teacher
+from kdtrain.teachers import CachedTeacher, LocalTeacher, MixedTeacher, RoutedTeacher, SelfTeacher, Targets, Teacher
 from tests import card, tiny, tiny_families
+from tests.test_cached_chunks import stored
 from tests.test_invariance import models_and_rows
 from tests.test_trainer import ROWS, make_trainer
+from tests.test_trainer_other_tokenizer import ROWS as OTHER_ROWS
 from tests.test_trainer_other_tokenizer import other_trainer
 
 ONCE = "kdtrain/trainer/guard.py"
@@ -136,6 +138,9 @@ KINDS: dict[str, Any] = {
         extra={"peft_config": tiny.lora_config(rank=2, alpha=4, dropout=0.0)}, **o
     ),
     "another tokenizer, alm": lambda at, **o: other_trainer(at, **o),
+    "another tokenizer, from a cache": lambda at, **o: text(
+        at, by=CachedTeacher(stored(at / "cache")), rows=OTHER_ROWS, cross_tokenizer="alm", **o
+    ),
     "another tokenizer, uld": lambda at, **o: other_trainer(at, cross_tokenizer="uld", **o),
     "images, llava": lambda at, **o: visual(at, "llava", **o),
 }  # fmt: skip

@@ -24,11 +24,6 @@ from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.losses.uld import UldTargets
 from kdtrain.teachers.base import DenseTargets, Scores, Targets
 
-_NO_CHUNKS = (
-    "rlhf.cross_tokenizer needs batches that say which tokens of student and teacher belong together: let "
-    "kdtrain.data.Collator make them, with an `other_tokenizer`."
-)
-
 _NO_TERM = TileOptions(kd_weight=0, ce_weight=1, beta=0, temperature=1, divergence="jsd", tail="bucket")
 
 
@@ -46,9 +41,9 @@ def chunk_targets(targets: Targets, batch: Batch, method: Literal["alm", "uld"] 
     """
     if targets.chunks is not None:
         return targets
-    tokens, own, scores = batch.teacher_tokens, batch.student_chunks, targets.scores
-    if tokens is None or tokens.chunks is None or own is None:
-        raise DataError(_NO_CHUNKS)
+    own, tokens, scores = batch.student_chunks, batch.teacher_tokens, targets.scores
+    if own is None or tokens is None or tokens.chunks is None:
+        raise _without_chunks()
     seen, width, device = batch.as_teacher_sees_it(), batch.labels.shape[1], batch.labels.device
     own_S, of_teacher = _slots(own.numbers, batch.predicts_BT, width), _slots(tokens.chunks, seen.predicts_BT, width)
     slots_S, count = send(own_S, device), len(batch) * width
@@ -80,7 +75,7 @@ def targets_of_chunks(values: torch.Tensor, counts: Sequence[int], batch: Batch)
     """
     chunks, width, device = batch.student_chunks, batch.labels.shape[1], batch.labels.device
     if chunks is None or batch.num_chunks is None:
-        raise DataError(_NO_CHUNKS)
+        raise _without_chunks()
     supervises_B, counts_R = batch.predicts_BT.any(1), torch.tensor(counts, dtype=torch.long)
     if not torch.equal(batch.num_chunks[supervises_B], counts_R):
         raise TeacherError("Targets are stored for other chunks of text than those of the batch.")
@@ -88,6 +83,13 @@ def targets_of_chunks(values: torch.Tensor, counts: Sequence[int], batch: Batch)
     found = values.new_zeros(len(batch) * width)
     found[starts_R.repeat_interleave(counts_R) + torch.arange(len(values))] = values
     return ChunkTargets(send(_slots(chunks.numbers, batch.predicts_BT, width), device), send(found, device))
+
+
+def _without_chunks() -> DataError:
+    return DataError(
+        "rlhf.cross_tokenizer needs batches that say which tokens of student and teacher belong together: let "
+        "kdtrain.data.Collator make them, with an `other_tokenizer`."
+    )
 
 
 def _slots(chunks_BT: torch.Tensor, predicts_BT: torch.Tensor, width: int) -> torch.Tensor:

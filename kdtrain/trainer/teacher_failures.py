@@ -25,8 +25,11 @@ def raised_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
         yield
     except TeacherError as raised:
         error = raised
-    failed = torch.tensor([error is not None], device=accelerator.device)
-    if bool(accelerator.gather(failed).any()):
+    any_failed = error is not None
+    if accelerator.num_processes > 1:  # one process need not wait for its device to know
+        failed = torch.tensor([any_failed], device=accelerator.device)
+        any_failed = bool(accelerator.gather(failed).any())
+    if any_failed:
         error = error or TeacherError("The teacher failed another rank, whose message says how.")
         error.between_steps = True
         raise error
