@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from kdtrain.data.aligned_batch import Aligner
 from kdtrain.data.batch import Batch, Rows, TeacherImages, TeacherTokens
 from kdtrain.data.chat_template import TemplateOptions
 from kdtrain.data.columns import ANSWER_COLUMN, ROUTE_COLUMN, read_answer
@@ -25,7 +26,6 @@ from kdtrain.data.encoder import RowEncoder
 from kdtrain.data.errors import RowError, show
 from kdtrain.data.images import of_mean_colour, stored_image
 from kdtrain.data.multimodal import Multimodal, Processed, image_content, multimodal, reads_images, tokenizer_content
-from kdtrain.data.other_tokenizer import Aligner
 from kdtrain.data.row_key import encoded_row_key
 from kdtrain.data.rows import parse_row
 from kdtrain.data.source import LOSS_COLUMNS

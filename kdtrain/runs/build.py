@@ -22,8 +22,9 @@ from kdtrain.config.arguments import teacher_loading
 from kdtrain.config.model_folder import require_sound
 from kdtrain.config.tree import KeyPath, Problem
 from kdtrain.data import BuildReport, Collator, TemplateOptions
+from kdtrain.data.aligned_batch import Aligner
 from kdtrain.data.multimodal import image_content
-from kdtrain.data.other_tokenizer import Aligner, OtherTokenizer
+from kdtrain.data.other_tokenizer import OtherTokenizer
 from kdtrain.errors import ConfigError, NotAvailableError
 from kdtrain.models.kinds import sees_images
 from kdtrain.models.parts import freeze_parts

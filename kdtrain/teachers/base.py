@@ -19,8 +19,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from kdtrain.data.aligned_batch import Aligner
 from kdtrain.data.batch import Batch
-from kdtrain.data.other_tokenizer import Aligner
 from kdtrain.losses.head import Head
 from kdtrain.losses.mixture import Mixed, MixedHeads, MixedTopK, mix_logits
 from kdtrain.losses.other_tokenizer import ChunkTargets

@@ -20,10 +20,11 @@ from trl.trainer import sft_trainer
 from kdtrain.config.options import DistillationOptions
 from kdtrain.config.schema import Placement
 from kdtrain.data import TemplateOptions
+from kdtrain.data.aligned_batch import Aligner
 from kdtrain.data.batch import Batch, forward_names
 from kdtrain.data.collate import Collator
 from kdtrain.data.kd_weights import WEIGHT
-from kdtrain.data.other_tokenizer import Aligner, OtherTokenizer
+from kdtrain.data.other_tokenizer import OtherTokenizer
 from kdtrain.data.with_images import first_batch_with_images
 from kdtrain.errors import ConfigError, NotAvailableError, PreflightError
 from kdtrain.feature_kd.hidden import HiddenTerm

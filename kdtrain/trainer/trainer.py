@@ -57,11 +57,11 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from kdtrain.config.options import DistillationOptions, TrainingOptions
+from kdtrain.data.aligned_batch import Aligner
 from kdtrain.data.batch import Batch, received
 from kdtrain.data.collate import Collator
 from kdtrain.data.epochs import Epochs
 from kdtrain.data.errors import said
-from kdtrain.data.other_tokenizer import Aligner
 from kdtrain.data.stand_in import as_run
 from kdtrain.disk import as_other_files, failure_of
 from kdtrain.errors import CheckpointError

@@ -15,10 +15,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kdtrain.data.aligned_batch import AlignedRow
 from kdtrain.data.byte_alignment import NONE
 from kdtrain.data.encoded_row import EncodedRow
 from kdtrain.data.encoder import RowEncoder
-from kdtrain.data.other_tokenizer import AlignedRow, OtherTokenizer
+from kdtrain.data.other_tokenizer import OtherTokenizer
 from tests.templates.families import named_template
 
 PAIRS = (("qwen3", "llama3_1"), ("gemma3", "qwen3"), ("llama3_1", "gptoss"), ("gptoss", "gemma3"))

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 
+from kdtrain.data.aligned_batch import student_chunks
 from kdtrain.data.batch import Batch
 from kdtrain.data.byte_alignment import NONE
 from kdtrain.data.encoded_row import EncodedRow
-from kdtrain.data.other_tokenizer import student_chunks
 from kdtrain.errors import DataError, PreflightError
 from kdtrain.losses.reduce import IGNORE_INDEX
 from kdtrain.teachers.cached.chunk_format import RowChunks
