@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 
@@ -48,6 +49,17 @@ def fill(parameter: nn.Parameter, value: torch.Tensor) -> None:
         moved = value.to(parameter.device, parameter.dtype)
         value = distribute_tensor(moved, parameter.device_mesh, parameter.placements)
     parameter.copy_(value)
+
+
+@contextmanager
+def without_zero3() -> Iterator[None]:
+    """Models that are made inside are whole, also in a run of ZeRO-3: it cannot cut one that has no numbers."""
+    before = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = before
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def check_models(
     together = Together()
     with together.check():
         report(finding for finding in findings if finding.level == "error" or not only_errors)
-    unseen = [side.name for side in sides if not side.look.looked]
+    unseen = dict.fromkeys(side.name for side in sides if not side.look.looked)  # of several teachers once
     if unseen and is_main():
         logger.warning(
             "Not looked at, since ZeRO-3 has the models in pieces: whether %s honour padding, or see the tokens that "

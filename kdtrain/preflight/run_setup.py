@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from kdtrain.models.loading import load_config, resolve_dtype, trust_policy
 from kdtrain.models.quantization import bits_said
 from kdtrain.preflight.memory import Setup, Writing
 from kdtrain.preflight.sharding import sharding_of
-from kdtrain.preflight.simulated import ModelSetup, Shape, weights_of
+from kdtrain.preflight.simulated import ModelSetup, NotSimulated, Shape, weights_of
 
 if TYPE_CHECKING:
     from trl.experimental.gkd import GKDConfig
@@ -51,7 +52,8 @@ def setup_of(
     views = list(config.by_teacher.values())
     models = [(one, view) for view in views if (one := _teacher(view, device)) is not None]
     if len(models) > 1:  # the largest first
-        models.sort(key=lambda pair: -weights_of(pair[0])[0])
+        with suppress(NotSimulated):  # the findings say it
+            models = sorted(models, key=lambda pair: -weights_of(pair[0])[0])
     teacher: ModelSetup | None = None
     placement: Placement = "auto"
     if models:

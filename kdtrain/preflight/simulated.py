@@ -33,6 +33,7 @@ from kdtrain.losses.head import Head
 from kdtrain.losses.sizes import tile_bytes
 from kdtrain.models.loss_head import add_loss_head
 from kdtrain.models.parts import freeze_parts
+from kdtrain.models.pieces import without_zero3
 from kdtrain.models.quantization import BYTES, Bits, empty_model, quantized_names
 from kdtrain.models.tuning import adapter_config, fitted_adapter
 
@@ -164,7 +165,8 @@ def _or_not_simulated() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with without_zero3():
+            yield
     except (KdtrainError, NotSimulated):
         raise
     except Exception as error:

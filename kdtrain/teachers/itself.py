@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kdtrain.config.schema import SelfWeights
 from kdtrain.data.batch import Batch
-from kdtrain.errors import ConfigError, NotAvailableError
+from kdtrain.errors import ConfigError, NotAvailableError, PreflightError
 from kdtrain.models.probe import look_at_text
 from kdtrain.models.switching import evaluated, trained_beside_adapter, without_adapter
 from kdtrain.models.vocabulary import vocabulary_size
@@ -43,6 +43,10 @@ _FSDP1 = (
 _ZERO3 = (
     "weights: ema is not available under DeepSpeed ZeRO-3, which keeps the weights in pieces of its own. Use ZeRO-2 or "
     "FSDP 2, or weights: base."
+)
+_NOT_LOADED = (
+    "Under DeepSpeed ZeRO-3 a self teacher is asked before training, and this student was made whole: load it with "
+    "from_pretrained after the GKDConfig with `deepspeed` is made, which then cuts it into pieces."
 )
 
 
@@ -103,6 +107,11 @@ class SelfTeacher(Teacher):
             raise NotAvailableError(_FSDP1)
         if self.weights == "ema" and is_deepspeed_zero3_enabled():
             raise NotAvailableError(_ZERO3)
+        assert self.module is not None, "follow is called before"
+        if is_deepspeed_zero3_enabled() and not any(hasattr(p, "ds_id") for p in self.module.parameters()):
+            raise PreflightError(_NOT_LOADED)
+        has_fsdp = getattr(accelerator.state, "fsdp_plugin", None) is not None
+        self.in_pieces = has_fsdp or is_deepspeed_zero3_enabled()
         with self.writing_model() as module:
             self._forward = ModelForward(module, keeps_head=self.weights == "base")
 
