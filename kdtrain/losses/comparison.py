@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from kdtrain.losses.divergence import generalized_jsd
-from kdtrain.losses.gemm import one_dtype
+from kdtrain.losses.gemm import autocast_dtype, one_dtype
 from kdtrain.losses.head import Head
 from kdtrain.losses.mixture import mix_logits
 from kdtrain.losses.sizes import chunk_sizes
@@ -61,9 +61,7 @@ class Scores:
         some = self.outputs[rows]
         if self.head is None:
             return some[:, : self.columns].to(torch.promote_types(some.dtype, torch.float32))
-        half = None  # as the loss makes them, so that its cross-entropy is this one
-        if some.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-            half = torch.get_autocast_dtype("cuda")
+        half = autocast_dtype(some.device)  # as the loss makes them, so that its cross-entropy is this one
         head = self.head.first_columns(self.columns)
         hidden, weight = one_dtype(some, head.weight, half)
         dtype = torch.promote_types(some.dtype, torch.float32)

@@ -23,6 +23,7 @@ from kdtrain.errors import TargetsError
 from kdtrain.losses.by_chunks import dense_loss_by_chunks
 from kdtrain.losses.chunks import Call, ChunkedPass
 from kdtrain.losses.divergence import check_divergence_arguments
+from kdtrain.losses.gemm import autocast_dtype
 from kdtrain.losses.head import Head
 from kdtrain.losses.kinds import DEFAULT_PARAMS, Divergence, DivergenceParams, Stretch, Tail
 from kdtrain.losses.mixture import Mixed, MixedHeads, mix_logits
@@ -190,9 +191,7 @@ class _Fused(torch.autograd.Function):
         wanted = tuple(needed and call.with_gradient for needed in ctx.needs_input_grad[:3])
         # Unsupervised tokens are left out from here on.
         rows, taught = _in_order(labels, call)
-        half = None
-        if hidden.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-            half = torch.get_autocast_dtype("cuda")
+        half = autocast_dtype(hidden.device)
         run = ChunkedPass(hidden.index_select(0, rows), labels.index_select(0, rows), rows, taught, call, wanted, half)
         with torch.autocast(hidden.device.type, enabled=False):
             run.all_chunks()

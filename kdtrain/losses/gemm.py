@@ -35,6 +35,12 @@ def on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which a model would make its logits here, on a GPU under autocast; else None."""
+    under_autocast = device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if under_autocast else None
+
+
 def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out = a · b on a GPU; both of one dtype, and `out` of that or, of half precision, float32."""
     if a.dtype == out.dtype:

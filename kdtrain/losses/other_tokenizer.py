@@ -5,18 +5,13 @@ Shapes: S supervised tokens of the student, H hidden width, V vocabulary of the 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from kdtrain.losses.chunk_likelihood import ChunkTerms, alm_terms
-from kdtrain.losses.chunks import Call
-from kdtrain.losses.fused import _Fused
 from kdtrain.losses.head import Head
-from kdtrain.losses.label_pass import LabelPass, WeightedLabelPass, label_logprobs_of_logits
+from kdtrain.losses.label_pass import Known, LabelLoss, label_call, label_logprobs_of_logits
 from kdtrain.losses.reduce import FusedLoss, normaliser
 from kdtrain.losses.slots import Made, Slots, fused_loss, label_metrics, sums_of_slots
 from kdtrain.losses.tile import TileOptions
@@ -71,19 +66,6 @@ def head_chunk_loss(
 
     Value and gradients of float32 inputs are within 1e-5 (relative) of float64, near P = 1 and P = 0 as well.
     """
-    call = Call(
-        student=student,
-        teacher=None,
-        teacher_hidden=None,
-        targets=None,
-        options=replace(options, kd_weight=0.0, ce_weight=1.0),
-        ce_token_weights=ce_mask,
-        kd_token_weights=None,
-        num_items=num_items,
-        num_kd_items=None,
-        chunk_tokens=chunk_tokens,
-        with_gradient=torch.is_grad_enabled(),
-    )
     if student.masks_columns():
         logits = student.differentiable_logits(student_hidden)
         return dense_chunk_loss(
@@ -98,8 +80,12 @@ def head_chunk_loss(
         )
     dtype = torch.promote_types(student_hidden.dtype, torch.float32)
     slots = Slots.of(targets.slots, len(targets.logprobs), kd_token_weights, num_kd_items, dtype)
-    compute = functools.partial(_made, options, targets, slots, ce_mask)
-    loss, *sums = _Chunked.apply(student_hidden, student.weight, student.bias, labels, call, compute)
+    call = label_call(student, ce_mask=ce_mask, num_items=num_items, chunk_tokens=chunk_tokens)
+
+    def make(known: Known) -> Made:
+        return _made(options, targets, slots, ce_mask, known.logprobs, known.items)
+
+    loss, *sums = LabelLoss.apply(student_hidden, student.weight, student.bias, labels, call, make)
     return fused_loss(loss, sums)
 
 
@@ -112,48 +98,6 @@ def _made(
     items: torch.Tensor,
 ) -> Made:
     return slots.made(options, *_terms(slots, logprobs_S, targets), ce_mask, logprobs_S, items)
-
-
-class _Chunked(torch.autograd.Function):
-    """Loss and gradients in one forward pass; backward scales them, as that of `fused.py`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
-        call: Call,
-        make: Callable[[torch.Tensor, torch.Tensor], Made],
-    ) -> tuple[torch.Tensor, ...]:
-        wanted = tuple(needed and call.with_gradient for needed in ctx.needs_input_grad[:3])
-        rows = torch.arange(len(labels), device=labels.device)
-        half = None
-        if hidden.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-            half = torch.get_autocast_dtype("cuda")
-        with torch.autocast(hidden.device.type, enabled=False):
-            first = LabelPass(hidden, labels, rows, len(rows), replace(call, with_gradient=False), (False,) * 3, half)
-            first.all_chunks()
-            logprobs = first.logprobs()
-            made = make(logprobs, normaliser(call.num_items, first.num_tokens).to(logprobs.dtype))
-            again = replace(call, ce_token_weights=made.weights)
-            second = WeightedLabelPass(hidden, labels, rows, len(rows), again, wanted, half)
-            second.logprobs = logprobs
-            if any(wanted):
-                second.all_chunks()
-        ctx.run_gradients = second.found_gradients()
-        ctx.left_to_scale, ctx.rows, ctx.tokens = second.left_to_scale, rows, len(hidden)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        _, _, tokens, correct, _, entropy, _ = first.packed_sums()
-        sums = [made.kd_sum, made.ce_sum, tokens, correct, entropy]
-        ctx.mark_non_differentiable(*sums)
-        return made.loss, *sums
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, loss_gradient: torch.Tensor, *others: Any) -> tuple[torch.Tensor | None, ...]:
-        return (*_Fused.backward(ctx, loss_gradient, *others), None)
 
 
 def dense_chunk_loss(

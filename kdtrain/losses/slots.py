@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kdtrain.losses.chunks import ChunkedPass
 from kdtrain.losses.reduce import FusedLoss, normaliser
 from kdtrain.losses.tile import TileOptions
 
@@ -30,6 +31,8 @@ class Made:
     ce_sum: torch.Tensor
     weights: torch.Tensor
     """[S]: ∂ loss / ∂(−log p) of each label, times D."""
+    beside: tuple[ChunkedPass, torch.Tensor] | None = None
+    """A pass over some tokens, and which these are, that the loss has gradients of beside those of its labels."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ the chunks of a row, and then by the rows.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,12 +28,10 @@ from typing import Any
 import torch
 
 from kdtrain.losses.chunks import Call, ChunkedPass
-from kdtrain.losses.fused import _Fused
-from kdtrain.losses.gradients import Wanted
 from kdtrain.losses.head import Head
-from kdtrain.losses.label_pass import LabelPass, WeightedLabelPass, label_logprobs_of_logits
+from kdtrain.losses.label_pass import Known, LabelLoss, label_call, label_logprobs_of_logits, label_pass
 from kdtrain.losses.reduce import FusedLoss, normaliser
-from kdtrain.losses.slots import Slots, fused_loss, label_metrics, sums_of_slots
+from kdtrain.losses.slots import Made, Slots, fused_loss, label_metrics, sums_of_slots
 from kdtrain.losses.tile import Buffers, TileOptions
 
 _LEAST = math.log(1e-8)
@@ -181,110 +180,42 @@ def head_uld_loss(
         return dense_uld_loss(logits, labels, options, targets, num_kd_items=num_kd_items, **common)
     dtype = torch.promote_types(student_hidden.dtype, torch.float32)
     slots = Slots.of(targets.slots, targets.count, kd_token_weights, num_kd_items, dtype)
-    call = Call(
-        student=student,
-        teacher=None,
-        teacher_hidden=None,
-        targets=None,
-        options=replace(options, kd_weight=0.0, ce_weight=1.0),
-        ce_token_weights=ce_mask,
-        kd_token_weights=None,
-        num_items=num_items,
-        num_kd_items=None,
-        chunk_tokens=chunk_tokens,
-        with_gradient=torch.is_grad_enabled(),
-    )
-    arguments = (options, targets, slots, call)
-    loss, *sums = _Uld.apply(student_hidden, student.weight, student.bias, labels, arguments)
+    call = label_call(student, ce_mask=ce_mask, num_items=num_items, chunk_tokens=chunk_tokens)
+    make = functools.partial(_made, options, targets, slots, call)
+    loss, *sums = LabelLoss.apply(student_hidden, student.weight, student.bias, labels, call, make)
     return fused_loss(loss, sums)
 
 
-class _Uld(torch.autograd.Function):
-    """Loss and gradients in one forward pass; backward scales them, as that of `fused.py`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
-        arguments: tuple[TileOptions, UldTargets, Slots, Call],
-    ) -> tuple[torch.Tensor, ...]:
-        options, targets, slots, call = arguments
-        wanted = tuple(needed and call.with_gradient for needed in ctx.needs_input_grad[:3])
-        device, rows = hidden.device, torch.arange(len(labels), device=labels.device)
-        half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled(device.type) else None
-        half = half if device.type == "cuda" else None
-        no_gradient = replace(call, with_gradient=False)
-        with torch.autocast(device.type, enabled=False):
-            first = LabelPass(hidden, labels, rows, len(rows), no_gradient, (False,) * 3, half)
-            first.all_chunks()
-            logprobs = first.logprobs()
-            filled = targets.find_filled(slots.weights)
-            own = _Bases.of(targets.slots, targets.count, logprobs, filled)
-            other = _Bases.of(targets.teacher_slots, targets.count, _of_teacher(targets, no_gradient, half), filled)
-            of_bases = replace(
-                call,
-                teacher=targets.head,
-                teacher_hidden=targets.outputs,
-                options=replace(options, ce_weight=0.0),
-                ce_token_weights=None,
-                num_items=slots.num_items,
-            )
-            base = _BasePass(hidden[own.tokens], labels[own.tokens], other.tokens, len(filled), of_bases, wanted, half)
-            base.student_before, base.teacher_before = own.before, other.before.to(own.before.dtype)
-            base.weights = slots.weights[filled]
-            base.all_chunks()
-            values, slopes = base.values()
-            kd_sum = (base.weights * values).sum()
-            items = normaliser(call.num_items, first.num_tokens).to(logprobs.dtype)
-            by_slot = logprobs.new_zeros(targets.count + 1).index_copy_(0, filled, base.weights * slopes)
-            in_front = is_in_front(targets.slots, last_tokens(targets.slots, targets.count)) & (logprobs > _LEAST)
-            slopes_S = torch.where(in_front, by_slot[targets.slots], 0.0)
-            made = slots.made(options, kd_sum, slopes_S, call.ce_token_weights, logprobs, items)
-            second = WeightedLabelPass(
-                hidden, labels, rows, len(rows), replace(call, ce_token_weights=made.weights), wanted, half
-            )
-            second.logprobs = logprobs
-            if any(wanted):
-                second.all_chunks()
-        ctx.run_gradients = _added(second, base, own.tokens)
-        ctx.left_to_scale, ctx.rows, ctx.tokens = torch.ones((), device=device), rows, len(hidden)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        _, _, tokens, correct, _, entropy, _ = first.packed_sums()
-        sums = [made.kd_sum, made.ce_sum, tokens, correct, entropy]
-        ctx.mark_non_differentiable(*sums)
-        return made.loss, *sums
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, loss_gradient: torch.Tensor, *others: Any) -> tuple[torch.Tensor | None, ...]:
-        return _Fused.backward(ctx, loss_gradient, *others)
-
-
-def _of_teacher(targets: UldTargets, call: Call, half: torch.dtype | None) -> torch.Tensor:
+def _made(options: TileOptions, targets: UldTargets, slots: Slots, call: Call, known: Known) -> Made:
+    """The terms, for which a pass over the last tokens of chunks is made."""
     assert targets.head is not None
-    rows = torch.arange(len(targets.labels), device=targets.labels.device)
-    of_teacher = replace(call, student=targets.head, ce_token_weights=None)
-    run = LabelPass(targets.outputs, targets.labels, rows, len(rows), of_teacher, (False,) * 3, half)
-    run.all_chunks()
-    return run.logprobs()
-
-
-def _added(labels: ChunkedPass, bases: ChunkedPass, tokens: torch.Tensor) -> list[torch.Tensor | None]:
-    """The gradients of both passes in one, all factors in."""
-    found: list[torch.Tensor | None] = []
-    for name, first, second in zip(Wanted._fields, labels.found_gradients(), bases.found_gradients(), strict=True):
-        if first is None:
-            found.append(None)
-            continue
-        total = first.to(labels.dtype) * labels.left_to_scale
-        if second is not None:
-            part = second.to(labels.dtype) * bases.left_to_scale
-            total = total.index_add_(0, tokens, part) if name == "hidden" else total.add_(part)
-        found.append(total)
-    return found
+    logprobs, filled = known.logprobs, targets.find_filled(slots.weights)
+    other_call = label_call(targets.head, chunk_tokens=call.chunk_tokens)
+    of_teacher = label_pass(targets.outputs, targets.labels, other_call, known.half).logprobs()
+    own = _Bases.of(targets.slots, targets.count, logprobs, filled)
+    other = _Bases.of(targets.teacher_slots, targets.count, of_teacher, filled)
+    of_bases = replace(
+        call,
+        teacher=targets.head,
+        teacher_hidden=targets.outputs,
+        options=replace(options, ce_weight=0.0),
+        ce_token_weights=None,
+        num_items=slots.num_items,
+    )
+    tokens = own.tokens
+    base = _BasePass(
+        known.hidden[tokens], known.labels[tokens], other.tokens, len(filled), of_bases, known.wanted, known.half
+    )
+    base.student_before, base.teacher_before = own.before, other.before.to(own.before.dtype)
+    base.weights = slots.weights[filled]
+    base.all_chunks()
+    values, slopes = base.values()
+    by_slot = logprobs.new_zeros(targets.count + 1).index_copy_(0, filled, base.weights * slopes)
+    in_front = is_in_front(targets.slots, last_tokens(targets.slots, targets.count)) & (logprobs > _LEAST)
+    slopes_S = torch.where(in_front, by_slot[targets.slots], 0.0)
+    kd_sum = (base.weights * values).sum()
+    made = slots.made(options, kd_sum, slopes_S, call.ce_token_weights, logprobs, known.items)
+    return replace(made, beside=(base, tokens))
 
 
 def dense_uld_loss(
@@ -319,10 +250,6 @@ def dense_uld_loss(
     kd_sum = (slots.weights[filled] * (value + tangent - tangent.detach())).sum()
     tokens = torch.tensor(len(labels), device=labels.device)
     items = normaliser(num_items, tokens).to(logits.dtype)
-    in_ce = torch.ones_like(logprobs) if ce_mask is None else ce_mask.to(logprobs)
-    ce_sum = -torch.where(in_ce > 0, logprobs * in_ce, 0.0).sum()
-    loss = options.kd_weight * kd_sum / slots.num_items
-    if options.ce_weight > 0:
-        loss = loss + options.ce_weight * ce_sum / items
+    made = slots.made(options, kd_sum, torch.zeros_like(logprobs), ce_mask, logprobs, items)
     correct, entropy = label_metrics(logits.detach(), labels)
-    return fused_loss(loss, [kd_sum.detach(), ce_sum.detach(), tokens, correct, entropy])
+    return fused_loss(made.loss, [made.kd_sum.detach(), made.ce_sum.detach(), tokens, correct, entropy])

@@ -13,18 +13,15 @@ import torch
 from kdtrain.data.batch import Batch
 from kdtrain.errors import DataError, TeacherError
 from kdtrain.host import on_host, rows_of, send
-from kdtrain.losses.chunks import Call
+from kdtrain.losses.gemm import autocast_dtype
 from kdtrain.losses.head import Head
-from kdtrain.losses.label_pass import LabelPass, label_logprobs_of_logits
+from kdtrain.losses.label_pass import label_call, label_logprobs_of_logits, label_pass
 from kdtrain.losses.other_tokenizer import ChunkTargets
 from kdtrain.losses.reduce import IGNORE_INDEX, next_token_labels
 from kdtrain.losses.slots import sums_of_slots
-from kdtrain.losses.tile import TileOptions
 from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.losses.uld import UldTargets
 from kdtrain.teachers.base import DenseTargets, Scores, Targets
-
-_NO_TERM = TileOptions(kd_weight=0, ce_weight=1, beta=0, temperature=1, divergence="jsd", tail="bucket")
 
 
 def chunk_targets(targets: Targets, batch: Batch, method: Literal["alm", "uld"] | None) -> Targets:
@@ -121,12 +118,6 @@ def _of_head(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Te
     """A chunk of tokens at a time, so that no logits are kept."""
     if head.masks_columns():
         return label_logprobs_of_logits(head.differentiable_logits(hidden), labels.to(hidden.device))
-    call = Call(head, None, None, None, _NO_TERM, None, None, None, None, None, with_gradient=False)
-    half = None
-    if hidden.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        half = torch.get_autocast_dtype("cuda")
-    rows = torch.arange(len(hidden), device=hidden.device)
+    half = autocast_dtype(hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        run = LabelPass(hidden, labels.to(hidden.device), rows, len(rows), call, (False,) * 3, half)
-        run.all_chunks()
-    return run.logprobs()
+        return label_pass(hidden, labels.to(hidden.device), label_call(head), half).logprobs()
