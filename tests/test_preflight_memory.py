@@ -2,10 +2,12 @@
 that are named do what is said of them."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from peft import get_peft_model
+from transformers.integrations import deepspeed as hf_deepspeed
 
 from kdtrain.config import ConfigLoader
 from kdtrain.config.arguments import build_train_arguments
@@ -18,7 +20,7 @@ from kdtrain.losses.tile import TileOptions
 from kdtrain.losses.workspace import workspace
 from kdtrain.models.loss_head import add_loss_head
 from kdtrain.models.tuning import adapter_config
-from kdtrain.preflight import memory, resources, simulated
+from kdtrain.preflight import memory, resources, run_setup, simulated
 from kdtrain.preflight.memory import Setup, Writing, plan_memory
 from kdtrain.preflight.remedies import remedies
 from kdtrain.preflight.resources import disk_findings, memory_findings, surely_fits
@@ -128,6 +130,24 @@ def test_code_that_needs_numbers_is_said_and_no_figure_is_made_up(monkeypatch):
 
 
 # ---- what is counted -------------------------------------------------------------------------------------------------
+
+
+class Zero3:
+    """What transformers keeps of a run of ZeRO-3, which then cuts each model into pieces as it is made."""
+
+    def is_zero3(self):
+        return True
+
+
+def test_a_run_of_zero_3_is_planned_too():
+    made, running = setup(shape=Shape(2, 16, on_cpu=True)), Zero3()
+    expected = plan_memory(made).parts
+    hf_deepspeed.set_hf_deepspeed_config(running)
+    try:
+        assert plan_memory(made).parts == expected
+        assert hf_deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        hf_deepspeed.unset_hf_deepspeed_config()
 
 
 def test_weights_gradients_and_optimizer_are_those_of_the_parameters():
@@ -273,6 +293,26 @@ def test_a_config_says_what_is_planned(project):
     best = setup_for(project, "rlhf.lmbda=0.5", "rlhf.samples_per_prompt=2", "rlhf.select=best")
     assert best.shape.rows == best.teacher_rows / 2
     assert setup_for(project, "rlhf.llm_kd_weight=0").teacher is None
+
+
+def test_the_largest_of_several_teachers_is_planned_with_and_one_that_cannot_be_built_is_no_error(
+    project, tokenizer, monkeypatch
+):
+    tiny.save_model(tiny.make_qwen3(hidden=80), tokenizer, project / "large")
+    teachers = {
+        "small": {"teacher_model": str(project / "teacher")},
+        "large": {"teacher_model": str(project / "large")},
+    }
+    several = ["rlhf.teacher_model=null", f"rlhf.teachers={json.dumps(teachers)}"]
+    made = setup_for(project, *several)
+    assert made.teacher.config.hidden_size == 80
+    assert [one.config.hidden_size for one, _ in made.other_teachers] == [48]
+
+    def refuse(*args, **kwargs):
+        raise NotSimulated("its code needs numbers")
+
+    monkeypatch.setattr(run_setup, "weights_of", refuse)
+    assert len(setup_for(project, *several).other_teachers) == 1
 
 
 def test_a_gpu_that_is_not_here_is_planned_in_half_precision(project):

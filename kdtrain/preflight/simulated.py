@@ -287,7 +287,7 @@ def _build(setup: ModelSetup) -> Any:
         model = empty_model(setup.config, setup.dtype, setup.trust_remote_code, **options)
         for name in () if setup.quantization is None else quantized_names(model):
             setattr(model.get_submodule(name.removesuffix(".weight")), _QUANTIZED, setup.quantization)
-    add_loss_head(model)
+        add_loss_head(model)
     return model
 
 
