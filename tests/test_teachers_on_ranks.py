@@ -96,13 +96,13 @@ WINDOWS = {
         (1, 4), {"lmbda": 1.0, "samples_per_prompt": 3, "select": "best", "log_completions_steps": 1},
     ),
 }  # fmt: skip
-QUICK = ("FSDP2", "routed", "one row")
+QUICK = {("FSDP2", "routed", "one row"), ("ZeRO-3", "routed", "one row"), ("ZeRO-3", "alm", "one row")}
 
 
 def cases(*of: Any) -> list[Any]:
-    """All combinations that begin with a strategy, for `make test-slow` but for one."""
+    """All combinations that begin with a strategy; for `make test-slow` and `make invariance`, but for the quick."""
     return [
-        pytest.param(*case, id=", ".join(case), marks=[*marks_of(case[0]), *[pytest.mark.slow][case == QUICK :]])
+        pytest.param(*case, id=", ".join(case), marks=[*marks_of(case[0]), *[pytest.mark.slow][case in QUICK :]])
         for case in itertools.product(*of)
     ]
 

@@ -160,8 +160,9 @@ def check_several_teachers(trainer: GKDTrainerWithMetrics) -> None:
     where = "FSDP and DeepSpeed, or with a teacher in pieces"
     if options.seq_kd:
         raise NotAvailableError(
-            f"rlhf.seq_kd with several teachers is not available yet under {where}: let each write its answers before "
-            "training (answers: teacher in a source of data.train), or use plain data parallelism."
+            f"rlhf.seq_kd with several teachers is not available yet under {where}: let each write its answers in a "
+            "run of its own before (answers: teacher in a source of data.train), or use plain data parallelism with "
+            "whole teachers."
         )
     if sees_images(trainer.unwrap(trainer.model).config):
         raise NotAvailableError(
