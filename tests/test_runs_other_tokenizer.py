@@ -88,8 +88,8 @@ def test_both_are_measured_in_their_own_tokens(two, command):  # noqa: F811
 
 def chunk_tokens(batch):
     """Of each chunk of a batch that both models' tokens make up: its row, the student's positions, the teacher's."""
-    tokens = batch.teacher_tokens
-    for row, sides in enumerate(zip(tokens.student_chunks.tolist(), tokens.chunks.tolist(), strict=True)):
+    both = batch.student_chunks.numbers.tolist(), batch.teacher_tokens.chunks.tolist()
+    for row, sides in enumerate(zip(*both, strict=True)):
         for chunk in sorted({one for one in sides[0] if one != NONE}):
             yield row, *([t for t, one in enumerate(side) if one == chunk] for side in sides)
 
