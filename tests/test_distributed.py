@@ -19,6 +19,7 @@ CASES = {
     "lora, tied head": (True, "all-linear"),
     "lora, head of its own": (False, "all-linear"),
     "lora and a trained copy of the head": (False, ["lm_head"]),
+    "lora on the head": (False, ("q_proj", "lm_head")),
 }
 
 LORA = "lora and a trained copy of the head"
@@ -30,16 +31,17 @@ def train(folder, tied, lora, with_weights=False, **kwargs):
 
     extra = {}
     if lora is not None:
-        copies = None if isinstance(lora, str) else lora
-        targets = lora if isinstance(lora, str) else ["q_proj"]
+        copies = lora if isinstance(lora, list) else None
+        targets = {str: lora, tuple: list(lora), list: ["q_proj"]}[type(lora)]
         extra["peft_config"] = lora_config(
             rank=4, alpha=8, dropout=0.0, target_modules=targets, modules_to_save=copies, use_dora=False
         )
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else kwargs.pop("ranks", 1)
+    batches = ranks * kwargs.get("gradient_accumulation_steps", 1)
     trainer = make_trainer(
         folder, tiny.make_qwen3(seed=1, tie_word_embeddings=tied),
         tiny.make_qwen3(seed=2, hidden=48, tie_word_embeddings=tied), rows=ROWS, sft_alpha=0.3, optim="sgd",
-        per_device_train_batch_size=8 // ranks, max_grad_norm=1e9, train_sampling_strategy="sequential",
+        per_device_train_batch_size=8 // batches, max_grad_norm=1e9, train_sampling_strategy="sequential",
         learning_rate=0.1, lr_scheduler_type="constant", max_steps=2, extra=extra, **kwargs,
     )  # fmt: skip
     trainer.train()
@@ -81,7 +83,9 @@ def test_fsdp2_equals_one_process(tmp_path, name):
         assert numbers == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [LORA, *map(tiny.slow, ("lora, tied head", "lora, head of its own"))])
+@pytest.mark.parametrize(
+    "name", [LORA, "lora on the head", *map(tiny.slow, ("lora, tied head", "lora, head of its own"))]
+)
 def test_adapters_under_ddp_equal_one_process(tmp_path, name):
     tied, lora = CASES[name]
     torch.manual_seed(0)  # of the adapters; forked ranks begin with it too
@@ -94,7 +98,7 @@ def test_adapters_under_ddp_equal_one_process(tmp_path, name):
 
 
 def train_ddp(folder, tied, lora):
-    return train(folder, tied, lora, with_weights=True, ranks=2)
+    return train(folder, tied, lora, with_weights=True, ranks=2, gradient_accumulation_steps=2)
 
 
 def generate_fsdp2(folder, options):

@@ -45,6 +45,7 @@ def check_live_bytes(found):
 
 def test_live_bytes_beside_the_heads_gradient(library):
     names = ("trained", "frozen", "bias and soft-cap", "odd vocabulary", "float32 weights under autocast")
+    names += ("adapter on the head",)
     check_live_bytes(fake_cuda.run("live", library, *names))
 
 

@@ -40,7 +40,8 @@ def emulated(monkeypatch):
     monkeypatch.setattr(gemm, "on_gpu", lambda device: True)
     monkeypatch.setattr(gemm, "product", product)
     monkeypatch.setattr(gemm, "add_product", add_product)
-    monkeypatch.setattr(generated, "_without", set())
+    monkeypatch.setattr(generated, "_without", {})
+    monkeypatch.setattr(generated, "_ran", set())
 
 
 @pytest.fixture
@@ -332,6 +333,25 @@ def test_without_a_compiler_it_runs_without_kernels_and_says_so_once(emulated, m
     (line,) = [record.getMessage() for record in caplog.records if "kernels" in record.getMessage()]
     assert "Failed to find C compiler" in line
     assert "\n" not in line
+
+
+def test_a_kind_that_cannot_be_compiled_leaves_the_others_their_kernels(emulated, monkeypatch, caplog):
+    tried = []
+
+    def some(kind):
+        tried.append(kind)
+        if kind.options.divergence == "tvd":
+            raise RuntimeError("out of registers")
+        return lambda *arguments: generated._tile(*arguments, kind=kind)
+
+    monkeypatch.setattr(generated, "_compiled", some)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for divergence in ("jsd", "tvd", "jsd", "tvd"):
+        fused_distillation_loss(**make(), divergence=divergence)
+    assert [kind.options.divergence for kind in tried] == ["jsd", "tvd", "jsd"]
+    (line,) = [record.getMessage() for record in caplog.records if "kernels" in record.getMessage()]
+    assert "with tvd" in line
+    assert "out of registers" in line
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -144,8 +144,11 @@ KINDS: dict[str, Any] = {
     "another tokenizer, uld": lambda at, **o: other_trainer(at, cross_tokenizer="uld", **o),
     "images, llava": lambda at, **o: visual(at, "llava", **o),
 }  # fmt: skip
+ALL_KINDS: dict[str, Any] = {**KINDS, "images, qwen": lambda at, **o: visual(at, "qwen", **o)}
+"""With those for a real device alone: a forward of Qwen-VL reads numbers in C++, past the device that counts."""
 UPSTREAM = {
     "images, llava": ("transformers/",),
+    "images, qwen": ("transformers/",),
     "on-policy": ("transformers/", "kdtrain/generation/", "kdtrain/trainer/samples.py"),
 }
 """Waits that are not the loss's: in the forward of models with images, where transformers compares the numbers of image
@@ -193,7 +196,7 @@ def run(kind: str, folder: Any, *, on_event: Callable[[str], None] | None = None
         "max_steps": 3, "logging_steps": 3, "gradient_accumulation_steps": 2, "optim": "adamw_torch_fused",
         "log_level": "error", "train_sampling_strategy": "sequential", **options,
     }  # fmt: skip
-    trainer = KINDS[kind](folder, **options)
+    trainer = ALL_KINDS[kind](folder, **options)
     trainer.startup_checked = trainer.alignment_checked = True
     if on_event is not None:
         trainer.add_callback(_Tell(on_event))

@@ -19,7 +19,7 @@ from kdtrain.losses.dense import dense_distillation_loss
 from kdtrain.losses.head import Head
 from kdtrain.losses.kinds import Stretch
 from kdtrain.losses.mixture import Mixed
-from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, kd_share, normaliser
+from kdtrain.losses.reduce import IGNORE_INDEX, SECOND_BACKWARD, FusedLoss, kd_share, normaliser
 from kdtrain.losses.sampled import SparseTargets
 from kdtrain.losses.tile import TileOptions
 
@@ -165,7 +165,7 @@ class _ByChunks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, loss_gradient: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         if ctx.run_gradients is None:
-            raise RuntimeError("This loss keeps its gradients for one backward pass; this is the second.")
+            raise RuntimeError(SECOND_BACKWARD)
         gradients, ctx.run_gradients = ctx.run_gradients, None
         # 1/D last, in float32 with the factors of whatever scales the loss: alone it can be too small for fp16.
         scale = loss_gradient.float() / ctx.items

@@ -105,8 +105,7 @@ class ChunkedPass:
         half: torch.dtype | None,
     ) -> None:
         self.labels, self.rows, self.taught, self.call = labels_S, rows, taught, call
-        self.hidden, weight = one_dtype(hidden_SH, call.student.weight, half)
-        self.student = replace(call.student, weight=weight)
+        self.hidden, self.student = self._operands(hidden_SH, half)
         self.teacher, self.teacher_hidden = call.teacher, call.teacher_hidden
         if call.teacher is not None and call.teacher_hidden is not None:
             self.teacher_hidden, weight = one_dtype(call.teacher_hidden, call.teacher.weight, half)
@@ -131,12 +130,21 @@ class ChunkedPass:
         # head's logit scale, a factor of each product; `left_to_scale`, 1/D, comes last, in backward, as a tensor: so
         # that D, which may still be on its way on a GPU, need not be waited for.
         self.options, self.left_to_scale = call.options, self.inverse_items
-        self.gradients = self._gradients(hidden_SH[:taught], Wanted(*wanted))
+        self.gradients = self._gradients(hidden_SH[:taught], wanted)
         self.kinds = self._kinds()
         self.sums: list[TileSums] = []
 
-    def _gradients(self, hidden_SH: torch.Tensor, wanted: Wanted) -> Gradients:
+    def _operands(self, hidden_SH: torch.Tensor, half: torch.dtype | None) -> tuple[torch.Tensor, Head]:
+        hidden_SH, weight = one_dtype(hidden_SH, self.call.student.weight, half)
+        return hidden_SH, replace(self.call.student, weight=weight)
+
+    def _project(self, chunk: slice, out: torch.Tensor) -> None:
+        """The student's hidden · weightᵀ of a chunk, [C, V]."""
+        project(self.hidden[chunk], self.student.weight, out)
+
+    def _gradients(self, hidden_SH: torch.Tensor, wants: tuple[bool, ...]) -> Gradients:
         """What takes in the chunks' gradients; where they are rounded to half precision, in which unit."""
+        wanted = Wanted(*wants)
         scale = float(self.call.student.logit_scale)
         weights = self.options.ce_weight or self.options.kd_weight
         weight_VH = self.call.student.weight
@@ -150,13 +158,18 @@ class ChunkedPass:
             return CpuHalfGradients(hidden_SH, weight_VH, factor / unit, wanted)
         narrow = self.hidden
         if gemm.on_gpu(narrow.device) and narrow.dtype.itemsize == 2 and self.taught and any(wanted):
-            unit = power_of_two_unit(1.0, weights)
-            if narrow.dtype == torch.float16 and self.call.kd_token_weights is None:
-                unit *= _FP16_UNIT
-            self.options = self.options.scaled(unit)
-            self.left_to_scale = self.inverse_items * (scale / unit)
+            self._in_unit(narrow.dtype)
             return GpuHalfGradients(narrow[: self.taught], self.student.weight, wanted, self._most())
         return WideGradients(hidden_SH, weight_VH, self.dtype, scale, wanted)
+
+    def _in_unit(self, dtype: torch.dtype) -> None:
+        """Have the logits' gradients made in a unit in which they can be rounded to half precision."""
+        options = self.options
+        unit = power_of_two_unit(1.0, options.ce_weight or options.kd_weight)
+        if dtype == torch.float16 and self.call.kd_token_weights is None:
+            unit *= _FP16_UNIT
+        self.options = options.scaled(unit)
+        self.left_to_scale = self.inverse_items * (float(self.call.student.logit_scale) / unit)
 
     def _most(self) -> int:
         vocabulary = len(self.call.student.weight)
@@ -229,7 +242,7 @@ class ChunkedPass:
         self, chunk: slice, student: torch.Tensor, teacher: torch.Tensor | None, mixing: list[torch.Tensor]
     ) -> None:
         """Products of a chunk into `student` and `teacher`, the gradient of its logits, then the products of that."""
-        project(self.hidden[chunk], self.student.weight, student)
+        self._project(chunk, student)
         softened = mixing[1] if len(mixing) > 1 else None
         if teacher is not None and mixing:
             self._mix(chunk, teacher, mixing[0], softened)

@@ -63,6 +63,8 @@ class Scores:
             return some[:, : self.columns].to(torch.promote_types(some.dtype, torch.float32))
         half = autocast_dtype(some.device)  # as the loss makes them, so that its cross-entropy is this one
         head = self.head.first_columns(self.columns)
+        if head.module is not None:
+            return head.differentiable_logits(some)
         hidden, weight = one_dtype(some, head.weight, half)
         dtype = torch.promote_types(some.dtype, torch.float32)
         if buffer is None:

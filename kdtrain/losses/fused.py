@@ -15,18 +15,18 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from kdtrain.errors import TargetsError
 from kdtrain.losses.by_chunks import dense_loss_by_chunks
-from kdtrain.losses.chunks import Call, ChunkedPass
+from kdtrain.losses.chunks import Call
 from kdtrain.losses.divergence import check_divergence_arguments
-from kdtrain.losses.gemm import autocast_dtype
+from kdtrain.losses.fused_function import Fused, FusedThroughModule
 from kdtrain.losses.head import Head
 from kdtrain.losses.kinds import DEFAULT_PARAMS, Divergence, DivergenceParams, Stretch, Tail
 from kdtrain.losses.mixture import Mixed, MixedHeads, mix_logits
+from kdtrain.losses.module_pass import trained_of
 from kdtrain.losses.reduce import IGNORE_INDEX, FusedLoss, check_token_weights
 from kdtrain.losses.sampled import SampledTargets, SparseTargets, check_sampled_targets
 from kdtrain.losses.tile import TileOptions
@@ -172,80 +172,11 @@ def head_distillation_loss(
     heads = [*([] if teacher is None else [teacher]), *(() if mixed is None else mixed.heads)]
     if student.masks_columns() or any(head.masks_columns() for head in heads):
         return _with_masked_columns(student_hidden, labels, call)
-    loss, *sums = _Fused.apply(student_hidden, student.weight, student.bias, labels, call)
+    if student.module is not None:
+        loss, *sums = FusedThroughModule.apply(student_hidden, labels, call, *trained_of(student.module).values())
+    else:
+        loss, *sums = Fused.apply(student_hidden, student.weight, student.bias, labels, call)
     return _to_fused_loss(loss, sums, call)
-
-
-class _Fused(torch.autograd.Function):
-    """Loss and gradients in one forward pass; backward scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
-        call: Call,
-    ) -> tuple[torch.Tensor, ...]:
-        wanted = tuple(needed and call.with_gradient for needed in ctx.needs_input_grad[:3])
-        # Unsupervised tokens are left out from here on.
-        rows, taught = _in_order(labels, call)
-        half = autocast_dtype(hidden.device)
-        run = ChunkedPass(hidden.index_select(0, rows), labels.index_select(0, rows), rows, taught, call, wanted, half)
-        with torch.autocast(hidden.device.type, enabled=False):
-            run.all_chunks()
-        # Not by save_for_backward: they are neither inputs nor outputs, and backward scales them in place.
-        ctx.run_gradients = run.found_gradients()
-        ctx.left_to_scale, ctx.rows, ctx.tokens = run.left_to_scale, rows[:taught], len(hidden)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        sums = run.packed_sums()
-        options = call.options
-        loss = (options.kd_weight * run.kd_share * sums[0] + options.ce_weight * sums[1]) * run.inverse_items
-        ctx.mark_non_differentiable(*sums)
-        return loss, *sums
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, loss_gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        if ctx.run_gradients is None:
-            raise RuntimeError("The fused loss keeps its gradients for one backward pass; this is the second.")
-        # In place: the head's gradient can be the largest tensor of the step. A second pass would scale it again.
-        gradients, ctx.run_gradients = ctx.run_gradients, None
-        # All factors at once and in float32, then one rounding: 1/D alone can be too small a number for fp16.
-        scale = ctx.left_to_scale * loss_gradient
-        hidden, weight, bias = (
-            None if gradient is None else gradient.mul_(scale).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        )
-        if hidden is not None and len(ctx.rows) != ctx.tokens:  # zeros for the tokens that nothing teaches
-            hidden = hidden.new_zeros(ctx.tokens, hidden.shape[1]).index_copy_(0, ctx.rows, hidden)
-        return hidden, weight, bias, None, None
-
-
-def _in_order(labels: torch.Tensor, call: Call) -> tuple[torch.Tensor, int]:
-    """The supervised tokens of a call, and how many of them, the first, a term teaches; the others have sums alone."""
-    if call.stretches is not None:
-        if not call.only_some_are_taught:
-            return torch.arange(len(labels), device=labels.device), len(labels)
-        assert call.kd_token_weights is not None
-        weighs = (call.kd_token_weights.to(labels.device) > 0).to(torch.uint8)
-        ordered, first = list[tuple[torch.Tensor, torch.Tensor]](), 0
-        for one in call.stretches:
-            rows = weighs[first : first + one.tokens].argsort(descending=True, stable=True) + first
-            ordered.append((rows[: one.taught], rows[one.taught :]))
-            first += one.tokens
-        return torch.cat([rows for halves in zip(*ordered, strict=True) for rows in halves]), sum(
-            one.taught for one in call.stretches
-        )
-    supervised = labels != IGNORE_INDEX
-    if not call.only_some_are_taught:
-        rows = supervised.nonzero().squeeze(1)
-        return rows, len(rows)
-    assert call.kd_token_weights is not None
-    weighs = call.kd_token_weights.to(labels.device) > 0
-    taught, rest = ((supervised & some).nonzero().squeeze(1) for some in (weighs, ~weighs))
-    return torch.cat([taught, rest]), len(taught)
 
 
 def _to_fused_loss(loss: torch.Tensor, sums: list[torch.Tensor], call: Call) -> FusedLoss:
@@ -265,13 +196,16 @@ def _to_fused_loss(loss: torch.Tensor, sums: list[torch.Tensor], call: Call) -> 
 
 def _with_masked_columns(hidden: torch.Tensor, labels: torch.Tensor, call: Call) -> FusedLoss:
     """The same sums from logits that autograd knows, a chunk of tokens at a time, for heads that mask columns."""
+    head: Head | None = call.student
+    if call.student.module is not None:  # which runs as in its model; its logits are then made at once
+        hidden, head = call.student.differentiable_logits(hidden), None
     with torch.autocast(hidden.device.type, enabled=False):
         return dense_loss_by_chunks(
             hidden,
             labels,
             call.options,
             None if call.teacher is None and call.mixed is None else functools.partial(_teacher_logits, call),
-            head=call.student,
+            head=head,
             targets=call.targets,
             kd_token_weights=call.kd_token_weights,
             ce_token_weights=call.ce_token_weights,

@@ -91,6 +91,8 @@ def generated_terms(
         (student.device, *described),
         gradient is not None,
     )
+    if kind in _without:
+        return None
     for one in tensors:
         if one is not None:
             torch._dynamo.mark_dynamic(one, 0)
@@ -102,8 +104,8 @@ def can_generate(rows: int, device: torch.device) -> bool:
     return rows > 1 and device not in _without
 
 
-_without: set[torch.device] = set()
-"""Devices for which no kernel could be generated."""
+_without: dict[torch.device | _Kind, str] = {}
+"""Devices for which no kernel could be generated, kinds for which theirs could not, and why."""
 _ran: set[_Kind] = set()
 
 
@@ -115,17 +117,31 @@ def _run(kind: _Kind, *arguments: torch.Tensor | None) -> TileSums | None:
         # slower way.
         if kind in _ran or any(isinstance(one, torch.OutOfMemoryError) for one in _chain(error)):
             raise
-        device = next(one.device for one in arguments if one is not None)
-        _without.add(device)
-        logger.warning(
-            "The loss runs without generated kernels on %s, which takes more time: they could not be compiled (%s). "
-            "Triton and a C compiler make them (a slim image lacks gcc; or set the variable CC).",
-            device,
-            _reason(error),
-        )
+        _give_up(kind, next(one.device for one in arguments if one is not None), _reason(error))
         return None
     _ran.add(kind)
     return found
+
+
+def _give_up(kind: _Kind, device: torch.device, reason: str) -> None:
+    """Do without the kernels of a kind; of all kinds, where none has been compiled for the device yet."""
+    if any(device in one.shapes for one in _ran):
+        _without[kind] = reason
+        logger.warning(
+            "The loss with %s runs without generated kernels on %s, which takes more time: they could not be compiled "
+            "(%s). Others could.",
+            "cross-entropy alone" if ("kd", 0) in kind.constants else kind.options.divergence,
+            device,
+            reason,
+        )
+        return
+    _without[device] = reason
+    logger.warning(
+        "The loss runs without generated kernels on %s, which takes more time: they could not be compiled (%s). "
+        "Triton and a C compiler make them (a slim image lacks gcc; or set the variable CC).",
+        device,
+        reason,
+    )
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

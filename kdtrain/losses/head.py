@@ -5,9 +5,11 @@ Shapes: C tokens, H hidden width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from kdtrain.losses.gemm import project
 
@@ -28,6 +30,21 @@ class Head:
     softcap: float | None
     masked_from: int | None = None
     """The first column whose bias is −inf; the vocabulary's size where none is. None is not known."""
+    module: nn.Module | None = None
+    """What makes hidden · weightᵀ + bias where no weight says it: it is quantised, or an adapter is on it. `weight` is
+    then a shape, a dtype and a device, and its numbers are NaN; `bias` is None."""
+
+    @classmethod
+    def of_module(
+        cls, module: nn.Module, size: tuple[int, int], like: torch.Tensor, logit_scale: float, softcap: float | None
+    ) -> Head:
+        """The head that a module is.
+
+        Args:
+            size: V and H.
+            like: hidden states; the module's results are of their device, and its weights take no memory here.
+        """
+        return cls(like.new_full((), torch.nan).expand(size), None, logit_scale, softcap, module=module)
 
     def first_columns(self, count: int) -> Head:
         """The head over the first tokens of the vocabulary only; the same object where that is all of them."""
@@ -46,12 +63,27 @@ class Head:
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """[C, V] in the dtype of `out`, which is overwritten."""
+        if self.module is not None:
+            return finish(out.copy_(self.raw_logits(hidden)), None, self.logit_scale, self.softcap)
         return finish(project(hidden, self.weight, out), self.bias, self.logit_scale, self.softcap)
+
+    def raw_logits(self, hidden: torch.Tensor, parameters: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """What the module makes, before scale and soft-cap, [C, V] in a dtype of its own.
+
+        Args:
+            parameters: what takes the place of its own, by name.
+        """
+        assert self.module is not None
+        made: torch.Tensor = torch.func.functional_call(self.module, dict(parameters or {}), (hidden,))
+        return made[..., : len(self.weight)]
 
     def differentiable_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The same for any head, in operations that autograd knows."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        out = hidden.to(dtype) @ self.weight.to(dtype).t()
+        if self.module is not None:
+            out = self.raw_logits(hidden).to(dtype)
+        else:
+            out = hidden.to(dtype) @ self.weight.to(dtype).t()
         out = (out if self.bias is None else out + self.bias) * self.logit_scale
         return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
 

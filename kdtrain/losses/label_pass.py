@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from kdtrain.losses.chunks import Call, ChunkedPass
 from kdtrain.losses.derivatives import dot
-from kdtrain.losses.fused import _Fused
+from kdtrain.losses.fused_function import Fused
 from kdtrain.losses.gemm import autocast_dtype
 from kdtrain.losses.gradients import Wanted
 from kdtrain.losses.head import Head
@@ -149,7 +149,7 @@ class Known:
 
 
 class LabelLoss(torch.autograd.Function):
-    """Loss and gradients in one forward pass; backward scales them, as that of `fused.py`."""
+    """Loss and gradients in one forward pass; backward scales them, as `Fused` does."""
 
     @staticmethod
     def forward(
@@ -186,7 +186,7 @@ class LabelLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, loss_gradient: torch.Tensor, *others: Any) -> tuple[torch.Tensor | None, ...]:
-        return (*_Fused.backward(ctx, loss_gradient, *others), None)
+        return (*Fused.backward(ctx, loss_gradient, *others), None)
 
 
 def _added(labels: ChunkedPass, other: ChunkedPass, tokens: torch.Tensor) -> list[torch.Tensor | None]:

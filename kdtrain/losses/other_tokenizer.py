@@ -66,7 +66,7 @@ def head_chunk_loss(
 
     Value and gradients of float32 inputs are within 1e-5 (relative) of float64, near P = 1 and P = 0 as well.
     """
-    if student.masks_columns():
+    if student.module is not None or student.masks_columns():
         logits = student.differentiable_logits(student_hidden)
         return dense_chunk_loss(
             logits,

@@ -15,6 +15,10 @@ import torch
 from kdtrain.host import send
 
 IGNORE_INDEX = -100
+SECOND_BACKWARD = (
+    "The loss makes its gradients in its forward pass, for one backward pass; this is the second. Compute the loss "
+    "again for each (retain_graph=True does not keep them)."
+)
 
 
 @dataclass

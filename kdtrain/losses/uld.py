@@ -175,7 +175,7 @@ def head_uld_loss(
     """
     common: dict[str, Any] = {"ce_mask": ce_mask, "kd_token_weights": kd_token_weights, "num_items": num_items}
     head = targets.head
-    if student.masks_columns() or head is None or head.masks_columns():
+    if student.module is not None or student.masks_columns() or head is None or head.masks_columns():
         logits = student.differentiable_logits(student_hidden)
         return dense_uld_loss(logits, labels, options, targets, num_kd_items=num_kd_items, **common)
     dtype = torch.promote_types(student_hidden.dtype, torch.float32)

@@ -49,7 +49,8 @@ def add_loss_head(model: nn.Module) -> None:
             return original(*args, **kwargs)
         outputs = self.base_model(*args, **kwargs)
         module = _head_module(self)
-        assert module is not None, "checked when the loss head was added"
+        if module is None:
+            return loss_head(outputs.last_hidden_state, _called_head(self, outputs.last_hidden_state), outputs)
         # Under ZeRO-3 each rank holds a piece of the head, and the head's own forward, which would gather it, is not
         # called. It is gathered once for all chunks of the loss, and let go of behind it.
         # One that accelerate keeps in CPU memory or on the disk comes to its device for as long.
@@ -62,8 +63,12 @@ def add_loss_head(model: nn.Module) -> None:
         _gather_within_model(model)
 
 
-def why_no_loss_head(model: PreTrainedModel) -> str | None:
+def why_no_loss_head(model: PreTrainedModel, *, calls_head: bool = False) -> str | None:
     """Why a model's loss needs its logits; None if hidden state and head give the same.
+
+    Args:
+        calls_head: whether the head may be a module that is called (quantised, an adapter on it): not where it is
+            asked for logits after the forward, or has its weights in pieces.
 
     Runs the model on a few tokens and compares: what a model does to its logits (scales, caps) is known here by the
     names in its config only, and a name that is not known must not become a wrong loss. Under ZeRO-3 weights are in
@@ -72,7 +77,7 @@ def why_no_loss_head(model: PreTrainedModel) -> str | None:
     if getattr(model, "base_model", model) is model:
         return "it has no backbone apart from its head"
     module = _head_module(model)
-    if module is None:
+    if module is None and not (calls_head and _size_of(model.get_output_embeddings())):
         return "its head is not a plain linear layer"
     if is_deepspeed_zero3_enabled():
         return None
@@ -80,6 +85,8 @@ def why_no_loss_head(model: PreTrainedModel) -> str | None:
     with evaluating(model), without_router_logits(model):
         logits = model(input_ids=ids, use_cache=False).logits
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        if module is None:
+            return _difference(logits, _called_head(model, hidden).differentiable_logits(hidden), hidden.dtype)
         with align_module_device(module):
             head = _head(model, module)
             from_head = head.differentiable_logits(hidden.to(head.weight.device)).to(logits.device)
@@ -150,8 +157,25 @@ def _gather_within_model(model: nn.Module) -> None:
 def _head(model: PreTrainedModel, module: nn.Linear) -> Head:
     config = model.config.get_text_config()
     weight, bias = full_tensor(module.weight), None if module.bias is None else full_tensor(module.bias)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(weight, bias, _logit_scale(config), softcap, _masked_from(module, bias))
+    return Head(weight, bias, _logit_scale(config), _softcap(config), _masked_from(module, bias))
+
+
+def _called_head(model: PreTrainedModel, hidden: torch.Tensor) -> Head:
+    """The head of a model that is a module of another kind."""
+    module, config = model.get_output_embeddings(), model.config.get_text_config()
+    size = _size_of(module)
+    assert size is not None, "checked when the loss head was added"
+    return Head.of_module(module, size, hidden, _logit_scale(config), _softcap(config))
+
+
+def _size_of(module: nn.Module | None) -> tuple[int, int] | None:
+    """V and H of a head, whose weight may be packed; None where it does not say them."""
+    size = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return size if isinstance(size[0], int) and isinstance(size[1], int) else None  # type: ignore[return-value]
+
+
+def _softcap(config: PreTrainedConfig) -> float | None:
+    return getattr(config, "final_logit_softcapping", None)
 
 
 # By the layer: a column that is masked stays so, whatever the others learn.

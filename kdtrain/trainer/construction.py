@@ -14,6 +14,7 @@ from accelerate.utils import is_peft_model
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.experimental.gkd import GKDConfig
 from trl.trainer import sft_trainer
 
@@ -413,7 +414,8 @@ def build_objective(trainer: GKDTrainerWithMetrics) -> Objective:
     if router_logits:
         experts.check_experts(trainer.model, trainer.args)
     base = _base(trainer.model)
-    reason = why_no_loss_head(base)
+    in_pieces = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+    reason = why_no_loss_head(base, calls_head=not in_pieces)
     if reason is None:
         add_loss_head(base)
     else:

@@ -86,6 +86,21 @@ torch.Tensor.nonzero = _all  # type: ignore[method-assign,assignment]
 Head.masks_columns = lambda self: False  # type: ignore[method-assign]
 
 
+class Adapted(torch.nn.Module):
+    """A frozen head with an adapter on it, as PEFT's LoRA computes it."""
+
+    def __init__(self, weight: torch.Tensor, rank: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.a = torch.nn.Parameter(torch.empty(rank, weight.shape[1], device=weight.device))
+        self.b = torch.nn.Parameter(torch.empty(len(weight), rank, device=weight.device))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        linear = torch.nn.functional.linear
+        made = linear(hidden, self.weight)
+        return (made + linear(linear(hidden.to(self.a.dtype), self.a), self.b) * 2.0).to(made.dtype)
+
+
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """`gemm.add_product`, whose `baddbmm` has no shape function of its own for a result of another dtype."""
     assert a.dtype == b.dtype

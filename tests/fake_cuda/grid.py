@@ -8,7 +8,17 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
-from tests.fake_cuda.device import FakeTensorMode, Head, Watch, as_traced, gemm, generated, real_add_product, torch
+from tests.fake_cuda.device import (
+    Adapted,
+    FakeTensorMode,
+    Head,
+    Watch,
+    as_traced,
+    gemm,
+    generated,
+    real_add_product,
+    torch,
+)
 
 # isort: split
 from kdtrain.losses import SampledTargets, TopKLogprobs
@@ -54,6 +64,8 @@ KINDS: list[dict[str, Any]] = [
     {"chunk": 1},
     {"no kernels": True, "bias": True, "softcap": 30.0},
     {"no gradient": True},
+    {"rank": 4},
+    {"rank": 4, "softcap": 30.0, "autocast": BF16, "weights": F32, "kd_weights": True, "ce_weight": 0.0},
 ]
 
 
@@ -91,6 +103,11 @@ def run(dtype: torch.dtype, divergence: Any, beta: float, kind: dict[str, Any]) 
         hidden, weight = made(N, H, grad=True), made(V, H, like=weights, grad="frozen" not in kind)
         bias = made(V, like=weights, grad=True) if "bias" in kind else None
         head = Head(weight, bias, kind.get("scale", 1.0), kind.get("softcap"))
+        trained = [hidden, weight, bias]
+        if "rank" in kind:
+            adapter = Adapted(weight.detach(), kind["rank"])
+            head = Head.of_module(adapter, (V, H), hidden.detach(), head.logit_scale, head.softcap)
+            trained = [hidden, adapter.a, adapter.b]
         teacher = Head(made(V, H_TEACHER, like=weights), bias, head.logit_scale, head.softcap)
         labels, ids = made(N, like=torch.long), made(N, K, like=torch.long)
         topk = TopKLogprobs(ids, made(N, K, like=F32))
@@ -115,7 +132,7 @@ def run(dtype: torch.dtype, divergence: Any, beta: float, kind: dict[str, Any]) 
         }
         ce_weights = made(N, like=kind["ce_weights"]) if "ce_weights" in kind else None
         if "no kernels" in kind:
-            generated._without.add(hidden.device)
+            generated._without[hidden.device] = "not asked for"
         watch = Watch()
         autocast = torch.autocast("cuda", dtype=kind["autocast"]) if "autocast" in kind else nullcontext()
         with watch, autocast, torch.set_grad_enabled("no gradient" not in kind):
@@ -131,11 +148,12 @@ def run(dtype: torch.dtype, divergence: Any, beta: float, kind: dict[str, Any]) 
         if "no gradient" not in kind:
             with watch:
                 out.loss.backward()
-            for one in (hidden, weight, bias):
+            for one in trained:
                 if one is not None and one.requires_grad:
                     assert one.grad is not None, "a gradient is missing"
                     assert (one.grad.dtype, one.grad.shape, one.grad.device) == (one.dtype, one.shape, one.device)
-        assert generated._without <= ({hidden.device} if "no kernels" in kind else set()), "the kernels' way was left"
+        left = generated._without.keys() - ({hidden.device} if "no kernels" in kind else set())
+        assert not left, "the kernels' way was left"
     return watch.elsewhere
 
 

@@ -8,7 +8,7 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
-from tests.fake_cuda.device import FakeTensorMode, Head, Watch, as_allocated, generated, torch
+from tests.fake_cuda.device import Adapted, FakeTensorMode, Head, Watch, as_allocated, generated, torch
 
 # isort: split
 from kdtrain.losses import TopKLogprobs
@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "odd vocabulary": {"vocab": 151935},
     "float32 weights under autocast": {"weights": torch.float32},
     "narrow": {"widths": (1024, 2560)},
+    "adapter on the head": {"frozen": True, "rank": 16},
 }
 
 
@@ -45,17 +46,21 @@ def measure(kind: dict[str, Any]) -> dict[str, Any]:
 
         hidden, weight = made(N, width, grad=True), made(vocab, width, dtype=weights, grad="frozen" not in kind)
         head = Head(weight, made(vocab, grad=True) if "bias" in kind else None, 1.0, kind.get("softcap"))
+        adapter = Adapted(weight, kind["rank"]) if "rank" in kind else None
+        if adapter is not None:
+            head = Head.of_module(adapter, (vocab, width), hidden.detach(), 1.0, None)
         teacher = Head(made(vocab, teacher_width, dtype=weights), None, 1.0, kind.get("softcap"))
         teacher_hidden, labels = made(N, teacher_width), made(N, dtype=torch.long)
         kd_weights = made(N, dtype=torch.float32) if "kd_weights" in kind else None
         given: dict[str, Any] = {"teacher_hidden": teacher_hidden, "teacher": teacher}
         known = [hidden, weight, head.bias, teacher.weight, teacher_hidden, labels, kd_weights]
+        known += () if adapter is None else adapter.parameters()
         if "topk" in kind:
             ids = made(N, kind["topk"], dtype=torch.long)
             given = {"targets": TopKLogprobs(ids, made(N, kind["topk"], dtype=torch.float32))}
             known += [ids, given["targets"].logprobs]
         if "no kernels" in kind:
-            generated._without.add(hidden.device)
+            generated._without[hidden.device] = "not asked for"
         options = TileOptions(1.0, 0.1, kind.get("beta", 0.5), kind.get("temperature", 1.0), "jsd", "bucket")
         with Watch(*known) as watch:
             with torch.autocast("cuda", dtype=BF16) if "weights" in kind else nullcontext():
