@@ -110,6 +110,20 @@ def test_each_token_has_its_own_divergence(teacher, ce_weight, weighs, chunk):
     check(found, hidden, weight, expected_of(hidden, weight, bias, logits, labels, options, weights, targets, softened))
 
 
+@pytest.mark.parametrize("spare", [0, 3, N])
+def test_more_tokens_may_be_said_to_be_taught_than_are(spare):
+    """Of those that were chosen on the device, as many as of the whole batch may be of one kind."""
+    hidden, weight, teacher_hidden, teacher_weight, labels = inputs()
+    hidden, weight, weights = hidden.requires_grad_(), weight.requires_grad_(), weights_of("some")
+    options = TileOptions(0.7, 0.0, 0.5, 1.5, "jsd", "bucket")
+    found = head_distillation_loss(
+        hidden, Head(weight, None, 1.0, None), labels, options, teacher_hidden, Head(teacher_weight, None, 1.0, None),
+        stretches=stretches_of(weights, spare), kd_token_weights=weights, num_items=ITEMS, num_kd_items=KD_ITEMS,
+    )  # fmt: skip
+    teacher = teacher_hidden.double() @ teacher_weight.double().t()
+    check(found, hidden, weight, expected_of(hidden, weight, None, teacher, labels, options, weights))
+
+
 @pytest.mark.parametrize("chunk", [None, 1, 4, 50])
 @pytest.mark.parametrize("weighs", [None, "some"])
 def test_of_logits_as_well(weighs, chunk):

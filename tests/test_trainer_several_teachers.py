@@ -101,6 +101,19 @@ def test_two_teachers_by_column_equal_two_runs_row_by_row(tmp_path, kind):
     assert (found - expected / tokens).norm() <= 1e-5 * found.norm()
 
 
+def test_chosen_tokens_of_two_teachers_teach_row_by_row_what_they_teach_together(tmp_path):
+    """Without cross-entropy: the host does not know how many of each teacher's tokens were chosen."""
+    options = {"sft_alpha": 0.0, "token_selection": {"keep": 0.5}}
+    trainer = trainer_of(tmp_path, RoutedTeacher({name: LocalTeacher(model_of(name)) for name in SEEDS}), **options)
+    expected, total = 0.0, 0
+    for row in NAMED:
+        batch = trainer.data_collator([row])
+        count = -(-int(batch.num_supervised) // 2)
+        expected, total = expected + count * gradient(trainer, batch)[1], total + count
+    _, found = gradient(trainer, trainer.data_collator(NAMED))
+    assert (found - expected / total).norm() <= 1e-5 * found.norm()
+
+
 def test_no_teacher_is_asked_about_a_row_that_is_not_its_own(tmp_path):
     trainer = trainer_of(
         tmp_path, teacher := routed(), per_device_train_batch_size=4, max_steps=2, eval_strategy="no",

@@ -106,7 +106,10 @@ def _in_order(labels: torch.Tensor, call: Call) -> tuple[torch.Tensor, int]:
         weighs = (call.kd_token_weights.to(labels.device) > 0).to(torch.uint8)
         ordered, first = list[tuple[torch.Tensor, torch.Tensor]](), 0
         for one in call.stretches:
-            rows = weighs[first : first + one.tokens].argsort(descending=True, stable=True) + first
+            if one.taught < one.tokens:
+                rows = weighs[first : first + one.tokens].argsort(descending=True, stable=True) + first
+            else:  # in their own order: where all tokens are taught, their gradients are handed out as they lie
+                rows = torch.arange(first, first + one.tokens, device=labels.device)
             ordered.append((rows[: one.taught], rows[one.taught :]))
             first += one.tokens
         return torch.cat([rows for halves in zip(*ordered, strict=True) for rows in halves]), sum(
