@@ -294,6 +294,13 @@ def test_a_run_that_differs_is_refused_with_all_that_differs(two):
     assert "tokenizer of the teacher" not in text
 
 
+def test_a_tokenizer_that_is_gone_from_the_teachers_folder_is_not_compared(two):
+    write(two)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (two / "teacher" / name).unlink()
+    assert fit(two / "config.yaml", *from_cache(two / "cache"), "training.max_steps=1", "training.eval_strategy=no")
+
+
 def test_other_rows_and_other_conversations_are_refused(two):
     write(two)
     write_rows(two / "train.jsonl", [*range(20), 50])

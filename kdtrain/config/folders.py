@@ -42,7 +42,7 @@ def broken_models(config: RunConfig) -> Iterator[Problem]:
         has_weights = (folder / WEIGHTS).exists() or (folder / INDEX).exists()
         if not has_weights and not {"variant", "subfolder"} & loading.keys():
             yield Problem(path, *without_weights(folder))
-        if not any((folder / file).exists() for file in _TOKENIZERS):
+        if not has_tokenizer(folder):
             yield Problem(path, f"has no tokenizer: {name}", "save the tokenizer that it was trained with beside it")
 
 
@@ -71,6 +71,11 @@ def model_folders(config: RunConfig, written: Written) -> Iterator[Problem]:
             yield Problem(path, f"not the folder of an adapter, it has no {file}: {name}", "give the folder with it")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the files of one: transformers makes an empty one of a folder without."""
+    return any((folder / file).exists() for file in _TOKENIZERS)
+
+
 def _neighbour(folder: Path) -> str:
     """What was probably meant by a folder that is not there."""
     try:
@@ -84,7 +89,7 @@ def _neighbour(folder: Path) -> str:
 def _tokenizer_folder(config: RunConfig) -> Iterator[Problem]:
     """Of a teacher on a server, `teacher_model` names the tokenizer alone."""
     folder = Path(config.rlhf.teacher_model or "")
-    if folder.is_absolute() and not any((folder / file).exists() for file in _TOKENIZERS):
+    if folder.is_absolute() and not has_tokenizer(folder):
         message = f"{'has no tokenizer' if folder.is_dir() else 'no such folder'}: {folder}"
         hint = "give the folder or hub id of the served model's tokenizer, or remove it where that is the student's"
         yield Problem(("rlhf", "teacher_model"), message, hint)

@@ -13,7 +13,8 @@ import xxhash
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from kdtrain.config import RunConfig
-from kdtrain.config.adapters import adapter_base, is_adapter_folder
+from kdtrain.config.adapters import adapter_base, is_adapter_folder, nearest_with
+from kdtrain.config.folders import has_tokenizer
 from kdtrain.data.multimodal import image_content, reads_images, tokenizer_content
 from kdtrain.errors import PreflightError
 from kdtrain.models.hub import is_here
@@ -135,6 +136,9 @@ def _of_tokenizer(config: RunConfig, fact: Callable[[Any], Any]) -> Any:
     if name is None or not config.options.crosses_tokenizers or not is_here(name, revision):
         return None
     try:
+        folder = Path(nearest_with(name, "tokenizer_config.json"))
+        if folder.is_dir() and not has_tokenizer(folder):
+            return None
         return fact(load_tokenizer(name, trust_remote_code=config.model.trust_remote_code, revision=revision))
     except PreflightError:
         return None
