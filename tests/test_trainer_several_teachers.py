@@ -10,6 +10,7 @@ from kdtrain.errors import ConfigError, DataError
 from kdtrain.losses.kinds import DivergenceParams
 from kdtrain.losses.topk import TopKLogprobs
 from kdtrain.teachers import LocalTeacher, MixedTeacher, RoutedTeacher, SelfTeacher, Targets, Teacher
+from kdtrain.trainer import objective
 from tests import tiny
 from tests.test_invariance import given_samples
 from tests.test_losses import reference
@@ -112,6 +113,24 @@ def test_chosen_tokens_of_two_teachers_teach_row_by_row_what_they_teach_together
         expected, total = expected + count * gradient(trainer, batch)[1], total + count
     _, found = gradient(trainer, trainer.data_collator(NAMED))
     assert (found - expected / total).norm() <= 1e-5 * found.norm()
+
+
+def test_rows_without_an_answer_and_a_teacher_make_no_more_parts(tmp_path, monkeypatch):
+    """Each makes a gradient of the head, and the memory plan has one for each teacher."""
+    trainer, made = trainer_of(tmp_path, routed(), sft_alpha=0.3), []
+    compute = objective.head_distillation_loss
+    monkeypatch.setattr(objective, "head_distillation_loss", lambda *a, **k: made.append(len(a[0])) or compute(*a, **k))
+    loss, found = gradient(trainer, trainer.data_collator(NAMED))
+    batch = trainer.data_collator([*NAMED, {**NAMED[0], "teacher": None}])
+    batch.labels[-1] = -100
+    more, also = gradient(trainer, batch)
+    assert len(made) == 2 * len(SEEDS)
+    assert more == pytest.approx(loss, rel=1e-6)
+    assert (also - found).norm() <= 1e-5 * found.norm()
+    nothing = trainer.data_collator([{**NAMED[0], "teacher": None}])
+    nothing.labels[:] = -100
+    assert gradient(trainer, nothing)[0] == 0
+    assert made[2 * len(SEEDS) :] == [0]
 
 
 def test_no_teacher_is_asked_about_a_row_that_is_not_its_own(tmp_path):

@@ -95,7 +95,9 @@ def _groups(batch: Batch, targets: AnyTargets | None) -> list[_Group]:
     answered = [group.tokens_S for group in found if group.tokens_S is not None]
     if len(answered) < len(found):  # all of them
         return found
-    return [*found, *_rest(batch, targets, answered)]
+    # None of no tokens beside others: a part makes a gradient of the head. A batch without any has one all the same.
+    rest = _rest(batch, targets, answered)
+    return [*found, *(group for group in rest if group.tokens_S is not None and group.tokens_S.any())] or rest[-1:]
 
 
 def _rest(batch: Batch, targets: AnyTargets, answered: Sequence[torch.Tensor]) -> list[_Group]:
