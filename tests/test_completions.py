@@ -137,7 +137,7 @@ def test_a_token_that_the_teacher_does_not_answer_for_has_no_divergence(tmp_path
 
 def test_a_student_without_a_loss_head_is_measured_by_its_logits(tmp_path, student, teacher, monkeypatch):
     _, by_head = train(tmp_path, 1, copy.deepcopy(student), teacher, max_steps=1)
-    monkeypatch.setattr(construction, "why_no_loss_head", lambda model: "a test")
+    monkeypatch.setattr(construction, "why_no_loss_head", lambda model, **_: "a test")
     trainer, by_logits = train(tmp_path, 1, student, teacher, max_steps=1)
     assert not trainer.student_takes_loss_head(trainer.model)
     for one, same in zip(by_head[0], by_logits[0], strict=True):

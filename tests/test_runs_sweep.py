@@ -193,8 +193,9 @@ def test_a_signal_ends_the_sweep_with_what_it_has(fit, folder, monkeypatch):
     assert "go on with the same command and --resume auto" in printed.err
     assert {run["name"]: run["state"] for run in found(folder)["runs"]} == {
         "beta-0": "finished",
-        "beta-0.5": "stopped",
+        "beta-0.5": "not evaluated",
     }
+    assert "--resume auto, which keeps those that have finished" in fit(values, *ONE_STEP, code=3).err
     printed = fit(values, *ONE_STEP, "--resume", "auto", "--log-format", "json")
     assert len(calls) == 3  # the second run was trained, and is evaluated now
     last = json.loads(printed.out.splitlines()[-1])

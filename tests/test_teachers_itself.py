@@ -59,10 +59,13 @@ def test_the_student_without_its_adapter_teaches_like_a_second_model_with_the_sa
         )
         found.append(loss_and_gradient(trainer, make_batch(trainer)))
     (loss, gradients), (own_loss, own_gradients) = found
-    assert torch.equal(loss, own_loss)
+    # A teacher's head that is no plain layer makes whole logits, which are rounded otherwise.
+    tolerance = {"rtol": 1e-5, "atol": 1e-7} if name == "adapter on the head" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(loss, own_loss, **tolerance)
     assert loss > 0.1
     assert gradients.keys() == own_gradients.keys()
-    assert all(torch.equal(gradients[n], own_gradients[n]) for n in gradients)
+    for n, gradient in gradients.items():
+        torch.testing.assert_close(gradient, own_gradients[n], **tolerance, msg=n)
 
 
 # ---- nothing of the student changes ----------------------------------------------------------------------------------

@@ -143,6 +143,12 @@ class Diagnostic:
         parts = (self.location, self.level, self.path, self.message)
         return ": ".join(part for part in parts if part)
 
+    @property
+    def logged(self) -> str:
+        """The same and the hint, without the level, which a log has in front of its lines."""
+        parts = (self.location, self.path, self.message)
+        return ": ".join(part for part in parts if part) + (f" ({self.hint})" if self.hint else "")
+
     def render(self) -> str:
         """The headline, the source line with a caret under the place, and the hint."""
         number = str(self.line) if self.line and self.file != COMMAND_LINE else ""

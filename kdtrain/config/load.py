@@ -125,7 +125,7 @@ class ConfigLoader:
         if result.config is None:
             raise InvalidConfigError(result.errors)
         for warning in result.warnings:
-            logger.warning("%s%s", warning.headline, f" ({warning.hint})" if warning.hint else "")
+            logger.warning("%s", warning.logged)
         return result.config
 
     @classmethod

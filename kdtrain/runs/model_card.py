@@ -23,6 +23,7 @@ from kdtrain import __version__
 from kdtrain.config import RunConfig
 from kdtrain.config.adapters import model_below
 from kdtrain.config.diagnose import is_secret_name, redact
+from kdtrain.config.in_words import divergence_in_words
 from kdtrain.config.model_folder import read_map
 from kdtrain.data.errors import show
 from kdtrain.runs.folder import EVALUATION, LOG
@@ -155,7 +156,7 @@ def _method(run: TrainedRun) -> Iterator[str]:
     config, rlhf = run.config, run.config.rlhf
     if config.options.lm_kd_active:
         ce = f", and {rlhf.sft_alpha:g} × cross-entropy" if rlhf.sft_alpha else ""
-        what = f"`{rlhf.divergence}` ({config.options.loss_numbers}) from the teacher"
+        what = f"{divergence_in_words(config)} from the teacher"
         if config.options.crosses_tokenizers:
             what = f"`{rlhf.cross_tokenizer}` from the teacher, which has another tokenizer"
         yield f"Loss: {rlhf.llm_kd_weight:g} × {what}{ce}."

@@ -103,7 +103,7 @@ def _checked(file: Path, overrides: Sequence[str], files: FileCheck | None, only
         raise InvalidConfigError(result.errors)
     for warning in result.warnings:
         if warning.file == COMMAND_LINE and warning.path not in _FOR_THIS_ALONE:
-            logger.warning("%s%s", warning.headline, f" ({warning.hint})" if warning.hint else "")
+            logger.warning("%s", warning.logged)
     return result.config
 
 

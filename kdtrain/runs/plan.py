@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdtrain.config import RunConfig
+from kdtrain.config.in_words import divergence_in_words
 from kdtrain.data import BuildReport
 from kdtrain.models.parts import count_parameters, trained_parts
 from kdtrain.models.quantization import weight_types
@@ -36,7 +37,7 @@ def plan(
     plan = {
         "student": f"{config.model.model}: {total:,} parameters, {trainable:,} trained, {weight_types(trainer.model)}",
         "teacher": "none" if trainer.teacher is None else _describe_teacher(trainer, config),
-        "loss": _describe_loss(trainer),
+        "loss": _describe_loss(trainer, config),
         "answers": _describe_answers(trainer, config),
         "step": f"{rows} rows = {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
         f"{ranks} {'process' if ranks == 1 else 'processes'}, about {rows * tokens:,.0f} tokens",
@@ -91,12 +92,12 @@ def _describe_one(teacher: Teacher, config: RunConfig) -> str:
     return described if placement == "auto" else f"{described}, {placement}"
 
 
-def _describe_loss(trainer: GKDTrainerWithMetrics) -> str:
+def _describe_loss(trainer: GKDTrainerWithMetrics, config: RunConfig) -> str:
     options = trainer.options
     terms = []
     if options.lm_kd_active:
-        what = f"{options.divergence} ({options.loss_numbers})"
-        terms.append(f"{options.llm_kd_weight:g} x {options.cross_tokenizer or what}")
+        what = options.cross_tokenizer or divergence_in_words(config)
+        terms.append(f"{options.llm_kd_weight:g} x {what}")
     if options.ce_weight > 0:
         terms.append(f"{options.ce_weight:g} x cross-entropy")
     if options.visual_kd is not None:

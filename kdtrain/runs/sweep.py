@@ -72,7 +72,7 @@ class Outcome:
 
     run: PlannedRun
     state: str
-    """finished, failed, stopped, or not run."""
+    """finished, failed, stopped, not evaluated (stopped behind its training), or not run."""
     exit_code: int | None = None
     message: str = ""
     figures: Mapping[str, float | None] = field(default_factory=dict)
@@ -137,7 +137,7 @@ class Sweep:
                 try:
                     self.outcomes[number] = self._outcome(run, finished, of_run, reporter.evaluation())
                 except (Interrupted, KeyboardInterrupt):
-                    self.outcomes[number] = Outcome(run, "stopped")
+                    self.outcomes[number] = Outcome(run, "not evaluated" if is_trained(run.folder) else "stopped")
                     self._write()
                     raise
                 self._write()
@@ -160,6 +160,11 @@ class Sweep:
         if folder.is_dir() and any(folder.iterdir()) and not (folder / SWEEP).exists():
             what = "holds a run" if (folder / CONFIG).exists() else "is not empty, and holds no sweep of kdtrain"
             raise PreflightError(f"training.output_dir {folder} {what}. Name {ANOTHER_FOLDER}.")
+        if not self._resume and any(is_trained(run.folder) for run in self.plan.runs):
+            raise PreflightError(
+                f"training.output_dir {folder} holds a sweep. Go on with it by the same command and --resume "
+                f"auto, which keeps those that have finished, or name {ANOTHER_FOLDER}."
+            )
         for run in self.plan.runs:
             if self._resume and is_trained(run.folder):
                 _check_options(run)

@@ -198,7 +198,7 @@ def _checked(config: Path | Mapping[str, Any], runs: Sequence[Sequence[str]]) ->
     if errors := _once(error for result in results for error in result.errors):
         raise InvalidConfigError(errors)
     for warning in _once(warning for result in results for warning in result.warnings):
-        logger.warning("%s%s", warning.headline, f" ({warning.hint})" if warning.hint else "")
+        logger.warning("%s", warning.logged)
     return [result.config for result in results if result.config is not None]
 
 

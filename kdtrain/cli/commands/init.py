@@ -148,6 +148,8 @@ def _checked(source: str, revision: str | None, data: str) -> str:
         option = f"--data {data}" if first.path.startswith("data") else f"--from {source}"
         said = f"{option}: {first.message}{f'; {first.hint}' if first.hint else ''}"
         raise ConfigError(said if said.endswith("?") else f"{said}.")
+    for found in result.warnings:
+        process.logger.warning("%s (%s)", found.message, found.hint)
     if revision is not None and Path(result.config.model.model).is_absolute():
         raise ConfigError(f"--revision {revision}: {source} is a folder, and only models on the hub have revisions.")
     return result.config.data.train[0].path
