@@ -166,7 +166,8 @@ def test_a_checkpoint_is_named_by_its_step_or_its_path(trained, kdtrain, named):
     found = found_in(trained / "run")
     assert found["checkpoint"] == "checkpoint-2"
     assert "checkpoint-2 of run, on" in out
-    end = kdtrain("evaluate", "run", "--json")[1]
+    _, end, err = kdtrain("evaluate", "run", "--json")
+    assert "evaluation.json had the figures of checkpoint-2, and has those of the saved model now." in err
     assert found["models"]["before"] == json.loads(end)["models"]["before"]
     assert found["models"]["after"]["ce"] != json.loads(end)["models"]["after"]["ce"]
 

@@ -51,8 +51,8 @@ def test_a_student_is_written_as_any_model_is(init, folder):
     assert out.count("perplexity") == 2
     assert "On 6 rows, " in out
     assert [line.endswith("dropped") for line in out.splitlines()[1:5]].count(True) == 1
-    options = ["model.model=student", "rlhf.teacher_model=teacher", "data.train=rows.jsonl", "data.eval=5%"]
-    assert f"  kdtrain fit forward-kl.yaml {' '.join(options)}\n" in out
+    options = "model.model=student rlhf.teacher_model=teacher data.train=rows.jsonl data.eval=5% rlhf.sft_alpha=0"
+    assert f"  kdtrain fit forward-kl.yaml {options}\n" in out
     assert "note" not in out
     model, found = AutoModelForCausalLM.from_pretrained("student", output_loading_info=True)
     assert not any(found.values()), found
@@ -150,7 +150,10 @@ def test_a_revision_is_that_of_all_that_is_read_of_a_model(init, folder, monkeyp
     out = init("--from", "org/teacher", "--revision", "v1", "--layers", "2", *ROWS, "student")
     names = ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "licence")
     assert asked == dict.fromkeys(names, "v1")
-    assert "rlhf.teacher_model=org/teacher data.train=rows.jsonl data.eval=5% rlhf.teacher.revision=v1" in out
+    assert (
+        "rlhf.teacher_model=org/teacher data.train=rows.jsonl data.eval=5% rlhf.sft_alpha=0 rlhf.teacher.revision=v1"
+        in out
+    )
     assert (folder / "student/notice").is_file()
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from kdtrain.config import RunConfig
+from kdtrain.config.model_folder import read_map
 from kdtrain.disk import writing
 from kdtrain.errors import ConfigError
 from kdtrain.ranks import is_main
@@ -223,5 +224,9 @@ def _write(path: Path, found: Mapping[str, Any]) -> None:
     """On rank 0, in one move."""
     if not is_main():
         return
+    before = read_map(path)
+    if before and before.get("checkpoint") != found["checkpoint"]:
+        of = [one.get("checkpoint") or "the saved model" for one in (before, found)]
+        logger.warning("%s had the figures of %s, and has those of %s now.", path, *of)
     with writing(path):
         write_atomically(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
