@@ -68,7 +68,7 @@ def _of_other_tokenizer(config: RunConfig, mode: Any) -> Iterator[Problem]:
         yield Problem(_PATH, f"{message} text", hint)
     if mode == "chunks" and config.options.lm_kd_active and not crosses:
         message = "must be alm: the cache has likelihoods of chunks of text (mode chunks), of a teacher with another"
-        hint = "set rlhf.cross_tokenizer: alm, or write a cache of a teacher with the student's tokenizer"
+        hint = "set rlhf.cross_tokenizer: alm (beside one teacher), or write a cache of one with the same tokenizer"
         yield Problem(("rlhf", "cross_tokenizer"), f"{message} tokenizer", hint, on_key=True)
 
 
