@@ -253,7 +253,7 @@ def test_the_card_says_method_teacher_data_figures_verdict_config_and_licence(or
     )  # fmt: skip
     assert "base_model" not in facts  # a folder of this machine
     for part in (
-        "# mine", "distilled from teacher (a local folder)", "1 × `jsd` (beta 0.5, temperature 1)",
+        "# mine", "distilled from teacher (a local folder)", "1 × jsd (beta 0.5, temperature 1)",
         "0.3 × cross-entropy",
         "Data: train.jsonl.", "| this model | 2.5000 | 12.18 | 40.0% | 50.0% | 0.2500 | – | – | 0.100 |",
         "| token accuracy | right answers |",
